@@ -1,0 +1,49 @@
+# `make demo` and `make test` need only Python 3.11 or newer, make and a package index; set-up that is done is not redone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# For every pip call, such as: make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" (torch without CUDA)
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+READY = $(VENV)/.ready
+
+.PHONY: help venv demo demo-clean test test-all style lint checkpoints
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
+
+venv: $(READY) ## set up .venv with the exact versions of constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.11"; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@# torch first and by its exact version: with a range, pip may take a newer build with gigabytes of GPU libraries
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(READY) ## SFT, reward model, PPO, DPO and their comparison on the embedded world; minutes on two CPU cores
+	$(BIN)/python launch/pipeline.py
+
+demo-clean: ## remove the runs of the demo
+	rm -rf runs/demo
+
+test: $(READY) ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_FLAGS)
+
+test-all: $(READY) ## all tests but those that need a GPU
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_FLAGS)
+
+style: $(READY) ## format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(READY) ## what .ci/run checks before the tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+checkpoints: $(READY) ## make the embedded checkpoints again
+	$(BIN)/python -m rlhf_trl.demo.build

@@ -1,0 +1,24 @@
+"""Errors that are the user's to fix: shown as a message, without a traceback."""
+
+from collections.abc import Sequence
+
+
+class ConfigError(Exception):
+    """
+    Something in the configuration, the data or the file system keeps a run from starting or going on.
+
+    The message is complete: it says what is wrong, where (key, file, row), and what to type. `rlhf_trl.cli` prints it
+    as it is and exits with status 2.
+    """
+
+    @classmethod
+    def join(cls, problems: Sequence[str]) -> "ConfigError":
+        """One error that lists every problem, numbered when there is more than one."""
+        if len(problems) == 1:
+            return cls(problems[0])
+        lines = [f"{len(problems)} problems:"] + [f"  {i}. {problem}" for i, problem in enumerate(problems, 1)]
+        return cls("\n".join(lines))
+
+
+class DataError(ConfigError):
+    """A data row, file or column that can't be used. The message names the file, the row number and the field."""
