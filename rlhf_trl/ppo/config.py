@@ -1,0 +1,169 @@
+"""`PPOConfig`: the arguments of [`PPOTrainer`], a `trl.GRPOConfig` with PPO's names, defaults and rules."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trl import GRPOConfig
+
+# Inherited options that would do nothing, or something else than their name says, in a per-token PPO. Each is held to
+# GRPOConfig's default (or the value PPO fixes) and refused otherwise, with the reason.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "loss_type": ("dapo", "PPO's loss is the clipped policy and value loss, normalized by the tokens of a mini-batch"),
+    "scale_rewards": ("none", "PPO has no groups to scale by; use `whiten_rewards` or a reward normalizer"),
+    "multi_objective_aggregation": ("sum_then_normalize", "PPO adds the weighted rewards and normalizes advantages"),
+    "importance_sampling_level": ("token", "PPO's ratio is per token"),
+    "mask_truncated_completions": (False, "use `missing_eos_penalty` to discourage completions without an end"),
+    "top_entropy_quantile": (1.0, "PPO trains on every token of a completion"),
+    "use_adaptive_entropy": (False, "only a constant `entropy_coef` is supported"),
+    "entropy_coef_min": (0.0, "only a constant `entropy_coef` is supported"),
+    "entropy_coef_max": (1.0, "only a constant `entropy_coef` is supported"),
+    "entropy_coef_delta": (0.005, "only a constant `entropy_coef` is supported"),
+    "entropy_target": (0.2, "only a constant `entropy_coef` is supported"),
+    "off_policy_mask_threshold": (None, "it masks sequences by group advantages, which PPO doesn't have"),
+    "use_bias_correction_kl": (True, "PPO's KL is in the reward; choose its estimator with `kl_estimator`"),
+    "sync_ref_model": (False, "PPO's reference is the policy's starting point, for the whole run"),
+    "ref_model_mixup_alpha": (0.6, "PPO's reference is the policy's starting point, for the whole run"),
+    "ref_model_sync_steps": (512, "PPO's reference is the policy's starting point, for the whole run"),
+    "sapo_temperature_neg": (1.05, "it belongs to `loss_type='sapo'`"),
+    "sapo_temperature_pos": (1.0, "it belongs to `loss_type='sapo'`"),
+    "vespo_k_pos": (2.0, "it belongs to `loss_type='vespo'`"),
+    "vespo_lambda_pos": (3.0, "it belongs to `loss_type='vespo'`"),
+    "vespo_k_neg": (3.0, "it belongs to `loss_type='vespo'`"),
+    "vespo_lambda_neg": (2.0, "it belongs to `loss_type='vespo'`"),
+    "router_aux_loss_coef": (None, "the load-balancing loss of mixture-of-experts models is not part of PPO's loss"),
+}
+
+
+class _One(int):
+    """The integer 1, but not below 2: gets `num_generations=1` past GRPOConfig's check for groups of two and more."""
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+
+@dataclass
+class PPOConfig(GRPOConfig):
+    """
+    Arguments of [`PPOTrainer`]. Everything `trl.GRPOConfig` takes is accepted, but for the options in `REFUSED`; what
+    is listed here is added, or has another default.
+
+    A *rollout* is `generation_batch_size = per_device_train_batch_size * world size * steps_per_generation`
+    completions. It is optimized in `num_iterations` epochs of `steps_per_generation / gradient_accumulation_steps`
+    mini-batches, each one optimizer step. `logging_steps`, `eval_steps` and `save_steps` count rollouts.
+
+    Args:
+        beta (`float`, defaults to `0.05`): KL coefficient in the reward, the start value where a controller changes
+            it. The reference is kept at 0, too, so that KL is measured.
+        kl_estimator (`str`, defaults to `"k1"`): `"k1"`, `"k2"` or `"k3"`, see [`kl_estimate`].
+        num_generations (`int`, defaults to `1`): completions a prompt.
+        num_iterations (`int`, defaults to `4`): PPO epochs over a rollout.
+        steps_per_generation (`int`, *optional*): micro-batches a rollout; unset (and `generation_batch_size` unset)
+            it is 4 mini-batches, `4 * gradient_accumulation_steps`.
+        total_episodes (`int`, *optional*): budget in completions; sets `max_steps` to the number of optimizer steps of
+            the rollouts needed for it, rounded up.
+        epsilon (`float`, defaults to `0.2`): clip range of the policy's ratio; `epsilon_high` makes it asymmetric.
+        delta (`float`, *optional*): upper bound of the ratio in the unclipped term (dual clip).
+        cliprange_value (`float`, defaults to `0.2`): clip range of the value around the rollout's value.
+        vf_coef (`float`, defaults to `0.1`): weight of the value loss.
+        gamma (`float`, defaults to `1.0`), lam (`float`, defaults to `0.95`): discount and lambda of GAE.
+        whiten_rewards (`bool`, defaults to `False`): scale the KL-shaped rewards to variance 1 (the mean is kept).
+        missing_eos_penalty (`float`, *optional*): positive number subtracted from the score of a completion that does
+            not end with an EOS token.
+        entropy_coef (`float`, defaults to `0.0`): weight of the entropy bonus (mean over the tokens of a mini-batch).
+        critic (`str`, defaults to `"head"`): `"head"` is a value head on the policy's last hidden states.
+        critic_detach (`bool`, defaults to `False`): stop the value loss's gradient at the head.
+        head_init (`str`, defaults to `"zero"`): initial weights of the value head: `"zero"`
+            (openai/lm-human-preferences) or `"normal"` with std 1/sqrt(d + 1) (arXiv 2403.17031). The bias is 0.
+        max_invalid_fraction (`float`, defaults to `0.1`): completions whose reward is NaN or infinite are left out of
+            loss, whitening and metrics and counted in `objective/invalid_rewards`; more than this share of a rollout
+            stops the run.
+        disable_dropout (`bool`, defaults to `True`), adam_epsilon (`float`, defaults to `1e-5`), temperature
+            (`float`, defaults to `1.0`): PPO's usual values.
+
+    Raises:
+        ValueError: at an option PPO has no use for, batch sizes that don't divide, or a value out of range.
+    """
+
+    beta: float = field(default=0.05, metadata={"help": "KL coefficient in the reward."})
+    num_generations: int | None = field(default=1, metadata={"help": "Completions a prompt."})
+    num_iterations: int = field(default=4, metadata={"help": "PPO epochs over a rollout."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Whether to disable dropout in the models."})
+    adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of AdamW."})
+    scale_rewards: str = field(default="none", metadata={"help": "Held to 'none': PPO has no groups."})
+    kl_estimator: str = field(default="k1", metadata={"help": "Per-token KL estimator: 'k1', 'k2' or 'k3'."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount factor."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "Clip range of the value function."})
+    whiten_rewards: bool = field(default=False, metadata={"help": "Whether to whiten the KL-shaped rewards."})
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Positive number subtracted from the score of a completion without EOS."}
+    )
+    total_episodes: int | None = field(default=None, metadata={"help": "Budget of the run in completions."})
+    critic: str = field(default="head", metadata={"help": "Kind of critic: 'head'."})
+    critic_detach: bool = field(
+        default=False, metadata={"help": "Whether the value loss's gradient stops at the value head."}
+    )
+    head_init: str = field(default="zero", metadata={"help": "Initial weights of the value head: 'zero' or 'normal'."})
+    max_invalid_fraction: float = field(
+        default=0.1, metadata={"help": "Largest share of NaN or infinite rewards in a rollout before the run stops."}
+    )
+
+    def __post_init__(self):
+        if self.steps_per_generation is None and self.generation_batch_size is None:
+            self.steps_per_generation = 4 * self.gradient_accumulation_steps
+        num_generations, num_generations_eval = self.num_generations, self.num_generations_eval
+        if num_generations == 1:
+            self.num_generations = _One(1)
+        super().__post_init__()
+        self.num_generations, self.num_generations_eval = num_generations, num_generations_eval
+        if self.reward_weights is not None:
+            self.reward_weights = [float(weight) for weight in self.reward_weights]
+        self._check_values()
+        if self.total_episodes is not None:
+            rollouts = math.ceil(self.total_episodes / self.generation_batch_size)
+            self.max_steps = rollouts * self.steps_per_rollout
+
+    @property
+    def num_mini_batches(self) -> int:
+        """Optimizer steps in one epoch over a rollout."""
+        return self.steps_per_generation // self.gradient_accumulation_steps
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps from one rollout to the next: epochs x mini-batches."""
+        return self.num_iterations * self.num_mini_batches
+
+    def _check_values(self):
+        for name, (held, reason) in REFUSED.items():
+            if getattr(self, name) != held:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` has no place in PPO: {reason}. Leave `{name}` at {held!r}."
+                )
+        if self.steps_per_generation % self.gradient_accumulation_steps != 0:
+            raise ValueError(
+                f"A rollout of {self.steps_per_generation} micro-batches (`steps_per_generation`) can't be split into "
+                f"mini-batches of {self.gradient_accumulation_steps} (`gradient_accumulation_steps`). Set "
+                "`steps_per_generation` to a multiple of `gradient_accumulation_steps`."
+            )
+        choices = {"kl_estimator": ("k1", "k2", "k3"), "critic": ("head",), "head_init": ("zero", "normal")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                options = ", ".join(repr(option) for option in allowed)
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}. Use one of {options}.")
+        at_least_zero = ("beta", "vf_coef", "cliprange_value", "entropy_coef", "missing_eos_penalty")
+        for name in at_least_zero:
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. Set it to 0 or more.")
+        for name in ("gamma", "lam", "max_invalid_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. Set it to a number from 0 to 1.")
+        if self.total_episodes is not None and self.total_episodes < 1:
+            raise ValueError(f"`total_episodes` is {self.total_episodes}. Set it to 1 or more.")
+
+
+def added_fields() -> list[str]:
+    """Names of the arguments that PPO adds to `trl.GRPOConfig`."""
+    inherited = {f.name for f in fields(GRPOConfig)}
+    return [f.name for f in fields(PPOConfig) if f.name not in inherited]

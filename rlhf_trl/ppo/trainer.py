@@ -1,0 +1,579 @@
+"""
+`PPOTrainer`: proximal policy optimization on `trl.GRPOTrainer`, which owns prompts, generation, rewards, the reference
+model, checkpoints and distributed training. Added here: a critic, KL-shaped per-token rewards, GAE, and PPO's loss.
+
+The methods with a leading underscore override private ones of TRL 1.16; `tests/test_ppo_update.py` holds that seam by
+comparing a whole update with plain PyTorch.
+"""
+
+import logging
+import math
+import os
+import random
+import shutil
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model, set_seed
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
+from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler, get_callable_name, is_async_callable
+
+from ..rewards import ModelReward
+from .advantages import (
+    explained_variance,
+    gae,
+    kl_estimate,
+    masked_mean,
+    masked_whiten,
+    policy_losses,
+    token_rewards,
+    value_losses,
+)
+from .config import PPOConfig
+from .critic import VALUE_HEAD, add_value_head, count_positions_from_mask
+
+logger = logging.getLogger(__name__)
+
+CRITIC_FILE = "critic.safetensors"
+
+
+@contextmanager
+def preserved_rng_state() -> Iterator[None]:
+    """Leave the random states of Python, NumPy and torch (CPU and GPU) as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def permutation(n: int, *key: int) -> Tensor:
+    """A permutation of 0 to n - 1 that depends on nothing but the integers of `key`. Shape (n,)."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's `RepeatSampler` whose order comes from (seed, epoch), so that a resumed epoch is the one that was left."""
+
+    def __init__(self, *args, epoch: Callable[[], int], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.shuffle:
+            seed = int(np.random.SeedSequence([self.seed or 0, self.epoch()]).generate_state(1)[0])
+            self.generator.manual_seed(seed)
+        return super().__iter__()
+
+
+class CountInRollouts(TrainerCallback):
+    """Log, evaluate and save every so many rollouts: in between, a rollout is half-way through its optimization."""
+
+    def __init__(self, steps_per_rollout: int):
+        self.steps_per_rollout = steps_per_rollout
+
+    def on_step_end(self, args, state, control, **kwargs):
+        rollouts, within = divmod(state.global_step, self.steps_per_rollout)
+
+        def due(strategy, given, steps) -> bool:
+            if strategy != IntervalStrategy.STEPS or within or not steps:
+                return False
+            every = int(steps) if given >= 1 else math.ceil(steps / self.steps_per_rollout)
+            return rollouts % every == 0
+
+        control.should_log = due(args.logging_strategy, args.logging_steps, state.logging_steps)
+        if args.logging_first_step and state.global_step == self.steps_per_rollout:
+            control.should_log = True
+        control.should_evaluate = due(args.eval_strategy, args.eval_steps or 0, state.eval_steps)
+        if args.eval_delay and rollouts < args.eval_delay:
+            control.should_evaluate = False
+        if state.global_step < state.max_steps:
+            control.should_save = due(args.save_strategy, args.save_steps, state.save_steps)
+        elif args.logging_strategy == IntervalStrategy.STEPS:  # what the last rollouts gave isn't lost
+            control.should_log = True
+
+
+class PPOTrainer(GRPOTrainer):
+    """
+    Trainer for proximal policy optimization from a learned or programmed reward (arXiv 1707.06347, 1909.08593,
+    2203.02155).
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`): the policy. The reference is this very starting point: a
+            frozen copy of a full model or of the adapter it starts from, or the base under a fresh adapter.
+        reward_funcs: one or several of: a path of a reward model (scored on the generated ids, see
+            `rlhf_trl.rewards.ModelReward`), a `PreTrainedModel` for sequence classification, or a callable with TRL's
+            signature `(prompts, completions, completion_ids, **columns) -> list[float | None]`. None means that a
+            function doesn't apply to a row; NaN or infinity leaves the row out.
+        args ([`PPOConfig`], *optional*): the arguments.
+        train_dataset (`Dataset`): rows with a `prompt`, text or chat messages; the rewards get the other columns.
+        eval_dataset (*optional*): held-out prompts; evaluation logs their raw score, KL, length and EOS rate.
+        **kwargs: what `trl.GRPOTrainer` takes besides (`processing_class`, `callbacks`, `peft_config`, ...).
+
+    Attributes:
+        beta (`float`): the KL coefficient of the next rollout. A KL controller writes it between rollouts.
+        last_rollout (`dict`): `kl` (mean over sequences of the summed k1, in nats) and `num_sequences` of the rollout
+            just made, on every rank alike.
+
+    Raises:
+        ValueError: no reward, fewer prompts than a rollout holds, images in the data, dropout in an adapter.
+    """
+
+    _tag_names = ["trl", "ppo", "rlhf_trl"]
+    _name = "PPO"
+    _paper = {
+        "title": "Fine-Tuning Language Models from Human Preferences",
+        "id": "1909.08593",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{ziegler2019finetuning,
+                title        = {{Fine-Tuning Language Models from Human Preferences}},
+                author       = {Daniel M. Ziegler and Nisan Stiennon and Jeffrey Wu and Tom B. Brown and Alec Radford and Dario Amodei and Paul Christiano and Geoffrey Irving},
+                year         = 2019,
+                eprint       = {arXiv:1909.08593},
+            }"""),  # noqa: E501
+    }
+
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args: PPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset=None,
+        **kwargs,
+    ):
+        if args is None:
+            args = PPOConfig("ppo")
+        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
+        if not reward_funcs:
+            raise ValueError("PPO needs a reward. Pass at least one of `reward_funcs`.")
+        _check_dataset(train_dataset, args)
+        _check_adapter_dropout(model, kwargs.get("peft_config"), args)
+
+        # GRPOTrainer keeps no reference at beta 0; PPO always measures KL.
+        beta, args.beta = args.beta, args.beta or 1.0
+        try:
+            super().__init__(
+                model,
+                reward_funcs=[self._as_reward(func, kwargs.get("processing_class")) for func in reward_funcs],
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                **kwargs,
+            )
+        finally:
+            args.beta = beta
+        self.beta = beta
+
+        policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        for scored in [policy] if self.ref_model is None else [policy, self.accelerator.unwrap_model(self.ref_model)]:
+            count_positions_from_mask(scored)
+        with preserved_rng_state():  # the same head on every rank
+            set_seed(args.seed)
+            add_value_head(policy, init=args.head_init, detach=args.critic_detach)
+        for name, parameter in self.model.named_parameters():
+            if ".ref." in name:
+                parameter.requires_grad_(False)
+        if self.use_vllm:
+            named_params = self.vllm_generation._iter_named_params
+            self.vllm_generation._iter_named_params = lambda: (
+                (name, parameter) for name, parameter in named_params() if VALUE_HEAD not in name
+            )
+
+        self.last_rollout: dict[str, float] = {}
+        self._rollout: dict[str, Tensor] | None = None
+        self._rewards_per_func: Tensor | None = None
+        self._invalid: Tensor | None = None
+        self._forward_values: list[Tensor | None] = []
+        self._update_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
+        self._eval_rows: dict[str, list[Tensor]] = defaultdict(list)
+        # right after the stock flow callback, so that any other callback can still ask for a log or a save
+        self.callback_handler.callbacks.insert(1, CountInRollouts(args.steps_per_rollout))
+
+    # ---- Rewards ----
+
+    @staticmethod
+    def _as_reward(func, tokenizer) -> Callable:
+        """Reward models become callables that score the generated ids; NaN of a callable is told apart from None."""
+        if isinstance(func, (str, PreTrainedModel)):
+            func = ModelReward(func)
+        if isinstance(func, ModelReward) and tokenizer is not None:
+            func.bind(tokenizer)
+        name = get_callable_name(func)
+
+        def marked(values):
+            # TRL writes None as NaN. A reward that is NaN itself travels as infinity until `_calculate_rewards`.
+            return [v if v is None or math.isfinite(v) else math.inf for v in values]
+
+        if is_async_callable(func):
+
+            async def reward(*args, **kwargs):
+                return marked(await func(*args, **kwargs))
+        else:
+
+            def reward(*args, **kwargs):
+                return marked(func(*args, **kwargs))
+
+        reward.__name__ = name
+        return reward
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (N, functions)
+        invalid = torch.isinf(rewards)
+        self._invalid = invalid.any(dim=1)
+        if invalid.any():
+            rows, columns = invalid.nonzero(as_tuple=True)
+            where = ", ".join(
+                f"row {row} of `{self.reward_func_names[column]}`"
+                for row, column in list(zip(rows.tolist(), columns.tolist(), strict=True))[:5]
+            )
+            message = (
+                f"{int(self._invalid.sum())} of {len(rewards)} completions got a NaN or infinite reward ({where})."
+            )
+            if self._invalid.float().mean() > self.args.max_invalid_fraction:
+                raise ValueError(
+                    f"{message} That is more than `max_invalid_fraction={self.args.max_invalid_fraction}`. Mend the "
+                    "reward function, or let it return None where it doesn't apply."
+                )
+            if self.accelerator.is_main_process:
+                logger.warning("%s They are left out of this update.", message)
+            rewards = rewards.masked_fill(invalid, torch.nan)
+        self._rewards_per_func = rewards
+        return rewards
+
+    # ---- Rollout ----
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
+        dataset = self.train_dataset if dataset is None else dataset
+        prompts_per_rollout = self.args.generation_batch_size // self.num_generations
+        steps_per_epoch = len(dataset) // prompts_per_rollout * self.args.steps_per_rollout
+        return EpochSampler(
+            data_source=dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=prompts_per_rollout,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+            epoch=lambda: self.state.global_step // steps_per_epoch,
+        )
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        # TRL's chunked pass, with the values of each chunk kept: one forward for log-probabilities and values
+        values = []
+
+        def forward(**inputs):
+            output = model(**inputs)
+            values.append(output.get("value_preds"))
+            return output
+
+        result = super()._get_per_token_logps_and_entropies(forward, *args, **kwargs)
+        width = result[0].size(1)
+        self._forward_values.append(None if values[0] is None else torch.cat(values)[:, -width:])
+        return result
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        mode = "train" if self.model.training else "eval"
+        self._forward_values.clear()
+        coefficient, self.beta = self.beta, self.beta or 1.0  # TRL skips the reference at 0
+        try:
+            rollout = super()._generate_and_score_completions(inputs)
+        finally:
+            self.beta = coefficient
+        self._metrics[mode].pop("frac_reward_zero_std", None)  # about groups, which PPO doesn't have
+        values = self._forward_values[0]
+        if "old_per_token_logps" not in rollout:  # TRL skips it when each rollout gets one optimizer step
+            with torch.no_grad():
+                rollout["old_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
+                    self.model,
+                    torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1),
+                    torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1),
+                    rollout["completion_ids"].size(1),
+                    batch_size=self.args.per_device_train_batch_size
+                    if mode == "train"
+                    else self.args.per_device_eval_batch_size,
+                )
+            values = self._forward_values[-1]
+        self._forward_values.clear()
+        rollout["old_values"] = values
+        rollout = {key: rollout[key] for key in _ROLLOUT_KEYS if key in rollout}
+        rollout = self._gather_rollout(rollout)
+        self._score_rollout(rollout, mode)
+        return rollout
+
+    def _gather_rollout(self, rollout: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All ranks' rows on every rank, so that mini-batches and moments don't depend on the number of ranks."""
+        if self.accelerator.num_processes == 1:
+            return rollout
+        for key, value in rollout.items():
+            pad_index = self._tokenizer.pad_token_id if key.endswith("_ids") else 0
+            value = self.accelerator.pad_across_processes(
+                value, dim=1, pad_index=pad_index, pad_first=key.startswith("prompt")
+            )
+            rollout[key] = self.accelerator.gather(value)
+        return rollout
+
+    def _score_rollout(self, rollout: dict[str, Tensor], mode: str):
+        """Add scores, advantages and returns to a rollout of N rows and T tokens, in place, and log its metrics."""
+        completion_mask = rollout["completion_mask"].bool()
+        mask = completion_mask & rollout["tool_mask"].bool() if "tool_mask" in rollout else completion_mask
+        weights = self.reward_weights.to(self._rewards_per_func.device)
+        scores = (self._rewards_per_func * weights).nansum(dim=1)
+        valid = ~self._invalid & ~self._rewards_per_func.isnan().all(dim=1)
+        mask = mask & valid.unsqueeze(1)
+
+        lengths = completion_mask.sum(dim=1)
+        last = rollout["completion_ids"].gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+        ended = torch.isin(last, torch.tensor(self.eos_token_ids, device=last.device)) & (lengths > 0)
+        penalized = scores
+        if self.args.missing_eos_penalty is not None:
+            penalized = scores - self.args.missing_eos_penalty * (~ended).to(scores.dtype)
+
+        old_logp, ref_logp = rollout["old_per_token_logps"], rollout["ref_per_token_logps"]
+        kl = torch.where(mask, kl_estimate(old_logp, ref_logp, "k1"), 0.0).sum(dim=1)
+        per_sequence = {
+            "objective/scores": scores,
+            "objective/kl": kl,
+            "completions/eos_rate": ended.float(),
+            "completions/mean_length": lengths.float(),
+        }
+        if mode == "eval":
+            for key, value in per_sequence.items():
+                self._eval_rows[key].append(value[valid])
+            return
+
+        token_kl = kl_estimate(old_logp, ref_logp, self.args.kl_estimator)
+        rewards = token_rewards(penalized, token_kl, mask, self.beta)
+        if self.args.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, shift_mean=False)
+        values = rollout.pop("old_values")
+        advantages, returns = gae(rewards, values, mask, self.args.gamma, self.args.lam)
+        rollout["advantages"] = masked_whiten(advantages, mask)
+        rollout["returns"] = returns
+        rollout["old_values"] = values
+        rollout["mask"] = mask
+
+        count = valid.sum().clamp(min=1)
+        mean = {key: (value * valid).sum() / count for key, value in per_sequence.items()}
+        self.last_rollout = {"kl": mean["objective/kl"].item(), "num_sequences": int(valid.sum())}
+        metrics = mean | {
+            "objective/scores_std": scores[valid].std(unbiased=False),
+            "objective/kl_per_token": masked_mean(kl_estimate(old_logp, ref_logp, "k1"), mask),
+            "objective/rlhf_reward": ((penalized - self.beta * (token_kl * mask).sum(dim=1)) * valid).sum() / count,
+            "objective/kl_coef": torch.tensor(float(self.beta)),
+            "objective/invalid_rewards": self._invalid.sum(),
+            "value/mean": masked_mean(values, mask),
+            "value/explained_variance": explained_variance(values, returns, mask),
+            "returns/mean": masked_mean(returns, mask),
+            "episodes": torch.tensor(float(self._rollout_index + 1) * self.args.generation_batch_size),
+        }
+        metrics.pop("completions/mean_length")  # TRL has logged it
+        for key, value in metrics.items():
+            self._metrics[mode][key].append(value.item())
+
+    @property
+    def _rollout_index(self) -> int:
+        return self.state.global_step // self.args.steps_per_rollout
+
+    # ---- Mini-batches ----
+
+    def _prepare_inputs(self, generation_batch):
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        micro_step = self._step % (self.args.steps_per_generation * self.num_iterations)
+        if micro_step == 0 or self._rollout is None:
+            self._rollout = self._generate_and_score_completions(generation_batch)
+        return self._micro_batch(micro_step)
+
+    def _micro_batch(self, micro_step: int) -> dict[str, Tensor]:
+        """
+        This rank's rows of a micro-batch. The rollout's rows are dealt anew each epoch by (seed, rollout, epoch), over
+        the rows of all ranks, so that their number doesn't change which rows make a mini-batch.
+        """
+        args, ranks = self.args, self.accelerator.num_processes
+        epoch, step = divmod(micro_step, args.steps_per_generation)
+        mini_batch, accumulated = divmod(step, args.gradient_accumulation_steps)
+        micro_rows = args.per_device_train_batch_size * ranks
+        mini_rows = micro_rows * args.gradient_accumulation_steps
+        order = permutation(args.generation_batch_size, args.seed, self._rollout_index, epoch)
+        order = order.to(self._rollout["mask"].device)
+        rows_of_mini_batch = order[mini_batch * mini_rows : (mini_batch + 1) * mini_rows]
+        start = accumulated * micro_rows + self.accelerator.process_index * args.per_device_train_batch_size
+        rows = rows_of_mini_batch[start : start + args.per_device_train_batch_size]
+
+        inputs = {key: value[rows] for key, value in self._rollout.items()}
+        prompt = int(inputs["prompt_mask"].sum(dim=1).max())
+        completion = max(1, int(inputs["completion_mask"].sum(dim=1).max()))
+        inputs = {k: v[:, -prompt:] if k.startswith("prompt") else v[:, :completion] for k, v in inputs.items()}
+        inputs["tokens"] = self._rollout["mask"][rows_of_mini_batch].sum().clamp(min=1)
+        inputs["ends_rollout"] = micro_step + 1 == args.steps_per_generation * self.num_iterations
+        return inputs
+
+    # ---- Loss ----
+
+    def _compute_loss(self, model, inputs):
+        mask = inputs["mask"]
+        self._forward_values.clear()
+        logp, entropy, _ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            mask.size(1),
+            compute_entropy=True,
+        )
+        values = self._forward_values.pop()
+
+        old_logp, old_values = inputs["old_per_token_logps"], inputs["old_values"]
+        policy, policy_clipped = policy_losses(
+            logp, old_logp, inputs["advantages"], self.epsilon_low, self.epsilon_high, self.args.delta
+        )
+        if "importance_sampling_ratio" in inputs:  # vLLM sampled from a slightly different distribution
+            policy = policy * inputs["importance_sampling_ratio"]
+        value, value_clipped = value_losses(values, old_values, inputs["returns"], self.args.cliprange_value)
+
+        # DDP averages gradients over the ranks, and accumulated micro-batches add up: dividing each sum by the tokens
+        # of the global mini-batch makes the update the same however its rows are dealt.
+        def share(x: Tensor) -> Tensor:
+            return torch.where(mask, x, 0.0).sum() / inputs["tokens"]
+
+        loss = share(policy) + self.args.vf_coef * share(value) - self.entropy_coef * share(entropy)
+        with torch.no_grad():
+            self._record_update(
+                {
+                    "policy/loss": share(policy),
+                    "policy/approxkl": share((logp - old_logp).square() / 2),
+                    "policy/clipfrac": share(policy_clipped.float()),
+                    "policy/entropy": share(entropy),
+                    "policy/ratio": share(torch.exp(logp - old_logp)),
+                    "value/loss": share(value),
+                    "value/clipfrac": share(value_clipped.float()),
+                },
+                inputs["ends_rollout"],
+            )
+        return loss * self.accelerator.num_processes
+
+    def _record_update(self, shares: dict[str, Tensor], ends_rollout: bool):
+        """Add a micro-batch's shares of its mini-batch's means; at a rollout's end log the mean over mini-batches."""
+        for key, share in shares.items():
+            self._update_sums[key] += share
+        if not ends_rollout:
+            return
+        sums = self.accelerator.reduce(torch.stack(list(self._update_sums.values())), reduction="sum")
+        for key, total in zip(self._update_sums, sums, strict=True):
+            self._metrics["train"][key].append(total.item() / self.args.steps_per_rollout)
+        self._update_sums.clear()
+
+    # ---- Evaluation ----
+
+    def evaluate(self, *args, **kwargs):
+        """Score held-out prompts, sampled with the run's seed each time, leaving the training's random state alone."""
+        with preserved_rng_state():
+            set_seed(self.args.seed, device_specific=True)
+            return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
+        """Sample and score a batch of held-out prompts. There is no held-out loss: a rollout's loss means nothing."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            self._prepare_inputs(inputs)
+        return None, None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with evaluation metrics as means over all held-out completions."""
+        if not self.model.training:
+            for key, rows in self._eval_rows.items():
+                self._metrics["eval"][key] = [torch.cat(rows).mean().item()]
+            self._eval_rows.clear()
+        super().log(logs, start_time)
+
+    # ---- Checkpoints: the policy's files hold the policy alone, the critic lies beside them ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        if state_dict is None:
+            state_dict = self.accelerator.unwrap_model(self.model).state_dict()
+        marker = f"{VALUE_HEAD}."
+        critic = {k.rpartition(marker)[2]: v for k, v in state_dict.items() if marker in k}
+        super()._save(output_dir, {k: v for k, v in state_dict.items() if marker not in k})
+        if self.args.should_save:
+            save_file({k: v.contiguous() for k, v in critic.items()}, os.path.join(output_dir, CRITIC_FILE))
+            # PEFT saves every adapter; the reference is the starting point and is made again from it
+            shutil.rmtree(os.path.join(output_dir, "ref"), ignore_errors=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = os.path.join(resume_from_checkpoint, CRITIC_FILE)
+        if not os.path.isfile(path):
+            raise ValueError(f"`{resume_from_checkpoint}` has no `{CRITIC_FILE}`. Resume from a checkpoint of PPO.")
+        policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        getattr(policy, VALUE_HEAD).load_state_dict(load_file(path))
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        missing = load_result.missing_keys
+        missing[:] = [key for key in missing if VALUE_HEAD not in key]  # it comes from its own file
+        super()._issue_warnings_after_load(load_result)
+
+
+_ROLLOUT_KEYS = (
+    "prompt_ids",
+    "prompt_mask",
+    "completion_ids",
+    "completion_mask",
+    "tool_mask",
+    "old_per_token_logps",
+    "ref_per_token_logps",
+    "importance_sampling_ratio",
+    "old_values",
+)
+
+
+def _check_dataset(dataset: Dataset | None, args: PPOConfig):
+    if dataset is None:
+        raise ValueError("PPO needs prompts. Pass `train_dataset` with a column `prompt`.")
+    images = {"image", "images"} & set(dataset.column_names or [])
+    if images:
+        raise ValueError(
+            f"The prompts have images (column `{images.pop()}`), and PPO trains on text and chat prompts. Remove the "
+            "column."
+        )
+    if not isinstance(dataset, Dataset):
+        raise ValueError("PPO needs a dataset of known length. Pass a `datasets.Dataset`, not an iterable one.")
+    prompts = args.generation_batch_size // args.num_generations
+    if len(dataset) < prompts:
+        raise ValueError(
+            f"There are {len(dataset)} prompts, fewer than the {prompts} of one rollout. Lower "
+            "`per_device_train_batch_size` or `steps_per_generation`, or give more prompts."
+        )
+    remainder = len(dataset) % prompts
+    if remainder and args.process_index == 0:
+        logger.warning(
+            "An epoch leaves out %d of %d prompts, other ones each time: rollouts take %d.",
+            remainder,
+            len(dataset),
+            prompts,
+        )
+
+
+def _check_adapter_dropout(model, peft_config, args: PPOConfig):
+    configs = (
+        list(model.peft_config.values()) if isinstance(model, PeftModel) else [peft_config] if peft_config else []
+    )
+    dropout = max((getattr(config, "lora_dropout", 0.0) or 0.0 for config in configs), default=0.0)
+    if dropout > 0 and args.disable_dropout:
+        raise ValueError(
+            f"The adapter has a dropout of {dropout}, which `disable_dropout=True` would silently undo. Set the "
+            "adapter's dropout to 0."
+        )

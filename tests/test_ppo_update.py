@@ -1,0 +1,241 @@
+"""One whole PPO update against plain PyTorch, and the promises TRL's last PPO broke."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_trl.ppo import PPOConfig, PPOTrainer
+from rlhf_trl.ppo.trainer import permutation
+from tests.tiny import WORDS, save_model
+
+
+def completion_of(tokenizer, prompt: str, extra: int = 0) -> list[int]:
+    """A completion that depends on the prompt alone: 2 to 6 words, with EOS for most."""
+    generator = torch.Generator().manual_seed(sum(map(ord, prompt)))
+    length = int(torch.randint(2, 7, (1,), generator=generator))
+    words = [WORDS[int(i)] for i in torch.randint(0, len(WORDS), (length,), generator=generator)]
+    ids = tokenizer(" ".join(words))["input_ids"]
+    return ids + ([tokenizer.eos_token_id] if length < 6 else [])
+
+
+def score(completions, **kwargs):
+    return [len(set(c.split())) - 0.3 * len(c.split()) for c in completions]
+
+
+def prompts(n: int) -> Dataset:
+    generator = torch.Generator().manual_seed(3)
+    rows = [
+        " ".join(WORDS[int(j)] for j in torch.randint(0, len(WORDS), (1 + i % 4,), generator=generator))
+        for i in range(n)
+    ]
+    return Dataset.from_dict({"prompt": [f"{row} {WORDS[i % 16]}" for i, row in enumerate(rows)]})
+
+
+class Rollouts:
+    """A `rollout_func` that answers each prompt the same way, and remembers what it was asked."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.calls = []
+
+    def __call__(self, batch, trainer):
+        self.calls.append(list(batch))
+        ids = [completion_of(self.tokenizer, prompt) for prompt in batch]
+        return {
+            "prompt_ids": self.tokenizer(batch)["input_ids"],
+            "completion_ids": ids,
+            "logprobs": [[0.0] * len(row) for row in ids],
+        }
+
+
+def make_trainer(model, tmp_path, data=None, path=None, **kwargs):
+    """A trainer with small sizes; `path` says where the tokenizer is if `model` is no path."""
+    tokenizer = AutoTokenizer.from_pretrained(path or model)
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 2,
+        "num_iterations": 1,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "max_completion_length": 8,
+        "report_to": "none",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "head_init": "normal",
+        "vf_coef": 0.5,
+        "beta": 0.1,
+        "temperature": 0.7,
+        "max_steps": -1,
+        "num_train_epochs": 1,
+    }
+    rollouts = Rollouts(tokenizer)
+    rollout_func = kwargs.pop("rollout_func", rollouts)
+    extra = {k: kwargs.pop(k) for k in ("reward_funcs", "peft_config", "callbacks", "eval_dataset") if k in kwargs}
+    trainer = PPOTrainer(
+        model,
+        args=PPOConfig(str(tmp_path / "run"), **(defaults | kwargs)),
+        train_dataset=data if data is not None else prompts(8),
+        processing_class=tokenizer,
+        rollout_func=rollout_func,
+        **({"reward_funcs": score} | extra),
+    )
+    return trainer, rollouts
+
+
+def forward(model, head, rows, tokenizer, temperature):
+    """Per row: log-probabilities of its completion tokens, entropies, and values before them. No padding anywhere."""
+    out = []
+    for prompt, completion in rows:
+        ids = torch.tensor([prompt + completion])
+        result = model(input_ids=ids, output_hidden_states=True)
+        logits = result.logits[0, len(prompt) - 1 : -1] / temperature
+        values = head(result.hidden_states[-1][0, len(prompt) - 1 : -1]).squeeze(-1)
+        logp_all = logits.log_softmax(-1)
+        logp = logp_all.gather(1, torch.tensor(completion).unsqueeze(1)).squeeze(1)
+        out.append((logp, -(logp_all.exp() * logp_all).sum(-1), values))
+    return out
+
+
+def reference_ppo(path, head_state, asked, args, tokenizer):
+    """PPO as the papers have it, row by row, over the given rollouts. Returns the trained state dict and metrics."""
+    policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    head = torch.nn.Linear(policy.config.hidden_size, 1)
+    head.load_state_dict(head_state)
+    parameters = [*policy.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
+    norms, kls = [], []
+    for index, batch in enumerate(asked):
+        rows = [(tokenizer(p)["input_ids"], completion_of(tokenizer, p)) for p in batch]
+        with torch.no_grad():
+            old = forward(policy, head, rows, tokenizer, args.temperature)
+            ref = forward(reference, head, rows, tokenizer, args.temperature)
+        scores = score([tokenizer.decode(c, skip_special_tokens=True) for _, c in rows])
+        advantages, returns = [], []
+        for (_, completion), (logp, _, values), (ref_logp, _, _), s in zip(rows, old, ref, scores, strict=True):
+            if args.missing_eos_penalty and completion[-1] != tokenizer.eos_token_id:
+                s -= args.missing_eos_penalty
+            d = logp - ref_logp
+            kl = {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[args.kl_estimator]
+            reward = -args.beta * kl
+            reward[-1] += s
+            advantage = torch.zeros_like(reward)
+            carried = next_value = 0.0
+            for t in reversed(range(len(reward))):
+                delta = reward[t] + args.gamma * next_value - values[t]
+                carried = delta + args.gamma * args.lam * carried
+                advantage[t], next_value = carried, values[t]
+            advantages.append(advantage)
+            returns.append(advantage + values)
+        kls.append(sum((o[0] - r[0]).sum().item() for o, r in zip(old, ref, strict=True)) / len(rows))
+        flat = torch.cat(advantages)
+        mean, std = flat.mean(), torch.sqrt(flat.var(unbiased=False) + 1e-8)
+        advantages = [(a - mean) / std for a in advantages]
+        size = len(rows) // args.num_mini_batches
+        for epoch in range(args.num_iterations):
+            order = permutation(len(rows), args.seed, index, epoch).tolist()
+            for start in range(0, len(rows), size):
+                chosen = order[start : start + size]
+                new = forward(policy, head, [rows[i] for i in chosen], tokenizer, args.temperature)
+                tokens = sum(len(rows[i][1]) for i in chosen)
+                loss = 0.0
+                for (logp, _, values), i in zip(new, chosen, strict=True):
+                    ratio = torch.exp(logp - old[i][0])
+                    a, r, old_v = advantages[i], returns[i], old[i][2]
+                    surrogate = torch.min(ratio * a, ratio.clamp(1 - args.epsilon, 1 + args.epsilon) * a)
+                    clipped = old_v + (values - old_v).clamp(-args.cliprange_value, args.cliprange_value)
+                    value = 0.5 * torch.max((values - r) ** 2, (clipped - r) ** 2)
+                    loss = loss + (-surrogate + args.vf_coef * value).sum() / tokens
+                optimizer.zero_grad()
+                loss.backward()
+                norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
+                optimizer.step()
+    return policy.state_dict() | {f"value_head.{k}": v for k, v in head.state_dict().items()}, norms, kls
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_iterations": 3, "kl_estimator": "k3", "gamma": 0.9, "missing_eos_penalty": 1.0},
+        {"num_iterations": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 2, "kl_estimator": "k2"},
+        {"per_device_train_batch_size": 8, "steps_per_generation": 1, "max_grad_norm": 0.1},
+    ],
+    ids=["two mini-batches", "epochs", "accumulation", "one mini-batch, clipped"],
+)
+def test_one_update_equals_plain_pytorch(tmp_path, options):
+    path = save_model(tmp_path / "model")
+    trainer, rollouts = make_trainer(path, tmp_path, data=prompts(16), **options)
+    head = {k: v.clone() for k, v in trainer.model.value_head.state_dict().items()}
+    trainer.train()
+    assert len(rollouts.calls) == 16 // trainer.args.generation_batch_size
+
+    expected, _, kls = reference_ppo(path, head, rollouts.calls, trainer.args, trainer.processing_class)
+    actual = trainer.model.state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    start = AutoModelForCausalLM.from_pretrained(path).state_dict()
+    assert not torch.allclose(actual["model.norm.weight"], start["model.norm.weight"], atol=1e-4)
+    logged = [entry["objective/kl"] for entry in trainer.state.log_history if "objective/kl" in entry]
+    assert logged == pytest.approx(kls, abs=1e-4)
+
+
+def test_optimizer_steps_per_rollout_are_epochs_times_mini_batches(tmp_path):
+    path = save_model(tmp_path / "model")
+    trainer, rollouts = make_trainer(
+        path,
+        tmp_path,
+        data=prompts(32),
+        num_iterations=3,
+        steps_per_generation=8,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        total_episodes=20,
+    )
+    assert trainer.args.num_mini_batches == 4
+    trainer.train()
+    assert len(rollouts.calls) == 2  # 20 episodes in rollouts of 16
+    assert trainer.state.global_step == 2 * 3 * 4
+    logged = [entry for entry in trainer.state.log_history if "episodes" in entry]
+    assert [entry["episodes"] for entry in logged] == [16, 32]
+
+
+def test_max_grad_norm_acts(tmp_path):
+    path = save_model(tmp_path / "model")
+    options = {"optim": "sgd", "learning_rate": 1.0, "num_iterations": 1, "steps_per_generation": 1}
+    moved = {}
+    for limit in (1e-3, 1e9):
+        trainer, _ = make_trainer(path, tmp_path, data=prompts(4), max_grad_norm=limit, **options)
+        before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+        trainer.train()
+        after = trainer.model.state_dict()
+        moved[limit] = math.sqrt(sum(((after[k] - before[k]) ** 2).sum().item() for k in before))
+    assert moved[1e-3] == pytest.approx(1e-3, rel=1e-3)
+    assert moved[1e9] > 0.01
+
+
+def test_extra_padding_and_pad_equal_to_eos_change_nothing(tmp_path):
+    results = []
+    for folder, options, pad_is_eos in (
+        ("plain", {}, False),
+        ("padded", {"pad_to_multiple_of": 16}, False),
+        ("pad_is_eos", {}, True),
+    ):
+        path = save_model(tmp_path / folder, pad_is_eos=pad_is_eos)
+        trainer, _ = make_trainer(path, tmp_path, num_iterations=2, **options)
+        trainer.train()
+        entry = next(e for e in trainer.state.log_history if "objective/kl" in e)
+        results.append((trainer.model.state_dict(), entry))
+    plain, entry = results[0]
+    for state, other in results[1:]:
+        for name, value in plain.items():
+            torch.testing.assert_close(state[name], value, atol=1e-5, rtol=1e-5)
+        for key in ("objective/kl", "objective/scores", "completions/eos_rate", "value/loss", "policy/entropy"):
+            assert other[key] == pytest.approx(entry[key], abs=1e-5)

@@ -1,0 +1,49 @@
+"""A tiny Llama and a word-level tokenizer, made on the fly, for tests of the trainers."""
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = "a b c d e f g h i j k l m n o p".split()
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}<user> {{ message['content'] }} "
+    "{% else %}<assistant> {{ message['content'] }} <eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def make_tokenizer(pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
+    special = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
+    vocab = {word: i for i, word in enumerate(special + WORDS)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<eos>" if pad_is_eos else "<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<user>", "<assistant>"],
+        padding_side="left",
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def save_model(path, pad_is_eos: bool = False, seed: int = 0, **config) -> str:
+    """Write a randomly initialised Llama and its tokenizer to `path`, and return it as a string."""
+    tokenizer = make_tokenizer(pad_is_eos)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2} | config
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+            initializer_range=0.3,  # wide, so that log-probabilities differ from token to token
+            **sizes,
+        )
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id  # set now: the constructor would zero its embedding
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
