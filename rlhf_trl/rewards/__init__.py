@@ -1,0 +1,210 @@
+"""
+Rewards for PPO, GRPO and RLOO: callables with TRL's signature
+`(prompts, completions, completion_ids, **columns) -> list[float | None]`, each with a `__name__` and a `weight`.
+"""
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+from hydra.utils import get_method
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.tokens import prompt_ids, row_ids
+
+
+class Reward:
+    """
+    What every reward has: a name for the logs, a weight in the sum, and `bind`.
+
+    Args:
+        name (`str`): the name under which the reward is logged.
+        weight (`float`): its factor in the sum of all rewards.
+    """
+
+    def __init__(self, name: str, weight: float = 1.0):
+        self.__name__ = name
+        self.weight = float(weight)
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Tell the reward which tokenizer made the `completion_ids` it will be given."""
+
+
+class FunctionReward(Reward):
+    """
+    A Python function as reward.
+
+    Args:
+        function (`str` or callable): the function, or its dot path (`my_package.my_module.my_reward`), sync or async.
+            It is called with `prompts`, `completions`, `completion_ids` and the dataset's other columns as lists, as
+            far as its signature takes them, and returns one number a completion, or None where it doesn't apply.
+        kwargs (`dict`, *optional*): further arguments of the function.
+        weight (`float`), name (`str`, *optional*, defaults to the function's name): see [`Reward`].
+
+    Raises:
+        ValueError: when called, if the function returns a wrong number of values or something that isn't a number.
+    """
+
+    def __init__(
+        self,
+        function: str | Callable,
+        kwargs: dict[str, Any] | None = None,
+        weight: float = 1.0,
+        name: str | None = None,
+    ):
+        self.function = get_method(function) if isinstance(function, str) else function
+        super().__init__(name or getattr(self.function, "__name__", type(self.function).__name__), weight)
+        self.kwargs = dict(kwargs or {})
+        parameters = inspect.signature(self.function).parameters.values()
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._takes = {p.name for p in parameters}
+
+    def __call__(self, prompts: list, completions: list, **columns) -> list[float | None]:
+        """Rewards of the completions, one each. `prompts` and `completions` are texts or chat messages."""
+        given = {"prompts": prompts, "completions": completions, **columns, **self.kwargs}
+        if not self._takes_all:
+            given = {key: value for key, value in given.items() if key in self._takes}
+        values = self.function(**given)
+        if inspect.isawaitable(values):
+            values = asyncio.run(_await(values))
+        if isinstance(values, Tensor):
+            values = values.tolist()
+        return self._checked(values, len(completions))
+
+    def _checked(self, values, expected: int) -> list[float | None]:
+        if not hasattr(values, "__len__") or isinstance(values, (str, dict)):
+            raise ValueError(
+                f"The reward function `{self.__name__}` returned {type(values).__name__}. Return a list with one "
+                "number (or None) for each completion."
+            )
+        if len(values) != expected:
+            raise ValueError(
+                f"The reward function `{self.__name__}` returned {len(values)} values for {expected} completions. "
+                "Return one number (or None) for each completion."
+            )
+        for row, value in enumerate(values):
+            if value is not None and not isinstance(value, Real) and not hasattr(value, "item"):
+                raise ValueError(
+                    f"The reward function `{self.__name__}` returned {value!r} for completion {row}. Return a number, "
+                    "or None where the function doesn't apply."
+                )
+        return [None if value is None else float(value) for value in values]
+
+
+class FiniteReward(Reward):
+    """
+    A reward for trainers that would count NaN as "not applicable" and choke on infinity (TRL's GRPO and RLOO): a NaN
+    or infinite value is an error there. `PPOTrainer` leaves such rows out and counts them instead.
+    """
+
+    def __init__(self, reward: Reward):
+        super().__init__(reward.__name__, reward.weight)
+        self.reward = reward
+
+    def __call__(self, prompts: list, completions: list, **columns) -> list[float | None]:
+        """The wrapped reward's values."""
+        values = self.reward(prompts, completions, **columns)
+        for row, value in enumerate(values):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(
+                    f"The reward `{self.__name__}` is {value} for completion {row}: {str(completions[row])[:200]!r}. "
+                    "Mend it, or let it return None where it doesn't apply."
+                )
+        return values
+
+
+async def _await(values):
+    return await values
+
+
+class ModelReward(Reward):
+    """
+    A reward model: a sequence classifier with one output, full or as an adapter on its base.
+
+    With the policy's tokenizer (see `bind`) it scores the generated ids themselves, EOS included if and only if it was
+    generated; with another one, the text built as in its own training (`rlhf_trl.data.tokens.row_ids`). So a
+    completion scores what RewardTrainer gives the same row.
+
+    Args:
+        path (`str` or `PreTrainedModel`): directory, hub id, or a loaded model whose config names its tokenizer.
+        weight (`float`), name (`str`, defaults to `"reward_model"`): see [`Reward`].
+        batch_size (`int`): completions scored at a time.
+        dtype (`str`, *optional*): such as `"bfloat16"`; float32 when unset.
+        trust_remote_code (`bool`): for hub models with code of their own.
+    """
+
+    def __init__(
+        self,
+        path: str | PreTrainedModel,
+        weight: float = 1.0,
+        name: str = "reward_model",
+        batch_size: int = 32,
+        dtype: str | None = None,
+        trust_remote_code: bool = False,
+    ):
+        from accelerate import PartialState
+
+        from ..models import load_reward_model
+
+        super().__init__(name, weight)
+        if isinstance(path, str):
+            self.model = load_reward_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        else:
+            self.model = path
+            self.tokenizer = AutoTokenizer.from_pretrained(path.config._name_or_path)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        # The score is read at the last token that isn't this one
+        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        self.model.requires_grad_(False).eval().to(PartialState().device)
+        self.batch_size = batch_size
+        self._policy_tokenizer: PreTrainedTokenizerBase | None = None
+        self._same_tokenizer = False
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Ids are scored as they are if `tokenizer` maps text to the same ids as the reward model's own."""
+        self._policy_tokenizer = tokenizer
+        self._same_tokenizer = tokenizer is not None and tokenizer.get_vocab() == self.tokenizer.get_vocab()
+
+    def __call__(self, prompts: list, completions: list, completion_ids: list[list[int]], **columns) -> list[float]:
+        """Scores of the completions, one each."""
+        return self.score_ids(self._rows(prompts, completions, completion_ids))
+
+    def _rows(self, prompts: list, completions: list, completion_ids: list[list[int]]) -> list[list[int]]:
+        if self._same_tokenizer:
+            # ids are the model's own words; decoding them and tokenizing again would lose EOS and could differ
+            return [
+                prompt_ids(self._policy_tokenizer, prompt) + list(ids)
+                for prompt, ids in zip(prompts, completion_ids, strict=True)
+            ]
+        ends = None if self._policy_tokenizer is None else self._policy_tokenizer.eos_token_id
+        return [
+            row_ids(self.tokenizer, prompt, completion, eos=ends is None or (len(ids) > 0 and ids[-1] == ends))
+            for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def score_ids(self, rows: list[list[int]]) -> list[float]:
+        """Scores of token rows, each prompt and completion together, one each."""
+        device, pad = self.model.device, self.tokenizer.pad_token_id
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: less padding
+        scores: list[float] = [0.0] * len(rows)
+        for start in range(0, len(order), self.batch_size):
+            chunk = order[start : start + self.batch_size]
+            width = max(len(rows[i]) for i in chunk)
+            ids = torch.tensor([rows[i] + [pad] * (width - len(rows[i])) for i in chunk], device=device)
+            lengths = torch.tensor([len(rows[i]) for i in chunk], device=device)
+            mask = (torch.arange(width, device=device) < lengths.unsqueeze(1)).long()
+            logits = self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
+            for i, score in zip(chunk, logits.tolist(), strict=True):
+                scores[i] = score
+        return scores
+
+
+__all__ = ["FiniteReward", "FunctionReward", "ModelReward", "Reward"]
