@@ -1,0 +1,222 @@
+"""
+Local files and hub datasets, options of the `data` group.
+
+Each gives a `DatasetDict` with `train` and, unless there is none, `eval`, in the form that the stage asks for. Every
+row is checked, nothing is left out without being counted and said.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from rlhf_trl.data import forms
+from rlhf_trl.data.read import Row, read_file, resolve_paths
+from rlhf_trl.data.reader import BATCH_ROWS, Problems, Reader, concatenate
+from rlhf_trl.data.splits import limit, prompt_keys, split
+from rlhf_trl.data.words import count_of, did_you_mean, names_of, say
+from rlhf_trl.errors import ConfigError, DataError
+
+
+def load_files(
+    form: str,
+    seed: int,
+    paths: str | list[str],
+    eval_paths: str | list[str] | None = None,
+    **options,
+):
+    """
+    A `DatasetDict` from local files: .jsonl, .json, .csv, .parquet, the first three also as .gz.
+
+    Args:
+        form (`str`): `prompt_completion`, `preference`, `unpaired` or `prompt`: what the stage trains on.
+        seed (`int`): decides the split and which rows a limit keeps.
+        paths (`str` or `list[str]`): files or globs for training, relative to the working directory.
+        eval_paths (`str` or `list[str]`, *optional*): files for evaluation; without them `eval_size` is split off.
+        **options: what `build` takes: `format`, `columns`, `system_prompt`, `to_chat`, `messages`, `eval_size`,
+            `split_by`, `bad_rows`, `max_samples`, `max_eval_samples`.
+
+    Raises:
+        `DataError`: one that lists every malformed row's file, line and field; or that says which column is missing.
+    """
+    train = [(path, read_file(path)) for path in resolve_paths(paths)]
+    held_out = None
+    if eval_paths is not None:
+        held_out = [(path, read_file(path)) for path in resolve_paths(eval_paths, "data.eval_paths")]
+    return build(form, seed, train, held_out, **options)
+
+
+def load_hub(
+    form: str,
+    seed: int,
+    path: str,
+    name: str | None = None,
+    split: str = "train",
+    eval_split: str | None = None,
+    revision: str | None = None,
+    **options,
+):
+    """
+    A `DatasetDict` from a dataset of the Hugging Face hub, or from a folder that `save_to_disk` wrote.
+
+    Args:
+        form, seed, **options: as in `load_files`.
+        path (`str`): the hub's name (`trl-lib/ultrafeedback_binarized`) or a local folder.
+        name (`str`, *optional*): the dataset's configuration.
+        split (`str`): the training split; `train[:1000]` works too for a hub dataset.
+        eval_split (`str`, *optional*): the evaluation split; without it `eval_size` is split off.
+        revision (`str`, *optional*): commit, branch or tag.
+    """
+    splits = [split] if eval_split is None else [split, eval_split]
+    loaded = [_load_split(path, name, one, revision) for one in splits]
+    sources = [
+        [(f"{path} ({one})", _dataset_rows(f"{path} ({one})", ds))] for one, ds in zip(splits, loaded, strict=True)
+    ]
+    return build(form, seed, sources[0], sources[1] if eval_split is not None else None, **options)
+
+
+def build(
+    form: str,
+    seed: int,
+    train: list[tuple[str, Iterable[Row]]],
+    held_out: list[tuple[str, Iterable[Row]]] | None = None,
+    *,
+    format: str | None = None,
+    columns: dict[str, str | None] | None = None,
+    system_prompt: str | None = None,
+    to_chat: bool = False,
+    messages: str = "last_turn",
+    eval_size: float | int | None = None,
+    split_by: str = "prompt",
+    bad_rows: str = "error",
+    max_samples: int | None = None,
+    max_eval_samples: int | None = None,
+):
+    """
+    Check and convert the rows of named sources, split and limit them; the common end of `load_files` and `load_hub`.
+
+    Args:
+        train, held_out: (name, rows) of each source; `held_out` is for evaluation, `None` splits some off `train`.
+        format (`str`, *optional*): what the rows hold (a key of `forms.FORMATS`); `None` recognizes it by the columns.
+        columns (`dict`, *optional*): our name of a column -> the file's, `{"prompt": "question"}`.
+        system_prompt (`str`, *optional*): a system turn before every chat that has none.
+        to_chat (`bool`): text prompts become user turns, text answers assistant turns.
+        messages (`str`): `last_turn` takes a conversation's last assistant turn as the completion, `whole` leaves
+            conversations as they are (for SFT: all turns are trained on).
+        eval_size (`float` or `int`, *optional*): share (below 1) or number of rows to split off; `None` splits none.
+        split_by (`str`): `prompt` keeps rows with the same prompt on one side; `row` doesn't.
+        bad_rows (`str`): `error` stops at malformed rows, `drop` leaves them out, counted.
+        max_samples, max_eval_samples (`int`, *optional*): a random choice of so many rows, in the order of the file.
+    """
+    from datasets import DatasetDict
+
+    check_options(form, format, messages, eval_size, split_by, bad_rows, max_samples, max_eval_samples)
+    problems = Problems()
+    reader = Reader(
+        form,
+        problems,
+        format=format,
+        columns=columns,
+        system_prompt=system_prompt,
+        to_chat=to_chat,
+        messages=messages,
+    )
+    tables = {"train": [reader.read(name, rows) for name, rows in train]}
+    if held_out is not None:
+        tables["eval"] = [reader.read(name, rows) for name, rows in held_out]
+    if problems.count and (bad_rows == "error" or problems.fatal):
+        remedy = "Mend them, or type `data.bad_rows=drop` to leave them out, counted."
+        if problems.fatal:
+            remedy = "Mend them: after such an error nothing more of the file can be read."
+        raise DataError(f"{count_of(problems.count, 'malformed row')}:\n{problems.text()}\n{remedy}")
+    notes = reader.summary()
+    if problems.count:
+        notes.append(f"{count_of(problems.count, 'malformed row')} left out (`bad_rows=drop`):\n{problems.text()}")
+    result = {side: _join(side, parts) for side, parts in tables.items()}
+    if held_out is None and eval_size:
+        result = split(result["train"], eval_size, seed, split_by)
+        notes.append(f"eval is {len(result['eval']):,} rows of these, split by {split_by}")
+    elif held_out is not None:
+        shared = set(prompt_keys(result["train"]))
+        leaks = sum(key in shared for key in prompt_keys(result["eval"]))
+        if leaks:
+            notes.append(f"note: {leaks:,} of {len(result['eval']):,} eval rows have a prompt that train has too")
+    result["train"] = limit(result["train"], max_samples, seed, "max_samples", notes)
+    if "eval" in result:
+        result["eval"] = limit(result["eval"], max_eval_samples, seed, "max_eval_samples", notes)
+    result = DatasetDict(result)
+    say("\n".join([describe(result, form), *(f"  {note}" for note in notes)]))
+    return result
+
+
+def check_options(form, format, messages, eval_size, split_by, bad_rows, max_samples, max_eval_samples) -> None:
+    """Raise one `ConfigError` with every option of `build` whose value isn't one it takes."""
+    choices = [
+        ("form", form, tuple(forms.SOURCES)),
+        ("data.format", format, (None, *forms.FORMATS)),
+        ("data.messages", messages, ("last_turn", "whole")),
+        ("data.split_by", split_by, ("prompt", "row")),
+        ("data.bad_rows", bad_rows, ("error", "drop")),
+    ]
+    problems = [
+        f"`{key}={value}` isn't known.{did_you_mean(str(value), [c for c in known if c])} "
+        f"Type one of {names_of([c for c in known if c])}."
+        for key, value, known in choices
+        if value not in known
+    ]
+    for key, value in (("max_samples", max_samples), ("max_eval_samples", max_eval_samples)):
+        if value is not None and value < 1:
+            problems.append(f"`data.{key}={value}` keeps no rows. Type a number of rows from 1, or null for all.")
+    if eval_size is not None and (eval_size < 0 or (eval_size > 1 and eval_size != int(eval_size))):
+        problems.append(f"`data.eval_size={eval_size}` isn't a size. Type a share below 1, or a number of rows.")
+    if problems:
+        raise ConfigError.join(problems)
+
+
+def describe(datasets, form: str) -> str:
+    """One line on a loaded `DatasetDict`: form, chat or text, and the rows and prompts of each side."""
+    kind = "chat" if forms.is_chat(datasets["train"][0]) else "text"
+    sides = [
+        f"{side} {count_of(len(dataset), 'row')} ({count_of(len(set(prompt_keys(dataset))), 'prompt')})"
+        for side, dataset in datasets.items()
+    ]
+    return f"data: {form}, {kind}: {', '.join(sides)}"
+
+
+def _join(side: str, tables: list):
+    from datasets import Dataset
+
+    tables = [table for table in tables if table is not None]
+    if not tables:
+        raise DataError(f"no rows are left for `{side}`. Give `data` a source with rows of use to this stage.")
+    return Dataset(concatenate(tables))
+
+
+def _load_split(path: str, name: str | None, split: str, revision: str | None):
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    folder = Path(path).expanduser()
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        loaded = load_from_disk(str(folder))
+        if isinstance(loaded, Dataset):
+            loaded = {"train": loaded}
+        if split not in loaded:
+            raise DataError(
+                f"`data.split={split}`: {path} has the splits {names_of(loaded)}."
+                f"{did_you_mean(split, loaded)} Type `data.split=NAME` (or `data.eval_split=NAME`) with one of these."
+            )
+        return loaded[split]
+    try:
+        return load_dataset(path, name, split=split, revision=revision)
+    except (ValueError, OSError) as error:  # not found, no network, no such configuration or split
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"`data.path={path}` (split `{split}`) can't be loaded: {first} "
+            "Check `data.path`, `data.name` and `data.split`; for files type `data=files data.paths=[FILE,...]`."
+        ) from error
+
+
+def _dataset_rows(label: str, dataset) -> Iterator[Row]:
+    number = 0
+    for batch in dataset.with_format(None).iter(BATCH_ROWS):
+        for values in zip(*batch.values(), strict=True):
+            number += 1
+            yield f"{label}, row {number}", dict(zip(batch, values, strict=True))

@@ -1,0 +1,134 @@
+"""Mixing several sources by weight."""
+
+import random
+from collections.abc import Callable
+
+from rlhf_trl.data import forms
+from rlhf_trl.data.load import describe
+from rlhf_trl.data.splits import draw, limit, prompt_keys
+from rlhf_trl.data.words import did_you_mean, names_of, say
+from rlhf_trl.errors import ConfigError, DataError
+
+
+def mix(
+    form: str,
+    seed: int,
+    sources: dict[str, Callable],
+    weights: dict[str, float] | None = None,
+    repeat: bool = False,
+    split_by: str = "prompt",
+    max_samples: int | None = None,
+    max_eval_samples: int | None = None,
+):
+    """
+    A `DatasetDict` in which each source has the share of the training rows that its weight says.
+
+    `weights` are shares (they need not sum to 1). `repeat=false`: the mixture is as large as it can be without using a
+    row twice, so one source is used up and of the others a random choice is left out. `repeat=true`: as large as it
+    has to be to use every row, so that all sources but one repeat rows. Without weights every row is used once. Rows
+    are shuffled by `seed`. `eval` is all evaluation rows of all sources; with `split_by=prompt`, training rows of any
+    source that share a prompt with one of these are left out first, counted.
+
+    Args:
+        form, seed, max_samples, max_eval_samples: as in `load_files`.
+        sources (`dict[str, Callable]`): name -> another option of this group, called as `source(form=, seed=)`.
+        weights (`dict[str, float]`, *optional*): name -> share, above 0, of every source.
+        repeat (`bool`): see above.
+        split_by (`str`): see above; `row` keeps rows that share a prompt with evaluation.
+    """
+    from datasets import DatasetDict, concatenate_datasets
+
+    _check_weights(sources, weights)
+    parts = {}
+    for name, source in sources.items():
+        try:
+            parts[name] = source(form=form, seed=seed)
+        except DataError as error:
+            raise DataError(f"in the source `{name}` (its options are `data.sources.{name}.*`): {error}") from None
+    _check_alike(parts)
+    notes = []
+    held_out = [part["eval"] for part in parts.values() if "eval" in part]
+    train = {name: part["train"] for name, part in parts.items()}
+    if held_out and split_by == "prompt":
+        train = _leave_out_shared(train, held_out, notes)
+    counts = mixture_counts({name: len(rows) for name, rows in train.items()}, weights, repeat)
+    chosen = []
+    for name, count in counts.items():
+        chosen.append(train[name].select(draw(len(train[name]), count, f"{seed}-{name}")))
+        notes.append(
+            f"{name}: {count:,} of {len(train[name]):,} rows ({count / sum(counts.values()):.1%} of the mixture)"
+        )
+    mixed = concatenate_datasets(chosen)
+    order = list(range(len(mixed)))
+    random.Random(f"{seed}-mix").shuffle(order)
+    result = {"train": limit(mixed.select(order), max_samples, seed, "max_samples", notes)}
+    if held_out:
+        result["eval"] = limit(concatenate_datasets(held_out), max_eval_samples, seed, "max_eval_samples", notes)
+    result = DatasetDict(result)
+    say("\n".join([f"mixture of {len(parts)} sources, {describe(result, form)}", *(f"  {note}" for note in notes)]))
+    return result
+
+
+def mixture_counts(sizes: dict[str, int], weights: dict[str, float] | None, repeat: bool) -> dict[str, int]:
+    """
+    How many rows each source gives to a mixture (see `mix`), from the sources' sizes and weights.
+
+    The total is the smallest (`repeat`: the largest) of size / share over the sources; fractions are rounded down, and
+    no source gives less than one row.
+    """
+    if weights is None:
+        return dict(sizes)
+    shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    totals = {name: size / shares[name] for name, size in sizes.items()}
+    total = max(totals.values()) if repeat else min(totals.values())
+    # 1e-9: a share such as 0.1 / 1.0 times its own total must not fall below the size by rounding.
+    return {name: max(1, int(total * shares[name] + 1e-9)) for name in sizes}
+
+
+def _check_weights(sources: dict, weights: dict[str, float] | None) -> None:
+    if not sources:
+        raise ConfigError("`data.sources` is empty. Name at least one: see the head of conf/data/mix.yaml.")
+    if weights is None:
+        return
+    problems = [
+        f"`data.weights.{name}` names no source.{did_you_mean(name, sources)} The sources are {names_of(sources)}."
+        for name in weights
+        if name not in sources
+    ]
+    problems += [
+        f"the source `{name}` has no weight. Type `+data.weights.{name}=1`." for name in sources if name not in weights
+    ]
+    problems += [
+        f"`data.weights.{name}={weight}` is no share. Type a number above 0, or leave the source out."
+        for name, weight in weights.items()
+        if not weight > 0
+    ]
+    if problems:
+        raise ConfigError.join(problems)
+
+
+def _check_alike(parts: dict) -> None:
+    """TRL takes all rows for what the first one is, so a `DataError` where the sources hold rows of several kinds."""
+    kinds = {name: forms.kind_of(part["train"][0]) for name, part in parts.items()}
+    if len(set(kinds.values())) > 1:
+        listed = "; ".join(f"`{name}`: {kind}" for name, kind in kinds.items())
+        raise DataError(
+            f"the sources can't be mixed, they hold rows of several kinds ({listed}). "
+            "Type `data.sources.NAME.to_chat=true` for those that hold text, or leave columns out that not all have."
+        )
+
+
+def _leave_out_shared(train: dict, held_out: list, notes: list[str]) -> dict:
+    keys = {key for dataset in held_out for key in prompt_keys(dataset)}
+    kept = {}
+    for name, dataset in train.items():
+        indices = [i for i, key in enumerate(prompt_keys(dataset)) if key not in keys]
+        if not indices:
+            raise DataError(
+                f"every training row of the source `{name}` shares its prompt with an evaluation row. "
+                "Type `data.split_by=row` if they may."
+            )
+        if len(indices) < len(dataset):
+            notes.append(f"{name}: {len(dataset) - len(indices):,} rows left out that share a prompt with an eval row")
+        kept[name] = dataset.select(indices)
+    return kept

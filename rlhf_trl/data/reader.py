@@ -1,0 +1,234 @@
+"""From rows as they stand in a file to checked rows of a form, as Arrow tables."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+
+from rlhf_trl.data import forms
+from rlhf_trl.data.read import Row, RowError
+from rlhf_trl.data.words import did_you_mean, names_of
+from rlhf_trl.errors import DataError
+
+BATCH_ROWS = 1000
+SHOWN_PROBLEMS = 5
+# In the form `prompt`, all other columns go to the reward functions but these: TRL tells chat from text by any of
+# them.
+FOREIGN = ("completion", "chosen", "rejected", "messages", "text")
+
+
+class Problems:
+    """Malformed rows of everything one run loads: the first few in words, all of them counted."""
+
+    def __init__(self):
+        self.count, self.first, self.fatal = 0, [], False
+
+    def add(self, place: str, error: RowError, column: str | None = None) -> None:
+        """Note a bad row at `place`; `column` is the name of the field in the user's file where that is another."""
+        self.count += 1
+        self.fatal |= error.fatal
+        if len(self.first) < SHOWN_PROBLEMS:
+            field = column or error.field
+            self.first.append(f"{place}: `{field}` {error.what}" if field else f"{place} {error.what}")
+
+    def text(self) -> str:
+        """All that was noted, a line each."""
+        more = [f"  ... and {self.count - len(self.first):,} more"] if self.count > len(self.first) else []
+        return "\n".join([f"  {line}" for line in self.first] + more)
+
+
+class Reader:
+    """
+    Turns the rows of sources (files, splits) into Arrow tables in `form`.
+
+    The options are those of `rlhf_trl.data.load.build`. Bad rows go to `problems`; `summary` says what was read.
+    """
+
+    def __init__(self, form, problems: Problems, *, format, columns, system_prompt, to_chat: bool, messages: str):
+        self.form, self.problems, self.format = form, problems, format
+        self.columns = {ours: theirs for ours, theirs in (columns or {}).items() if theirs is not None}
+        self.system_prompt, self.to_chat, self.whole_messages = system_prompt, to_chat, messages == "whole"
+        self.types = {}  # of extra columns: name -> (type, place of the first row that has it)
+        self.kind = None  # (`forms.kind_of` of the first row, its place)
+        self.sources = {}  # format -> names of the sources that hold it
+        self.rows, self.left_out, self.changes, self.unused = Counter(), Counter(), Counter(), {}
+
+    def read(self, name: str, rows: Iterable[Row]):
+        """`rows` of the source `name` as a `pyarrow.Table`; `None` if none can be used."""
+        import pyarrow as pa
+
+        rows = iter(rows)
+        head = list(islice(rows, BATCH_ROWS))
+        found = list(dict.fromkeys(column for _, row in head if isinstance(row, dict) for column in row))
+        if not head:
+            raise DataError(f"{name} holds no rows. Give `data` a source that has some.")
+        if not found:  # not one row could be read: there are no columns to speak of
+            for place, row in chain(head, rows):
+                if not row or isinstance(row, RowError):
+                    self.problems.add(place, row or RowError(None, "is empty"))
+            return None
+        mapping = self._map_columns(name, found)
+        format = self._choose_format(name, found, list(mapping))
+        self.sources.setdefault(format, []).append(name)
+        self.unused |= dict.fromkeys(self._unused(found, mapping, format))
+        tables, stream = [], self._convert(chain(head, rows), mapping, format)
+        while batch := list(islice(stream, BATCH_ROWS)):
+            names = dict.fromkeys(key for _, row in batch for key in row)
+            tables.append(pa.table({key: _array(key, [row.get(key) for _, row in batch], batch) for key in names}))
+        return concatenate(tables) if tables else None
+
+    def summary(self) -> list[str]:
+        """Lines on what was read: formats, conversions and how many rows each change concerned."""
+        lines = []
+        for format, names in self.sources.items():
+            more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+            line = f"{names[0]}{more}: {self.rows[format]:,} rows of {format}"
+            as_they_are = self.whole_messages and format == "messages" and self.form == "prompt_completion"
+            if (format, self.form) in forms.CONVERSIONS and not as_they_are:
+                line += f" -> {self.form}: {forms.CONVERSIONS[format, self.form]}"
+            lines.append(line)
+            if self.left_out[format]:
+                lines.append(f"{self.left_out[format]:,} rows labelled false left out")
+        lines += [f"{change} ({count:,} rows)" for change, count in self.changes.items()]
+        return lines + ([f"columns left out: {', '.join(self.unused)}"] if self.unused else [])
+
+    def _map_columns(self, name: str, found: list[str]) -> dict[str, str]:
+        """Our names of the columns -> theirs, as `columns` says; a column that isn't mapped keeps its name."""
+        for ours, theirs in self.columns.items():
+            if theirs not in found:
+                raise DataError(
+                    f"`data.columns.{ours}={theirs}`: {name} has no column `{theirs}`, it has {names_of(found)}."
+                    f"{did_you_mean(theirs, found)} Type `data.columns.{ours}=NAME` with one of these."
+                )
+            if self.form != "prompt" and ours not in (*forms.CANONICAL, *forms.PASSED_ON, "margin"):
+                raise DataError(
+                    f"`data.columns.{ours}` names no column of ours.{did_you_mean(ours, forms.CANONICAL)} "
+                    f"Type one of {names_of([*forms.CANONICAL, 'margin'])}."
+                )
+        mapped = set(self.columns.values())
+        mapping = {column: column for column in found if column not in mapped}
+        if "conversations" in mapping and "messages" not in mapping:
+            mapping["messages"] = mapping.pop("conversations")
+        return {**mapping, **self.columns}
+
+    def _choose_format(self, name: str, found: list[str], columns: list[str]) -> str:
+        wanted = self.format
+        accepted = forms.SOURCES[self.form]
+        if wanted is None:
+            format = forms.choose_format(self.form, columns)
+        elif wanted not in accepted:
+            raise DataError(
+                f"`data.format={wanted}` can't give this stage its rows of the form `{self.form}`. "
+                f"Type one of {names_of(accepted)}, or `data.format=null` to have it recognized."
+            )
+        else:
+            format = wanted if set(forms.FORMATS[wanted]) <= set(columns) else None
+        if format is None:
+            raise DataError(self._explain_missing(name, found, columns, [wanted] if wanted else accepted))
+        if format == "text" and self.to_chat:
+            raise DataError(f"`data.to_chat=true`: {name} holds plain `text`, which has no turns. Leave it out.")
+        return format
+
+    def _explain_missing(self, name: str, found: list[str], columns: list[str], accepted) -> str:
+        """Which columns there are, which are missing for the format that is nearest, and what to type."""
+        missing = min(
+            ([column for column in forms.FORMATS[format] if column not in columns] for format in accepted), key=len
+        )
+        present = forms.formats_in(columns)
+        holds = f", so it holds {names_of(present[:1])} rows" if present else ""
+        typed = " ".join(f"data.columns.{column}=NAME" for column in missing)
+        return (
+            f"{name} can't give rows of the form `{self.form}`: {names_of(missing)} missing. "
+            f"It has the columns {names_of(found)}{holds}. Type `{typed}` to say which column is which."
+        )
+
+    def _convert(self, rows: Iterable[Row], mapping: dict, format: str) -> Iterator[tuple[str, dict]]:
+        """(place, row in `self.form`) of every row, with bad ones noted."""
+        for place, row in rows:
+            self.rows[format] += 1
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                row = {ours: row[theirs] for ours, theirs in mapping.items() if theirs in row}
+                if "margin" in mapping:
+                    row.setdefault("margin")  # all rows have one or none has: TRL looks at the first
+                made = forms.read_row(row, format, self.changes)
+                made = forms.to_chat(made, self.changes) if self.to_chat else made
+                made = self._add_system_prompt(made, place) if self.system_prompt else made
+                converted = forms.convert(made, format, self.form, self.whole_messages)
+                self._check_kind(made if not converted else converted[0], place)
+                extra = self._extra(row, place)
+            except RowError as error:
+                root = (error.field or "").split("[")[0]
+                self.problems.add(place, error, mapping.get(root, root) + (error.field or "")[len(root) :])
+                continue
+            self.left_out[format] += not converted
+            for new in converted:
+                yield place, {**new, **extra}
+
+    def _add_system_prompt(self, row: dict, place: str) -> dict:
+        if not forms.is_chat(row):
+            raise DataError(
+                f"`data.system_prompt` is given, but {place} holds text, which has no turns. "
+                "Type `data.to_chat=true` to make chats of text."
+            )
+        return forms.add_system_prompt(row, self.system_prompt, self.changes)
+
+    def _extra(self, row: dict, place: str) -> dict:
+        """Columns beside the form's own: all in the form `prompt` (for rewards), else those a template reads."""
+        if self.form == "prompt":
+            extra = {key: value for key, value in row.items() if key not in FOREIGN and key != "prompt"}
+        else:
+            extra = {key: row[key] for key in forms.PASSED_ON if row.get(key) is not None}
+        for key, value in extra.items():
+            kind = float if type(value) is int else type(value)
+            first, where = self.types.setdefault(key, (kind, place)) if value is not None else (None, None)
+            if value is not None and kind is not first:
+                raise RowError(key, f"is {forms.type_of(value)}, of another type than at {where}")
+        return extra
+
+    def _check_kind(self, row: dict, place: str) -> None:
+        """TRL takes all rows for what the first one is, so a `RowError` where one is of another kind."""
+        kind = forms.kind_of(row)
+        if self.kind is None:
+            self.kind = (kind, place)
+        first, where = self.kind
+        if kind != first:
+            hint = " (`data.to_chat=true` makes chats of text)" if "chat" in kind + first else ""
+            raise RowError(None, f"holds {kind}, but {first} at {where}{hint}")
+
+    def _unused(self, found: list[str], mapping: dict, format: str) -> list[str]:
+        """The file's columns that nothing downstream will see."""
+        used = {*forms.FORMATS[format]}
+        if format == "preference":
+            used |= {"prompt", "margin"}
+        if self.form == "prompt":
+            used |= {ours for ours in mapping if ours not in FOREIGN}
+        else:
+            used |= set(forms.PASSED_ON)
+        theirs = {mapping[ours] for ours in used if ours in mapping}
+        return [column for column in found if column not in theirs]
+
+
+def concatenate(tables: list):
+    """Arrow tables one below the other, null where one lacks a column; a `DataError` where types clash."""
+    import pyarrow as pa
+
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(f"a column holds values of several types ({error}). Give it one type in every row.") from None
+
+
+def _array(key: str, values: list, batch: list[tuple[str, dict]]):
+    import pyarrow as pa
+
+    try:
+        return pa.array(values)
+    except UnicodeEncodeError:
+        place = next(place for place, row in batch if "\\ud" in json.dumps(row.get(key)))
+        raise DataError(f"{place}: `{key}` holds half of a surrogate pair, which is no text. Mend it.") from None
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        raise DataError(
+            f"{batch[0][0]} and the rows after it: `{key}` holds values of several types ({error}). Give it one."
+        ) from None

@@ -1,0 +1,198 @@
+"""
+How a prompt and a completion become token ids: the one way for reward models, PPO and evaluation alike.
+
+A reward model must see in training just what a policy generates: the prompt's ids as TRL's
+`GRPOTrainer._tokenize_prompts` makes them, the completion's own ids, and EOS where it was generated. Nothing comes
+after it, though a chat template often adds a newline there.
+"""
+
+import json
+
+from rlhf_trl.data.words import count_of, say
+from rlhf_trl.errors import ConfigError, DataError
+
+
+def prompt_ids(tokenizer, prompt: str | list[dict], **template_kwargs) -> list[int]:
+    """Ids of a prompt, text or chat, as GRPOTrainer gives it to the policy; `template_kwargs` are the template's."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return _render(tokenizer, prompt, tokenize=True, add_generation_prompt=True, **template_kwargs)["input_ids"]
+
+
+def row_ids(
+    tokenizer, prompt: str | list[dict], completion: str | list[dict], eos: bool = True, **template_kwargs
+) -> list[int]:
+    """
+    Ids of a prompt and its completion, as if the policy had generated it.
+
+    Text: the completion's own ids and EOS. Chat: what the template adds after the generation prompt, up to and with
+    the first EOS (the last one where `completion` has several turns); EOS is added if the template ends turns
+    otherwise.
+
+    Args:
+        eos (`bool`): `False` for a completion that was cut off: its ids end before the EOS.
+        **template_kwargs: for the chat template (`tools`, ...).
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "the tokenizer has no EOS token, so nothing says where a completion ends. "
+            "Add `eos_token` to its tokenizer_config.json, or name another with `model.tokenizer=PATH`."
+        )
+    start = prompt_ids(tokenizer, prompt, **template_kwargs)
+    if isinstance(completion, str):
+        ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        end = len(ids) - 1 if ids and ids[-1] == tokenizer.eos_token_id else len(ids)
+    else:
+        ids = _turn_ids(tokenizer, prompt, completion, start, template_kwargs)
+        ends = [i for i, token in enumerate(ids) if token == tokenizer.eos_token_id] or [len(ids)]
+        end = ends[0] if len(completion) == 1 else ends[-1]
+    return start + ids[:end] + ([tokenizer.eos_token_id] if eos else [])
+
+
+def _turn_ids(tokenizer, prompt: list[dict], completion: list[dict], start: list[int], template_kwargs) -> list[int]:
+    """What the chat template adds for `completion` after the generation prompt, whose ids are `start`."""
+    ids = _render(tokenizer, prompt + completion, tokenize=True, **template_kwargs)["input_ids"]
+    if ids[: len(start)] == start:
+        return ids[len(start) :]
+    # The prompt ends in other tokens alone than followed by the completion: tokens merge across the border, or the
+    # template puts something (an empty thought) into the generation prompt only. The policy goes on from `start`.
+    head = _render(tokenizer, prompt, tokenize=False, add_generation_prompt=True, **template_kwargs)
+    text = _render(tokenizer, prompt + completion, tokenize=False, **template_kwargs)
+    return tokenizer(text[_common(head, text) :], add_special_tokens=False)["input_ids"]
+
+
+def _render(tokenizer, messages: list[dict], tokenize: bool, **kwargs):
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            "the data holds chat messages, but the tokenizer has no chat template. "
+            "Type `model.chat_template=FILE.jinja`, or give data whose prompts are text."
+        )
+    # Arrow gives every message all keys of all messages: what is null wasn't there.
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    return tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **kwargs)
+
+
+def _common(a, b) -> int:
+    """How many items (characters, ids) `a` and `b` begin with alike."""
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length
+
+
+def _template_kwargs(row: dict) -> dict:
+    """What a row's own `tools` and `chat_template_kwargs` columns give to the chat template."""
+    kwargs = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+    if row.get("tools"):  # Arrow can't hold schemas of many shapes, so TRL takes them as JSON text too
+        kwargs["tools"] = json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]
+    return kwargs
+
+
+def tokenize_preferences(dataset, tokenizer, max_length: int | None = None):
+    """
+    Adds `chosen_ids` and `rejected_ids` (lists of ints, by `row_ids`) to a preference `Dataset` or `DatasetDict`.
+
+    TRL's RewardTrainer takes these columns as they are. Pairs of which one side has more than `max_length` tokens are
+    left out; how many is printed.
+    """
+
+    def tokenize(row):
+        kwargs = _template_kwargs(row)
+        return {
+            f"{side}_ids": row_ids(tokenizer, row["prompt"], row[side], **kwargs) for side in ("chosen", "rejected")
+        }
+
+    def length(row):
+        return max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+    dataset = dataset.map(tokenize, desc="Tokenizing pairs")
+    return _keep_short(dataset, length, max_length, "pairs", "max_length", "stage.args.max_length")
+
+
+def filter_prompts(dataset, tokenizer, max_prompt_length: int | None = None):
+    """
+    `dataset` (a `Dataset` or `DatasetDict`) without prompts of more than `max_prompt_length` tokens.
+
+    How many are left out is printed.
+    """
+
+    def length(row):
+        return len(prompt_ids(tokenizer, row["prompt"]))
+
+    return _keep_short(
+        dataset, length, max_prompt_length, "prompts", "max_prompt_length", "stage.prepare.max_prompt_length"
+    )
+
+
+def _keep_short(dataset, length, limit: int | None, noun: str, name: str, key: str):
+    """The rows of which `length(row)` is at most `limit`. A `DataError` where there is none."""
+    if isinstance(dataset, dict):
+        kept = {side: _keep_short(rows, length, limit, f"{side} {noun}", name, key) for side, rows in dataset.items()}
+        return type(dataset)(kept)
+    if limit is None:
+        return dataset
+    lengths = [length(row) for row in dataset]
+    short = [i for i, tokens in enumerate(lengths) if tokens <= limit]
+    if not short:
+        raise DataError(
+            f"all {len(dataset):,} {noun} are longer than `{name}={limit}`: the shortest has {min(lengths)} tokens. "
+            f"Type `{key}={max(lengths)}` to keep all."
+        )
+    if len(short) == len(dataset):
+        return dataset
+    say(
+        f"data: {len(dataset) - len(short):,} of {len(dataset):,} {noun} left out, longer than `{name}={limit}` "
+        f"tokens (the longest: {max(lengths):,}); {count_of(len(short), 'row')} kept"
+    )
+    return dataset.select(short)
+
+
+def render_sample(tokenizer, row: dict, form: str) -> str:
+    """
+    A row as text, as the trainer sees it, with the tokens that are trained on between [[ and ]].
+
+    SFT, DPO, ORPO and KTO: TRL's own way (template or text of both together, EOS after text). Pairs that hold
+    `chosen_ids` (reward model) are scored as a whole: no marks. Form `prompt`: what the policy goes on from.
+    """
+    if "chosen_ids" in row:
+        return "\n".join(f"{side}:\n{_decode(tokenizer, row[f'{side}_ids'])}" for side in ("chosen", "rejected"))
+    if form == "prompt":
+        return _decode(tokenizer, prompt_ids(tokenizer, row["prompt"]))
+    kwargs = _template_kwargs(row)
+    if "messages" in row:
+        return _marked(tokenizer, [], _render(tokenizer, row["messages"], tokenize=True, **kwargs)["input_ids"])
+    if "text" in row:
+        return _marked(tokenizer, [], tokenizer(_with_eos(row["text"], tokenizer))["input_ids"])
+    if form == "preference":
+        sides = [
+            f"{side}:\n{_marked_row(tokenizer, row['prompt'], row[side], kwargs)}" for side in ("chosen", "rejected")
+        ]
+        return "\n".join(sides)
+    label = f"label: {row['label']}\n" if form == "unpaired" else ""
+    return label + _marked_row(tokenizer, row["prompt"], row["completion"], kwargs)
+
+
+def _marked_row(tokenizer, prompt, completion, kwargs) -> str:
+    start = prompt_ids(tokenizer, prompt, **kwargs)
+    if isinstance(completion, str):
+        ids = tokenizer(prompt + _with_eos(completion, tokenizer))["input_ids"]
+    else:
+        ids = _render(tokenizer, prompt + completion, tokenize=True, **kwargs)["input_ids"]
+    return _marked(tokenizer, start, ids)
+
+
+def _with_eos(text: str, tokenizer) -> str:
+    return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
+
+
+def _marked(tokenizer, start: list[int], ids: list[int]) -> str:
+    """`ids` as text, marked from where they part from `start`, as TRL's loss mask does."""
+    length = _common(start, ids)
+    trained = _decode(tokenizer, ids[length:])
+    return f"{_decode(tokenizer, ids[:length])}[[{trained}]]\n({len(ids) - length} of {len(ids)} tokens trained on)"
+
+
+def _decode(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
