@@ -1,0 +1,119 @@
+"""Ctrl-C that loses nothing: the first one saves and stops, the second one stops at once."""
+
+import os
+import signal
+import threading
+import time
+
+import torch
+from transformers import TrainerCallback
+
+from rlhf_trl.callbacks import steps_per_rollout
+
+# Some senders signal twice: `timeout` first the process and then its group, launchers on top of the terminal
+SECONDS_OF_ONE_PRESS = 1.0
+
+
+class Interrupt(TrainerCallback):
+    """
+    Ends a run on SIGINT (Ctrl-C) or SIGTERM: after the step, or for trainers with rollouts after the last step on the
+    rollout just made, with a checkpoint. A second signal raises `KeyboardInterrupt` where the run stands. SIGHUP (the
+    terminal is gone) counts as a first signal only, and not at all under `nohup`.
+
+    `accelerate launch` with one process ends at the first Ctrl-C itself and leaves this process to finish alone: the
+    shell then has the terminal, and a second Ctrl-C doesn't arrive here any more. The message names what does.
+
+    All ranks stop at the same step, whichever of them got the signal. Add it last, so that its message stands last.
+
+    Args:
+        resume_command (`str`):
+            The command that goes on with the run, for the message.
+
+    Attributes:
+        interrupted (`bool`):
+            Whether the run was ended by a signal before its last step.
+    """
+
+    def __init__(self, resume_command: str):
+        self.resume_command = resume_command
+        self.interrupted = False
+        self._first = None  # time of the first signal
+        self._previous = {}
+        self._terminals = []
+        self._process = None
+        self._saved = None  # step of the last checkpoint
+        self._loud = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.interrupted, self._first, self._saved = False, None, None
+        self._loud = state.is_world_process_zero
+        self._process = os.getpid()
+        # Python delivers signals to the main thread only, and only it may ask for them
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def restore(self) -> None:
+        """Puts the previous signal handlers back. Call it when training raised: `on_train_end` is not called then."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def _handle(self, number, frame) -> None:
+        if os.getpid() != self._process:
+            return  # a data loader's worker, which the terminal signals as well; it ends with this process
+        now = time.monotonic()
+        if number == signal.SIGHUP:
+            self._hang_up()
+        if self._first is None:
+            self._first = now
+            self._say(
+                "Stopping: finishing this step and saving a checkpoint. To stop at once, unsaved: Ctrl-C again, or "
+                f"`kill {os.getpid()}` if the launcher has ended."
+            )
+        elif number != signal.SIGHUP and now - self._first > SECONDS_OF_ONE_PRESS:
+            self.restore()
+            raise KeyboardInterrupt
+
+    def _hang_up(self) -> None:
+        # Printing to a terminal that is gone raises, and would end the run before it is saved
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in self._terminals:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+    def _say(self, text: str) -> None:
+        if self._loud:
+            # Not `print`: a signal may come in the middle of one, and its buffer can't be entered twice
+            os.write(2, f"\n{text}\n".encode())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % steps_per_rollout(args) or state.global_step >= state.max_steps:
+            return
+        stop = self._first is not None
+        if torch.distributed.is_initialized():
+            flag = torch.tensor(int(stop), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            stop = bool(flag.item())
+        if stop:
+            self.interrupted = control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self._saved = state.global_step
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            # The epoch has not ended, and a checkpoint already marked as whole must not be written again;
+            # `save_strategy=best` may have kept it from being written at all
+            control.should_evaluate = False
+            control.should_save = self._saved != state.global_step
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.restore()
+        if self.interrupted:
+            checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+            self._say(
+                f"Stopped at step {state.global_step} of {state.max_steps}, saved in {checkpoint}. "
+                f"Go on with: {self.resume_command}"
+            )

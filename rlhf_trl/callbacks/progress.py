@@ -1,0 +1,144 @@
+"""Progress bars, and one readable line of metrics a log step."""
+
+import sys
+from datetime import timedelta
+
+from tqdm.auto import tqdm
+from transformers import ProgressCallback
+from transformers.trainer_utils import has_length
+
+# What to show of a log step: {logged name: label}, one table a trainer, recognized by its first name. All that is
+# logged goes to metrics.json and to the logger; a terminal line holds about eight.
+COLUMNS = (
+    {  # PPO
+        "objective/scores": "score",
+        "objective/kl": "kl",
+        "objective/kl_coef": "beta",
+        "policy/approxkl": "approxkl",
+        "policy/clipfrac": "clip",
+        "policy/entropy": "entropy",
+        "value/explained_variance": "expl_var",
+        "completions/mean_length": "len",
+        "completions/eos_rate": "eos",
+    },
+    {  # GRPO, RLOO
+        "reward": "reward",
+        "reward_std": "std",
+        "kl": "kl",
+        "entropy": "entropy",
+        "completions/mean_length": "len",
+        "completions/clipped_ratio": "truncated",
+        "frac_reward_zero_std": "no_signal",
+        "grad_norm": "grad",
+    },
+    {  # DPO, ORPO, KTO
+        "rewards/margins": "margin",
+        "loss": "loss",
+        "rewards/accuracies": "accuracy",
+        "rewards/chosen": "chosen",
+        "rewards/rejected": "rejected",
+        "nll_loss": "nll",
+        "kl": "kl",
+        "grad_norm": "grad",
+        "learning_rate": "lr",
+    },
+    {  # Reward
+        "margin": "margin",
+        "loss": "loss",
+        "accuracy": "accuracy",
+        "mean_reward": "reward",
+        "grad_norm": "grad",
+        "learning_rate": "lr",
+    },
+    {  # SFT, and any other
+        "loss": "loss",
+        "mean_token_accuracy": "accuracy",
+        "entropy": "entropy",
+        "num_tokens": "tokens",
+        "grad_norm": "grad",
+        "learning_rate": "lr",
+    },
+)
+
+
+def format_number(value: float) -> str:
+    """Three significant digits: `0.693`, `-1.5e-05`; whole numbers in full: `12345`."""
+    if value and not 1e-2 <= abs(value) < 1e3:
+        return f"{value:.0f}" if value % 1 == 0 and abs(value) < 1e9 else f"{value:.1e}"
+    return f"{value:.3g}"
+
+
+def choose_columns(logs: dict) -> dict[str, str]:
+    """The metrics to show of lines like `logs`: {logged name: label}, at most about eight, the most telling first."""
+    for columns in COLUMNS:
+        if next(iter(columns)) in logs:
+            return {name: label for name, label in columns.items() if name in logs}
+    return {name: name for name in list(logs)[:8]}
+
+
+def metrics_line(logs: dict, columns: dict[str, str], step: int, max_steps: int) -> str:
+    """
+    One line for one call of `Trainer.log`, with cells of constant width: lines of one run stand under each other.
+
+    Args:
+        logs (`dict`):
+            What was logged: numbers, or `None` where there was nothing to average.
+        columns (`dict`):
+            The metrics to show, {logged name: label}.
+        step (`int`):
+            Optimizer steps done.
+        max_steps (`int`):
+            Optimizer steps of the whole run.
+
+    Returns:
+        `str`: the line. A metric without a value, such as the reward at a step without a rollout, is a dash.
+    """
+    cells = []
+    for name, label in columns.items():
+        value = logs.get(name)
+        text = "-" if value is None else format_number(value) if isinstance(value, (int, float)) else str(value)
+        cells.append(f"{label} {text:<7}")
+    return f"{step:>{len(str(max_steps))}}/{max_steps}  {' '.join(cells)}".rstrip()
+
+
+class ProgressLine(ProgressCallback):
+    """
+    Progress bars of training and evaluation, and one aligned line of the main metrics a log step.
+
+    Replaces `transformers.ProgressCallback` and `transformers.PrinterCallback`. Only rank 0 prints. With
+    `disable_tqdm=True` the lines stay and the bars go; where the output is no terminal, bars move every half minute.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.columns = None  # those of the first step, for all of the run
+
+    def _bar(self, args, **kwargs):
+        interval = 0.1 if sys.stderr.isatty() else 30
+        return tqdm(dynamic_ncols=True, disable=args.disable_tqdm, mininterval=interval, **kwargs)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Steps of an earlier part of a resumed run must not count into the speed
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = self._bar(args, total=state.max_steps, initial=state.global_step)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if state.is_world_process_zero and has_length(eval_dataloader):
+            if self.prediction_bar is None:
+                self.prediction_bar = self._bar(args, total=len(eval_dataloader), leave=False, desc="eval")
+            self.prediction_bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        if "train_runtime" in logs:  # the summary at the end
+            duration = timedelta(seconds=round(logs["train_runtime"]))
+            line = f"trained {state.global_step} steps in {duration}, mean loss {format_number(logs['train_loss'])}"
+        elif any(name.startswith("eval_") for name in logs):
+            logs = {name.removeprefix("eval_"): value for name, value in logs.items()}
+            line = "eval  " + metrics_line(logs, choose_columns(logs), state.global_step, state.max_steps)
+        else:
+            self.columns = self.columns or choose_columns(logs)
+            line = "train " + metrics_line(logs, self.columns, state.global_step, state.max_steps)
+        tqdm.write(line)  # which keeps it out of the bars

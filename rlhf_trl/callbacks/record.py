@@ -1,0 +1,222 @@
+"""What a run directory tells about its run: `run.json`, `metrics.json`, and which checkpoints are whole."""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.json"
+COMPLETE = "complete"
+# A long history is not written again at each of many log steps
+SECONDS_BETWEEN_WRITES = 5.0
+PACKAGES = ("rlhf_trl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "hydra-core", "bitsandbytes")
+
+
+def write_json(path: str | os.PathLike, content: dict) -> None:
+    """
+    Writes a JSON file that is there whole or not at all, whenever the process is killed.
+
+    Numbers that JSON lacks (NaN, infinity) become `null`.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(_finite(content), file, indent=2, ensure_ascii=False, allow_nan=False, default=float)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_run(run_dir: str | os.PathLike) -> dict | None:
+    """The content of `run.json`, or `None` where no run was started in `run_dir`."""
+    path = Path(run_dir, RUN_FILE)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def start_run(run_dir: str | os.PathLike, stage: str, command: str, model: str | None) -> None:
+    """
+    Writes `run.json` with status `running`. Call it on rank 0, after the checks.
+
+    Args:
+        run_dir (`str`):
+            Directory of the run; made if need be.
+        stage (`str`):
+            Name of the stage.
+        command (`str`):
+            The command that starts this run, as one would type it.
+        model (`str`, *optional*):
+            Path or hub id of the model that the run starts from.
+    """
+    os.makedirs(run_dir, exist_ok=True)
+    earlier = read_run(run_dir) or {}
+    content = {
+        "stage": stage,
+        "command": command,
+        "status": "running",
+        "model": model,
+        "pid": os.getpid(),
+        # A resumed run keeps the time of its first start
+        "started": earlier.get("started", _now()),
+        "ended": None,
+        "versions": versions(),
+    }
+    write_json(Path(run_dir, RUN_FILE), content)
+
+
+def finish_run(run_dir: str | os.PathLike, status: str, **extra) -> None:
+    """
+    Writes how a run ended into its `run.json`. Call it on rank 0, after everything else has been written.
+
+    Args:
+        run_dir (`str`):
+            Directory of the run.
+        status (`str`):
+            `done`, `stopped` (by a signal; it can be resumed) or `failed`.
+        **extra:
+            What else is worth keeping, such as `error`.
+    """
+    write_json(Path(run_dir, RUN_FILE), {**read_run(run_dir), "status": status, "ended": _now(), **extra})
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # optional, or run from a checkout
+    return found
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_metrics(run_dir: str | os.PathLike, history: list[dict]) -> None:
+    """
+    Writes `metrics.json`: `{"train": {...}, "eval": {...}, "history": [...]}`, the last value of each metric and all.
+
+    Args:
+        run_dir (`str`):
+            Directory of the run.
+        history (`list[dict]`):
+            `trainer.state.log_history`: one dict a call of `Trainer.log`, with its `step`. Those of evaluations have
+            keys that begin with `eval_`.
+    """
+    last = {"train": {}, "eval": {}}
+    for entry in history:
+        evaluation = any(key.startswith("eval_") for key in entry)
+        last["eval" if evaluation else "train"].update(entry)
+    write_json(Path(run_dir, METRICS_FILE), {**last, "history": history})
+
+
+def checkpoints(run_dir: str | os.PathLike) -> list[Path]:
+    """All `checkpoint-<step>` directories, whole or torn, by step."""
+    found = [
+        path for path in Path(run_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit() and path.is_dir()
+    ]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def last_complete_checkpoint(run_dir: str | os.PathLike) -> str | None:
+    """Path of the newest whole checkpoint, or `None`. What a killed run left half written is not counted."""
+    complete = [path for path in checkpoints(run_dir) if (path / COMPLETE).exists()]
+    return str(complete[-1]) if complete else None
+
+
+def mark_complete(checkpoint: str | os.PathLike) -> None:
+    """Marks a checkpoint as whole, once its files have reached the disk. For rank 0, when all ranks have written."""
+    for path in [path for path in Path(checkpoint).rglob("*") if path.is_file()]:
+        _sync(path)
+    Path(checkpoint, COMPLETE).touch()
+    _sync(Path(checkpoint, COMPLETE))
+    _sync(checkpoint)
+    _sync(Path(checkpoint).parent)
+
+
+def _sync(path: str | os.PathLike) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def rotate(run_dir: str | os.PathLike, limit: int, best: str | None) -> None:
+    """
+    Removes all but the newest `limit` whole checkpoints, and torn ones. The best one counts and stays.
+
+    `transformers` rotates before the new checkpoint is marked, and counts torn ones: killed in between, a run with
+    `save_total_limit=1` would have nothing to resume from.
+    """
+    complete = [path for path in checkpoints(run_dir) if (path / COMPLETE).exists()]
+    keep = {complete[-1]} | {path for path in complete if best and path.name == Path(best).name}
+    for path in reversed(complete):
+        if len(keep) < limit:
+            keep.add(path)
+    for path in checkpoints(run_dir):
+        if path not in keep:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class RunRecord(TrainerCallback):
+    """
+    Keeps `metrics.json` up to date, marks whole checkpoints with a file `complete`, and then removes old ones.
+
+    A checkpoint without the mark is torn: `last_complete_checkpoint` passes it over. `save_total_limit` acts after the
+    mark, so that at any moment a whole checkpoint exists once there was one.
+
+    Args:
+        run_dir (`str`):
+            Directory of the run, which is the trainer's `output_dir`.
+    """
+
+    def __init__(self, run_dir: str):
+        self.run_dir = run_dir
+        self._limit = None
+        self._written = -math.inf
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._limit, args.save_total_limit = args.save_total_limit, None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        args.save_total_limit = self._limit
+        self._write(state)
+
+    def on_log(self, args, state, control, **kwargs):
+        if time.monotonic() - self._written > SECONDS_BETWEEN_WRITES:
+            self._write(state)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._write(state)
+
+    def on_save(self, args, state, control, **kwargs):
+        # `Trainer` calls this when a rank has written its own files: each writes its random state, or its shards
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if args.should_save:
+            mark_complete(Path(self.run_dir, f"checkpoint-{state.global_step}"))
+            if self._limit:
+                rotate(self.run_dir, self._limit, state.best_model_checkpoint)
+        self._write(state)
+
+    def _write(self, state) -> None:
+        if state.is_world_process_zero:
+            write_metrics(self.run_dir, state.log_history)
+            self._written = time.monotonic()

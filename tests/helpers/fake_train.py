@@ -1,0 +1,57 @@
+"""
+A stand-in for `train.py` that trains nothing and leaves the same files, for tests of the pipeline and the sweep.
+
+`+fails=true` makes it fail as long as there is no file `mended` where it stands; `+waits=true` makes it run until it
+is interrupted (it then leaves a complete checkpoint), unless it is resumed.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+given = dict(item.lstrip("+").split("=", 1) for item in sys.argv[1:] if "=" in item)
+run_dir = Path(given.get("runs_dir", "runs"), given.get("project", "default"), given.get("run_name", given["stage"]))
+record = {
+    "stage": given["stage"],
+    "command": " ".join(["accelerate launch train.py", *sys.argv[1:]]),
+    "pid": os.getpid(),
+}
+
+
+def write(status: str) -> None:
+    now = datetime.now(UTC).isoformat(timespec="microseconds")
+    record.update(status=status, started=record.get("started", now), ended=now)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "run.json").write_text(json.dumps(record))
+
+
+if (run_dir / "run.json").exists() and not {"resume", "overwrite"} & set(given):
+    sys.exit(f"{run_dir} is in use")
+with open("calls.txt", "a") as calls:
+    calls.write(" ".join(sys.argv[1:]) + "\n")
+interrupted = []
+signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+write("running")
+if "fails" in given and not Path("mended").exists():
+    write("failed")
+    sys.exit("the data is missing: give it")
+while "waits" in given and "resume" not in given:
+    time.sleep(0.02)
+    if interrupted:
+        (run_dir / "checkpoint-1").mkdir()
+        (run_dir / "checkpoint-1" / "complete").touch()
+        write("stopped")
+        sys.exit()
+(run_dir / "config.yaml").write_text("objective: eval_loss\n")
+last = float(given.get("stage.args.beta", 0.5))
+metrics = {
+    "train": {},
+    "eval": {"eval_loss": last},
+    "history": [{"eval_loss": 2.0}, {"loss": 1.0}, {"eval_loss": last}],
+}
+(run_dir / "metrics.json").write_text(json.dumps(metrics))
+write("done")

@@ -1,0 +1,34 @@
+"""Callbacks that look into a run, named in its config: `+callbacks.spy._target_=tests.helpers.spies.Spy`."""
+
+import torch
+from transformers import TrainerCallback
+
+SPY = "+callbacks.spy._target_=tests.helpers.spies.Spy"
+CRASH = "+callbacks.crash._target_=tests.helpers.spies.Crash"
+# Ids of any tokenizer here, none of them a special one
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [20, 19, 18, 17, 16, 15, 14, 13]])
+
+
+def logits(model) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+
+
+class Spy(TrainerCallback):
+    """Keeps the model and the optimizer of the last run."""
+
+    model = optimizer = None
+
+    def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        Spy.model, Spy.optimizer = model, optimizer
+
+
+class Crash(TrainerCallback):
+    """Fails after the step that `at` names."""
+
+    at = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == Crash.at:
+            raise RuntimeError("crashed on purpose")
