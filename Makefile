@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # For every pip call, such as: make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" (torch without CUDA)
 PIP_FLAGS ?=
-PYTEST_FLAGS ?=
+# Two test files at a time; most of a test is one thread, or waiting for a process of its own
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 READY = $(VENV)/.ready
 
 .PHONY: help venv demo demo-clean test test-all style lint checkpoints

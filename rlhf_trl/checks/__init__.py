@@ -1,0 +1,58 @@
+"""
+Everything that can be wrong before a model loads, in one error.
+
+[`find_problems`] reads the composed config, the file system and the environment, and imports nothing heavy: it answers
+in about a second. [`check`] adds what only the libraries themselves can tell. A problem is a sentence or two: what is
+wrong and where, and what to type.
+"""
+
+from omegaconf import DictConfig
+
+from rlhf_trl.checks.batches import batch_problems, world_size
+from rlhf_trl.checks.combinations import combination_problems
+from rlhf_trl.checks.names import argument_problems, section_problems, target_problems
+from rlhf_trl.checks.places import data_problems, model_problems
+from rlhf_trl.checks.run_directory import run_directory_problems
+from rlhf_trl.checks.values import plain
+from rlhf_trl.errors import ConfigError
+
+__all__ = ["check", "find_problems"]
+
+
+def check(cfg: DictConfig) -> None:
+    """
+    Stop a run that can't succeed. Every rank calls it, and they leave it together.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: with every problem found. The libraries are asked when the rest is in order:
+            importing them takes seconds.
+    """
+    problems = find_problems(cfg)
+    if not problems:
+        from rlhf_trl.checks.libraries import library_problems
+
+        problems = library_problems(cfg)
+    if problems:
+        raise ConfigError.join(problems)
+    if world_size() > 1:
+        from accelerate import PartialState
+
+        # Rank 0 is about to mark the run directory as used; each rank has to have seen it unused before
+        PartialState().wait_for_everyone()
+
+
+def find_problems(cfg: DictConfig) -> list[str]:
+    """Every problem that can be found without importing torch, transformers or TRL."""
+    values, problems = plain(cfg)
+    for look in (
+        section_problems,
+        target_problems,
+        argument_problems,
+        model_problems,
+        data_problems,
+        batch_problems,
+        combination_problems,
+        run_directory_problems,
+    ):
+        problems += look(values)
+    return problems

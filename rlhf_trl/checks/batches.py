@@ -1,0 +1,102 @@
+"""Batch arithmetic: which divisibility fails, and what to set."""
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+from rlhf_trl.argument_names import arguments
+from rlhf_trl.checks.values import at, section
+
+PPO_MINI_BATCHES = 4  # PPOConfig's own number where neither steps_per_generation nor generation_batch_size is set
+COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "generation_batch_size",
+    "num_generations",
+    "num_generations_eval",
+    "num_iterations",
+)
+
+
+def world_size() -> int:
+    """Number of ranks of this launch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def batch_problems(values: dict[str, Any]) -> list[str]:
+    """Of the stage's batch sizes, on the number of ranks of this launch."""
+    args = section(values, "stage.args")
+    known = arguments(str(args.get("_target_"))) or {}
+    get = {name: args.get(name, default) for name, (_, default) in known.items()}.get
+    problems = [
+        f"`stage.args.{name}` is {get(name)}. Set it to 1 or more."
+        for name in COUNTS
+        if isinstance(get(name), int) and get(name) < 1
+    ]
+    if problems or "num_generations" not in known or any(isinstance(get(name), str | float) for name in COUNTS):
+        return problems
+    return _rollout(get, is_ppo="cliprange_value" in known, rows=at(values, "data.max_samples"))
+
+
+def _rollout(get: Callable[[str], Any], is_ppo: bool, rows: int | None) -> list[str]:
+    """What `trl.GRPOConfig` demands of the batch sizes, all at once and with what to set."""
+    ranks, micro, generations = world_size(), get("per_device_train_batch_size"), get("num_generations")
+    accumulation, steps, rollout = (
+        get(name) for name in ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
+    )
+    problems = []
+    if not is_ppo and generations < 2:
+        problems.append("`stage.args.num_generations` is 1, and a group needs 2 or more. Set it, for example to 4.")
+    per_step = micro * ranks
+    if steps and rollout:
+        problems.append(
+            "`stage.args.steps_per_generation` and `stage.args.generation_batch_size` say the same twice. "
+            "Set one of them to null."
+        )
+    elif rollout and rollout % per_step:
+        problems.append(
+            f"`stage.args.generation_batch_size` {rollout} doesn't divide by a micro-batch of all ranks, "
+            f"{micro} (`per_device_train_batch_size`) x {ranks} (ranks) = {per_step}. "
+            f"Set `stage.args.generation_batch_size={math.ceil(rollout / per_step) * per_step}`."
+        )
+    else:
+        steps = rollout // per_step if rollout else steps or accumulation * (PPO_MINI_BATCHES if is_ppo else 1)
+        problems += _groups(per_step, micro, ranks, steps, generations)
+        if is_ppo and steps % accumulation:
+            problems.append(
+                f"A rollout of {steps} micro-batches (`steps_per_generation`) doesn't divide into mini-batches of "
+                f"{accumulation} (`gradient_accumulation_steps`). "
+                f"Set `stage.args.steps_per_generation={math.ceil(steps / accumulation) * accumulation}`."
+            )
+        prompts = per_step * steps // generations
+        if isinstance(rows, int) and rows < prompts:
+            problems.append(
+                f"`data.max_samples` {rows} is less than the {prompts} prompts of one rollout. "
+                f"Set `data.max_samples={prompts}` or more, or a smaller rollout."
+            )
+    evaluated, in_group = get("per_device_eval_batch_size") * ranks, get("num_generations_eval") or generations
+    if get("eval_strategy") != "no" and evaluated % in_group:
+        per_device = math.lcm(evaluated, in_group) // ranks
+        problems.append(
+            f"An evaluation batch of {evaluated // ranks} (`per_device_eval_batch_size`) x {ranks} (ranks) doesn't "
+            f"divide by {in_group} (`num_generations_eval`, else `num_generations`). Set "
+            f"`stage.args.per_device_eval_batch_size={per_device}` or `+stage.args.num_generations_eval=1`."
+        )
+    return problems
+
+
+def _groups(per_step: int, micro: int, ranks: int, steps: int, generations: int) -> list[str]:
+    total = per_step * steps
+    if total % generations == 0:
+        return []
+    whole = math.lcm(per_step, generations) // per_step
+    divisor = max(d for d in range(1, min(generations, total) + 1) if total % d == 0)
+    return [
+        f"A rollout of {micro} (`per_device_train_batch_size`) x {ranks} (ranks) x {steps} (`steps_per_generation`) = "
+        f"{total} completions doesn't divide into groups of {generations} (`num_generations`). "
+        f"Set `stage.args.steps_per_generation={math.ceil(steps / whole) * whole}` "
+        f"or `stage.args.num_generations={divisor}`."
+    ]

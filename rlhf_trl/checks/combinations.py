@@ -1,0 +1,102 @@
+"""What can't go together, with itself or with this machine."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlhf_trl.checks.places import model_folder
+from rlhf_trl.checks.values import at, read_json, section
+
+
+def combination_problems(values: dict[str, Any]) -> list[str]:
+    """Of values that are right by themselves."""
+    stage, args = section(values, "stage"), section(values, "stage.args")
+    peft, quantization = section(values, "adapter.peft"), section(values, "adapter.quantization")
+    is_rl = stage.get("form") == "prompt"
+    problems = []
+    if is_rl and not any(isinstance(reward, dict) for reward in section(values, "reward").values()):
+        problems.append(
+            f"`stage={stage.get('name')}` has no reward to maximize. Type `reward=demo` or another option."
+        )
+    if is_rl and peft and (peft.get("lora_dropout") or 0) > 0:
+        problems.append(
+            f"`adapter.peft.lora_dropout` is {peft['lora_dropout']}, and in an RL stage rollout and update must see "
+            "the same policy. Set `adapter.peft.lora_dropout=0`."
+        )
+    controller = str(at(values, "kl._target_") or "Fixed").rsplit(".", 1)[-1]
+    if "Fixed" not in controller and args.get("beta") == 0:
+        problems.append(
+            f"`{controller}` changes the KL coefficient from its start value, and `stage.args.beta` is 0. "
+            "Set `stage.args.beta` above 0 or type `kl=fixed`."
+        )
+    for name, option in (("peft", "lora"), ("quantization", "qlora")):
+        node = at(values, f"adapter.{name}")
+        if node and "_target_" not in section(values, f"adapter.{name}"):
+            problems.append(f"`adapter.{name}` is not used by this `adapter`. Type `adapter={option}` as well.")
+    if args and "_target_" not in args:
+        problems.append(
+            f"`stage={stage.get('name')}` trains nothing and has no `stage.args`. Leave out `debug=smoke` (or "
+            "`stage.args`), which is for stages that train."
+        )
+    problems += _quantization(values, peft, quantization)
+    problems += _precision(args)
+    problems += _packages(args, quantization)
+    return problems
+
+
+def _quantization(values: dict[str, Any], peft: Any, quantization: Any) -> list[str]:
+    if not quantization:
+        return []
+    problems = []
+    if not peft:
+        problems.append(
+            "`adapter.quantization` is set without `adapter.peft`, and 4-bit weights can't be trained themselves. "
+            "Type `adapter=qlora` (with an adapter) or `adapter=none`."
+        )
+    folder = model_folder(section(values, "model"), values)
+    config = read_json(folder / "config.json") or {}
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        problems.append(
+            f"`{folder}` is quantized already ({method}), so `adapter.quantization` can't quantize it. "
+            "Type `adapter=lora`, or start from the model as it was before."
+        )
+    return problems
+
+
+def _precision(args: dict[str, Any]) -> list[str]:
+    asked = [name for name in ("bf16", "fp16") if args.get(name) is True]
+    if not asked or args.get("use_cpu") is True and asked == ["bf16"] or _may_have_accelerator():
+        return []
+    out = {
+        "bf16": "Type `stage.args.bf16=false`, or `+stage.args.use_cpu=true` to compute in bfloat16 on the CPU.",
+        "fp16": "Leave `stage.args.fp16` out.",
+    }
+    return [
+        f"`stage.args.{name}` is true, and there is no accelerator here that computes in it. {out[name]}"
+        for name in asked
+    ]
+
+
+def _may_have_accelerator() -> bool:
+    """False only where there is surely none: no device file of a GPU or its like, and no Mac."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or os.environ.get("ACCELERATE_USE_CPU") == "True":
+        return False
+    patterns = ("nvidia[0-9]*", "nvidiactl", "dxg", "kfd", "dri/render*", "accel*", "davinci*", "vfio/*", "neuron*")
+    return sys.platform != "linux" or any(True for pattern in patterns for _ in Path("/dev").glob(pattern))
+
+
+def _packages(args: dict[str, Any], quantization: Any) -> list[str]:
+    report_to = args.get("report_to")
+    wanted = {name: f"`logger={name}`" for name in ("wandb", "tensorboard") if name in (report_to or ())}
+    if args.get("use_vllm") is True:
+        wanted["vllm"] = "`stage.args.use_vllm=true`"
+    if quantization:
+        wanted["bitsandbytes"] = "`adapter.quantization`"
+    extras = {name: name for name in wanted} | {"bitsandbytes": "qlora"}
+    return [
+        f"{why} needs the package `{name}`, which is not installed. Type `pip install 'rlhf-trl[{extras[name]}]'`."
+        for name, why in wanted.items()
+        if importlib.util.find_spec(name) is None
+    ]

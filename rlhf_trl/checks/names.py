@@ -1,0 +1,69 @@
+"""Dot paths that lead nowhere, arguments that don't exist, values of the wrong type."""
+
+from typing import Any
+
+from rlhf_trl import dotpaths
+from rlhf_trl.argument_names import arguments
+from rlhf_trl.checks.values import at, nodes
+from rlhf_trl.hints import did_you_mean
+
+SECTIONS = ("stage", "stage.args", "model", "data", "adapter", "adapter.peft", "adapter.quantization", "reward", "kl")
+DOT_PATHS = ("_target_", "function", "auto_class")
+TYPES = {"int": int, "float": int | float, "bool": bool, "str": str}
+TYPE_NAMES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string"}
+
+
+def section_problems(values: dict[str, Any]) -> list[str]:
+    """Of whole sections that were replaced by a value, as by `stage.args=3`."""
+    wrong = [path for path in SECTIONS if not isinstance(at(values, path), dict | None)]
+    return [f"`{path}` is {at(values, path)!r} and must hold keys. Type `{path}.KEY=...`." for path in wrong]
+
+
+def target_problems(values: dict[str, Any]) -> list[str]:
+    """Of all `_target_`, `function` and `auto_class`."""
+    problems = []
+    for path, node in nodes(values):
+        for key in DOT_PATHS:
+            if isinstance(node.get(key), str) and (problem := dotpaths.problem(node[key])):
+                problems.append(f"`{path}.{key}`: {problem}")
+    return problems
+
+
+def argument_problems(values: dict[str, Any]) -> list[str]:
+    """Of all nodes whose class is in `argument_names.json`."""
+    problems = []
+    for path, node in nodes(values):
+        known = arguments(node["_target_"]) if isinstance(node.get("_target_"), str) else None
+        for key, value in node.items() if known else ():
+            if key in known:
+                problems += _type_problem(f"{path}.{key}", value, known[key][0])
+            elif not key.startswith("_"):
+                problems.append(unknown_argument(path, key, node, known))
+    return problems
+
+
+def unknown_argument(path: str, key: str, node: dict[str, Any], known: Any) -> str:
+    """The problem of a key that the node's target doesn't take."""
+    hint = did_you_mean(key, known)
+    return f"`{path}.{key}` is no argument of `{node['_target_']}`. {hint or 'Leave it out.'}"
+
+
+def _type_problem(path: str, value: Any, expected: str) -> list[str]:
+    kind = expected.removesuffix("?")
+    if not kind or value is None:
+        return []
+    if "|" in kind:
+        return _choice_problem(path, value, kind.split("|"))
+    if isinstance(value, TYPES[kind]) and (kind == "bool" or not isinstance(value, bool)):
+        return []
+    if kind == "int" and isinstance(value, float) and value.is_integer():
+        return [f"`{path}` is {value!r} and must be an integer. Type `{path}={int(value)}`."]
+    return [f"`{path}` is {value!r} and must be {TYPE_NAMES[kind]}. Type `{path}=...` with such a value."]
+
+
+def _choice_problem(path: str, value: Any, choices: list[str]) -> list[str]:
+    if value in choices:
+        return []
+    if value is False and "no" in choices:
+        return [f"`{path}` is false, which is how YAML reads a bare no. Type `'{path}=\"no\"'`, with both quotes."]
+    return [f"`{path}` is {value!r}. {did_you_mean(str(value), choices) or 'Use one of: ' + ', '.join(choices)}"]

@@ -1,0 +1,171 @@
+"""Models, earlier runs and data that are not where the config says."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from rlhf_trl.checks.values import at, nodes, read_json, section
+from rlhf_trl.data.read import resolve_paths
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.hints import did_you_mean, nearest
+from rlhf_trl.paths import DEMO, PACKAGE, run_command
+
+MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+def model_problems(values: dict[str, Any]) -> list[str]:
+    """Of the model a run starts from, of reward models, and of the policies that are compared."""
+    problems = []
+    if model := section(values, "model"):
+        problems += _model("model", model, values, at(values, "stage.task_type") or "CAUSAL_LM")
+        problems += _file("model.chat_template", model.get("chat_template"))
+    for name, reward in section(values, "reward").items():
+        if isinstance(reward, dict) and {"run", "path"} <= reward.keys():
+            problems += _model(f"reward.{name}", reward, values, "SEQ_CLS")
+    for name, place in section(values, "stage.policies").items():
+        if isinstance(place, str) and not re.search("[/:.~]", place) and not Path(place).is_dir():
+            problems += _earlier_run(f"stage.policies.{name}", place, values)
+    return problems
+
+
+def project_dir(values: dict[str, Any]) -> Path:
+    """The directory with all runs of the project."""
+    return Path(str(values.get("runs_dir") or "runs"), str(values.get("project") or ""))
+
+
+def model_folder(node: dict[str, Any], values: dict[str, Any]) -> Path:
+    """The local folder that a node with `run` and `path` means, existing or not."""
+    run, path = node.get("run"), str(node.get("path"))
+    if run is not None:
+        return project_dir(values) / str(run)
+    if path.startswith(DEMO):
+        return PACKAGE / "demo" / "checkpoints" / path.removeprefix(DEMO)
+    return Path(path).expanduser()
+
+
+def _model(key: str, node: dict[str, Any], values: dict[str, Any], task_type: str) -> list[str]:
+    run, path, folder = node.get("run"), node.get("path"), model_folder(node, values)
+    if run is not None:
+        problems = _earlier_run(f"{key}.run", str(run), values)
+    elif path is not None:
+        problems = _model_path(f"{key}.path", str(path), folder)
+    elif key == "model":
+        return []  # it has no value, which is said
+    else:
+        return [f"`{key}` names no model. Type `{key}.run=...` (a run of this project) or `{key}.path=...`."]
+    return problems or _task_type(key, folder, task_type)
+
+
+def _earlier_run(key: str, run: str, values: dict[str, Any]) -> list[str]:
+    folder, command = project_dir(values) / run, run_command(run, str(project_dir(values)))
+    record = read_json(folder / "run.json")
+    if record is None:
+        others = [path.parent.name for path in folder.parent.glob("*/run.json")]
+        hint = f" {did_you_mean(run, others)}" if nearest(run, others) else ""
+        return [
+            f"`{key}` is `{run}`, and there is no such run in `{folder.parent}`.{hint} Make it first: `{command}`."
+        ]
+    if record.get("status") != "done":
+        command = record.get("command") or command
+        return [
+            f"`{key}` is `{run}`, and that run is not finished (its status is `{record.get('status')}`). "
+            f"Finish it first: `{command} resume=true`."
+        ]
+    return []
+
+
+def _model_path(key: str, path: str, folder: Path) -> list[str]:
+    if path.startswith(DEMO):
+        names = [f"{DEMO}{p.name}" for p in folder.parent.glob("*/")]
+        return [] if folder.is_dir() else [f"`{key}` is `{path}`, which isn't embedded. {did_you_mean(path, names)}"]
+    if folder.is_file():
+        return [f"`{key}` is the file `{path}`. Give the folder that holds the model."]
+    if folder.is_dir():
+        if any((folder / name).is_file() for name in MODEL_FILES):
+            return []
+        return [f"`{key}` is `{path}`, a folder without {' or '.join(f'`{n}`' for n in MODEL_FILES)}. Give a model's."]
+    if _looks_like_hub_id(path):
+        return _not_cached(key, path, "models")
+    return [f"`{key}` is `{path}`, and that is neither a folder nor a hub id (`organization/name`). {_beside(folder)}"]
+
+
+def _looks_like_hub_id(path: str) -> bool:
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", path)) and not Path(path.split("/")[0]).is_dir()
+
+
+def _not_cached(key: str, hub_id: str, kind: str) -> list[str]:
+    """Offline, what isn't in the cache can't be had."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
+        return []
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    if (cache / f"{kind}--{hub_id.replace('/', '--')}").is_dir():
+        return []
+    return [
+        f"`{key}` is `{hub_id}`, which is no folder here and not in the hub's cache (`{cache}`), and `HF_HUB_OFFLINE` "
+        "is set. Give a folder, or unset `HF_HUB_OFFLINE` to download it."
+    ]
+
+
+def _beside(path: Path) -> str:
+    """What lies beside a path that doesn't exist and looks like it."""
+    near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else []
+    if near:
+        return "Did you mean " + " or ".join(f"`{path.parent / name}`" for name in near) + "?"
+    return f"Seen from `{Path.cwd()}`; give a path that exists."
+
+
+def _task_type(key: str, folder: Path, wanted: str) -> list[str]:
+    """A policy where a reward model is asked for, or the other way round, would start with a random head."""
+    adapter, config = (read_json(folder / name) or {} for name in reversed(MODEL_FILES))
+    architecture = str((config.get("architectures") or [""])[0])
+    is_reward_model = "SEQ_CLS" == adapter.get("task_type") or "SequenceClassification" in architecture
+    is_policy = "CAUSAL_LM" == adapter.get("task_type") or "CausalLM" in architecture
+    if wanted == "CAUSAL_LM" and is_reward_model:
+        return [
+            f"`{key}` is `{folder}`, a reward model, which can't write text. Start from a policy: `model.run=sft`."
+        ]
+    if wanted == "SEQ_CLS" and is_policy and key != "model":  # a reward model does start from a policy
+        return [f"`{key}` is `{folder}`, a model without a score head. Train one with `stage=reward`."]
+    return []
+
+
+def _file(key: str, path: Any) -> list[str]:
+    if not isinstance(path, str) or Path(path).expanduser().is_file():
+        return []
+    return [f"`{key}` is `{path}`, which is no file. {_beside(Path(path))}"]
+
+
+def data_problems(values: dict[str, Any]) -> list[str]:
+    """Of the files, folders and hub datasets of the data group, sources of a mixture included."""
+    problems = []
+    for path, node in nodes(section(values, "data"), "data"):
+        for key in ("paths", "eval_paths"):
+            if node.get("_target_") == "rlhf_trl.data.load_files" and node.get(key) is not None:
+                problems += _files(f"{path}.{key}", node[key])
+        if node.get("_target_") == "rlhf_trl.data.reviews.load" and node.get("path"):
+            folder = Path(node["path"]).expanduser()
+            problems += (
+                [] if folder.is_dir() else [f"`{path}.path` is `{folder}`, which is no folder. {_beside(folder)}"]
+            )
+        if node.get("_target_") == "rlhf_trl.data.load_hub" and node.get("path"):
+            problems += _dataset(f"{path}.path", str(node["path"]))
+    return problems
+
+
+def _files(key: str, paths: Any) -> list[str]:
+    try:
+        resolve_paths(paths, key)
+    except ConfigError as error:
+        return [re.sub(r"^\s*\d+\. ", "", line) for line in str(error).splitlines() if not line.endswith("problems:")]
+    return []
+
+
+def _dataset(key: str, path: str) -> list[str]:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return []
+    if path.count("/") > 1 or path[0] in "./~" or (folder.parent != Path(".") and folder.parent.is_dir()):
+        return [f"`{key}` is `{path}`, and there is no such folder. {_beside(folder)}"]
+    return _not_cached(key, path, "datasets")

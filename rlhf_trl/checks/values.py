@@ -1,0 +1,89 @@
+"""The composed config as plain values, which is what the checks look at."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+
+def plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str]]:
+    """The config as nested dicts and lists with interpolations resolved, and what has no value (`None` there)."""
+    problems: dict[str, str] = {}  # by cause: what several keys read is said once
+
+    def convert(node: Any, path: str) -> Any:
+        if isinstance(node, DictConfig):
+            return {key: value(node, key, f"{path}.{key}" if path else str(key)) for key in node}
+        if isinstance(node, ListConfig):
+            return [value(node, i, f"{path}[{i}]") for i in range(len(node))]
+        return node
+
+    def value(node: DictConfig | ListConfig, key: Any, path: str) -> Any:
+        if OmegaConf.is_missing(node, key):
+            problems[path] = f"`{path}` has no value. Type `{path}=...`."
+            return None
+        try:
+            return convert(node[key], path)
+        except InterpolationToMissingValueError:
+            return None  # the missing value itself is reported
+        except OmegaConfBaseException as error:
+            cause, problem = _unresolved(path, str(error).splitlines()[0])
+            problems.setdefault(cause, problem)
+            return None
+
+    return convert(cfg, ""), list(problems.values())
+
+
+def _unresolved(path: str, message: str) -> tuple[str, str]:
+    if match := re.search(r"Environment variable '(.+?)' not found", message):
+        name = match.group(1)
+        way = f"Type `{path}=...`, or set it for good: `export {name}=...`."
+        return name, f"`{path}` is read from the environment variable `{name}`, which is not set. {way}"
+    return (
+        message,
+        f"`{path}` can't be resolved: {message.rstrip('.')}. Type `{path}=...`, or mend the file it comes from.",
+    )
+
+
+def nodes(values: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """All dicts of the config with their path."""
+    if isinstance(values, dict):
+        yield path, values
+        for key, child in values.items():
+            yield from nodes(child, f"{path}.{key}" if path else str(key))
+    elif isinstance(values, list):
+        for i, child in enumerate(values):
+            yield from nodes(child, f"{path}[{i}]")
+
+
+def at(values: dict[str, Any], path: str) -> Any:
+    """The value at a dotted path, `None` where there is none."""
+    node: Any = values
+    for key in path.split("."):
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+def section(values: dict[str, Any], path: str) -> dict[str, Any]:
+    """The dict at a dotted path, empty where there is none."""
+    node = at(values, path)
+    return node if isinstance(node, dict) else {}
+
+
+def flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`; lists and empty dicts stay as they are."""
+    if not isinstance(value, dict) or not value:
+        return {path: value}
+    return {k: v for key, child in value.items() for k, v in flatten(child, f"{path}.{key}" if path else key).items()}
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, `None` where there is no such file or none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,128 @@
+"""
+The command line: `python train.py`, `rlhf-trl`, and what `accelerate launch train.py` runs on each rank.
+
+Hydra composes the config; errors that are the user's to fix end in one message and exit status 2, before anything is
+written. Nothing heavy is imported before the config is in order, so that `--help`, `--cfg job` and a misspelt key are
+answered at once.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf_trl import overrides
+from rlhf_trl.checks import check, find_problems
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.paths import conf_dir
+from rlhf_trl.quiet import quiet
+
+# Set unless the user has set them. The first four keep the libraries from phoning home.
+DEFAULT_ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL's and the hub's
+    "DISABLE_SAFETENSORS_CONVERSION": "1",  # transformers asks a service to convert models that have only .bin files
+    "WANDB_ERROR_REPORTING": "false",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # else tokenizers warns at each fork of a data worker
+    "TRL_EXPERIMENTAL_SILENCE": "1",  # ORPO lives in trl.experimental; a stage of ours is a choice already made
+}
+
+
+def main() -> None:
+    """Run the stage that the command line names, and exit with 2 at an error of the user's, 130 after Ctrl-C."""
+    for name, value in DEFAULT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # Hydra trims tracebacks and turns every error into exit status 1; here unexpected errors keep all of theirs
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.path.append(os.getcwd())  # for functions of the user's own, where `rlhf-trl` is the program
+    quiet()
+    try:
+        words, config_dirs = _look_at(sys.argv[1:])
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(run)()
+    except ConfigError as error:
+        _leave(f"Error: {error}", 2)
+    except (HydraException, OmegaConfBaseException) as error:
+        _leave(f"Error: {_explained(error, words, config_dirs)}", 2)
+    except KeyboardInterrupt:
+        _leave("Stopped at once. If there is a checkpoint, `resume=true` goes on from it.", 130)
+
+
+def run(cfg: DictConfig) -> float | None:
+    """Check the config and run its stage; with `dry_run` only tell what would be run."""
+    if os.environ.get("RANK", "0") != "0":
+        for handler in logging.getLogger().handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.setLevel(logging.ERROR)  # rank 0 says it for all
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        cfg.run_name = f"{cfg.run_name}_sweep/{HydraConfig.get().job.num}"  # which is also Hydra's folder of this job
+    try:
+        check(cfg)
+        if cfg.get("dry_run"):
+            from rlhf_trl.plan import show_plan
+
+            return show_plan(cfg)
+        return hydra.utils.instantiate(cfg.stage.run)(cfg)
+    except ConfigError as error:  # here, because Hydra would print the overrides in front of it
+        _leave(f"Error: {error}", 2)
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, ConfigError):
+            raise
+        _leave(f"Error: {error.__cause__}", 2)
+
+
+def _look_at(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """
+    Stop at what is wrong with a command before Hydra writes its first file: a refused run must not touch the directory
+    of an earlier one.
+
+    Returns the overrides and the config folders of the command line. Commands that only show something and multiruns
+    are left to Hydra.
+    """
+    args = get_args_parser().parse_args(argv)
+    config_dirs = [args.config_dir] if args.config_dir else []
+    if args.multirun and _is_launched():
+        raise ConfigError(
+            "`accelerate launch train.py -m` would start the whole sweep on every rank. "
+            f"Type `python launch/sweep.py -m {' '.join(args.overrides)}`, which launches each of its jobs."
+        )
+    shows = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
+    if not (shows or args.multirun or args.experimental_rerun or args.config_name or args.config_path):
+        cfg, problems = overrides.compose(args.overrides, config_dirs)
+        problems += find_problems(cfg) if cfg else []
+        if problems:
+            raise ConfigError.join(problems)
+    return args.overrides, config_dirs
+
+
+def _explained(error: Exception, words: Sequence[str], config_dirs: Sequence[str]) -> str:
+    """What the overrides' problems are; where they have none, what Hydra says."""
+    if isinstance(error, HydraException):
+        _, problems = overrides.compose(overrides.without_sweeps(words), config_dirs)
+        if problems:
+            return str(ConfigError.join(problems))
+    lines = str(error).splitlines()
+    return f"{lines[0].rstrip('.')}. {' '.join(line.strip() for line in lines[1:])}".strip()
+
+
+def _is_launched() -> bool:
+    """Whether a launcher started this process: `accelerate launch` sets the first of these even for a single rank."""
+    return bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "RANK"} & os.environ.keys())
+
+
+def _leave(message: str, status: int) -> None:
+    """Say it once, whatever the number of ranks, and exit."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What a policy writes for given prompts, and how likely that is under it and under others."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl.trainer.utils import selective_log_softmax
+
+
+@torch.inference_mode()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_completion_length: int,
+    temperature: float,
+    batch_size: int,
+    seed: int,
+) -> list[list[int]]:
+    """
+    One completion a prompt, from the policy's whole distribution (no top-k, top-p or repetition penalty).
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]), tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy.
+        prompts (`Sequence[list[int]]`):
+            Token ids.
+        max_completion_length (`int`):
+            Tokens.
+        temperature (`float`):
+            Logits are divided by it.
+        batch_size (`int`):
+            Prompts at a time.
+        seed (`int`):
+            Set before the first batch: the same policy, prompts and seed give the same completions.
+
+    Returns:
+        `list[list[int]]`: token ids, up to the end token and with it where it was written.
+    """
+    set_seed(seed)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    # The model's own generation config would fill what is left unset here
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_completion_length,
+        eos_token_id=eos,
+        pad_token_id=pad,
+    )
+    completions = []
+    for batch in _batches(prompts, batch_size):
+        width = max(len(ids) for ids in batch)
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=model.device)
+        # From the lengths: the pad token may well be the end token, and stand in a prompt
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
+        written = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
+        completions += [row[: row.index(eos) + 1] if eos in row else row for row in written]
+    return completions
+
+
+@torch.inference_mode()
+def sequence_logps(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    completions: Sequence[list[int]],
+    temperature: float,
+    batch_size: int,
+) -> Tensor:
+    """
+    Log-probability of each whole completion after its prompt, in nats, shape (P,).
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The policy that judges.
+        prompts (`Sequence[list[int]]`), completions (`Sequence[list[int]]`):
+            Token ids, one completion a prompt, each of at least one token.
+        temperature (`float`):
+            Logits are divided by it, as they were in sampling.
+        batch_size (`int`):
+            Rows at a time.
+    """
+    sums = []
+    rows = list(zip(prompts, completions, strict=True))
+    for batch in _batches(rows, batch_size):
+        width = max(len(prompt) + len(completion) for prompt, completion in batch)
+        ids = torch.zeros((len(batch), width), dtype=torch.long)
+        mask, counts = torch.zeros_like(ids), torch.zeros_like(ids)
+        for i, (prompt, completion) in enumerate(batch):
+            end = len(prompt) + len(completion)
+            ids[i, :end] = torch.tensor(prompt + completion)
+            mask[i, :end] = 1
+            counts[i, len(prompt) : end] = 1
+        ids, mask, counts = (tensor.to(model.device) for tensor in (ids, mask, counts))
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1] / temperature
+        logps = selective_log_softmax(logits.float(), ids[:, 1:])
+        # A pad's log-probability may be -inf, which 0 would not take out
+        sums.append(logps.masked_fill(counts[:, 1:] == 0, 0.0).sum(dim=1).cpu())
+    return torch.cat(sums)
+
+
+def _batches(rows: Sequence, size: int) -> Iterator[Sequence]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))

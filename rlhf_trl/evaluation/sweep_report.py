@@ -1,0 +1,89 @@
+"""The table at the end of a sweep: parameters against metrics."""
+
+import json
+import sys
+from pathlib import Path
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from rlhf_trl.evaluation.tables import WIDTH, duration, table
+
+NOT_OF_INTEREST = ("_runtime", "_per_second", "epoch", "step")
+
+
+class SweepReport(Callback):
+    """A Hydra callback of `launch/sweep.py`: writes `sweep.json` and prints its table when all jobs have ended."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
+        """Notes which records are from an earlier sweep in the same directory."""
+        self.earlier = {path: path.stat().st_mtime_ns for path in _records(config.hydra.sweep.dir)}
+
+    def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
+        """
+        Reads what the jobs left, whatever launcher ran them where.
+
+        Raises:
+            SystemExit: if a job failed.
+        """
+        folder = Path(config.hydra.sweep.dir)
+        paths = [path for path in _records(folder) if self.earlier.get(path) != path.stat().st_mtime_ns]
+        jobs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        (folder / "sweep.json").write_text(json.dumps(jobs, indent=2), encoding="utf-8")
+        print("\n" + report(jobs) + f"\n\n{folder / 'sweep.json'}", flush=True)
+        if any(job["status"] == "failed" for job in jobs):
+            sys.exit(1)
+
+
+def _records(folder: str | Path) -> list[Path]:
+    return sorted(
+        (path for path in Path(folder).glob("*.json") if path.stem.isdigit()), key=lambda path: int(path.stem)
+    )
+
+
+def report(jobs: list[dict]) -> str:
+    """
+    The jobs as a table, and what the failed ones said.
+
+    Args:
+        jobs (`list[dict]`):
+            Each with `number`, `overrides` (name to value), `status`, `seconds`, `objective` (name), `value`, `eval`
+            (metrics), `message` and `log`.
+    """
+    names = list(dict.fromkeys(name for job in jobs for name in job["overrides"]))
+    swept = [name for name in names if len({job["overrides"].get(name) for job in jobs}) > 1] or names
+    objective = next((job["objective"] for job in jobs if job["objective"]), None)
+    metrics = list(dict.fromkeys(name for job in jobs for name in job["eval"]))
+    metrics = [name for name in metrics if name != objective and not name.endswith(NOT_OF_INTEREST)]
+    columns = ([objective] if objective else []) + metrics
+    while True:
+        text = table(
+            ["job", *swept, "time", *columns],
+            [
+                [
+                    job["number"],
+                    *(_short(job["overrides"].get(name, "")) for name in swept),
+                    duration(job["seconds"]) if job["status"] == "done" else job["status"],
+                    *(_shown(job["value"] if name == objective else job["eval"].get(name)) for name in columns),
+                ]
+                for job in jobs
+            ],
+        )
+        if max(map(len, text.split("\n"))) <= WIDTH or len(columns) < 2:
+            break
+        columns.pop()
+    failed = [
+        f"Job {job['number']} failed: {job['message']}\n  {job['log']}" for job in jobs if job["status"] == "failed"
+    ]
+    return "\n".join([text, *failed])
+
+
+def _short(value: str) -> str:
+    try:
+        return min(value, f"{float(value):.4g}", key=len)
+    except ValueError:
+        return value
+
+
+def _shown(value) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else ""

@@ -1,0 +1,364 @@
+"""Loading policies, reward models and tokenizers: full models, adapters on a base, 4-bit bases; merging."""
+
+import copy
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import (
+    LoraConfig,
+    LoraModel,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.peft_utils import find_adapter_config_file
+from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.paths import resolve_path
+
+__all__ = [
+    "adapter_config",
+    "base_path",
+    "load_model",
+    "load_reward_model",
+    "load_start",
+    "load_tokenizer",
+    "merge_adapter",
+    "resolve_path",
+]
+
+logger = logging.getLogger(__name__)
+
+AUTO_CLASSES = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
+# What makes two adapters the same network; the rest of a LoraConfig is about how they begin or are trained.
+SHAPE = ("r", "lora_alpha", "use_rslora", "use_dora")
+HEADS = {"lm_head", "score", "classifier"}
+
+
+def adapter_config(path: str, revision: str | None = None) -> PeftConfig | None:
+    """The adapter's config if `path` (folder or hub id) holds an adapter, else `None`."""
+    if find_adapter_config_file(path, revision=revision) is None:
+        return None
+    return PeftConfig.from_pretrained(path, revision=revision)
+
+
+def base_path(path: str, config: PeftConfig) -> str:
+    """
+    The base model of an adapter: an absolute folder, or a hub id.
+
+    A relative folder is looked for where the user stands, as PEFT does, and then beside the adapter.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the base was a folder that is gone.
+    """
+    base = config.base_model_name_or_path
+    for folder in (Path(base), Path(path, base)):
+        if folder.is_dir():
+            return str(folder.resolve())
+    if Path(base).is_absolute() or base.startswith("."):
+        raise ConfigError(
+            f"The base model `{base}` of the adapter `{path}` doesn't exist. Put it there, or write its new place "
+            f"into `base_model_name_or_path` of `{path}/adapter_config.json`."
+        )
+    return base
+
+
+def load_tokenizer(
+    path: str,
+    name: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a model, with a padding token (the end token where it has none of its own).
+
+    Args:
+        path (`str`):
+            The model's folder or hub id; for an adapter without tokenizer files, its base's is taken.
+        name (`str`, *optional*):
+            Folder or hub id of another tokenizer.
+        chat_template (`str`, *optional*):
+            File with a Jinja template that replaces the tokenizer's own.
+        trust_remote_code (`bool`), revision (`str`, *optional*):
+            As for the model.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if there is no tokenizer, or no such template.
+    """
+    source = name or path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
+    except (OSError, ValueError) as error:
+        config = adapter_config(source, revision) if name is None else None
+        if config is None:
+            raise ConfigError(
+                f"No tokenizer can be loaded from `{source}` ({error}). Set `model.tokenizer`."
+            ) from error
+        tokenizer = AutoTokenizer.from_pretrained(base_path(path, config), trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        if not Path(chat_template).is_file():
+            raise ConfigError(f"The chat template `{chat_template}` doesn't exist. Give a Jinja file.")
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_model(
+    path: str,
+    task_type: str = "CAUSAL_LM",
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    quantization: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel | PeftModel:
+    """
+    A model as it was saved: a full one, or an adapter (not trainable) on its base.
+
+    Args:
+        path (`str`):
+            Folder or hub id.
+        task_type (`str`):
+            `CAUSAL_LM`, or `SEQ_CLS` for one score a sequence.
+        dtype (`str`):
+            Type of the weights (of the base's, for an adapter): `float32`, `bfloat16`, `auto` (as saved) ...
+        attn_implementation (`str`, *optional*), trust_remote_code (`bool`), revision (`str`, *optional*):
+            As in `from_pretrained`.
+        quantization (`transformers.BitsAndBytesConfig`, *optional*):
+            Quantizes the weights (the base's, for an adapter) at loading.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if a reward model is asked to write, or the base of an adapter is gone.
+    """
+    options = {
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+        "quantization_config": quantization,
+    }
+    config = adapter_config(path, revision)
+    if config is None:
+        return _load_full(path, task_type, revision=revision, **options)
+    _refuse_reward_model(path, task_type, config.task_type == "SEQ_CLS")
+    base = _load_full(base_path(path, config), task_type, revision=config.revision, **options)
+    return PeftModel.from_pretrained(base, path, revision=revision)
+
+
+def load_reward_model(
+    path: str, dtype: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel | PeftModel:
+    """
+    A trained reward model, full or an adapter on its base: one score a sequence.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the model has no trained score head.
+    """
+    config = adapter_config(path)
+    if config is None:
+        architectures = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).architectures or [""]
+        scores = "SequenceClassification" in architectures[0]
+    else:
+        scores = config.task_type == "SEQ_CLS"
+    if not scores:
+        raise ConfigError(f"`{path}` is no reward model: it has no score head. Train one with `stage=reward`.")
+    return load_model(path, "SEQ_CLS", dtype or "float32", trust_remote_code=trust_remote_code)
+
+
+def load_start(
+    path: str,
+    task_type: str,
+    peft_config: PeftConfig | None,
+    merge_dir: str,
+    revision: str | None = None,
+    **options,
+) -> tuple[PreTrainedModel | PeftModel, PeftConfig | None]:
+    """
+    The model that a run starts from, ready for a TRL trainer, and the `peft_config` to give to that trainer.
+
+    - a full model: itself; the trainer puts a fresh adapter on it if `peft_config` is given;
+    - an adapter, `peft_config` given: the same adapter, trainable, on its unmerged base. TRL keeps a frozen copy of
+      it as the reference. For `SEQ_CLS` a policy's adapter gets a score head;
+    - an adapter, no `peft_config`: merged into its base, written to `merge_dir` and loaded from there, so that TRL,
+      which loads a reference from where the model came from, finds the merged one.
+
+    Args:
+        path (`str`):
+            Folder or hub id.
+        task_type (`str`):
+            `CAUSAL_LM` or `SEQ_CLS`.
+        peft_config (`peft.PeftConfig`, *optional*):
+            The adapter that is asked for.
+        merge_dir (`str`):
+            Folder for the merged start.
+        revision (`str`, *optional*), **options:
+            See [`load_model`].
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the adapter at `path` isn't of the shape that is asked for.
+    """
+    saved = adapter_config(path, revision)
+    if saved is None:
+        return _load_full(path, task_type, revision=revision, **options), peft_config
+    _refuse_reward_model(path, task_type, saved.task_type == "SEQ_CLS")
+    if peft_config is None:
+        with PartialState().main_process_first():
+            if not Path(merge_dir, "config.json").is_file():
+                merge_adapter(path, merge_dir, revision, options.get("trust_remote_code", False))
+        return _load_full(merge_dir, task_type, **options), None
+    base = _load_full(base_path(path, saved), task_type, revision=saved.revision, **options)
+    _check_shape(path, saved, peft_config, base)
+    saved.base_model_name_or_path = base.config._name_or_path
+    saved.inference_mode = False
+    saved.lora_dropout = peft_config.lora_dropout
+    if saved.task_type == task_type:
+        return PeftModel.from_pretrained(base, path, config=saved, is_trainable=True, revision=revision), None
+    return _with_score_head(base, path, saved, revision), None
+
+
+def merge_adapter(source: str, output_dir: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """
+    Writes an adapter merged into its base, with its tokenizer, as a full model. Call it on one rank.
+
+    Args:
+        source (`str`):
+            Folder or hub id of the adapter.
+        output_dir (`str`):
+            Folder to write; it appears whole or not at all.
+        revision (`str`, *optional*), trust_remote_code (`bool`):
+            As in `from_pretrained`.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if `source` is no adapter.
+    """
+    config = adapter_config(source, revision)
+    if config is None:
+        raise ConfigError(f"`{source}` is a full model, there is nothing to merge. Use it as it is.")
+    model = load_model(source, config.task_type, "auto", trust_remote_code=trust_remote_code, revision=revision)
+    partial = Path(f"{output_dir}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
+    merged = model.merge_and_unload()
+    merged.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    merged.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(output_dir, ignore_errors=True)
+    partial.rename(output_dir)
+
+
+def _load_full(path: str, task_type: str, trust_remote_code: bool = False, revision: str | None = None, **options):
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+    architecture = (config.architectures or [""])[0]
+    _refuse_reward_model(path, task_type, "SequenceClassification" in architecture)
+    if revision is not None and not Path(path).is_dir():
+        # TRL loads the reference by the model's path alone: the path must already mean this revision
+        from huggingface_hub import snapshot_download
+
+        path, revision = snapshot_download(path, revision=revision), None
+    if task_type == "SEQ_CLS":
+        options["num_labels"] = 1
+    with suppress_seqcls_warning():  # that a policy has no score head: a new one is what is wanted
+        model = AUTO_CLASSES[task_type].from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+    if task_type == "SEQ_CLS":
+        for name, head in model.named_children():
+            if name in HEADS and isinstance(head, torch.nn.Linear):
+                # PEFT trains a head in float32, whatever the type of the base; the hook is copied with the layer
+                head.register_forward_pre_hook(_cast_to_weight)
+    if options.get("quantization_config") is not None:
+        _keep_trainable(model)
+    return model
+
+
+def _cast_to_weight(module: torch.nn.Linear, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (inputs[0].to(module.weight.dtype),)
+
+
+def _keep_trainable(model: PreTrainedModel) -> None:
+    """
+    Keeps bitsandbytes (0.50) from repacking 4-bit weights at the first evaluation on a CPU with AVX512-BF16.
+
+    The packed form has no backward: training would go on with wrong gradients. It also fails on widths that are no
+    multiple of 64.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _refuse_reward_model(path: str, task_type: str, is_reward_model: bool) -> None:
+    if is_reward_model and task_type == "CAUSAL_LM":
+        raise ConfigError(
+            f"`{path}` is a reward model and can't write text. Start from a policy: `model.run=sft`, or its path."
+        )
+
+
+def _check_shape(path: str, saved: PeftConfig, wanted: PeftConfig, base: PreTrainedModel) -> None:
+    if not isinstance(saved, LoraConfig) or not isinstance(wanted, LoraConfig):
+        raise ConfigError(
+            f"`{path}` is an adapter of the kind `{saved.peft_type.value}`, which a run can't go on training. "
+            "Set `adapter=none` (it is merged, and everything is trained)."
+        )
+    differing = [
+        f"`{name}` is {getattr(saved, name)} there and {getattr(wanted, name)} in `adapter.peft`"
+        for name in SHAPE
+        if getattr(saved, name) != getattr(wanted, name)
+    ]
+    if _targets(saved, base, wanted.task_type) != _targets(wanted, base, wanted.task_type):
+        differing.append(f"`target_modules` is {_shown(saved)} there and {_shown(wanted)} in `adapter.peft`")
+    if wanted.modules_to_save and set(wanted.modules_to_save) - HEADS != set(saved.modules_to_save or []) - HEADS:
+        differing.append(
+            f"`modules_to_save` is {saved.modules_to_save} there and {wanted.modules_to_save} in `adapter.peft`"
+        )
+    if differing:
+        raise ConfigError(
+            f"The run would go on training the adapter `{path}`, but an adapter of another shape is asked for: "
+            f"{'; '.join(differing)}. Set `adapter.peft` to the same, or write the adapter's merged model with "
+            f"`stage=merge model.path={path}` and start from `{path}/merged`."
+        )
+
+
+def _targets(config: LoraConfig, base: PreTrainedModel, task_type: str) -> set[str]:
+    """Names of the layers that get an adapter, found on a copy of the base without weights."""
+    config = copy.deepcopy(config)
+    config.task_type = task_type  # says which head `all-linear` leaves out
+    with torch.device("meta"):
+        return set(LoraModel(type(base)._from_config(base.config), config, "default").targeted_module_names)
+
+
+def _shown(config: LoraConfig) -> str:
+    targets = config.target_modules
+    return targets if isinstance(targets, str) else str(sorted(targets))
+
+
+def _with_score_head(base: PreTrainedModel, path: str, saved: LoraConfig, revision: str | None) -> PeftModel:
+    config = copy.deepcopy(saved)
+    config.task_type = "SEQ_CLS"  # PEFT adds the score head to `modules_to_save`
+    config.modules_to_save = [name for name in saved.modules_to_save or [] if name not in HEADS]
+    model = get_peft_model(base, config)
+    fresh = get_peft_model_state_dict(model)
+    policy = load_peft_weights(path, device="cpu", revision=revision)
+    policy = {name: weight for name, weight in policy.items() if "lm_head" not in name}
+    differing = {name for name in fresh.keys() ^ policy.keys() if ".score." not in name}
+    if differing:
+        raise RuntimeError(f"The adapter `{path}` doesn't fit its base as a classifier: {sorted(differing)}")
+    set_peft_model_state_dict(model, fresh | policy)
+    return model

@@ -1,0 +1,76 @@
+"""Where a model is: the embedded checkpoints, earlier runs, local folders and the hub. Imports nothing heavy."""
+
+import json
+from pathlib import Path
+
+from rlhf_trl.errors import ConfigError
+
+DEMO = "demo:"
+PACKAGE = Path(__file__).resolve().parent
+
+
+def resolve_path(path: str | None, run: str | None, project_dir: str) -> str:
+    """
+    The folder or hub id that `model.path` and `model.run` mean.
+
+    Args:
+        path (`str`, *optional*):
+            `demo:base` or `demo:sft` (the embedded checkpoints), a folder, or a hub id.
+        run (`str`, *optional*):
+            Name of an earlier run of the project, which wins over `path`.
+        project_dir (`str`):
+            Folder with the project's runs.
+
+    Returns:
+        `str`: an absolute folder, or the hub id as it is.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the run is missing or not finished, or if the folder is missing.
+    """
+    if run is not None:
+        return _finished_run(run, project_dir)
+    if path is None:
+        raise ConfigError("No model is named. Give its folder or hub id as `path`, or an earlier run as `run`.")
+    if path.startswith(DEMO):
+        embedded = PACKAGE / "demo" / "checkpoints" / path.removeprefix(DEMO)
+        if not embedded.is_dir():
+            raise ConfigError(f"There is no embedded checkpoint `{path}` ({embedded}). Use `demo:base` or `demo:sft`.")
+        return str(embedded)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return str(local.resolve())
+    if path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
+        raise ConfigError(f"The model folder `{path}` doesn't exist. Give an existing folder or a hub id.")
+    return path
+
+
+def _finished_run(run: str, project_dir: str) -> str:
+    run_dir = Path(project_dir, run)
+    record = run_dir / "run.json"
+    command = run_command(run, project_dir)
+    if not record.is_file():
+        raise ConfigError(
+            f"There is no run `{run}` in `{project_dir}`. Make it first with `{command}`, or name another by `run=`."
+        )
+    status = json.loads(record.read_text(encoding="utf-8"))["status"]
+    if status != "done":
+        raise ConfigError(
+            f"The run `{run}` in `{project_dir}` is not finished (its status is `{status}`). "
+            f"Finish it first with `{command} resume=true`."
+        )
+    return str(run_dir.resolve())
+
+
+def run_command(run: str, project_dir: str) -> str:
+    """The command that makes a run of a project, for messages; with a name of its own its stage stays open."""
+    stages = {path.name.removesuffix(".yaml") for path in (conf_dir() / "stage").glob("*.yaml")}
+    parts = [f"stage={run}" if run in stages else f"stage=... run_name={run}", f"project={Path(project_dir).name}"]
+    if str(Path(project_dir).parent) != "runs":
+        parts.append(f"runs_dir={Path(project_dir).parent}")
+    return " ".join(["accelerate launch train.py", *parts])
+
+
+def conf_dir() -> Path:
+    """The folder of the YAML files: `rlhf_trl/conf` where a wheel was installed, `conf/` beside it in a clone."""
+    inside = PACKAGE / "conf"
+    return inside if inside.is_dir() else PACKAGE.parent / "conf"

@@ -1,0 +1,70 @@
+"""What `debug=dry_run` prints: everything a run would do, before any model loads."""
+
+from accelerate import PartialState
+from omegaconf import DictConfig
+from transformers import TrainingArguments
+
+from rlhf_trl.callbacks import steps_per_rollout
+from rlhf_trl.data import render_sample
+from rlhf_trl.models import load_tokenizer
+from rlhf_trl.paths import resolve_path
+from rlhf_trl.run import load_data, project_dir, source, training_arguments
+
+
+def show_plan(cfg: DictConfig) -> None:
+    """
+    Print stage, model, data, batch arithmetic, steps, and a rendered sample with its loss mask.
+
+    The data are read and the tokenizer is loaded; no model is, and nothing is written.
+    """
+    if "args" not in cfg.stage:
+        print(f"Plan: stage {cfg.stage.name} -> {cfg.run_dir}. It trains nothing. Nothing was started.")
+        return
+    path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
+    args = training_arguments(cfg.stage.args)
+    tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **source(cfg))
+    dataset = load_data(cfg, tokenizer)
+    rows = {name: len(part) for name, part in dataset.items()}
+    lines = {
+        "stage": f"{cfg.stage.name} ({cfg.stage.trainer._target_})",
+        "run directory": cfg.run_dir,
+        "starts from": path,
+        "adapter": cfg.adapter.peft._target_ if cfg.adapter.peft else "none, all weights are trained",
+        "data": ", ".join(f"{count:,} rows for {name}" for name, count in rows.items()),
+        **_steps(args, rows["train"]),
+        "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+    }
+    if "reward" in cfg:
+        lines["rewards"] = ", ".join(f"{name} x {node.weight}" for name, node in cfg.reward.items())
+    if not PartialState().is_main_process:
+        return
+    width = max(map(len, lines))
+    print("\nPlan")
+    for name, text in lines.items():
+        print(f"  {name:<{width}}  {text}")
+    print("\nFirst row")
+    for line in render_sample(tokenizer, dataset["train"][0], cfg.stage.form).splitlines():
+        print(f"  {line}")
+    print("\nDry run: nothing was started and nothing written. Leave out `debug=dry_run` to run it.")
+
+
+def _steps(args: TrainingArguments, rows: int) -> dict[str, str]:
+    ranks, micro = args.world_size, args.per_device_train_batch_size
+    accumulation = args.gradient_accumulation_steps
+    per_step = micro * ranks * accumulation
+    batch = f"{micro} a device x {ranks} rank(s) x {accumulation} accumulated = {per_step}"
+    if not hasattr(args, "steps_per_generation"):
+        in_epoch = -(-rows // per_step)
+        steps = args.max_steps if args.max_steps > 0 else round(in_epoch * args.num_train_epochs)
+        return {"batch": f"{batch} rows an optimizer step", "steps": f"{steps:,} optimizer steps"}
+    rollout, prompts = args.generation_batch_size, args.generation_batch_size // args.num_generations
+    each = steps_per_rollout(args)
+    rollouts = rows // prompts * args.num_train_epochs
+    if args.max_steps > 0:
+        rollouts = args.max_steps / each
+    return {
+        "rollout": f"{rollout:,} completions of {prompts:,} prompts ({args.num_generations} each)",
+        "batch": f"{batch} completions an optimizer step (a mini-batch)",
+        "optimization": f"{args.num_iterations} epoch(s) over a rollout = {each} optimizer steps",
+        "steps": f"{rollouts:,.4g} rollouts, {rollouts * rollout:,.0f} episodes, {rollouts * each:,.0f} optimizer steps",
+    }

@@ -1,0 +1,369 @@
+"""
+The flow of a run, from the composed config to a saved model: the only module that sees the whole config.
+
+What differs between stages is in conf/stage/*.yaml; keys that a stage has no use for are simply not there.
+"""
+
+import functools
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import DatasetDict
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import is_torch_bf16_gpu_available
+
+from rlhf_trl.callbacks.interrupt import Interrupt
+from rlhf_trl.callbacks.progress import ProgressLine
+from rlhf_trl.callbacks.record import (
+    RunRecord,
+    finish_run,
+    last_complete_checkpoint,
+    read_run,
+    start_run,
+    write_metrics,
+)
+from rlhf_trl.callbacks.samples import SampleLog
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.launching import config_dirs
+from rlhf_trl.loggers import is_first_rank
+from rlhf_trl.models import adapter_config, load_start, load_tokenizer, merge_adapter
+from rlhf_trl.paths import resolve_path
+from rlhf_trl.quiet import quiet
+
+# A resumed run may differ in these from its beginning: none of them can change the weights.
+FREE_KEYS = (
+    "resume",
+    "overwrite",
+    "merge",
+    "logger",
+    "runs_dir",
+    "run_dir",
+    "stage.args.output_dir",
+    "stage.args.report_to",
+    "stage.args.save_strategy",
+    "stage.args.save_steps",
+    "stage.args.save_total_limit",
+    "stage.args.logging_steps",
+    "stage.args.logging_first_step",
+    "stage.args.disable_tqdm",
+)
+
+
+def train(cfg: DictConfig) -> float | None:
+    """
+    Trains what `cfg.stage` names, evaluates the model, and saves it into `cfg.run_dir`.
+
+    Args:
+        cfg (`DictConfig`):
+            The composed config (conf/train.yaml), checked.
+
+    Returns:
+        `float` or `None`: the metric named by `cfg.objective`; `None` if it was not measured or the run was stopped.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if arguments, models, data or an earlier run in `run_dir` don't allow it.
+    """
+    OmegaConf.resolve(cfg)
+    quiet()
+    set_seed(cfg.seed)
+    args = training_arguments(cfg.stage.args)
+    path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
+    tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **source(cfg))
+    dataset = load_data(cfg, tokenizer)
+    if "eval" not in dataset:
+        args.eval_strategy, args.do_eval, args.eval_on_start = IntervalStrategy.NO, False, False
+
+    checkpoint = begin(cfg, path)
+    interrupt = Interrupt(resume_command=command(cfg, "resume=true"))
+    try:
+        logger = instantiate(cfg.logger.run)
+        with logger(run_dir=cfg.run_dir, name=args.run_name, config=OmegaConf.to_container(cfg)):
+            trainer = make_trainer(cfg, args, path, tokenizer, dataset)
+            trainer.add_callback(interrupt)  # the last one, so that its message stands last
+            trainer.train(resume_from_checkpoint=checkpoint)
+            metrics = {} if interrupt.interrupted else finish(cfg, trainer)
+    except BaseException as error:
+        interrupt.restore()
+        fail(cfg, error)
+        raise
+    end(cfg, "stopped" if interrupt.interrupted else "done")
+    if interrupt.interrupted:
+        raise SystemExit(130)  # as a shell says that Ctrl-C ended a command
+    return metrics.get(cfg.objective)
+
+
+def merge(cfg: DictConfig) -> None:
+    """
+    Writes the merged model of the adapter that `cfg.model` names: into `merged` inside its folder, or inside
+    `cfg.run_dir` for an adapter of the hub.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if it is no adapter, or a run that is missing or not finished.
+    """
+    quiet()
+    path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
+    output_dir = Path(path if Path(path).is_dir() else cfg.run_dir, "merged")
+    if is_first_rank():
+        merge_adapter(path, str(output_dir), **source(cfg))
+        print(f"Merged model: {output_dir}")
+
+
+def training_arguments(node: DictConfig) -> TrainingArguments:
+    """
+    The trainer's arguments; `bf16` left open becomes what the device can do.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if TRL's dataclass refuses a value, or bf16 is asked for where there is none.
+    """
+    values = OmegaConf.to_container(node, resolve=True)
+    supported = is_torch_bf16_gpu_available() and not values.get("use_cpu")
+    if values.get("bf16") and not supported and not values.get("use_cpu"):
+        raise ConfigError(
+            "`stage.args.bf16=true` asks for bfloat16, which this machine has no accelerator for. Set "
+            "`stage.args.bf16=false`, or `+stage.args.use_cpu=true` to compute in bfloat16 on the CPU."
+        )
+    if values.get("bf16") is None and not values.get("fp16"):
+        values["bf16"] = supported
+    if not torch.accelerator.is_available():
+        values.setdefault("use_cpu", True)  # without it each of several CPU ranks would train by itself
+    try:
+        args = instantiate(values)
+    except InstantiationException as error:
+        raise ConfigError(f"`stage.args` is refused by `{node._target_}`: {error.__cause__ or error}") from error
+    if node.get("bf16") is None and not args.bf16 and not args.fp16 and args.process_index == 0:
+        print("bf16 is off: this machine has no accelerator with bfloat16, so training is in float32.")
+    return args
+
+
+def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
+    """The splits `train` and, where there is one, `eval`, in the form the stage wants."""
+    with PartialState().main_process_first():
+        dataset = instantiate(cfg.data)(form=cfg.stage.form, seed=cfg.seed)
+        if cfg.stage.prepare is not None:
+            prepare = instantiate(cfg.stage.prepare)
+            dataset = prepare(dataset, tokenizer)
+    return dataset
+
+
+def begin(cfg: DictConfig, path: str) -> str | None:
+    """
+    Makes the run directory ready and leaves the config and `run.json` in it.
+
+    Returns:
+        `str` or `None`: the checkpoint to go on from.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if a resumed run's config has changed, or the run would delete its own start.
+    """
+    state, run_dir, checkpoint = PartialState(), Path(cfg.run_dir), None
+    used = read_run(run_dir) is not None
+    if used and cfg.resume:
+        refuse_changes(OmegaConf.load(run_dir / "config.yaml"), cfg)
+        checkpoint = last_complete_checkpoint(run_dir)
+        if state.is_main_process:
+            print(f"Going on from {checkpoint}." if checkpoint else f"No checkpoint in {run_dir}: starting anew.")
+    elif used and Path(path).is_relative_to(run_dir.resolve()):
+        raise ConfigError(
+            f"The run would delete the model that it starts from (`{path}`). Give the run another `run_name`."
+        )
+    state.wait_for_everyone()  # no rank may look at the directory after rank 0 has changed it
+    if state.is_main_process:
+        if used and not cfg.resume:
+            clear(run_dir)
+        start_run(run_dir, stage=cfg.stage.name, command=command(cfg), model=path)
+        OmegaConf.save(cfg, run_dir / "config.yaml")
+    state.wait_for_everyone()
+    return checkpoint
+
+
+def refuse_changes(before: DictConfig, now: DictConfig) -> None:
+    """Raises a [`~rlhf_trl.errors.ConfigError`] that lists the keys in which a resumed run's config has changed."""
+    old, new = (flatten(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, now))
+    changed = [
+        f"`{key}` was {old.get(key, 'not set')} and is {new.get(key, 'not set')}"
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
+    ]
+    if changed:
+        raise ConfigError(
+            f"The run `{now.run_dir}` can't be resumed with another config: {'; '.join(changed)}. Give the values it "
+            "began with, or another `run_name`, or `overwrite=true`."
+        )
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`; lists and empty mappings stay as they are."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {k: v for name, item in value.items() for k, v in flatten(item, f"{prefix}.{name}".strip(".")).items()}
+
+
+def clear(run_dir: Path) -> None:
+    """Deletes what an earlier run left, except for what Hydra has already written for this one."""
+    for entry in run_dir.iterdir():
+        if entry.name == ".hydra" or entry.suffix == ".log":
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def make_trainer(
+    cfg: DictConfig, args: TrainingArguments, path: str, tokenizer: PreTrainedTokenizerBase, dataset: DatasetDict
+) -> Trainer:
+    """The stage's trainer, with model, rewards and callbacks."""
+    extra = {}
+    if "reward" in cfg:
+        extra["reward_funcs"] = reward_functions(cfg, tokenizer)
+        args.reward_weights = [reward.weight for reward in extra["reward_funcs"]]
+    set_seed(cfg.seed)  # a new score head must not depend on what was loaded before
+    model, peft_config = load_start(
+        path,
+        cfg.stage.task_type,
+        instantiate(cfg.adapter.peft),
+        merge_dir=f"{cfg.run_dir}/start",
+        dtype=cfg.model.dtype,
+        attn_implementation=cfg.model.attn_implementation,
+        quantization_config=instantiate(cfg.adapter.quantization),
+        **source(cfg),
+    )
+    trainer = instantiate(cfg.stage.trainer)(
+        model=model,
+        args=args,
+        train_dataset=dataset["train"],
+        eval_dataset=dataset.get("eval"),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        **extra,
+    )
+    for name, parameter in trainer.model.named_parameters():
+        if ".ref." in name:  # TRL's copy of the starting adapter is the reference
+            parameter.requires_grad_(False)
+        elif ".score.modules_to_save." in name:
+            # On a 4-bit base TRL casts the score head to bfloat16, too coarse for differences of scores
+            parameter.data = parameter.data.float()
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    for callback in callbacks(cfg, trainer):
+        trainer.add_callback(callback)
+    return trainer
+
+
+def reward_functions(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> list[Callable]:
+    """The rewards of the group `reward`, under the names they have there; runs become paths."""
+    rewards = []
+    for name, node in cfg.reward.items():
+        options = {"name": name}
+        if "run" in node:
+            options["path"] = resolve_path(node.path, node.run, project_dir(cfg))
+            node = OmegaConf.masked_copy(node, [key for key in node if key != "run"])
+        try:
+            reward = instantiate(node, **options)
+        except InstantiationException as error:
+            if isinstance(error.__cause__, ConfigError):
+                raise error.__cause__ from error
+            raise
+        reward.bind(tokenizer)
+        rewards.append(instantiate(cfg.stage.wrap_reward)(reward) if cfg.stage.wrap_reward else reward)
+    return rewards
+
+
+def callbacks(cfg: DictConfig, trainer: Trainer) -> Iterator[TrainerCallback]:
+    """What watches and steers the run: always the record and the progress line, and what the config names."""
+    if "kl" in cfg:
+        yield instantiate(cfg.kl)(trainer=trainer)
+    for node in cfg.callbacks.values():
+        callback = instantiate(node)
+        yield callback(trainer=trainer) if isinstance(callback, functools.partial) else callback
+    if "reward" in cfg:
+        yield SampleLog(trainer, cfg.run_dir)
+    yield ProgressLine()
+    yield RunRecord(cfg.run_dir)
+
+
+def finish(cfg: DictConfig, trainer: Trainer) -> dict[str, float]:
+    """Evaluates and saves a trained model; returns the last value of every metric."""
+    history = trainer.state.log_history
+    measured = any(
+        entry["step"] == trainer.state.global_step and any(key.startswith("eval_") for key in entry)
+        for entry in history
+    )
+    if trainer.eval_dataset is not None and (not measured or trainer.args.load_best_model_at_end):
+        trainer.evaluate()
+    trainer.save_model(cfg.run_dir)
+    if trainer.is_world_process_zero():
+        # The reference belongs to the training; what is left of the run is the policy alone
+        shutil.rmtree(Path(cfg.run_dir, "ref"), ignore_errors=True)
+        write_metrics(cfg.run_dir, history)
+        if cfg.merge and adapter_config(cfg.run_dir) is not None:
+            merge_adapter(cfg.run_dir, f"{cfg.run_dir}/merged", trust_remote_code=cfg.model.trust_remote_code)
+    PartialState().wait_for_everyone()
+    return {key: value for entry in history for key, value in entry.items()}
+
+
+def end(cfg: DictConfig, status: str, **extra) -> None:
+    """Writes on rank 0 how the run ended; of an adapter also the base that it belongs to."""
+    if PartialState().is_main_process:
+        adapter = adapter_config(cfg.run_dir) if status == "done" else None
+        if adapter is not None:
+            extra["base"] = adapter.base_model_name_or_path
+        finish_run(cfg.run_dir, status, **extra)
+
+
+def fail(cfg: DictConfig, error: BaseException) -> None:
+    """Writes on rank 0 what ended the run. A wrong config that let nothing begin leaves the directory free."""
+    if isinstance(error, ConfigError) and not cfg.resume and last_complete_checkpoint(cfg.run_dir) is None:
+        if PartialState().is_main_process:
+            Path(cfg.run_dir, "run.json").unlink()
+    else:
+        end(
+            cfg,
+            "stopped" if isinstance(error, KeyboardInterrupt) else "failed",
+            error=f"{type(error).__name__}: {error}",
+        )
+
+
+def project_dir(cfg: DictConfig) -> str:
+    """The folder of the project's runs."""
+    return f"{cfg.runs_dir}/{cfg.project}"
+
+
+def source(cfg: DictConfig) -> dict[str, Any]:
+    """What every loading from the hub needs to know besides the path."""
+    return {"trust_remote_code": cfg.model.trust_remote_code, "revision": cfg.model.revision}
+
+
+def command(cfg: DictConfig, *added: str) -> str:
+    """The command of this run as one would type it, with `added` instead of how it was begun."""
+    if HydraConfig.initialized():
+        given = [*config_dirs(), *HydraConfig.get().overrides.task]
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # this job alone: its name is not in what was typed
+            given = [*(word for word in given if not word.startswith("run_name=")), f"run_name={cfg.run_name}"]
+    else:
+        given = [f"stage={cfg.stage.name}", f"project={cfg.project}"]
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "RANK" in os.environ
+    words = ["accelerate", "launch", "train.py"] if launched else ["python", "train.py"]
+    if added:
+        given = [word for word in given if not word.startswith(("resume=", "overwrite="))]
+    return shlex.join([*words, *given, *added])

@@ -1,0 +1,66 @@
+"""Tests run offline, on the CPU, with models of a second: the embedded world, or `tests.tiny`."""
+
+import os
+import socket
+
+# Read by the libraries when they are imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import pytest  # noqa: E402
+
+from rlhf_trl.paths import conf_dir  # noqa: E402
+
+LOOPBACK = ("127.", "localhost", "::1", "0.0.0.0")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Connections to other machines fail; those on this machine (two ranks, a W&B process) work."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(LOOPBACK):
+            raise OSError(f"A test tried to reach {address}.")
+        return connect(self, address)
+
+    socket.socket.connect = guarded
+    yield
+    socket.socket.connect = connect
+
+
+@pytest.fixture(scope="session")
+def compose():
+    """`compose(*overrides)` gives the config that `train.py` would get."""
+    from hydra import compose, initialize_config_dir
+
+    def composed(*overrides: str):
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose("train", list(overrides))
+
+    return composed
+
+
+@pytest.fixture(scope="session")
+def train(compose):
+    """`train(runs_dir, *overrides)` runs a stage on little data and returns its run directory."""
+    from hydra.utils import instantiate
+
+    def trained(runs_dir, *overrides: str) -> str:
+        few = ["data.max_samples=256", "data.max_eval_samples=32", "stage.args.max_steps=8"]
+        few += ["stage.args.learning_rate=2e-3", "stage.args.save_steps=100"]
+        cfg = compose(f"runs_dir={runs_dir}", "project=test", *few, *overrides)
+        instantiate(cfg.stage.run)(cfg)
+        return cfg.run_dir
+
+    return trained
+
+
+@pytest.fixture
+def tiny_llama(tmp_path):
+    """Folder of a Llama with random weights and its word-level tokenizer."""
+    from tests.tiny import save_model
+
+    return save_model(tmp_path / "llama")

@@ -1,0 +1,3 @@
+from rlhf_trl.cli import main
+
+main()
