@@ -83,8 +83,8 @@ def _look_at(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     Stop at what is wrong with a command before Hydra writes its first file: a refused run must not touch the directory
     of an earlier one.
 
-    Returns the overrides and the config folders of the command line. Commands that only show something and multiruns
-    are left to Hydra.
+    Returns the overrides and the config folders of the command line. Commands that only show something are left to
+    Hydra.
     """
     args = get_args_parser().parse_args(argv)
     config_dirs = [args.config_dir] if args.config_dir else []
@@ -94,9 +94,11 @@ def _look_at(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             f"Type `python launch/sweep.py -m {' '.join(args.overrides)}`, which launches each of its jobs."
         )
     shows = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
-    if not (shows or args.multirun or args.experimental_rerun or args.config_name or args.config_path):
-        cfg, problems = overrides.compose(args.overrides, config_dirs)
-        problems += find_problems(cfg) if cfg else []
+    if not (shows or args.experimental_rerun or args.config_name or args.config_path):
+        words = overrides.without_sweeps(args.overrides) if args.multirun else args.overrides
+        cfg, problems = overrides.compose(words, config_dirs)
+        if cfg and not args.multirun:  # its jobs are checked one by one
+            problems += find_problems(cfg)
         if problems:
             raise ConfigError.join(problems)
     return args.overrides, config_dirs

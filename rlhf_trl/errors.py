@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-class ConfigError(Exception):
+class ConfigError(ValueError):
     """
     Something in the configuration, the data or the file system keeps a run from starting or going on.
 

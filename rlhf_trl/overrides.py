@@ -32,7 +32,8 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> tuple[
     """
     The config of a command line without the overrides that don't fit, and the problem of each of these.
 
-    There is no config (`None`) if one of these chooses an option: without it the others may not mean the same.
+    There is no config (`None`) if one of these chooses an option of a group that is read: without it the others may
+    not mean the same.
 
     Args:
         overrides (`Sequence[str]`): words such as `stage=ppo` and `+stage.args.x=1`.
@@ -59,7 +60,8 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> tuple[
             wrong.append((word, error))
     groups = _groups([str(conf_dir()), *config_dirs])
     problems = [_explain(word, error, cfg, groups) for word, error in wrong] + _unread(left, cfg, groups)
-    return None if any(_key(word) in groups for word, _ in wrong) else cfg, problems
+    lost = any(_key(word) in groups and "Could not override" not in str(error) for word, error in wrong)
+    return None if lost else cfg, problems
 
 
 def without_sweeps(words: Sequence[str]) -> list[str]:
@@ -72,9 +74,10 @@ def _first(word: str) -> str:
         override = OverridesParser.create().parse_override(word)
     except HydraException:
         return word
-    if not override.is_sweep_override() or not override.is_discrete_sweep():
+    if not override.is_sweep_override():
         return word
-    return f"{word.partition('=')[0]}={next(override.sweep_string_iterator())}"
+    is_range = override.is_interval_sweep()
+    return f"{word.partition('=')[0]}={override.value().start if is_range else next(override.sweep_string_iterator())}"
 
 
 def _text(error: Exception) -> str:

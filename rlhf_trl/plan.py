@@ -62,9 +62,10 @@ def _steps(args: TrainingArguments, rows: int) -> dict[str, str]:
     rollouts = rows // prompts * args.num_train_epochs
     if args.max_steps > 0:
         rollouts = args.max_steps / each
+    steps, episodes = rollouts * each, rollouts * rollout
     return {
         "rollout": f"{rollout:,} completions of {prompts:,} prompts ({args.num_generations} each)",
         "batch": f"{batch} completions an optimizer step (a mini-batch)",
         "optimization": f"{args.num_iterations} epoch(s) over a rollout = {each} optimizer steps",
-        "steps": f"{rollouts:,.4g} rollouts, {rollouts * rollout:,.0f} episodes, {rollouts * each:,.0f} optimizer steps",
+        "steps": f"{rollouts:,.4g} rollouts, {episodes:,.0f} episodes, {steps:,.0f} optimizer steps",
     }

@@ -43,30 +43,14 @@ from rlhf_trl.callbacks.record import (
     write_metrics,
 )
 from rlhf_trl.callbacks.samples import SampleLog
+from rlhf_trl.checks.run_directory import resume_changes
+from rlhf_trl.checks.values import plain
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.launching import config_dirs
 from rlhf_trl.loggers import is_first_rank
 from rlhf_trl.models import adapter_config, load_start, load_tokenizer, merge_adapter
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.quiet import quiet
-
-# A resumed run may differ in these from its beginning: none of them can change the weights.
-FREE_KEYS = (
-    "resume",
-    "overwrite",
-    "merge",
-    "logger",
-    "runs_dir",
-    "run_dir",
-    "stage.args.output_dir",
-    "stage.args.report_to",
-    "stage.args.save_strategy",
-    "stage.args.save_steps",
-    "stage.args.save_total_limit",
-    "stage.args.logging_steps",
-    "stage.args.logging_first_step",
-    "stage.args.disable_tqdm",
-)
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -178,7 +162,8 @@ def begin(cfg: DictConfig, path: str) -> str | None:
     state, run_dir, checkpoint = PartialState(), Path(cfg.run_dir), None
     used = read_run(run_dir) is not None
     if used and cfg.resume:
-        refuse_changes(OmegaConf.load(run_dir / "config.yaml"), cfg)
+        if changes := resume_changes(run_dir, plain(cfg)[0]):
+            raise ConfigError.join(changes)
         checkpoint = last_complete_checkpoint(run_dir)
         if state.is_main_process:
             print(f"Going on from {checkpoint}." if checkpoint else f"No checkpoint in {run_dir}: starting anew.")
@@ -194,28 +179,6 @@ def begin(cfg: DictConfig, path: str) -> str | None:
         OmegaConf.save(cfg, run_dir / "config.yaml")
     state.wait_for_everyone()
     return checkpoint
-
-
-def refuse_changes(before: DictConfig, now: DictConfig) -> None:
-    """Raises a [`~rlhf_trl.errors.ConfigError`] that lists the keys in which a resumed run's config has changed."""
-    old, new = (flatten(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, now))
-    changed = [
-        f"`{key}` was {old.get(key, 'not set')} and is {new.get(key, 'not set')}"
-        for key in sorted(old | new)
-        if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
-    ]
-    if changed:
-        raise ConfigError(
-            f"The run `{now.run_dir}` can't be resumed with another config: {'; '.join(changed)}. Give the values it "
-            "began with, or another `run_name`, or `overwrite=true`."
-        )
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`; lists and empty mappings stay as they are."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    return {k: v for name, item in value.items() for k, v in flatten(item, f"{prefix}.{name}".strip(".")).items()}
 
 
 def clear(run_dir: Path) -> None:

@@ -1,350 +1,328 @@
-"""What is wrong with a config is found before a model loads: each rule once, on the real config."""
+"""What the checks find before any model loads: each problem once, all in one error, each with what to type."""
 
+import importlib.util
 import json
 import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from omegaconf import OmegaConf
 
 from rlhf_trl import argument_names, dotpaths
 from rlhf_trl.checks import check, find_problems
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.paths import conf_dir
-
-STAGES = sorted(path.stem for path in conf_dir().glob("stage/*.yaml"))
-TRAINING = [
-    stage for stage in STAGES if "args" in yaml.safe_load((conf_dir() / f"stage/{stage}.yaml").read_text())["stage"]
-]
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch) -> Path:
-    """An empty folder to stand in, on one rank."""
+@pytest.fixture
+def problems(compose, monkeypatch, tmp_path):
+    """`problems(*overrides)`: what the light checks find, seen from an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    return tmp_path
+
+    def found(*overrides: str) -> list[str]:
+        return find_problems(compose(*overrides))
+
+    return found
 
 
-def make_run(name: str, status: str = "done", cfg=None, **files) -> Path:
-    run_dir = Path("runs/default", name)
-    run_dir.mkdir(parents=True)
-    record = {"stage": name, "status": status, "pid": 2**22 + 1, "command": f"python train.py stage={name}"}
-    (run_dir / "run.json").write_text(json.dumps(record))
-    for file, content in files.items():
-        (run_dir / f"{file}.json").write_text(json.dumps(content))
-    if cfg is not None:
-        OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-    return run_dir
+def make_run(name: str, status: str = "done", config: dict | None = None, **record) -> Path:
+    folder = Path("runs/default", name)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps({"status": status, "stage": name, **record}))
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
-def problem(compose, *overrides: str) -> str:
-    """The only problem of a config."""
-    problems = find_problems(compose(*overrides))
+def one(problems: list[str], *parts: str) -> None:
+    """There is one problem, and it says all of this."""
     assert len(problems) == 1, problems
-    return problems[0]
+    assert all(part in problems[0] for part in parts), problems[0]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_as_it_is_has_no_problem(compose, stage):
-    for name in ("sft", "ppo", "dpo", "reward"):
-        make_run(name)
-    assert find_problems(compose(f"stage={stage}", "run_name=new")) == []
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "orpo", "kto", "rloo", "grpo", "ppo", "init"])
+def test_defaults_have_no_problem(problems, stage):
+    assert problems(f"stage={stage}") == []
 
 
-# ---- Names and values ----
-
-WRONG = {
-    "+stage.args.bta=1": "no argument of `rlhf_trl.ppo.PPOConfig`. Did you mean `beta`",
-    "stage.args.learning_rate=high": "`stage.args.learning_rate` is 'high' and must be a number",
-    "stage.args.num_train_epochs=two": "must be a number",
-    "stage.args.max_steps=2.0": "Type `stage.args.max_steps=2`",
-    "stage.args.whiten_rewards=1": "must be true or false",
-    "stage.args.save_strategy=stps": "Did you mean `steps`",
-    "stage.args.eval_strategy=false": "is false, which is how YAML reads a bare no",
-    "stage.args._target_=rlhf_trl.ppo.PPOConfg": "`rlhf_trl.ppo` has no `PPOConfg`. Did you mean `PPOConfig`",
-    "stage.args.per_device_train_batch_size=0": "Set it to 1 or more",
-    "reward.gold.function=rlhf_trl.demo.gold": "`reward.gold.function`",
-    "reward.gold.function=my_rewards.brevity": "There is no module `my_rewards`",
-    "stage.args.seed=???": "`stage.args.seed` has no value. Type `stage.args.seed=...`",
-    "run_name=${nme}": "`run_name` can't be resolved",
-}
+def test_argument_names_are_those_of_the_installed_libraries():
+    message = "`python -m rlhf_trl.argument_names` writes the file again"
+    assert json.loads(json.dumps(argument_names.installed())) == json.loads(argument_names.FILE.read_text()), message
 
 
-@pytest.mark.parametrize(("override", "part"), WRONG.items(), ids=WRONG)
-def test_a_name_or_a_value_that_is_wrong(compose, override, part):
-    assert part in problem(compose, override)
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["+stage.args.bta=1"], ["`stage.args.bta`", "`beta`"]),
+        (["adapter=lora", "+adapter.peft.alpha=1"], ["`adapter.peft.alpha`", "`lora_alpha`"]),
+        (["adapter=qlora", "+adapter.quantization.load_in_4bits=true"], ["`load_in_4bit`"]),
+        (["stage.args.learning_rate=fast"], ["`stage.args.learning_rate`", "a number"]),
+        (["stage.args.num_iterations=2.0"], ["`stage.args.num_iterations=2`"]),
+        (["stage.args.num_iterations=true"], ["an integer"]),
+        (["stage.args.lr_scheduler_type=cosin"], ["`cosine`"]),
+        (["stage.args.eval_strategy=no"], ["no"]),
+        (["stage.args.max_completion_length=null"], []),
+    ],
+)
+def test_arguments(problems, overrides, parts):
+    found = problems(*overrides)
+    if parts and overrides != ["stage.args.eval_strategy=no"]:
+        one(found, *parts)
+    else:
+        assert found == []
 
 
-def test_a_reward_function_in_the_folder_where_one_stands(compose, folder, monkeypatch):
-    (folder / "my_rewards.py").write_text("def brevity(prompts, completions, **kwargs):\n    return [0.0]\n")
-    monkeypatch.syspath_prepend(str(folder))
-    mine = ("reward=function", "reward.function.function=my_rewards.brevity")
-    assert find_problems(compose(*mine)) == []
-    assert "Did you mean `brevity`" in problem(
-        compose, "reward=function", "reward.function.function=my_rewards.brvity"
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("trl.DPOConfig", None),
+        ("transformers.BitsAndBytesConfig", None),
+        ("os.path.join", None),
+        ("math.sqrt", None),
+        ("rlhf_trl.rewards.FunctionReward", None),
+        ("rlhf_trl.rewards.FunctionRewrd", "Did you mean `FunctionReward`"),
+        ("rlhf_trl.errors", "is a module"),
+        ("no_such_module.x", "no module `no_such_module`"),
+        ("my/file.py", "is no dot path"),
+        ("lonely", "is no dot path"),
+    ],
+)
+def test_dot_paths(path, says):
+    problem = dotpaths.problem(path)
+    assert problem is None if says is None else says in problem
+
+
+def test_dot_paths_import_nothing(tmp_path, monkeypatch):
+    (tmp_path / "loud.py").write_text(
+        "raise RuntimeError\ntry:\n    import json as found\nexcept ImportError:\n    pass\n"
     )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert dotpaths.problem("loud.found") is None and "has no `lost`" in dotpaths.problem("loud.lost")
+    assert "loud" not in sys.modules
 
 
-def test_dot_paths_are_followed_without_an_import():
-    assert dotpaths.problem("my/rewards.py").startswith("`my/rewards.py` is no dot path")
-    assert dotpaths.problem("rlhf_trl.errors") == "`rlhf_trl.errors` is a module. Name the function or class in it."
-    assert "Did you mean `ConfigError`" in dotpaths.problem("rlhf_trl.errors.ConfgError")
-    for path in ("trl.DPOConfig", "os.path.join", "math.sqrt", "torch.nn.Linear", "trl.experimental.orpo.ORPOTrainer"):
-        assert dotpaths.problem(path) is None, path
+def test_a_missing_value_is_named(problems):
+    one(problems("stage=sft", "model=hf"), "`model.path` has no value", "`model.path=...`")
+    one(problems("reward=function"), "`reward.function.function`")
 
 
-def test_the_shipped_argument_names_are_the_installed_libraries():
-    assert json.loads(argument_names.FILE.read_text()) == argument_names.installed(), (
-        "run `python -m rlhf_trl.argument_names`"
-    )
-
-
-def test_the_types_of_arguments_accept_their_defaults():
-    """Else a value that the class itself has would be refused."""
-    from rlhf_trl.checks.names import _type_problem
-
-    for target in argument_names.CLASSES:
-        for name, (expected, default) in argument_names.arguments(target).items():
-            assert _type_problem(name, default, expected) == [], (target, name)
-
-
-# ---- Models, earlier runs and data ----
-
-
-def test_models_that_are_not_there(compose, folder, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (folder / "empty").mkdir()
-    (folder / "model.gguf").touch()
-    hf = ("stage=sft", "model=hf")
-    assert "`model.path` has no value. Type `model.path=...`" in problem(compose, *hf)
-    assert "Did you mean `empty`" in problem(compose, *hf, "model.path=emty")
-    assert "a folder without `config.json`" in problem(compose, *hf, "model.path=empty")
-    assert "is the file `model.gguf`" in problem(compose, *hf, "model.path=model.gguf")
-    assert "`HF_HUB_OFFLINE` is set" in problem(compose, *hf, "model.path=Qwen/Qwen3-0.6B")
-    assert "Did you mean `demo:base`" in problem(compose, "stage=sft", "model.path=demo:bas")
-    assert "`model.chat_template` is `chat.jinja`" in problem(compose, "stage=sft", "model.chat_template=chat.jinja")
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    assert find_problems(compose(*hf, "model.path=Qwen/Qwen3-0.6B")) == []
-
-
-def test_a_missing_run_names_the_command_that_makes_it(compose, folder):
-    command = "`accelerate launch train.py stage=sft project=default`"
-    assert command in problem(compose, "stage=dpo", "model.run=sft")
-    elsewhere = problem(compose, "stage=dpo", "model.run=sft", "runs_dir=out", "project=p")
-    assert "`accelerate launch train.py stage=sft project=p runs_dir=out`" in elsewhere
-    make_run("my_sft")
-    near = problem(compose, "stage=dpo", "model.run=my_sf")
-    assert "Did you mean `my_sft`" in near and "stage=... run_name=my_sf" in near
-    assert "`reward.model.run` is `reward`" in problem(compose, "reward=model")
-    policies = find_problems(compose("stage=compare"))
-    assert [text.split("`")[1] for text in policies] == [f"stage.policies.{name}" for name in ("sft", "ppo", "dpo")]
-    make_run("sft", status="stopped")
-    unfinished = problem(compose, "stage=dpo", "model.run=sft")
-    assert "its status is `stopped`" in unfinished and "stage=sft resume=true`" in unfinished
-
-
-def test_a_policy_is_no_reward_model_and_the_other_way_round(compose):
-    make_run("sft", config={"architectures": ["LlamaForCausalLM"]})
-    make_run("reward", config={"architectures": ["LlamaForSequenceClassification"]})
-    make_run("reward_lora", adapter_config={"task_type": "SEQ_CLS"})
-    assert "without a score head" in problem(compose, "reward=model", "reward.model.run=sft")
-    assert "which can't write text" in problem(compose, "model.run=reward")
-    assert "which can't write text" in problem(compose, "model.run=reward_lora")
-    assert find_problems(compose("reward=model", "model.run=sft")) == []
-    assert find_problems(compose("stage=reward", "model.run=sft", "run_name=new")) == []
-
-
-def test_data_that_is_not_there(compose, folder, monkeypatch):
+def test_a_missing_environment_variable_is_named_once(problems, monkeypatch):
     monkeypatch.delenv("RLHF_TRL_REVIEWS", raising=False)
+    one(problems("data=reviews", "reward=sentiment"), "`RLHF_TRL_REVIEWS`", "`data.path=...`", "export")
+
+
+def test_model_paths(problems, monkeypatch):
+    one(problems("model.path=demo:sfd"), "`demo:sft`")
+    one(problems("model.path=no/such/folder"), "neither a folder nor a hub id")
+    one(problems("model.path=justaname"), "neither a folder nor a hub id")
+    Path("models/qwen").mkdir(parents=True)
+    one(problems("model.path=models/qwem"), "`models/qwen`")
+    one(problems("model.path=models/qwen"), "`config.json`")
+    Path("models/file").touch()
+    one(problems("model.path=models/file"), "Give the folder")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (folder / "rows.jsonl").touch()
-    (folder / "rows.txt").touch()
-    assert "`data.paths` has no value" in problem(compose, "stage=sft", "data=files")
-    problems = find_problems(
-        compose("stage=sft", "data=files", "data.paths=[rows.json,rows.txt]", "data.eval_paths=x")
-    )
-    assert ["`data.paths`" in text for text in problems] == [True, True, False] and "`data.eval_paths`" in problems[2]
-    assert find_problems(compose("stage=sft", "data=files", "data.paths='r*.jsonl'")) == []
-    assert "`RLHF_TRL_REVIEWS`, which is not set" in problem(compose, "stage=sft", "data=reviews")
-    assert "`HF_HUB_OFFLINE` is set" in problem(compose, "stage=sft", "data=hub", "data.path=a/b")
-    mixed = "data.sources={a:{_target_:rlhf_trl.data.load_files,_partial_:true,paths:x.jsonl}}"
-    assert "`data.sources.a.paths`" in problem(compose, "stage=sft", "data=mix", mixed)
+    one(problems("model.path=organization/name"), "`HF_HUB_OFFLINE`")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert problems("model.path=organization/name") == []
 
 
-# ---- Batches ----
-
-GRPO = "stage=grpo"
-BATCHES = {
-    (GRPO, "stage.args.num_generations=1"): "a group needs 2 or more",
-    (GRPO, "stage.args.per_device_train_batch_size=6", "stage.args.per_device_eval_batch_size=4"): (
-        "= 6 completions doesn't divide into groups of 4 (`num_generations`). Set `stage.args.steps_per_generation=2` "
-        "or `stage.args.num_generations=3`"
-    ),
-    (GRPO, "stage.args.eval_strategy=steps", "stage.args.per_device_eval_batch_size=6"): (
-        "Set `stage.args.per_device_eval_batch_size=12` or `+stage.args.num_generations_eval=1`"
-    ),
-    (GRPO, "+stage.args.generation_batch_size=64"): "say the same twice",
-    (GRPO, "stage.args.steps_per_generation=null", "+stage.args.generation_batch_size=65"): (
-        "Set `stage.args.generation_batch_size=128`"
-    ),
-    (GRPO, "data.max_samples=15"): "less than the 16 prompts of one rollout",
-    ("stage=ppo", "stage.args.gradient_accumulation_steps=3"): "Set `stage.args.steps_per_generation=6`",
-}
-
-
-@pytest.mark.parametrize(("overrides", "part"), BATCHES.items(), ids=lambda value: " ".join(value)[:60])
-def test_batches_that_do_not_divide(compose, overrides, part):
-    assert part in problem(compose, *overrides)
-
-
-def test_the_advice_about_batches_helps(compose):
-    """What is told to be typed is typed, and no problem is left."""
-    for overrides, part in BATCHES.items():
-        for advice in re.findall(r"`\+?(stage\.args\.\w+=\d+)`", part):
-            key = advice.split("=")[0]
-            others = [word for word in overrides if key not in word]
-            sign = "+" if "_eval" in key and "num" in key or "generation_batch_size" in key else ""
-            assert find_problems(compose(*others, sign + advice)) == [], advice
-
-
-def test_batches_count_the_ranks(compose, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    few = ("stage=grpo", "stage.args.per_device_train_batch_size=2", "data.max_samples=100")
-    assert "2 (`per_device_train_batch_size`) x 3 (ranks) x 1" in problem(compose, *few)
-
-
-# ---- What can't go together ----
-
-
-def test_impossible_combinations(compose, monkeypatch):
-    assert "has no reward to maximize" in problem(compose, "~reward.gold")
-    assert "Set `adapter.peft.lora_dropout=0`" in problem(compose, "adapter=lora", "adapter.peft.lora_dropout=0.1")
-    assert find_problems(compose("stage=sft", "adapter=lora", "adapter.peft.lora_dropout=0.1")) == []
-    assert "type `kl=fixed`" in problem(compose, "kl=adaptive", "stage.args.beta=0")
-    assert "`+stage.args.use_cpu=true`" in problem(compose, "stage=sft", "stage.args.bf16=true")
-    assert find_problems(compose("stage=sft", "stage.args.bf16=true", "+stage.args.use_cpu=true")) == []
-    assert "4-bit weights can't be trained" in problem(compose, "stage=sft", "adapter=qlora", "adapter.peft=null")
-    make_run("awq", config={"quantization_config": {"quant_method": "awq"}})
-    assert "quantized already (awq)" in problem(compose, "adapter=qlora", "model.run=awq")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    found = find_problems(compose("stage=sft", "adapter=qlora", "logger=wandb"))
-    assert any("pip install 'rlhf-trl[qlora]'" in text for text in found)
-    assert any("pip install 'rlhf-trl[wandb]'" in text for text in found)
-
-
-def test_smoke_is_for_stages_that_train(compose):
+def test_earlier_runs(problems):
+    one(problems("model.run=sft"), "`model.run`", "stage=sft project=default")
     make_run("sft")
-    assert "trains nothing" in problem(compose, "stage=merge", "model.run=sft", "debug=smoke")
+    assert problems("model.run=sft") == []
+    one(problems("model.run=sfd"), "Did you mean `sft`?")
+    make_run("sft", "stopped", command="accelerate launch train.py stage=sft")
+    one(problems("model.run=sft"), "not finished", "accelerate launch train.py stage=sft resume=true")
+    one(problems("reward=model"), "`reward.model.run`", "stage=reward project=default")
+    one(problems("stage=compare", "stage.policies.sft=demo:sft", "~stage.policies.dpo"), "`stage.policies.ppo`")
 
 
-# ---- The run directory ----
+def test_a_reward_model_is_no_policy_and_the_other_way_round(problems):
+    make_run("reward", config={"architectures": ["LlamaForSequenceClassification"]})
+    make_run("sft", config={"architectures": ["LlamaForCausalLM"]})
+    assert problems("model.run=sft", "reward=model") == [] == problems("stage=reward", "run_name=r2", "model.run=sft")
+    one(problems("model.run=reward"), "`model`", "reward model")
+    one(problems("reward=model", "reward.model.run=sft"), "`reward.model`", "without a score head")
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo", "compare", "init", "reward_pairs"])
-def test_a_used_run_directory_names_the_ways_out(compose, stage):
-    for name in {"sft", "ppo", "dpo", "reward"} - {stage}:
+def test_data_paths(problems):
+    Path("pairs.jsonl").touch()
+    assert problems("stage=dpo", "data=files", "data.paths=pairs.jsonl") == []
+    one(problems("stage=dpo", "data=files", "data.paths=[pairs.jsonl,pears.jsonl]"), "`data.paths`", "pears.jsonl")
+    one(problems("stage=dpo", "data=files", "data.paths=pairs.jsonl", "data.eval_paths='held*'"), "`data.eval_paths`")
+    assert len(problems("stage=dpo", "data=files", "data.paths=[a.jsonl,b.jsonl]")) == 2
+    one(problems("stage=dpo", "data=hub", "data.path=./nowhere"), "`data.path`", "no such folder")
+    one(problems("stage=dpo", "data=reviews", "data.path=nowhere"), "`data.path`", "nowhere")
+
+
+ROLLOUT = ["stage=grpo", "stage.args.per_device_train_batch_size=8"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "parts"),
+    [
+        (
+            1,
+            ["stage.args.num_generations=6"],
+            ["8 completions", "groups of 6", "steps_per_generation=3", "generations=4"],
+        ),
+        (2, ["stage.args.num_generations=6"], ["16 completions", "x 2 (ranks)", "steps_per_generation=3"]),
+        (3, ["stage.args.num_generations=6"], []),
+        (1, ["stage.args.num_generations=1"], ["2 or more"]),
+        (1, ["stage.args.num_generations=0"], ["1 or more"]),
+        (1, ["+stage.args.generation_batch_size=16"], ["the same twice"]),
+        (
+            1,
+            ["+stage.args.generation_batch_size=20", "stage.args.steps_per_generation=null"],
+            ["generation_batch_size=24"],
+        ),
+        (2, ["+stage.args.generation_batch_size=32", "stage.args.steps_per_generation=null"], []),
+        (1, ["data.max_samples=1"], ["`data.max_samples=2`"]),
+        (
+            1,
+            ["stage.args.eval_strategy=steps", "stage.args.per_device_eval_batch_size=6"],
+            ["`stage.args.per_device_eval_batch_size=12`", "num_generations_eval"],
+        ),
+        (2, ["stage.args.eval_strategy=steps", "stage.args.per_device_eval_batch_size=6"], []),
+    ],
+)
+def test_batch_arithmetic(problems, monkeypatch, ranks, overrides, parts):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    found = problems(*ROLLOUT, *overrides)
+    one(found, *parts) if parts else pytest.fail(str(found)) if found else None
+
+
+def test_what_batch_arithmetic_proposes_is_right(problems):
+    wrong = [*ROLLOUT, "stage.args.num_generations=6"]
+    assert problems(*wrong, "stage.args.steps_per_generation=3") == []
+    assert problems(*wrong[:-1], "stage.args.num_generations=4") == []
+
+
+def test_ppo_mini_batches_are_whole(problems):
+    words = ["stage=ppo", "stage.args.steps_per_generation=6", "stage.args.gradient_accumulation_steps=4"]
+    one(problems(*words), "`steps_per_generation`", "stage.args.steps_per_generation=8")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["~reward.gold"], ["no reward", "`reward=demo`"]),
+        (["adapter=lora", "adapter.peft.lora_dropout=0.1"], ["`adapter.peft.lora_dropout=0`"]),
+        (["stage=dpo", "adapter=lora", "adapter.peft.lora_dropout=0.1"], []),
+        (["kl=adaptive", "stage.args.beta=0"], ["`AdaptiveKL`", "`kl=fixed`"]),
+        (["kl=linear", "stage.args.beta=0.0"], ["`LinearKL`"]),
+        (["stage.args.beta=0"], []),
+        (["adapter=qlora", "adapter.peft=null"], ["`adapter.quantization`", "without `adapter.peft`"]),
+        (["+adapter.peft.r=4"], ["`adapter=lora`"]),
+        (["resume=true", "overwrite=true"], ["only one"]),
+        (["resume=true"], ["nothing to resume"]),
+    ],
+)
+def test_combinations(problems, overrides, parts):
+    found = problems(*overrides)
+    one(found, *parts) if parts else pytest.fail(str(found)) if found else None
+
+
+def test_a_quantized_model_is_not_quantized_again(problems):
+    make_run("sft", config={"quantization_config": {"quant_method": "gptq"}})
+    one(problems("model.run=sft", "adapter=qlora"), "quantized already (gptq)", "`adapter=lora`")
+
+
+def test_precision_without_an_accelerator(problems, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    one(problems("stage.args.bf16=true"), "`stage.args.bf16`", "use_cpu=true")
+    one(problems("+stage.args.fp16=true"), "`stage.args.fp16`")
+    assert problems("stage.args.bf16=true", "+stage.args.use_cpu=true") == []
+
+
+def test_missing_packages_are_named(problems, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    one(problems("logger=wandb"), "`logger=wandb`", "pip install 'rlhf-trl[wandb]'")
+
+
+def test_a_used_run_directory(problems):
+    folder = make_run("ppo", "stopped")
+    one(problems(), "`resume=true`", "`run_name=...`", "`overwrite=true`")
+    assert problems("overwrite=true") == [] == problems("run_name=other")
+    one(problems("resume=true"), "no complete checkpoint", "`overwrite=true`")
+    (folder / "checkpoint-5").mkdir()
+    one(problems("resume=true"), "no complete checkpoint")
+    (folder / "checkpoint-5/complete").touch()
+    assert problems("resume=true") == []
+    make_run("ppo", "done")
+    one(problems("resume=true"), "finished", "nothing to resume")
+    one(problems(), "`run_name=...`", "`overwrite=true`")
+
+
+@pytest.mark.parametrize("stage", ["compare", "init", "reward_pairs"])
+def test_a_stage_that_does_not_train_uses_its_directory_too(problems, stage):
+    for name in ("sft", "ppo", "dpo", "reward", stage):
         make_run(name)
-    make_run(stage, status="stopped")
-    used = [text for text in find_problems(compose(f"stage={stage}")) if "already holds a run" in text]
-    assert len(used) == 1
-    assert all(way in used[0] for way in ("`resume=true`", "`run_name=...`", "`overwrite=true`"))
-    others = find_problems(compose(f"stage={stage}", "overwrite=true"))
-    assert not [text for text in others if "already holds a run" in text]
+    one(problems(f"stage={stage}"), "already holds a run", "`overwrite=true`")
+    assert problems(f"stage={stage}", "overwrite=true") == []
 
 
-def test_hydras_own_folder_does_not_use_a_run_directory(compose):
+def test_smoke_is_for_stages_that_train(problems):
+    make_run("sft")
+    one(problems("stage=merge", "model.run=sft", "debug=smoke"), "trains nothing", "`debug=smoke`")
+
+
+def test_hydras_folder_alone_is_no_use(problems):
     Path("runs/default/ppo/.hydra/rank_0").mkdir(parents=True)
-    assert find_problems(compose()) == []
+    assert problems() == []
 
 
-def test_a_resume_that_can_not_be(compose):
-    assert "nothing to resume" in problem(compose, "resume=true")
-    assert "Type only one of them" in problem(compose, "resume=true", "overwrite=true")
-    cfg = compose("stage=sft")
-    run_dir = make_run("sft", status="failed", cfg=cfg)
-    assert "no complete checkpoint" in problem(compose, "stage=sft", "resume=true")
-    (run_dir / "checkpoint-3").mkdir()
-    (run_dir / "checkpoint-3/complete").touch()
-    assert find_problems(compose("stage=sft", "resume=true", "stage.args.save_steps=9", "logger=wandb")) == []
-    changed = problem(compose, "stage=sft", "resume=true", "seed=1", "stage.args.learning_rate=7e-3")
-    assert "`seed` was 42 and is 1" in changed and "`stage.args.learning_rate` was 0.001 and is 0.007" in changed
-    assert all(way in changed for way in ("values it began with", "`run_name=...`", "`overwrite=true`"))
-    (run_dir / "run.json").write_text(json.dumps({"status": "done"}))
-    assert "finished" in problem(compose, "stage=sft", "resume=true")
+def test_a_run_under_way_is_left_alone(problems, monkeypatch):
+    make_run("ppo", "running", pid=1)
+    monkeypatch.setattr("rlhf_trl.checks.run_directory._is_alive", lambda pid: pid == 1)
+    for words in ([], ["resume=true"], ["overwrite=true"]):
+        one(problems(*words), "under way, as process 1")
 
 
-def test_a_run_that_is_under_way_is_left_alone(compose):
-    alive = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()", "train.py"], stdin=subprocess.PIPE)
-    try:
-        run_dir = make_run("sft", status="running")
-        (run_dir / "run.json").write_text(json.dumps({"status": "running", "pid": alive.pid}))
-        for way in ("overwrite=true", "resume=true"):
-            assert f"still under way, as process {alive.pid}" in problem(compose, "stage=sft", way)
-    finally:
-        alive.communicate()
+def test_a_resume_with_another_config_lists_the_keys(problems, compose):
+    from omegaconf import OmegaConf
+
+    folder = make_run("ppo", "stopped")
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5/complete").touch()
+    OmegaConf.save(compose(), folder / "config.yaml", resolve=True)
+    assert problems("resume=true") == [] == problems("resume=true", "stage.args.save_steps=7")
+    assert problems("resume=true", "debug=dry_run", "logger=wandb") == []
+    found = problems("resume=true", "stage.args.beta=0.2", "seed=3", "+stage.args.max_grad_norm=0.5")
+    one(found, "`seed` was 42 and is 3", "`stage.args.beta` was 0.05 and is 0.2", "`stage.args.max_grad_norm`")
+    assert "save_steps" not in found[0]
 
 
-# ---- All at once, and at once ----
-
-
-def test_several_mistakes_make_one_numbered_list(compose):
-    make_run("ppo")
-    cfg = compose(
-        "stage.args.learning_rate=high", "+stage.args.bta=1", "model.run=sft", "stage.args.steps_per_generation=0"
-    )
-    with pytest.raises(ConfigError) as error:
+def test_check_raises_one_error_with_all(compose, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = compose("stage=grpo", "model.run=sft", "stage.args.num_generations=7", "+stage.args.bta=1", "reward=model")
+    with pytest.raises(ConfigError) as raised:
         check(cfg)
-    lines = str(error.value).splitlines()
-    assert lines[0] == "5 problems:"
-    assert [line.split()[0] for line in lines[1:]] == [f"{i}." for i in range(1, 6)]
+    assert str(raised.value).startswith("4 problems:") and "  4. " in str(raised.value)
+    assert not os.listdir(tmp_path)
 
 
-def test_the_light_checks_import_nothing_heavy():
-    code = (
-        "import sys, hydra\nfrom rlhf_trl.checks import find_problems\nfrom rlhf_trl.paths import conf_dir\n"
-        "with hydra.initialize_config_dir(str(conf_dir()), version_base='1.3'):\n"
-        "    cfg = hydra.compose('train', ['adapter=qlora', 'reward=[demo,model]', 'kl=adaptive', 'logger=wandb'])\n"
-        "print(len(find_problems(cfg)), {'torch', 'numpy', 'transformers', 'trl', 'datasets'} & set(sys.modules))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(conf_dir().parent)}
-    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert out.stdout.split() == ["1", "set()"]
-
-
-# ---- With the libraries ----
-
-
-def test_what_only_the_libraries_know(compose, folder, tiny_llama):
-    def refusal(*overrides: str) -> str:
-        cfg = compose(*overrides)
-        assert find_problems(cfg) == []
-        with pytest.raises(ConfigError) as error:
-            check(cfg)
-        return str(error.value)
-
-    assert "loss_type" in refusal("+stage.args.loss_type=grpo")  # PPOConfig's own rule
-    assert "`data.max_sample` is no argument" in refusal("stage=sft", "+data.max_sample=3")
-    (folder / "broken.py").write_text("import nowhere_to_be_found\ndef f(): ...\n")
-    sys.path.insert(0, str(folder))
-    assert "can't be imported" in refusal("reward=function", "reward.function.function=broken.f")
-    sys.path.remove(str(folder))
-
-
-def test_a_model_without_linear_layers_can_not_be_quantized(compose, folder):
-    from transformers import AutoConfig
-
-    AutoConfig.for_model("mamba", num_hidden_layers=0, hidden_size=8, vocab_size=16).save_pretrained(folder / "bare")
-    cfg = compose("stage=sft", "adapter=qlora", "model=hf", "model.path=bare")
-    with pytest.raises(ConfigError, match="no linear layer"):
+def test_the_libraries_find_the_rest(compose, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check(compose("stage=ppo"))
+    cfg = compose("stage=ppo", "stage.args.kl_estimator=k4", "+data.max_sample=3", "+reward.gold.wait=2")
+    with pytest.raises(ConfigError) as raised:
         check(cfg)
+    for part in ("3 problems", "k4", "`data.max_sample`", "`max_samples`", "`reward.gold.wait`", "`weight`"):
+        assert part in str(raised.value)
+
+
+def test_a_model_without_linear_layers_cannot_be_quantized(compose, tmp_path, monkeypatch):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
     check(compose("stage=sft", "adapter=qlora"))
 
+    def only_a_head(config, **kwargs):
+        return torch.nn.Sequential(torch.nn.Embedding(8, 4))
 
-def test_a_check_leaves_nothing(compose, folder):
-    check(compose("stage=sft"))
-    assert list(folder.iterdir()) == []
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", only_a_head)
+    with pytest.raises(ConfigError, match="no linear layer"):
+        check(compose("stage=sft", "adapter=qlora"))

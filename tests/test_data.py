@@ -23,6 +23,7 @@ from rlhf_trl.data.mixture import mixture_counts
 from rlhf_trl.data.read import resolve_paths
 from rlhf_trl.data.splits import prompt_keys
 from rlhf_trl.errors import ConfigError, DataError
+from tests.tiny import make_tokenizer
 
 CONF = Path(__file__).parents[1] / "conf" / "data"
 CHATML = (
@@ -738,3 +739,16 @@ def test_render_sample_of_the_other_forms():
     )
     row = data.tokenize_preferences(preferences(1), tokenizer)[0]
     assert render(row, "preference").count("[[") == 0 and "x<|im_end|>\nrejected:" in render(row, "preference")
+
+
+def test_rows_that_a_trainer_will_cut_are_counted(capsys):
+    tokenizer = make_tokenizer()
+    rows = {"prompt": ["a b c", "a", "a b c d e f"], "completion": ["d e f g", "b", "c"]}
+    dataset = DatasetDict(train=Dataset.from_dict(rows))
+    assert data.report_cut_rows(dataset, tokenizer, None) is dataset
+    assert capsys.readouterr().out == ""
+    assert data.report_cut_rows(dataset, tokenizer, 6) is dataset
+    out = capsys.readouterr().out
+    assert "2 of 3 train rows are cut after `max_length=6` tokens (the longest: 8); 1 lose the whole completion" in out
+    with pytest.raises(DataError, match="all 3 train rows have prompts of `max_length=1` tokens or more"):
+        data.report_cut_rows(dataset, tokenizer, 1)

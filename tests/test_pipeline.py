@@ -332,3 +332,16 @@ def test_a_killed_step_goes_on_from_its_last_whole_checkpoint(tmp_path):
     assert record["status"] == "done"
     steps = [entry["step"] for entry in json.loads((run_dir / "metrics.json").read_text())["history"]]
     assert max(steps) == 40
+
+
+@pytest.mark.slow
+def test_a_sweep_of_real_runs(tmp_path):
+    """Two jobs through `accelerate launch`, one of which train.py refuses."""
+    overrides = ["stage=sft", "project=mine", "accelerate=cpu", *SMALL, "stage.args.max_steps=2"]
+    code, out, _ = launch("sweep", tmp_path, "-m", *overrides, "stage.args.learning_rate=1e-3,-1")
+    assert code == 1
+    jobs = json.loads((tmp_path / "runs/mine/sft_sweep/sweep.json").read_text())
+    assert [job["status"] for job in jobs] == ["done", "failed"]
+    assert jobs[0]["objective"] == "eval_loss" and math.isfinite(jobs[0]["value"])
+    assert "learning" in jobs[1]["message"] and "CalledProcessError" not in jobs[1]["message"]
+    assert "Job 1 failed" in out

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..errors import ConfigError
 from . import steps_per_rollout
 
 
@@ -23,7 +24,7 @@ class FixedKL(TrainerCallback, ExportableState):
 
     def __init__(self, coef: float, trainer=None):
         if coef < 0:
-            raise ValueError(f"The KL coefficient is {coef}. Set `stage.args.beta` to 0 or more.")
+            raise ConfigError(f"The KL coefficient is {coef}. Set `stage.args.beta` to 0 or more.")
         self.coef = float(coef)
         self.trainer = trainer
         self.progress = 0.0  # share of the run that is done
@@ -73,13 +74,13 @@ class AdaptiveKL(FixedKL):
     def __init__(self, coef: float, target: float, horizon: float = 10_000, trainer=None):
         super().__init__(coef, trainer)
         if coef == 0:
-            raise ValueError(
+            raise ConfigError(
                 "An adaptive KL coefficient can't start at 0: set `stage.args.beta` above 0, or `kl=fixed`."
             )
         if target <= 0:
-            raise ValueError(f"The target KL is {target}. Set `kl.target` above 0.")
+            raise ConfigError(f"The target KL is {target}. Set `kl.target` above 0.")
         if horizon <= 0:
-            raise ValueError(f"The horizon is {horizon}. Set `kl.horizon` above 0.")
+            raise ConfigError(f"The horizon is {horizon}. Set `kl.horizon` above 0.")
         self.target = target
         self.horizon = horizon
 
@@ -102,7 +103,7 @@ class LinearKL(FixedKL):
     def __init__(self, coef: float, final: float, trainer=None):
         super().__init__(coef, trainer)
         if final < 0:
-            raise ValueError(f"The final KL coefficient is {final}. Set `kl.final` to 0 or more.")
+            raise ConfigError(f"The final KL coefficient is {final}. Set `kl.final` to 0 or more.")
         self.start, self.final = float(coef), float(final)
 
     def update(self, kl: float, n: int) -> float:

@@ -31,6 +31,10 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
             f"`{controller}` changes the KL coefficient from its start value, and `stage.args.beta` is 0. "
             "Set `stage.args.beta` above 0 or type `kl=fixed`."
         )
+    for name, least in (("target", "above 0"), ("horizon", "above 0"), ("final", "0 or more")):
+        value = at(values, f"kl.{name}")
+        if isinstance(value, int | float) and (value < 0 or value == 0 and least == "above 0"):
+            problems.append(f"`kl.{name}` is {value}. Set it {'to ' if least[0] == '0' else ''}{least}.")
     for name, option in (("peft", "lora"), ("quantization", "qlora")):
         node = at(values, f"adapter.{name}")
         if node and "_target_" not in section(values, f"adapter.{name}"):

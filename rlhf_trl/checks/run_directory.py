@@ -14,6 +14,7 @@ FREE_KEYS = (
     "resume",
     "overwrite",
     "merge",
+    "dry_run",
     "logger",
     "runs_dir",
     "run_dir",
@@ -68,19 +69,28 @@ def _resume_problems(run_dir: Path, status: str, values: dict[str, Any]) -> list
         problems.append(
             f"`{run_dir}` holds no complete checkpoint, so there is nothing to resume. Start again: `overwrite=true`."
         )
-    if (run_dir / "config.yaml").is_file() and (changed := changed_keys(run_dir / "config.yaml", values)):
-        problems.append(
-            f"The run in `{run_dir}` can't be resumed with another config: {'; '.join(changed)}. Give the values it "
-            "began with, or another `run_name=...`, or `overwrite=true`."
-        )
-    return problems
+    return problems + resume_changes(run_dir, values)
 
 
-def changed_keys(config: Path, values: dict[str, Any]) -> list[str]:
-    """What differs between a run's saved config and this one, but for `FREE_KEYS`."""
-    before, now = flatten(plain(OmegaConf.load(config))[0]), flatten(values)
-    return [
+def resume_changes(run_dir: Path, values: dict[str, Any]) -> list[str]:
+    """
+    The problem of a resume with another config than the run was begun with, which lists the keys that differ.
+
+    Args:
+        run_dir (`Path`): directory of the run, with the `config.yaml` that it was begun with.
+        values (`dict`): the config now, see [`~rlhf_trl.checks.values.plain`].
+    """
+    if not (run_dir / "config.yaml").is_file():
+        return []
+    before, now = flatten(plain(OmegaConf.load(run_dir / "config.yaml"))[0]), flatten(values)
+    changed = [
         f"`{key}` was {before.get(key, 'not set')} and is {now.get(key, 'not set')}"
         for key in sorted(before | now)
         if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
+    ]
+    if not changed:
+        return []
+    return [
+        f"The run in `{run_dir}` can't be resumed with another config: {'; '.join(changed)}. Give the values it "
+        "began with, or another `run_name=...`, or `overwrite=true`."
     ]

@@ -2,7 +2,14 @@
 
 from rlhf_trl.data.load import build, describe, load_files, load_hub
 from rlhf_trl.data.mixture import mix
-from rlhf_trl.data.tokens import filter_prompts, prompt_ids, render_sample, row_ids, tokenize_preferences
+from rlhf_trl.data.tokens import (
+    filter_prompts,
+    prompt_ids,
+    render_sample,
+    report_cut_rows,
+    row_ids,
+    tokenize_preferences,
+)
 
 __all__ = [
     "build",
@@ -13,6 +20,7 @@ __all__ = [
     "mix",
     "prompt_ids",
     "render_sample",
+    "report_cut_rows",
     "row_ids",
     "tokenize_preferences",
 ]

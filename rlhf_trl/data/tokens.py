@@ -111,6 +111,50 @@ def tokenize_preferences(dataset, tokenizer, max_length: int | None = None):
     return _keep_short(dataset, length, max_length, "pairs", "max_length", "stage.args.max_length")
 
 
+def report_cut_rows(dataset, tokenizer, max_length: int | None = None):
+    """
+    `dataset` (a `DatasetDict`) as it is, for trainers that cut each row after `max_length` tokens themselves.
+
+    How many rows are cut is printed, and how many of them lose the whole completion, which then teaches nothing.
+
+    Raises:
+        [`~rlhf_trl.errors.DataError`]: if no row of a split keeps any of its completion.
+    """
+    for split, rows in dataset.items() if max_length is not None else ():
+        measured = rows.map(
+            lambda row: dict(zip(("prompt_tokens", "tokens"), _lengths(tokenizer, row), strict=True)),
+            remove_columns=rows.column_names,
+            desc="Measuring rows",
+        )
+        longest = max(measured["tokens"])
+        cut = sum(tokens > max_length for tokens in measured["tokens"])
+        lost = sum(tokens >= max_length for tokens in measured["prompt_tokens"])
+        if lost == len(rows):
+            raise DataError(
+                f"all {len(rows):,} {split} rows have prompts of `max_length={max_length}` tokens or more, so nothing "
+                f"of any completion is left. Type `stage.args.max_length={longest}` to keep all."
+            )
+        if cut:
+            what = f"; {lost:,} lose the whole completion" if lost else ""
+            say(
+                f"data: {cut:,} of {len(rows):,} {split} rows are cut after `max_length={max_length}` tokens "
+                f"(the longest: {longest:,}){what}"
+            )
+    return dataset
+
+
+def _lengths(tokenizer, row: dict) -> tuple[int, int]:
+    """Tokens of a row's prompt, and of the whole row (with the longer completion of a pair)."""
+    kwargs = _template_kwargs(row)
+    if "messages" in row:
+        return 0, len(_render(tokenizer, row["messages"], tokenize=True, **kwargs)["input_ids"])
+    if "text" in row:
+        return 0, len(tokenizer(row["text"])["input_ids"]) + 1
+    completions = [row[name] for name in ("completion", "chosen", "rejected") if name in row]
+    whole = max(len(row_ids(tokenizer, row["prompt"], completion, **kwargs)) for completion in completions)
+    return len(prompt_ids(tokenizer, row["prompt"], **kwargs)), whole
+
+
 def filter_prompts(dataset, tokenizer, max_prompt_length: int | None = None):
     """
     `dataset` (a `Dataset` or `DatasetDict`) without prompts of more than `max_prompt_length` tokens.

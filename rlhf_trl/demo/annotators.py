@@ -20,7 +20,8 @@ RATERS = 5
 NOISE, TASTE = 0.5, 0.3
 # What the rater who likes length gives for each word.
 LENGTH_BIAS = 0.04
-TRAIN_ROWS, EVAL_ROWS = 3000, 256
+# Prompts and demonstrations are fewer than judgements, which are cheaper to give.
+WRITTEN_ROWS, JUDGED_ROWS, EVAL_ROWS = 3000, 6000, 256
 # How people who write demonstrations answer (see `world.answer`), and what gets rated: a wider range.
 DEMONSTRATIONS = {
     "ideal": 0.30, "partial": 0.22, "wrong": 0.18, "curt": 0.08, "rude": 0.08, "wordy": 0.05, "padded": 0.03,
@@ -205,12 +206,19 @@ def render(row: dict, conversational: bool) -> dict:
     return rendered
 
 
+def split_size(form: str, held_out: bool) -> int:
+    """The rows of one split of a form."""
+    if held_out:
+        return EVAL_ROWS
+    return WRITTEN_ROWS if form in ("prompt", "prompt_completion") else JUDGED_ROWS
+
+
 def rows(form: str, seed: int, held_out: bool, count: int) -> list[dict]:
     """The first `count` rows of one split of a form, prompts and completions as plain words."""
     rng = random.Random(f"{seed}/{form}/{held_out}")
     people = raters(seed)
     # The prompts are drawn for the whole split, so that a smaller `count` gives the first rows of a larger one.
-    drawn = draw_prompts(rng, EVAL_ROWS if held_out else TRAIN_ROWS, held_out)
+    drawn = draw_prompts(rng, split_size(form, held_out), held_out)
     return [FORMS[form](prompt, people, rng) for prompt in drawn[:count]]
 
 
@@ -228,7 +236,8 @@ def load(
         form (`str`): one of TRL's dataset types `prompt_completion`, `preference`, `unpaired`, `prompt`, or feedback
             as people give it: `pairs`, `rankings`, `ratings`, `edits`, `thumbs`, `attributes`.
         seed (`int`): draws prompts, answers, raters and their noise. Which prompts are held out doesn't depend on it.
-        max_samples (`int`, *optional*): the first rows of the 3,000 for training.
+        max_samples (`int`, *optional*): the first rows of those for training: 3,000 prompts or demonstrations, or
+            6,000 rows of any other form.
         max_eval_samples (`int`, *optional*): the first rows of the 256 for evaluation.
         conversational (`bool`, *optional*, defaults to `True`): chat messages; else text, `Question: ... Answer:`.
 
@@ -243,13 +252,15 @@ def load(
     for name, limit in (("max_samples", max_samples), ("max_eval_samples", max_eval_samples)):
         if limit is not None and limit < 1:
             raise DataError(f"`data.{name}={limit}` leaves no row. Use 1 or more, or null for all rows.")
-    sizes = {
-        "train": (False, TRAIN_ROWS if max_samples is None else max_samples),
-        "eval": (True, EVAL_ROWS if max_eval_samples is None else max_eval_samples),
-    }
+    splits = {"train": (False, max_samples), "eval": (True, max_eval_samples)}
     return DatasetDict(
         {
-            split: Dataset.from_list([render(row, conversational) for row in rows(form, seed, held_out, count)])
-            for split, (held_out, count) in sizes.items()
+            name: Dataset.from_list(
+                [
+                    render(row, conversational)
+                    for row in rows(form, seed, held_out, limit or split_size(form, held_out))
+                ]
+            )
+            for name, (held_out, limit) in splits.items()
         }
     )

@@ -113,6 +113,9 @@ class PPOConfig(GRPOConfig):
     def __post_init__(self):
         if self.steps_per_generation is None and self.generation_batch_size is None:
             self.steps_per_generation = 4 * self.gradient_accumulation_steps
+        if self.ddp_find_unused_parameters is None:
+            # every trainable parameter, the value head's too, is used in every forward: looking for others costs time
+            self.ddp_find_unused_parameters = False
         num_generations, num_generations_eval = self.num_generations, self.num_generations_eval
         if num_generations == 1:
             self.num_generations = _One(1)

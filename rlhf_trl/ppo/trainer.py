@@ -29,6 +29,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, get_callable_name, is_async_callable
 
+from ..errors import ConfigError
 from ..rewards import ModelReward
 from .advantages import (
     explained_variance,
@@ -130,7 +131,7 @@ class PPOTrainer(GRPOTrainer):
             just made, on every rank alike.
 
     Raises:
-        ValueError: no reward, fewer prompts than a rollout holds, images in the data, dropout in an adapter.
+        ConfigError: no reward, fewer prompts than a rollout holds, images in the data, dropout in an adapter.
     """
 
     _tag_names = ["trl", "ppo", "rlhf_trl"]
@@ -161,7 +162,7 @@ class PPOTrainer(GRPOTrainer):
             args = PPOConfig("ppo")
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         if not reward_funcs:
-            raise ValueError("PPO needs a reward. Pass at least one of `reward_funcs`.")
+            raise ConfigError("PPO needs a reward. Pass at least one of `reward_funcs`.")
         _check_dataset(train_dataset, args)
         _check_adapter_dropout(model, kwargs.get("peft_config"), args)
 
@@ -246,7 +247,7 @@ class PPOTrainer(GRPOTrainer):
                 f"{int(self._invalid.sum())} of {len(rewards)} completions got a NaN or infinite reward ({where})."
             )
             if self._invalid.float().mean() > self.args.max_invalid_fraction:
-                raise ValueError(
+                raise ConfigError(
                     f"{message} That is more than `max_invalid_fraction={self.args.max_invalid_fraction}`. Mend the "
                     "reward function, or let it return None where it doesn't apply."
                 )
@@ -420,7 +421,10 @@ class PPOTrainer(GRPOTrainer):
         completion = max(1, int(inputs["completion_mask"].sum(dim=1).max()))
         inputs = {k: v[:, -prompt:] if k.startswith("prompt") else v[:, :completion] for k, v in inputs.items()}
         inputs["tokens"] = self._rollout["mask"][rows_of_mini_batch].sum().clamp(min=1)
-        inputs["ends_rollout"] = micro_step + 1 == args.steps_per_generation * self.num_iterations
+        done, rest = divmod(micro_step + 1, args.gradient_accumulation_steps)
+        ends_run = self.state.global_step + 1 >= self.state.max_steps  # perhaps in the middle of a rollout
+        inputs["mini_batches"] = done
+        inputs["ends_rollout"] = rest == 0 and (done == args.steps_per_rollout or ends_run)
         return inputs
 
     # ---- Loss ----
@@ -462,19 +466,19 @@ class PPOTrainer(GRPOTrainer):
                     "value/loss": share(value),
                     "value/clipfrac": share(value_clipped.float()),
                 },
-                inputs["ends_rollout"],
+                inputs["mini_batches"] if inputs["ends_rollout"] else None,
             )
         return loss * self.accelerator.num_processes
 
-    def _record_update(self, shares: dict[str, Tensor], ends_rollout: bool):
+    def _record_update(self, shares: dict[str, Tensor], mini_batches: int | None):
         """Add a micro-batch's shares of its mini-batch's means; at a rollout's end log the mean over mini-batches."""
         for key, share in shares.items():
             self._update_sums[key] += share
-        if not ends_rollout:
+        if mini_batches is None:
             return
         sums = self.accelerator.reduce(torch.stack(list(self._update_sums.values())), reduction="sum")
         for key, total in zip(self._update_sums, sums, strict=True):
-            self._metrics["train"][key].append(total.item() / self.args.steps_per_rollout)
+            self._metrics["train"][key].append(total.item() / mini_batches)
         self._update_sums.clear()
 
     # ---- Evaluation ----
@@ -517,7 +521,7 @@ class PPOTrainer(GRPOTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = os.path.join(resume_from_checkpoint, CRITIC_FILE)
         if not os.path.isfile(path):
-            raise ValueError(f"`{resume_from_checkpoint}` has no `{CRITIC_FILE}`. Resume from a checkpoint of PPO.")
+            raise ConfigError(f"`{resume_from_checkpoint}` has no `{CRITIC_FILE}`. Resume from a checkpoint of PPO.")
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         getattr(policy, VALUE_HEAD).load_state_dict(load_file(path))
 
@@ -542,18 +546,18 @@ _ROLLOUT_KEYS = (
 
 def _check_dataset(dataset: Dataset | None, args: PPOConfig):
     if dataset is None:
-        raise ValueError("PPO needs prompts. Pass `train_dataset` with a column `prompt`.")
+        raise ConfigError("PPO needs prompts. Pass `train_dataset` with a column `prompt`.")
     images = {"image", "images"} & set(dataset.column_names or [])
     if images:
-        raise ValueError(
+        raise ConfigError(
             f"The prompts have images (column `{images.pop()}`), and PPO trains on text and chat prompts. Remove the "
             "column."
         )
     if not isinstance(dataset, Dataset):
-        raise ValueError("PPO needs a dataset of known length. Pass a `datasets.Dataset`, not an iterable one.")
+        raise ConfigError("PPO needs a dataset of known length. Pass a `datasets.Dataset`, not an iterable one.")
     prompts = args.generation_batch_size // args.num_generations
     if len(dataset) < prompts:
-        raise ValueError(
+        raise ConfigError(
             f"There are {len(dataset)} prompts, fewer than the {prompts} of one rollout. Lower "
             "`per_device_train_batch_size` or `steps_per_generation`, or give more prompts."
         )
@@ -573,7 +577,7 @@ def _check_adapter_dropout(model, peft_config, args: PPOConfig):
     )
     dropout = max((getattr(config, "lora_dropout", 0.0) or 0.0 for config in configs), default=0.0)
     if dropout > 0 and args.disable_dropout:
-        raise ValueError(
+        raise ConfigError(
             f"The adapter has a dropout of {dropout}, which `disable_dropout=True` would silently undo. Set the "
             "adapter's dropout to 0."
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.tokens import prompt_ids, row_ids
+from ..errors import ConfigError
 
 
 class Reward:
@@ -47,7 +48,7 @@ class FunctionReward(Reward):
         weight (`float`), name (`str`, *optional*, defaults to the function's name): see [`Reward`].
 
     Raises:
-        ValueError: when called, if the function returns a wrong number of values or something that isn't a number.
+        ConfigError: when called, if the function returns a wrong number of values or something that isn't a number.
     """
 
     def __init__(
@@ -78,18 +79,18 @@ class FunctionReward(Reward):
 
     def _checked(self, values, expected: int) -> list[float | None]:
         if not hasattr(values, "__len__") or isinstance(values, (str, dict)):
-            raise ValueError(
+            raise ConfigError(
                 f"The reward function `{self.__name__}` returned {type(values).__name__}. Return a list with one "
                 "number (or None) for each completion."
             )
         if len(values) != expected:
-            raise ValueError(
+            raise ConfigError(
                 f"The reward function `{self.__name__}` returned {len(values)} values for {expected} completions. "
                 "Return one number (or None) for each completion."
             )
         for row, value in enumerate(values):
             if value is not None and not isinstance(value, Real) and not hasattr(value, "item"):
-                raise ValueError(
+                raise ConfigError(
                     f"The reward function `{self.__name__}` returned {value!r} for completion {row}. Return a number, "
                     "or None where the function doesn't apply."
                 )
@@ -111,7 +112,7 @@ class FiniteReward(Reward):
         values = self.reward(prompts, completions, **columns)
         for row, value in enumerate(values):
             if value is not None and not math.isfinite(value):
-                raise ValueError(
+                raise ConfigError(
                     f"The reward `{self.__name__}` is {value} for completion {row}: {str(completions[row])[:200]!r}. "
                     "Mend it, or let it return None where it doesn't apply."
                 )

@@ -1,0 +1,211 @@
+"""The command line: what a new user mistypes ends in one message, at once, and nothing is written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_trl import cli
+from rlhf_trl.paths import conf_dir
+
+ROOT = conf_dir().parent
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """`command(*words)` runs the command line in an empty folder: (exit status, what it printed, its errors)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # so that it is as before afterwards
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    for name in ("RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["stage.args.bta=1"], ["`stage.args.beta=1`"]),
+        (["+stage.args.bta=1"], ["`stage.args.bta`", "PPOConfig", "`beta`"]),
+        (["stage.args.max_grad_norm=1"], ["`+stage.args.max_grad_norm=1`"]),
+        (["stage.args.max_grad_nrm=1"], ["`+stage.args.max_grad_norm=1`"]),
+        (["+stage.args.beta=1"], ["Type it without the plus: `stage.args.beta=1`"]),
+        (["stage.arg.beta=1"], ["`stage.args.beta=1`"]),
+        (["stage=ppp"], ["`ppo`"]),
+        (["model=dmeo"], ["`demo`"]),
+        (["reward=[demo,modle]"], ["`modle`", "`model`"]),
+        (["experiment=nope"], ["`experiment=nope`"]),
+        (["stage=sft", "reward=model"], ["`stage=sft` doesn't read the group `reward`", "`stage=ppo`"]),
+        (["foo=1"], ["no key `foo`", "`seed`"]),
+        (["sed=1"], ["`seed=1`"]),
+        (["+foo=1"], ["`+foo=1`", "nothing reads"]),
+        (["+model.revison=main"], ["`model.revision=...`"]),
+        (["dpo"], ["`stage=dpo`"]),
+        (["stage.args.beta=0.1,0.2"], ["python launch/sweep.py -m stage.args.beta=0.1,0.2", "[0.1,0.2]"]),
+        (["stage.args=3"], ["`stage.args`"]),
+        (["seed=[1,"], ["`seed=[1,`"]),
+        (["--config-dir", "nowhere"], ["`--config-dir nowhere`"]),
+        (["-m", "stage.args.bta=1,2"], ["`stage.args.beta=1`"]),
+    ],
+)
+def test_a_mistake_is_answered_with_what_was_meant(command, tmp_path, words, expected):
+    status, _, message = command(*words)
+    assert status == 2 and message.startswith("Error: ") and "Traceback" not in message
+    assert all(part in message for part in expected), message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_everything_wrong_is_said_at_once(command):
+    words = ["stage=sft", "model=hf", "model.path=/nowhere", "stage.args.lerning_rate=1", "stage.args.bf16=maybe"]
+    status, _, message = command(*words, "sed=1", "+stage.args.packin=true")
+    assert status == 2 and "5 problems" in message
+    for part in ("`/nowhere`", "`stage.args.learning_rate=1`", "`stage.args.bf16`", "`seed=1`", "`packing`"):
+        assert part in message
+
+
+def test_the_answer_needs_no_heavy_import():
+    code = (
+        "import sys; sys.argv = ['train.py', 'model.path=/nowhere', 'stage.args.bta=1']\n"
+        "from rlhf_trl.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'transformers', 'trl', 'datasets', 'numpy', 'peft') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "2 problems" in done.stderr and done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("words", [["--cfg", "job"], ["--help"]])
+def test_help_and_config_are_shown(command, words):
+    status, shown, _ = command(*words)
+    assert status == 0 and "stage:" in shown and "PPOConfig" in shown
+
+
+def test_a_users_own_options_stand_beside_ours(command, tmp_path):
+    (tmp_path / "mine" / "reward").mkdir(parents=True)
+    (tmp_path / "mine" / "reward" / "brief.yaml").write_text(
+        "brief: {_target_: rlhf_trl.rewards.FunctionReward, function: my_rewards.brevity, weight: 2.0}\n"
+    )
+    words = ["--config-dir", "mine", "reward=brief", "stage.args.num_generations=0"]
+    _, _, message = command(*words)
+    assert "no module `my_rewards`" in message
+    (tmp_path / "my_rewards.py").write_text(
+        "def brevity(completions, **kwargs):\n    return [0.0] * len(completions)\n"
+    )
+    _, _, message = command(*words)
+    assert "my_rewards" not in message
+    (tmp_path / "my_rewards.py").write_text(
+        "def brevety(completions, **kwargs):\n    return [0.0] * len(completions)\n"
+    )
+    _, _, message = command(*words)
+    assert "`my_rewards` has no `brevity`. Did you mean `brevety`?" in message
+
+
+def test_only_the_first_rank_speaks(command, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert command("foo=1") == (2, "", "")
+    monkeypatch.setenv("RANK", "0")
+    assert "foo" in command("foo=1")[2]
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"])
+def test_a_launcher_starts_no_sweep(command, monkeypatch, variable):
+    monkeypatch.setenv(variable, "no")
+    status, _, message = command("-m", "stage=dpo", "seed=1,2")
+    assert status == 2 and "python launch/sweep.py -m stage=dpo seed=1,2" in message
+
+
+def test_a_refused_run_leaves_the_directory_as_it_was(command, tmp_path):
+    run_dir = tmp_path / "runs/default/dpo"
+    run_dir.mkdir(parents=True)
+    (run_dir / "run.json").write_text('{"status": "done", "stage": "dpo"}')
+    status, _, message = command("stage=dpo")
+    assert status == 2 and all(way in message for way in ("resume=true", "run_name=", "overwrite=true"))
+    assert [path.name for path in run_dir.iterdir()] == ["run.json"]
+
+
+def test_unexpected_errors_keep_their_traceback(command, monkeypatch):
+    def broken(cfg):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "check", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        command("stage=dpo", "debug=dry_run")
+
+
+def test_ctrl_c_ends_in_one_line(command, monkeypatch):
+    def interrupted(cfg):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "check", interrupted)
+    status, _, message = command("stage=dpo", "debug=dry_run")
+    assert status == 130 and len(message.splitlines()) == 1
+
+
+def test_nothing_phones_home_unless_asked(command, monkeypatch):
+    for name in cli.DEFAULT_ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    command("foo=1")
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1" and os.environ["WANDB_ERROR_REPORTING"] == "false"
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+    command("foo=1")
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "0"
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "merge"])
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(command, tmp_path, stage):
+    limits = [] if stage == "merge" else ["data.max_samples=64", "data.max_eval_samples=8"]
+    status, shown, message = command(f"stage={stage}", "debug=dry_run", *limits)
+    assert status == 0, message
+    assert "Nothing was started" in shown or ("Dry run" in shown and "64 rows for train" in shown)
+    if stage == "sft":
+        assert "2 optimizer steps" in shown and "[[" in shown  # what is trained on
+    if stage == "ppo":
+        assert "64 completions of 64 prompts" in shown and "= 16 optimizer steps" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_smoke_run_takes_two_steps_and_again(command, tmp_path):
+    for _ in range(2):
+        status, _, message = command("stage=dpo", "debug=smoke", "data.max_samples=64")
+        assert status == 0, message
+    assert (tmp_path / "runs/default/smoke_dpo/model.safetensors").is_file()
+    assert (tmp_path / "runs/default/smoke_dpo/.hydra/rank_0/config.yaml").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "orpo", "kto", "rloo", "grpo"])
+def test_smoke_goes_with_every_training_stage(command, stage):
+    status, _, message = command(f"stage={stage}", "debug=smoke")
+    assert status == 0, message
+    metrics = json.loads(Path(f"runs/default/smoke_{stage}/metrics.json").read_text())
+    assert max(entry["step"] for entry in metrics["history"]) == 2
+
+
+def test_a_broken_row_of_a_relative_path_is_a_message(command, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "compl\n')
+    status, _, message = command("stage=sft", "data=files", "data.paths=rows.jsonl", "debug=dry_run")
+    assert status == 2 and "rows.jsonl, line 2" in message and "Traceback" not in message
+
+
+def test_a_multirun_on_one_device_gives_each_job_a_directory(command, tmp_path):
+    words = ["stage=dpo", "data.max_samples=32", "data.max_eval_samples=8", "stage.args.max_steps=1"]
+    status, _, message = command("-m", *words, "stage.args.beta=0.1,0.2")
+    assert status == 0, message
+    jobs = sorted(Path("runs/default/dpo_sweep").glob("*/run.json"))
+    assert [job.parent.name for job in jobs] == ["0", "1"] and not Path("runs/default/dpo").exists()
+    for number, job in enumerate(jobs):  # the recorded command runs this job alone, in its own directory
+        assert json.loads(job.read_text())["command"].endswith(f"0.{number + 1} run_name=dpo_sweep/{number}")
