@@ -33,7 +33,7 @@ def word_tokenizer(texts: Iterable[str], vocab_size: int = 8192, min_frequency: 
 
 
 def random_model(config, tokenizer, seed: int):
-    """A causal language model of `config` (`PreTrainedConfig`) with random weights and the tokenizer's size and ids."""
+    """A causal language model of `config` (`PreTrainedConfig`) with random weights, sized for the tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -72,6 +72,8 @@ class PPOConfig(GRPOConfig):
             not end with an EOS token.
         entropy_coef (`float`, defaults to `0.0`): weight of the entropy bonus (mean over the tokens of a mini-batch).
         critic (`str`, defaults to `"head"`): `"head"` is a value head on the policy's last hidden states.
+        critic_learning_rate (`float`, *optional*): learning rate of the value head, unset the policy's. A head that
+            starts at zero learns slowly at the small rates a policy needs.
         critic_detach (`bool`, defaults to `False`): stop the value loss's gradient at the head.
         head_init (`str`, defaults to `"zero"`): initial weights of the value head: `"zero"`
             (openai/lm-human-preferences) or `"normal"` with std 1/sqrt(d + 1) (arXiv 2403.17031). The bias is 0.
@@ -102,6 +104,9 @@ class PPOConfig(GRPOConfig):
     )
     total_episodes: int | None = field(default=None, metadata={"help": "Budget of the run in completions."})
     critic: str = field(default="head", metadata={"help": "Kind of critic: 'head'."})
+    critic_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the value head; unset, the policy's."}
+    )
     critic_detach: bool = field(
         default=False, metadata={"help": "Whether the value loss's gradient stops at the value head."}
     )
@@ -155,7 +160,7 @@ class PPOConfig(GRPOConfig):
             if getattr(self, name) not in allowed:
                 options = ", ".join(repr(option) for option in allowed)
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}. Use one of {options}.")
-        at_least_zero = ("beta", "vf_coef", "cliprange_value", "entropy_coef", "missing_eos_penalty")
+        at_least_zero = ("beta", "vf_coef", "cliprange_value", "entropy_coef", "missing_eos_penalty", "critic_learning_rate")
         for name in at_least_zero:
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. Set it to 0 or more.")

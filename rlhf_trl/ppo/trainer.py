@@ -390,6 +390,20 @@ class PPOTrainer(GRPOTrainer):
     def _rollout_index(self) -> int:
         return self.state.global_step // self.args.steps_per_rollout
 
+    # ---- Optimizer ----
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with a parameter group of its own for a critic with a learning rate of its own."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made and self.args.critic_learning_rate is not None:
+            head = {id(p) for name, p in self.model.named_parameters() if f"{VALUE_HEAD}." in name}
+            critic = [p for group in optimizer.param_groups for p in group["params"] if id(p) in head]
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in head]
+            optimizer.add_param_group({"params": critic, "lr": self.args.critic_learning_rate, "weight_decay": 0.0})
+        return optimizer
+
     # ---- Mini-batches ----
 
     def _prepare_inputs(self, generation_batch):
