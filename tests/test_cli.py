@@ -167,7 +167,7 @@ def test_nothing_phones_home_unless_asked(command, monkeypatch):
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "merge"])
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(command, tmp_path, stage):
-    limits = [] if stage == "merge" else ["data.max_samples=64", "data.max_eval_samples=8"]
+    limits = [] if stage == "merge" else ["data.max_samples=128", "data.max_eval_samples=8"]
     status, shown, message = command(f"stage={stage}", "debug=dry_run", *limits)
     assert status == 0, message
     assert "Nothing was started" in shown or ("Dry run" in shown and "64 rows for train" in shown)

@@ -221,7 +221,10 @@ SMALL = ["data.max_samples=64", "data.max_eval_samples=16", "stage.args.eval_on_
 SHRUNKEN = {
     "sft": ["stage=sft", "stage.args.max_steps=4", "stage.args.save_steps=2", *SMALL],
     "reward": ["stage=reward", "model.run=sft", "stage.args.max_steps=2", *SMALL],
-    "ppo": ["stage=ppo", "model.run=sft", "reward=model", "stage.args.max_steps=16", *SMALL],
+    "ppo": [
+        *("stage=ppo", "model.run=sft", "reward=model", "stage.args.max_steps=16"),
+        *("stage.args.per_device_train_batch_size=16", *SMALL),
+    ],
     "dpo": ["stage=dpo", "model.run=sft", "stage.args.max_steps=2", *SMALL],
     "compare": ["stage=compare", "stage.show=false", "data.max_eval_samples=16", "stage.max_completion_length=32"],
 }

@@ -403,3 +403,15 @@ def test_every_epoch_is_dealt_anew_and_from_the_seed_alone(path, tmp_path):
         orders.append(list(trainer._get_train_sampler()))
     assert orders[0] == orders[2] != orders[1]
     assert sorted(set(orders[1])) == list(range(24))
+
+
+def test_the_critic_can_have_a_learning_rate_of_its_own(path, tmp_path):
+    trainer = sampled(path, tmp_path, learning_rate=0.0, critic_learning_rate=1e-2, weight_decay=0.1)
+    policy = {k: v.clone() for k, v in trainer.model.state_dict().items() if "value_head" not in k}
+    head = trainer.model.value_head.weight.clone()
+    trainer.train()
+    state = trainer.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in policy.items())
+    assert (trainer.model.value_head.weight - head).abs().max() > 5e-3
+    count = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    assert count == len(list(trainer.model.parameters()))

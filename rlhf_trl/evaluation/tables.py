@@ -42,7 +42,10 @@ def duration(seconds: float) -> str:
 
 
 def comparison_text(comparison: dict, samples: int = 3) -> str:
-    """The tables of a comparison, as `rlhf_trl.evaluation.compare` makes it, and its first samples side by side."""
+    """
+    The tables of a comparison, as `rlhf_trl.evaluation.compare` makes it, and side by side the first samples in which
+    the policies don't all say the same.
+    """
     baseline = comparison["baseline"]
     headers = ["policy", "reward [95 %]", f"vs {baseline} [95 %]", "wins [95 %]", f"KL to {baseline}", "tokens", "EOS"]
     rows = [
@@ -59,7 +62,8 @@ def comparison_text(comparison: dict, samples: int = 3) -> str:
     ]
     left_out = f"; {comparison['left_out']} left out for want of a reward" if comparison["left_out"] else ""
     parts = [f"{comparison['prompts']} held-out prompts{left_out}\n" + table(headers, rows)]
-    for sample in comparison["samples"][:samples]:
+    differing = [sample for sample in comparison["samples"] if len(set(sample["completions"].values())) > 1]
+    for sample in differing[:samples]:
         columns = {
             f"{name} ({_number(sample['rewards'][name])})": text for name, text in sample["completions"].items()
         }

@@ -160,7 +160,14 @@ class PPOConfig(GRPOConfig):
             if getattr(self, name) not in allowed:
                 options = ", ".join(repr(option) for option in allowed)
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}. Use one of {options}.")
-        at_least_zero = ("beta", "vf_coef", "cliprange_value", "entropy_coef", "missing_eos_penalty", "critic_learning_rate")
+        at_least_zero = (
+            "beta",
+            "vf_coef",
+            "cliprange_value",
+            "entropy_coef",
+            "missing_eos_penalty",
+            "critic_learning_rate",
+        )
         for name in at_least_zero:
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. Set it to 0 or more.")
