@@ -228,7 +228,7 @@ def test_tiny_pipeline_learns_from_people(tmp_path):
     subprocess.run(command, check=True, cwd=conf_dir().parent)
     runs = tmp_path / "reviews_tiny"
     measured = {name: json.loads((runs / name / "metrics.json").read_text()) for name in ("sft", "pairs")}
-    assert np.exp(measured["sft"]["eval"]["eval_loss"]) < 100
+    assert np.exp(measured["sft"]["eval"]["eval_loss"]) < 200
     pairs = measured["pairs"]["eval"]
     assert pairs["eval_model/accuracy"] > 0.72 and pairs["eval_model/accuracy_gap_above_2"] > 0.78
     policies = json.loads((runs / "comparison.json").read_text())["policies"]
