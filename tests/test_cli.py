@@ -170,11 +170,11 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(command, tmp_path, stage):
     limits = [] if stage == "merge" else ["data.max_samples=128", "data.max_eval_samples=8"]
     status, shown, message = command(f"stage={stage}", "debug=dry_run", *limits)
     assert status == 0, message
-    assert "Nothing was started" in shown or ("Dry run" in shown and "64 rows for train" in shown)
+    assert "Nothing was started" in shown or ("Dry run" in shown and "128 rows for train" in shown)
     if stage == "sft":
-        assert "2 optimizer steps" in shown and "[[" in shown  # what is trained on
+        assert "4 optimizer steps" in shown and "[[" in shown  # what is trained on
     if stage == "ppo":
-        assert "64 completions of 64 prompts" in shown and "= 16 optimizer steps" in shown
+        assert "128 completions of 128 prompts" in shown and "= 16 optimizer steps" in shown
     assert list(tmp_path.iterdir()) == []
 
 
