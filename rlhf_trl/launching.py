@@ -149,7 +149,7 @@ def state_of(run_dir: str | os.PathLike, overrides: Sequence[str]) -> str:
     record = read_run(run_dir)
     if not record:
         return "new"
-    if record["status"] == "running" and _is_alive(record["pid"]):
+    if record["status"] == "running" and is_alive(record["pid"]):
         raise ConfigError(
             f"The run in `{run_dir}` is still under way, as process {record['pid']}. Wait for it, or stop it with "
             f"`kill {record['pid']}`, then give the same command again."
@@ -172,7 +172,8 @@ def overrides_of(command: str) -> list[str]:
     return sorted(part for part in parts if part.split("=")[0] not in ("resume", "overwrite"))
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process is one of our runs and still there."""
     try:
         return any("train.py" in part or "rlhf_trl" in part for part in psutil.Process(pid).cmdline())
     except psutil.Error:

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rlhf_trl.checks.values import flatten, plain, read_json
-from rlhf_trl.launching import _is_alive
+from rlhf_trl.launching import is_alive
 
 # A resumed run may differ in these from its beginning: none of them can change the weights.
 FREE_KEYS = (
@@ -40,7 +40,7 @@ def run_directory_problems(values: dict[str, Any]) -> list[str]:
     if record is None:
         return [f"`{run_dir}` holds no run, so there is nothing to resume. Leave out `resume=true`."] if resume else []
     status, pid = record.get("status"), record.get("pid")
-    if status == "running" and isinstance(pid, int) and pid != os.getpid() and _is_alive(pid):
+    if status == "running" and isinstance(pid, int) and pid != os.getpid() and is_alive(pid):
         return [
             f"The run in `{run_dir}` is still under way, as process {pid}. Wait for it, stop it with `kill {pid}`, or "
             "give this one another `run_name=...`."

@@ -1,8 +1,9 @@
 """Small parts of messages: lists of names, counts, suggestions; and printing once."""
 
-import difflib
 import os
 from collections.abc import Iterable
+
+from rlhf_trl.hints import nearest
 
 
 def say(text: str) -> None:
@@ -23,5 +24,5 @@ def count_of(number: int, noun: str) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The sentence "Did you mean `x`?", after a space, where a known name is near; else nothing."""
-    near = difflib.get_close_matches(name, list(known), 1)
+    near = nearest(name, known)
     return f" Did you mean `{near[0]}`?" if near else ""

@@ -61,10 +61,14 @@ def preserved_rng_state() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
+def derived_seed(*key: int) -> int:
+    """A seed that depends on all the integers of `key`, and on nothing else."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
 def permutation(n: int, *key: int) -> Tensor:
     """A permutation of 0 to n - 1 that depends on nothing but the integers of `key`. Shape (n,)."""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(derived_seed(*key)))
 
 
 class EpochSampler(RepeatSampler):
@@ -76,8 +80,7 @@ class EpochSampler(RepeatSampler):
 
     def __iter__(self):
         if self.shuffle:
-            seed = int(np.random.SeedSequence([self.seed or 0, self.epoch()]).generate_state(1)[0])
-            self.generator.manual_seed(seed)
+            self.generator.manual_seed(derived_seed(self.seed or 0, self.epoch()))
         return super().__iter__()
 
 
@@ -345,10 +348,10 @@ class PPOTrainer(GRPOTrainer):
             penalized = scores - self.args.missing_eos_penalty * (~ended).to(scores.dtype)
 
         old_logp, ref_logp = rollout["old_per_token_logps"], rollout["ref_per_token_logps"]
-        kl = torch.where(mask, kl_estimate(old_logp, ref_logp, "k1"), 0.0).sum(dim=1)
+        k1 = torch.where(mask, kl_estimate(old_logp, ref_logp, "k1"), 0.0)
         per_sequence = {
             "objective/scores": scores,
-            "objective/kl": kl,
+            "objective/kl": k1.sum(dim=1),
             "completions/eos_rate": ended.float(),
             "completions/mean_length": lengths.float(),
         }
@@ -361,11 +364,10 @@ class PPOTrainer(GRPOTrainer):
         rewards = token_rewards(penalized, token_kl, mask, self.beta)
         if self.args.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
-        values = rollout.pop("old_values")
+        values = rollout["old_values"]
         advantages, returns = gae(rewards, values, mask, self.args.gamma, self.args.lam)
         rollout["advantages"] = masked_whiten(advantages, mask)
         rollout["returns"] = returns
-        rollout["old_values"] = values
         rollout["mask"] = mask
 
         count = valid.sum().clamp(min=1)
@@ -373,7 +375,7 @@ class PPOTrainer(GRPOTrainer):
         self.last_rollout = {"kl": mean["objective/kl"].item(), "num_sequences": int(valid.sum())}
         metrics = mean | {
             "objective/scores_std": scores[valid].std(unbiased=False),
-            "objective/kl_per_token": masked_mean(kl_estimate(old_logp, ref_logp, "k1"), mask),
+            "objective/kl_per_token": masked_mean(k1, mask),
             "objective/rlhf_reward": ((penalized - self.beta * (token_kl * mask).sum(dim=1)) * valid).sum() / count,
             "objective/kl_coef": torch.tensor(float(self.beta)),
             "objective/invalid_rewards": self._invalid.sum(),
