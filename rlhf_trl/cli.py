@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_trl import overrides
 from rlhf_trl.checks import check, find_problems
+from rlhf_trl.cpu import keep_freed_memory
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.paths import conf_dir
 from rlhf_trl.quiet import quiet
@@ -44,6 +45,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.path.append(os.getcwd())  # for functions of the user's own, where `rlhf-trl` is the program
     quiet()
+    keep_freed_memory()
     try:
         words, config_dirs = _look_at(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(run)()

@@ -45,6 +45,7 @@ from rlhf_trl.callbacks.record import (
 from rlhf_trl.callbacks.samples import SampleLog
 from rlhf_trl.checks.run_directory import resume_changes
 from rlhf_trl.checks.values import plain
+from rlhf_trl.cpu import score_labels_only
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.launching import config_dirs
 from rlhf_trl.loggers import is_first_rank
@@ -69,6 +70,7 @@ def train(cfg: DictConfig) -> float | None:
     """
     OmegaConf.resolve(cfg)
     quiet()
+    score_labels_only()
     set_seed(cfg.seed)
     args = training_arguments(cfg.stage.args)
     path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))

@@ -29,6 +29,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, get_callable_name, is_async_callable
 
+from ..cpu import score_labels_only
 from ..errors import ConfigError
 from ..rewards import ModelReward
 from .advantages import (
@@ -169,6 +170,7 @@ class PPOTrainer(GRPOTrainer):
         _check_dataset(train_dataset, args)
         _check_adapter_dropout(model, kwargs.get("peft_config"), args)
 
+        score_labels_only()
         # GRPOTrainer keeps no reference at beta 0; PPO always measures KL.
         beta, args.beta = args.beta, args.beta or 1.0
         try:
