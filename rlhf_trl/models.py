@@ -53,7 +53,8 @@ HEADS = {"lm_head", "score", "classifier"}
 
 def adapter_config(path: str, revision: str | None = None) -> PeftConfig | None:
     """The adapter's config if `path` (folder or hub id) holds an adapter, else `None`."""
-    if find_adapter_config_file(path, revision=revision) is None:
+    missing = Path(path).is_absolute() and not Path(path).is_dir()  # which the hub would call a malformed id
+    if missing or find_adapter_config_file(path, revision=revision) is None:
         return None
     return PeftConfig.from_pretrained(path, revision=revision)
 

@@ -7,6 +7,8 @@ import warnings
 WARNINGS = (
     ("`gradient_checkpointing` is deprecated", FutureWarning, "TRL 1.16 sets it in each of its configs"),
     ("`is_gradient_checkpointing` is deprecated", FutureWarning, "TRL 1.16 reads it around each generation"),
+    ("`gradient_checkpointing_enable` is deprecated", FutureWarning, "TRL 1.16 calls it around each generation"),
+    ("`gradient_checkpointing_disable` is deprecated", FutureWarning, "TRL 1.16 calls it around each generation"),
     (
         "'pin_memory' argument is set as true but no accelerator",
         UserWarning,

@@ -243,10 +243,15 @@ def run_with_checkpoints(path, out, resume=None, **kwargs):
     return trainer
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_a_resumed_run_equals_the_uninterrupted_one(path, tmp_path, lora):
-    """Stopped in the second epoch of the data, after rollout 4 of 6."""
+@pytest.mark.parametrize(
+    "lora, critic",
+    [(False, "head"), (True, "head"), (True, "adapter"), (False, "model"), (True, "model")],
+    ids=["full-head", "lora-head", "lora-adapter", "full-model", "lora-model"],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(path, tmp_path, lora, critic):
+    """Stopped in the second epoch of the data, after rollout 4 of 6; the critic warms up for one."""
     peft = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")} if lora else {}
+    peft |= {"critic": critic, "critic_warmup_steps": 1, "critic_learning_rate": 2e-2}
     whole = run_with_checkpoints(path, tmp_path, **peft)
     steps = whole.args.steps_per_rollout
     checkpoint = f"{whole.args.output_dir}/checkpoint-{4 * steps}"

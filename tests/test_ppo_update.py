@@ -1,14 +1,16 @@
 """One whole PPO update against plain PyTorch, and the promises TRL's last PPO broke."""
 
+import copy
 import math
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_trl.ppo import PPOConfig, PPOTrainer
-from rlhf_trl.ppo.trainer import permutation
+from rlhf_trl.ppo.seeds import permutation
 from tests.tiny import WORDS, save_model
 
 
@@ -77,7 +79,11 @@ def make_trainer(model, tmp_path, data=None, path=None, **kwargs):
     }
     rollouts = Rollouts(tokenizer)
     rollout_func = kwargs.pop("rollout_func", rollouts)
-    extra = {k: kwargs.pop(k) for k in ("reward_funcs", "peft_config", "callbacks", "eval_dataset") if k in kwargs}
+    extra = {
+        k: kwargs.pop(k)
+        for k in ("reward_funcs", "peft_config", "callbacks", "eval_dataset", "ptx_dataset")
+        if k in kwargs
+    }
     trainer = PPOTrainer(
         model,
         args=PPOConfig(str(tmp_path / "run"), **(defaults | kwargs)),
@@ -89,37 +95,37 @@ def make_trainer(model, tmp_path, data=None, path=None, **kwargs):
     return trainer, rollouts
 
 
-def forward(model, head, rows, tokenizer, temperature):
-    """Per row: log-probabilities of its completion tokens, entropies, and values before them. No padding anywhere."""
+def forward(model, critic, head, rows, temperature):
+    """Per row: log-probabilities of its completion tokens, and values before them. No padding anywhere."""
     out = []
     for prompt, completion in rows:
         ids = torch.tensor([prompt + completion])
         result = model(input_ids=ids, output_hidden_states=True)
+        seen = result if critic is model else critic(input_ids=ids, output_hidden_states=True)
         logits = result.logits[0, len(prompt) - 1 : -1] / temperature
-        values = head(result.hidden_states[-1][0, len(prompt) - 1 : -1]).squeeze(-1)
-        logp_all = logits.log_softmax(-1)
-        logp = logp_all.gather(1, torch.tensor(completion).unsqueeze(1)).squeeze(1)
-        out.append((logp, -(logp_all.exp() * logp_all).sum(-1), values))
+        values = head(seen.hidden_states[-1][0, len(prompt) - 1 : -1]).squeeze(-1)
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(completion).unsqueeze(1)).squeeze(1)
+        out.append((logp, values))
     return out
 
 
-def reference_ppo(path, head_state, asked, args, tokenizer):
-    """PPO as the papers have it, row by row, over the given rollouts. Returns the trained state dict and metrics."""
-    policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    head = torch.nn.Linear(policy.config.hidden_size, 1)
-    head.load_state_dict(head_state)
-    parameters = [*policy.parameters(), *head.parameters()]
+def reference_ppo(policy, reference, critic, head, asked, args, tokenizer):
+    """
+    PPO as the papers have it, row by row, over the given rollouts. Trains the networks it is given (`critic` may be
+    `policy`) and returns the gradient norms and the KL of each rollout.
+    """
+    networks = torch.nn.ModuleList([policy, critic, head])
+    parameters = [p for p in networks.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
     norms, kls = [], []
     for index, batch in enumerate(asked):
         rows = [(tokenizer(p)["input_ids"], completion_of(tokenizer, p)) for p in batch]
         with torch.no_grad():
-            old = forward(policy, head, rows, tokenizer, args.temperature)
-            ref = forward(reference, head, rows, tokenizer, args.temperature)
+            old = forward(policy, critic, head, rows, args.temperature)
+            ref = forward(reference, reference, head, rows, args.temperature)
         scores = score([tokenizer.decode(c, skip_special_tokens=True) for _, c in rows])
         advantages, returns = [], []
-        for (_, completion), (logp, _, values), (ref_logp, _, _), s in zip(rows, old, ref, scores, strict=True):
+        for (_, completion), (logp, values), (ref_logp, _), s in zip(rows, old, ref, scores, strict=True):
             if args.missing_eos_penalty and completion[-1] != tokenizer.eos_token_id:
                 s -= args.missing_eos_penalty
             d = logp - ref_logp
@@ -143,12 +149,12 @@ def reference_ppo(path, head_state, asked, args, tokenizer):
             order = permutation(len(rows), args.seed, index, epoch).tolist()
             for start in range(0, len(rows), size):
                 chosen = order[start : start + size]
-                new = forward(policy, head, [rows[i] for i in chosen], tokenizer, args.temperature)
+                new = forward(policy, critic, head, [rows[i] for i in chosen], args.temperature)
                 tokens = sum(len(rows[i][1]) for i in chosen)
                 loss = 0.0
-                for (logp, _, values), i in zip(new, chosen, strict=True):
+                for (logp, values), i in zip(new, chosen, strict=True):
                     ratio = torch.exp(logp - old[i][0])
-                    a, r, old_v = advantages[i], returns[i], old[i][2]
+                    a, r, old_v = advantages[i], returns[i], old[i][1]
                     surrogate = torch.min(ratio * a, ratio.clamp(1 - args.epsilon, 1 + args.epsilon) * a)
                     clipped = old_v + (values - old_v).clamp(-args.cliprange_value, args.cliprange_value)
                     value = 0.5 * torch.max((values - r) ** 2, (clipped - r) ** 2)
@@ -157,9 +163,19 @@ def reference_ppo(path, head_state, asked, args, tokenizer):
                 loss.backward()
                 norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
                 optimizer.step()
-    return policy.state_dict() | {f"value_head.{k}": v for k, v in head.state_dict().items()}, norms, kls
+    return norms, kls
 
 
+def same(actual, expected):
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def moved(before, after):
+    return any(not torch.allclose(before[name], after[name], atol=1e-4) for name in after)
+
+
+@pytest.mark.parametrize("critic", ["head", "model"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -170,21 +186,58 @@ def reference_ppo(path, head_state, asked, args, tokenizer):
     ],
     ids=["two mini-batches", "epochs", "accumulation", "one mini-batch, clipped"],
 )
-def test_one_update_equals_plain_pytorch(tmp_path, options):
+def test_one_update_equals_plain_pytorch(tmp_path, options, critic):
     path = save_model(tmp_path / "model")
-    trainer, rollouts = make_trainer(path, tmp_path, data=prompts(16), **options)
-    head = {k: v.clone() for k, v in trainer.model.value_head.state_dict().items()}
+    trainer, rollouts = make_trainer(path, tmp_path, data=prompts(16), critic=critic, **options)
+    start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    head = copy.deepcopy(trainer.model.value_head)
     trainer.train()
     assert len(rollouts.calls) == 16 // trainer.args.generation_batch_size
 
-    expected, _, kls = reference_ppo(path, head, rollouts.calls, trainer.args, trainer.processing_class)
+    policy, reference, network = (AutoModelForCausalLM.from_pretrained(path) for _ in range(3))
+    network = network if critic == "model" else policy
+    _, kls = reference_ppo(policy, reference, network, head, rollouts.calls, trainer.args, trainer.processing_class)
     actual = trainer.model.state_dict()
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    start = AutoModelForCausalLM.from_pretrained(path).state_dict()
-    assert not torch.allclose(actual["model.norm.weight"], start["model.norm.weight"], atol=1e-4)
+    same(actual, policy.state_dict())
+    same(actual, {f"value_head.{name}": value for name, value in head.state_dict().items()})
+    if critic == "model":
+        same(actual, {f"critic.{name}": value for name, value in network.model.state_dict().items()})
+    assert moved(start, policy.state_dict())
     logged = [entry["objective/kl"] for entry in trainer.state.log_history if "objective/kl" in entry]
     assert logged == pytest.approx(kls, abs=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient checkpointing"])
+def test_one_update_with_a_critic_adapter_equals_plain_pytorch(tmp_path, checkpointing):
+    """Policy and critic as adapters of one base train like two networks of their own."""
+    path = save_model(tmp_path / "model")
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(1)
+    PeftModel(AutoModelForCausalLM.from_pretrained(path), config).save_pretrained(tmp_path / "sft")
+
+    def with_adapter():
+        base = AutoModelForCausalLM.from_pretrained(path)
+        return PeftModel.from_pretrained(base, tmp_path / "sft", is_trainable=True)
+
+    trainer, rollouts = make_trainer(
+        with_adapter(),
+        tmp_path,
+        path=path,
+        data=prompts(16),
+        critic="adapter",
+        num_iterations=2,
+        gradient_checkpointing=checkpointing,
+    )
+    head = copy.deepcopy(trainer.model.get_base_model().value_head)
+    trainer.train()
+    policy, reference, critic = (with_adapter() for _ in range(3))
+    reference_ppo(policy, reference, critic, head, rollouts.calls, trainer.args, trainer.processing_class)
+    actual = trainer.model.state_dict()
+    trained = {name: value for name, value in policy.state_dict().items() if ".default." in name}
+    same(actual, trained)
+    assert moved(reference.state_dict(), trained)
+    same(actual, {n.replace(".default.", ".critic."): v for n, v in critic.state_dict().items() if ".default." in n})
+    same(actual, {f"base_model.model.value_head.{name}": value for name, value in head.state_dict().items()})
 
 
 def test_optimizer_steps_per_rollout_are_epochs_times_mini_batches(tmp_path):

@@ -71,10 +71,23 @@ class PPOConfig(GRPOConfig):
         missing_eos_penalty (`float`, *optional*): positive number subtracted from the score of a completion that does
             not end with an EOS token.
         entropy_coef (`float`, defaults to `0.0`): weight of the entropy bonus (mean over the tokens of a mini-batch).
-        critic (`str`, defaults to `"head"`): `"head"` is a value head on the policy's last hidden states.
-        critic_learning_rate (`float`, *optional*): learning rate of the value head, unset the policy's. A head that
+        ratio_threshold (`float`, *optional*): a micro-batch whose mean ratio exceeds this is left out of the update
+            (its loss is 0) and counted in `policy/skipped`.
+        ptx_coef (`float`, defaults to `0.0`): weight of a language-model loss on demonstrations beside PPO's
+            (PPO-ptx, arXiv 2203.02155, equation 2; 27.8 there). Above 0 the trainer needs a `ptx_dataset`.
+        critic (`str`, defaults to `"head"`): `"head"` is a value head on the policy's last hidden states, `"adapter"`
+            one on a LoRA adapter of its own on the policy's base, `"model"` one on a network of its own.
+        critic_path (`str`, *optional*): reward model that an `"adapter"` or `"model"` starts from, folder or hub id.
+            Unset, it starts as a copy of the policy.
+        critic_score_head (`bool`, defaults to `False`): start the value head as that reward model's score head.
+        critic_dtype (`str`, *optional*): type of the weights of `critic="model"`, such as `"bfloat16"`. Unset,
+            float32 for a reward model's and the policy's for a copy of the policy.
+        critic_learning_rate (`float`, *optional*): learning rate of the critic, unset the policy's. A head that
             starts at zero learns slowly at the small rates a policy needs.
-        critic_detach (`bool`, defaults to `False`): stop the value loss's gradient at the head.
+        critic_warmup_steps (`int`, defaults to `0`): rollouts at the start that train the critic alone. The value
+            gradient stops at the head, and the policy's weights don't change.
+        critic_detach (`bool`, defaults to `False`): stop the value loss's gradient at a head on the policy's trunk.
+        ref_dtype (`str`, *optional*): type of the weights of a full reference model, unset the policy's.
         head_init (`str`, defaults to `"zero"`): initial weights of the value head: `"zero"`
             (openai/lm-human-preferences) or `"normal"` with std 1/sqrt(d + 1) (arXiv 2403.17031). The bias is 0.
         max_invalid_fraction (`float`, defaults to `0.1`): completions whose reward is NaN or infinite are left out of
@@ -103,10 +116,21 @@ class PPOConfig(GRPOConfig):
         default=None, metadata={"help": "Positive number subtracted from the score of a completion without EOS."}
     )
     total_episodes: int | None = field(default=None, metadata={"help": "Budget of the run in completions."})
-    critic: str = field(default="head", metadata={"help": "Kind of critic: 'head'."})
-    critic_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the value head; unset, the policy's."}
+    ratio_threshold: float | None = field(
+        default=None, metadata={"help": "Micro-batches with a larger mean ratio are left out of the update."}
     )
+    ptx_coef: float = field(default=0.0, metadata={"help": "Weight of the language-model loss on demonstrations."})
+    critic: str = field(default="head", metadata={"help": "Kind of critic: 'head', 'adapter' or 'model'."})
+    critic_path: str | None = field(default=None, metadata={"help": "Reward model that the critic starts from."})
+    critic_score_head: bool = field(
+        default=False, metadata={"help": "Whether the value head starts as the reward model's score head."}
+    )
+    critic_dtype: str | None = field(default=None, metadata={"help": "Type of the weights of `critic='model'`."})
+    critic_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the critic; unset, the policy's."}
+    )
+    critic_warmup_steps: int = field(default=0, metadata={"help": "Rollouts at first that train the critic alone."})
+    ref_dtype: str | None = field(default=None, metadata={"help": "Type of the weights of a full reference model."})
     critic_detach: bool = field(
         default=False, metadata={"help": "Whether the value loss's gradient stops at the value head."}
     )
@@ -155,7 +179,13 @@ class PPOConfig(GRPOConfig):
                 f"mini-batches of {self.gradient_accumulation_steps} (`gradient_accumulation_steps`). Set "
                 "`steps_per_generation` to a multiple of `gradient_accumulation_steps`."
             )
-        choices = {"kl_estimator": ("k1", "k2", "k3"), "critic": ("head",), "head_init": ("zero", "normal")}
+        choices = {
+            "kl_estimator": ("k1", "k2", "k3"),
+            "critic": ("head", "adapter", "model"),
+            "head_init": ("zero", "normal"),
+            "critic_dtype": (None, "float32", "bfloat16", "float16"),
+            "ref_dtype": (None, "float32", "bfloat16", "float16"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 options = ", ".join(repr(option) for option in allowed)
@@ -166,7 +196,9 @@ class PPOConfig(GRPOConfig):
             "cliprange_value",
             "entropy_coef",
             "missing_eos_penalty",
+            "ptx_coef",
             "critic_learning_rate",
+            "critic_warmup_steps",
         )
         for name in at_least_zero:
             if getattr(self, name) is not None and getattr(self, name) < 0:
@@ -174,6 +206,20 @@ class PPOConfig(GRPOConfig):
         for name in ("gamma", "lam", "max_invalid_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. Set it to a number from 0 to 1.")
+        if self.ratio_threshold is not None and self.ratio_threshold <= 1:
+            raise ValueError(
+                f"`ratio_threshold` is {self.ratio_threshold}, and the ratio of an unchanged policy is 1. Set it "
+                "above 1, such as 10."
+            )
+        without_path = {"critic_path": None, "critic_score_head": False}
+        for name, unset in without_path.items():
+            if self.critic == "head" and getattr(self, name) != unset:
+                raise ValueError(
+                    f"`{name}` starts a critic from a reward model, and `critic='head'` reads the policy's own hidden "
+                    f"states. Set `critic` to 'adapter' or 'model', or leave `{name}` out."
+                )
+        if self.critic_dtype is not None and self.critic != "model":
+            raise ValueError("`critic_dtype` is for `critic='model'`; the other critics compute in the policy's type.")
         if self.total_episodes is not None and self.total_episodes < 1:
             raise ValueError(f"`total_episodes` is {self.total_episodes}. Set it to 1 or more.")
 

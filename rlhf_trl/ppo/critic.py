@@ -1,25 +1,53 @@
-"""The critic of [`PPOTrainer`]: a value head on the policy's own hidden states."""
+"""
+The critics of [`PPOTrainer`]: a value head on the policy's own hidden states, on those of a LoRA adapter on the
+policy's base, or on those of a network of its own.
 
+All live inside the policy's module and are computed in its fused forward, where DDP, FSDP and ZeRO see every parameter
+that is used.
+"""
+
+import copy
 import functools
 import math
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import is_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import FusedCausalLMOutput
 
+from ..adapters import (
+    CRITIC,
+    active_adapter,
+    adapter_layers,
+    add_role,
+    policy_is_active,
+    recompute_with_the_same_adapter,
+)
+from ..errors import ConfigError
+from ..models import load_reward_model, load_tokenizer
+from .config import PPOConfig
+
 VALUE_HEAD = "value_head"
+
+
+def is_critic(name: str) -> bool:
+    """Whether a parameter of the policy's module belongs to the critic, by its full name."""
+    return not {VALUE_HEAD, CRITIC}.isdisjoint(name.split("."))
 
 
 @dataclass
 class PolicyAndValueOutput(FusedCausalLMOutput):
     """
-    Output of a model with a value head: TRL's fused output, and the values.
+    Output of a model with a critic: TRL's fused output, and the values.
 
-    `value_preds` has the shape of `log_probs`, (batch, seq_len - 1): V read before each next-token label. (A field
-    called `values` would hide `dict.values`, and a bare extra key breaks accelerate's conversion to float32.)
+    `value_preds` has the shape of `log_probs`, (batch, seq_len - 1): V read before each next-token label; `None` where
+    they were not asked for. (A field called `values` would hide `dict.values`, and a bare extra key breaks
+    accelerate's conversion to float32.)
     """
 
     value_preds: Tensor | None = None
@@ -50,45 +78,124 @@ def count_positions_from_mask(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def add_value_head(model: PreTrainedModel, init: str = "zero", detach: bool = False) -> nn.Linear:
+def add_critic(model: PreTrainedModel | PeftModel, args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """
-    Give a causal language model a float32 value head, and return it.
-
-    The fused forward then returns [`PolicyAndValueOutput`]. Log-probabilities and values come from one pass through
-    the trunk, inside the wrapped forward, where DDP, FSDP and ZeRO see every parameter that is used.
+    Give the policy the critic that `args.critic` names, started from `args.critic_path`.
 
     Args:
-        model (`PreTrainedModel`): a causal language model with `trl.trainer.utils.add_fused_lm_head` applied.
-        init (`str`): `"zero"` (openai/lm-human-preferences) or `"normal"`, std 1/sqrt(d + 1) (arXiv 2403.17031).
-        detach (`bool`): whether the values' gradient stops at the head.
+        model (`PreTrainedModel` or `PeftModel`): the policy, with `trl.trainer.utils.add_fused_lm_head` applied.
+        args ([`PPOConfig`]): its options that begin with `critic`, and `head_init`.
+        tokenizer: the policy's, which a critic with a start of its own must share.
+
+    Raises:
+        ConfigError: if the critic can't start from what `args.critic_path` holds, or needs an adapter on the policy.
     """
-    lm_head = model.get_output_embeddings()
-    width = lm_head.in_features
-    head = nn.Linear(width, 1, device=lm_head.weight.device, dtype=torch.float32)
+    policy = model.get_base_model() if is_peft_model(model) else model
+    if args.critic_path is not None:
+        _check_tokenizer(args.critic_path, tokenizer)
+    trunk, score = None, None
+    if args.critic == "adapter":
+        if not is_peft_model(model):
+            raise ConfigError(
+                "`critic=adapter` is an adapter on the policy's frozen base, and this policy has none: all its "
+                "weights are trained. Give the policy an adapter too (`adapter=lora`), or use `critic=head` or "
+                "`critic=model`."
+            )
+        score = add_role(model, CRITIC, args.critic_path)
+        layers = adapter_layers(policy)
+        recompute_with_the_same_adapter(policy, layers)
+
+        def trunk(**inputs):
+            with active_adapter(layers, CRITIC):
+                return policy.base_model(**inputs)
+
+    elif args.critic == "model":
+        network, score = _network(model, args)
+        policy.add_module(CRITIC, network)
+        trunk = network
+    width = score.size(1) if score is not None else policy.get_output_embeddings().in_features
+    head = nn.Linear(width, 1, device=policy.device, dtype=torch.float32)
     nn.init.zeros_(head.bias)
-    if init == "zero":
+    if args.critic_score_head:
+        if score is None:
+            raise ConfigError(
+                "`critic_score_head=True` starts the value head as a reward model's score head. Name the reward "
+                "model: `critic.run=reward` or `critic.path=...`."
+            )
+        head.weight.data.copy_(score[:1])
+    elif args.head_init == "zero":
         nn.init.zeros_(head.weight)
     else:
         nn.init.normal_(head.weight, std=1 / math.sqrt(width + 1))
-    model.add_module(VALUE_HEAD, head)
-    fused_forward = model.forward
+    policy.add_module(VALUE_HEAD, head)
+    policy.detach_values = args.critic_detach
+    _compute_values(policy, trunk, adapter_layers(policy))
 
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, **kwargs):
+
+def _compute_values(policy: PreTrainedModel, trunk: Callable | None, layers: list[nn.Module]) -> None:
+    """Make the fused forward return [`PolicyAndValueOutput`]; without a `trunk`, the head reads the policy's own."""
+    fused_forward = policy.forward
+
+    @functools.wraps(type(policy).forward)
+    def forward(self, *args, fused_lm_head=False, with_values=False, **kwargs):
         if not fused_lm_head:
             return fused_forward(*args, **kwargs)
-        trunk = {}
-        hook = self.base_model.register_forward_hook(lambda _, __, output: trunk.update(h=output.last_hidden_state))
-        try:
+        if not with_values or not policy_is_active(layers):  # a reference made of the policy's base has no critic
+            return PolicyAndValueOutput(**fused_forward(*args, fused_lm_head=True, **kwargs))
+        if trunk is None:
+            seen = {}
+            hook = self.base_model.register_forward_hook(lambda _, __, output: seen.update(h=output.last_hidden_state))
+            try:
+                output = fused_forward(*args, fused_lm_head=True, **kwargs)
+            finally:
+                hook.remove()
+            hidden = seen["h"]
+        else:
             output = fused_forward(*args, fused_lm_head=True, **kwargs)
-        finally:
-            hook.remove()
-        hidden = trunk["h"][:, :-1]
-        if detach:
+            mask = kwargs["attention_mask"]
+            hidden = trunk(
+                input_ids=kwargs["input_ids"],
+                attention_mask=mask,
+                position_ids=left_padded_position_ids(mask),
+                use_cache=False,
+            ).last_hidden_state
+        hidden = hidden[:, :-1]
+        if self.detach_values and trunk is None:
             hidden = hidden.detach()
         with torch.autocast(hidden.device.type, enabled=False):
             values = getattr(self, VALUE_HEAD)(hidden.float()).squeeze(-1)
         return PolicyAndValueOutput(**output, value_preds=values)
 
-    model.forward = types.MethodType(forward, model)
-    return head
+    policy.forward = types.MethodType(forward, policy)
+
+
+def _network(model: PreTrainedModel | PeftModel, args: PPOConfig) -> tuple[PreTrainedModel, Tensor | None]:
+    """A trainable trunk, and the score head that it came with: a reward model's, or a copy of the policy's."""
+    policy = model.get_base_model() if is_peft_model(model) else model
+    dtype = getattr(torch, args.critic_dtype) if args.critic_dtype else None
+    if args.critic_path is not None:
+        started = load_reward_model(args.critic_path, args.critic_dtype, trust_remote_code=args.trust_remote_code)
+        if is_peft_model(started):
+            started = started.merge_and_unload()
+        head = next(module for module in started.children() if isinstance(module, nn.Linear))
+        trunk, score = started.base_model, head.weight.detach().clone()
+    elif getattr(policy, "is_loaded_in_4bit", False) or getattr(policy, "is_loaded_in_8bit", False):
+        raise ConfigError(
+            "`critic=model` would be a trainable copy of the policy, whose weights are quantized and can't be "
+            "trained. Start it from a reward model (`critic.run=reward`), or use `critic=adapter`."
+        )
+    else:
+        started = copy.deepcopy(model)
+        trunk = (started.merge_and_unload() if is_peft_model(started) else started).base_model
+        score = None
+    return trunk.to(policy.device, dtype).requires_grad_(True), score
+
+
+def _check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    theirs = load_tokenizer(path).get_vocab()
+    if theirs != tokenizer.get_vocab():
+        raise ConfigError(
+            f"The critic reads the policy's tokens, and `{path}` has another tokenizer ({len(theirs)} tokens, the "
+            f"policy's {len(tokenizer.get_vocab())}). Start the critic from a reward model with the "
+            "policy's."
+        )

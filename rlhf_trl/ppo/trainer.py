@@ -9,15 +9,11 @@ comparing a whole update with plain PyTorch.
 import logging
 import math
 import os
-import random
-import shutil
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import is_peft_model, set_seed
 from datasets import Dataset
@@ -29,9 +25,10 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, get_callable_name, is_async_callable
 
+from ..adapters import CRITIC, POLICY, save_policy_only, set_trainable
 from ..cpu import score_labels_only
 from ..errors import ConfigError
-from ..rewards import ModelReward
+from ..rewards import AdapterReward, ModelReward
 from .advantages import (
     explained_variance,
     gae,
@@ -43,33 +40,13 @@ from .advantages import (
     value_losses,
 )
 from .config import PPOConfig
-from .critic import VALUE_HEAD, add_value_head, count_positions_from_mask
+from .critic import add_critic, count_positions_from_mask, is_critic
+from .ptx import Demonstrations
+from .seeds import derived_seed, permutation, preserved_rng_state
 
 logger = logging.getLogger(__name__)
 
 CRITIC_FILE = "critic.safetensors"
-
-
-@contextmanager
-def preserved_rng_state() -> Iterator[None]:
-    """Leave the random states of Python, NumPy and torch (CPU and GPU) as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-def derived_seed(*key: int) -> int:
-    """A seed that depends on all the integers of `key`, and on nothing else."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-def permutation(n: int, *key: int) -> Tensor:
-    """A permutation of 0 to n - 1 that depends on nothing but the integers of `key`. Shape (n,)."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(derived_seed(*key)))
 
 
 class EpochSampler(RepeatSampler):
@@ -112,6 +89,19 @@ class CountInRollouts(TrainerCallback):
             control.should_log = True
 
 
+class CriticWarmup(TrainerCallback):
+    """In the critic's warm-up, take no step on the policy: not even weight decay moves what has no gradient."""
+
+    def __init__(self, trainer: "PPOTrainer"):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer.in_critic_warmup:
+            for name, parameter in self.trainer.model.named_parameters():
+                if not is_critic(name):
+                    parameter.grad = None
+
+
 class PPOTrainer(GRPOTrainer):
     """
     Trainer for proximal policy optimization from a learned or programmed reward (arXiv 1707.06347, 1909.08593,
@@ -127,6 +117,7 @@ class PPOTrainer(GRPOTrainer):
         args ([`PPOConfig`], *optional*): the arguments.
         train_dataset (`Dataset`): rows with a `prompt`, text or chat messages; the rewards get the other columns.
         eval_dataset (*optional*): held-out prompts; evaluation logs their raw score, KL, length and EOS rate.
+        ptx_dataset (`Dataset`, *optional*): demonstrations with `prompt` and `completion` for `args.ptx_coef`.
         **kwargs: what `trl.GRPOTrainer` takes besides (`processing_class`, `callbacks`, `peft_config`, ...).
 
     Attributes:
@@ -160,6 +151,7 @@ class PPOTrainer(GRPOTrainer):
         args: PPOConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset=None,
+        ptx_dataset: Dataset | None = None,
         **kwargs,
     ):
         if args is None:
@@ -167,6 +159,11 @@ class PPOTrainer(GRPOTrainer):
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         if not reward_funcs:
             raise ConfigError("PPO needs a reward. Pass at least one of `reward_funcs`.")
+        if (ptx_dataset is None) != (args.ptx_coef == 0):
+            raise ConfigError(
+                f"`ptx_coef` is {args.ptx_coef} and there are {'no' if ptx_dataset is None else ''} demonstrations "
+                "for it. Give both (`stage.args.ptx_coef=0.1 +data@ptx_data=demo`) or none."
+            )
         _check_dataset(train_dataset, args)
         _check_adapter_dropout(model, kwargs.get("peft_config"), args)
 
@@ -189,18 +186,27 @@ class PPOTrainer(GRPOTrainer):
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         for scored in [policy] if self.ref_model is None else [policy, self.accelerator.unwrap_model(self.ref_model)]:
             count_positions_from_mask(scored)
-        with preserved_rng_state():  # the same head on every rank
+        if self.ref_model is not None and args.ref_dtype is not None:
+            self.ref_model.to(getattr(torch, args.ref_dtype))
+        if is_peft_model(self.model):
+            save_policy_only(self.model)
+        with preserved_rng_state():  # the same critic on every rank
             set_seed(args.seed)
-            add_value_head(policy, init=args.head_init, detach=args.critic_detach)
-        for name, parameter in self.model.named_parameters():
-            if ".ref." in name:
-                parameter.requires_grad_(False)
+            for func in reward_funcs:
+                if isinstance(func, AdapterReward):
+                    func.attach(self.model)
+            add_critic(self.model, args, self._tokenizer)
+        self._set_trainable()
         if self.use_vllm:
             named_params = self.vllm_generation._iter_named_params
             self.vllm_generation._iter_named_params = lambda: (
-                (name, parameter) for name, parameter in named_params() if VALUE_HEAD not in name
+                (name, parameter) for name, parameter in named_params() if not is_critic(name)
             )
 
+        self._demonstrations = (
+            None if ptx_dataset is None else Demonstrations(ptx_dataset, self._tokenizer, seed=args.seed)
+        )
+        self._policy = policy
         self.last_rollout: dict[str, float] = {}
         self._rollout: dict[str, Tensor] | None = None
         self._rewards_per_func: Tensor | None = None
@@ -208,8 +214,22 @@ class PPOTrainer(GRPOTrainer):
         self._forward_values: list[Tensor | None] = []
         self._update_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
         self._eval_rows: dict[str, list[Tensor]] = defaultdict(list)
+        if args.critic_warmup_steps:
+            if self.is_deepspeed_enabled:
+                raise ConfigError("`critic_warmup_steps` is not supported with DeepSpeed. Set it to 0.")
+            self.add_callback(CriticWarmup(self))
         # right after the stock flow callback, so that any other callback can still ask for a log or a save
         self.callback_handler.callbacks.insert(1, CountInRollouts(args.steps_per_rollout))
+
+    def _set_trainable(self):
+        """Let policy and critic be trained. Resuming, and TRL's passes of a reference adapter, leave the policy so."""
+        if is_peft_model(self.model):
+            set_trainable(self.accelerator.unwrap_model(self.model), roles=(POLICY, CRITIC))
+
+    @property
+    def in_critic_warmup(self) -> bool:
+        """Whether the rollout in hand trains the critic alone."""
+        return self._rollout_index < self.args.critic_warmup_steps
 
     # ---- Rewards ----
 
@@ -281,9 +301,10 @@ class PPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         # TRL's chunked pass, with the values of each chunk kept: one forward for log-probabilities and values
         values = []
+        extra = {"with_values": True} if model is not self.ref_model else {}
 
         def forward(**inputs):
-            output = model(**inputs)
+            output = model(**inputs, **extra)
             values.append(output.get("value_preds"))
             return output
 
@@ -300,6 +321,7 @@ class PPOTrainer(GRPOTrainer):
             rollout = super()._generate_and_score_completions(inputs)
         finally:
             self.beta = coefficient
+            self._set_trainable()
         self._metrics[mode].pop("frac_reward_zero_std", None)  # about groups, which PPO doesn't have
         values = self._forward_values[0]
         if "old_per_token_logps" not in rollout:  # TRL skips it when each rollout gets one optimizer step
@@ -401,11 +423,14 @@ class PPOTrainer(GRPOTrainer):
         made = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if made and self.args.critic_learning_rate is not None:
-            head = {id(p) for name, p in self.model.named_parameters() if f"{VALUE_HEAD}." in name}
-            critic = [p for group in optimizer.param_groups for p in group["params"] if id(p) in head]
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in head]
-            optimizer.add_param_group({"params": critic, "lr": self.args.critic_learning_rate, "weight_decay": 0.0})
+            ids = {id(p) for name, p in self.model.named_parameters() if is_critic(name)}
+            for group in list(optimizer.param_groups):
+                critic = [p for p in group["params"] if id(p) in ids]
+                group["params"] = [p for p in group["params"] if id(p) not in ids]
+                if critic:
+                    optimizer.add_param_group(
+                        {"params": critic, "lr": self.args.critic_learning_rate, "weight_decay": group["weight_decay"]}
+                    )
         return optimizer
 
     # ---- Mini-batches ----
@@ -441,6 +466,9 @@ class PPOTrainer(GRPOTrainer):
         inputs["tokens"] = self._rollout["mask"][rows_of_mini_batch].sum().clamp(min=1)
         done, rest = divmod(micro_step + 1, args.gradient_accumulation_steps)
         ends_run = self.state.global_step + 1 >= self.state.max_steps  # perhaps in the middle of a rollout
+        # demonstrations for PPO-ptx are dealt alike, as many as completions
+        inputs["ptx_start"], inputs["ptx_rows"] = self.state.global_step * mini_rows, mini_rows
+        inputs["ptx_slice"] = start, start + args.per_device_train_batch_size
         inputs["mini_batches"] = done
         inputs["ends_rollout"] = rest == 0 and (done == args.steps_per_rollout or ends_run)
         return inputs
@@ -449,6 +477,8 @@ class PPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         mask = inputs["mask"]
+        warmup = self.in_critic_warmup
+        self._policy.detach_values = self.args.critic_detach or warmup
         self._forward_values.clear()
         logp, entropy, _ = self._get_per_token_logps_and_entropies(
             model,
@@ -466,27 +496,61 @@ class PPOTrainer(GRPOTrainer):
         if "importance_sampling_ratio" in inputs:  # vLLM sampled from a slightly different distribution
             policy = policy * inputs["importance_sampling_ratio"]
         value, value_clipped = value_losses(values, old_values, inputs["returns"], self.args.cliprange_value)
+        ratio = torch.exp(logp - old_logp)
 
         # DDP averages gradients over the ranks, and accumulated micro-batches add up: dividing each sum by the tokens
         # of the global mini-batch makes the update the same however its rows are dealt.
         def share(x: Tensor) -> Tensor:
             return torch.where(mask, x, 0.0).sum() / inputs["tokens"]
 
-        loss = share(policy) + self.args.vf_coef * share(value) - self.entropy_coef * share(entropy)
+        loss = share(policy) - self.entropy_coef * share(entropy)
+        ptx = self._ptx_loss(model, inputs) if self._demonstrations is not None else None
+        if ptx is not None:
+            loss = loss + self.args.ptx_coef * ptx
+        if warmup:
+            loss = 0.0 * logp.sum()  # DDP waits for a gradient of every parameter
+        loss = loss + self.args.vf_coef * share(value)
+        skipped = self._exceeds_ratio_threshold(ratio.detach(), mask)
+        if skipped:
+            loss = 0.0 * (logp.sum() + values.sum())
         with torch.no_grad():
-            self._record_update(
-                {
-                    "policy/loss": share(policy),
-                    "policy/approxkl": share((logp - old_logp).square() / 2),
-                    "policy/clipfrac": share(policy_clipped.float()),
-                    "policy/entropy": share(entropy),
-                    "policy/ratio": share(torch.exp(logp - old_logp)),
-                    "value/loss": share(value),
-                    "value/clipfrac": share(value_clipped.float()),
-                },
-                inputs["mini_batches"] if inputs["ends_rollout"] else None,
-            )
+            metrics = {
+                "policy/loss": share(policy),
+                "policy/approxkl": share((logp - old_logp).square() / 2),
+                "policy/clipfrac": share(policy_clipped.float()),
+                "policy/entropy": share(entropy),
+                "policy/ratio": share(ratio),
+                "value/loss": share(value),
+                "value/clipfrac": share(value_clipped.float()),
+            }
+            if ptx is not None:
+                metrics["policy/ptx_loss"] = ptx.detach()
+            if self.args.ratio_threshold is not None:
+                micro_batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+                metrics["policy/skipped"] = torch.tensor(skipped / micro_batches, device=mask.device)
+            self._record_update(metrics, inputs["mini_batches"] if inputs["ends_rollout"] else None)
         return loss * self.accelerator.num_processes
+
+    def _exceeds_ratio_threshold(self, ratio: Tensor, mask: Tensor) -> bool:
+        """Whether the mean ratio of a micro-batch, over all ranks, says that the policy has moved too far."""
+        if self.args.ratio_threshold is None:
+            return False
+        sums = torch.stack([torch.where(mask, ratio, 0.0).sum(), mask.sum().to(ratio.dtype)])
+        total, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return total > self.args.ratio_threshold * max(tokens, 1)
+
+    def _ptx_loss(self, model, inputs: dict[str, Any]) -> Tensor:
+        """This rank's share of the mean negative log-likelihood of the mini-batch's demonstrations."""
+        mini_batch = self._demonstrations.indices(inputs["ptx_start"], inputs["ptx_rows"])
+        start, end = inputs["ptx_slice"]
+        batch = self._demonstrations.batch(mini_batch[start:end], inputs["mask"].device)
+        logp, _, _ = super()._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].size(1),
+        )
+        return -(logp * batch["completion_mask"]).sum() / self._demonstrations.tokens(mini_batch)
 
     def _record_update(self, shares: dict[str, Tensor], mini_batches: int | None):
         """Add a micro-batch's shares of its mini-batch's means; at a rollout's end log the mean over mini-batches."""
@@ -527,25 +591,30 @@ class PPOTrainer(GRPOTrainer):
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         if state_dict is None:
             state_dict = self.accelerator.unwrap_model(self.model).state_dict()
-        marker = f"{VALUE_HEAD}."
-        critic = {k.rpartition(marker)[2]: v for k, v in state_dict.items() if marker in k}
-        super()._save(output_dir, {k: v for k, v in state_dict.items() if marker not in k})
+        super()._save(output_dir, {k: v for k, v in state_dict.items() if not is_critic(k)})
         if self.args.should_save:
-            save_file({k: v.contiguous() for k, v in critic.items()}, os.path.join(output_dir, CRITIC_FILE))
-            # PEFT saves every adapter; the reference is the starting point and is made again from it
-            shutil.rmtree(os.path.join(output_dir, "ref"), ignore_errors=True)
+            critic = {k: v.contiguous() for k, v in state_dict.items() if is_critic(k)}
+            save_file(critic, os.path.join(output_dir, CRITIC_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._set_trainable()
         path = os.path.join(resume_from_checkpoint, CRITIC_FILE)
         if not os.path.isfile(path):
             raise ConfigError(f"`{resume_from_checkpoint}` has no `{CRITIC_FILE}`. Resume from a checkpoint of PPO.")
-        policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        getattr(policy, VALUE_HEAD).load_state_dict(load_file(path))
+        critic = load_file(path)
+        model = self.accelerator.unwrap_model(self.model)
+        expected = {key for key in model.state_dict() if is_critic(key)}
+        if expected != critic.keys():
+            raise ConfigError(
+                f"`{path}` holds another kind of critic than `critic={self.args.critic}`. Resume with the critic that "
+                "the run began with."
+            )
+        model.load_state_dict(critic, strict=False)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         missing = load_result.missing_keys
-        missing[:] = [key for key in missing if VALUE_HEAD not in key]  # it comes from its own file
+        missing[:] = [key for key in missing if not is_critic(key)]  # it comes from its own file
         super()._issue_warnings_after_load(load_result)
 
 

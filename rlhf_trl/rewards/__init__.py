@@ -4,6 +4,7 @@ Rewards for PPO, GRPO and RLOO: callables with TRL's signature
 """
 
 import asyncio
+import copy
 import inspect
 import math
 from collections.abc import Callable
@@ -12,8 +13,14 @@ from typing import Any
 
 import torch
 from hydra.utils import get_method
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..data.tokens import prompt_ids, row_ids
 from ..errors import ConfigError
@@ -208,4 +215,90 @@ class ModelReward(Reward):
         return scores
 
 
-__all__ = ["FiniteReward", "FunctionReward", "ModelReward", "Reward"]
+class AdapterReward(ModelReward):
+    """
+    A reward model that is an adapter on the policy's own base: its weights are in memory once for both.
+
+    `PPOTrainer` attaches it to the policy; for other trainers call `attach` before training.
+
+    Args:
+        path (`str`): directory or hub id of a reward model trained as an adapter on the policy's base.
+        weight (`float`), name (`str`, defaults to `"reward_adapter"`), batch_size (`int`): see [`ModelReward`].
+    """
+
+    def __init__(self, path: str, weight: float = 1.0, name: str = "reward_adapter", batch_size: int = 32):
+        from ..models import load_tokenizer
+
+        Reward.__init__(self, name, weight)
+        self.path, self.batch_size = path, batch_size
+        self.tokenizer = load_tokenizer(path)
+        self.model: PreTrainedModel | None = None
+        self._policy_tokenizer: PreTrainedTokenizerBase | None = None
+        self._same_tokenizer = False
+
+    def attach(self, policy) -> None:
+        """
+        Add the reward's adapter, frozen, to the policy (`PeftModel`), and its score head to this reward.
+
+        Raises:
+            ConfigError: if the policy has no adapter, or the reward's was trained on another base.
+        """
+        from ..adapters import adapter_layers, add_role, save_policy_only
+
+        if not isinstance(policy, PeftModel):
+            raise ConfigError(
+                f"The reward `{self.__name__}` is an adapter on the policy's frozen base, and this policy has none: "
+                "all its weights are trained. Give the policy an adapter too (`adapter=lora`), or use `reward=model`."
+            )
+        if not self._same_tokenizer:
+            raise ConfigError(
+                f"The reward model `{self.path}` has another tokenizer than the policy, so it can't share its base. "
+                "Use `reward=model`."
+            )
+        self._adapter = f"reward_{self.__name__}".replace(".", "_")
+        score = add_role(policy, self._adapter, self.path)
+        if score is None:
+            raise ConfigError(
+                f"`{self.path}` is no reward model: it has no score head. Train one with `stage=reward adapter=lora`."
+            )
+        for name, parameter in policy.named_parameters():
+            if self._adapter in name.split("."):
+                parameter.requires_grad_(False)
+        save_policy_only(policy)
+        base = policy.get_base_model()
+        self._layers = adapter_layers(base)
+        self.model = _classifier_on(base, score, self.tokenizer.pad_token_id)
+
+    def score_ids(self, rows: list[list[int]]) -> list[float]:
+        """See [`ModelReward.score_ids`]."""
+        from ..adapters import active_adapter
+
+        if self.model is None:
+            raise ConfigError(
+                f"The reward `{self.__name__}` is an adapter on the policy. Call `attach(policy)` first."
+            )
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with active_adapter(self._layers, self._adapter):
+                return super().score_ids(rows)
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _classifier_on(policy: PreTrainedModel, score: Tensor, pad_token_id: int) -> PreTrainedModel:
+    """A sequence classifier whose trunk is the policy's own, and whose head is `score`, (scores, width)."""
+    config = copy.deepcopy(policy.config)
+    config.num_labels = score.size(0)
+    config.get_text_config().pad_token_id = pad_token_id
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    setattr(model, model.base_model_prefix, policy.base_model)
+    head = next(module for module in model.children() if isinstance(module, nn.Linear))
+    head.weight = nn.Parameter(score.float().to(policy.device), requires_grad=False)
+    head.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
+    return model
+
+
+__all__ = ["AdapterReward", "FiniteReward", "FunctionReward", "ModelReward", "Reward"]

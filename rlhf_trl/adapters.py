@@ -1,0 +1,169 @@
+"""Several roles as adapters on one base: policy, reference, critic and reward in a single `PeftModel`."""
+
+import copy
+import functools
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .callbacks.record import read_run
+from .errors import ConfigError
+from .models import HEADS, adapter_config, base_path
+
+POLICY, CRITIC = "default", "critic"
+
+
+def adapter_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that hold adapters."""
+    return [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
+
+@contextmanager
+def active_adapter(layers: list[nn.Module], name: str) -> Iterator[None]:
+    """
+    Compute with the adapter `name` of `layers` alone.
+
+    Unlike PEFT's `set_adapter` this leaves `requires_grad` as it is, so that several adapters can be trained in turn.
+    """
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = [name]
+    try:
+        yield
+    finally:
+        for layer, names in zip(layers, before, strict=True):
+            layer._active_adapter = names
+
+
+def policy_is_active(layers: list[nn.Module]) -> bool:
+    """Whether a forward now computes the policy: true without adapters, and false for a reference made of them."""
+    return not layers or not layers[0].disable_adapters and list(layers[0].active_adapters) == [POLICY]
+
+
+def recompute_with_the_same_adapter(model: PreTrainedModel, layers: list[nn.Module]) -> None:
+    """
+    Make gradient checkpointing recompute each layer under the adapter of its first pass.
+
+    The recomputation happens in the backward, when another adapter may be active: without this its gradients would be
+    those of another network. Needs `use_reentrant=False`, the default of transformers.
+    """
+    set_checkpointing = model._set_gradient_checkpointing
+
+    def contexts():
+        return nullcontext(), active_adapter(layers, layers[0].active_adapters[0])
+
+    @functools.wraps(set_checkpointing)
+    def with_contexts(enable=True, gradient_checkpointing_func=torch.utils.checkpoint.checkpoint, **kwargs):
+        if enable:
+            gradient_checkpointing_func = functools.partial(gradient_checkpointing_func, context_fn=contexts)
+        set_checkpointing(enable=enable, gradient_checkpointing_func=gradient_checkpointing_func, **kwargs)
+
+    model._set_gradient_checkpointing = with_contexts
+
+
+def save_policy_only(model: PeftModel) -> None:
+    """Make `save_pretrained` write the policy's adapter and no other role's."""
+    if not isinstance(model.save_pretrained, functools.partial):
+        model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=[POLICY])
+
+
+def add_role(model: PeftModel, name: str, path: str | None = None) -> Tensor | None:
+    """
+    Add an adapter for another role to the policy's base.
+
+    Args:
+        model (`PeftModel`): the policy.
+        name (`str`): the adapter's name.
+        path (`str`, *optional*): folder or hub id of a trained adapter to start from. Unset, the adapter starts as a
+            copy of the policy's.
+
+    Returns:
+        `Tensor` or `None`: the weight of the score head that was saved with the adapter, (number of scores, width).
+
+    Raises:
+        ConfigError: if `path` is no LoRA adapter, or one of another base.
+    """
+    if path is None:
+        config = copy.deepcopy(model.peft_config[POLICY])
+        weights = get_peft_model_state_dict(model, adapter_name=POLICY)
+    else:
+        config = adapter_config(path)
+        if config is None:
+            raise ConfigError(
+                f"`{path}` holds no adapter, so it can't share the policy's base. Name a run that was trained with "
+                "`adapter=lora`, or use `model` instead of `adapter`, which loads it as a network of its own."
+            )
+        check_same_base(path, model)
+        weights = load_peft_weights(path, device="cpu")
+    heads = {key: weight for key, weight in weights.items() if key.split(".")[-2] in HEADS}
+    config.task_type = model.peft_config[POLICY].task_type
+    config.modules_to_save = [layer for layer in config.modules_to_save or [] if layer not in HEADS] or None
+    config.inference_mode, config.lora_dropout = False, 0.0
+    model.add_adapter(name, config)
+    loaded = set_peft_model_state_dict(
+        model, {key: weight for key, weight in weights.items() if key not in heads}, adapter_name=name
+    )
+    missing = [key for key in loaded.missing_keys if f".{name}." in key]
+    if loaded.unexpected_keys or missing:
+        raise ConfigError(
+            f"The adapter `{path}` doesn't fit the policy's base: {len(missing)} weights are missing and "
+            f"{len(loaded.unexpected_keys)} have no place, such as `{[*missing, *loaded.unexpected_keys][0]}`."
+        )
+    return next((weight for key, weight in heads.items() if "lm_head" not in key and key.endswith("weight")), None)
+
+
+def set_trainable(model: PeftModel, roles: tuple[str, ...]) -> None:
+    """Let the adapters of `roles` be trained, and no other adapter. PEFT's `set_adapter` leaves a single one so."""
+    adapters = set(model.peft_config)
+    for name, parameter in model.named_parameters():
+        if adapter := adapters.intersection(name.split(".")):
+            parameter.requires_grad_(adapter <= set(roles))
+
+
+def check_same_base(path: str, model: PeftModel) -> None:
+    """
+    Raises:
+        ConfigError: if the adapter at `path` was trained on another base than the policy's, or on weights that have
+            changed since.
+    """
+    ours = model.get_base_model().config._name_or_path
+    theirs = base_path(path, adapter_config(path))
+    trained_on = (read_run(path) or {}).get("base_fingerprint") if Path(path).is_dir() else None
+    if Path(ours).is_dir() and Path(theirs).is_dir():
+        same = Path(ours).resolve() == Path(theirs).resolve() or fingerprint(ours) == fingerprint(theirs)
+        if same and trained_on is not None and trained_on != fingerprint(ours):
+            raise ConfigError(
+                f"The adapter `{path}` was trained on `{theirs}`, whose weights have changed since. Train it again."
+            )
+    else:
+        same = ours == theirs
+    if not same:
+        raise ConfigError(
+            f"The adapter `{path}` was trained on the base `{theirs}`, and the policy's base is `{ours}`. Adapters "
+            "can only share the base that they were trained on: train both from one model."
+        )
+
+
+def fingerprint(folder: str) -> str | None:
+    """
+    A hash that tells a folder's weights from others: of the headers and of 64 blocks of each weight file, so that it
+    takes no time for large models. `None` for a folder without weights.
+    """
+    digest = hashlib.sha256()
+    files = sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")])
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for block in range(64):
+                file.seek(block * size // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16] if files else None

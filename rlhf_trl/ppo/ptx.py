@@ -1,0 +1,62 @@
+"""Demonstrations for PPO-ptx: a language-model loss beside PPO's (InstructGPT, arXiv 2203.02155, equation 2)."""
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.utils import pad
+
+from ..data.tokens import prompt_ids, row_ids
+from ..errors import ConfigError
+from .seeds import permutation
+
+
+class Demonstrations:
+    """
+    Tokenized demonstrations, dealt in an order that depends on the seed alone, so that a resumed run gets the same.
+
+    Args:
+        dataset (`Dataset`): rows with `prompt` and `completion`, text or chat. The loss is on the completion's tokens.
+        tokenizer: the policy's.
+        seed (`int`): gives the order.
+
+    Raises:
+        ConfigError: if there are no rows, or the columns are missing.
+    """
+
+    def __init__(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, seed: int):
+        missing = {"prompt", "completion"} - set(dataset.column_names)
+        if missing or not len(dataset):
+            raise ConfigError(
+                "PPO-ptx needs demonstrations with `prompt` and `completion`"
+                + (f"; `{missing.pop()}` is missing." if missing else ", and there are none.")
+            )
+        self.seed, self.pad_token_id = seed, tokenizer.pad_token_id
+        self.rows = []
+        for row in tqdm(dataset, desc="Tokenizing demonstrations", leave=False):
+            prompt = prompt_ids(tokenizer, row["prompt"])
+            self.rows.append((prompt, row_ids(tokenizer, row["prompt"], row["completion"])[len(prompt) :]))
+
+    def indices(self, start: int, n: int) -> list[int]:
+        """The rows that stand at `start` to `start + n - 1` of an endless row of epochs, each dealt anew."""
+        found: list[int] = []
+        while len(found) < n:
+            epoch, first = divmod(start + len(found), len(self.rows))
+            order = permutation(len(self.rows), self.seed, epoch)
+            found += order[first : first + n - len(found)].tolist()
+        return found
+
+    def tokens(self, indices: list[int]) -> int:
+        """Number of completion tokens of some rows."""
+        return sum(len(self.rows[i][1]) for i in indices)
+
+    def batch(self, indices: list[int], device: torch.device) -> dict[str, Tensor]:
+        """`prompt_ids`, padded on the left, `completion_ids`, padded on the right, and their masks, (rows, tokens)."""
+        made = {}
+        for name, column, side in (("prompt", 0, "left"), ("completion", 1, "right")):
+            ids = [torch.tensor(self.rows[i][column], dtype=torch.long) for i in indices]
+            ones = [torch.ones_like(x) for x in ids]
+            made[f"{name}_ids"] = pad(ids, padding_value=self.pad_token_id, padding_side=side).to(device)
+            made[f"{name}_mask"] = pad(ones, padding_value=0, padding_side=side).to(device)
+        return made
