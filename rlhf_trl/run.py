@@ -72,7 +72,7 @@ def train(cfg: DictConfig) -> float | None:
     quiet()
     score_labels_only()
     set_seed(cfg.seed)
-    args = training_arguments(cfg.stage.args)
+    args = training_arguments(cfg.stage.args, **critic_start(cfg))
     path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
     tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **source(cfg))
     dataset = load_data(cfg, tokenizer)
@@ -114,14 +114,22 @@ def merge(cfg: DictConfig) -> None:
         print(f"Merged model: {output_dir}")
 
 
-def training_arguments(node: DictConfig) -> TrainingArguments:
+def critic_start(cfg: DictConfig) -> dict[str, str]:
+    """The argument that says which reward model the critic starts from, where it starts from one."""
+    critic = cfg.get("critic")
+    if not critic or critic.run is None and critic.path is None:
+        return {}
+    return {"critic_path": resolve_path(critic.path, critic.run, project_dir(cfg))}
+
+
+def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
     """
     The trainer's arguments; `bf16` left open becomes what the device can do.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if TRL's dataclass refuses a value, or bf16 is asked for where there is none.
     """
-    values = OmegaConf.to_container(node, resolve=True)
+    values = OmegaConf.to_container(node, resolve=True) | resolved
     supported = is_torch_bf16_gpu_available() and not values.get("use_cpu")
     if values.get("bf16") and not supported and not values.get("use_cpu"):
         raise ConfigError(
@@ -202,6 +210,9 @@ def make_trainer(
     if "reward" in cfg:
         extra["reward_funcs"] = reward_functions(cfg, tokenizer)
         args.reward_weights = [reward.weight for reward in extra["reward_funcs"]]
+    if "ptx_data" in cfg:
+        demonstrations = instantiate(cfg.ptx_data)(form="prompt_completion", seed=cfg.seed)
+        extra["ptx_dataset"] = demonstrations["train"]
     set_seed(cfg.seed)  # a new score head must not depend on what was loaded before
     model, peft_config = load_start(
         path,
@@ -222,6 +233,8 @@ def make_trainer(
         peft_config=peft_config,
         **extra,
     )
+    for reward in extra.get("reward_funcs", ()):
+        reward.attach(trainer.model)
     for name, parameter in trainer.model.named_parameters():
         if ".ref." in name:  # TRL's copy of the starting adapter is the reference
             parameter.requires_grad_(False)

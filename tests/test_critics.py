@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,6 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from trl.trainer.utils import pad
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.ppo import PPOConfig
@@ -182,46 +183,47 @@ def test_warm_up_trains_the_critic_alone(path, tmp_path, critic, lora):
     assert changed(policy_before, trainer)
 
 
-def test_a_critic_from_the_reward_model_explains_more_at_first(path, tmp_path):
-    """The reward counts a word, and so does the score head that the critic starts from."""
-    out = tmp_path / "counts"
-    model = AutoModelForSequenceClassification.from_pretrained(save_reward_model(path, out, lora=False))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(300):
-        ids = torch.randint(5, 21, (32, 8), generator=generator)
-        loss = (model(input_ids=ids).logits[:, 0] - (ids == 5).sum(1)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.save_pretrained(out)
+def history(run_dir, key):
+    entries = json.loads(Path(run_dir, "metrics.json").read_text())["history"]
+    return [entry[key] for entry in entries if key in entry]
+
+
+def test_a_critic_from_the_reward_model_explains_more_at_first(train, tmp_path):
+    """On the embedded world, over the first rollouts: with the reward model's weights, and more so with its head."""
+    steps = ("stage.args.max_steps=150", "data.max_samples=null", "stage.args.eval_on_start=false")
+    train(tmp_path, "stage=reward", "stage.args.learning_rate=1e-3", *steps)
+    few = ("reward=model", "critic=model", "stage.args.num_iterations=1", "stage.args.max_steps=16")
+    few += ("data.max_samples=512", "stage.args.learning_rate=1e-4")
     explained = {}
     for name, options in (
-        ("fresh", {}),
-        ("weights", {"critic_path": str(out)}),
-        ("score head", {"critic_path": str(out), "critic_score_head": True}),
+        ("fresh", ()),
+        ("weights", ("critic.run=reward",)),
+        ("score head", ("critic.run=reward", "stage.args.critic_score_head=true")),
     ):
-        trainer = sampled(
-            path,
-            tmp_path / name,
-            data=prompts(256),
-            reward_funcs=count_of_a,
-            critic="model",
-            head_init="zero",
-            learning_rate=1e-6,
-            critic_learning_rate=3e-3,
-            beta=0.0,
-            per_device_train_batch_size=16,
-            steps_per_generation=4,
-            num_iterations=2,
-            **options,
-        )
-        trainer.train()
-        explained[name] = sum(logged(trainer, "value/explained_variance")[:4]) / 4
-    assert explained["score head"] > explained["fresh"] + 0.1
-    assert explained["weights"] > explained["fresh"]
-    assert tokenizer.get_vocab()
+        run_dir = train(tmp_path, "stage=ppo", f"run_name={name.replace(' ', '_')}", *few, *options)
+        explained[name] = sum(history(run_dir, "value/explained_variance")) / 4
+    assert explained["fresh"] + 0.02 < explained["weights"] < explained["score head"] - 0.1
+
+
+def test_a_run_with_every_role_on_one_base(train, tmp_path):
+    """From the command line: SFT adapter, reward adapter from it, PPO with both and a critic from the reward."""
+    lora = ("adapter=lora", "adapter.peft.r=4", "stage.args.learning_rate=1e-2")
+    train(tmp_path, "stage=sft", *lora)
+    train(tmp_path, "stage=reward", "model.run=sft", *lora)
+    ours = ("stage=ppo", "model.run=sft", "reward=adapter", "critic=adapter", "critic.run=reward", *lora)
+    run_dir = Path(train(tmp_path, *ours, "stage.args.save_steps=1"))
+    assert history(run_dir, "objective/kl")[0] == pytest.approx(0, abs=1e-4)
+    assert history(run_dir, "rewards/adapter/mean")[0] == pytest.approx(history(run_dir, "objective/scores")[0])
+    folders = {path.name for path in run_dir.iterdir() if path.is_dir() and not path.name.startswith(("check", "."))}
+    assert not folders
+    base = AutoModelForCausalLM.from_pretrained(
+        json.loads((run_dir / "adapter_config.json").read_text())["base_model_name_or_path"]
+    )
+    policy = PeftModel.from_pretrained(base, run_dir)
+    assert list(policy.peft_config) == ["default"]
+    # and on TRL's own trainers
+    run_dir = train(tmp_path, "stage=rloo", "model.run=sft", "reward=adapter", *lora, "stage.args.max_steps=2")
+    assert {path.name for path in Path(run_dir).iterdir() if path.is_dir()} <= {"checkpoint-2"}
 
 
 def test_ptx_adds_the_language_model_loss(path, tmp_path):
@@ -292,7 +294,7 @@ def test_demonstrations_are_dealt_once_an_epoch():
     assert whole[:5] != whole[5:10]
     assert rows.indices(3, 7) == whole[3:10]
     assert rows.rows[0][1] == [tokenizer.convert_tokens_to_ids("f"), tokenizer.eos_token_id]
-    assert pad and rows.tokens([0, 1]) == 4
+    assert rows.tokens([0, 1]) == 4
 
 
 def test_a_micro_batch_over_the_ratio_threshold_is_left_out(path, tmp_path):

@@ -25,6 +25,7 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
             f"`adapter.peft.lora_dropout` is {peft['lora_dropout']}, and in an RL stage rollout and update must see "
             "the same policy. Set `adapter.peft.lora_dropout=0`."
         )
+    problems += _shared_base(values, args, peft)
     controller = str(at(values, "kl._target_") or "Fixed").rsplit(".", 1)[-1]
     if "Fixed" not in controller and args.get("beta") == 0:
         problems.append(
@@ -48,6 +49,45 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
     problems += _precision(args)
     problems += _packages(args, quantization)
     return problems
+
+
+def _shared_base(values: dict[str, Any], args: dict[str, Any], peft: Any) -> list[str]:
+    """Adapters beside the policy's need a base that stays as it is, in a place where each rank has all of it."""
+    asked = ["critic=adapter"] if args.get("critic") == "adapter" else []
+    targets = [at(values, f"reward.{name}._target_") for name in section(values, "reward")]
+    asked += ["reward=adapter"] if "rlhf_trl.rewards.AdapterReward" in targets else []
+    problems = []
+    if asked and not peft:
+        problems.append(
+            f"`{asked[0]}` is an adapter on the policy's frozen base, and `adapter=none` trains that base. Type "
+            f"`adapter=lora` as well, or `{asked[0].split('=')[0]}=model`."
+        )
+    if "reward=adapter" in asked and _shards_parameters():
+        problems.append(
+            "`reward=adapter` computes on the policy's base outside of its training forward, which FSDP and ZeRO-3, "
+            "where no rank has all of it, don't allow. Type `reward=model`, or launch with ddp or zero2."
+        )
+    start = section(values, "critic")
+    named = start.get("run") is not None or start.get("path") is not None
+    if args.get("critic_score_head") is True and not (named or args.get("critic_path")):
+        problems.append(
+            "`stage.args.critic_score_head` starts the value head as a reward model's score head, and no reward model "
+            "is named. Type `critic.run=reward`, or `critic.path=...`."
+        )
+    if (args.get("ptx_coef") or 0) > 0 and not section(values, "ptx_data"):
+        problems.append(
+            "`stage.args.ptx_coef` weights a language-model loss on demonstrations, and there are none. Type "
+            "`+data@ptx_data=demo` or another option of `data`."
+        )
+    if section(values, "ptx_data") and not args.get("ptx_coef"):
+        problems.append("`ptx_data` is read with `stage.args.ptx_coef` above 0 only. Set it, or leave `ptx_data` out.")
+    return problems
+
+
+def _shards_parameters() -> bool:
+    """What `accelerate launch` was told: its environment says so before anything is imported."""
+    zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    return zero3 or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def _quantization(values: dict[str, Any], peft: Any, quantization: Any) -> list[str]:

@@ -23,6 +23,13 @@ def model_problems(values: dict[str, Any]) -> list[str]:
     for name, reward in section(values, "reward").items():
         if isinstance(reward, dict) and {"run", "path"} <= reward.keys():
             problems += _model(f"reward.{name}", reward, values, "SEQ_CLS")
+            if reward.get("_target_") == "rlhf_trl.rewards.AdapterReward":
+                problems += _no_adapter(f"reward.{name}", "reward=model", model_folder(reward, values))
+    critic = section(values, "critic")
+    if any(critic.get(key) is not None for key in ("run", "path")):
+        problems += _model("critic", critic, values, "SEQ_CLS")
+        if at(values, "stage.args.critic") == "adapter":
+            problems += _no_adapter("critic", "critic=model", model_folder(critic, values))
     for name, place in section(values, "stage.policies").items():
         if isinstance(place, str) and not re.search("[/:.~]", place) and not Path(place).is_dir():
             problems += _earlier_run(f"stage.policies.{name}", place, values)
@@ -129,6 +136,16 @@ def _task_type(key: str, folder: Path, wanted: str) -> list[str]:
     if wanted == "SEQ_CLS" and is_policy and key != "model":  # a reward model does start from a policy
         return [f"`{key}` is `{folder}`, a model without a score head. Train one with `stage=reward`."]
     return []
+
+
+def _no_adapter(key: str, instead: str, folder: Path) -> list[str]:
+    """A full model can't share the policy's base."""
+    if not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return []
+    return [
+        f"`{key}` is `{folder}`, a full model, and an adapter is needed to share the policy's base. Name a run that "
+        f"was trained with `adapter=lora`, or type `{instead}`."
+    ]
 
 
 def _file(key: str, path: Any) -> list[str]:

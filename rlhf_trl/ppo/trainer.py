@@ -28,7 +28,7 @@ from trl.trainer.utils import RepeatSampler, get_callable_name, is_async_callabl
 from ..adapters import CRITIC, POLICY, save_policy_only, set_trainable
 from ..cpu import score_labels_only
 from ..errors import ConfigError
-from ..rewards import AdapterReward, ModelReward
+from ..rewards import ModelReward, Reward
 from .advantages import (
     explained_variance,
     gae,
@@ -193,7 +193,7 @@ class PPOTrainer(GRPOTrainer):
         with preserved_rng_state():  # the same critic on every rank
             set_seed(args.seed)
             for func in reward_funcs:
-                if isinstance(func, AdapterReward):
+                if isinstance(func, Reward):
                     func.attach(self.model)
             add_critic(self.model, args, self._tokenizer)
         self._set_trainable()

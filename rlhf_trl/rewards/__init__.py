@@ -42,6 +42,9 @@ class Reward:
     def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Tell the reward which tokenizer made the `completion_ids` it will be given."""
 
+    def attach(self, policy: PreTrainedModel | PeftModel) -> None:
+        """Give the reward the policy whose base it shares, if it does. A second call changes nothing."""
+
 
 class FunctionReward(Reward):
     """
@@ -113,6 +116,10 @@ class FiniteReward(Reward):
     def __init__(self, reward: Reward):
         super().__init__(reward.__name__, reward.weight)
         self.reward = reward
+
+    def attach(self, policy: PreTrainedModel | PeftModel) -> None:
+        """See [`Reward.attach`]."""
+        self.reward.attach(policy)
 
     def __call__(self, prompts: list, completions: list, **columns) -> list[float | None]:
         """The wrapped reward's values."""
@@ -219,7 +226,7 @@ class AdapterReward(ModelReward):
     """
     A reward model that is an adapter on the policy's own base: its weights are in memory once for both.
 
-    `PPOTrainer` attaches it to the policy; for other trainers call `attach` before training.
+    `PPOTrainer` attaches it to its policy; with another trainer call `attach(trainer.model)` before training.
 
     Args:
         path (`str`): directory or hub id of a reward model trained as an adapter on the policy's base.
@@ -236,15 +243,17 @@ class AdapterReward(ModelReward):
         self._policy_tokenizer: PreTrainedTokenizerBase | None = None
         self._same_tokenizer = False
 
-    def attach(self, policy) -> None:
+    def attach(self, policy: PreTrainedModel | PeftModel) -> None:
         """
-        Add the reward's adapter, frozen, to the policy (`PeftModel`), and its score head to this reward.
+        Add the reward's adapter, frozen, to the policy, and its score head to this reward.
 
         Raises:
             ConfigError: if the policy has no adapter, or the reward's was trained on another base.
         """
         from ..adapters import adapter_layers, add_role, save_policy_only
 
+        if self.model is not None:
+            return
         if not isinstance(policy, PeftModel):
             raise ConfigError(
                 f"The reward `{self.__name__}` is an adapter on the policy's frozen base, and this policy has none: "
