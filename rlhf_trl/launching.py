@@ -141,7 +141,7 @@ def read_run(run_dir: str | os.PathLike) -> dict:
 def state_of(run_dir: str | os.PathLike, overrides: Sequence[str]) -> str:
     """
     What a run directory holds, seen by somebody about to run `overrides` in it: `new` (nothing), `done`, `resumable`
-    (not done, but with a complete checkpoint), `unfinished`, or `changed` (done or with a checkpoint, by other ones).
+    (not done, but with a checkpoint), `unfinished`, or `changed` (done or with a checkpoint, by other ones).
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if a run is under way in it.
@@ -155,7 +155,7 @@ def state_of(run_dir: str | os.PathLike, overrides: Sequence[str]) -> str:
             f"`kill {record['pid']}`, then give the same command again."
         )
     done = record["status"] == "done"
-    if not done and not any(Path(run_dir).glob("checkpoint-*/complete")):
+    if not done and not any(Path(run_dir).glob("checkpoint-*/")):
         return "unfinished"
     if overrides_of(record["command"]) != sorted(overrides):
         return "changed"

@@ -37,8 +37,9 @@ from rlhf_trl.callbacks.progress import ProgressLine
 from rlhf_trl.callbacks.record import (
     RunRecord,
     finish_run,
-    last_complete_checkpoint,
+    last_checkpoint,
     read_run,
+    save_whole_checkpoints,
     start_run,
     write_metrics,
 )
@@ -174,7 +175,7 @@ def begin(cfg: DictConfig, path: str) -> str | None:
     if used and cfg.resume:
         if changes := resume_changes(run_dir, plain(cfg)[0]):
             raise ConfigError.join(changes)
-        checkpoint = last_complete_checkpoint(run_dir)
+        checkpoint = last_checkpoint(run_dir)
         if state.is_main_process:
             print(f"Going on from {checkpoint}." if checkpoint else f"No checkpoint in {run_dir}: starting anew.")
     elif used and Path(path).is_relative_to(run_dir.resolve()):
@@ -241,6 +242,7 @@ def make_trainer(
         elif ".score.modules_to_save." in name:
             # On a 4-bit base TRL casts the score head to bfloat16, too coarse for differences of scores
             parameter.data = parameter.data.float()
+    save_whole_checkpoints(trainer)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     for callback in callbacks(cfg, trainer):
@@ -311,7 +313,7 @@ def end(cfg: DictConfig, status: str, **extra) -> None:
 
 def fail(cfg: DictConfig, error: BaseException) -> None:
     """Writes on rank 0 what ended the run. A wrong config that let nothing begin leaves the directory free."""
-    if isinstance(error, ConfigError) and not cfg.resume and last_complete_checkpoint(cfg.run_dir) is None:
+    if isinstance(error, ConfigError) and not cfg.resume and last_checkpoint(cfg.run_dir) is None:
         if PartialState().is_main_process:
             Path(cfg.run_dir, "run.json").unlink()
     else:

@@ -1,8 +1,10 @@
 """Progress lines, the run's record, samples, and Ctrl-C, on trainings of seconds."""
 
+import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,15 +15,14 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from rlhf_trl.callbacks import steps_per_rollout
+from rlhf_trl.callbacks import record, steps_per_rollout
 from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.progress import choose_columns, format_number, metrics_line
 from rlhf_trl.callbacks.record import (
-    COMPLETE,
     METRICS_FILE,
+    checkpoints,
     finish_run,
-    last_complete_checkpoint,
-    mark_complete,
+    last_checkpoint,
     read_run,
     rotate,
     start_run,
@@ -149,61 +150,72 @@ def test_record_of_a_training(tmp_path):
     found = json.loads((tmp_path / METRICS_FILE).read_text())
     assert found["history"] == trainer.state.log_history
     assert found["eval"]["eval_loss"] == trainer.state.log_history[-2]["eval_loss"]
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
-def make_checkpoints(run_dir, **complete):
-    for name, whole in complete.items():
-        path = run_dir / name.replace("_", "-")
-        path.mkdir(parents=True)
-        (path / "model.safetensors").write_text("weights")
-        if whole:
-            mark_complete(path)
+def test_the_newest_checkpoint_is_found_by_its_step(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", ".unfinished"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".unfinished" / "checkpoint-100").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
-def test_torn_checkpoints_are_passed_over(tmp_path):
-    assert last_complete_checkpoint(tmp_path) is None
-    make_checkpoints(tmp_path, checkpoint_9=True, checkpoint_10=True, checkpoint_100=False)
-    (tmp_path / "checkpoint-best").mkdir()
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-
-
-def test_rotation_keeps_the_newest_whole_and_the_best(tmp_path):
-    make_checkpoints(tmp_path, checkpoint_1=True, checkpoint_2=True, checkpoint_3=True, checkpoint_9=False)
+def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+    for step in (1, 2, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_text("weights")
     rotate(tmp_path, 2, str(tmp_path / "checkpoint-1"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
+    assert sorted(path.name for path in tmp_path.glob("c*")) == ["checkpoint-1", "checkpoint-3"]
     rotate(tmp_path, 1, None)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert [path.name for path in tmp_path.glob("c*")] == ["checkpoint-3"]
 
 
-def test_a_whole_checkpoint_exists_at_any_moment(tmp_path):
-    """With `save_total_limit=1`, the old checkpoint stays until the new one is whole."""
-    whole = []
+def test_a_whole_checkpoint_exists_at_any_moment(tmp_path, monkeypatch):
+    """With `save_total_limit=1`: whatever is being written, all that has a checkpoint's name is whole."""
+    seen = []
 
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            trainer.save_model = watch
+    def look(function):
+        def looked(*args, **kwargs):
+            found = [path.name for path in checkpoints(tmp_path)]
+            for path in checkpoints(tmp_path):
+                assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= {p.name for p in path.iterdir()}
+            seen.append(found)
+            return function(*args, **kwargs)
 
-        def on_save(self, args, state, control, **kwargs):
-            whole.append(("saved", last_complete_checkpoint(tmp_path)))
+        return looked
 
-    trainer = sft(tmp_path, save_total_limit=1, save_steps=1, max_steps=3, callbacks=[Watch()])
-    save_model = trainer.save_model
-
-    def watch(*args, **kwargs):
-        whole.append(("saving", last_complete_checkpoint(tmp_path)))
-        save_model(*args, **kwargs)
-
+    trainer = sft(tmp_path, save_total_limit=1, save_steps=1, max_steps=3)
+    trainer.save_model = look(trainer.save_model)
+    trainer._save_rng_state = look(trainer._save_rng_state)
+    monkeypatch.setattr(record, "_sync", look(record._sync))
+    monkeypatch.setattr(shutil, "rmtree", look(shutil.rmtree))
     add_callbacks(trainer, tmp_path)
     trainer.train()
-    first, second, third = (str(tmp_path / f"checkpoint-{step}") for step in (1, 2, 3))
-    # `Watch` is called before the mark is set
-    assert whole == [
-        *(("saving", None), ("saved", None), ("saving", first)),
-        *(("saved", first), ("saving", second), ("saved", second)),
+    first, second, third = (f"checkpoint-{step}" for step in (1, 2, 3))
+    assert [found for found, _ in itertools.groupby(seen)] == [
+        *([], [first], [first, second], [second], [second, third], [third]),
     ]
-    assert last_complete_checkpoint(tmp_path) == third
-    assert not Path(second).exists() and trainer.args.save_total_limit == 1
+    assert not (tmp_path / ".unfinished").exists() and trainer.args.save_total_limit == 1
+
+
+def test_the_best_checkpoint_is_known_by_its_final_name(tmp_path):
+    trainer = sft(tmp_path, save_steps=2, max_steps=4, metric_for_best_model="eval_loss", save_total_limit=1)
+    add_callbacks(trainer, tmp_path)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    saved = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert saved["best_model_checkpoint"] == str(tmp_path / "checkpoint-4")
+
+
+def test_what_a_killed_run_left_is_cleared(tmp_path):
+    torn = tmp_path / ".unfinished" / "checkpoint-7"
+    torn.mkdir(parents=True)
+    (torn / "model.safetensors").write_text("half")
+    trainer = sft(tmp_path, save_steps=2, max_steps=2)
+    add_callbacks(trainer, tmp_path)
+    trainer.train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"] and not torn.parent.exists()
 
 
 # Samples
@@ -259,7 +271,7 @@ def test_first_signal_finishes_the_step_saves_and_stops(tmp_path, number, capfd)
     interrupt = add_callbacks(trainer, tmp_path)
     trainer.train()
     assert interrupt.interrupted and trainer.state.global_step == 3
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
     assert before == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     assert "resume=true" in capfd.readouterr().err
 
@@ -270,7 +282,7 @@ def test_rollouts_are_finished_first(tmp_path):
     add_callbacks(trainer, tmp_path)
     trainer.train()
     assert trainer.state.global_step == 4
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
 @pytest.mark.parametrize(
@@ -294,7 +306,7 @@ def test_stop_saves_whatever_the_strategy(tmp_path, strategies):
     add_callbacks(trainer, tmp_path)
     trainer.train()
     assert saves == [3]
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
 def test_signal_in_the_last_step_is_no_interruption(tmp_path):
@@ -354,12 +366,12 @@ def test_ctrl_c_in_a_process_and_resume(tmp_path):
     assert process.returncode == 130, output
     assert "resume=true" in output and "Traceback" not in output
     assert read_run(tmp_path)["status"] == "stopped"
-    stopped = int(last_complete_checkpoint(tmp_path).rsplit("-", 1)[1])
+    stopped = int(last_checkpoint(tmp_path).rsplit("-", 1)[1])
     assert f"Stopped at step {stopped} of" in output
 
     trainer = sft(tmp_path, max_steps=stopped + 2)
     add_callbacks(trainer, tmp_path)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path))
+    trainer.train(resume_from_checkpoint=last_checkpoint(tmp_path))
     steps = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
     assert steps == list(range(1, stopped + 3))
 
@@ -371,13 +383,13 @@ def test_killed_while_it_saves(tmp_path):
     wait_for(tmp_path / "checkpoint-3", process)
     process.kill()
     process.communicate()
-    checkpoint = last_complete_checkpoint(tmp_path)
-    assert checkpoint is not None and Path(checkpoint, COMPLETE).exists()
+    checkpoint = last_checkpoint(tmp_path)
+    assert checkpoint is not None
     done = int(checkpoint.rsplit("-", 1)[1])
     trainer = sft(tmp_path, max_steps=done + 1)
     add_callbacks(trainer, tmp_path)
     trainer.train(resume_from_checkpoint=checkpoint)
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{done + 1}")
+    assert last_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{done + 1}")
 
 
 @pytest.mark.slow
@@ -394,7 +406,7 @@ def test_all_ranks_stop_at_the_step_of_one(tmp_path):
     output = process.communicate(timeout=300)[0].decode()
     assert output.count("Stopped at step") == 1, output
     assert read_run(tmp_path)["status"] == "stopped"
-    checkpoint = Path(last_complete_checkpoint(tmp_path))
+    checkpoint = Path(last_checkpoint(tmp_path))
     assert (checkpoint / "rng_state_0.pth").exists() and (checkpoint / "rng_state_1.pth").exists()
     lines = [line for line in output.splitlines() if line.startswith("train ")]
     assert len(lines) == len(set(lines)) == int(checkpoint.name.split("-")[1])

@@ -84,9 +84,8 @@ def test_state_of_a_run_directory(tmp_path, status, checkpoint, overrides, state
     assert state_of(tmp_path, overrides) == "new"
     record = {"status": status, "command": "accelerate launch train.py stage=sft", "pid": 2**22 + 1}
     (tmp_path / "run.json").write_text(json.dumps(record))
-    (tmp_path / "checkpoint-3").mkdir()
     if checkpoint:
-        (tmp_path / "checkpoint-3" / "complete").touch()
+        (tmp_path / "checkpoint-3").mkdir()
     assert state_of(tmp_path, overrides) == state
 
 

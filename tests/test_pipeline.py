@@ -323,7 +323,7 @@ def test_a_killed_step_goes_on_from_its_last_whole_checkpoint(tmp_path):
     mine = write_pipeline(tmp_path, steps, accelerate="cpu")
     process = start("pipeline", tmp_path, *mine, start_new_session=True)
     run_dir = tmp_path / "runs/mine/sft"
-    wait_for(lambda: any(run_dir.glob("checkpoint-*/complete")) or process.poll() is not None, seconds=300)
+    wait_for(lambda: any(run_dir.glob("checkpoint-*/")) or process.poll() is not None, seconds=300)
     kill_tree(process.pid)
     process.communicate()
     # What a kill in the middle of a write leaves: a checkpoint without its mark, newer than all others

@@ -299,7 +299,7 @@ def test_orpos_likelihood_counts_the_prompt_and_its_odds_do_not(train, tmp_path)
 # ---- Used run directories ----
 
 
-def test_a_run_resumes_from_its_newest_complete_checkpoint(train, tmp_path, monkeypatch):
+def test_a_run_resumes_from_its_newest_checkpoint(train, tmp_path, monkeypatch):
     # More rows than eight steps take: a resumed epoch skips what was seen
     options = ("stage=sft", "stage.args.save_steps=3", CRASH)
     whole = train(tmp_path / "whole", *options)
@@ -308,7 +308,8 @@ def test_a_run_resumes_from_its_newest_complete_checkpoint(train, tmp_path, monk
         train(tmp_path / "broken", *options)
     run_dir = tmp_path / "broken/test/sft"
     assert record(run_dir)["status"] == "failed" and "crashed on purpose" in record(run_dir)["error"]
-    (run_dir / "checkpoint-6/complete").unlink()  # as if killed while writing it
+    (run_dir / ".unfinished").mkdir()  # as if killed while writing the next one
+    (run_dir / "checkpoint-6").rename(run_dir / ".unfinished/checkpoint-6")
     monkeypatch.setattr(Crash, "at", None)
     train(tmp_path / "broken", *options, "resume=true", "stage.args.logging_steps=1", "merge=true")
     assert record(run_dir)["status"] == "done"

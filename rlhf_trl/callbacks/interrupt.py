@@ -104,8 +104,8 @@ class Interrupt(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.interrupted:
-            # The epoch has not ended, and a checkpoint already marked as whole must not be written again;
-            # `save_strategy=best` may have kept it from being written at all
+            # The epoch has not ended, and what has been saved needn't be saved again; `save_strategy=best` may have
+            # kept it from being saved at all
             control.should_evaluate = False
             control.should_save = self._saved != state.global_step
 

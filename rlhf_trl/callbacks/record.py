@@ -1,5 +1,6 @@
-"""What a run directory tells about its run: `run.json`, `metrics.json`, and which checkpoints are whole."""
+"""What a run directory tells about its run: `run.json`, `metrics.json`, and checkpoints that are whole."""
 
+import functools
 import importlib.metadata
 import json
 import math
@@ -10,12 +11,12 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
 from transformers import TrainerCallback
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
-COMPLETE = "complete"
+# Where a checkpoint is written until it is whole
+UNFINISHED = ".unfinished"
 # A long history is not written again at each of many log steps
 SECONDS_BETWEEN_WRITES = 5.0
 PACKAGES = ("rlhf_trl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "hydra-core", "bitsandbytes")
@@ -129,27 +130,60 @@ def write_metrics(run_dir: str | os.PathLike, history: list[dict]) -> None:
 
 
 def checkpoints(run_dir: str | os.PathLike) -> list[Path]:
-    """All `checkpoint-<step>` directories, whole or torn, by step."""
+    """All `checkpoint-<step>` directories, by step."""
     found = [
         path for path in Path(run_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit() and path.is_dir()
     ]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def last_complete_checkpoint(run_dir: str | os.PathLike) -> str | None:
-    """Path of the newest whole checkpoint, or `None`. What a killed run left half written is not counted."""
-    complete = [path for path in checkpoints(run_dir) if (path / COMPLETE).exists()]
-    return str(complete[-1]) if complete else None
+def last_checkpoint(run_dir: str | os.PathLike) -> str | None:
+    """Path of the newest checkpoint, or `None`. What a killed run left half written has another name."""
+    found = checkpoints(run_dir)
+    return str(found[-1]) if found else None
 
 
-def mark_complete(checkpoint: str | os.PathLike) -> None:
-    """Marks a checkpoint as whole, once its files have reached the disk. For rank 0, when all ranks have written."""
-    for path in [path for path in Path(checkpoint).rglob("*") if path.is_file()]:
-        _sync(path)
-    Path(checkpoint, COMPLETE).touch()
-    _sync(Path(checkpoint, COMPLETE))
-    _sync(checkpoint)
-    _sync(Path(checkpoint).parent)
+def save_whole_checkpoints(trainer) -> None:
+    """
+    Makes each checkpoint of a `transformers.Trainer` appear when all of it has reached the disk, or not at all.
+
+    All ranks write into a folder of another name, which is renamed as the last act. `save_total_limit` acts after
+    that, so that at any moment a whole checkpoint exists once there was one.
+    """
+    write = trainer._save_checkpoint
+
+    @functools.wraps(write)
+    def save_checkpoint(model, trial):
+        args, state, wait = trainer.args, trainer.state, trainer.accelerator.wait_for_everyone
+        run_dir = Path(args.output_dir)
+        unfinished, name = run_dir / UNFINISHED, f"checkpoint-{state.global_step}"
+        if args.should_save:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        wait()
+        trainer._get_output_dir = lambda trial=None: str(unfinished)
+        try:
+            write(model, trial)
+        finally:
+            del trainer._get_output_dir
+        wait()
+        best_so_far = state.best_model_checkpoint == str(unfinished / name)
+        if best_so_far:
+            state.best_model_checkpoint = str(run_dir / name)
+        if args.should_save:
+            if best_so_far:
+                state.save_to_json(str(unfinished / name / "trainer_state.json"))
+            for path in [path for path in unfinished.rglob("*") if path.is_file()]:
+                _sync(path)
+            _sync(unfinished / name)
+            _discard(run_dir / name)
+            (unfinished / name).rename(run_dir / name)
+            _sync(run_dir)
+            if args.save_total_limit:
+                rotate(run_dir, args.save_total_limit, state.best_model_checkpoint)
+            shutil.rmtree(unfinished, ignore_errors=True)
+        wait()
+
+    trainer._save_checkpoint = save_checkpoint
 
 
 def _sync(path: str | os.PathLike) -> None:
@@ -158,29 +192,30 @@ def _sync(path: str | os.PathLike) -> None:
     os.close(descriptor)
 
 
-def rotate(run_dir: str | os.PathLike, limit: int, best: str | None) -> None:
-    """
-    Removes all but the newest `limit` whole checkpoints, and torn ones. The best one counts and stays.
+def _discard(checkpoint: Path) -> None:
+    """Deletes a checkpoint such that it is never half there under its name."""
+    if checkpoint.exists():
+        grave = checkpoint.parent / UNFINISHED / f"old-{checkpoint.name}"
+        grave.parent.mkdir(exist_ok=True)
+        checkpoint.rename(grave)
+        shutil.rmtree(grave, ignore_errors=True)
 
-    `transformers` rotates before the new checkpoint is marked, and counts torn ones: killed in between, a run with
-    `save_total_limit=1` would have nothing to resume from.
-    """
-    complete = [path for path in checkpoints(run_dir) if (path / COMPLETE).exists()]
-    keep = {complete[-1]} | {path for path in complete if best and path.name == Path(best).name}
-    for path in reversed(complete):
+
+def rotate(run_dir: str | os.PathLike, limit: int, best: str | None) -> None:
+    """Removes all but the newest `limit` checkpoints. The best one counts and stays."""
+    found = checkpoints(run_dir)
+    keep = {found[-1]} | {path for path in found if best and path.name == Path(best).name}
+    for path in reversed(found):
         if len(keep) < limit:
             keep.add(path)
-    for path in checkpoints(run_dir):
+    for path in found:
         if path not in keep:
-            shutil.rmtree(path, ignore_errors=True)
+            _discard(path)
 
 
 class RunRecord(TrainerCallback):
     """
-    Keeps `metrics.json` up to date, marks whole checkpoints with a file `complete`, and then removes old ones.
-
-    A checkpoint without the mark is torn: `last_complete_checkpoint` passes it over. `save_total_limit` acts after the
-    mark, so that at any moment a whole checkpoint exists once there was one.
+    Keeps `metrics.json` up to date.
 
     Args:
         run_dir (`str`):
@@ -189,14 +224,9 @@ class RunRecord(TrainerCallback):
 
     def __init__(self, run_dir: str):
         self.run_dir = run_dir
-        self._limit = None
         self._written = -math.inf
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._limit, args.save_total_limit = args.save_total_limit, None
-
     def on_train_end(self, args, state, control, **kwargs):
-        args.save_total_limit = self._limit
         self._write(state)
 
     def on_log(self, args, state, control, **kwargs):
@@ -207,13 +237,6 @@ class RunRecord(TrainerCallback):
         self._write(state)
 
     def on_save(self, args, state, control, **kwargs):
-        # `Trainer` calls this when a rank has written its own files: each writes its random state, or its shards
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        if args.should_save:
-            mark_complete(Path(self.run_dir, f"checkpoint-{state.global_step}"))
-            if self._limit:
-                rotate(self.run_dir, self._limit, state.best_model_checkpoint)
         self._write(state)
 
     def _write(self, state) -> None:

@@ -65,9 +65,9 @@ def _resume_problems(run_dir: Path, status: str, values: dict[str, Any]) -> list
             "or delete it and start again: `overwrite=true`."
         ]
     problems = []
-    if not any(run_dir.glob("checkpoint-*/complete")):
+    if not any(run_dir.glob("checkpoint-*/")):
         problems.append(
-            f"`{run_dir}` holds no complete checkpoint, so there is nothing to resume. Start again: `overwrite=true`."
+            f"`{run_dir}` holds no checkpoint, so there is nothing to resume. Start again: `overwrite=true`."
         )
     return problems + resume_changes(run_dir, values)
 

@@ -43,7 +43,6 @@ while "waits" in given and "resume" not in given:
     time.sleep(0.02)
     if interrupted:
         (run_dir / "checkpoint-1").mkdir()
-        (run_dir / "checkpoint-1" / "complete").touch()
         write("stopped")
         sys.exit()
 (run_dir / "config.yaml").write_text("objective: eval_loss\n")

@@ -23,7 +23,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.progress import ProgressLine
-from rlhf_trl.callbacks.record import RunRecord, finish_run, last_complete_checkpoint, start_run
+from rlhf_trl.callbacks.record import RunRecord, finish_run, last_checkpoint, save_whole_checkpoints, start_run
 from rlhf_trl.callbacks.samples import SampleLog
 
 WORDS = "<pad> <eos> the cat dog sat ran on a mat red blue".split()
@@ -47,6 +47,7 @@ def add_callbacks(trainer, run_dir):
     """As `rlhf_trl.run` does; returns the one that knows of an interruption."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
+    save_whole_checkpoints(trainer)
     interrupt = Interrupt("accelerate launch train.py stage=sft resume=true")
     for callback in (ProgressLine(), RunRecord(str(run_dir)), interrupt):
         trainer.add_callback(callback)
@@ -140,7 +141,7 @@ def main():
     interrupt = add_callbacks(trainer, given.run_dir)
     trainer.add_callback(Slow(given.seconds))
     try:
-        trainer.train(resume_from_checkpoint=last_complete_checkpoint(given.run_dir) if given.resume else None)
+        trainer.train(resume_from_checkpoint=last_checkpoint(given.run_dir) if given.resume else None)
     except KeyboardInterrupt:
         print("stopped at once", file=sys.stderr)
         sys.exit(130)
