@@ -7,7 +7,10 @@ from rlhf_trl.argument_names import arguments
 from rlhf_trl.checks.values import at, nodes
 from rlhf_trl.hints import did_you_mean
 
-SECTIONS = ("stage", "stage.args", "model", "data", "adapter", "adapter.peft", "adapter.quantization", "reward", "kl")
+SECTIONS = (
+    *("stage", "stage.args", "model", "data", "adapter", "adapter.peft", "adapter.quantization"),
+    *("reward", "reward_norm", "kl"),
+)
 DOT_PATHS = ("_target_", "function", "auto_class")
 TYPES = {"int": int, "float": int | float, "bool": bool, "str": str}
 TYPE_NAMES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string"}

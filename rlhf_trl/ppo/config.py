@@ -70,6 +70,9 @@ class PPOConfig(GRPOConfig):
         whiten_rewards (`bool`, defaults to `False`): scale the KL-shaped rewards to variance 1 (the mean is kept).
         missing_eos_penalty (`float`, *optional*): positive number subtracted from the score of a completion that does
             not end with an EOS token.
+        missing_eos_score (`float`, *optional*): takes the place of such a completion's score; instead of the penalty.
+        length_penalty (`float`, defaults to `0.0`): subtracted from the score for every generated token. Rewards are
+            first normalized and clipped (`rlhf_trl.callbacks.reward_norm`), then EOS is looked at, then the length.
         entropy_coef (`float`, defaults to `0.0`): weight of the entropy bonus (mean over the tokens of a mini-batch).
         critic (`str`, defaults to `"head"`): `"head"` is a value head on the policy's last hidden states.
         critic_learning_rate (`float`, *optional*): learning rate of the value head, unset the policy's. A head that
@@ -101,6 +104,12 @@ class PPOConfig(GRPOConfig):
     whiten_rewards: bool = field(default=False, metadata={"help": "Whether to whiten the KL-shaped rewards."})
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Positive number subtracted from the score of a completion without EOS."}
+    )
+    missing_eos_score: float | None = field(
+        default=None, metadata={"help": "Score of a completion without EOS, whatever its reward."}
+    )
+    length_penalty: float = field(
+        default=0.0, metadata={"help": "Number subtracted from the score for every generated token."}
     )
     total_episodes: int | None = field(default=None, metadata={"help": "Budget of the run in completions."})
     critic: str = field(default="head", metadata={"help": "Kind of critic: 'head'."})
@@ -166,6 +175,7 @@ class PPOConfig(GRPOConfig):
             "cliprange_value",
             "entropy_coef",
             "missing_eos_penalty",
+            "length_penalty",
             "critic_learning_rate",
         )
         for name in at_least_zero:
@@ -174,6 +184,11 @@ class PPOConfig(GRPOConfig):
         for name in ("gamma", "lam", "max_invalid_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. Set it to a number from 0 to 1.")
+        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
+            raise ValueError(
+                "`missing_eos_penalty` subtracts from the score of a completion without EOS, `missing_eos_score` "
+                "replaces it. Set one of them to null."
+            )
         if self.total_episodes is not None and self.total_episodes < 1:
             raise ValueError(f"`total_episodes` is {self.total_episodes}. Set it to 1 or more.")
 
