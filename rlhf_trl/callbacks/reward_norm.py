@@ -50,9 +50,9 @@ class Moments(NamedTuple):
         return (self.m2 / (self.count - int(unbiased)).clamp(min=1)).sqrt()
 
 
-def is_constant(mean: Tensor, std: Tensor) -> Tensor:
+def is_constant(mean: Tensor | float, std: Tensor | float) -> Tensor | bool:
     """Where values differ by no more than float32's rounding: scaling them to std 1 would make signal of noise."""
-    return std <= 1e-6 * mean.abs()
+    return std <= 1e-6 * abs(mean)
 
 
 def standardize(rewards: Tensor, mean: Tensor, std: Tensor, shift_mean: bool = True) -> Tensor:
@@ -183,7 +183,7 @@ class RunningNorm(RewardNorm, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__)
         if saved and state.global_step > 0 and saved["attributes"]["moments"]:
             moments = saved["attributes"]["moments"]
-            self.moments = Moments(**{key: torch.tensor(value).double() for key, value in moments.items()})
+            self.moments = Moments(**{key: torch.tensor(value, dtype=torch.float64) for key, value in moments.items()})
 
 
 class BatchNorm(RewardNorm):
@@ -256,7 +256,7 @@ class ReferenceNorm(RewardNorm, ExportableState):
             function (`int`): its index. mean, std (`float`): of its rewards of the references. source (`str`): what
                 the references are, for the line that says so.
         """
-        constant = bool(is_constant(torch.tensor(mean), torch.tensor(std)))
+        constant = is_constant(mean, std)
         self.gain[function] = 1.0 if self.std is None or constant else self.std / std
         self.bias[function] = self.mean - self.gain[function] * mean
         if self.trainer is not None and self.trainer.is_world_process_zero():
@@ -274,8 +274,8 @@ class ReferenceNorm(RewardNorm, ExportableState):
         for i, gain in enumerate(self.gain):
             if gain is None and moments.count[i] >= 2:
                 self.calibrate(i, moments.mean[i].item(), moments.std()[i].item(), "the first rollout")
-        gain = torch.tensor([1.0 if gain is None else gain for gain in self.gain]).to(rewards)
-        return rewards * gain + torch.tensor([bias or 0.0 for bias in self.bias]).to(rewards)
+        gain = torch.tensor([1.0 if gain is None else gain for gain in self.gain], dtype=torch.float64)
+        return rewards * gain + torch.tensor([bias or 0.0 for bias in self.bias], dtype=torch.float64)
 
     def _start(self, functions: int) -> None:
         if not self.gain:
