@@ -19,6 +19,8 @@ from .sampling import is_negative, sampling_differences, standard_error
 
 logger = logging.getLogger(__name__)
 
+TOLD_IN_A_ROW = 3  # skipped rollouts; all are counted
+
 
 class FixedKL(SaveAndStop, ExportableState):
     """
@@ -145,12 +147,12 @@ class FixedKL(SaveAndStop, ExportableState):
             self.skipped += 1
             self._in_a_row += 1
             message = f"KL guard: {found}. Its update is skipped ({self.skipped} so far)."
-            if self._in_a_row == 3:
+            if self._in_a_row == TOLD_IN_A_ROW:
                 message += (
-                    " That is three in a row: a policy that doesn't move stays where it is. Raise `kl.guard`, or type "
-                    "`kl.guard_action=stop`."
+                    f" That is {TOLD_IN_A_ROW} in a row, and no more of them are told: a policy that doesn't move "
+                    "stays where it is. Raise `kl.guard`, or type `kl.guard_action=stop`."
                 )
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and self._in_a_row <= TOLD_IN_A_ROW:
             logger.warning(message)
 
 

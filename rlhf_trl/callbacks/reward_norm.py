@@ -7,11 +7,11 @@ Evaluation, `objective/scores`, `reward`, `rewards/<name>/*` and samples.jsonl k
 `objective/scores_normalized` is the weighted sum of the normalized ones.
 """
 
-import logging
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from trl.trainer.utils import nanstd
@@ -19,8 +19,6 @@ from trl.trainer.utils import nanstd
 from ..checks.combinations import normalizer_problem
 from ..data.tokens import prompt_ids, row_ids
 from ..errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 
 class Moments(NamedTuple):
@@ -262,7 +260,7 @@ class ReferenceNorm(RewardNorm, ExportableState):
         if self.trainer is not None and self.trainer.is_world_process_zero():
             name = self.trainer.reward_func_names[function]
             only = ", which don't vary: it is only shifted" if constant and self.std is not None else ""
-            logger.warning(
+            tqdm.write(
                 f"Reward `{name}` is calibrated on {source} (mean {mean:.4g}, std {std:.4g}){only}: "
                 f"{self.gain[function]:.4g} * reward {self.bias[function]:+.4g}."
             )
