@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from rlhf_trl.callbacks.kl import AdaptiveKL, CosineKL, FixedKL, LinearKL, why_negative
@@ -48,8 +49,10 @@ class AtFirstStep(TrainerCallback):
     ],
     ids=["grpo aligned", "grpo aligned, accumulated", "grpo off-policy", "rloo", "rloo accumulated"],
 )
-def test_the_kl_of_a_rollout_is_that_of_forwards_of_its_own(path, tmp_path, kind, options, steps):
-    trainer = rl_trainer(kind, path, tmp_path, data=prompts(16), **options)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_kl_of_a_rollout_is_that_of_forwards_of_its_own(path, tmp_path, kind, options, steps, lora):
+    peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+    trainer = rl_trainer(kind, path, tmp_path, data=prompts(16), peft_config=peft_config, **options)
     assert record_rollouts(trainer) and record_rollouts(trainer)  # once more changes nothing
     forwards, found = [], []
     original = trainer._get_per_token_logps_and_entropies

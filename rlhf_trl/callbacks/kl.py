@@ -105,10 +105,11 @@ class FixedKL(SaveAndStop, ExportableState):
         self.trainer.beta = self.coef
         self.reason, self._in_a_row = None, 0
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self._is_over():
-            for parameter in model.parameters():
-                parameter.grad = None  # an optimizer passes over what has no gradient, weight decay included
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # an optimizer passes over what has no gradient, weight decay included
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if state.global_step % steps_per_rollout(args):

@@ -19,7 +19,7 @@ def count_of_a(completions, **kwargs):
     return [float(text.split().count("a")) for text in texts]
 
 
-def rl_trainer(kind, path, out, data=None, reward_funcs=count_of_a, eval_dataset=None, **kwargs):
+def rl_trainer(kind, path, out, data=None, reward_funcs=count_of_a, eval_dataset=None, peft_config=None, **kwargs):
     """A trainer of `kind` whose rollouts are 8 completions of up to 6 tokens in one mini-batch; two rollouts."""
     trainer, config, own = TRAINERS[kind]
     defaults = {
@@ -48,6 +48,7 @@ def rl_trainer(kind, path, out, data=None, reward_funcs=count_of_a, eval_dataset
         args=config(**(defaults | own | kwargs)),
         train_dataset=data if data is not None else prompts(8),
         eval_dataset=eval_dataset,
+        peft_config=peft_config,
         processing_class=AutoTokenizer.from_pretrained(path),
     )
 
