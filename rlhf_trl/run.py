@@ -33,6 +33,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 
 from rlhf_trl.callbacks.interrupt import Interrupt
+from rlhf_trl.callbacks.kl import FixedKL
 from rlhf_trl.callbacks.progress import ProgressLine
 from rlhf_trl.callbacks.record import (
     RunRecord,
@@ -93,7 +94,9 @@ def train(cfg: DictConfig) -> float | None:
         interrupt.restore()
         fail(cfg, error)
         raise
-    end(cfg, "stopped" if interrupt.interrupted else "done")
+    # A guard's stop is an end the user asked for: the run is done, and its record says why so early
+    reasons = [callback.reason for callback in trainer.callback_handler.callbacks if isinstance(callback, FixedKL)]
+    end(cfg, "stopped" if interrupt.interrupted else "done", **({"reason": reasons[0]} if any(reasons) else {}))
     if interrupt.interrupted:
         raise SystemExit(130)  # as a shell says that Ctrl-C ended a command
     return metrics.get(cfg.objective)
@@ -271,8 +274,9 @@ def reward_functions(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> lis
 
 def callbacks(cfg: DictConfig, trainer: Trainer) -> Iterator[TrainerCallback]:
     """What watches and steers the run: always the record and the progress line, and what the config names."""
-    if "kl" in cfg:
-        yield instantiate(cfg.kl)(trainer=trainer)
+    for group in ("kl", "reward_norm"):
+        if group in cfg:
+            yield instantiate(cfg[group])(trainer=trainer)
     for node in cfg.callbacks.values():
         callback = instantiate(node)
         yield callback(trainer=trainer) if isinstance(callback, functools.partial) else callback

@@ -211,7 +211,29 @@ def test_ppo_mini_batches_are_whole(problems):
         (["stage=dpo", "adapter=lora", "adapter.peft.lora_dropout=0.1"], []),
         (["kl=adaptive", "stage.args.beta=0"], ["`AdaptiveKL`", "`kl=fixed`"]),
         (["kl=linear", "stage.args.beta=0.0"], ["`LinearKL`"]),
+        (["kl=linear", "kl.final=0.1", "stage.args.beta=0.0"], []),
+        (["stage=grpo", "kl=linear", "kl.final=0.1", "stage.args.beta=0.0"], ["`LinearKL`"]),
+        (["stage=rloo", "kl=cosine", "stage.args.beta=0"], ["`CosineKL`", "`kl=fixed`"]),
+        (["stage=rloo", "kl.guard=5", "stage.args.beta=0"], ["`kl.guard`", "keeps none at `stage.args.beta=0`"]),
+        (["kl.guard=5", "stage.args.beta=0"], []),
+        (["kl.guard=0"], ["`kl.guard` is 0", "above 0"]),
+        (["kl.guard=5", "kl.guard_action=halt"], ["`kl.guard_action`", "`skip`"]),
         (["stage.args.beta=0"], []),
+        (["stage=rloo", "stage.args.beta=0"], []),
+        (
+            ["stage=grpo", "reward_norm=running"],
+            ["`stage.args.scale_rewards=group`", "`stage.args.scale_rewards=none`"],
+        ),
+        (["stage=grpo", "reward_norm=batch", "stage.args.scale_rewards=batch"], ["would be cancelled"]),
+        (["stage=grpo", "reward_norm=reference", "stage.args.scale_rewards=none"], []),
+        (["stage=grpo", "reward_norm.clip=5"], []),
+        (["reward_norm=running", "reward_norm.clip=0"], ["`reward_norm.clip` is 0"]),
+        (["reward_norm=reference", "reward_norm.std=-1"], ["`reward_norm.std` is -1"]),
+        (
+            ["stage=rloo", "reward_norm=running", "+stage.args.normalize_advantages=true", "stage.args.beta=0"],
+            ["`stage.args.normalize_advantages=false`"],
+        ),
+        (["stage=rloo", "reward_norm=running", "+stage.args.normalize_advantages=true"], []),
         (["adapter=qlora", "adapter.peft=null"], ["`adapter.quantization`", "without `adapter.peft`"]),
         (["+adapter.peft.r=4"], ["`adapter=lora`"]),
         (["resume=true", "overwrite=true"], ["only one"]),
@@ -221,6 +243,13 @@ def test_ppo_mini_batches_are_whole(problems):
 def test_combinations(problems, overrides, parts):
     found = problems(*overrides)
     one(found, *parts) if parts else pytest.fail(str(found)) if found else None
+
+
+def test_a_rollout_is_not_skipped_under_deepspeed(problems, monkeypatch):
+    words = ["kl.guard=5", "kl.guard_action=skip"]
+    assert problems(*words) == []
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    one(problems(*words), "`kl.guard_action=stop`", "DeepSpeed")
 
 
 def test_a_quantized_model_is_not_quantized_again(problems):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trai
 from trl import GRPOConfig
 
 from rlhf_trl.callbacks.kl import AdaptiveKL, LinearKL
+from rlhf_trl.callbacks.reward_norm import RewardNorm, RunningNorm
 from rlhf_trl.ppo import PPOConfig
 from rlhf_trl.ppo.config import REFUSED, added_fields
 from tests.test_ppo_update import make_trainer, prompts
@@ -152,6 +153,58 @@ def test_missing_eos_is_penalized(path, tmp_path):
     assert eos_rate < 1
     assert logged(trainer, "objective/scores") == [1.0]
     assert logged(trainer, "objective/rlhf_reward")[0] == pytest.approx(1 - 3 * (1 - eos_rate), abs=1e-5)
+
+
+def scored(trainer, rewards):
+    """
+    The rewards-to-go that `_score_rollout` gives three completions: one that ends after 3 tokens, one of 4 tokens that
+    doesn't end, one of 4 tokens of which a tool wrote the second. k1 is .1 a token.
+    """
+    eos = trainer.processing_class.eos_token_id
+    completions = torch.tensor([[5, 6, eos, 0], [5, 6, 7, 8], [5, 6, 7, eos]])
+    logp = torch.full((3, 4), -1.0)
+    rollout = {
+        "completion_ids": completions,
+        "completion_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]),
+        "tool_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 1, 1]]),
+        "old_per_token_logps": logp,
+        "ref_per_token_logps": logp - 0.1,
+        "old_values": torch.zeros(3, 4),
+    }
+    trainer._rewards_per_func = torch.tensor(rewards)
+    trainer._invalid = torch.zeros(3, dtype=torch.bool)
+    trainer.model.train()
+    trainer._score_rollout(rollout, "train")
+    return rollout["returns"][:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1, 2, -4]),
+        ({"missing_eos_penalty": 3.0}, [1, -1, -4]),
+        ({"missing_eos_score": -3.0}, [1, -3, -4]),
+        ({"missing_eos_score": 0.0}, [1, 0, -4]),
+        ({"length_penalty": 0.5}, [-0.5, 0, -5.5]),  # of the policy's own tokens: 3, 4 and 3
+        ({"length_penalty": 0.5, "missing_eos_score": -3.0}, [-0.5, -5, -5.5]),
+        ({"clip": 1.5}, [1, 1.5, -1.5]),
+        ({"clip": 1.5, "missing_eos_penalty": 3.0, "length_penalty": 0.5}, [-0.5, -3.5, -3]),
+        ({"running": True}, [0.4147807, 0.7258662, -1.1406469]),
+        ({"running": True, "clip": 0.5, "missing_eos_penalty": 1.0, "length_penalty": 0.1}, [0.1147807, -0.9, -0.8]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_scores_are_normalized_clipped_and_then_pay_for_eos_and_length(path, tmp_path, options, expected, beta):
+    shaping = {key: value for key, value in options.items() if key not in ("running", "clip")}
+    trainer = sampled(path, tmp_path, beta=beta, gamma=1.0, lam=1.0, **shaping)
+    (RunningNorm if "running" in options else RewardNorm)(clip=options.get("clip"), trainer=trainer)
+    returns = scored(trainer, [[1.0], [2.0], [-4.0]])
+    assert returns == pytest.approx([x - beta * 0.1 * n for x, n in zip(expected, (3, 4, 3), strict=True)], abs=1e-6)
+    metrics = {key: values[-1] for key, values in trainer._metrics["train"].items()}
+    assert metrics["objective/scores"] == pytest.approx(-1 / 3, abs=1e-6)
+    assert metrics["objective/rlhf_reward"] == pytest.approx(sum(returns) / 3, abs=1e-6)
+    assert trainer.last_rollout["kl_std"] == pytest.approx(0.1 * math.sqrt(2) / 3, abs=1e-6)
 
 
 def test_evaluation_on_held_out_prompts_leaves_the_random_state_alone(path, tmp_path):
@@ -362,6 +415,8 @@ def test_every_inherited_option_is_either_read_or_refused():
         ({"critic": "none"}, "`critic` is 'none'"),
         ({"gamma": 1.5}, "`gamma` is 1.5"),
         ({"missing_eos_penalty": -1.0}, "`missing_eos_penalty` is -1.0"),
+        ({"missing_eos_penalty": 1.0, "missing_eos_score": 0.0}, "subtracts .* `missing_eos_score` replaces it"),
+        ({"length_penalty": -0.1}, "`length_penalty` is -0.1"),
         ({"total_episodes": 0}, "`total_episodes` is 0"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import math
 
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainingArguments
 
 
 def steps_per_rollout(args: TrainingArguments) -> int:
@@ -22,3 +22,25 @@ def steps_per_rollout(args: TrainingArguments) -> int:
     micro_batches = args.steps_per_generation * args.num_iterations
     # The least common multiple: TRL lets a rollout end in the middle of an optimizer step
     return math.lcm(micro_batches, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
+
+
+class SaveAndStop(TrainerCallback):
+    """A callback that can end the training after the step it is at, with a checkpoint whatever `save_strategy` is."""
+
+    stopped_at: int | None = None  # step
+    _saved: int | None = None  # step of the last checkpoint
+
+    def stop(self, step: int, control: TrainerControl) -> None:
+        """Save and stop. Call it in `on_step_end`."""
+        self.stopped_at = step
+        control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self._saved = state.global_step
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped_at == state.global_step:
+            # The epoch has not ended, and what has been saved needn't be saved again; `save_strategy=best` may have
+            # kept it from being saved at all
+            control.should_evaluate = False
+            control.should_save = self._saved != state.global_step

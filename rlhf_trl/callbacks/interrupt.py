@@ -6,15 +6,14 @@ import threading
 import time
 
 import torch
-from transformers import TrainerCallback
 
-from rlhf_trl.callbacks import steps_per_rollout
+from rlhf_trl.callbacks import SaveAndStop, steps_per_rollout
 
 # Some senders signal twice: `timeout` first the process and then its group, launchers on top of the terminal
 SECONDS_OF_ONE_PRESS = 1.0
 
 
-class Interrupt(TrainerCallback):
+class Interrupt(SaveAndStop):
     """
     Ends a run on SIGINT (Ctrl-C) or SIGTERM: after the step, or for trainers with rollouts after the last step on the
     rollout just made, with a checkpoint. A second signal raises `KeyboardInterrupt` where the run stands. SIGHUP (the
@@ -41,7 +40,6 @@ class Interrupt(TrainerCallback):
         self._previous = {}
         self._terminals = []
         self._process = None
-        self._saved = None  # step of the last checkpoint
         self._loud = False
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -97,17 +95,8 @@ class Interrupt(TrainerCallback):
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             stop = bool(flag.item())
         if stop:
-            self.interrupted = control.should_save = control.should_training_stop = True
-
-    def on_save(self, args, state, control, **kwargs):
-        self._saved = state.global_step
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.interrupted:
-            # The epoch has not ended, and what has been saved needn't be saved again; `save_strategy=best` may have
-            # kept it from being saved at all
-            control.should_evaluate = False
-            control.should_save = self._saved != state.global_step
+            self.interrupted = True
+            self.stop(state.global_step, control)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.restore()

@@ -1,33 +1,87 @@
 """
-KL controllers: callbacks that set the KL coefficient of the next rollout.
+KL controllers: callbacks that set the KL coefficient of the next rollout, and guard against a KL that runs away.
 
 They read the KL of the rollout just made from `trainer.last_rollout` and write `trainer.beta`, only between rollouts.
+They work with PPO and with TRL's own GRPO and RLOO ([`record_rollouts`]).
 """
 
+import logging
+import math
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ..errors import ConfigError
-from . import steps_per_rollout
+from . import SaveAndStop, steps_per_rollout
+from .rollouts import record_rollouts
+from .sampling import is_negative, sampling_differences, standard_error
+
+logger = logging.getLogger(__name__)
+
+TOLD_IN_A_ROW = 3  # skipped rollouts; all are counted
 
 
-class FixedKL(TrainerCallback, ExportableState):
+class FixedKL(SaveAndStop, ExportableState):
     """
     A coefficient that doesn't change; the base of the other controllers, which override `update`.
 
+    Once a run it says why, if the KL over a rollout is negative ([`is_negative`]).
+
     Args:
         coef (`float`): the coefficient of the first rollout (`beta`).
-        trainer (*optional*): the trainer whose `beta` is controlled. Without one, `update` can be used by itself.
+        trainer (*optional*): the trainer whose `beta` is controlled: PPO, or TRL's GRPO or RLOO. Without one, `update`
+            can be used by itself.
+        guard (`float`, *optional*): KL in nats a sequence. A rollout above it (or with a KL that is NaN) is not
+            learned from: no parameter moves in its optimizer steps, whose learning rates are passed over.
+        guard_action (`str`, defaults to `"stop"`): what a rollout above `guard` leads to besides. `"stop"` saves a
+            checkpoint at its end and ends the training; under DeepSpeed, which updates within `backward`, the
+            rollout is still learned from. `"skip"` goes on with the next rollout and counts in
+            `objective/skipped_rollouts`: for single rollouts out of line, since a policy that doesn't move doesn't
+            come back either. Either way the controller sees the rollout's KL.
+
+    Attributes:
+        reason (`str` or `None`): why the guard ended the training.
+
+    Raises:
+        ConfigError: at a value out of range; on GRPO and RLOO, whose reference `beta=0` leaves out, if a KL is needed;
+            at `guard_action="skip"` under DeepSpeed.
     """
 
-    def __init__(self, coef: float, trainer=None):
+    needs_kl = False  # whether `update` reads the KL or changes the coefficient
+
+    def __init__(self, coef: float, trainer=None, guard: float | None = None, guard_action: str = "stop"):
         if coef < 0:
             raise ConfigError(f"The KL coefficient is {coef}. Set `stage.args.beta` to 0 or more.")
+        if guard is not None and guard <= 0:
+            raise ConfigError(f"The KL guard is {guard}. Set `kl.guard` above 0, or to null for none.")
+        if guard_action not in ("stop", "skip"):
+            raise ConfigError(f"`kl.guard_action` is {guard_action!r}. Use 'stop' or 'skip'.")
         self.coef = float(coef)
         self.trainer = trainer
+        self.guard = guard
+        self.guard_action = guard_action
         self.progress = 0.0  # share of the run that is done
+        self.skipped = 0
+        self.reason: str | None = None
+        self._in_a_row = 0  # rollouts skipped
+        self._explained = False
+        if trainer is not None:
+            self._attach()
+
+    def _attach(self) -> None:
+        measured = record_rollouts(self.trainer)
+        if not measured and (self.needs_kl or self.guard is not None):
+            what = f"`{type(self).__name__}`" if self.needs_kl else "The KL guard"
+            raise ConfigError(
+                f"{what} needs the KL to the reference, and `{type(self.trainer).__name__}` keeps no reference at "
+                "`beta=0`. Set `stage.args.beta` above 0, or `kl=fixed` without `kl.guard`."
+            )
+        if self.guard is not None and self.guard_action == "skip" and self.trainer.is_deepspeed_enabled:
+            raise ConfigError(
+                "`kl.guard_action=skip` can't withhold an update from DeepSpeed, which makes it within `backward`. "
+                "Set `kl.guard_action=stop`."
+            )
 
     def update(self, kl: float, n: int) -> float:
         """
@@ -40,21 +94,88 @@ class FixedKL(TrainerCallback, ExportableState):
         return self.coef
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the coefficient."""
-        return {"args": {}, "attributes": {"coef": self.coef}}
+        """What a checkpoint keeps: the coefficient, and how many rollouts were skipped."""
+        return {"args": {}, "attributes": {"coef": self.coef, "skipped": self.skipped}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         # transformers would rebuild the callback without its trainer; read the state back here instead
         saved = state.stateful_callbacks.get(type(self).__name__)
         if saved and state.global_step > 0:
-            self.coef = saved["attributes"]["coef"]
+            self.coef, self.skipped = saved["attributes"]["coef"], saved["attributes"]["skipped"]
         self.trainer.beta = self.coef
+        self.reason, self._in_a_row = None, 0
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if self._is_over():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # an optimizer passes over what has no gradient, weight decay included
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if state.global_step % steps_per_rollout(args) == 0:
-            self.progress = state.global_step / state.max_steps
-            rollout = self.trainer.last_rollout
-            self.trainer.beta = self.update(rollout["kl"], rollout["num_sequences"])
+        if state.global_step % steps_per_rollout(args):
+            return
+        self.progress = state.global_step / state.max_steps
+        rollout = self.trainer.last_rollout
+        if not rollout:
+            return
+        self.trainer.beta = self.update(rollout["kl"], rollout["num_sequences"])
+        number = state.global_step // steps_per_rollout(args)
+        if self._is_over():
+            self._act(number, state, control)
+        else:
+            self._in_a_row = 0
+        if self.guard is not None and self.guard_action == "skip":
+            self.trainer._metrics["train"]["objective/skipped_rollouts"].append(float(self.skipped))
+        if is_negative(rollout) and not self._explained:
+            self._explained = True
+            if state.is_world_process_zero:
+                logger.warning(why_negative(rollout, number, sampling_differences(self.trainer)))
+
+    def _is_over(self) -> bool:
+        kl = self.trainer.last_rollout.get("kl")
+        return self.guard is not None and kl is not None and not kl <= self.guard  # NaN is over
+
+    def _act(self, number: int, state: TrainerState, control: TrainerControl) -> None:
+        found = (
+            f"rollout {number} has a KL of {self.trainer.last_rollout['kl']:.4g} nats a sequence, over "
+            f"`kl.guard={self.guard:g}`"
+        )
+        if self.guard_action == "stop":
+            self.reason = f"KL guard: {found}."
+            self.stop(state.global_step, control)
+            message = f"{self.reason} Training stops here, with a checkpoint of step {state.global_step}."
+        else:
+            self.skipped += 1
+            self._in_a_row += 1
+            message = f"KL guard: {found}. Its update is skipped ({self.skipped} so far)."
+            if self._in_a_row == TOLD_IN_A_ROW:
+                message += (
+                    f" That is {TOLD_IN_A_ROW} in a row, and no more of them are told: a policy that doesn't move "
+                    "stays where it is. Raise `kl.guard`, or type `kl.guard_action=stop`."
+                )
+        if state.is_world_process_zero and self._in_a_row <= TOLD_IN_A_ROW:
+            logger.warning(message)
+
+
+def why_negative(rollout: dict[str, float], number: int, differences: list[str]) -> str:
+    """
+    One sentence about a rollout whose KL is negative.
+
+    Args:
+        rollout (`dict`): `kl`, `kl_std`, `num_sequences`. number (`int`): which rollout, from 1.
+        differences (`list[str]`): what [`sampling_differences`] found.
+    """
+    cause = (
+        f"sampling differs by {', '.join(differences)}"
+        if differences
+        else "no sampling setting, rollout function, vLLM or dropout differs, so look for what changes the model "
+        "between sampling and scoring"
+    )
+    return (
+        f"The KL of rollout {number} is negative, {rollout['kl']:.3g} nats a sequence (standard error "
+        f"{standard_error(rollout):.2g}), which no KL can be: the completions don't come from the distribution that "
+        f"scores them; {cause}."
+    )
 
 
 class AdaptiveKL(FixedKL):
@@ -68,11 +189,20 @@ class AdaptiveKL(FixedKL):
         coef (`float`): start value; not 0, which no factor can change.
         target (`float`): KL to hold, in nats a sequence.
         horizon (`float`, defaults to 10 000): sequences over which an error acts; smaller reacts faster.
-        trainer (*optional*): the trainer whose `beta` is controlled.
+        trainer, guard, guard_action (*optional*): see [`FixedKL`].
     """
 
-    def __init__(self, coef: float, target: float, horizon: float = 10_000, trainer=None):
-        super().__init__(coef, trainer)
+    needs_kl = True
+
+    def __init__(
+        self,
+        coef: float,
+        target: float,
+        horizon: float = 10_000,
+        trainer=None,
+        guard: float | None = None,
+        guard_action: str = "stop",
+    ):
         if coef == 0:
             raise ConfigError(
                 "An adaptive KL coefficient can't start at 0: set `stage.args.beta` above 0, or `kl=fixed`."
@@ -81,6 +211,7 @@ class AdaptiveKL(FixedKL):
             raise ConfigError(f"The target KL is {target}. Set `kl.target` above 0.")
         if horizon <= 0:
             raise ConfigError(f"The horizon is {horizon}. Set `kl.horizon` above 0.")
+        super().__init__(coef, trainer, guard, guard_action)
         self.target = target
         self.horizon = horizon
 
@@ -97,16 +228,35 @@ class LinearKL(FixedKL):
 
     Args:
         coef (`float`): start value. final (`float`): end value.
-        trainer (*optional*): the trainer whose `beta` is controlled.
+        trainer, guard, guard_action (*optional*): see [`FixedKL`].
     """
 
-    def __init__(self, coef: float, final: float, trainer=None):
-        super().__init__(coef, trainer)
+    needs_kl = True
+
+    def __init__(
+        self, coef: float, final: float, trainer=None, guard: float | None = None, guard_action: str = "stop"
+    ):
         if final < 0:
             raise ConfigError(f"The final KL coefficient is {final}. Set `kl.final` to 0 or more.")
+        super().__init__(coef, trainer, guard, guard_action)
         self.start, self.final = float(coef), float(final)
 
     def update(self, kl: float, n: int) -> float:
         """See [`FixedKL.update`]; the KL is not looked at."""
-        self.coef = self.start + (self.final - self.start) * self.progress
+        self.coef = self.start + (self.final - self.start) * self.share()
         return self.coef
+
+    def share(self) -> float:
+        """How much of the way to `final` is gone, from 0 to 1."""
+        return self.progress
+
+
+class CosineKL(LinearKL):
+    """
+    A coefficient that goes along half a cosine, flat at both ends, from `coef` at the first rollout to `final` at the
+    end of training: final + (coef - final) * (1 + cos(pi * progress)) / 2. Arguments as in [`LinearKL`].
+    """
+
+    def share(self) -> float:
+        """See [`LinearKL.share`]."""
+        return (1 - math.cos(math.pi * self.progress)) / 2

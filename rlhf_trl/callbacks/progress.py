@@ -7,10 +7,21 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback
 from transformers.trainer_utils import has_length
 
-# What to show of a log step: {logged name: label}, one table a trainer, recognized by its first name. All that is
-# logged goes to metrics.json and to the logger; a terminal line holds about eight.
-COLUMNS = (
-    {  # PPO
+# What to show of a log step: {logged name: label}, one table a trainer, under a name that tells the trainer. All that
+# is logged goes to metrics.json and to the logger; a terminal line holds about eight.
+COLUMNS = {
+    "frac_reward_zero_std": {  # GRPO, RLOO
+        "reward": "reward",
+        "reward_std": "std",
+        "objective/kl": "kl",
+        "objective/kl_coef": "beta",
+        "entropy": "entropy",
+        "completions/mean_length": "len",
+        "completions/clipped_ratio": "truncated",
+        "frac_reward_zero_std": "no_signal",
+        "grad_norm": "grad",
+    },
+    "objective/scores": {  # PPO
         "objective/scores": "score",
         "objective/kl": "kl",
         "objective/kl_coef": "beta",
@@ -21,17 +32,7 @@ COLUMNS = (
         "completions/mean_length": "len",
         "completions/eos_rate": "eos",
     },
-    {  # GRPO, RLOO
-        "reward": "reward",
-        "reward_std": "std",
-        "kl": "kl",
-        "entropy": "entropy",
-        "completions/mean_length": "len",
-        "completions/clipped_ratio": "truncated",
-        "frac_reward_zero_std": "no_signal",
-        "grad_norm": "grad",
-    },
-    {  # DPO, ORPO, KTO
+    "rewards/margins": {  # DPO, ORPO, KTO
         "rewards/margins": "margin",
         "loss": "loss",
         "rewards/accuracies": "accuracy",
@@ -42,7 +43,7 @@ COLUMNS = (
         "grad_norm": "grad",
         "learning_rate": "lr",
     },
-    {  # Reward
+    "margin": {  # Reward
         "margin": "margin",
         "loss": "loss",
         "accuracy": "accuracy",
@@ -50,7 +51,7 @@ COLUMNS = (
         "grad_norm": "grad",
         "learning_rate": "lr",
     },
-    {  # SFT, and any other
+    "loss": {  # SFT, and any other
         "loss": "loss",
         "mean_token_accuracy": "accuracy",
         "entropy": "entropy",
@@ -58,7 +59,7 @@ COLUMNS = (
         "grad_norm": "grad",
         "learning_rate": "lr",
     },
-)
+}
 
 
 def format_number(value: float) -> str:
@@ -70,8 +71,8 @@ def format_number(value: float) -> str:
 
 def choose_columns(logs: dict) -> dict[str, str]:
     """The metrics to show of lines like `logs`: {logged name: label}, at most about eight, the most telling first."""
-    for columns in COLUMNS:
-        if next(iter(columns)) in logs:
+    for telling, columns in COLUMNS.items():
+        if telling in logs:
             return {name: label for name, label in columns.items() if name in logs}
     return {name: name for name in list(logs)[:8]}
 

@@ -3,11 +3,14 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_trl.checks.places import model_folder
 from rlhf_trl.checks.values import at, read_json, section
+
+DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"  # what `accelerate launch` sets to "true"
 
 
 def combination_problems(values: dict[str, Any]) -> list[str]:
@@ -26,16 +29,20 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
             "the same policy. Set `adapter.peft.lora_dropout=0`."
         )
     problems += _shared_base(values, args, peft)
-    controller = str(at(values, "kl._target_") or "Fixed").rsplit(".", 1)[-1]
-    if "Fixed" not in controller and args.get("beta") == 0:
-        problems.append(
-            f"`{controller}` changes the KL coefficient from its start value, and `stage.args.beta` is 0. "
-            "Set `stage.args.beta` above 0 or type `kl=fixed`."
-        )
-    for name, least in (("target", "above 0"), ("horizon", "above 0"), ("final", "0 or more")):
-        value = at(values, f"kl.{name}")
+    problems += _controller(values, str(stage.get("name")), args)
+    if not str(at(values, "reward_norm._target_") or "RewardNorm").endswith(".RewardNorm"):
+        problems += [problem] if (problem := normalizer_problem(args)) else []
+    for name, least in (
+        ("kl.target", "above 0"),
+        ("kl.horizon", "above 0"),
+        ("kl.final", "0 or more"),
+        ("kl.guard", "above 0"),
+        ("reward_norm.clip", "above 0"),
+        ("reward_norm.std", "above 0"),
+    ):
+        value = at(values, name)
         if isinstance(value, int | float) and (value < 0 or value == 0 and least == "above 0"):
-            problems.append(f"`kl.{name}` is {value}. Set it {'to ' if least[0] == '0' else ''}{least}.")
+            problems.append(f"`{name}` is {value}. Set it {'to ' if least[0] == '0' else ''}{least}.")
     for name, option in (("peft", "lora"), ("quantization", "qlora")):
         node = at(values, f"adapter.{name}")
         if node and "_target_" not in section(values, f"adapter.{name}"):
@@ -88,6 +95,51 @@ def _shards_parameters() -> bool:
     """What `accelerate launch` was told: its environment says so before anything is imported."""
     zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     return zero3 or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def normalizer_problem(args: Mapping[str, Any]) -> str | None:
+    """What in a trainer's arguments would cancel a reward normalizer, and what to set; `None` where nothing does."""
+    if args.get("scale_rewards") in ("group", "batch", True):
+        cause, way = f"scale_rewards={args['scale_rewards']}", "scale_rewards=none"
+        what = "divides the advantages by the std of their rewards, whatever scale these have"
+    elif args.get("multi_objective_aggregation") == "normalize_then_sum":
+        cause, way = "multi_objective_aggregation=normalize_then_sum", "multi_objective_aggregation=sum_then_normalize"
+        what = "normalizes every reward function over a prompt's completions"
+    elif args.get("normalize_advantages") and args.get("beta") == 0:
+        cause, way = "normalize_advantages=true", "normalize_advantages=false"
+        what = "with `stage.args.beta=0` brings advantages to std 1, whatever scale the rewards have"
+    else:
+        return None
+    return (
+        f"A reward normalizer would be cancelled: `stage.args.{cause}` {what}. Set `stage.args.{way}`, or type "
+        "`reward_norm=none`."
+    )
+
+
+def _controller(values: dict[str, Any], stage: str, args: dict[str, Any]) -> list[str]:
+    controller = str(at(values, "kl._target_") or "FixedKL").rsplit(".", 1)[-1]
+    guard, problems = at(values, "kl.guard"), []
+    if args.get("beta") == 0:
+        # From 0 to somewhere is a way, but no factor leads away from 0, and GRPO and RLOO keep no reference there
+        stays = stage != "ppo" or controller == "AdaptiveKL" or at(values, "kl.final") == 0
+        if controller != "FixedKL" and stays:
+            problems.append(
+                f"`{controller}` changes the KL coefficient from its start value, and `stage.args.beta` is 0. "
+                "Set `stage.args.beta` above 0 or type `kl=fixed`."
+            )
+        elif guard is not None and stage != "ppo":
+            problems.append(
+                f"`kl.guard` needs the KL to the reference, and `stage={stage}` keeps none at `stage.args.beta=0`. "
+                "Set `stage.args.beta` above 0, or `kl.guard=null`."
+            )
+    if at(values, "kl.guard_action") not in (None, "stop", "skip"):
+        problems.append(f"`kl.guard_action` is {at(values, 'kl.guard_action')!r}. Use `stop` or `skip`.")
+    elif guard is not None and at(values, "kl.guard_action") == "skip" and os.environ.get(DEEPSPEED) == "true":
+        problems.append(
+            "`kl.guard_action=skip` can't withhold an update from DeepSpeed, which makes it within `backward`. "
+            "Set `kl.guard_action=stop`."
+        )
+    return problems
 
 
 def _quantization(values: dict[str, Any], peft: Any, quantization: Any) -> list[str]:

@@ -8,16 +8,8 @@ from rlhf_trl.checks.values import at, nodes
 from rlhf_trl.hints import did_you_mean
 
 SECTIONS = (
-    "stage",
-    "stage.args",
-    "model",
-    "data",
-    "adapter",
-    "adapter.peft",
-    "adapter.quantization",
-    "reward",
-    "critic",
-    "kl",
+    *("stage", "stage.args", "model", "data", "adapter", "adapter.peft", "adapter.quantization"),
+    *("reward", "reward_norm", "critic", "kl"),
 )
 DOT_PATHS = ("_target_", "function", "auto_class")
 TYPES = {"int": int, "float": int | float, "bool": bool, "str": str}

@@ -37,6 +37,36 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: KLEstimator = "k1") -
     raise ValueError(f"`kl_estimator` is {estimator!r}. Use 'k1', 'k2' or 'k3'.")
 
 
+def shape_scores(
+    scores: Tensor,
+    ended: Tensor,
+    lengths: Tensor,
+    missing_eos_penalty: float | None = None,
+    missing_eos_score: float | None = None,
+    length_penalty: float = 0.0,
+) -> Tensor:
+    """
+    Scores as they enter the reward: first a completion without an end pays (the "EOS trick", arXiv 2403.17031), then
+    every completion for its length.
+
+    Args:
+        scores (`Tensor` of shape (B,)): rewards, normalized and clipped already.
+        ended (`Tensor` of shape (B,)): whether the completion ends with an EOS token.
+        lengths (`Tensor` of shape (B,)): tokens that the policy generated, EOS included.
+        missing_eos_penalty: subtracted where `ended` is false; or
+        missing_eos_score: takes the score's place there.
+        length_penalty: subtracted for every token.
+
+    Returns:
+        `Tensor` of shape (B,).
+    """
+    if missing_eos_penalty is not None:
+        scores = torch.where(ended, scores, scores - missing_eos_penalty)
+    if missing_eos_score is not None:
+        scores = torch.where(ended, scores, torch.full_like(scores, missing_eos_score))
+    return scores - length_penalty * lengths.to(scores.dtype)
+
+
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coef: float | Tensor) -> Tensor:
     """
     KL-shaped reward of every token: r_t = -coef * kl_t, and the score on top at the last token of the completion,

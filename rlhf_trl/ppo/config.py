@@ -70,6 +70,9 @@ class PPOConfig(GRPOConfig):
         whiten_rewards (`bool`, defaults to `False`): scale the KL-shaped rewards to variance 1 (the mean is kept).
         missing_eos_penalty (`float`, *optional*): positive number subtracted from the score of a completion that does
             not end with an EOS token.
+        missing_eos_score (`float`, *optional*): takes the place of such a completion's score; instead of the penalty.
+        length_penalty (`float`, defaults to `0.0`): subtracted from the score for every generated token. Rewards are
+            first normalized and clipped (`rlhf_trl.callbacks.reward_norm`), then EOS is looked at, then the length.
         entropy_coef (`float`, defaults to `0.0`): weight of the entropy bonus (mean over the tokens of a mini-batch).
         ratio_threshold (`float`, *optional*): a micro-batch whose mean ratio exceeds this is left out of the update
             (its loss is 0) and counted in `policy/skipped`.
@@ -114,6 +117,12 @@ class PPOConfig(GRPOConfig):
     whiten_rewards: bool = field(default=False, metadata={"help": "Whether to whiten the KL-shaped rewards."})
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Positive number subtracted from the score of a completion without EOS."}
+    )
+    missing_eos_score: float | None = field(
+        default=None, metadata={"help": "Score of a completion without EOS, whatever its reward."}
+    )
+    length_penalty: float = field(
+        default=0.0, metadata={"help": "Number subtracted from the score for every generated token."}
     )
     total_episodes: int | None = field(default=None, metadata={"help": "Budget of the run in completions."})
     ratio_threshold: float | None = field(
@@ -197,6 +206,7 @@ class PPOConfig(GRPOConfig):
             "entropy_coef",
             "missing_eos_penalty",
             "ptx_coef",
+            "length_penalty",
             "critic_learning_rate",
             "critic_warmup_steps",
         )
@@ -220,6 +230,11 @@ class PPOConfig(GRPOConfig):
                 )
         if self.critic_dtype is not None and self.critic != "model":
             raise ValueError("`critic_dtype` is for `critic='model'`; the other critics compute in the policy's type.")
+        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
+            raise ValueError(
+                "`missing_eos_penalty` subtracts from the score of a completion without EOS, `missing_eos_score` "
+                "replaces it. Set one of them to null."
+            )
         if self.total_episodes is not None and self.total_episodes < 1:
             raise ValueError(f"`total_episodes` is {self.total_episodes}. Set it to 1 or more.")
 

@@ -36,6 +36,7 @@ from .advantages import (
     masked_mean,
     masked_whiten,
     policy_losses,
+    shape_scores,
     token_rewards,
     value_losses,
 )
@@ -122,8 +123,10 @@ class PPOTrainer(GRPOTrainer):
 
     Attributes:
         beta (`float`): the KL coefficient of the next rollout. A KL controller writes it between rollouts.
-        last_rollout (`dict`): `kl` (mean over sequences of the summed k1, in nats) and `num_sequences` of the rollout
-            just made, on every rank alike.
+        last_rollout (`dict`): `kl` (mean over sequences of the summed k1, in nats), its `kl_std` over them and
+            `num_sequences` of the rollout just made, on every rank alike.
+        reward_normalizer (callable, *optional*): takes the rewards of a rollout, shape (N, functions) with NaN where
+            there is none, and returns what is learned from. `rlhf_trl.callbacks.reward_norm` sets it.
 
     Raises:
         ConfigError: no reward, fewer prompts than a rollout holds, images in the data, dropout in an adapter.
@@ -208,6 +211,7 @@ class PPOTrainer(GRPOTrainer):
         )
         self._policy = policy
         self.last_rollout: dict[str, float] = {}
+        self.reward_normalizer: Callable[[Tensor], Tensor] | None = None
         self._rollout: dict[str, Tensor] | None = None
         self._rewards_per_func: Tensor | None = None
         self._invalid: Tensor | None = None
@@ -256,6 +260,7 @@ class PPOTrainer(GRPOTrainer):
                 return marked(func(*args, **kwargs))
 
         reward.__name__ = name
+        reward.calibration = getattr(func, "calibration", None)
         return reward
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -362,15 +367,12 @@ class PPOTrainer(GRPOTrainer):
         weights = self.reward_weights.to(self._rewards_per_func.device)
         scores = (self._rewards_per_func * weights).nansum(dim=1)
         valid = ~self._invalid & ~self._rewards_per_func.isnan().all(dim=1)
+        generated = mask.sum(dim=1)
         mask = mask & valid.unsqueeze(1)
 
         lengths = completion_mask.sum(dim=1)
         last = rollout["completion_ids"].gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
         ended = torch.isin(last, torch.tensor(self.eos_token_ids, device=last.device)) & (lengths > 0)
-        penalized = scores
-        if self.args.missing_eos_penalty is not None:
-            penalized = scores - self.args.missing_eos_penalty * (~ended).to(scores.dtype)
-
         old_logp, ref_logp = rollout["old_per_token_logps"], rollout["ref_per_token_logps"]
         k1 = torch.where(mask, kl_estimate(old_logp, ref_logp, "k1"), 0.0)
         per_sequence = {
@@ -384,8 +386,20 @@ class PPOTrainer(GRPOTrainer):
                 self._eval_rows[key].append(value[valid])
             return
 
+        normalized = scores
+        if self.reward_normalizer is not None:
+            raw = self._rewards_per_func.masked_fill(self._invalid.unsqueeze(1), torch.nan)
+            normalized = (self.reward_normalizer(raw) * weights).nansum(dim=1)
+        shaped = shape_scores(
+            normalized,
+            ended,
+            generated,
+            missing_eos_penalty=self.args.missing_eos_penalty,
+            missing_eos_score=self.args.missing_eos_score,
+            length_penalty=self.args.length_penalty,
+        )
         token_kl = kl_estimate(old_logp, ref_logp, self.args.kl_estimator)
-        rewards = token_rewards(penalized, token_kl, mask, self.beta)
+        rewards = token_rewards(shaped, token_kl, mask, self.beta)
         if self.args.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
         values = rollout["old_values"]
@@ -396,11 +410,15 @@ class PPOTrainer(GRPOTrainer):
 
         count = valid.sum().clamp(min=1)
         mean = {key: (value * valid).sum() / count for key, value in per_sequence.items()}
-        self.last_rollout = {"kl": mean["objective/kl"].item(), "num_sequences": int(valid.sum())}
+        self.last_rollout = {
+            "kl": mean["objective/kl"].item(),
+            "kl_std": per_sequence["objective/kl"][valid].std(unbiased=False).item(),
+            "num_sequences": int(valid.sum()),
+        }
         metrics = mean | {
             "objective/scores_std": scores[valid].std(unbiased=False),
             "objective/kl_per_token": masked_mean(k1, mask),
-            "objective/rlhf_reward": ((penalized - self.beta * (token_kl * mask).sum(dim=1)) * valid).sum() / count,
+            "objective/rlhf_reward": ((shaped - self.beta * (token_kl * mask).sum(dim=1)) * valid).sum() / count,
             "objective/kl_coef": torch.tensor(float(self.beta)),
             "objective/invalid_rewards": self._invalid.sum(),
             "value/mean": masked_mean(values, mask),
@@ -408,6 +426,8 @@ class PPOTrainer(GRPOTrainer):
             "returns/mean": masked_mean(returns, mask),
             "episodes": torch.tensor(float(self._rollout_index + 1) * self.args.generation_batch_size),
         }
+        if self.reward_normalizer is not None:
+            metrics["objective/scores_normalized"] = (normalized * valid).sum() / count
         metrics.pop("completions/mean_length")  # TRL has logged it
         for key, value in metrics.items():
             self._metrics[mode][key].append(value.item())

@@ -6,9 +6,11 @@ Rewards for PPO, GRPO and RLOO: callables with TRL's signature
 import asyncio
 import copy
 import inspect
+import json
 import math
 from collections.abc import Callable
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +40,8 @@ class Reward:
     def __init__(self, name: str, weight: float = 1.0):
         self.__name__ = name
         self.weight = float(weight)
+        # `{"mean", "std"}` of the reference answers' rewards, where they were measured: for `reward_norm=reference`
+        self.calibration: dict[str, float] | None = None
 
     def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Tell the reward which tokenizer made the `completion_ids` it will be given."""
@@ -115,7 +119,7 @@ class FiniteReward(Reward):
 
     def __init__(self, reward: Reward):
         super().__init__(reward.__name__, reward.weight)
-        self.reward = reward
+        self.reward, self.calibration = reward, reward.calibration
 
     def attach(self, policy: PreTrainedModel | PeftModel) -> None:
         """See [`Reward.attach`]."""
@@ -137,9 +141,35 @@ async def _await(values):
     return await values
 
 
+CALIBRATION_FILE = "calibration.json"
+
+
+def read_calibration(path: str) -> dict[str, float] | None:
+    """
+    `{"mean", "std"}` from the `calibration.json` in the folder of a reward model, or `None` where there is none.
+
+    Raises:
+        ConfigError: if the file doesn't hold two numbers, the std above 0.
+    """
+    file = Path(path, CALIBRATION_FILE)
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = {key: float(content[key]) for key in ("mean", "std")}
+    except (ValueError, TypeError, KeyError):
+        found = {"mean": math.nan, "std": math.nan}
+    if not (math.isfinite(found["mean"]) and 0 < found["std"] < math.inf):
+        raise ConfigError(f'`{file}` must hold `{{"mean": ..., "std": ...}}`, two numbers, the std above 0. Mend it.')
+    return found
+
+
 class ModelReward(Reward):
     """
     A reward model: a sequence classifier with one output, full or as an adapter on its base.
+
+    A file `calibration.json` beside the model, with `mean` and `std` of its scores of reference answers, is read for
+    `reward_norm=reference` (`calibration`).
 
     With the policy's tokenizer (see `bind`) it scores the generated ids themselves, EOS included if and only if it was
     generated; with another one, the text built as in its own training (`rlhf_trl.data.tokens.row_ids`). So a
@@ -170,6 +200,7 @@ class ModelReward(Reward):
         if isinstance(path, str):
             self.model = load_reward_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            self.calibration = read_calibration(path)
         else:
             self.model = path
             self.tokenizer = AutoTokenizer.from_pretrained(path.config._name_or_path)
@@ -237,7 +268,7 @@ class AdapterReward(ModelReward):
         from ..models import load_tokenizer
 
         Reward.__init__(self, name, weight)
-        self.path, self.batch_size = path, batch_size
+        self.path, self.batch_size, self.calibration = path, batch_size, read_calibration(path)
         self.tokenizer = load_tokenizer(path)
         self.model: PreTrainedModel | None = None
         self._policy_tokenizer: PreTrainedTokenizerBase | None = None
