@@ -50,6 +50,43 @@ def count_positions_from_mask(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+def project_labels_only(model: PreTrainedModel) -> None:
+    """
+    Make the fused forward project only the positions that have a label to the vocabulary, on a CPU too.
+
+    TRL does so where Triton runs. Elsewhere it projects prompts and padding as well, and throws the result away.
+    """
+    fused_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head=False, labels=None, **kwargs):
+        if not fused_lm_head or labels.device.type != "cpu":
+            given = {} if labels is None else {"labels": labels}
+            return fused_forward(*args, **given, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
+        labels = labels[:, 1:]
+        mask = labels != -100
+        rows = mask.flatten().nonzero().squeeze(1)
+
+        def select(_, __, output):
+            hidden = output.last_hidden_state[:, :-1]
+            # `index_select`, because the backward of `hidden[mask]` adds element by element
+            output.last_hidden_state = hidden.flatten(0, 1).index_select(0, rows).unsqueeze(0)
+            return output
+
+        hook = self.base_model.register_forward_hook(select)
+        try:
+            output = fused_forward(*args, fused_lm_head=True, shift_labels=labels[mask].unsqueeze(0), **kwargs)
+        finally:
+            hook.remove()
+        for name in ("log_probs", "entropy"):
+            if output.get(name) is not None:
+                output[name] = output[name].new_zeros(mask.shape).masked_scatter(mask, output[name])
+        output.label_mask = mask
+        return output
+
+    model.forward = types.MethodType(forward, model)
+
+
 def add_value_head(model: PreTrainedModel, init: str = "zero", detach: bool = False) -> nn.Linear:
     """
     Give a causal language model a float32 value head, and return it.

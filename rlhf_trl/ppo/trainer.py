@@ -42,7 +42,7 @@ from .advantages import (
     value_losses,
 )
 from .config import PPOConfig
-from .critic import VALUE_HEAD, add_value_head, count_positions_from_mask
+from .critic import VALUE_HEAD, add_value_head, count_positions_from_mask, project_labels_only
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +187,7 @@ class PPOTrainer(GRPOTrainer):
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         for scored in [policy] if self.ref_model is None else [policy, self.accelerator.unwrap_model(self.ref_model)]:
             count_positions_from_mask(scored)
+            project_labels_only(scored)
         with preserved_rng_state():  # the same head on every rank
             set_seed(args.seed)
             add_value_head(policy, init=args.head_init, detach=args.critic_detach)
@@ -470,7 +471,9 @@ class PPOTrainer(GRPOTrainer):
         def share(x: Tensor) -> Tensor:
             return torch.where(mask, x, 0.0).sum() / inputs["tokens"]
 
-        loss = share(policy) + self.args.vf_coef * share(value) - self.entropy_coef * share(entropy)
+        loss = share(policy) + self.args.vf_coef * share(value)
+        if self.entropy_coef:  # at 0 it would still cost a gradient over the vocabulary
+            loss = loss - self.entropy_coef * share(entropy)
         with torch.no_grad():
             self._record_update(
                 {
