@@ -9,6 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
@@ -17,6 +18,7 @@ from trl import GRPOConfig
 from rlhf_trl.callbacks.kl import AdaptiveKL, LinearKL
 from rlhf_trl.ppo import PPOConfig
 from rlhf_trl.ppo.config import REFUSED, added_fields
+from rlhf_trl.ppo.critic import project_labels_only
 from tests.test_ppo_update import make_trainer, prompts
 from tests.tiny import make_tokenizer, save_model
 
@@ -415,3 +417,34 @@ def test_the_critic_can_have_a_learning_rate_of_its_own(path, tmp_path):
     assert (trainer.model.value_head.weight - head).abs().max() > 5e-3
     count = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
     assert count == len(list(trainer.model.parameters()))
+
+
+def test_only_labelled_positions_are_projected_to_the_vocabulary(path, monkeypatch):
+    """The same log-probabilities, entropies and gradients as TRL's fused head over all positions."""
+    ids = torch.randint(3, 16, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = mask[1, 5:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :3] = -100
+    projected, outcomes = [], []
+    function = trl.trainer.utils._ChunkedLogProbFunction
+    apply = function.apply
+    monkeypatch.setattr(function, "apply", lambda hidden, *rest: projected.append(len(hidden)) or apply(hidden, *rest))
+    for patch in (lambda model: None, project_labels_only):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        trl.trainer.utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+        patch(model)
+        output = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+        (output.log_probs + 0.1 * output.entropy).sum().backward()
+        outcomes.append((output.log_probs, output.entropy, output.label_mask, model.model.embed_tokens.weight.grad))
+    for plain, selected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(selected, plain)
+    assert projected == [3 * 6, int((labels[:, 1:] != -100).sum())] and projected[1] == 10
+
+
+def test_generation_gives_the_output_layer_contiguous_states(path, tmp_path):
+    trainer = sampled(path, tmp_path)
+    seen = []
+    trainer.model.get_output_embeddings().register_forward_pre_hook(lambda _, x: seen.append(x[0].is_contiguous()))
+    trainer.train()
+    assert seen and all(seen)
