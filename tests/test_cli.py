@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -209,3 +210,11 @@ def test_a_multirun_on_one_device_gives_each_job_a_directory(command, tmp_path):
     assert [job.parent.name for job in jobs] == ["0", "1"] and not Path("runs/default/dpo").exists()
     for number, job in enumerate(jobs):  # the recorded command runs this job alone, in its own directory
         assert json.loads(job.read_text())["command"].endswith(f"0.{number + 1} run_name=dpo_sweep/{number}")
+
+
+def test_freed_memory_is_kept_unless_the_user_says_otherwise(monkeypatch):
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_"):
+        monkeypatch.delenv(name, raising=False)
+    assert cli.keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    assert not cli.keep_freed_memory()
