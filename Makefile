@@ -8,7 +8,7 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2 --dist loadfile
 READY = $(VENV)/.ready
 
-.PHONY: help venv demo demo-clean test test-all style lint checkpoints
+.PHONY: help venv demo demo-clean test test-all style lint bench checkpoints
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -45,6 +45,9 @@ style: $(READY) ## format the code and mend what the linter can
 lint: $(READY) ## what .ci/run checks before the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+bench: $(READY) ## our PPO, TRL 1.12's and a bare loop: speed and memory in bench/results.md; about 15 minutes
+	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python -m bench
 
 checkpoints: $(READY) ## make the embedded checkpoints again
 	$(BIN)/python -m rlhf_trl.demo.build

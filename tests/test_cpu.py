@@ -1,8 +1,7 @@
 """What makes training on a CPU quicker changes no number."""
 
-import ctypes
+import platform
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from trl.trainer import utils
@@ -46,8 +45,9 @@ def test_only_labelled_positions_are_scored_and_the_numbers_stay(tmp_path, monke
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("library", [None, object()], ids=["glibc", "no mallopt"])
-def test_freed_memory_is_kept_where_it_can_be(monkeypatch, library):
-    if library is not None:
-        monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
-    cpu.keep_freed_memory()
+def test_freed_memory_is_kept_unless_the_user_says_otherwise(monkeypatch):
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    assert cpu.keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    assert not cpu.keep_freed_memory()

@@ -475,3 +475,11 @@ def test_the_critic_can_have_a_learning_rate_of_its_own(path, tmp_path):
     assert (trainer.model.value_head.weight - head).abs().max() > 5e-3
     count = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
     assert count == len(list(trainer.model.parameters()))
+
+
+def test_generation_gives_the_output_layer_contiguous_states(path, tmp_path):
+    trainer = sampled(path, tmp_path)
+    seen = []
+    trainer.model.get_output_embeddings().register_forward_pre_hook(lambda _, x: seen.append(x[0].is_contiguous()))
+    trainer.train()
+    assert seen and all(seen)

@@ -1,0 +1,234 @@
+"""
+What the contenders share: sizes, models, prompts, and the meter. Imports nothing of rlhf_trl or TRL, because each
+contender runs in a process of its own and TRL 1.12 in an environment of its own.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+PHASES = ("generate", "score", "log-probabilities", "update", "rest")
+WORDS = 1024  # vocabulary of the small Llama
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    One training setup, the same for every contender.
+
+    `folder` holds the models `policy`, `reward` and `reward_adapter`, and the prompts. A rollout is `batch` prompts of
+    `prompt_tokens`, each with one completion of exactly `new_tokens`. `dtype` is that of every network (LoRA weights
+    and a value head stay in float32, as PEFT and PPOTrainer make them).
+    """
+
+    folder: str
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    epochs: int
+    mini_batches: int
+    lora: bool
+    dtype: str
+    rollouts: int
+    learning_rate: float = 1e-5
+    beta: float = 0.05
+    seed: int = 1
+
+    @property
+    def policy(self) -> str:
+        return f"{self.folder}/policy"
+
+    @property
+    def reward(self) -> str:
+        return f"{self.folder}/reward"
+
+    @property
+    def reward_adapter(self) -> str:
+        return f"{self.folder}/reward_adapter"
+
+    @property
+    def mini_batch(self) -> int:
+        """Rows of a mini-batch, which is also what goes through a network at once."""
+        return self.batch // self.mini_batches
+
+    def prompts(self) -> list[dict]:
+        return json.loads(Path(self.folder, "prompts.json").read_text())
+
+
+class Meter:
+    """Where the time of each rollout goes, and the peak memory of the process above what it had after its imports."""
+
+    def __init__(self):
+        self.base = _resident()
+        self.rollouts: list[dict[str, float]] = []
+        self._phase, self._since = "rest", time.perf_counter()
+        self._seconds: dict[str, float] | None = None
+        self._cpu = 0.0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def switch(self, phase: str) -> str:
+        """Charge the time from now on to `phase`; returns the phase until now."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._seconds is not None:
+            self._seconds[self._phase] += now - self._since
+        self._since, before, self._phase = now, self._phase, phase
+        return before
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        before = self.switch(name)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def timed(self, function: Callable, name: str) -> Callable:
+        """`function`, its time charged to the phase `name`."""
+
+        def wrapped(*args, **kwargs):
+            with self.phase(name):
+                return function(*args, **kwargs)
+
+        return wrapped
+
+    def start_rollout(self):
+        """End the rollout before, if there was one, and start the next."""
+        self.end()
+        self._seconds, self._cpu = defaultdict(float), time.process_time()
+
+    def end(self):
+        """End the last rollout."""
+        self.switch("rest")
+        if self._seconds is not None:
+            self.rollouts.append(dict(self._seconds) | {"cpu": time.process_time() - self._cpu})
+        self._seconds = None
+
+    def report(self, setting: Setting) -> dict:
+        """Medians over the rollouts but the first, times in seconds a rollout and memory in MiB."""
+        steady = self.rollouts[1:] or self.rollouts
+        phases = {phase: median(r.get(phase, 0.0) for r in steady) for phase in PHASES}
+        seconds = median(sum(r.get(phase, 0.0) for phase in PHASES) for r in steady)
+        report = {
+            "samples_per_second": setting.batch / seconds,
+            "seconds": seconds,
+            "cpu_seconds": median(r["cpu"] for r in steady),
+            "phases": phases,
+            "peak_memory": (_peak_resident() - self.base) / 2**20,
+        }
+        if torch.cuda.is_available():
+            report["peak_gpu_memory"] = torch.cuda.max_memory_allocated() / 2**20
+        return report
+
+
+def contend(train: Callable[[Setting, dict, Meter], object]):
+    """`python -m bench.<contender> SETTING OPTIONS`, both JSON: train, and print the report as the last line."""
+    setting, options = Setting(**json.loads(sys.argv[1])), json.loads(sys.argv[2])
+    torch.manual_seed(setting.seed)
+    meter = Meter()
+    train(setting, options, meter)
+    meter.end()
+    print(json.dumps(meter.report(setting)))
+
+
+def as_json(setting: Setting) -> str:
+    """A setting as `contend` reads it."""
+    return json.dumps(asdict(setting))
+
+
+def make_small_llama(folder: Path):
+    """A Llama of 3 M parameters with a word-level tokenizer, random weights; a reward model of the same shape."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+    vocab = {word: i for i, word in enumerate(["<pad>", "<eos>", *(f"w{i}" for i in range(2, WORDS))])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        eos_token_id=1,
+        bos_token_id=None,
+        pad_token_id=0,
+        num_labels=1,
+    )
+    torch.manual_seed(0)
+    _save(folder, LlamaForCausalLM(config), LlamaForSequenceClassification(config), tokenizer)
+
+
+def make_from(path: str, folder: Path):
+    """The causal language model in `path` as the policy, and as the reward model with a random score head."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    reward = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.bfloat16, num_labels=1)
+    _save(folder, policy, reward, AutoTokenizer.from_pretrained(path, padding_side="left"))
+
+
+def _save(folder: Path, policy, reward, tokenizer):
+    # No contender ever samples EOS or padding, so all completions have the same length: `generate` takes what its
+    # caller leaves open from the model's generation_config.json.
+    policy.generation_config.suppress_tokens = sorted({tokenizer.eos_token_id, tokenizer.pad_token_id})
+    reward.config.pad_token_id = tokenizer.pad_token_id
+    policy.save_pretrained(folder / "policy")
+    reward.save_pretrained(folder / "reward")
+    tokenizer.save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "reward")
+    # the reward model once more, as an adapter on the policy's base
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "policy", dtype=policy.dtype, num_labels=1)
+    get_peft_model(base, LoraConfig(**LORA | {"task_type": "SEQ_CLS"})).save_pretrained(folder / "reward_adapter")
+    tokenizer.save_pretrained(folder / "reward_adapter")
+
+
+def make_prompts(folder: Path, count: int, tokens: int):
+    """`count` texts of exactly `tokens` tokens each, so that no contender pads."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    candidates = sorted(i for word, i in tokenizer.get_vocab().items() if word.lstrip("Ġ").isalnum() and len(word) > 2)
+    words = [word for word in map(tokenizer.decode, candidates) if len(tokenizer(f"{word} {word.strip()}")[0]) == 2]
+    generator = torch.Generator().manual_seed(0)
+    prompts = []
+    while len(prompts) < count:
+        drawn = torch.randint(len(words), (tokens,), generator=generator)
+        text = " ".join(words[i].strip() for i in drawn.tolist())
+        ids = tokenizer(text)["input_ids"]
+        if len(ids) == tokens:
+            prompts.append({"text": text, "ids": ids})
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+
+
+def _resident() -> int:
+    """Resident memory of this process, in bytes."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def _peak_resident() -> int:
+    """Largest resident memory this process ever had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

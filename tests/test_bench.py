@@ -1,0 +1,82 @@
+"""The benchmark's contenders train on the same numbers: our PPO against the bare loop, and the meter's arithmetic."""
+
+import pytest
+import torch
+
+from bench import bare, ours
+from bench.__main__ import BARE_HEAD, OURS_HEAD, Target, ratios, table
+from bench.setting import PHASES, Meter, Setting, make_prompts, make_small_llama
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Setting:
+    folder = tmp_path_factory.mktemp("bench")
+    make_small_llama(folder)
+    make_prompts(folder, 8, 6)
+    return Setting(
+        str(folder),
+        batch=8,
+        prompt_tokens=6,
+        new_tokens=5,
+        epochs=1,
+        mini_batches=2,
+        lora=False,
+        dtype="float32",
+        rollouts=1,
+    )
+
+
+def test_ours_and_the_bare_loop_compute_the_same_rollout(setting):
+    """Given our completions, the bare loop finds our log-probabilities, values, advantages and returns."""
+    meter = Meter()
+    trainer = ours.train(setting, {"critic": "head"}, meter)
+    meter.end()
+    rollout = trainer._rollout
+    assert rollout["prompt_mask"].all() and rollout["mask"].all()
+    assert rollout["completion_ids"].shape == (8, 5)
+
+    loop = bare.Loop(setting)
+    ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
+    logp, ref, values = loop.old(ids)
+    advantages, returns = loop.advantages(logp, ref, values, loop.score(ids))
+    expected = {
+        "old_per_token_logps": logp,
+        "ref_per_token_logps": ref,
+        "old_values": values,
+        "advantages": advantages,
+        "returns": returns,
+    }
+    for key, value in expected.items():
+        torch.testing.assert_close(rollout[key], value, atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+    report = meter.report(setting)
+    assert all(report["phases"][phase] > 0 for phase in ("generate", "score", "log-probabilities", "update"))
+    assert report["seconds"] == pytest.approx(sum(report["phases"].values()))
+
+
+@pytest.mark.parametrize("critic", ["head", "model"])
+def test_the_bare_loop_moves_policy_and_critic(setting, critic):
+    before = {k: v.clone() for k, v in bare.Loop(setting, critic).policy.state_dict().items()}
+    loop = bare.train(setting, {"critic": critic}, Meter())
+    assert any(not torch.equal(v, before[k]) for k, v in loop.policy.state_dict().items())
+    trained = loop.head if critic == "head" else loop.critic.score
+    start = torch.zeros(1, 256) if critic == "head" else bare.Loop(setting, critic).critic.score.weight
+    assert not torch.equal(trained.weight, start)
+
+
+def test_ratios_are_medians_over_rounds_and_say_if_they_met_their_aim():
+    def report(speed):
+        return {
+            "samples_per_second": speed,
+            "seconds": 1 / speed,
+            "phases": dict.fromkeys(PHASES, 0.1),
+            "peak_memory": 100.0,
+        }
+
+    rounds = [{OURS_HEAD.name: report(ours), BARE_HEAD.name: report(4.0)} for ours in (2.0, 8.0, 6.0)]
+    fast = Target(OURS_HEAD, BARE_HEAD, "samples_per_second", True, 1.4)
+    slow = Target(OURS_HEAD, BARE_HEAD, "samples_per_second", True, 1.6)
+    lines = ratios((fast, slow), rounds)
+    assert "| 1.50 | 0.50 to 2.00 | at least 1.4 | met |" in lines[2]
+    assert "missed" in lines[3]
+    assert "| 6.00 | 0.17 |" in table((OURS_HEAD,), rounds)
