@@ -8,7 +8,7 @@ from rlhf_trl.callbacks import steps_per_rollout
 from rlhf_trl.data import render_sample
 from rlhf_trl.models import load_tokenizer
 from rlhf_trl.paths import resolve_path
-from rlhf_trl.run import load_data, project_dir, source, training_arguments
+from rlhf_trl.run import critic_start, load_data, project_dir, source, training_arguments
 
 
 def show_plan(cfg: DictConfig) -> None:
@@ -21,7 +21,7 @@ def show_plan(cfg: DictConfig) -> None:
         print(f"Plan: stage {cfg.stage.name} -> {cfg.run_dir}. It trains nothing. Nothing was started.")
         return
     path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
-    args = training_arguments(cfg.stage.args)
+    args = training_arguments(cfg.stage.args, **critic_start(cfg))
     tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **source(cfg))
     dataset = load_data(cfg, tokenizer)
     rows = {name: len(part) for name, part in dataset.items()}
@@ -36,6 +36,8 @@ def show_plan(cfg: DictConfig) -> None:
     }
     if "reward" in cfg:
         lines["rewards"] = ", ".join(f"{name} x {node.weight}" for name, node in cfg.reward.items())
+    if hasattr(args, "critic"):
+        lines["critic"] = f"{args.critic}, from {args.critic_path or 'the policy'}"
     if not PartialState().is_main_process:
         return
     width = max(map(len, lines))

@@ -21,10 +21,12 @@ STAGES = sorted(path.stem for path in CONF.glob("stage/*.yaml"))
 PIPELINES = sorted(path.stem for path in CONF.glob("pipeline/*.yaml"))
 # What a user has to say besides
 NEEDS = {
+    "critic/adapter": ["adapter=lora"],
     "model/hf": ["model.path=organization/name"],
     "data/files": ["data.paths=pairs.jsonl"],
     "data/hub": ["data.path=organization/name"],
     "data/mix": ["data.sources={own:{_target_:rlhf_trl.demo.load,_partial_:true}}"],
+    "reward/adapter": ["adapter=lora"],
     "reward/function": ["reward.function.function=rlhf_trl.demo.gold_reward"],
     "reward/sentiment": ["data=reviews"],
     "reward/vader": ["data=reviews"],

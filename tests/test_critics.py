@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import math
 import os
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from rlhf_trl.ppo import PPOConfig
 from rlhf_trl.ppo.critic import is_critic
 from rlhf_trl.ppo.ptx import Demonstrations
 from rlhf_trl.rewards import AdapterReward, ModelReward
+from tests.helpers.spies import SPY, Spy
 from tests.test_ppo import count_of_a, logged, sampled
 from tests.test_ppo_update import make_trainer, prompts
 from tests.tiny import make_tokenizer, save_model
@@ -221,6 +223,11 @@ def test_a_run_with_every_role_on_one_base(train, tmp_path):
     )
     policy = PeftModel.from_pretrained(base, run_dir)
     assert list(policy.peft_config) == ["default"]
+    # on a base in 4 bits
+    run_dir = train(tmp_path, *ours, "adapter=qlora", "run_name=ppo_q", "stage.args.max_steps=2", SPY)
+    assert "Linear4bit" in {type(module).__name__ for module in Spy.model.modules()}
+    assert set(Spy.model.peft_config) == {"default", "ref", "critic", "reward_adapter"}
+    assert all(math.isfinite(value) for value in history(run_dir, "value/loss"))
     # and on TRL's own trainers
     run_dir = train(tmp_path, "stage=rloo", "model.run=sft", "reward=adapter", *lora, "stage.args.max_steps=2")
     assert {path.name for path in Path(run_dir).iterdir() if path.is_dir()} <= {"checkpoint-2"}

@@ -11,10 +11,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 from trl import GRPOConfig
 
 from rlhf_trl.callbacks.kl import AdaptiveKL, LinearKL
+from rlhf_trl.callbacks.record import save_whole_checkpoints
 from rlhf_trl.callbacks.reward_norm import RewardNorm, RunningNorm
 from rlhf_trl.ppo import PPOConfig
 from rlhf_trl.ppo.config import REFUSED, added_fields
@@ -483,3 +485,48 @@ def test_generation_gives_the_output_layer_contiguous_states(path, tmp_path):
     trainer.model.get_output_embeddings().register_forward_pre_hook(lambda _, x: seen.append(x[0].is_contiguous()))
     trainer.train()
     assert seen and all(seen)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_best_checkpoint_by_the_raw_score_is_kept_and_loaded(path, tmp_path, lora):
+    """The score rises, then the learning goes wrong on purpose; what is kept and loaded at the end is the best."""
+    rewards = iter([1.0, 3.0, 2.0, 0.0])
+
+    class Scores(TrainerCallback):
+        value = 0.0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            Scores.value = next(rewards)
+
+    def reward(completions, **kwargs):
+        return [Scores.value] * len(completions)
+
+    peft = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")} if lora else {}
+    trainer = sampled(
+        path,
+        tmp_path,
+        data=prompts(16),
+        eval_dataset=prompts(8),
+        reward_funcs=reward,
+        callbacks=[Scores()],
+        steps_per_generation=1,
+        per_device_train_batch_size=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        metric_for_best_model="eval_objective/scores",
+        load_best_model_at_end=True,
+        **peft,
+    )
+    save_whole_checkpoints(trainer)
+    trainer.train()
+    assert logged(trainer, "eval_objective/scores") == [1.0, 3.0, 2.0, 0.0]
+    best = f"{trainer.args.output_dir}/checkpoint-2"
+    assert trainer.state.best_model_checkpoint == best and trainer.state.best_metric == 3.0
+    assert "checkpoint-2" in os.listdir(trainer.args.output_dir)
+    saved = load_file(f"{best}/{'adapter_' if lora else ''}model.safetensors")
+    for name, value in saved.items():
+        name = name.replace(".weight", ".default.weight") if lora else name
+        assert torch.equal(trainer.model.state_dict()[name], value), name
