@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.tokens import prompt_ids, row_ids
+from ..data.words import names_of
 from ..errors import ConfigError
 
 
@@ -125,7 +126,7 @@ async def _await(values):
 
 class ModelReward(Reward):
     """
-    A reward model: a sequence classifier with one output, full or as an adapter on its base.
+    A reward model: a sequence classifier with one output, or one a head, full or as an adapter on its base.
 
     With the policy's tokenizer (see `bind`) it scores the generated ids themselves, EOS included if and only if it was
     generated; with another one, the text built as in its own training (`rlhf_trl.data.tokens.row_ids`). So a
@@ -137,6 +138,14 @@ class ModelReward(Reward):
         batch_size (`int`): completions scored at a time.
         dtype (`str`, *optional*): such as `"bfloat16"`; float32 when unset.
         trust_remote_code (`bool`): for hub models with code of their own.
+        head_weights (`dict[str, float]`, *optional*): of a model with several heads, the factor of each that counts:
+            the reward is their weighted sum.
+
+    Attributes:
+        heads (`list[str]`): the names of the model's heads.
+
+    Raises:
+        ConfigError: for a model with several heads without `head_weights`, or one with a head that isn't there.
     """
 
     def __init__(
@@ -147,6 +156,7 @@ class ModelReward(Reward):
         batch_size: int = 32,
         dtype: str | None = None,
         trust_remote_code: bool = False,
+        head_weights: dict[str, float] | None = None,
     ):
         from accelerate import PartialState
 
@@ -164,9 +174,26 @@ class ModelReward(Reward):
         # The score is read at the last token that isn't this one
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model.requires_grad_(False).eval().to(PartialState().device)
+        self.heads = [str(head) for head in self.model.config.id2label.values()]
+        self._head_weights = self._checked_weights(head_weights, path)
         self.batch_size = batch_size
         self._policy_tokenizer: PreTrainedTokenizerBase | None = None
         self._same_tokenizer = False
+
+    def _checked_weights(self, weights: dict[str, float] | None, path) -> Tensor:
+        typed = f"reward.{self.__name__}.head_weights={{{self.heads[0]}: 1.0}}"
+        if weights is None and len(self.heads) > 1:
+            raise ConfigError(
+                f"The reward model `{path}` has the heads {names_of(self.heads)}, and which of them count isn't said. "
+                f"Type for example `'{typed}'`."
+            )
+        if unknown := [name for name in weights or {} if name not in self.heads]:
+            raise ConfigError(
+                f"`reward.{self.__name__}.head_weights` names `{unknown[0]}`, and the heads of `{path}` are "
+                f"{names_of(self.heads)}."
+            )
+        weights = dict.fromkeys(self.heads, 1.0) if weights is None else weights
+        return torch.tensor([float(weights.get(head, 0.0)) for head in self.heads])
 
     def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Ids are scored as they are if `tokenizer` maps text to the same ids as the reward model's own."""
@@ -190,21 +217,23 @@ class ModelReward(Reward):
             for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True)
         ]
 
-    @torch.inference_mode()
     def score_ids(self, rows: list[list[int]]) -> list[float]:
         """Scores of token rows, each prompt and completion together, one each."""
+        return (self.head_scores(rows) @ self._head_weights).tolist()
+
+    @torch.inference_mode()
+    def head_scores(self, rows: list[list[int]]) -> Tensor:
+        """What each head says of token rows, shape `(rows, heads)`."""
         device, pad = self.model.device, self.tokenizer.pad_token_id
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: less padding
-        scores: list[float] = [0.0] * len(rows)
+        scores = torch.zeros(len(rows), len(self.heads))
         for start in range(0, len(order), self.batch_size):
             chunk = order[start : start + self.batch_size]
             width = max(len(rows[i]) for i in chunk)
             ids = torch.tensor([rows[i] + [pad] * (width - len(rows[i])) for i in chunk], device=device)
             lengths = torch.tensor([len(rows[i]) for i in chunk], device=device)
             mask = (torch.arange(width, device=device) < lengths.unsqueeze(1)).long()
-            logits = self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
-            for i, score in zip(chunk, logits.tolist(), strict=True):
-                scores[i] = score
+            scores[chunk] = self.model(input_ids=ids, attention_mask=mask).logits.float().cpu()
         return scores
 
 
