@@ -43,10 +43,11 @@ COLUMNS = (
         "learning_rate": "lr",
     },
     {  # Reward
-        "margin": "margin",
+        "mean_reward": "reward",
         "loss": "loss",
         "accuracy": "accuracy",
-        "mean_reward": "reward",
+        "margin": "margin",
+        "mse": "mse",
         "grad_norm": "grad",
         "learning_rate": "lr",
     },

@@ -156,7 +156,7 @@ class Feedback(ABC):
 
     @abstractmethod
     def groups(self, rows: list[dict], form: str, rng: random.Random, notes: Counter) -> Iterator[Group]:
-        """The rows as comparisons (for the form `comparisons` perhaps as targets), those of a prompt or row together."""
+        """The rows as comparisons (or, for the form `comparisons`, as targets), those of a prompt or row together."""
 
     @abstractmethod
     def labelled(self, rows: list[dict], notes: Counter) -> Iterator[tuple[Any, Any, bool | None]]:
