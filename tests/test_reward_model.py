@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -373,6 +376,56 @@ def test_a_reward_model_with_other_heads_than_the_data_is_refused(tmp_path):
 def test_arguments_that_can_not_be_are_named(tmp_path, option, value, message):
     with pytest.raises(ValueError, match=f"`{option}` is .*{message}"):
         arguments(RewardConfig, tmp_path, **{option: value})
+
+
+SCRIPT = """
+import json
+import pathlib
+import sys
+from tests.test_reward_model import *
+base, out, ranks = sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3])
+trainer = RewardTrainer(
+    model=classifier(base),
+    args=arguments(
+        RewardConfig, out, per_device_train_batch_size=8 // ranks, per_device_eval_batch_size=8 // ranks,
+        max_steps=6, logging_steps=1, learning_rate=1e-3,
+    ),
+    train_dataset=rankings(64),
+    eval_dataset=rankings(16),
+    processing_class=AutoTokenizer.from_pretrained(base),
+)
+assert trainer.accelerator.num_processes == ranks
+trainer.train()
+trainer.evaluate()
+trainer.save_model(str(out))
+if trainer.accelerator.is_main_process:
+    pathlib.Path(out, "log.json").write_text(json.dumps(trainer.state.log_history))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_numbers_of_one(tmp_path):
+    base = save_model(tmp_path / "base")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    root = Path(__file__).parents[1]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    logs, calibrations = {}, {}
+    for ranks in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        launch = launch if ranks == 2 else [sys.executable]
+        out = tmp_path / str(ranks)
+        arguments = [str(tmp_path / "script.py"), base, str(out), str(ranks)]
+        done = subprocess.run([*launch, *arguments], cwd=root, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        logs[ranks] = json.loads((out / "log.json").read_text())
+        calibrations[ranks] = json.loads((out / "calibration.json").read_text())
+    assert calibrations[2] == {
+        **calibrations[1],
+        **{name: pytest.approx(calibrations[1][name], abs=1e-4) for name in ("mean", "std")},
+    }
+    for key in ("loss", "accuracy", "margin", "num_tokens", "eval_loss", "eval_accuracy", "eval_margin"):
+        one, two = ([entry[key] for entry in logs[ranks] if key in entry] for ranks in (1, 2))
+        assert one and two == pytest.approx(one, abs=1e-4), key
 
 
 # ---- The stage, on the embedded world's feedback ----
