@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose as compose_config
+from hydra import initialize_config_dir
 from hydra.utils import get_class, instantiate
 
 from rlhf_trl import data
@@ -73,6 +76,30 @@ def test_the_embedded_world_serves_every_form_to_every_stage(compose, name, stag
     assert not prompts[0] & prompts[1]
     if cfg.stage.form == "unpaired":
         assert set(rows["train"]["label"]) == {True, False}
+
+
+def test_the_examples_of_the_readme_compose(tmp_path):
+    section = (CONF.parents[2] / "README.md").read_text().split("## Forms of feedback")[1].split("\n## ")[0]
+    whole, lines = re.findall(r"```yaml\n(.*?)```", section, re.S)
+    (tmp_path / "experiment").mkdir()
+    found = {"pairs": whole}
+    for line in lines.split("---\n"):
+        found[line.rsplit("# ", 1)[1].strip()] = line
+    assert set(found) == set(FORMS)
+    for name, text in found.items():
+        head = "# @package _global_\ndefaults:\n  - override /stage: reward\n  - override /data: files\n"
+        text = text if name == "pairs" else f"{head}  - override /data/feedback: {name}\n{text}"
+        (tmp_path / "experiment" / f"{name}.yaml").write_text(text)
+        words = [f"hydra.searchpath=[file://{tmp_path}]", f"experiment={name}", "data.paths=a.jsonl"]
+        with initialize_config_dir(str(CONF.parents[1]), version_base="1.3"):
+            cfg = compose_config("train", words)
+        given = yaml.safe_load(text)["data"]["feedback"]
+        declared = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+        assert set(given) <= set(declared) and set(given.get("columns", {})) <= set(declared["columns"])
+        feedback = instantiate(cfg.data.feedback)
+        assert isinstance(feedback, FORMS[name])
+        assert all(getattr(feedback, key) == value for key, value in given.items() if key != "columns")
+        assert given.get("columns", {}).items() <= feedback.columns.items()
 
 
 def test_files_serve_a_form_and_splits_share_no_prompt(tmp_path, capsys):
@@ -234,6 +261,16 @@ def test_agreement_needs_to_know_the_raters():
         made(data.Pairs(agreement="weights"), [pair()])
     (row,) = made(data.Pairs(agreement="weights", drop_duplicates=False), [pair(), pair(), pair(preferred="b")])
     assert row["weights"] == pytest.approx([1 / 3])
+
+
+def test_options_that_a_stage_has_no_use_for_are_said(capsys):
+    feedback = data.Pairs(margin=1.0, max_pairs=1)
+    made(feedback, [pair()])
+    assert "note:" not in capsys.readouterr().out
+    made(feedback, [pair()], "preference")
+    assert "note: `data.feedback.margin` changes nothing in rows of preference" in capsys.readouterr().out
+    made(feedback, [pair()], "unpaired")
+    assert "`data.feedback.margin`, `data.feedback.max_pairs` changes nothing" in capsys.readouterr().out
 
 
 # ---- Augmentation ----

@@ -191,6 +191,13 @@ class Feedback(ABC):
             )
         return made
 
+    def idle(self, form: str) -> list[str]:
+        """Options that were set and change nothing in rows of `form`."""
+        of_comparisons = ["margin", "agreement", "pairwise_rows"]
+        of_pairs = ["max_pairs", "negatives", "min_gap"]
+        names = [] if form == "comparisons" else of_comparisons if form == "preference" else of_comparisons + of_pairs
+        return [name for name in names if getattr(self, name, None)]
+
     def _needs(self, form: str) -> str:
         """A sentence on what rows of this form need for `form`."""
         return "Give rows of which some completion is better than another one of its prompt."

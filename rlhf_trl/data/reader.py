@@ -273,6 +273,12 @@ class FeedbackReader(Reader):
                 continue
             yield place, made
 
+    def summary(self) -> list[str]:
+        """As of [`Reader`], and which options of the form this stage has no use for."""
+        idle = [f"`data.feedback.{name}`" for name in self.feedback.idle(self.form)]
+        note = [f"note: {', '.join(idle)} changes nothing in rows of {self.form}"] if idle else []
+        return super().summary() + note
+
     def convert(self, side: str, rows, seed: int, notes: list[str]):
         """The rows of a split as a `Dataset` of the stage's form; what was made of them goes to `notes`."""
         from datasets import Dataset
