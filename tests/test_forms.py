@@ -355,7 +355,7 @@ def test_chats_and_text_beside_them():
         (data.Pairs(), {**pair(), "prompt": None}, "`prompt` is null"),
         (data.Rankings(), {"prompt": "p", "completions": ["a"], "ranks": [1]}, "`completions` has 1, .* 2 or more"),
         (data.Rankings(), {"prompt": "p", "completions": ["a", "b"], "ranks": [1]}, "`ranks` has 1 for 2"),
-        (data.Rankings(), {"prompt": "p", "completions": ["a", "b"], "ranks": [1, None]}, r"`ranks\[1\]` is None"),
+        (data.Rankings(), {"prompt": "p", "completions": ["a", "b"], "ranks": [1, None]}, r"`ranks\[1\]` is null"),
         (data.Rankings(), {"prompt": "p", "completions": ["a", ""], "ranks": [1, 2]}, r"`completions\[1\]` is empty"),
         (data.Rankings(), {"prompt": "p", "completions": "a", "ranks": [1, 2]}, "`completions` is text, .* a list"),
         (
@@ -366,8 +366,8 @@ def test_chats_and_text_beside_them():
         (data.Ratings(), rated("a", 6), "`ratings` is 6, outside the scale from 1 to 5"),
         (data.Ratings(), rated("a", [3, 0]), "`ratings` is 0, outside the scale"),
         (data.Ratings(), rated("a", []), "`ratings` is an empty list"),
-        (data.Ratings(), rated("a", None), "`ratings` is None, where a number"),
-        (data.Ratings(), rated("a", [4, None]), r"`ratings\[1\]` is None, where a number"),
+        (data.Ratings(), rated("a", None), "`ratings` is null, where a number"),
+        (data.Ratings(), rated("a", [4, None]), r"`ratings\[1\]` is null, where a number"),
         (data.Edits(), {"prompt": "p", "original": "a", "edited": "a "}, "`edited` is the same as `original`"),
         (data.Thumbs(), {"prompt": "p", "completion": "a", "thumb": "meh"}, "`thumb` is 'meh', where true or false"),
         (

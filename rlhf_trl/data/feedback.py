@@ -193,9 +193,8 @@ class Feedback(ABC):
 
     def idle(self, form: str) -> list[str]:
         """Options that were set and change nothing in rows of `form`."""
-        of_comparisons = ["margin", "agreement", "pairwise_rows"]
-        of_pairs = ["max_pairs", "negatives", "min_gap"]
-        names = [] if form == "comparisons" else of_comparisons if form == "preference" else of_comparisons + of_pairs
+        names = [] if form == "comparisons" else ["margin", "pairwise_rows"]
+        names += [] if form in ("comparisons", "preference") else ["agreement", "max_pairs", "negatives", "min_gap"]
         return [name for name in names if getattr(self, name, None)]
 
     def _needs(self, form: str) -> str:
@@ -842,7 +841,8 @@ def _number(value, field: str) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        raise RowError(field, f"is {value!r}, where a number should be") from None
+        shown = "null" if value is None else repr(value)
+        raise RowError(field, f"is {shown}, where a number should be") from None
     if not math.isfinite(number):
         raise RowError(field, f"is {value!r}, where a finite number should be")
     return number

@@ -155,9 +155,10 @@ def keep_short_completions(dataset, max_length: int | None, split: str = ""):
 
 def head_names(dataset) -> list[str] | None:
     """The names of what completions have targets for, from the columns' types; `None` without targets."""
-    if "targets" not in dataset.column_names:
-        return None
-    return list(dataset.features["targets"].feature)
+    from datasets import List
+
+    targets = dataset.features.get("targets")  # of that name there may be a column for a reward function too
+    return list(targets.feature) if isinstance(targets, List) and isinstance(targets.feature, dict) else None
 
 
 def report_cut_rows(dataset, tokenizer, max_length: int | None = None):
