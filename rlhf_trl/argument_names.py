@@ -29,6 +29,7 @@ CLASSES = (
     "trl.RLOOConfig",
     "trl.GRPOConfig",
     "rlhf_trl.ppo.PPOConfig",
+    "rlhf_trl.reward_model.RewardConfig",
     "peft.LoraConfig",
     "transformers.BitsAndBytesConfig",
 )

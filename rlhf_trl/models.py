@@ -2,7 +2,9 @@
 
 import copy
 import logging
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
+from rlhf_trl.calibration import CALIBRATION_FILE, read_calibration
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.paths import resolve_path
 
@@ -159,7 +162,8 @@ def load_model(
     if config is None:
         return _load_full(path, task_type, revision=revision, **options)
     _refuse_reward_model(path, task_type, config.task_type == "SEQ_CLS")
-    base = _load_full(base_path(path, config), task_type, revision=config.revision, **options)
+    heads = adapter_heads(path, revision) if task_type == "SEQ_CLS" else None
+    base = _load_full(base_path(path, config), task_type, revision=config.revision, heads=heads, **options)
     return PeftModel.from_pretrained(base, path, revision=revision)
 
 
@@ -167,7 +171,8 @@ def load_reward_model(
     path: str, dtype: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel | PeftModel:
     """
-    A trained reward model, full or an adapter on its base: one score a sequence.
+    A trained reward model, full or an adapter on its base: one score a sequence, or one a head; the names of the heads
+    are in `config.id2label`.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if the model has no trained score head.
@@ -189,6 +194,7 @@ def load_start(
     peft_config: PeftConfig | None,
     merge_dir: str,
     revision: str | None = None,
+    heads: Sequence[str] | None = None,
     **options,
 ) -> tuple[PreTrainedModel | PeftModel, PeftConfig | None]:
     """
@@ -209,6 +215,8 @@ def load_start(
             The adapter that is asked for.
         merge_dir (`str`):
             Folder for the merged start.
+        heads (`Sequence[str]`, *optional*):
+            Names of the scores of a `SEQ_CLS` model; one score without them.
         revision (`str`, *optional*), **options:
             See [`load_model`].
 
@@ -217,19 +225,21 @@ def load_start(
     """
     saved = adapter_config(path, revision)
     if saved is None:
-        return _load_full(path, task_type, revision=revision, **options), peft_config
+        return _load_full(path, task_type, revision=revision, heads=heads, **options), peft_config
     _refuse_reward_model(path, task_type, saved.task_type == "SEQ_CLS")
     if peft_config is None:
         with PartialState().main_process_first():
             if not Path(merge_dir, "config.json").is_file():
                 merge_adapter(path, merge_dir, revision, options.get("trust_remote_code", False))
-        return _load_full(merge_dir, task_type, **options), None
-    base = _load_full(base_path(path, saved), task_type, revision=saved.revision, **options)
+        return _load_full(merge_dir, task_type, heads=heads, **options), None
+    base = _load_full(base_path(path, saved), task_type, revision=saved.revision, heads=heads, **options)
     _check_shape(path, saved, peft_config, base)
     saved.base_model_name_or_path = base.config._name_or_path
     saved.inference_mode = False
     saved.lora_dropout = peft_config.lora_dropout
     if saved.task_type == task_type:
+        if task_type == "SEQ_CLS":
+            _check_heads(path, len(adapter_heads(path, revision)), len(heads or ["score"]))
         return PeftModel.from_pretrained(base, path, config=saved, is_trainable=True, revision=revision), None
     return _with_score_head(base, path, saved, revision), None
 
@@ -260,11 +270,51 @@ def merge_adapter(source: str, output_dir: str, revision: str | None = None, tru
     merged.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     merged.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    if Path(source, CALIBRATION_FILE).is_file():  # merging doesn't change a score
+        shutil.copy(Path(source, CALIBRATION_FILE), partial)
     shutil.rmtree(output_dir, ignore_errors=True)
     partial.rename(output_dir)
 
 
-def _load_full(path: str, task_type: str, trust_remote_code: bool = False, revision: str | None = None, **options):
+def score_heads(model: PreTrainedModel | PeftModel) -> list[torch.nn.Linear]:
+    """The layers that give a classifier's scores; under an adapter the original and the trained copy."""
+    labels = model.config.num_labels
+    return [
+        module
+        for name, module in model.named_modules()
+        if {"score", "classifier"} & set(name.split("."))
+        and isinstance(module, torch.nn.Linear)
+        and module.out_features == labels
+    ]
+
+
+def adapter_heads(path: str, revision: str | None) -> list[str]:
+    """Names of the scores of a reward model's adapter, whose files hold the head but not the model's config."""
+    weights = load_peft_weights(path, device="cpu", revision=revision)
+    count = next(
+        (len(weight) for name, weight in weights.items() if re.search(r"\.(score|classifier)\.weight$", name)), 1
+    )
+    names = (read_calibration(path) or {}).get("heads", [])
+    return names if len(names) == count else ["score"] if count == 1 else [f"LABEL_{i}" for i in range(count)]
+
+
+def _check_heads(path: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        plural = "s" * (found != 1)
+        raise ConfigError(
+            f"The reward model `{path}` gives {found} score{plural} a completion, and the data is for {wanted}. Start "
+            "from a policy, or give the data that the reward model was trained on."
+        )
+
+
+def _load_full(
+    path: str,
+    task_type: str,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    heads: Sequence[str] | None = None,
+    **options,
+):
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
     architecture = (config.architectures or [""])[0]
     _refuse_reward_model(path, task_type, "SequenceClassification" in architecture)
@@ -274,7 +324,12 @@ def _load_full(path: str, task_type: str, trust_remote_code: bool = False, revis
 
         path, revision = snapshot_download(path, revision=revision), None
     if task_type == "SEQ_CLS":
-        options["num_labels"] = 1
+        is_scored = "SequenceClassification" in architecture
+        if is_scored and heads is not None:
+            _check_heads(path, config.num_labels, len(heads))
+        elif not is_scored:
+            names = list(heads or ["score"])
+            options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     with suppress_seqcls_warning():  # that a policy has no score head: a new one is what is wanted
         model = AUTO_CLASSES[task_type].from_pretrained(path, trust_remote_code=trust_remote_code, **options)
     if task_type == "SEQ_CLS":

@@ -193,6 +193,6 @@ def _groups(folders: Sequence[str]) -> dict[str, set[str]]:
     """The options of each group in the config folders."""
     groups: dict[str, set[str]] = {}
     for folder in folders:
-        for path in Path(folder).glob("*/*.yaml"):
-            groups.setdefault(path.parent.name, set()).add(path.stem)
+        for path in Path(folder).glob("*/**/*.yaml"):
+            groups.setdefault(str(path.parent.relative_to(folder)), set()).add(path.stem)
     return groups

@@ -48,6 +48,7 @@ from rlhf_trl.callbacks.samples import SampleLog
 from rlhf_trl.checks.run_directory import resume_changes
 from rlhf_trl.checks.values import plain
 from rlhf_trl.cpu import score_labels_only
+from rlhf_trl.data import head_names
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.launching import config_dirs
 from rlhf_trl.loggers import is_first_rank
@@ -156,11 +157,27 @@ def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
 def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
     """The splits `train` and, where there is one, `eval`, in the form the stage wants."""
     with PartialState().main_process_first():
-        dataset = instantiate(cfg.data)(form=cfg.stage.form, seed=cfg.seed)
+        dataset = instantiate_data(cfg)
         if cfg.stage.prepare is not None:
             prepare = instantiate(cfg.stage.prepare)
             dataset = prepare(dataset, tokenizer)
     return dataset
+
+
+def instantiate_data(cfg: DictConfig) -> DatasetDict:
+    """
+    The rows of `cfg.data` in the form that the stage wants.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: of an option of `data.feedback`, or of the rows.
+    """
+    try:
+        load = instantiate(cfg.data)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from error
+        raise
+    return load(form=cfg.stage.form, seed=cfg.seed)
 
 
 def begin(cfg: DictConfig, path: str) -> str | None:
@@ -223,6 +240,7 @@ def make_trainer(
         cfg.stage.task_type,
         instantiate(cfg.adapter.peft),
         merge_dir=f"{cfg.run_dir}/start",
+        heads=head_names(dataset["train"]),
         dtype=cfg.model.dtype,
         attn_implementation=cfg.model.attn_implementation,
         quantization_config=instantiate(cfg.adapter.quantization),

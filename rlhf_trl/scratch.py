@@ -75,10 +75,10 @@ def init(cfg) -> None:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from rlhf_trl.run import begin, end
+    from rlhf_trl.run import begin, end, instantiate_data
 
     OmegaConf.resolve(cfg)
-    rows = instantiate(cfg.data)(form=cfg.stage.form, seed=cfg.seed)["train"]
+    rows = instantiate_data(cfg)["train"]
     tokenizer = instantiate(cfg.stage.tokenizer)(texts_of(rows))
     begin(cfg, "random weights")
     try:

@@ -16,7 +16,7 @@ from rlhf_trl.checks.values import plain
 from rlhf_trl.paths import conf_dir
 
 CONF = conf_dir()
-FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("*/*.yaml"))
+FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("*/**/*.yaml"))
 STAGES = sorted(path.stem for path in CONF.glob("stage/*.yaml"))
 PIPELINES = sorted(path.stem for path in CONF.glob("pipeline/*.yaml"))
 # What a user has to say besides
@@ -65,13 +65,14 @@ def problems_of(*words: str) -> list[str]:
 
 def reader_of(group: str) -> list[str]:
     """A stage that reads the group."""
+    group = group.split("/")[0]  # `data/feedback` is read where `data` is
     readers = [stage for stage in STAGES if f"- /{group}:" in (CONF / "stage" / f"{stage}.yaml").read_text()]
     return [f"stage={'ppo' if 'ppo' in readers else readers[0]}"] if readers else []
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.split("/")[0] not in ("pipeline", "sweep")])
 def test_every_option_composes_and_passes_the_checks(file):
-    group, option = file.split("/")
+    group, option = file.rsplit("/", 1)
     first = [] if group in ("stage", "experiment") else reader_of(group)
     assert problems_of(*first, f"{group}={option}", *NEEDS.get(file, [])) == []
 

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, extract_prompt
+from trl import DPOConfig, DPOTrainer, GRPOTrainer, SFTConfig, SFTTrainer, extract_prompt
 
 from rlhf_trl import data
 from rlhf_trl.data.forms import shared_prompt
@@ -23,6 +23,7 @@ from rlhf_trl.data.mixture import mixture_counts
 from rlhf_trl.data.read import resolve_paths
 from rlhf_trl.data.splits import prompt_keys
 from rlhf_trl.errors import ConfigError, DataError
+from rlhf_trl.reward_model import RewardConfig, RewardTrainer
 from tests.tiny import make_tokenizer
 
 CONF = Path(__file__).parents[1] / "conf" / "data"
@@ -537,7 +538,8 @@ def test_mixtures_that_can_not_be():
     ("name", "functions"), [("files", ("load_files", "build")), ("hub", ("load_hub", "build")), ("mix", ("mix",))]
 )
 def test_configs_declare_what_the_functions_take(name, functions):
-    keys = set(yaml.safe_load((CONF / f"{name}.yaml").read_text()))
+    config = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    keys = set(config) - {"defaults"} | {"feedback" for default in config.get("defaults", []) if "feedback" in default}
     taken = {key for function in functions for key in inspect.signature(getattr(data, function)).parameters}
     hidden = {"form", "seed", "options", "train", "held_out"}
     assert keys - {"_target_", "_partial_", "_convert_"} == taken - hidden
@@ -646,29 +648,36 @@ def preferences(count=4):
     return Dataset.from_list(rows)
 
 
-def test_tokenize_preferences_drops_and_says_so(capsys):
+def test_long_completions_are_left_out_with_their_comparisons_and_counted(capsys):
     tokenizer = chatml_tokenizer()
     length = len(data.row_ids(tokenizer, CHATS[0], [assistant("xx")]))
-    rows = data.tokenize_preferences(DatasetDict(train=preferences()), tokenizer, length)["train"]
-    assert [len(ids) for ids in rows["chosen_ids"]] == [length - 1, length]
-    assert rows[0]["rejected_ids"] == data.row_ids(tokenizer, CHATS[0], [assistant("y")])
-    assert f"2 of 4 train pairs left out, longer than `max_length={length}` tokens" in capsys.readouterr().out
-    assert len(data.tokenize_preferences(preferences(), tokenizer, None)) == 4
-    with pytest.raises(DataError, match=r"all 4 pairs are longer than `max_length=5`.* Type `stage.args.max_length="):
-        data.tokenize_preferences(preferences(), tokenizer, 5)
+    rows = data.tokenize_comparisons(DatasetDict(train=preferences()), tokenizer, length)["train"]
+    assert [len(ids[0]) for ids in rows["completion_ids"]] == [length - 1, length]
+    assert rows[0]["completion_ids"][1] == data.row_ids(tokenizer, CHATS[0], [assistant("y")])
+    said = capsys.readouterr().out
+    assert f"2 of 8 train completions left out, longer than `max_length={length}` tokens" in said
+    assert "with them 2 comparisons; 2 of 4 rows say nothing more and are left out" in said
+    assert len(data.tokenize_comparisons(preferences(), tokenizer, None)) == 4
+    with pytest.raises(DataError, match=r"no row is left: .*`max_length=5`.* Type `stage.args.max_length="):
+        data.tokenize_comparisons(preferences(), tokenizer, 5)
+    # Of three completions one is too long: the comparison of the other two stays, under its new indices
+    three = {"prompt": CHATS[0], "completions": [[assistant(text)] for text in ("xxxx", "x", "xx")]}
+    row = {**three, "better": [0, 1], "worse": [1, 2], "margin": [1.0, 2.0]}
+    kept = data.tokenize_comparisons(Dataset.from_list([row]), tokenizer, length)[0]
+    assert (kept["better"], kept["worse"], kept["margin"], len(kept["completion_ids"])) == ([0], [1], [2.0], 2)
 
 
 def test_reward_trainer_takes_the_ids_as_they_are(tmp_path):
     tokenizer = chatml_tokenizer()
-    rows = data.tokenize_preferences(preferences(), tokenizer, 512)
+    rows = data.tokenize_comparisons(preferences(), tokenizer, 512)
     args = RewardConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, max_length=512)
     model = tiny_model(tokenizer, LlamaForSequenceClassification)
     trainer = RewardTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
-    assert trainer.train_dataset["chosen_ids"][:] == rows["chosen_ids"][:]
+    assert trainer.train_dataset["completion_ids"][:] == rows["completion_ids"][:]
     batch = next(iter(trainer.get_train_dataloader()))
     # pad equals EOS: each row's EOS must be attended to all the same
     assert sorted(batch["attention_mask"].sum(1).tolist()) == sorted(
-        map(len, rows["chosen_ids"][:] + rows["rejected_ids"][:])
+        len(ids) for row in rows["completion_ids"] for ids in row
     )
 
 
@@ -737,8 +746,10 @@ def test_render_sample_of_the_other_forms():
     assert render({"prompt": "a", "completion": "b", "label": False}, "unpaired").startswith(
         "label: False\na[[b<|im_end|>]]"
     )
-    row = data.tokenize_preferences(preferences(1), tokenizer)[0]
-    assert render(row, "preference").count("[[") == 0 and "x<|im_end|>\nrejected:" in render(row, "preference")
+    row = data.tokenize_comparisons(preferences(1), tokenizer)[0]
+    shown = render(row, "comparisons")
+    assert shown.count("[[") == 0 and "completion 1: better than 2\n" in shown
+    assert "x<|im_end|>\ncompletion 2\n" in shown
 
 
 def test_rows_that_a_trainer_will_cut_are_counted(capsys):

@@ -18,6 +18,7 @@ COLUMNS = {
     "prompt_completion": {"prompt", "completion"},
     "preference": {"prompt", "chosen", "rejected"},
     "unpaired": {"prompt", "completion", "label"},
+    "comparisons": {"prompt", "completions", "better", "worse"},
     "prompt": {"prompt", "kind"},
     "pairs": {"prompt", "completion_a", "completion_b", "preferred", "strength", "rater"},
     "rankings": {"prompt", "completions", "ranks", "rater"},

@@ -66,6 +66,19 @@ def texts(rows) -> set[str]:
     return {text.strip() for column in columns for text in rows[column]}
 
 
+def test_the_raters_own_ratings_are_groups_of_the_same_sentences(folder, compose, monkeypatch):
+    monkeypatch.setenv("RLHF_TRL_REVIEWS", str(folder))
+    words = ["stage=reward", "data=reviews", "data/feedback=ratings", "data.feedback.scale=[-4,4]"]
+    cfg = compose(*words, "data.feedback.min_gap=0.5", "data.feedback.agreement=weights")
+    splits = instantiate(cfg.data)(form=cfg.stage.form, seed=1)
+    trained = {row["text"] for row in reviews.read(str(folder), 0.3).train}
+    assert {text.strip() for row in splits["train"] for text in row["completions"]} <= trained
+    assert max(len(row["completions"]) for row in splits["train"]) == 4
+    assert all(0 < weight <= 1 for row in splits["train"] for weight in row["weights"])
+    pairs = reviews.load("preference", seed=1, path=str(folder))["eval"]
+    assert splits["eval"]["completions"][:] == [[row["chosen"], row["rejected"]] for row in pairs]
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(folder, form):
     splits = reviews.load(form, seed=1, path=str(folder))

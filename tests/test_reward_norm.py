@@ -8,10 +8,11 @@ import pytest
 import torch
 from datasets import Dataset
 
+from rlhf_trl.calibration import read_calibration
 from rlhf_trl.callbacks.reward_norm import BatchNorm, ReferenceNorm, RewardNorm, RunningNorm
 from rlhf_trl.callbacks.samples import SAMPLES_FILE, SampleLog
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.rewards import FiniteReward, FunctionReward, ModelReward, read_calibration
+from rlhf_trl.rewards import FiniteReward, FunctionReward, ModelReward
 from tests.helpers.rl import TRAINERS, count_of_a, logged, rl_trainer
 from tests.test_ppo_update import prompts
 from tests.tiny import save_model

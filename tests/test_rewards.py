@@ -7,10 +7,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from trl import RewardConfig, RewardTrainer
 
-from rlhf_trl.data import tokenize_preferences
+from rlhf_trl.data import tokenize_comparisons
 from rlhf_trl.ppo import PPOTrainer
+from rlhf_trl.reward_model import RewardConfig, RewardTrainer
 from rlhf_trl.rewards import FiniteReward, FunctionReward, ModelReward
 from tests.test_ppo import logged, sampled
 from tests.tiny import make_tokenizer, save_model
@@ -47,7 +47,7 @@ def test_a_row_scores_what_reward_trainer_gives_it(tmp_path, pad_is_eos, chat, l
     path = save_reward_model(tmp_path, pad_is_eos, lora)
     tokenizer = AutoTokenizer.from_pretrained(path)
     rows = as_chat(ROWS) if chat else ROWS
-    dataset = tokenize_preferences(Dataset.from_dict(rows), tokenizer, max_length=None)
+    dataset = tokenize_comparisons(Dataset.from_dict(rows), tokenizer, max_length=None)
     reward = ModelReward(path, batch_size=3)
     trainer = RewardTrainer(
         reward.model,
@@ -59,10 +59,11 @@ def test_a_row_scores_what_reward_trainer_gives_it(tmp_path, pad_is_eos, chat, l
     )
     batch = trainer.data_collator([dataset[i] for i in range(4)])
     with torch.no_grad():
-        logits = trainer.model(**{k: v for k, v in batch.items() if k != "margin"}).logits[:, 0].tolist()
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits = trainer.model(**inputs).logits[:, 0].tolist()
 
     reward.bind(make_tokenizer(pad_is_eos))
-    for side, expected in (("chosen", logits[:4]), ("rejected", logits[4:])):
+    for side, expected in (("chosen", logits[::2]), ("rejected", logits[1::2])):
         words = [c[0]["content"] if chat else c for c in rows[side]]
         ids = [tokenizer(w, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for w in words]
         scores = reward(prompts=rows["prompt"], completions=rows[side], completion_ids=ids)

@@ -43,11 +43,12 @@ COLUMNS = {
         "grad_norm": "grad",
         "learning_rate": "lr",
     },
-    "margin": {  # Reward
-        "margin": "margin",
+    "mean_reward": {  # Reward
+        "mean_reward": "reward",
         "loss": "loss",
         "accuracy": "accuracy",
-        "mean_reward": "reward",
+        "margin": "margin",
+        "mse": "mse",
         "grad_norm": "grad",
         "learning_rate": "lr",
     },

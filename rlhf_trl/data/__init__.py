@@ -1,20 +1,29 @@
 """Data: sources (files, hub, mixtures), what their rows become for a stage, and how rows become token ids."""
 
+from rlhf_trl.data.feedback import Attributes, Edits, Pairs, Rankings, Ratings, Thumbs
 from rlhf_trl.data.load import build, describe, load_files, load_hub
 from rlhf_trl.data.mixture import mix
 from rlhf_trl.data.tokens import (
     filter_prompts,
+    head_names,
     prompt_ids,
     render_sample,
     report_cut_rows,
     row_ids,
-    tokenize_preferences,
+    tokenize_comparisons,
 )
 
 __all__ = [
+    "Attributes",
+    "Edits",
+    "Pairs",
+    "Rankings",
+    "Ratings",
+    "Thumbs",
     "build",
     "describe",
     "filter_prompts",
+    "head_names",
     "load_files",
     "load_hub",
     "mix",
@@ -22,5 +31,5 @@ __all__ = [
     "render_sample",
     "report_cut_rows",
     "row_ids",
-    "tokenize_preferences",
+    "tokenize_comparisons",
 ]

@@ -6,6 +6,7 @@ conversational (lists of messages). Everything here works on one row, a dict, an
 malformed.
 """
 
+import json
 import math
 from collections import Counter
 
@@ -26,12 +27,14 @@ SOURCES = {
     "prompt_completion": ("prompt_completion", "messages", "preference", "unpaired", "text"),
     "preference": ("preference",),
     "unpaired": ("unpaired", "preference"),
+    "comparisons": ("preference",),
     "prompt": ("preference", "prompt_completion", "prompt", "messages", "unpaired"),
 }
 
 CONVERSIONS = {
     ("preference", "prompt_completion"): "`chosen` is the completion",
     ("preference", "unpaired"): "`chosen` and `rejected` make a row each, labelled true and false",
+    ("preference", "comparisons"): "two completions, `chosen` the better one",
     ("preference", "prompt"): "prompts alone",
     ("unpaired", "prompt_completion"): "rows labelled true alone",
     ("unpaired", "prompt"): "prompts alone",
@@ -183,7 +186,7 @@ def pair_up(row: dict, answers: tuple[str, ...], notes: Counter) -> dict:
     elif isinstance(prompt, str) and isinstance(given[answers[0]], list):
         notes["text prompts became user turns"] += 1
         prompt = as_chat(prompt, "user")
-    _check_turns(prompt, given)
+    check_turns(prompt, given)
     if len(answers) == 2 and given["chosen"] == given["rejected"]:
         raise RowError("rejected", "is the same as `chosen`")
     return {"prompt": prompt, **given}
@@ -218,7 +221,8 @@ def _take_prompt_out(prompt, given: dict, notes: Counter) -> tuple:
     return shared, {field: value[length:] for field, value in given.items()}
 
 
-def _check_turns(prompt, given: dict) -> None:
+def check_turns(prompt, given: dict) -> None:
+    """A `RowError` where a chat prompt doesn't end with the user's turn, or an answer isn't the assistant's."""
     if isinstance(prompt, str):
         return
     if prompt[-1]["role"] not in ("user", "tool"):
@@ -246,7 +250,7 @@ def read_row(row: dict, format: str, notes: Counter) -> dict:
             return {"messages": messages}
         case "prompt":
             prompt = check_text_or_chat(row, "prompt")
-            _check_turns(prompt, {})
+            check_turns(prompt, {})
             return {"prompt": prompt}
         case "text":
             text = check_text_or_chat(row, "text")
@@ -265,13 +269,13 @@ def convert(row: dict, format: str, form: str, whole_messages: bool = False) -> 
             prompt, completion = split_last_turn(row["messages"], "messages")
             if not prompt:
                 raise RowError("messages", "holds no turn before the assistant's")
-            _check_turns(prompt, {"completion": completion})
+            check_turns(prompt, {"completion": completion})
             return [{"prompt": prompt, "completion": completion}]
         case "messages", "prompt":
             prompt = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
             if not prompt:
                 raise RowError("messages", "holds no turn before the assistant's")
-            _check_turns(prompt, {})
+            check_turns(prompt, {})
             return [{"prompt": prompt}]
         case _, "prompt":
             return [{"prompt": row["prompt"]}]
@@ -282,9 +286,49 @@ def convert(row: dict, format: str, form: str, whole_messages: bool = False) -> 
                 {"prompt": row["prompt"], "completion": row["chosen"], "label": True},
                 {"prompt": row["prompt"], "completion": row["rejected"], "label": False},
             ]
+        case "preference", "comparisons":
+            return [comparisons_of(row)]
         case "unpaired", "prompt_completion":
             return [{"prompt": row["prompt"], "completion": row["completion"]}] if row["label"] else []
     return [row]
+
+
+def comparisons_of(row: dict) -> dict:
+    """A row with `chosen` and `rejected` as one of the form `comparisons`: `completions`, `better` and `worse`."""
+    rest = {key: value for key, value in row.items() if key not in ("chosen", "rejected", "margin")}
+    margin = {"margin": [row["margin"]]} if row.get("margin") is not None else {}
+    return {**rest, "completions": [row["chosen"], row["rejected"]], "better": [0], "worse": [1], **margin}
+
+
+# What belongs to each comparison of a row, and to each completion.
+BY_COMPARISON = ("better", "worse", "margin", "weights", "label_smoothing")
+BY_COMPLETION = ("completions", "completion_ids", "targets")
+
+
+def select_completions(row: dict, keep: list[int]) -> dict:
+    """A row of the form `comparisons` with these completions, in this order, and the comparisons among them."""
+    place = {old: new for new, old in enumerate(keep)}
+    pairs = list(zip(row.get("better") or [], row.get("worse") or [], strict=True))
+    left = [m for m, (a, b) in enumerate(pairs) if a in place and b in place]
+    made = dict(row)
+    made |= {name: [row[name][i] for i in keep] for name in BY_COMPLETION if row.get(name) is not None}
+    made |= {name: [row[name][m] for m in left] for name in BY_COMPARISON if row.get(name) is not None}
+    made |= {name: [place[i] for i in made[name]] for name in ("better", "worse") if row.get(name) is not None}
+    return made
+
+
+def contents(rows: list[dict], form: str) -> str:
+    """In words, how much rows of a form hold: prompts, completions, pairs, targets, good and bad ones."""
+    counts = {"rows": len(rows), "prompts": len({json.dumps(row["prompt"]) for row in rows})}
+    if form == "comparisons":
+        counts["completions"] = sum(len(row["completions"]) for row in rows)
+        counts["pairs"] = sum(len(row.get("better") or []) for row in rows)
+        targets = [target for row in rows for target in row.get("targets") or []]
+        counts["targets"] = sum(value is not None for target in targets for value in target.values())
+    elif form == "unpaired":
+        counts["good"] = sum(row["label"] for row in rows)
+        counts["bad"] = len(rows) - counts["good"]
+    return f"{form}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
 
 
 def to_chat(row: dict, notes: Counter) -> dict:
@@ -292,7 +336,10 @@ def to_chat(row: dict, notes: Counter) -> dict:
     if isinstance(row.get("prompt"), str):
         notes["`to_chat`: text prompts became user turns, answers assistant turns"] += 1
     roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
-    return {key: as_chat(value, roles[key]) if key in roles else value for key, value in row.items()}
+    made = {key: as_chat(value, roles[key]) if key in roles else value for key, value in row.items()}
+    if "completions" in row:
+        made["completions"] = [as_chat(value, "assistant") for value in row["completions"]]
+    return made
 
 
 def add_system_prompt(row: dict, system_prompt: str, notes: Counter) -> dict:

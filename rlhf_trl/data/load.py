@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rlhf_trl.data import forms
+from rlhf_trl.data.feedback import Feedback
 from rlhf_trl.data.read import Row, read_file, resolve_paths
-from rlhf_trl.data.reader import BATCH_ROWS, Problems, Reader, concatenate
+from rlhf_trl.data.reader import BATCH_ROWS, FeedbackReader, Problems, Reader, concatenate
 from rlhf_trl.data.splits import limit, prompt_keys, split
 from rlhf_trl.data.words import count_of, did_you_mean, names_of, say
 from rlhf_trl.errors import ConfigError, DataError
@@ -27,12 +28,13 @@ def load_files(
     A `DatasetDict` from local files: .jsonl, .json, .csv, .parquet, the first three also as .gz.
 
     Args:
-        form (`str`): `prompt_completion`, `preference`, `unpaired` or `prompt`: what the stage trains on.
+        form (`str`): `prompt_completion`, `preference`, `unpaired`, `comparisons` or `prompt`: what the stage
+            trains on.
         seed (`int`): decides the split and which rows a limit keeps.
         paths (`str` or `list[str]`): files or globs for training, relative to the working directory.
         eval_paths (`str` or `list[str]`, *optional*): files for evaluation; without them `eval_size` is split off.
         **options: what `build` takes: `format`, `columns`, `system_prompt`, `to_chat`, `messages`, `eval_size`,
-            `split_by`, `bad_rows`, `max_samples`, `max_eval_samples`.
+            `split_by`, `bad_rows`, `max_samples`, `max_eval_samples`, `feedback`.
 
     Raises:
         `DataError`: one that lists every malformed row's file, line and field; or that says which column is missing.
@@ -89,6 +91,7 @@ def build(
     bad_rows: str = "error",
     max_samples: int | None = None,
     max_eval_samples: int | None = None,
+    feedback: Feedback | None = None,
 ):
     """
     Check and convert the rows of named sources, split and limit them; the common end of `load_files` and `load_hub`.
@@ -105,20 +108,24 @@ def build(
         split_by (`str`): `prompt` keeps rows with the same prompt on one side; `row` doesn't.
         bad_rows (`str`): `error` stops at malformed rows, `drop` leaves them out, counted.
         max_samples, max_eval_samples (`int`, *optional*): a random choice of so many rows, in the order of the file.
+        feedback (`Feedback`, *optional*): the rows are feedback of this form, which names its own columns (`format`,
+            `columns` and `messages` are then not for it). Splits are made before rows become comparisons, limits act
+            after.
     """
     from datasets import DatasetDict
 
     check_options(form, format, messages, eval_size, split_by, bad_rows, max_samples, max_eval_samples)
     problems = Problems()
-    reader = Reader(
-        form,
-        problems,
-        format=format,
-        columns=columns,
-        system_prompt=system_prompt,
-        to_chat=to_chat,
-        messages=messages,
-    )
+    chat = {"system_prompt": system_prompt, "to_chat": to_chat}
+    if feedback:
+        if format is not None or any((columns or {}).values()):
+            raise ConfigError(
+                "`data.format` and `data.columns` are of data without `data/feedback`. Name the columns of the "
+                f"{feedback.name} in `data.feedback.columns`."
+            )
+        reader = FeedbackReader(feedback, form, problems, **chat)
+    else:
+        reader = Reader(form, problems, format=format, columns=columns, messages=messages, **chat)
     tables = {"train": [reader.read(name, rows) for name, rows in train]}
     if held_out is not None:
         tables["eval"] = [reader.read(name, rows) for name, rows in held_out]
@@ -139,6 +146,8 @@ def build(
         leaks = sum(key in shared for key in prompt_keys(result["eval"]))
         if leaks:
             notes.append(f"note: {leaks:,} of {len(result['eval']):,} eval rows have a prompt that train has too")
+    if feedback:
+        result = {side: reader.convert(side, rows, seed, notes) for side, rows in result.items()}
     result["train"] = limit(result["train"], max_samples, seed, "max_samples", notes)
     if "eval" in result:
         result["eval"] = limit(result["eval"], max_eval_samples, seed, "max_eval_samples", notes)

@@ -89,7 +89,7 @@ class Reader:
             lines.append(line)
             if self.left_out[format]:
                 lines.append(f"{self.left_out[format]:,} rows labelled false left out")
-        lines += [f"{change} ({count:,} rows)" for change, count in self.changes.items()]
+        lines += [f"{change} ({count:,} rows)" for change, count in self.changes.items() if count]
         return lines + ([f"columns left out: {', '.join(self.unused)}"] if self.unused else [])
 
     def _map_columns(self, name: str, found: list[str]) -> dict[str, str]:
@@ -208,6 +208,90 @@ class Reader:
             used |= set(forms.PASSED_ON)
         theirs = {mapping[ours] for ours in used if ours in mapping}
         return [column for column in found if column not in theirs]
+
+
+class FeedbackReader(Reader):
+    """
+    Reads feedback (pairs, rankings, ...), of which rows are checked one by one and converted a split at a time.
+
+    Args:
+        feedback (`rlhf_trl.data.feedback.Feedback`): the form of the rows.
+        form, problems, system_prompt, to_chat: as in [`Reader`].
+    """
+
+    def __init__(self, feedback, form, problems: Problems, *, system_prompt, to_chat: bool):
+        super().__init__(
+            form,
+            problems,
+            format=None,
+            columns=None,
+            system_prompt=system_prompt,
+            to_chat=to_chat,
+            messages="last_turn",
+        )
+        self.feedback = feedback
+
+    def read(self, name: str, rows: Iterable[Row]):
+        """Checked rows of the source `name`, each with its `prompt` and as JSON; `None` if none can be used."""
+        import pyarrow as pa
+
+        rows = iter(rows)
+        head = list(islice(rows, BATCH_ROWS))
+        found = list(dict.fromkeys(column for _, row in head if isinstance(row, dict) for column in row))
+        if not head:
+            raise DataError(f"{name} holds no rows. Give `data` a source that has some.")
+        mapping = self.feedback.mapping(name, found) if found else {}
+        self.sources.setdefault(self.feedback.name, []).append(name)
+        self.unused |= dict.fromkeys(column for column in found if column not in mapping.values())
+        stream = self._checked(chain(head, rows), mapping)
+        tables = []
+        while batch := list(islice(stream, BATCH_ROWS)):
+            tables.append(
+                pa.table(
+                    {
+                        "prompt": _array("prompt", [row["prompt"] for _, row in batch], batch),
+                        "row": _array("row", [json.dumps(row) for _, row in batch], batch),
+                    }
+                )
+            )
+        return concatenate(tables) if tables else None
+
+    def _checked(self, rows: Iterable[Row], mapping: dict[str, str]) -> Iterator[tuple[str, dict]]:
+        for place, row in rows:
+            self.rows[self.feedback.name] += 1
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                row = {ours: row[theirs] for ours, theirs in mapping.items() if theirs in row}
+                made = self.feedback.read(row, self.changes)
+                made = forms.to_chat(made, self.changes) if self.to_chat else made
+                made = self._add_system_prompt(made, place) if self.system_prompt else made
+                self._check_kind(made, place)
+            except RowError as error:
+                root = (error.field or "").split("[")[0]
+                self.problems.add(place, error, mapping.get(root, root) + (error.field or "")[len(root) :])
+                continue
+            yield place, made
+
+    def summary(self) -> list[str]:
+        """As of [`Reader`], and which options of the form this stage has no use for."""
+        idle = [f"`data.feedback.{name}`" for name in self.feedback.idle(self.form)]
+        note = [f"note: {', '.join(idle)} changes nothing in rows of {self.form}"] if idle else []
+        return super().summary() + note
+
+    def convert(self, side: str, rows, seed: int, notes: list[str]):
+        """The rows of a split as a `Dataset` of the stage's form; what was made of them goes to `notes`."""
+        from datasets import Dataset
+
+        counts = Counter()
+        try:
+            made = self.feedback.convert([json.loads(row) for row in rows["row"]], self.form, f"{seed}-{side}", counts)
+        except DataError as error:
+            raise DataError(f"{side}: {error}") from None
+        notes.append(f"{side}: {len(rows):,} rows of {self.feedback.name} -> {forms.contents(made, self.form)}")
+        if any(counts.values()):
+            notes.append("  " + "; ".join(f"{what}: {count:,}" for what, count in counts.items() if count))
+        return Dataset.from_list(made)
 
 
 def concatenate(tables: list):

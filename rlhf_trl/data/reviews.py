@@ -25,6 +25,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple
 
+from rlhf_trl.data.feedback import Feedback
+from rlhf_trl.data.forms import comparisons_of
+from rlhf_trl.data.load import build
 from rlhf_trl.data.read import RowError, read_file
 from rlhf_trl.errors import DataError
 
@@ -66,6 +69,7 @@ def load(
     judge_share: float = 0.3,
     max_samples: int | None = None,
     max_eval_samples: int | None = None,
+    feedback: Feedback | None = None,
 ):
     """
     The review sentences as a `datasets.DatasetDict` with `train` and `eval` (the test sentences).
@@ -73,8 +77,9 @@ def load(
     Args:
         form (`str`):
             `prompt_completion`: the fixed prompt and a sentence; `preference`: the fixed prompt and two sentences,
-            with the `gap` of their mean ratings; `unpaired`: the fixed prompt, a sentence, and whether its mean rating
-            is positive; `prompt`: the fixed prompt and a sentence's first words.
+            with the `gap` of their mean ratings; `comparisons`: the same pairs as completions; `unpaired`:
+            the fixed prompt, a sentence, and whether its mean rating is positive; `prompt`: the fixed prompt and a
+            sentence's first words.
         seed (`int`): Order of the rows and choice of the training pairs. `eval` doesn't depend on it.
         path (`str`): The unpacked source distribution of `vaderSentiment`, or the folder of JSON lines.
         prompt (`str`): The fixed prompt.
@@ -83,6 +88,8 @@ def load(
         min_gap (`float`): Least gap of the mean ratings of a training pair.
         judge_share (`float`): Share of the training sentences that is kept out, for the judge.
         max_samples, max_eval_samples (`int`, *optional*): Limits of the two splits.
+        feedback (`rlhf_trl.data.Ratings`, *optional*): make the training rows of the raters' own ratings (scale -4 to
+            4) instead; `rounds` and `min_gap` are then those of `feedback`.
 
     Raises:
         `DataError`: no data under `path`, or a malformed row.
@@ -92,7 +99,7 @@ def load(
     reviews = read(path, judge_share)
     train = list(reviews.train)
     random.Random(seed).shuffle(train)
-    if form == "preference":
+    if form in ("preference", "comparisons"):
         text = {row["id"]: row["text"] for row in reviews.test}
         splits = {
             "train": [_pair(prompt, *pair) for pair in pairs(train, rounds, min_gap, seed)],
@@ -102,6 +109,8 @@ def load(
                 for p in reviews.pairs
             ],
         }
+        if form == "comparisons":
+            splits = {name: [comparisons_of(row) for row in rows] for name, rows in splits.items()}
     else:
         make = {
             "prompt_completion": lambda row: {"prompt": prompt, "completion": " " + row["text"]},
@@ -110,6 +119,12 @@ def load(
         }[form]
         splits = {"train": [make(row) for row in train], "eval": [make(row) for row in reviews.test]}
     limits = {"train": max_samples, "eval": max_eval_samples}
+    if feedback:
+        raw = ({"prompt": prompt, "completion": " " + row["text"], "ratings": row["ratings"]} for row in train)
+        named = [("reviews", ((f"reviews, sentence {train[i]['id']}", row) for i, row in enumerate(raw)))]
+        made = build(form, seed, named, max_samples=max_samples, feedback=feedback)["train"]
+        held_out = Dataset.from_list(splits["eval"][:max_eval_samples])
+        return DatasetDict(train=made, eval=held_out)
     return DatasetDict({name: Dataset.from_list(rows[: limits[name]]) for name, rows in splits.items()})
 
 

@@ -7,7 +7,9 @@ after it, though a chat template often adds a newline there.
 """
 
 import json
+from collections import Counter
 
+from rlhf_trl.data.forms import comparisons_of, select_completions
 from rlhf_trl.data.words import count_of, say
 from rlhf_trl.errors import ConfigError, DataError
 
@@ -90,25 +92,73 @@ def _template_kwargs(row: dict) -> dict:
     return kwargs
 
 
-def tokenize_preferences(dataset, tokenizer, max_length: int | None = None):
+def tokenize_comparisons(dataset, tokenizer, max_length: int | None = None, split: str = ""):
     """
-    Adds `chosen_ids` and `rejected_ids` (lists of ints, by `row_ids`) to a preference `Dataset` or `DatasetDict`.
+    Adds `completion_ids` (a list of ints for each completion, by `row_ids`) and `length` (of the longest) to a
+    `Dataset` or `DatasetDict` for the reward stage.
 
-    TRL's RewardTrainer takes these columns as they are. Pairs of which one side has more than `max_length` tokens are
-    left out; how many is printed.
+    Rows hold `prompt` and `completions`, or `prompt`, `chosen` and `rejected`, which become two completions of which
+    the first is `better`. What is longer than `max_length` is left out as [`keep_short_completions`] says; `split`
+    names the rows there.
     """
 
     def tokenize(row):
+        row = comparisons_of(row) if "chosen" in row else row
         kwargs = _template_kwargs(row)
-        return {
-            f"{side}_ids": row_ids(tokenizer, row["prompt"], row[side], **kwargs) for side in ("chosen", "rejected")
-        }
+        ids = [row_ids(tokenizer, row["prompt"], completion, **kwargs) for completion in row["completions"]]
+        return {**row, "completion_ids": ids, "length": max(map(len, ids))}
 
-    def length(row):
-        return max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    if isinstance(dataset, dict):
+        sides = {side: tokenize_comparisons(rows, tokenizer, max_length, side) for side, rows in dataset.items()}
+        return type(dataset)(sides)
+    pairs = [name for name in ("chosen", "rejected") if name in dataset.column_names]
+    dataset = dataset.map(tokenize, desc="Tokenizing completions", remove_columns=pairs)
+    return keep_short_completions(dataset, max_length, split)
 
-    dataset = dataset.map(tokenize, desc="Tokenizing pairs")
-    return _keep_short(dataset, length, max_length, "pairs", "max_length", "stage.args.max_length")
+
+def keep_short_completions(dataset, max_length: int | None, split: str = ""):
+    """
+    `dataset` (with `completion_ids`) without completions of more than `max_length` tokens, and without the comparisons
+    and targets they have a part in; rows that then say nothing are left out. How much that is, is printed.
+    """
+    if max_length is None or max(dataset["length"]) <= max_length:
+        return dataset
+    counts = Counter()
+
+    def shorten(row):
+        keep = [i for i, ids in enumerate(row["completion_ids"]) if len(ids) <= max_length]
+        counts["completions"] += len(row["completion_ids"]) - len(keep)
+        before = len(row.get("better") or [])
+        short = select_completions(row, keep)
+        counts["comparisons"] += before - len(short.get("better") or [])
+        return {**short, "length": max(map(len, short["completion_ids"]), default=0)}
+
+    total, longest = sum(map(len, dataset["completion_ids"])), max(dataset["length"])
+    shortest = min(len(ids) for row in dataset["completion_ids"] for ids in row)
+    # No cache: the counts are made by going over the rows
+    short = dataset.map(shorten, load_from_cache_file=False, desc="Leaving out long completions")
+    informed = [i for i, row in enumerate(short) if row.get("better") or (row.get("targets") and row["completions"])]
+    split = f"{split} " if split else ""
+    if not informed:
+        raise DataError(
+            f"no {split}row is left: the completions are longer than `max_length={max_length}` "
+            f"(the shortest has {shortest} tokens with its prompt). Type `stage.args.max_length={longest}` to keep "
+            "all."
+        )
+    say(
+        f"data: {counts['completions']:,} of {total:,} {split}completions left out, longer than "
+        f"`max_length={max_length}` tokens (the longest: {longest:,}), and with them {counts['comparisons']:,} "
+        f"comparisons; {len(dataset) - len(informed):,} of {len(dataset):,} rows say nothing more and are left out"
+    )
+    return short.select(informed)
+
+
+def head_names(dataset) -> list[str] | None:
+    """The names of what completions have targets for, from the columns' types; `None` without targets."""
+    from datasets import List
+
+    targets = dataset.features.get("targets")  # of that name there may be a column for a reward function too
+    return list(targets.feature) if isinstance(targets, List) and isinstance(targets.feature, dict) else None
 
 
 def report_cut_rows(dataset, tokenizer, max_length: int | None = None):
@@ -197,11 +247,11 @@ def render_sample(tokenizer, row: dict, form: str) -> str:
     """
     A row as text, as the trainer sees it, with the tokens that are trained on between [[ and ]].
 
-    SFT, DPO, ORPO and KTO: TRL's own way (template or text of both together, EOS after text). Pairs that hold
-    `chosen_ids` (reward model) are scored as a whole: no marks. Form `prompt`: what the policy goes on from.
+    SFT, DPO, ORPO and KTO: TRL's own way (template or text of both together, EOS after text). Rows that hold
+    `completion_ids` (reward model) are scored as a whole: no marks. Form `prompt`: what the policy goes on from.
     """
-    if "chosen_ids" in row:
-        return "\n".join(f"{side}:\n{_decode(tokenizer, row[f'{side}_ids'])}" for side in ("chosen", "rejected"))
+    if "completion_ids" in row:
+        return "\n".join(_judged(tokenizer, row, i) for i in range(len(row["completion_ids"])))
     if form == "prompt":
         return _decode(tokenizer, prompt_ids(tokenizer, row["prompt"]))
     kwargs = _template_kwargs(row)
@@ -216,6 +266,17 @@ def render_sample(tokenizer, row: dict, form: str) -> str:
         return "\n".join(sides)
     label = f"label: {row['label']}\n" if form == "unpaired" else ""
     return label + _marked_row(tokenizer, row["prompt"], row["completion"], kwargs)
+
+
+def _judged(tokenizer, row: dict, i: int) -> str:
+    """Completion `i` of a row of the reward stage, with what is known of it."""
+    beaten = sorted(b + 1 for a, b in zip(row.get("better") or [], row.get("worse") or [], strict=True) if a == i)
+    known = [f"better than {', '.join(map(str, beaten))}"] if beaten else []
+    targets = row["targets"][i] if row.get("targets") else {}
+    known += [f"{name} {value:.3g}" for name, value in targets.items() if value is not None]
+    return (
+        f"completion {i + 1}{': ' if known else ''}{'; '.join(known)}\n{_decode(tokenizer, row['completion_ids'][i])}"
+    )
 
 
 def _marked_row(tokenizer, prompt, completion, kwargs) -> str:

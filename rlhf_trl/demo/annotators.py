@@ -5,12 +5,16 @@ A rater sees an answer's attributes through weights of their own and is off by G
 the five likes length. Raters and noise depend on the seed alone, so the same call gives the same rows.
 """
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from datasets import Dataset, DatasetDict
 
+from rlhf_trl.data.feedback import Feedback
+from rlhf_trl.data.forms import comparisons_of
+from rlhf_trl.data.load import build
 from rlhf_trl.demo.gold import WEIGHTS, gold_attributes, gold_reward
 from rlhf_trl.demo.world import answer, draw_prompts, prompts
 from rlhf_trl.errors import DataError
@@ -160,6 +164,11 @@ def preference_row(prompt, people, rng):
             return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def comparison_row(prompt, people, rng):
+    """The same as completions of which the first is better."""
+    return comparisons_of(preference_row(prompt, people, rng))
+
+
 def unpaired_row(prompt, people, rng):
     """A thumb as TRL's `label`."""
     row = thumb_row(prompt, people, rng)
@@ -171,11 +180,14 @@ def prompt_row(prompt, people, rng):
     return {"prompt": prompt, "kind": prompts()[prompt].kind}
 
 
+# Of what is judged one completion at a time, so that they can be compared
+COMPLETIONS_A_PROMPT = {"ratings": 4, "thumbs": 4, "attributes": 4}
 # TRL's dataset types first, then the feedback as people give it.
 FORMS: dict[str, Callable] = {
     "prompt_completion": demonstration_row,
     "preference": preference_row,
     "unpaired": unpaired_row,
+    "comparisons": comparison_row,
     "prompt": prompt_row,
     "pairs": pair_row,
     "rankings": ranking_row,
@@ -215,10 +227,13 @@ def split_size(form: str, held_out: bool) -> int:
 
 def rows(form: str, seed: int, held_out: bool, count: int) -> list[dict]:
     """The first `count` rows of one split of a form, prompts and completions as plain words."""
-    rng = random.Random(f"{seed}/{form}/{held_out}")
+    # The same pairs in another shape
+    rng = random.Random(f"{seed}/{'preference' if form == 'comparisons' else form}/{held_out}")
     people = raters(seed)
     # The prompts are drawn for the whole split, so that a smaller `count` gives the first rows of a larger one.
-    drawn = draw_prompts(rng, split_size(form, held_out), held_out)
+    alike = COMPLETIONS_A_PROMPT.get(form, 1)
+    drawn = draw_prompts(rng, split_size(form, held_out) // alike, held_out)
+    drawn = [prompt for prompt in drawn for _ in range(alike)]
     return [FORMS[form](prompt, people, rng) for prompt in drawn[:count]]
 
 
@@ -228,18 +243,20 @@ def load(
     max_samples: int | None = None,
     max_eval_samples: int | None = None,
     conversational: bool = True,
+    feedback: Feedback | None = None,
 ) -> DatasetDict:
     """
     The embedded world's data in one form of feedback.
 
     Args:
-        form (`str`): one of TRL's dataset types `prompt_completion`, `preference`, `unpaired`, `prompt`, or feedback
-            as people give it: `pairs`, `rankings`, `ratings`, `edits`, `thumbs`, `attributes`.
+        form (`str`): what a stage trains on: `prompt_completion`, `preference`, `unpaired`, `comparisons`, `prompt`;
+            or feedback as people give it: `pairs`, `rankings`, `ratings`, `edits`, `thumbs`, `attributes`.
         seed (`int`): draws prompts, answers, raters and their noise. Which prompts are held out doesn't depend on it.
         max_samples (`int`, *optional*): the first rows of those for training: 3,000 prompts or demonstrations, or
-            6,000 rows of any other form.
+            6,000 rows of any other form (of feedback: before they become rows of `form`).
         max_eval_samples (`int`, *optional*): the first rows of the 256 for evaluation.
         conversational (`bool`, *optional*, defaults to `True`): chat messages; else text, `Question: ... Answer:`.
+        feedback (`Feedback`, *optional*): make the rows of `form` of feedback in this form, as `load_files` does.
 
     Returns:
         [`~datasets.DatasetDict`]: `train` and `eval`, over disjoint prompts.
@@ -252,15 +269,19 @@ def load(
     for name, limit in (("max_samples", max_samples), ("max_eval_samples", max_eval_samples)):
         if limit is not None and limit < 1:
             raise DataError(f"`data.{name}={limit}` leaves no row. Use 1 or more, or null for all rows.")
-    splits = {"train": (False, max_samples), "eval": (True, max_eval_samples)}
-    return DatasetDict(
-        {
-            name: Dataset.from_list(
-                [
-                    render(row, conversational)
-                    for row in rows(form, seed, held_out, limit or split_size(form, held_out))
-                ]
-            )
-            for name, (held_out, limit) in splits.items()
-        }
+    raw = feedback.name if feedback else form
+    limits = {"train": max_samples, "eval": max_eval_samples}
+    splits = {
+        name: [
+            render(row, conversational)
+            for row in rows(raw, seed, name == "eval", min(limit or math.inf, split_size(raw, name == "eval")))
+        ]
+        for name, limit in limits.items()
+    }
+    if not feedback:
+        return DatasetDict({name: Dataset.from_list(made) for name, made in splits.items()})
+    train, held_out = (
+        [(f"demo ({name})", ((f"demo ({name}), row {i}", row) for i, row in enumerate(made, 1)))]
+        for name, made in splits.items()
     )
+    return build(form, seed, train, held_out, feedback=feedback)

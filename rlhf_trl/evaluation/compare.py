@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +20,7 @@ from rlhf_trl.evaluation.tables import comparison_text
 from rlhf_trl.models import load_model, load_tokenizer
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.quiet import quiet
-from rlhf_trl.run import begin, end, project_dir, reward_functions
+from rlhf_trl.run import begin, end, instantiate_data, project_dir, reward_functions
 
 
 def compare(cfg: DictConfig) -> None:
@@ -47,7 +46,7 @@ def compare(cfg: DictConfig) -> None:
         comparison = compare_policies(
             policies,
             stage.baseline,
-            dataset=held_out(instantiate(cfg.data)(form=stage.form, seed=cfg.seed)),
+            dataset=held_out(instantiate_data(cfg)),
             rewards=reward_functions(cfg, load_tokenizer(policies[stage.baseline])),
             temperature=stage.temperature,
             max_completion_length=stage.max_completion_length,

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.callbacks.record import write_metrics
@@ -13,7 +12,7 @@ from rlhf_trl.evaluation.compare import held_out
 from rlhf_trl.evaluation.statistics import Estimate, win_rate
 from rlhf_trl.evaluation.tables import table
 from rlhf_trl.quiet import quiet
-from rlhf_trl.run import begin, end, reward_functions
+from rlhf_trl.run import begin, end, instantiate_data, reward_functions
 
 
 def reward_pairs(cfg: DictConfig) -> None:
@@ -29,7 +28,7 @@ def reward_pairs(cfg: DictConfig) -> None:
     if not PartialState().is_main_process:
         return  # one rank scores and writes
     try:
-        pairs = held_out(instantiate(cfg.data)(form=cfg.stage.form, seed=cfg.seed))
+        pairs = held_out(instantiate_data(cfg))
         found = {
             reward.__name__: accuracy_by_gap(
                 *scores_of(reward, pairs), gaps=gaps_of(pairs), above=cfg.stage.gaps_above

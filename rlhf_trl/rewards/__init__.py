@@ -6,11 +6,9 @@ Rewards for PPO, GRPO and RLOO: callables with TRL's signature
 import asyncio
 import copy
 import inspect
-import json
 import math
 from collections.abc import Callable
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +22,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..calibration import read_calibration, weighted_calibration
 from ..data.tokens import prompt_ids, row_ids
+from ..data.words import names_of
 from ..errors import ConfigError
 
 
@@ -141,32 +141,9 @@ async def _await(values):
     return await values
 
 
-CALIBRATION_FILE = "calibration.json"
-
-
-def read_calibration(path: str) -> dict[str, float] | None:
-    """
-    `{"mean", "std"}` from the `calibration.json` in the folder of a reward model, or `None` where there is none.
-
-    Raises:
-        ConfigError: if the file doesn't hold two numbers, the std above 0.
-    """
-    file = Path(path, CALIBRATION_FILE)
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        found = {key: float(content[key]) for key in ("mean", "std")}
-    except (ValueError, TypeError, KeyError):
-        found = {"mean": math.nan, "std": math.nan}
-    if not (math.isfinite(found["mean"]) and 0 < found["std"] < math.inf):
-        raise ConfigError(f'`{file}` must hold `{{"mean": ..., "std": ...}}`, two numbers, the std above 0. Mend it.')
-    return found
-
-
 class ModelReward(Reward):
     """
-    A reward model: a sequence classifier with one output, full or as an adapter on its base.
+    A reward model: a sequence classifier with one output, or one a head, full or as an adapter on its base.
 
     A file `calibration.json` beside the model, with `mean` and `std` of its scores of reference answers, is read for
     `reward_norm=reference` (`calibration`).
@@ -181,6 +158,14 @@ class ModelReward(Reward):
         batch_size (`int`): completions scored at a time.
         dtype (`str`, *optional*): such as `"bfloat16"`; float32 when unset.
         trust_remote_code (`bool`): for hub models with code of their own.
+        head_weights (`dict[str, float]`, *optional*): of a model with several heads, the factor of each that counts:
+            the reward is their weighted sum.
+
+    Attributes:
+        heads (`list[str]`): the names of the model's heads.
+
+    Raises:
+        ConfigError: for a model with several heads without `head_weights`, or one with a head that isn't there.
     """
 
     def __init__(
@@ -191,6 +176,7 @@ class ModelReward(Reward):
         batch_size: int = 32,
         dtype: str | None = None,
         trust_remote_code: bool = False,
+        head_weights: dict[str, float] | None = None,
     ):
         from accelerate import PartialState
 
@@ -200,8 +186,9 @@ class ModelReward(Reward):
         if isinstance(path, str):
             self.model = load_reward_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-            self.calibration = read_calibration(path)
+            calibration = read_calibration(path)
         else:
+            calibration = None
             self.model = path
             self.tokenizer = AutoTokenizer.from_pretrained(path.config._name_or_path)
         if self.tokenizer.pad_token is None:
@@ -209,9 +196,27 @@ class ModelReward(Reward):
         # The score is read at the last token that isn't this one
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model.requires_grad_(False).eval().to(PartialState().device)
+        self.heads = [str(head) for head in self.model.config.id2label.values()]
+        self._head_weights = self._checked_weights(head_weights, path)
+        self.calibration = weighted_calibration(calibration, self._head_weights)
         self.batch_size = batch_size
         self._policy_tokenizer: PreTrainedTokenizerBase | None = None
         self._same_tokenizer = False
+
+    def _checked_weights(self, weights: dict[str, float] | None, path) -> Tensor:
+        typed = f"reward.{self.__name__}.head_weights={{{self.heads[0]}: 1.0}}"
+        if weights is None and len(self.heads) > 1:
+            raise ConfigError(
+                f"The reward model `{path}` has the heads {names_of(self.heads)}, and which of them count isn't said. "
+                f"Type for example `'{typed}'`."
+            )
+        if unknown := [name for name in weights or {} if name not in self.heads]:
+            raise ConfigError(
+                f"`reward.{self.__name__}.head_weights` names `{unknown[0]}`, and the heads of `{path}` are "
+                f"{names_of(self.heads)}."
+            )
+        weights = dict.fromkeys(self.heads, 1.0) if weights is None else weights
+        return torch.tensor([float(weights.get(head, 0.0)) for head in self.heads])
 
     def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Ids are scored as they are if `tokenizer` maps text to the same ids as the reward model's own."""
@@ -235,21 +240,23 @@ class ModelReward(Reward):
             for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True)
         ]
 
-    @torch.inference_mode()
     def score_ids(self, rows: list[list[int]]) -> list[float]:
         """Scores of token rows, each prompt and completion together, one each."""
+        return (self.head_scores(rows) @ self._head_weights).tolist()
+
+    @torch.inference_mode()
+    def head_scores(self, rows: list[list[int]]) -> Tensor:
+        """What each head says of token rows, shape `(rows, heads)`."""
         device, pad = self.model.device, self.tokenizer.pad_token_id
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: less padding
-        scores: list[float] = [0.0] * len(rows)
+        scores = torch.zeros(len(rows), len(self.heads))
         for start in range(0, len(order), self.batch_size):
             chunk = order[start : start + self.batch_size]
             width = max(len(rows[i]) for i in chunk)
             ids = torch.tensor([rows[i] + [pad] * (width - len(rows[i])) for i in chunk], device=device)
             lengths = torch.tensor([len(rows[i]) for i in chunk], device=device)
             mask = (torch.arange(width, device=device) < lengths.unsqueeze(1)).long()
-            logits = self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
-            for i, score in zip(chunk, logits.tolist(), strict=True):
-                scores[i] = score
+            scores[chunk] = self.model(input_ids=ids, attention_mask=mask).logits.float().cpu()
         return scores
 
 
@@ -261,14 +268,25 @@ class AdapterReward(ModelReward):
 
     Args:
         path (`str`): directory or hub id of a reward model trained as an adapter on the policy's base.
-        weight (`float`), name (`str`, defaults to `"reward_adapter"`), batch_size (`int`): see [`ModelReward`].
+        weight (`float`), name (`str`, defaults to `"reward_adapter"`), batch_size (`int`), head_weights (`dict`,
+            *optional*): see [`ModelReward`].
     """
 
-    def __init__(self, path: str, weight: float = 1.0, name: str = "reward_adapter", batch_size: int = 32):
-        from ..models import load_tokenizer
+    def __init__(
+        self,
+        path: str,
+        weight: float = 1.0,
+        name: str = "reward_adapter",
+        batch_size: int = 32,
+        head_weights: dict[str, float] | None = None,
+    ):
+        from ..models import adapter_heads, load_tokenizer
 
         Reward.__init__(self, name, weight)
-        self.path, self.batch_size, self.calibration = path, batch_size, read_calibration(path)
+        self.path, self.batch_size = path, batch_size
+        self.heads = adapter_heads(path)
+        self._head_weights = self._checked_weights(head_weights, path)
+        self.calibration = weighted_calibration(read_calibration(path), self._head_weights)
         self.tokenizer = load_tokenizer(path)
         self.model: PreTrainedModel | None = None
         self._policy_tokenizer: PreTrainedTokenizerBase | None = None
