@@ -280,9 +280,11 @@ class AdapterReward(ModelReward):
         batch_size: int = 32,
         head_weights: dict[str, float] | None = None,
     ):
+        from ..adapters import saved_adapter
         from ..models import adapter_heads, load_tokenizer
 
         Reward.__init__(self, name, weight)
+        saved_adapter(path)
         self.path, self.batch_size = path, batch_size
         self.heads = adapter_heads(path)
         self._head_weights = self._checked_weights(head_weights, path)
