@@ -8,7 +8,7 @@ from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.callbacks.record import write_metrics
-from rlhf_trl.evaluation.compare import held_out
+from rlhf_trl.evaluation.evaluate import held_out
 from rlhf_trl.evaluation.statistics import Estimate, win_rate
 from rlhf_trl.evaluation.tables import table
 from rlhf_trl.quiet import quiet
