@@ -84,6 +84,7 @@ def evaluate(cfg: DictConfig) -> None:
             dtype=stage.dtype,
             seed=cfg.seed,
             samples=stage.best_of_n,
+            best_of_n_batch_size=stage.best_of_n_batch_size,
             references=reference_answers(cfg) if stage.references else None,
         )
     except BaseException as error:
@@ -215,6 +216,7 @@ def evaluate_policies(
     dtype: str,
     seed: int,
     samples: int = 0,
+    best_of_n_batch_size: int | None = None,
     references: Dataset | None = None,
 ) -> dict:
     """
@@ -238,6 +240,8 @@ def evaluate_policies(
             Type of the weights.
         samples (`int`):
             Completions a prompt of the baseline, of which the best of n is measured; 0: none.
+        best_of_n_batch_size (`int`, *optional*):
+            How many of these at a time; `None`: `batch_size`.
         references (`Dataset`, *optional*):
             Rows with `prompt` and `completion` whose perplexity is measured.
 
@@ -273,8 +277,9 @@ def evaluate_policies(
         }
         if name == baseline:
             if samples:
+                many = {"temperature": temperature, "batch_size": best_of_n_batch_size or batch_size}
                 drawn = draw_many(
-                    model, tokenizer, prompts, dataset, rewards, samples, max_completion_length, seed, sampling
+                    model, tokenizer, prompts, dataset, rewards, samples, max_completion_length, seed, many
                 )
         elif tokenizer.get_vocab() != base_tokenizer.get_vocab():
             entry["gaps"]["kl"] = (
@@ -335,8 +340,8 @@ def text_statistics(texts: Sequence[str]) -> dict[str, float]:
 
 def kl_statistics(own: Sequence[TokenStatistics], reference: Sequence[TokenStatistics]) -> dict[str, Any]:
     """
-    KL(policy || baseline) from the policy's own samples, in nats: summed over a sequence (k1 in `kl`, k3 in `kl_k3`), and
-    a token. Both estimators are without bias; k3 is never negative (Schulman, "Approximating KL divergence").
+    KL(policy || baseline) from the policy's own samples, in nats: summed over a sequence (k1 in `kl`, k3 in `kl_k3`),
+    and a token. Both estimators are without bias; k3 is never negative (Schulman, "Approximating KL divergence").
     """
     ratios = [(a.logps - b.logps).double().numpy() for a, b in zip(own, reference, strict=True)]
     k3 = [np.exp(-ratio) - 1 + ratio for ratio in ratios]

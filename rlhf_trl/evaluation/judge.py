@@ -1,7 +1,8 @@
 """
 Who wins between two policies' answers: the group `judge`.
 
-A judge's `compare(prompts, policy, baseline)` takes texts and the [`Answers`] of two policies, and returns [`Verdicts`].
+A judge's `compare(prompts, policy, baseline)` takes texts and the [`Answers`] of two policies and returns
+[`Verdicts`].
 """
 
 import os
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.paths import resolve_path
 
 # A verdict and nothing else: a sentence that begins with the article "A" is none
 VERDICT = re.compile(
@@ -138,7 +140,7 @@ class TextJudge:
 
 
 def verdict(reply: str) -> str | None:
-    """`A`, `B` or `tie` in a judge's reply, `None` if it says neither or more than one: that is counted, not guessed."""
+    """`A`, `B` or `tie` in a judge's reply, `None` if it says none or several: counted, not guessed."""
     found = {match.upper() for match in BRACKETS.findall(reply)}
     if not found:
         lines = [line for line in reply.splitlines() if line.strip()]
@@ -194,7 +196,8 @@ class ModelJudge(TextJudge):
         dtype: str = "auto",
     ):
         super().__init__(template, all_pairs)
-        self.path, self.max_new_tokens, self.batch_size, self.dtype = path, max_new_tokens, batch_size, dtype
+        self.path = resolve_path(path, None, "")
+        self.max_new_tokens, self.batch_size, self.dtype = max_new_tokens, batch_size, dtype
         self.name = f"the language model `{path}`, in both orders"
 
     def ask(self, questions: Sequence[str]) -> list[str]:
@@ -307,8 +310,8 @@ class HTTPJudge(TextJudge):
                 continue
             if response.status_code != 200:
                 raise ConfigError(
-                    f"The judge at `{self.url}` refused with status {response.status_code}: {response.text[:200]}. Check "
-                    "`judge.url`, `judge.model` and `judge.api_key_env`."
+                    f"The judge at `{self.url}` refused with status {response.status_code}: {response.text[:200]}. "
+                    "Check `judge.url`, `judge.model` and `judge.api_key_env`."
                 )
             try:
                 return response.json()["choices"][0]["message"]["content"] or ""

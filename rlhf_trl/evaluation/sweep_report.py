@@ -15,8 +15,8 @@ NOT_OF_INTEREST = ("_runtime", "_per_second", "epoch", "step")
 
 class SweepReport(Callback):
     """
-    A Hydra callback of `launch/sweep.py`: when all jobs have ended it writes `sweep.json` and the report, and prints the
-    table.
+    A Hydra callback of `launch/sweep.py`: when all jobs have ended it writes `sweep.json` and the report, and prints
+    the table.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:

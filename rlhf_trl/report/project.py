@@ -1,10 +1,11 @@
 """
 The report of a project: whether alignment worked, at what price, and what to turn next (`runs/<project>/report`).
 
-It is made from what the runs and the last evaluation left on disk, so it can be made anew at any time (`stage=report`).
-What is not there is said, with the command that makes it.
+It is made from what the runs and the last evaluation left on disk, so it can be made anew at any time
+(`stage=report`). What is not there is said, with the command that makes it.
 """
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import groupby
@@ -23,20 +24,45 @@ from rlhf_trl.report.plots import Series
 from rlhf_trl.report.records import Run, read_json, read_runs
 
 ANSWERS_SHOWN = 10
-# Training curves: the title of a figure and its metrics, by name in the legend. What a run didn't log is left out.
+# Training curves: the title of a figure, how to read it, and its metrics by their name in the legend. What a run
+# didn't log is left out, and of several with one title the first is shown.
 CURVES = (
-    ("reward", {"rollouts": "objective/scores", "held out": "eval_objective/scores"}),
-    ("reward", {"rollouts": "reward", "held out": "eval_reward"}),
-    ("KL to the start, nats a sequence", {"rollouts": "objective/kl", "held out": "eval_objective/kl"}),
-    ("KL, nats a token", {"rollouts": "kl"}),
-    ("accuracy", {"training": "accuracy", "held out": "eval_accuracy"}),
-    ("accuracy", {"training": "rewards/accuracies", "held out": "eval_rewards/accuracies"}),
-    ("margin of the rewards", {"training": "rewards/margins", "held out": "eval_rewards/margins"}),
-    ("entropy, nats a token", {"rollouts": "policy/entropy"}),
-    ("tokens a completion", {"rollouts": "completions/mean_length", "held out": "eval_completions/mean_length"}),
-    ("explained variance of the critic", {"rollouts": "value/explained_variance"}),
-    ("clip fraction", {"rollouts": "policy/clipfrac"}),
-    ("loss", {"training": "loss", "held out": "eval_loss"}),
+    (
+        "reward",
+        "Held out it should rise as well.",
+        {"rollouts": "objective/scores", "held out": "eval_objective/scores"},
+    ),
+    ("reward", "Held out it should rise as well.", {"rollouts": "reward", "held out": "eval_reward"}),
+    (
+        "KL to the start, nats a sequence",
+        "How far the policy went; one that grows without end is being pulled by the reward alone.",
+        {"rollouts": "objective/kl", "held out": "eval_objective/kl"},
+    ),
+    ("KL to the start, nats a token", "How far the policy went.", {"rollouts": "kl"}),
+    ("accuracy", "Training far above held out is overfitting.", {"training": "accuracy", "held out": "eval_accuracy"}),
+    (
+        "accuracy",
+        "Share of pairs whose chosen answer the policy prefers, next to its start; there it is 0, as all are ties.",
+        {"training": "rewards/accuracies", "held out": "eval_rewards/accuracies"},
+    ),
+    (
+        "margin of the rewards",
+        "By how much it prefers the chosen answer.",
+        {"training": "rewards/margins", "held out": "eval_rewards/margins"},
+    ),
+    ("entropy, nats a token", "Near 0 the policy has stopped exploring.", {"rollouts": "policy/entropy"}),
+    (
+        "tokens a completion",
+        "A steady drift means that length is being rewarded.",
+        {"rollouts": "completions/mean_length", "held out": "eval_completions/mean_length"},
+    ),
+    (
+        "explained variance of the critic",
+        "1 is perfect; at 0 it explains nothing.",
+        {"rollouts": "value/explained_variance"},
+    ),
+    ("clip fraction", "Above 0.3 the steps are too large.", {"rollouts": "policy/clipfrac"}),
+    ("loss", "Training far below held out is overfitting.", {"training": "loss", "held out": "eval_loss"}),
 )
 RL_ONLY_NOISE = "objective/kl"  # where it is logged, the loss of a policy gradient says nothing
 
@@ -72,7 +98,7 @@ def project_page(project_dir: Path) -> Page:
     runs, comparison = read_runs(project_dir), read_json(project_dir / "comparison.json")
     if not runs:
         raise ConfigError(
-            f"There is nothing to report: `{project_dir}` holds no run. Type `project=` with the name of one that does."
+            f"There is nothing to report: `{project_dir}` holds no run. Type `project=...` with one that does."
         )
     sections, facts = [], {}
     if comparison:
@@ -87,7 +113,9 @@ def project_page(project_dir: Path) -> Page:
         ]
     else:
         command = f"accelerate launch train.py stage=evaluate project={project_dir.name}"
-        lead = f"The policies of this project were not evaluated, so whether training helped is not known. Type `{command}`."
+        lead = (
+            f"The policies of this project were not evaluated, so whether training helped is open. Type `{command}`."
+        )
         sections.append(Section("Evaluation", [Gap(f"There is no `comparison.json`. Type `{command}`.")]))
     sections += [
         Section("Training", training_blocks(runs)),
@@ -145,15 +173,15 @@ def _next(comparison: dict[str, Any], others: dict[str, dict]) -> str:
             gold, learned = _gain(comparison, entry, ""), _gain(comparison, entry, proxy)
             if gold is not None and learned is not None and learned > 0.25 and gold < learned / 2:
                 return (
-                    f"{name} gained {learned:+.1f} standard deviations by `{proxy}` and {gold:+.1f} by the reward that "
-                    "counts: it is over-optimized, so raise its `stage.args.beta`, train it less, or refresh the reward "
-                    "model."
+                    f"{name} gained {learned:+.1f} standard deviations by `{proxy}` and {gold:+.1f} by the reward "
+                    "that counts: it is over-optimized, so raise its `stage.args.beta`, train it less, or refresh the "
+                    "reward model."
                 )
     for name, entry in others.items():
         if base["eos_rate"] - entry["eos_rate"] > 0.05:
             return (
-                f"{name} ends {entry['eos_rate']:.0%} of its answers and {comparison['baseline']} {base['eos_rate']:.0%}: "
-                "set `stage.args.missing_eos_penalty`."
+                f"{name} ends {entry['eos_rate']:.0%} of its answers and {comparison['baseline']} "
+                f"{base['eos_rate']:.0%}: set `stage.args.missing_eos_penalty`."
             )
         if entry.get("repetition", 0) - base.get("repetition", 0) > 0.1:
             return f"{name} repeats itself more than {comparison['baseline']}: raise its `stage.args.beta`."
@@ -164,18 +192,19 @@ def _next(comparison: dict[str, Any], others: dict[str, dict]) -> str:
             )
     under = [name for name, entry in others.items() if _below_best_of_n(comparison, entry)]
     if under:
+        by = f" by `{_curves(comparison)[-1]['by']}`" if _curves(comparison)[-1]["by"] else ""
         return (
             f"{_names(under)} {'is' if len(under) == 1 else 'are'} below what the best of n samples of "
-            f"{comparison['baseline']} gets for the same KL: train longer, or look at the reward model first."
+            f"{comparison['baseline']}{by} gets for the same KL: train longer, or look at the reward model first."
         )
     return "Nothing in its price is out of line, so more training, or a smaller `stage.args.beta`, is worth a try."
 
 
 def _below_best_of_n(comparison: dict[str, Any], entry: dict) -> bool:
-    curves = (comparison.get("best_of_n") or {}).get("curves") or []
+    curves = _curves(comparison)
     if not curves or not entry["kl"]:
         return False
-    points = curves[0]["points"]
+    points = curves[-1]["points"]  # chosen by what the policies were trained on, where that was measured
     kl = entry["kl"]["mean"]
     if not points[0]["kl"] <= kl <= points[-1]["kl"]:
         return False
@@ -211,15 +240,15 @@ def frontier_blocks(comparison: dict[str, Any]) -> list:
     shown = {name: entry for name, entry in policies.items() if entry["kl"] or name == base}
     series = [
         Series(
-            f"best of n from {base}",
+            f"best of n by {curve['by'] or 'the reward itself'}",
             x=[point["kl"] for point in curve["points"]],
             y=[point["reward"]["mean"] for point in curve["points"]],
             low=[point["reward"]["low"] for point in curve["points"]],
             high=[point["reward"]["high"] for point in curve["points"]],
             labels=[f"n={point['n']}" if point["n"] in (4, 16, 64) else "" for point in curve["points"]],
-            color=7,
+            color=7 - i,
         )
-        for curve in _curves(comparison)[:1]
+        for i, curve in enumerate(_curves(comparison))
     ]
     families = groupby(
         sorted(shown, key=lambda name: policies[name].get("family", name)), key=lambda n: policies[n].get("family", n)
@@ -242,8 +271,9 @@ def frontier_blocks(comparison: dict[str, Any]) -> list:
     blocks: list = [
         Figure(
             plots.frontier(series, "Reward against KL", f"KL to {base}, nats a sequence", reward, x_scale="sqrt"),
-            "What each policy gained, and how far it went from its start for it; up and to the left is better. Bars are "
-            "95 % intervals. The curve is the free frontier: drawing n answers and keeping the best, without any training.",
+            "What each policy gained, and how far it went from its start for it; up and to the left is better. Bars "
+            "and bands are 95 % intervals. The curves are the free frontier: drawing n answers and keeping the best, "
+            "without any training.",
             wide=True,
         )
     ]
@@ -285,8 +315,8 @@ def _parting(comparison: dict[str, Any], shown: dict[str, dict]) -> list:
     if not proxies:
         return [
             Gap(
-                "Over-optimization shows as the parting of two rewards, and only one was measured. Add what the policies "
-                "were trained on, with weight 0: `'reward=[demo,model]' reward.model.weight=0`."
+                "Over-optimization shows as the parting of two rewards, and only one was measured. Add what the "
+                "policies were trained on, with weight 0: `'reward=[demo,model]' reward.model.weight=0`."
             )
         ]
     series = []
@@ -319,8 +349,8 @@ def _parting(comparison: dict[str, Any], shown: dict[str, dict]) -> list:
             plots.frontier(
                 series, "Two rewards", f"KL to {base}, nats a sequence", "gain in standard deviations", x_scale="sqrt"
             ),
-            f"The same policies by each reward, in standard deviations of {base}'s answers. As long as both rise together "
-            "the learned reward is a good guide; where the hollow ones go on and the filled ones don't, it is being fooled.",
+            f"The same policies by each reward, in standard deviations of {base}'s answers. As long as both rise, the "
+            "learned reward is a good guide; where the hollow ones go on and the others don't, it is being fooled.",
             wide=True,
         )
     ]
@@ -345,7 +375,8 @@ def win_blocks(comparison: dict[str, Any]) -> list:
                     middle=0.5,
                     form="{:.0%}",
                 ),
-                "Share of prompts on which a policy's answer is judged better; a tie counts half. Lines are 95 % intervals.",
+                "Share of prompts on which a policy's answer is judged better; a tie counts half. Lines are 95 % "
+                "intervals.",
             )
         )
     ranking = comparison.get("bradley_terry") or {}
@@ -365,8 +396,8 @@ def win_blocks(comparison: dict[str, Any]) -> list:
         row += [_share(entry.get("position_bias")), _share(entry.get("order_agreement"))] if judged else []
         rows.append(row + ([_interval(ranking[name], "{:+.2f}")] if ranking else []))
     note = (
-        "At equal length: AlpacaEval 2's logistic regression on the difference in length (Dubois et al. 2024), without "
-        "its term for the prompt."
+        "At equal length: AlpacaEval 2's logistic regression on the difference in length (Dubois et al. 2024), "
+        "without its term for the prompt."
     )
     if judged:
         note += " First wins: how often the judge names the answer it is shown first; 50 % is no position bias."
@@ -375,7 +406,8 @@ def win_blocks(comparison: dict[str, Any]) -> list:
     blocks.append(Table(headers, rows, f"The judge is {comparison.get('judge', 'the reward')}.", note=note))
     blocks += [
         Gap(
-            f"{entry['unclear']} of {entry['judgements']} judgements of {name} named neither answer nor a tie; they count for nobody."
+            f"{entry['unclear']} of {entry['judgements']} judgements of {name} named neither answer nor a tie; they "
+            "count for nobody."
         )
         for name, entry in unclear.items()
     ]
@@ -403,9 +435,9 @@ def cost_blocks(comparison: dict[str, Any]) -> list:
         Table(
             ["policy", *(name for name, _ in kept)],
             [[name, *(read(entry) for _, read in kept)] for name, entry in policies.items()],
-            note=f"KL to {comparison['baseline']} in nats, k1 and k3 on the policy's own answers, summed over a sequence "
-            "and a token. Entropy in nats a token. Distinct-n: different n-grams of words among all. Repeated: 4-grams "
-            "that an answer has had before. Perplexity: of the data's own answers, a token.",
+            note=f"KL to {comparison['baseline']} in nats, k1 and k3 on the policy's own answers, summed over a "
+            "sequence and a token. Entropy in nats a token. Distinct-n: different n-grams of words among all. "
+            "Repeated: 4-grams that an answer has had before. Perplexity: of the data's own answers, a token.",
         )
     ]
 
@@ -421,7 +453,7 @@ def distribution_blocks(comparison: dict[str, Any]) -> list:
     blocks: list = [
         Figure(
             plots.histogram({base: rewards[base], name: rewards[name]}, f"Rewards of {base} and {name}", "reward"),
-            f"{base} and {name}; the short thick lines are the means.",
+            f"{base} and {name}; the upright lines are the means.",
         )
         for name in main
         if name != base
@@ -488,7 +520,7 @@ def curve_figures(run: Run) -> list[Figure]:
     """A figure for each metric of `CURVES` that the run logged; each metric once."""
     logged = {key for entry in run.history for key in entry}
     figures: dict[str, Figure] = {}
-    for title, keys in CURVES:
+    for title, reading, keys in CURVES:
         if title in figures or (title == "loss" and RL_ONLY_NOISE in logged):
             continue
         series = [
@@ -498,7 +530,7 @@ def curve_figures(run: Run) -> list[Figure]:
         ]
         if series:
             drawn = plots.curves(series, f"{run.name}: {title}", "optimizer step", title)
-            figures[title] = Figure(drawn, f"{run.name}: {title}.")
+            figures[title] = Figure(drawn, reading)
     return list(figures.values())
 
 
@@ -516,8 +548,7 @@ def reward_model_blocks(runs: Sequence[Run], project: str) -> list:
         values = {
             key.removeprefix("eval_"): value
             for key, value in run.metrics["eval"].items()
-            if isinstance(value, (int, float))
-            and not key.endswith(("_runtime", "_per_second", "epoch", "step", "num_tokens"))
+            if isinstance(value, (int, float)) and re.search("accuracy|loss|margin|mse", key)
         }
         first = next((entry for entry in run.history if "eval_accuracy" in entry), {})
         rows = [

@@ -42,7 +42,8 @@ class Run:
 
     def curve(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of a metric."""
-        points = [(entry["step"], entry[key]) for entry in self.history if entry.get(key) is not None]
+        logged = enumerate(self.history)
+        points = [(entry.get("step", i), entry[key]) for i, entry in logged if entry.get(key) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
 
