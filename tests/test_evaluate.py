@@ -23,7 +23,7 @@ from rlhf_trl.evaluation.evaluate import (
     weighted_sum,
 )
 from rlhf_trl.evaluation.judge import Answers, HTTPJudge, ModelJudge, RewardJudge, outcomes_of, verdict
-from rlhf_trl.evaluation.sampling import sample, sequence_logps, token_statistics
+from rlhf_trl.evaluation.sampling import sample, sample_in_turns, sequence_logps, token_statistics
 from rlhf_trl.evaluation.statistics import (
     best_of_n,
     best_of_n_kl,
@@ -199,6 +199,25 @@ def test_sampling_ends_at_eos_and_repeats_with_the_seed(policies):
     ended = [ids for ids in completions if eos in ids]
     assert ended and all(ids.index(eos) == len(ids) - 1 for ids in ended)
     assert all(len(ids) == 12 for ids in completions if eos not in ids)
+
+
+def test_sampling_in_turns_draws_from_the_same_distribution(policies):
+    """Share of those that end within each quarter, and of a token at a place beyond the first turn."""
+    model, tokenizer = load(policies["sft"])
+    prompts = [[5, 6, 7], [8]] * 1500
+    options = {"max_completion_length": 24, "temperature": 1.0, "batch_size": 500}
+    whole = sample(model, tokenizer, prompts, seed=1, **options)
+    turns = sample_in_turns(model, tokenizer, prompts, seed=2, **options)
+    eos = tokenizer.eos_token_id
+    assert all(eos not in ids[:-1] and (len(ids) == 24 or ids[-1] == eos) for ids in turns)
+    for limit in (4, 16, 20, 23):
+        shares = [np.mean([len(ids) <= limit for ids in found]) for found in (whole, turns)]
+        assert shares[0] == pytest.approx(shares[1], abs=4 * math.sqrt(0.5 / 3000))
+    late = [[ids[18] for ids in found if len(ids) > 18] for found in (whole, turns)]
+    assert min(map(len, late)) > 300
+    common = max(set(late[0]), key=late[0].count)
+    shares = [np.mean([token == common for token in tokens]) for tokens in late]
+    assert shares[0] == pytest.approx(shares[1], abs=4 * math.sqrt(0.5 / min(map(len, late))))
 
 
 def test_sequence_log_probabilities_do_not_depend_on_the_batch(policies):

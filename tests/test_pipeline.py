@@ -226,7 +226,7 @@ SHRUNKEN = {
         *("stage.args.per_device_train_batch_size=16", *SMALL),
     ],
     "dpo": ["stage=dpo", "model.run=sft", "stage.args.max_steps=2", *SMALL],
-    "compare": ["stage=compare", "stage.show=false", "data.max_eval_samples=16", "stage.max_completion_length=32"],
+    "compare": ["stage=evaluate", "stage.show=false", "data.max_eval_samples=16", "stage.max_completion_length=32"],
 }
 # Imported by every Python process of the pipeline, before anything else
 NO_NETWORK = """

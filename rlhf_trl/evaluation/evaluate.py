@@ -21,7 +21,7 @@ from rlhf_trl.callbacks.samples import as_text
 from rlhf_trl.data.tokens import prompt_ids, row_ids
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.judge import Answers, Verdicts
-from rlhf_trl.evaluation.sampling import TokenStatistics, sample, token_statistics
+from rlhf_trl.evaluation.sampling import TokenStatistics, sample, sample_in_turns, token_statistics
 from rlhf_trl.evaluation.statistics import (
     best_of_n,
     best_of_n_kl,
@@ -411,9 +411,8 @@ def draw_many(
     """Each reward of `samples` completions a prompt, shape (P, samples); `""` is their weighted sum."""
     rows = np.repeat(np.arange(len(dataset)), samples)
     # Others than those of the comparison: the baseline shall not be measured against itself
-    written = sample(
-        model, tokenizer, [prompts[row] for row in rows], max_completion_length, seed=seed + 1, **sampling
-    )
+    starts = [prompts[row] for row in rows]
+    written = sample_in_turns(model, tokenizer, starts, max_completion_length, seed=seed + 1, **sampling)
     many = dataset.select(rows)
     scores = score(rewards, many, _as_completions(tokenizer, many["prompt"], written), written, tokenizer)
     scores[""] = weighted_sum(scores, [reward.weight for reward in rewards])
