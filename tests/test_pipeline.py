@@ -257,6 +257,7 @@ def test_a_shrunken_pipeline_end_to_end_in_silence(tmp_path, monkeypatch):
     comparison = json.loads((project / "comparison.json").read_text())
     assert list(comparison["policies"]) == ["sft", "ppo", "dpo"]
     assert comparison["prompts"] == 16
+    assert "<svg" in (project / "report" / "index.html").read_text()
     rows = [line.split() for line in out.splitlines()]
     table = rows[rows.index(["step", "time", "metric", "start", "end"]) + 2 :]
     assert [row[0] for row in table[: len(SHRUNKEN)]] == list(SHRUNKEN)

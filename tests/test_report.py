@@ -9,13 +9,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.tables import comparison_text
 from rlhf_trl.report import Code, Details, Figure, Gap, Page, Section, SideBySide, Table, Text, plots, write_page
 from rlhf_trl.report.page import to_html, to_markdown
 from rlhf_trl.report.plots import Series
-from rlhf_trl.report.project import project_page, verdict, write_report
+from rlhf_trl.report.project import project_page, report, verdict, write_report
 from rlhf_trl.report.sweep import sweep_page, write_sweep_report
 
 EVIL = "</p><script>alert(1)</script> | `a` \x00\ud800"
@@ -226,6 +227,11 @@ def test_a_projects_report_shows_what_is_there_and_says_what_is_not(project):
     assert comparison_text(json.loads((project / "comparison.json").read_text())).startswith("40 held-out prompts")
 
 
+def test_the_stage_report_makes_it_anew(project, capsys):
+    report(OmegaConf.create({"runs_dir": str(project.parent), "project": project.name}))
+    assert (project / "report" / "index.html").exists() and "report/index.html" in capsys.readouterr().out
+
+
 def test_a_project_without_an_evaluation_says_how_to_make_one(tmp_path):
     make_run(tmp_path / "mine", "sft", "sft", None)
     page_ = project_page(tmp_path / "mine")
@@ -357,7 +363,7 @@ def browse(tmp_path, html: str, *options: str) -> tuple[str, str]:
 
 def look(tmp_path, html: str, width: int, *options: str) -> tuple[dict, str]:
     """
-    What `PROBE` finds in a window of a given width, and what the console said. Headless Chromium's window has 500 px at
+    What `PROBE` finds in a window of a given width, and what the console said. Headless Chromium has 500 px at
     least, so the page is looked at in a frame inside of it.
     """
     html = html.replace("</body>", PROBE.replace("document.title =", "parent.document.title =") + "</body>")

@@ -38,7 +38,7 @@ from rlhf_trl.models import load_model, load_tokenizer
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.quiet import quiet
 from rlhf_trl.report.project import write_report
-from rlhf_trl.run import begin, end, instantiate_data, project_dir, reward_functions
+from rlhf_trl.run import begin, end, fail, instantiate_data, project_dir, reward_functions
 
 
 class Policy(NamedTuple):
@@ -88,7 +88,7 @@ def evaluate(cfg: DictConfig) -> None:
             references=reference_answers(cfg) if stage.references else None,
         )
     except BaseException as error:
-        end(cfg, "failed", error=f"{type(error).__name__}: {error}")
+        fail(cfg, error)
         raise
     write_json(Path(where, "comparison.json"), comparison)
     end(cfg, "done")

@@ -37,6 +37,8 @@ class Series:
             Whether the points are joined.
         color (`int`, *optional*):
             Which color; `None`: by its place among the series.
+        joined (`bool`):
+            Points with a thin line through them: runs that differ in one thing.
         hollow (`bool`):
             Hollow markers and a dashed line: for the second of two readings of one thing.
         labels (`Sequence[str]`):
@@ -49,6 +51,7 @@ class Series:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     line: bool = True
+    joined: bool = False
     color: int | None = None
     hollow: bool = False
     labels: Sequence[str] = ()
@@ -96,6 +99,8 @@ def frontier(
                 axes.plot(x, y, color=color, linestyle=DASHES[1] if one.hollow else "-", **style)
             else:
                 axes.plot(x, y, linestyle="none", color=color, zorder=4, **style)
+                if one.joined:
+                    axes.plot(x, y, linestyle=DASHES[2], color=color, linewidth=1.2, alpha=0.7)
             if low is not None:
                 if one.line:
                     axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)

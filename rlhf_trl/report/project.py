@@ -264,6 +264,7 @@ def frontier_blocks(comparison: dict[str, Any]) -> list:
                 low=[policies[name]["reward"]["low"] for name in names],
                 high=[policies[name]["reward"]["high"] for name in names],
                 line=False,
+                joined=True,
                 color=i,
                 labels=names,
             )
