@@ -598,7 +598,9 @@ class Rated(Feedback):
             notes["pairs on which raters disagree"] += share is not None and share < 1
             wins.append(Win(a, b, abs(gap), share))
         columns = [item.get("columns") or {} for item in items]
-        alike = {name: value for name, value in columns[0].items() if all(other.get(name) == value for other in columns)}
+        alike = {
+            name: value for name, value in columns[0].items() if all(other.get(name) == value for other in columns)
+        }
         for name in {name for other in columns for name in other} - alike.keys():
             notes[f"rows without `{name}`: their completions differ in it"] += 1
         return Group(prompt, completions, wins, votes=[item["votes"] for item in items], columns=alike)

@@ -104,7 +104,9 @@ def load(
         row_of = {row["id"]: row for row in reviews.test}
         splits = {
             "train": [_judged(prompt, *pair) for pair in pairs(train, rounds, min_gap, seed)],
-            "eval": [_judged(prompt, row_of[p["chosen_id"]], row_of[p["rejected_id"]], p["gap"]) for p in reviews.pairs],
+            "eval": [
+                _judged(prompt, row_of[p["chosen_id"]], row_of[p["rejected_id"]], p["gap"]) for p in reviews.pairs
+            ],
         }
     elif form in ("preference", "comparisons"):
         text = {row["id"]: row["text"] for row in reviews.test}

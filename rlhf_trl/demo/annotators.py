@@ -252,7 +252,8 @@ def load(
 
     Args:
         form (`str`): what a stage trains on: `prompt_completion`, `preference`, `unpaired`, `comparisons`, `prompt`;
-            or for evaluation `judged`, made of ratings for four answers to each of 256 held-out prompts; or feedback as people give it: `pairs`, `rankings`, `ratings`, `edits`, `thumbs`, `attributes`.
+            `judged` for evaluation (ratings of four answers to each of 256 held-out prompts); or feedback as people
+            give it: `pairs`, `rankings`, `ratings`, `edits`, `thumbs`, `attributes`.
         seed (`int`): draws prompts, answers, raters and their noise. Which prompts are held out doesn't depend on it.
         max_samples (`int`, *optional*): the first rows of those for training: 3,000 prompts or demonstrations, or
             6,000 rows of any other form (of feedback: before they become rows of `form`).

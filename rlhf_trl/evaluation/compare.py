@@ -130,12 +130,12 @@ def compare_policies(
                 f"The policy `{name}` ({path}) has another vocabulary than the baseline `{baseline}` "
                 f"({policies[baseline]}). Compare policies that come from one base."
             )
-        model = _load(path, dtype)
+        model = load_policy(path, dtype)
         written[name] = sample(model, tokenizer, prompts, max_completion_length, seed=seed, **sampling)
-        texts[name] = _as_completions(tokenizer, dataset["prompt"], written[name])
+        texts[name] = as_completions(tokenizer, dataset["prompt"], written[name])
         own_logps[name] = sequence_logps(model, prompts, written[name], **sampling)
         del model
-    reference = _load(policies[baseline], dtype)
+    reference = load_policy(policies[baseline], dtype)
     scores = {name: score(rewards, dataset, texts[name], written[name]) for name in policies}
     totals = {name: weighted_sum(scores[name], [reward.weight for reward in rewards]) for name in policies}
     # A prompt whose reward is missing for one policy is left out for all: the comparison is paired
@@ -179,11 +179,11 @@ def compare_policies(
     }
 
 
-def _load(path: str, dtype: str):
+def load_policy(path: str, dtype: str):
     return load_model(path, dtype=dtype).eval().to(PartialState().device)
 
 
-def _as_completions(tokenizer: PreTrainedTokenizerBase, prompts: Sequence, ids: Sequence[list[int]]) -> list:
+def as_completions(tokenizer: PreTrainedTokenizerBase, prompts: Sequence, ids: Sequence[list[int]]) -> list:
     """Texts, or one assistant message each where the prompts are chats: as TRL hands them to reward functions."""
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     chat = not isinstance(prompts[0], str)
