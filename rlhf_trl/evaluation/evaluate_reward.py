@@ -25,6 +25,7 @@ from rlhf_trl.evaluation.reward_quality import (
     calibration,
     disagreement,
     gap_slices,
+    in_parts,
     length_slices,
     rater_ceiling,
     share_slices,
@@ -33,10 +34,11 @@ from rlhf_trl.evaluation.reward_quality import (
 )
 from rlhf_trl.evaluation.sampling import sample
 from rlhf_trl.evaluation.statistics import pearson, spearman
-from rlhf_trl.evaluation.tables import quality_text
 from rlhf_trl.models import load_tokenizer
 from rlhf_trl.quiet import quiet
-from rlhf_trl.run import begin, end, instantiate_data, project_dir, reward_functions
+from rlhf_trl.report import write_page
+from rlhf_trl.report.reward_page import reward_page, reward_text
+from rlhf_trl.run import begin, command, end, instantiate_data, project_dir, reward_functions
 
 QUALITY_FILE = "reward_quality.json"
 # A column that was not asked for parts comparisons if it has so many different values
@@ -46,11 +48,11 @@ MISTAKES = 5
 
 def evaluate_reward(cfg: DictConfig) -> float | None:
     """
-    Evaluates each reward of `cfg.reward` on the held-out rows of `cfg.data`: writes `reward_quality.json` and
-    `metrics.json` and prints the tables.
+    Evaluates each reward of `cfg.reward` on the held-out rows of `cfg.data`: writes `reward_quality.json`,
+    `metrics.json` and the page `report/index.html`, and prints the tables.
 
     Returns:
-        `float` or `None`: the metric named by `cfg.objective`; None on other ranks than the first, which does the work.
+        `float` or `None`: the metric named by `cfg.objective`; None on ranks other than the first, which does it all.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if a reward model or policy is missing, the data has no comparisons, a column
@@ -97,8 +99,9 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
     metrics = metrics_of(quality)
     write_json(Path(cfg.run_dir, QUALITY_FILE), quality)
     write_metrics(cfg.run_dir, [{"step": 0, **metrics}])
+    page = write_page(reward_page(quality, f"{cfg.project}/{cfg.run_name}", command(cfg)), Path(cfg.run_dir, "report"))
     end(cfg, "done")
-    print("\n" + quality_text(quality))
+    print(f"\n{reward_text(quality)}\n\n{page}")
     return metrics.get(cfg.objective)
 
 
@@ -258,7 +261,9 @@ def measure(
         [`~rlhf_trl.errors.ConfigError`]: see [`evaluate_reward`].
     """
     parts = slices_of(judged, gaps_above, slices, like_length)
-    notes = [f"{count_of(judged.ratings.count([]), 'completion')} without a rating"] if any(judged.ratings) else []
+    notes, unrated = [], judged.ratings.count([])
+    if 0 < unrated < len(judged.ratings):
+        notes.append(f"{count_of(unrated, 'completion')} without a rating: left out where scores meet ratings")
     lone = sum(len(each) == 1 for each in judged.ratings)
     if lone:
         notes.append(f"{count_of(lone, 'completion')} with a single rating: they say nothing of the raters' agreement")
@@ -285,7 +290,7 @@ def measure(
     }
     for reward in rewards:
         name = reward.__name__
-        quality["rewards"][name] = entry = _measure_one(judged, found[name], parts, bins)
+        quality["rewards"][name] = entry = _measure_one(name, judged, found[name], parts, bins)
         if truth is not None and name != gold:
             entry["best_of_n"] = best_of_n(found[name], truth, np.array(judged.prompt))
         if hasattr(reward, "member_scores"):
@@ -302,14 +307,16 @@ def measure(
     return quality
 
 
-def _measure_one(judged: Judged, scores: np.ndarray, parts: dict[str, np.ndarray], bins: int) -> dict[str, Any]:
+def _measure_one(
+    name: str, judged: Judged, scores: np.ndarray, parts: dict[str, np.ndarray], bins: int
+) -> dict[str, Any]:
     """The entry of one reward, `scores` of shape (N,)."""
     lead = scores[judged.better] - scores[judged.worse]
     valid = ~np.isnan(lead)
     if not valid.any():
         raise ConfigError(
-            f"A reward has no finite score for both completions of any of {count_of(len(lead), 'comparison')}, so "
-            "nothing can be said of it. Mend it."
+            f"The reward `{name}` has no finite score for both completions of any of "
+            f"{count_of(len(lead), 'comparison')}, so nothing can be said of it. Mend it."
         )
     known, ratings = np.isfinite(scores), judged.mean_ratings
     rated = known & np.isfinite(ratings)
@@ -328,6 +335,7 @@ def _measure_one(judged: Judged, scores: np.ndarray, parts: dict[str, np.ndarray
             "pearson": pearson(scores[known], judged.lengths[known]),
             "spearman": spearman(scores[known], judged.lengths[known]),
             "longer_preferred": _longer(judged, lead),
+            "curve": in_parts(judged.lengths[known], scores[known]),
         },
         "ratings": {
             "completions": int(rated.sum()),
@@ -336,11 +344,11 @@ def _measure_one(judged: Judged, scores: np.ndarray, parts: dict[str, np.ndarray
             "pearson_within_prompts": pearson(
                 within(scores[rated], groups[rated]), within(ratings[rated], groups[rated])
             ),
+            "curve": in_parts(ratings[rated], scores[rated]),
         }
         if rated.any()
         else None,
         "mistakes": _mistakes(judged, scores, lead),
-        "scores": scores.tolist(),
     }
     subsets = judged.columns.get("subset", [])
     if rewardbench.SUBSETS.intersection(map(str, subsets)):

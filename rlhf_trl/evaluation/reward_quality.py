@@ -148,6 +148,21 @@ def within(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return values - (np.bincount(number, weights=values) / np.bincount(number))[number]
 
 
+def in_parts(x: np.ndarray, y: np.ndarray, parts: int = 8) -> list[dict[str, float]]:
+    """
+    How `y` goes with `x`, both of shape (N,): of each of `parts` parts of about equal size in the order of `x`, its
+    mean `x`, and median and quartiles of `y` (`y`, `low`, `high`). Equal `x` are never parted.
+    """
+    edges = np.unique(np.quantile(x, np.linspace(0, 1, parts + 1)[1:-1])) if len(x) else []
+    found = []
+    for number in range(len(edges) + 1):
+        inside = np.searchsorted(edges, x, side="left") == number
+        if inside.any():
+            low, middle, high = np.quantile(y[inside], [0.25, 0.5, 0.75]).tolist()
+            found.append({"x": float(x[inside].mean()), "y": middle, "low": low, "high": high, "n": int(inside.sum())})
+    return found
+
+
 def rater_ceiling(
     ratings: Sequence[Sequence[float]],
     better: np.ndarray,
