@@ -90,7 +90,7 @@ def load(
         judge_share (`float`): Share of the training sentences that is kept out, for the judge.
         max_samples, max_eval_samples (`int`, *optional*): Limits of the two splits.
         feedback (`rlhf_trl.data.Ratings`, *optional*): make the training rows of the raters' own ratings (scale -4 to
-            4) instead; `rounds` and `min_gap` are then those of `feedback`.
+            4) instead; `rounds` and `min_gap` are then those of `feedback`, and `max_samples` counts sentences.
 
     Raises:
         `DataError`: no data under `path`, or a malformed row.
@@ -129,9 +129,12 @@ def load(
         splits = {"train": [make(row) for row in train], "eval": [make(row) for row in reviews.test]}
     limits = {"train": max_samples, "eval": max_eval_samples}
     if feedback:
-        raw = ({"prompt": prompt, "completion": " " + row["text"], "ratings": row["ratings"]} for row in train)
+        raw = (
+            {"prompt": prompt, "completion": " " + row["text"], "ratings": row["ratings"]}
+            for row in train[:max_samples]
+        )
         named = [("reviews", ((f"reviews, sentence {train[i]['id']}", row) for i, row in enumerate(raw)))]
-        made = build(form, seed, named, max_samples=max_samples, feedback=feedback)["train"]
+        made = build(form, seed, named, feedback=feedback)["train"]
         held_out = Dataset.from_list(splits["eval"][:max_eval_samples])
         return DatasetDict(train=made, eval=held_out)
     return DatasetDict({name: Dataset.from_list(rows[: limits[name]]) for name, rows in splits.items()})
