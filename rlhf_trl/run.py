@@ -292,9 +292,10 @@ def reward_functions(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> lis
 
 def callbacks(cfg: DictConfig, trainer: Trainer) -> Iterator[TrainerCallback]:
     """What watches and steers the run: always the record and the progress line, and what the config names."""
-    for group in ("kl", "reward_norm"):
-        if group in cfg:
-            yield instantiate(cfg[group])(trainer=trainer)
+    if "kl" in cfg:
+        yield instantiate(cfg.kl)(trainer=trainer)
+    if "reward_norm" in cfg:
+        yield instantiate(cfg.reward_norm)(trainer=trainer, combine=instantiate(cfg.combine))
     for node in cfg.callbacks.values():
         callback = instantiate(node)
         yield callback(trainer=trainer) if isinstance(callback, functools.partial) else callback

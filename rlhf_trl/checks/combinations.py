@@ -3,12 +3,13 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_trl.checks.places import model_folder
 from rlhf_trl.checks.values import at, read_json, section
+from rlhf_trl.hints import did_you_mean
 
 DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"  # what `accelerate launch` sets to "true"
 
@@ -32,6 +33,7 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
     problems += _controller(values, str(stage.get("name")), args)
     if not str(at(values, "reward_norm._target_") or "RewardNorm").endswith(".RewardNorm"):
         problems += [problem] if (problem := normalizer_problem(args)) else []
+    problems += _combination(values, args)
     for name, least in (
         ("kl.target", "above 0"),
         ("kl.horizon", "above 0"),
@@ -114,6 +116,51 @@ def normalizer_problem(args: Mapping[str, Any]) -> str | None:
         f"A reward normalizer would be cancelled: `stage.args.{cause}` {what}. Set `stage.args.{way}`, or type "
         "`reward_norm=none`."
     )
+
+
+def _combination(values: dict[str, Any], args: dict[str, Any]) -> list[str]:
+    kind = str(at(values, "combine._target_") or "weighted_sum").rsplit(".", 1)[-1]
+    problems = []
+    if kind != "weighted_sum" and (problem := combination_problem(args)):
+        problems.append(problem)
+    if kind == "threshold":
+        names = [name for name, reward in section(values, "reward").items() if isinstance(reward, dict)]
+        problems += [problem] if (problem := threshold_problem(at(values, "combine.constraints"), names)) else []
+    normalizer = str(at(values, "reward_norm._target_") or "RewardNorm").rsplit(".", 1)[-1]
+    if kind == "product" and normalizer != "RewardNorm":
+        problems.append(
+            f"`combine=product` takes rewards of 0 or more, and `{normalizer}` brings about half of them below. Type "
+            "`reward_norm=none`, or another `combine`."
+        )
+    return problems
+
+
+def combination_problem(args: Mapping[str, Any]) -> str | None:
+    """What in a trainer's arguments leaves no single score to combine rewards to; `None` where nothing does."""
+    if args.get("multi_objective_aggregation") != "normalize_then_sum":
+        return None
+    return (
+        "`stage.args.multi_objective_aggregation=normalize_then_sum` normalizes every reward function over a prompt's "
+        "completions and sums them. Set it to `sum_then_normalize`, or type `combine=sum`."
+    )
+
+
+def threshold_problem(constraints: Mapping[str, float] | None, names: Sequence[str]) -> str | None:
+    """What is wrong with the constraints on rewards of these names, and what to type; `None` if nothing."""
+    example = f"Type for example `'combine.constraints={{{names[-1] if names else 'NAME'}: 0.5}}'`."
+    if not constraints:
+        return f"`combine=threshold` needs to know which rewards are constraints, and how high each must be. {example}"
+    for name, least in constraints.items():
+        if name not in names:
+            return f"`combine.constraints` names `{name}`, and there is no such reward. {did_you_mean(name, names)}"
+        if isinstance(least, bool) or not isinstance(least, int | float):
+            return f"`combine.constraints.{name}` is {least!r} and must be a number. {example}"
+    if len(constraints) == len(names):
+        return (
+            "`combine.constraints` names all rewards, so there is none that counts once they are satisfied. Add one "
+            "to `reward`, such as `'reward=[demo,format]'`, or take one out of `combine.constraints`."
+        )
+    return None
 
 
 def _controller(values: dict[str, Any], stage: str, args: dict[str, Any]) -> list[str]:

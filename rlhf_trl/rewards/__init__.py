@@ -56,8 +56,9 @@ class FunctionReward(Reward):
 
     Args:
         function (`str` or callable): the function, or its dot path (`my_package.my_module.my_reward`), sync or async.
-            It is called with `prompts`, `completions`, `completion_ids` and the dataset's other columns as lists, as
-            far as its signature takes them, and returns one number a completion, or None where it doesn't apply.
+            It is called with `prompts`, `completions`, `completion_ids` and the dataset's other columns as lists, and
+            with `tokenizer`, the policy's, as far as its signature takes them, and returns one number a completion,
+            or None where it doesn't apply.
         kwargs (`dict`, *optional*): further arguments of the function.
         weight (`float`), name (`str`, *optional*, defaults to the function's name): see [`Reward`].
 
@@ -78,10 +79,16 @@ class FunctionReward(Reward):
         parameters = inspect.signature(self.function).parameters.values()
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._takes = {p.name for p in parameters}
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """See [`Reward.bind`]."""
+        self._tokenizer = tokenizer
 
     def __call__(self, prompts: list, completions: list, **columns) -> list[float | None]:
         """Rewards of the completions, one each. `prompts` and `completions` are texts or chat messages."""
-        given = {"prompts": prompts, "completions": completions, **columns, **self.kwargs}
+        given = {"prompts": prompts, "completions": completions, "tokenizer": self._tokenizer}
+        given |= columns | self.kwargs
         if not self._takes_all:
             given = {key: value for key, value in given.items() if key in self._takes}
         values = self.function(**given)
