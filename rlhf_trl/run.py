@@ -234,7 +234,7 @@ def make_trainer(
     if "ptx_data" in cfg:
         demonstrations = instantiate(cfg.ptx_data)(form="prompt_completion", seed=cfg.seed)
         extra["ptx_dataset"] = demonstrations["train"]
-    set_seed(cfg.seed)  # a new score head must not depend on what was loaded before
+    set_seed(args.seed)  # a new score head must not depend on what was loaded before
     model, peft_config = load_start(
         path,
         cfg.stage.task_type,

@@ -30,6 +30,7 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
             "the same policy. Set `adapter.peft.lora_dropout=0`."
         )
     problems += _shared_base(values, args, peft)
+    problems += _ensemble(values, stage, peft)
     problems += _controller(values, str(stage.get("name")), args)
     if not str(at(values, "reward_norm._target_") or "RewardNorm").endswith(".RewardNorm"):
         problems += [problem] if (problem := normalizer_problem(args)) else []
@@ -56,7 +57,7 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
         )
     problems += _quantization(values, peft, quantization)
     problems += _precision(args)
-    problems += _packages(args, quantization)
+    problems += _packages(values, args, quantization)
     return problems
 
 
@@ -90,6 +91,36 @@ def _shared_base(values: dict[str, Any], args: dict[str, Any], peft: Any) -> lis
         )
     if section(values, "ptx_data") and not args.get("ptx_coef"):
         problems.append("`ptx_data` is read with `stage.args.ptx_coef` above 0 only. Set it, or leave `ptx_data` out.")
+    return problems
+
+
+def _ensemble(values: dict[str, Any], stage: dict[str, Any], peft: Any) -> list[str]:
+    """Of an ensemble of reward models that is to be trained, and of a reward that is to be served."""
+    members, problems = stage.get("members", 1), []
+    if isinstance(members, bool) or not isinstance(members, int) or members < 1:
+        problems.append(f"`stage.members` is {members!r}. Set it to 1 (a single reward model) or more (an ensemble).")
+    elif members > 1 and not peft:
+        problems.append(
+            f"`stage.members={members}` trains adapters that share a base, and `adapter=none` trains that base. Type "
+            "`adapter=lora` as well."
+        )
+    elif members > 1 and values.get("merge"):
+        problems.append(
+            f"`merge=true` would write {members} full models. Leave it out; `stage=merge "
+            f"model.run={values.get('run_name')}/member_0` merges one."
+        )
+    if at(values, "stage.run._target_") == "rlhf_trl.serve.serve_reward":
+        rewards = {name: node for name, node in section(values, "reward").items() if isinstance(node, dict)}
+        if len(rewards) != 1:
+            problems.append(
+                f"`stage=serve_reward` serves one reward, and `reward` has {len(rewards)} "
+                f"({', '.join(rewards) or 'none'}). Start a server for each, with a `stage.port` of its own."
+            )
+        if any(str(node.get("_target_")).endswith(".AdapterReward") for node in rewards.values()):
+            problems.append(
+                "`reward=adapter` scores on a policy's base, and a server has none. Type `reward=model`, which loads "
+                "the adapter with its base."
+            )
     return problems
 
 
@@ -230,14 +261,16 @@ def _may_have_accelerator() -> bool:
     return sys.platform != "linux" or any(True for pattern in patterns for _ in Path("/dev").glob(pattern))
 
 
-def _packages(args: dict[str, Any], quantization: Any) -> list[str]:
+def _packages(values: dict[str, Any], args: dict[str, Any], quantization: Any) -> list[str]:
     report_to = args.get("report_to")
     wanted = {name: f"`logger={name}`" for name in ("wandb", "tensorboard") if name in (report_to or ())}
     if args.get("use_vllm") is True:
         wanted["vllm"] = "`stage.args.use_vllm=true`"
     if quantization:
         wanted["bitsandbytes"] = "`adapter.quantization`"
-    extras = {name: name for name in wanted} | {"bitsandbytes": "qlora"}
+    if at(values, "stage.run._target_") == "rlhf_trl.serve.serve_reward":
+        wanted |= dict.fromkeys(("fastapi", "uvicorn"), "`stage=serve_reward`")
+    extras = {name: name for name in wanted} | {"bitsandbytes": "qlora", "fastapi": "serve", "uvicorn": "serve"}
     return [
         f"{why} needs the package `{name}`, which is not installed. Type `pip install 'rlhf-trl[{extras[name]}]'`."
         for name, why in wanted.items()
