@@ -329,7 +329,7 @@ def score_heads(model: PreTrainedModel | PeftModel) -> list[torch.nn.Linear]:
     ]
 
 
-def adapter_heads(path: str, revision: str | None) -> list[str]:
+def adapter_heads(path: str, revision: str | None = None) -> list[str]:
     """Names of the scores of a reward model's adapter, whose files hold the head but not the model's config."""
     weights = load_peft_weights(path, device="cpu", revision=revision)
     count = next(

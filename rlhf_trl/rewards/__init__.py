@@ -341,11 +341,14 @@ class AdapterReward(ModelReward):
         ensemble: str = "mean",
         std_coef: float = 1.0,
     ):
+        from ..adapters import saved_adapter
         from ..models import adapter_heads, load_tokenizer
 
         Reward.__init__(self, name, weight)
         self.path = path
         self._paths = _ensemble_members(path, name, ensemble, std_coef) or [path]
+        for member in self._paths:
+            saved_adapter(member)
         self.heads = adapter_heads(self._paths[0])
         self._set_up(path, read_calibration(path), head_weights, ensemble, std_coef, batch_size)
         self.tokenizer = load_tokenizer(self._paths[0])
