@@ -14,7 +14,7 @@ from rlhf_trl.callbacks.record import write_json, write_metrics
 from rlhf_trl.callbacks.samples import as_text
 from rlhf_trl.data.feedback import key_of
 from rlhf_trl.data.forms import JUDGED, PASSED_ON
-from rlhf_trl.data.tokens import prompt_ids
+from rlhf_trl.data.tokens import prompt_ids, row_ids
 from rlhf_trl.data.words import count_of, names_of, say
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation import rewardbench
@@ -38,7 +38,8 @@ from rlhf_trl.models import load_tokenizer
 from rlhf_trl.quiet import quiet
 from rlhf_trl.report import write_page
 from rlhf_trl.report.reward_page import reward_page, reward_text
-from rlhf_trl.run import begin, command, end, instantiate_data, project_dir, reward_functions
+from rlhf_trl.rewards import AdapterReward, ModelReward
+from rlhf_trl.run import begin, command, end, fail, instantiate_data, project_dir, reward_functions
 
 QUALITY_FILE = "reward_quality.json"
 # A column that was not asked for parts comparisons if it has so many different values
@@ -78,6 +79,11 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
     try:
         judged = read_judged(rows_of(instantiate_data(cfg)))
         rewards = reward_functions(cfg, tokenizer=None)
+        if any(isinstance(reward, AdapterReward) for reward in rewards):
+            raise ConfigError(
+                "`reward=adapter` scores on the base of a policy in training, and there is none here. Type "
+                "`reward=model`, which takes the same run or path."
+            )
         quality = measure(
             judged,
             rewards,
@@ -94,7 +100,7 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
                 reward.bind(tokenizer)
             add_policy(quality, rewards, stage.gold, **samples)
     except BaseException as error:
-        end(cfg, "failed", error=f"{type(error).__name__}: {error}")
+        fail(cfg, error)
         raise
     metrics = metrics_of(quality)
     write_json(Path(cfg.run_dir, QUALITY_FILE), quality)
@@ -293,16 +299,9 @@ def measure(
         quality["rewards"][name] = entry = _measure_one(name, judged, found[name], parts, bins)
         if truth is not None and name != gold:
             entry["best_of_n"] = best_of_n(found[name], truth, np.array(judged.prompt))
-        if hasattr(reward, "member_scores"):
-            members = np.array(
-                reward.member_scores(
-                    prompts=judged.prompts,
-                    completions=judged.completions,
-                    completion_ids=[[] for _ in judged.completions],
-                    **columns,
-                ),
-                dtype=float,
-            )
+        if isinstance(reward, ModelReward) and reward.members > 1:
+            pairs = zip(judged.prompts, judged.completions, strict=True)
+            members = reward.member_scores([row_ids(reward.tokenizer, *pair) for pair in pairs]).numpy()
             entry["disagreement"] = disagreement(members, judged.better, judged.worse, judged.row)
     return quality
 
