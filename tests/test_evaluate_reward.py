@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from hydra.utils import instantiate
 
+from rlhf_trl.checks import find_problems
 from rlhf_trl.data import Attributes, Pairs, Rankings, Ratings, load_files
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation import rewardbench
@@ -31,7 +33,9 @@ from rlhf_trl.evaluation.reward_quality import (
 from rlhf_trl.evaluation.statistics import bootstrap_share, pearson, ranks, spearman
 from rlhf_trl.report.page import to_html
 from rlhf_trl.report.reward_page import reward_page, reward_text
-from rlhf_trl.rewards import FunctionReward
+from rlhf_trl.rewards import FunctionReward, ModelReward
+
+from .tiny import make_tokenizer
 
 NAN = np.nan
 
@@ -275,14 +279,29 @@ def test_scores_that_are_none_or_not_finite_are_counted():
         )
 
 
-def test_a_reward_that_offers_its_members():
-    class Ensemble(FunctionReward):
-        def member_scores(self, prompts, completions, completion_ids, **columns):
-            return [by_length(prompts, completions), [-score for score in by_length(prompts, completions)]]
+class TwoMembers(ModelReward):
+    """An ensemble of one that likes length and one that doesn't."""
 
-    quality = measure(read_judged(judged_rows()), [Ensemble(by_length)])
-    assert quality["rewards"]["by_length"]["disagreement"]["lead_std"] > 0
-    assert metrics_of(quality)["eval_by_length/disagreement"] > 0
+    members = 2
+
+    def __init__(self):
+        super(ModelReward, self).__init__("two")
+        self.tokenizer = make_tokenizer()
+
+    def __call__(self, prompts, completions, **columns):
+        return [0.0] * len(completions)
+
+    def member_scores(self, rows):
+        lengths = torch.tensor([float(len(row)) for row in rows])
+        return torch.stack([lengths, -lengths])
+
+
+def test_members_of_an_ensemble_are_held_beside_each_other():
+    quality = measure(read_judged(judged_rows()), [TwoMembers()])
+    found = quality["rewards"]["two"]["disagreement"]
+    assert [each["mean"] for each in found["members"]] == [0.5, 0.5]
+    # Leads of 5, 2, 3 tokens in each row, and as much below 0: their unbiased std is sqrt(2) times as large
+    assert metrics_of(quality)["eval_two/disagreement"] == pytest.approx(math.sqrt(2) * 10 / 3)
     assert "Ensemble" in to_html(reward_page(quality, "a title", ""))
 
 
@@ -421,4 +440,14 @@ def test_a_gold_reward_that_is_not_there(compose, tmp_path):
     with pytest.raises(ConfigError, match="`stage.gold` is `truth`, and the rewards are `gold`"):
         run(compose, tmp_path, "reward=demo", "stage.gold=truth")
     with pytest.raises(ConfigError, match="`stage.policy` writes completions that nobody has rated"):
-        run(compose, tmp_path, "reward=demo", "stage.policy=demo:sft")
+        run(compose, tmp_path, "reward=demo", "stage.policy=demo:sft", "stage.bins=0")
+    with pytest.raises(ConfigError, match="the only reward"):
+        run(compose, tmp_path, "reward=demo", "stage.gold=gold")
+    with pytest.raises(ConfigError, match="(?s)2 problems.*`stage.bins` is 0. Set it to 1 or more"):
+        run(compose, tmp_path, "reward=demo", "stage.bins=0", "stage.completions=1")
+
+
+def test_a_reward_model_and_a_policy_that_are_not_there(compose, tmp_path):
+    cfg = compose("stage=evaluate_reward", f"runs_dir={tmp_path}", "stage.policy=sft")
+    problems = find_problems(cfg)
+    assert "`reward.model.run` is `reward`" in problems[0] and "`stage.policy` is `sft`" in problems[1]

@@ -31,9 +31,10 @@ def model_problems(values: dict[str, Any]) -> list[str]:
         problems += _model("critic", critic, values, "SEQ_CLS")
         if at(values, "stage.args.critic") == "adapter":
             problems += _no_adapter("critic", "critic=model", model_folder(critic, values))
-    for name, place in section(values, "stage.policies").items():
+    policies = {f"stage.policies.{name}": place for name, place in section(values, "stage.policies").items()}
+    for key, place in {**policies, "stage.policy": at(values, "stage.policy")}.items():
         if isinstance(place, str) and not re.search("[/:.~]", place) and not Path(place).is_dir():
-            problems += _earlier_run(f"stage.policies.{name}", place, values)
+            problems += _earlier_run(key, place, values)
     return problems
 
 

@@ -62,16 +62,8 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
     OmegaConf.resolve(cfg)
     quiet()
     stage = cfg.stage
-    if stage.gold is not None and stage.gold not in cfg.reward:
-        raise ConfigError(
-            f"`stage.gold` is `{stage.gold}`, and the rewards are {names_of(cfg.reward)}. Name one of them, or add it "
-            f"(`'reward=[{','.join(cfg.reward)},OPTION]'`)."
-        )
-    if stage.policy is not None and stage.gold is None:
-        raise ConfigError(
-            "`stage.policy` writes completions that nobody has rated, so best-of-n needs a gold reward to judge them. "
-            "Type `stage.gold=NAME` with the name of one of `reward`, or `stage.policy=null`."
-        )
+    if problems := _problems(stage, list(cfg.reward)):
+        raise ConfigError.join(problems)
     policy = None if stage.policy is None else find_policy(stage.policy, project_dir(cfg))
     begin(cfg, ", ".join(cfg.reward))
     if not PartialState().is_main_process:
@@ -109,6 +101,30 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
     end(cfg, "done")
     print(f"\n{reward_text(quality)}\n\n{page}")
     return metrics.get(cfg.objective)
+
+
+def _problems(stage: DictConfig, rewards: list[str]) -> list[str]:
+    problems = [
+        f"`stage.{name}` is {stage[name]}. Set it to {least} or more."
+        for name, least in (("bins", 1), ("prompts", 1), ("completions", 2), ("like_length", 0), ("batch_size", 1))
+        if not stage[name] >= least
+    ]
+    if stage.gold is not None and stage.gold not in rewards:
+        problems.append(
+            f"`stage.gold` is `{stage.gold}`, and the rewards are {names_of(rewards)}. Name one of them, or add it to "
+            "`reward`: `'reward=[model,demo]' stage.gold=gold`."
+        )
+    if stage.gold is not None and stage.gold in rewards and len(rewards) == 1:
+        problems.append(
+            f"`stage.gold` is `{stage.gold}`, the only reward, so there is none to hold beside it. Add another to "
+            "`reward`, or type `stage.gold=null`."
+        )
+    if stage.policy is not None and stage.gold is None:
+        problems.append(
+            "`stage.policy` writes completions that nobody has rated, so best-of-n needs a gold reward to judge them. "
+            "Type `stage.gold=NAME` with the name of one of `reward`, or `stage.policy=null`."
+        )
+    return problems
 
 
 def _sampling(stage: DictConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_trl.data.words import count_of
 from rlhf_trl.evaluation.tables import table
 from rlhf_trl.report import plots
 from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, SideBySide, Table, Text
@@ -48,8 +49,7 @@ def reward_page(quality: Quality, title: str, command: str) -> Page:
 def reward_text(quality: Quality) -> str:
     """The two main tables, for a terminal."""
     parts = [
-        f"{quality['comparisons']:,} comparisons of {quality['completions']:,} completions of "
-        f"{quality['prompts']:,} prompts",
+        " of ".join(count_of(quality[f"{name}s"], name) for name in ("comparison", "completion", "prompt")),
         *quality["notes"],
     ]
     for one in (
