@@ -265,7 +265,11 @@ def best_of_n(scores: np.ndarray, gold: np.ndarray, prompts: np.ndarray, most: i
     found, n = [], 1
     while n <= most and any(len(group) >= n for group in groups):
         large = [group for group in groups if len(group) >= n]
-        gains = [[best_of(by[group], gold[group], n) - gold[group].mean() for group in large] for by in (scores, gold)]
+        # One is no choice: no gain, not the rounding of one
+        gains = [
+            [best_of(by[group], gold[group], n) - gold[group].mean() if n > 1 else 0.0 for group in large]
+            for by in (scores, gold)
+        ]
         gain, best = (bootstrap_share(np.array(each), np.ones(len(each))) for each in gains)
         kl = float(np.log(n) - (n - 1) / n)
         found.append({"n": n, "prompts": len(large), "kl": kl, "gain": gain._asdict(), "best_gain": best._asdict()})

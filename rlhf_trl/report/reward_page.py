@@ -96,7 +96,8 @@ def _summary(quality: Quality) -> Table:
         rows,
         note="Accuracy: share of comparisons with the higher score on the completion that people prefer; like length: "
         "of those whose lengths are alike. ECE: expected calibration error. r: rank correlation. Best of n: gain in "
-        "gold reward over one completion, with n in brackets. No score: completions that got none, left out.",
+        "gold reward over one completion at the largest n, which is in brackets. No score: completions that got none, "
+        "left out.",
     )
 
 
@@ -226,7 +227,13 @@ def _best_of_n(quality: Quality) -> list:
     first = next(iter(found.values()))
     series = [_gains(name, points, "gain") for name, points in found.items()]
     series.append(
-        Series("the best there is", [p["n"] for p in first], [p["best_gain"]["mean"] for p in first], hollow=True)
+        Series(
+            "the best there is",
+            [p["kl"] for p in first],
+            [p["best_gain"]["mean"] for p in first],
+            hollow=True,
+            color=7,
+        )
     )
     rows = [
         [point["n"], f"{point['kl']:.2f}", point["prompts"]]
@@ -238,10 +245,11 @@ def _best_of_n(quality: Quality) -> list:
     return [
         Text(
             "Of n completions of a prompt the one with the highest score is taken; the gain over one completion is in "
-            f"`{quality['gold']}`, estimated over all subsets of n. Where a curve bends down the reward can be fooled."
+            f"{quality['gold']}, estimated over all subsets of n. Where a curve bends down the reward can be fooled."
         ),
         Figure(
-            plots.curves(series, "best of n", "n", "gain in gold reward"), "Gain of best-of-n with 95 % intervals."
+            plots.curves(series, "best of n", "KL, log n - (n - 1) / n", "gain in gold reward"),
+            "Gain of best-of-n with 95 % intervals, n from 1.",
         ),
         Table(headers, rows, note="KL to the policy that wrote the completions: log n - (n - 1) / n nats."),
     ]
@@ -250,7 +258,7 @@ def _best_of_n(quality: Quality) -> list:
 def _gains(name: str, points: Sequence[dict], key: str) -> Series:
     columns = [[point[key][end] for point in points] for end in ("mean", "low", "high")]
     low, high = ([m if end != end else end for m, end in zip(columns[0], side, strict=True)] for side in columns[1:])
-    return Series(name, [point["n"] for point in points], columns[0], low, high)
+    return Series(name, [point["kl"] for point in points], columns[0], low, high)
 
 
 def _disagreement(quality: Quality) -> list[Section]:
