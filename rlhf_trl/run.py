@@ -165,9 +165,9 @@ def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDic
     return dataset
 
 
-def instantiate_data(cfg: DictConfig) -> DatasetDict:
+def instantiate_data(cfg: DictConfig, form: str | None = None) -> DatasetDict:
     """
-    The rows of `cfg.data` in the form that the stage wants.
+    The rows of `cfg.data` in the form that the stage wants, or in another one.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: of an option of `data.feedback`, or of the rows.
@@ -178,7 +178,7 @@ def instantiate_data(cfg: DictConfig) -> DatasetDict:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from error
         raise
-    return load(form=cfg.stage.form, seed=cfg.seed)
+    return load(form=form or cfg.stage.form, seed=cfg.seed)
 
 
 def begin(cfg: DictConfig, path: str) -> str | None:

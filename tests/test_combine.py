@@ -190,7 +190,7 @@ def test_the_stages_read_the_group(compose, stage):
     )
     assert score.item() == -5
     with pytest.raises(ConfigCompositionException):
-        compose("stage=compare", "combine=min")
+        compose("stage=evaluate", "combine=min")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ NEEDS = {
     "data/files": ["data.paths=pairs.jsonl"],
     "data/hub": ["data.path=organization/name"],
     "data/mix": ["data.sources={own:{_target_:rlhf_trl.demo.load,_partial_:true}}"],
+    "judge/model": ["judge.path=organization/name"],
+    "judge/http": ["judge.url=http://localhost:8000/v1", "judge.model=name"],
     "reward/adapter": ["adapter=lora"],
     "combine/threshold": ["reward=[demo,eos]", "combine.constraints={eos: 1}"],
     "reward/format": ["reward.format.kwargs.pattern=.*"],

@@ -112,7 +112,7 @@ def check_installed(script: list[str], pipeline: list[str], folder: Path, enviro
 
     assert "trl.DPOTrainer" in run(*script, "--cfg", "job", "stage=dpo")
     assert "paths: my.jsonl" in run(*script, "--config-dir", "my_conf", "--cfg", "job", "stage=sft", "data=mine")
-    assert "stage=compare" in run(*pipeline, "--cfg", "job")
+    assert "stage=evaluate" in run(*pipeline, "--cfg", "job")
     out = run(*pipeline, "project=p", f"program=[{sys.executable},{ROOT / 'tests/helpers/fake_train.py'}]")
     assert "[5/5] compare" in out and (folder / "runs/p/sft/run.json").exists()
 

@@ -42,6 +42,8 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
         ("kl.guard", "above 0"),
         ("reward_norm.clip", "above 0"),
         ("reward_norm.std", "above 0"),
+        ("stage.best_of_n", "0 or more"),
+        ("stage.best_of_n_batch_size", "above 0"),
     ):
         value = at(values, name)
         if isinstance(value, int | float) and (value < 0 or value == 0 and least == "above 0"):

@@ -31,6 +31,9 @@ def model_problems(values: dict[str, Any]) -> list[str]:
         problems += _model("critic", critic, values, "SEQ_CLS")
         if at(values, "stage.args.critic") == "adapter":
             problems += _no_adapter("critic", "critic=model", model_folder(critic, values))
+    judge = section(values, "judge")
+    if judge.get("path") is not None:
+        problems += _model("judge", {**judge, "run": None}, values, "CAUSAL_LM")
     policies = {f"stage.policies.{name}": place for name, place in section(values, "stage.policies").items()}
     for key, place in {**policies, "stage.policy": at(values, "stage.policy")}.items():
         if isinstance(place, str) and not re.search("[/:.~]", place) and not Path(place).is_dir():

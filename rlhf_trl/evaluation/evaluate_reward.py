@@ -18,10 +18,10 @@ from rlhf_trl.data.tokens import prompt_ids, row_ids
 from rlhf_trl.data.words import count_of, names_of, say
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation import rewardbench
-from rlhf_trl.evaluation.compare import as_completions, find_policy, load_policy, score
+from rlhf_trl.evaluation.evaluate import draw_many, find_policy, load_policy, score
 from rlhf_trl.evaluation.reward_quality import (
     accuracy,
-    best_of_n,
+    best_of_n_gains,
     calibration,
     disagreement,
     gap_slices,
@@ -32,7 +32,6 @@ from rlhf_trl.evaluation.reward_quality import (
     top_one,
     within,
 )
-from rlhf_trl.evaluation.sampling import sample
 from rlhf_trl.evaluation.statistics import pearson, spearman
 from rlhf_trl.models import load_tokenizer
 from rlhf_trl.quiet import quiet
@@ -86,11 +85,7 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
             gold=stage.gold,
         )
         if policy is not None:
-            tokenizer = load_tokenizer(policy)
-            samples = write_samples(policy, tokenizer, judged, cfg.seed, **_sampling(stage))
-            for reward in rewards:
-                reward.bind(tokenizer)
-            add_policy(quality, rewards, stage.gold, **samples)
+            add_policy(quality, judged, rewards, stage.gold, policy, cfg.seed, **_sampling(stage))
     except BaseException as error:
         fail(cfg, error)
         raise
@@ -314,7 +309,7 @@ def measure(
         name = reward.__name__
         quality["rewards"][name] = entry = _measure_one(name, judged, found[name], parts, bins)
         if truth is not None and name != gold:
-            entry["best_of_n"] = best_of_n(found[name], truth, np.array(judged.prompt))
+            entry["best_of_n"] = best_of_n_gains(found[name], truth, np.array(judged.prompt))
         if isinstance(reward, ModelReward) and reward.members > 1:
             pairs = zip(judged.prompts, judged.completions, strict=True)
             members = reward.member_scores([row_ids(reward.tokenizer, *pair) for pair in pairs]).numpy()
@@ -407,10 +402,12 @@ def _mistakes(judged: Judged, scores: np.ndarray, lead: np.ndarray) -> list[dict
     ]
 
 
-def write_samples(
-    policy: str,
-    tokenizer,
+def add_policy(
+    quality: dict[str, Any],
     judged: Judged,
+    rewards: Sequence[Callable],
+    gold: str,
+    policy: str,
     seed: int,
     prompts: int,
     completions: int,
@@ -418,46 +415,30 @@ def write_samples(
     max_completion_length: int,
     batch_size: int,
     dtype: str,
-) -> dict[str, Any]:
-    """`completions` completions of a policy for each of the first `prompts` prompts, as `add_policy` takes them."""
-    different = list({number: text for number, text in zip(judged.prompt, judged.prompts, strict=True)}.items())
-    chosen = [(number, text) for number, text in different[:prompts] for _ in range(completions)]
-    texts = [text for _, text in chosen]
-    ids = sample(
+) -> None:
+    """Best-of-n of a policy's completions, so many for each of the first `prompts` prompts, in place of the data's."""
+    tokenizer = load_tokenizer(policy)
+    rows = list({number: row for number, row in zip(judged.prompt[::-1], judged.first[::-1], strict=True)}.values())
+    rows = sorted(rows)[:prompts]
+    texts = [judged.prompts[judged.first.index(row)] for row in rows]
+    columns = {name: [values[row] for row in rows] for name, values in judged.columns.items()}
+    drawn = draw_many(
         load_policy(policy, dtype),
         tokenizer,
         [prompt_ids(tokenizer, text) for text in texts],
+        Dataset.from_dict({"prompt": texts, **columns}),
+        rewards,
+        completions,
         max_completion_length,
-        temperature=temperature,
-        batch_size=batch_size,
-        seed=seed,
+        seed,
+        {"temperature": temperature, "batch_size": batch_size},
     )
-    rows = {number: judged.first[judged.prompt.index(number)] for number, _ in different[:prompts]}
-    columns = {name: [values[rows[number]] for number, _ in chosen] for name, values in judged.columns.items()}
-    return {
-        "dataset": Dataset.from_dict({"prompt": texts, **columns}),
-        "completions": as_completions(tokenizer, texts, ids),
-        "completion_ids": ids,
-        "prompt": np.array([number for number, _ in chosen]),
-    }
-
-
-def add_policy(
-    quality: dict[str, Any],
-    rewards: Sequence[Callable],
-    gold: str,
-    dataset: Dataset,
-    completions: list,
-    completion_ids: list[list[int]],
-    prompt: np.ndarray,
-) -> None:
-    """Best-of-n of a policy's completions, in place of that of the data's."""
-    scores = score(rewards, dataset, completions, completion_ids)
+    number = np.repeat(np.arange(len(texts)), completions)
     quality["gold"] = f"{gold}, of a policy's completions"
-    for name, values in scores.items():
+    for name in quality["rewards"]:
         if name != gold:
-            found = best_of_n(values, scores[gold], prompt)
-            left_out = int((~(np.isfinite(values) & np.isfinite(scores[gold]))).sum())
+            found = best_of_n_gains(drawn[name].ravel(), drawn[gold].ravel(), number)
+            left_out = int((~(np.isfinite(drawn[name]) & np.isfinite(drawn[gold]))).sum())
             quality["rewards"][name] |= {"best_of_n": found, "samples_without_score": left_out}
 
 

@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_trl.evaluation.statistics import Estimate, bootstrap_mean, bootstrap_share, pearson, spearman
+from rlhf_trl.evaluation.statistics import (
+    Estimate,
+    best_of_n,
+    best_of_n_kl,
+    bootstrap_mean,
+    bootstrap_share,
+    pearson,
+    spearman,
+)
 
 
 def accuracy(lead: np.ndarray, rows: np.ndarray) -> Estimate:
@@ -224,28 +232,7 @@ def rater_ceiling(
     }
 
 
-def best_of(scores: np.ndarray, gold: np.ndarray, n: int) -> float:
-    """
-    Expected gold reward of the completion with the highest score among `n` of `S`: the mean over all subsets of `n`,
-    without drawing any (the unbiased estimator of arXiv 2112.09332, appendix I). Equal scores are chosen between by
-    chance.
-
-    Args:
-        scores, gold (`np.ndarray` of shape `(S,)`): of completions of one prompt.
-        n (`int`): from 1 to `S`.
-    """
-    order = np.argsort(scores, kind="stable")
-    values, inverse, counts = np.unique(scores[order], return_inverse=True, return_counts=True)
-    gold = (np.bincount(inverse, weights=gold[order], minlength=len(values)) / counts)[inverse]
-    # The i-th smallest score is the highest of C(i-1, n-1) of the C(S, n) subsets: n/S for the last one, and
-    # (i - n + 1) / i as much for the one before each
-    size = len(scores)
-    steps = np.maximum(np.arange(size - 1, 0, -1) - n + 1, 0) / np.arange(size - 1, 0, -1)
-    weights = np.concatenate([[1.0], np.cumprod(steps)])[::-1] * n / size
-    return float(weights @ gold)
-
-
-def best_of_n(scores: np.ndarray, gold: np.ndarray, prompts: np.ndarray, most: int = 64) -> list[dict[str, Any]]:
+def best_of_n_gains(scores: np.ndarray, gold: np.ndarray, prompts: np.ndarray, most: int = 64) -> list[dict[str, Any]]:
     """
     What choosing the best of n completions by score gains in gold reward over one completion.
 
@@ -267,12 +254,16 @@ def best_of_n(scores: np.ndarray, gold: np.ndarray, prompts: np.ndarray, most: i
         large = [group for group in groups if len(group) >= n]
         # One is no choice: no gain, not the rounding of one
         gains = [
-            [best_of(by[group], gold[group], n) - gold[group].mean() if n > 1 else 0.0 for group in large]
+            [
+                best_of_n(by[group][None], gold[group][None], n)[0] - gold[group].mean() if n > 1 else 0.0
+                for group in large
+            ]
             for by in (scores, gold)
         ]
         gain, best = (bootstrap_share(np.array(each), np.ones(len(each))) for each in gains)
-        kl = float(np.log(n) - (n - 1) / n)
-        found.append({"n": n, "prompts": len(large), "kl": kl, "gain": gain._asdict(), "best_gain": best._asdict()})
+        found.append(
+            {"n": n, "prompts": len(large), "kl": best_of_n_kl(n), "gain": gain._asdict(), "best_gain": best._asdict()}
+        )
         n *= 2
     return found
 

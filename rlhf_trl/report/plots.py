@@ -37,6 +37,8 @@ class Series:
             Whether the points are joined.
         color (`int`, *optional*):
             Which color; `None`: by its place among the series.
+        joined (`bool`):
+            Points with a thin line through them: runs that differ in one thing.
         hollow (`bool`):
             Hollow markers and a dashed line: for the second of two readings of one thing.
         labels (`Sequence[str]`):
@@ -49,6 +51,7 @@ class Series:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     line: bool = True
+    joined: bool = False
     color: int | None = None
     hollow: bool = False
     labels: Sequence[str] = ()
@@ -66,7 +69,7 @@ def curves(series: Sequence[Series], title: str, x_label: str, y_label: str = ""
             if low is not None:
                 axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0, zorder=2)
         _name(axes, x_label, y_label)
-        _legend(axes, len(series))
+        _legend(axes)
 
     return _svg(draw, title, wide)
 
@@ -90,10 +93,14 @@ def frontier(
             x, y, low, high = _points(one)
             color = _color(one, i)
             style = _marks(one, i, color, len(x), always=True)
+            # A point with its name beside it needs no legend
+            style["label"] = one.name if one.line or len(x) > 1 or not one.labels else "_"
             if one.line:
-                axes.plot(x, y, color=color, linestyle=DASHES[1] if one.hollow else "-", label=one.name, **style)
+                axes.plot(x, y, color=color, linestyle=DASHES[1] if one.hollow else "-", **style)
             else:
-                axes.plot(x, y, linestyle="none", color=color, label=one.name, zorder=4, **style)
+                axes.plot(x, y, linestyle="none", color=color, zorder=4, **style)
+                if one.joined:
+                    axes.plot(x, y, linestyle=DASHES[2], color=color, linewidth=1.2, alpha=0.7)
             if low is not None:
                 if one.line:
                     axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
@@ -101,10 +108,13 @@ def frontier(
                     axes.vlines(x, low, high, color=color, linewidth=1.2, alpha=0.7, zorder=3)
             taken += list(zip(x, y, one.labels, strict=False))
         if x_scale == "sqrt":
-            axes.set_xscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
+            # With its sign, as an estimate of a small KL may be below 0
+            axes.set_xscale(
+                "function", functions=(lambda v: np.sign(v) * np.sqrt(np.abs(v)), lambda v: np.sign(v) * np.square(v))
+            )
         axes.margins(x=0.06, y=0.12)
         _name(axes, x_label, y_label)
-        _legend(axes, len({one.name for one in series}))
+        _legend(axes)
         _labels(axes, taken)
 
     return _svg(draw, title, wide)
@@ -151,6 +161,8 @@ def bars(
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.18, y=0.08)
+        if form.endswith("%}"):
+            axes.xaxis.set_major_formatter(lambda value, place: form.format(value))
         _name(axes, x_label, "")
 
     height = max(1.2, 0.8 + 0.42 * len(names))
@@ -174,11 +186,11 @@ def histogram(
             color, dash = PALETTE[i % len(PALETTE)], DASHES[i % len(DASHES)]
             axes.stairs(shares, edges, color=color, linewidth=1.6, linestyle=dash, label=name, zorder=3)
             axes.stairs(shares, edges, color=color, alpha=0.1, fill=True, zorder=2)
-            axes.axvline(values.mean(), ymax=0.04, color=color, linewidth=2.5, zorder=4)
+            axes.axvline(values.mean(), color=color, linewidth=1.2, linestyle=dash, zorder=4)
         axes.yaxis.set_major_formatter(lambda value, place: f"{100 * value:.3g}%")
         axes.set_ylim(bottom=0)
         _name(axes, x_label, "")
-        _legend(axes, len(kept))
+        _legend(axes)
 
     return _svg(draw, title, wide)
 
@@ -214,11 +226,11 @@ def _name(axes, x_label: str, y_label: str) -> None:
         axes.set_title(y_label, loc="left", fontsize=10, fontweight="normal", pad=8)
 
 
-def _legend(axes, count: int) -> None:
-    if count > 1:
-        handles, names = axes.get_legend_handles_labels()
-        first = dict(reversed(list(zip(names, handles, strict=True))))
-        shown = [name for name in dict.fromkeys(names) if not name.startswith("_")]
+def _legend(axes) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    first = dict(reversed(list(zip(names, handles, strict=True))))
+    shown = [name for name in dict.fromkeys(names) if not name.startswith("_")]
+    if len(shown) > 1:
         figure = axes.figure
         figure.legend(
             [first[name] for name in shown],
