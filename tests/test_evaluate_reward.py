@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from datasets import Dataset
 from hydra.utils import instantiate
 
 from rlhf_trl.checks import find_problems
-from rlhf_trl.data import Attributes, Pairs, Rankings, Ratings, load_files
+from rlhf_trl.data import Attributes, Pairs, Rankings, Ratings, load_files, mix
+from rlhf_trl.demo import load
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation import rewardbench
 from rlhf_trl.evaluation.evaluate_reward import measure, metrics_of, read_judged, slices_of
@@ -31,7 +33,7 @@ from rlhf_trl.evaluation.reward_quality import (
 )
 from rlhf_trl.evaluation.statistics import bootstrap_share, pearson, ranks, spearman
 from rlhf_trl.report.page import to_html
-from rlhf_trl.report.reward_page import reward_page, reward_text
+from rlhf_trl.report.reward_page import reward_page, reward_text, summary_table
 from rlhf_trl.rewards import FunctionReward, ModelReward
 
 from .tiny import make_tokenizer
@@ -395,6 +397,13 @@ def test_feedback_of_several_raters_becomes_shares(tmp_path):
     assert len(found["better"]) == 1 and {"helpful": 1.0} in found["attributes"]
 
 
+def test_the_sources_of_a_mixture_are_slices():
+    sources = {name: partial(load, max_samples=20, max_eval_samples=8 * i) for i, name in enumerate(("own", "web"), 1)}
+    rows = mix("judged", 0, sources)["eval"]
+    found = slices_of(read_judged(rows), None, ["source"], 0.1)
+    assert 0 < found["source: own"].sum() < found["source: web"].sum()
+
+
 def run(compose, tmp_path, *overrides: str) -> tuple[dict, Path]:
     cfg = compose("stage=evaluate_reward", f"runs_dir={tmp_path}", "project=test", "data.max_samples=40", *overrides)
     instantiate(cfg.stage.run)(cfg)
@@ -411,7 +420,11 @@ def test_the_stage_evaluates_the_embedded_worlds_gold_reward(compose, tmp_path, 
     assert any(part["slice"] == "kind: fact" for part in entry["slices"])
     assert json.loads((folder / "run.json").read_text())["status"] == "done"
     assert (folder / "report" / "index.html").stat().st_size > 20_000
-    assert "(one rater)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "(one rater)" in said and "`eval_model/accuracy` was not measured" in said
+    # The tables can be made from the file too, whose NaN are null
+    cells = summary_table(quality).cells
+    assert cells[0][0] == "gold" and cells[0][1].startswith("0.9") and cells[1][0] == "(one rater)"
 
 
 def test_best_of_n_of_what_a_policy_writes(compose, tmp_path):
@@ -452,3 +465,20 @@ def test_a_reward_model_and_a_policy_that_are_not_there(compose, tmp_path):
     cfg = compose("stage=evaluate_reward", f"runs_dir={tmp_path}", "stage.policy=sft")
     problems = find_problems(cfg)
     assert "`reward.model.run` is `reward`" in problems[0] and "`stage.policy` is `sft`" in problems[1]
+
+
+def test_a_file_in_the_format_of_rewardbench_gives_its_sections(compose, tmp_path, capsys):
+    rows = [
+        {"prompt": f"Question {i}", "chosen": "a" * (1 + i % 3), "rejected": "bb", "subset": subset, "id": i}
+        for i, subset in enumerate(["alpacaeval-easy", "donotanswer", "hep-go"] * 4)
+    ]
+    words = ["data=files", f"data.paths={write(tmp_path / 'rewardbench.jsonl', rows)}", "data.eval_size=null"]
+    words += ["data.to_chat=true", "reward=function"]
+    words += ["reward.function.function=tests.test_evaluate_reward.by_chat_length"]
+    quality, _ = run(compose, tmp_path, *words)
+    found = quality["rewards"]["function"]["rewardbench"]
+    # Chosen has one letter in Chat, as many as rejected in Safety, and one more in Reasoning
+    assert found["sections"] == {"Chat": 0.0, "Chat Hard": None, "Safety": 0.0, "Reasoning": 1.0}
+    assert found["score"] is None and quality["raters"] is None and quality["gold"] is None
+    said = capsys.readouterr().out
+    assert "no `eval` split, so rewards are evaluated on all of its 12 rows" in said and "Reasoning" in said

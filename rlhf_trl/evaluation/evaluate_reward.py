@@ -15,7 +15,7 @@ from rlhf_trl.callbacks.samples import as_text
 from rlhf_trl.data.feedback import key_of
 from rlhf_trl.data.forms import JUDGED, PASSED_ON
 from rlhf_trl.data.tokens import prompt_ids, row_ids
-from rlhf_trl.data.words import count_of, names_of, say
+from rlhf_trl.data.words import count_of, did_you_mean, names_of, say
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation import rewardbench
 from rlhf_trl.evaluation.evaluate import draw_many, find_policy, load_policy, score
@@ -95,6 +95,9 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
     page = write_page(reward_page(quality, f"{cfg.project}/{cfg.run_name}", command(cfg)), Path(cfg.run_dir, "report"))
     end(cfg, "done")
     print(f"\n{reward_text(quality)}\n\n{page}")
+    if cfg.objective is not None and cfg.objective not in metrics:
+        others = did_you_mean(cfg.objective, metrics)
+        say(f"The objective `{cfg.objective}` was not measured, so a sweep would get nothing from this run.{others}")
     return metrics.get(cfg.objective)
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from rlhf_trl.data.words import count_of
 from rlhf_trl.evaluation.tables import table
 from rlhf_trl.report import plots
@@ -22,7 +24,7 @@ def reward_page(quality: Quality, title: str, command: str) -> Page:
         command (`str`): how it was made.
     """
     sections = [
-        Section("In short", [_summary(quality), *_notes(quality)]),
+        Section("In short", [summary_table(quality), *_notes(quality)]),
         Section("Accuracy by slice", [_slices(quality), *_slice_figures(quality)]),
         Section("Calibration", _calibration(quality)),
         Section("Length", _length(quality)),
@@ -53,7 +55,7 @@ def reward_text(quality: Quality) -> str:
         *quality["notes"],
     ]
     for one in (
-        _summary(quality),
+        summary_table(quality),
         _slices(quality),
         *(block for each in _rewardbench(quality) for block in each.blocks),
     ):
@@ -71,7 +73,8 @@ def _lead(quality: Quality) -> str:
     return "; ".join(said) + "."
 
 
-def _summary(quality: Quality) -> Table:
+def summary_table(quality: Quality) -> Table:
+    """A row a reward: its accuracy and what else is one number, as it was measured or as it was read from the file."""
     headers = ["reward", "accuracy [95 %]", "like length", "ECE", "r length", "r ratings", "best of n", "no score"]
     rows = []
     for name, entry in quality["rewards"].items():
@@ -318,7 +321,7 @@ def _slice_of(entry: dict, name: str) -> dict:
 
 
 def _interval(estimate: dict, form: str = "{:.3f}") -> str:
-    mean, low, high = (estimate[key] for key in ("mean", "low", "high"))
+    mean, low, high = (np.nan if estimate[key] is None else estimate[key] for key in ("mean", "low", "high"))
     if mean != mean:
         return ""
     shown = form.format(mean)
