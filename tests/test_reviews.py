@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_trl import gguf, judges
-from rlhf_trl.data import reviews
+from rlhf_trl.data import Ratings, reviews
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.paths import conf_dir
 from rlhf_trl.scratch import word_tokenizer
@@ -204,6 +204,24 @@ def test_vader_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     with pytest.raises(ConfigError, match="pip install vaderSentiment"):
         judges.vader(["Review:"], [" fine"])
+
+
+def test_the_same_comparisons_as_rankings_and_as_pairs(folder):
+    """What `python -m bench.reward` sets side by side."""
+    found = []
+    for pairwise in (False, True):
+        feedback = Ratings(scale=[-4, 4], min_gap=1, pairwise_rows=pairwise)
+        rows = reviews.load("comparisons", seed=1, path=str(folder), max_samples=24, feedback=feedback)["train"]
+        found.append(
+            {
+                (row["completions"][a], row["completions"][b])
+                for row in rows
+                for a, b in zip(row["better"], row["worse"], strict=True)
+            }
+        )
+        assert max(map(len, rows["completions"])) == (2 if pairwise else 4)
+    assert found[0] == found[1] and len(found[0]) > 12
+    assert len({text for pair in found[0] for text in pair}) <= 24  # `max_samples` counts sentences
 
 
 def test_rewards_are_evaluated_on_the_fixed_pairs(composed, capsys):

@@ -227,8 +227,8 @@ def _best_of_n(quality: Quality) -> list:
                 "is the truth: `stage.gold=NAME`; `stage.policy=sft` lets a policy write the completions."
             )
         ]
-    first = next(iter(found.values()))
-    series = [_gains(name, points, "gain") for name, points in found.items()]
+    first = max(found.values(), key=len)
+    series = [_gains(name, points) for name, points in found.items()]
     series.append(
         Series(
             "the best there is",
@@ -240,7 +240,7 @@ def _best_of_n(quality: Quality) -> list:
     )
     rows = [
         [point["n"], f"{point['kl']:.2f}", point["prompts"]]
-        + [_interval(points[i]["gain"], "{:+.2f}") for points in found.values()]
+        + [_interval(points[i]["gain"], "{:+.2f}") if i < len(points) else "" for points in found.values()]
         + [_interval(point["best_gain"], "{:+.2f}")]
         for i, point in enumerate(first)
     ]
@@ -258,8 +258,8 @@ def _best_of_n(quality: Quality) -> list:
     ]
 
 
-def _gains(name: str, points: Sequence[dict], key: str) -> Series:
-    columns = [[point[key][end] for point in points] for end in ("mean", "low", "high")]
+def _gains(name: str, points: Sequence[dict]) -> Series:
+    columns = [[point["gain"][end] for point in points] for end in ("mean", "low", "high")]
     low, high = ([m if end != end else end for m, end in zip(columns[0], side, strict=True)] for side in columns[1:])
     return Series(name, [point["kl"] for point in points], columns[0], low, high)
 
