@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -95,12 +95,7 @@ def add_role(model: PeftModel, name: str, path: str | None = None) -> Tensor | N
         config = copy.deepcopy(model.peft_config[POLICY])
         weights = get_peft_model_state_dict(model, adapter_name=POLICY)
     else:
-        config = adapter_config(path)
-        if config is None:
-            raise ConfigError(
-                f"`{path}` holds no adapter, so it can't share the policy's base. Name a run that was trained with "
-                "`adapter=lora`, or use `model` instead of `adapter`, which loads it as a network of its own."
-            )
+        config = saved_adapter(path)
         check_same_base(path, model)
         weights = load_peft_weights(path, device="cpu")
     heads = {key: weight for key, weight in weights.items() if key.split(".")[-2] in HEADS}
@@ -126,6 +121,22 @@ def set_trainable(model: PeftModel, roles: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
         if adapter := adapters.intersection(name.split(".")):
             parameter.requires_grad_(adapter <= set(roles))
+
+
+def saved_adapter(path: str) -> PeftConfig:
+    """
+    The config of an adapter that is to share the policy's base.
+
+    Raises:
+        ConfigError: if there is no adapter at `path`.
+    """
+    config = adapter_config(path)
+    if config is None:
+        raise ConfigError(
+            f"`{path}` holds no adapter, so it can't share the policy's base. Name a run that was trained with "
+            "`adapter=lora`, or use `model` instead of `adapter`, which loads it as a network of its own."
+        )
+    return config
 
 
 def check_same_base(path: str, model: PeftModel) -> None:

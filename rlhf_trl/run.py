@@ -32,6 +32,7 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 
+from rlhf_trl.adapters import fingerprint
 from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.kl import FixedKL
 from rlhf_trl.callbacks.progress import ProgressLine
@@ -52,7 +53,7 @@ from rlhf_trl.data import head_names
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.launching import config_dirs
 from rlhf_trl.loggers import is_first_rank
-from rlhf_trl.models import adapter_config, load_start, load_tokenizer, merge_adapter
+from rlhf_trl.models import adapter_config, base_path, load_start, load_tokenizer, merge_adapter
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.quiet import quiet
 
@@ -234,7 +235,7 @@ def make_trainer(
     if "ptx_data" in cfg:
         demonstrations = instantiate(cfg.ptx_data)(form="prompt_completion", seed=cfg.seed)
         extra["ptx_dataset"] = demonstrations["train"]
-    set_seed(cfg.seed)  # a new score head must not depend on what was loaded before
+    set_seed(args.seed)  # a new score head must not depend on what was loaded before
     model, peft_config = load_start(
         path,
         cfg.stage.task_type,
@@ -292,9 +293,10 @@ def reward_functions(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> lis
 
 def callbacks(cfg: DictConfig, trainer: Trainer) -> Iterator[TrainerCallback]:
     """What watches and steers the run: always the record and the progress line, and what the config names."""
-    for group in ("kl", "reward_norm"):
-        if group in cfg:
-            yield instantiate(cfg[group])(trainer=trainer)
+    if "kl" in cfg:
+        yield instantiate(cfg.kl)(trainer=trainer)
+    if "reward_norm" in cfg:
+        yield instantiate(cfg.reward_norm)(trainer=trainer, combine=instantiate(cfg.combine))
     for node in cfg.callbacks.values():
         callback = instantiate(node)
         yield callback(trainer=trainer) if isinstance(callback, functools.partial) else callback
@@ -325,11 +327,12 @@ def finish(cfg: DictConfig, trainer: Trainer) -> dict[str, float]:
 
 
 def end(cfg: DictConfig, status: str, **extra) -> None:
-    """Writes on rank 0 how the run ended; of an adapter also the base that it belongs to."""
+    """Writes on rank 0 how the run ended; of an adapter also its base, and a hash of a local one."""
     if PartialState().is_main_process:
         adapter = adapter_config(cfg.run_dir) if status == "done" else None
         if adapter is not None:
             extra["base"] = adapter.base_model_name_or_path
+            extra["base_fingerprint"] = fingerprint(base_path(cfg.run_dir, adapter))
         finish_run(cfg.run_dir, status, **extra)
 
 

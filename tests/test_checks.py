@@ -284,7 +284,7 @@ def test_a_used_run_directory(problems):
     one(problems(), "`run_name=...`", "`overwrite=true`")
 
 
-@pytest.mark.parametrize("stage", ["evaluate", "init", "reward_pairs"])
+@pytest.mark.parametrize("stage", ["evaluate", "init", "evaluate_reward"])
 def test_a_stage_that_does_not_train_uses_its_directory_too(problems, stage):
     for name in ("sft", "ppo", "dpo", "reward", stage):
         make_run(name)

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_trl.adapters import fingerprint
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.ppo import PPOConfig
 from rlhf_trl.ppo.critic import is_critic
@@ -216,6 +217,8 @@ def test_a_run_with_every_role_on_one_base(train, tmp_path):
     run_dir = Path(train(tmp_path, *ours, "stage.args.save_steps=1"))
     assert history(run_dir, "objective/kl")[0] == pytest.approx(0, abs=1e-4)
     assert history(run_dir, "rewards/adapter/mean")[0] == pytest.approx(history(run_dir, "objective/scores")[0])
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["base_fingerprint"] == fingerprint(record["base"])
     folders = {path.name for path in run_dir.iterdir() if path.is_dir() and not path.name.startswith(("check", "."))}
     assert not folders
     base = AutoModelForCausalLM.from_pretrained(
@@ -345,12 +348,21 @@ def test_a_copy_of_the_base_is_the_same_base(path, tmp_path):
     one_base(path, tmp_path, reward_funcs=AdapterReward(copied), critic_path=copied)
 
 
+def test_an_adapter_on_a_base_that_has_changed_since_is_refused(tmp_path):
+    base = save_model(tmp_path / "base")
+    reward = save_reward_model(base, tmp_path / "theirs")
+    Path(reward, "run.json").write_text(json.dumps({"status": "done", "base_fingerprint": fingerprint(str(base))}))
+    one_base(base, tmp_path, reward_funcs=AdapterReward(reward), critic_path=reward)
+    save_model(tmp_path / "base", seed=1)
+    message = refused(base, tmp_path, reward_funcs=AdapterReward(reward), critic="head", critic_path=None)
+    assert "weights have changed since" in message
+
+
 def test_wrong_starts_of_a_critic_are_refused(path, tmp_path):
     full = save_reward_model(path, tmp_path / "full", lora=False)
     assert "holds no adapter" in refused(path, tmp_path, reward_funcs=count_of_a, critic_path=full)
-    assert "holds no adapter" in refused(
-        path, tmp_path, reward_funcs=AdapterReward(full), critic="head", critic_path=None
-    )
+    with pytest.raises(ConfigError, match="holds no adapter"):
+        AdapterReward(full)
     nothing = str(tmp_path / "nothing")
     assert "No tokenizer can be loaded" in refused(path, tmp_path, reward_funcs=count_of_a, critic_path=nothing)
     with pytest.raises(ConfigError, match="no score head"):

@@ -33,7 +33,7 @@ def test_the_tested_versions_are_within_the_ranges():
     pins = {canonical(name): Version(version) for name, version in PINS.items()}
     tested = PROJECT["dependencies"] + [
         line
-        for extra in ("qlora", "wandb", "tensorboard", "sweep", "test")
+        for extra in ("qlora", "wandb", "tensorboard", "serve", "sweep", "test")
         for line in PROJECT["optional-dependencies"][extra]
     ]
     for requirement in map(Requirement, tested):

@@ -253,12 +253,12 @@ def evaluate_policies(
     """
     sampling = {"temperature": temperature, "batch_size": batch_size}
     answers, entries, drawn = {}, {}, None
-    reference = _load(policies[baseline].path, dtype)
+    reference = load_policy(policies[baseline].path, dtype)
     base_tokenizer = load_tokenizer(policies[baseline].path)
     weights = [reward.weight for reward in rewards]
     for name, policy in tqdm(policies.items(), desc="evaluating", unit="policy"):
         tokenizer = load_tokenizer(policy.path)
-        model = reference if name == baseline else _load(policy.path, dtype)
+        model = reference if name == baseline else load_policy(policy.path, dtype)
         prompts = [prompt_ids(tokenizer, prompt) for prompt in dataset["prompt"]]
         written = sample(model, tokenizer, prompts, max_completion_length, seed=seed, **sampling)
         texts = _as_completions(tokenizer, dataset["prompt"], written)
@@ -448,7 +448,7 @@ def best_of_n_curves(drawn: dict[str, np.ndarray], rewards: Sequence[Callable]) 
     return {"samples": samples, "curves": curves}
 
 
-def _load(path: str, dtype: str):
+def load_policy(path: str, dtype: str):
     return load_model(path, dtype=dtype).eval().to(PartialState().device)
 
 

@@ -547,7 +547,7 @@ def _ending(run: Run) -> str:
 def reward_model_blocks(runs: Sequence[Run], project: str) -> list:
     """How good the reward models are: as measured by stage=evaluate_reward, else by their training's evaluation."""
     blocks: list = []
-    measured = [run for run in runs if run.record["stage"] in ("evaluate_reward", "reward_pairs") and run.metrics]
+    measured = [run for run in runs if run.record["stage"] == "evaluate_reward" and run.metrics]
     trained = [run for run in runs if run.record["stage"] == "reward" and run.metrics]
     for run in [*trained, *measured]:
         values = {
