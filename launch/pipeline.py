@@ -29,6 +29,7 @@ from rlhf_trl.launching import (
     state_of,
 )
 from rlhf_trl.paths import conf_dir
+from rlhf_trl.report.project import write_report
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="pipeline")
@@ -112,6 +113,11 @@ def run_pipeline(
                 file=sys.stderr,
             )
             sys.exit(code if code > 0 else 1)
+    page = project_dir / "report" / "index.html"
+    if not page.exists() or page.stat().st_mtime < max(
+        path.stat().st_mtime for path in project_dir.glob("*/run.json")
+    ):
+        write_report(project_dir)  # no evaluation has made it since
     print("\n" + result(project_dir, list(steps)))
     if all(state == "done" for state in states.values()):
         print("\n" + _ways_out(project, project_dir))
@@ -158,7 +164,9 @@ def result(project_dir: Path, steps: list[str]) -> str:
     comparison = project_dir / "comparison.json"
     if comparison.exists():
         parts.append(comparison_text(json.loads(comparison.read_text(encoding="utf-8"))))
-    return "\n\n".join([*parts, f"Runs and comparison: {project_dir}"])
+    return "\n\n".join(
+        [*parts, f"Report: {project_dir / 'report' / 'index.html'}\nRuns and comparison: {project_dir}"]
+    )
 
 
 def _row(run_dir: Path, name: str) -> list[str]:

@@ -1,6 +1,7 @@
 """A reward model's calibration: mean and standard deviation of its scores of reference answers, beside the model."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ def write_calibration(folder: str | Path, calibration: dict[str, Any]) -> None:
 def read_calibration(path: str) -> dict[str, Any] | None:
     """
     What the `calibration.json` in the folder of a reward model holds, or `None` where there is none: `mean` and `std`
-    of its scores of reference answers; of a model with several heads lists, with `heads` and `covariance`.
+    of its scores of reference answers; of a model with several heads lists, with `heads` and `covariance`; of an
+    ensemble these of its members' mean, and all `members`' scores, shape (members, n, heads).
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if the file doesn't hold these numbers, each std above 0.
@@ -36,6 +38,9 @@ def read_calibration(path: str) -> dict[str, Any] | None:
             whole = covariance.shape == (len(mean), len(mean)) and len(mean) == len(content["heads"])
         else:
             whole = len(mean) == 1
+        if "members" in content:
+            members = torch.tensor(content["members"], dtype=torch.float64)
+            whole = whole and members.ndim == 3 and members.size(2) == len(mean) and bool(members.isfinite().all())
         whole = whole and len(std) == len(mean) and bool(mean.isfinite().all() and (std > 0).all())
         if whole and std.isfinite().all():
             return content
@@ -47,17 +52,43 @@ def read_calibration(path: str) -> dict[str, Any] | None:
     )
 
 
-def weighted_calibration(calibration: dict[str, Any] | None, weights: Tensor) -> dict[str, float] | None:
+def calibration_of(scores: Tensor, heads: list[str], on: str) -> dict[str, Any]:
     """
-    Mean and std of the reference answers' weighted sum of head scores, w^T mean and sqrt(w^T C w).
+    What `calibration.json` holds of a reward model's scores of reference answers.
+
+    Args:
+        scores (`Tensor` of shape `(n, heads)`, float64). heads (`list[str]`): their names. on (`str`): which answers.
+    """
+    mean, std = scores.mean(0).tolist(), scores.std(0, unbiased=len(scores) > 1).tolist()
+    # A weighted sum of the heads, chosen at use, has a std of its own: the covariance gives it
+    several = {"heads": heads, "covariance": scores.T.cov().tolist()} if len(heads) > 1 else {}
+    return {
+        "mean": mean if several else mean[0],
+        "std": std if several else std[0],
+        "n": len(scores),
+        "on": on,
+        **several,
+    }
+
+
+def weighted_calibration(
+    calibration: dict[str, Any] | None, weights: Tensor, combine: Callable[[Tensor], Tensor]
+) -> dict[str, float] | None:
+    """
+    Mean and std of the reference answers' rewards: of the weighted sum of head scores, w^T mean and sqrt(w^T C w); of
+    an ensemble measured on its members' scores.
 
     Args:
         calibration (`dict`, *optional*): what [`read_calibration`] gives.
         weights (`Tensor` of shape `(heads,)`): factors of the heads.
+        combine (callable): makes rewards, shape `(n,)`, of the scores of an ensemble's members, `(members, n)`.
     """
     if calibration is None:
         return None
     weights = weights.double()
+    if "members" in calibration:
+        rewards = combine(torch.tensor(calibration["members"], dtype=torch.float64) @ weights)
+        return {"mean": rewards.mean().item(), "std": rewards.std(unbiased=len(rewards) > 1).item()}
     mean = torch.tensor(calibration["mean"], dtype=torch.float64).reshape(-1)
     default = torch.tensor(calibration["std"], dtype=torch.float64).reshape(-1).square().diag()
     covariance = torch.tensor(calibration["covariance"]).double() if "covariance" in calibration else default

@@ -1,6 +1,7 @@
 """Loading policies, reward models and tokenizers: full models, adapters on a base, 4-bit bases; merging."""
 
 import copy
+import json
 import logging
 import re
 import shutil
@@ -38,6 +39,7 @@ from rlhf_trl.paths import resolve_path
 __all__ = [
     "adapter_config",
     "base_path",
+    "ensemble_members",
     "load_model",
     "load_reward_model",
     "load_start",
@@ -52,6 +54,8 @@ AUTO_CLASSES = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequen
 # What makes two adapters the same network; the rest of a LoraConfig is about how they begin or are trained.
 SHAPE = ("r", "lora_alpha", "use_rslora", "use_dora")
 HEADS = {"lm_head", "score", "classifier"}
+# In the folder of an ensemble of reward models
+ENSEMBLE_FILE = "ensemble.json"
 
 
 def adapter_config(path: str, revision: str | None = None) -> PeftConfig | None:
@@ -172,11 +176,20 @@ def load_reward_model(
 ) -> PreTrainedModel | PeftModel:
     """
     A trained reward model, full or an adapter on its base: one score a sequence, or one a head; the names of the heads
-    are in `config.id2label`.
+    are in `config.id2label`. An ensemble is one base with an adapter for each member.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if the model has no trained score head.
+        [`~rlhf_trl.errors.ConfigError`]: if the model has no trained score head, or the members of an ensemble don't
+            share a base.
     """
+    if members := ensemble_members(path):
+        bases = {base_path(member, adapter_config(member)) for member in members}
+        if len(bases) > 1:
+            raise ConfigError(f"The members of the ensemble `{path}` have several bases: {', '.join(sorted(bases))}.")
+        model = load_reward_model(members[0], dtype, trust_remote_code)
+        for i, member in enumerate(members[1:], 1):
+            model.load_adapter(member, adapter_name=f"member_{i}")
+        return model
     config = adapter_config(path)
     if config is None:
         architectures = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).architectures or [""]
@@ -186,6 +199,29 @@ def load_reward_model(
     if not scores:
         raise ConfigError(f"`{path}` is no reward model: it has no score head. Train one with `stage=reward`.")
     return load_model(path, "SEQ_CLS", dtype or "float32", trust_remote_code=trust_remote_code)
+
+
+def ensemble_members(path: str) -> list[str]:
+    """
+    Folders of the reward models, all adapters, that the ensemble in the folder `path` consists of; none where it is
+    no ensemble.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if its `ensemble.json` doesn't name two adapters that are there.
+    """
+    file = Path(path, ENSEMBLE_FILE)
+    if not file.is_file():
+        return []
+    try:
+        members = [str(file.parent / name) for name in json.loads(file.read_text(encoding="utf-8"))["members"]]
+    except (ValueError, TypeError, KeyError):
+        members = []
+    if len(members) > 1 and all(Path(member, "adapter_config.json").is_file() for member in members):
+        return members
+    raise ConfigError(
+        f'`{file}` must hold `{{"members": [...]}}` with the folders of two or more adapters beside it. Mend it, or '
+        "train the ensemble again."
+    )
 
 
 def load_start(
@@ -259,6 +295,11 @@ def merge_adapter(source: str, output_dir: str, revision: str | None = None, tru
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if `source` is no adapter.
     """
+    if members := ensemble_members(source):
+        raise ConfigError(
+            f"`{source}` is an ensemble of {len(members)} reward models, which don't merge into one. Merge a member: "
+            f"`stage=merge model.run=null model.path={members[0]}`."
+        )
     config = adapter_config(source, revision)
     if config is None:
         raise ConfigError(f"`{source}` is a full model, there is nothing to merge. Use it as it is.")

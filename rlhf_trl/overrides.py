@@ -181,6 +181,8 @@ def _unread(words: Sequence[str], cfg: DictConfig, groups: dict[str, set[str]]) 
         parents = [".".join(names[:i]) for i in range(1, len(names))]
         if OPEN_NODES & set(names[:-1]) or any(_target(OmegaConf.select(cfg, parent)) for parent in parents):
             continue
+        if parents == ["reward"] and _target(OmegaConf.select(cfg, key)):
+            continue  # one more reward, of which a group has as many as one likes
         node = OmegaConf.select(cfg, parents[-1]) if parents else cfg
         others = {str(name) for name in node} - {names[-1]} if isinstance(node, DictConfig) else set()
         meant = [f"`{'.'.join([*names[:-1], name])}=...`" for name in nearest(names[-1], others)]

@@ -6,6 +6,7 @@ from transformers import TrainingArguments
 
 from rlhf_trl.callbacks import steps_per_rollout
 from rlhf_trl.data import render_sample
+from rlhf_trl.ensemble import member_seeds
 from rlhf_trl.models import load_tokenizer
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.run import critic_start, load_data, project_dir, source, training_arguments
@@ -34,6 +35,9 @@ def show_plan(cfg: DictConfig) -> None:
         **_steps(args, rows["train"]),
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
     }
+    if cfg.stage.get("members", 1) > 1:
+        seeds = member_seeds(cfg)
+        lines["members"] = f"{len(seeds)}, one after another, each as below; seeds {seeds[0]} to {seeds[-1]}"
     if "reward" in cfg:
         lines["rewards"] = ", ".join(f"{name} x {node.weight}" for name, node in cfg.reward.items())
     if hasattr(args, "critic"):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.data.data_collator import DataCollatorMixin
 from trl.trainer.utils import pad
 
-from rlhf_trl.calibration import write_calibration
+from rlhf_trl.calibration import calibration_of, write_calibration
 from rlhf_trl.data.tokens import head_names, keep_short_completions, tokenize_comparisons
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models import score_heads
@@ -353,7 +353,7 @@ class RewardTrainer(trl.RewardTrainer):
         if targets is not None:
             loss = loss + regression_loss(scores, targets)
         if self._scores is not None:
-            self._scores += _reference(scores.detach(), inputs, self.args.calibrate_on).tolist()
+            self._scores += reference_scores(scores.detach(), inputs, self.args.calibrate_on).tolist()
         self._record(mode, scores.detach(), inputs)
         return (loss, outputs) if return_outputs else loss
 
@@ -367,11 +367,10 @@ class RewardTrainer(trl.RewardTrainer):
         metrics["min_reward"].append(gather(scores.min()).min().item())
         metrics["mean_reward"].append(gather(scores.mean()).mean().item())
         metrics["max_reward"].append(gather(scores.max()).max().item())
-        leads = {"": scores[inputs["better"], 0] - scores[inputs["worse"], 0]}
+        leads = {"": leads_of(scores, inputs)}
         if self.train_has_targets:  # the same keys on all ranks and in all micro-batches: gathering needs it
             targets = inputs.get("targets", torch.full_like(scores, torch.nan))
             by_head = [_leads(scores[:, i], targets[:, i], inputs["groups"]) for i in range(len(self.heads))]
-            leads = {"": torch.cat(by_head)} if not len(inputs["better"]) else leads
             errors = (scores - targets) ** 2
             named = dict(zip(self.heads, range(len(self.heads)), strict=True)) if len(self.heads) > 1 else {}
             for name, values in {"": errors, **{f"_{head}": errors[:, i] for head, i in named.items()}}.items():
@@ -425,16 +424,7 @@ class RewardTrainer(trl.RewardTrainer):
         self.callback_handler.on_predict(self.args, self.state, self.control, {})  # progress bars end
         scores = torch.tensor(gather_object(self._scores), dtype=torch.float64)  # (n, H)
         self._scores, self._metrics["eval"] = None, kept
-        mean, std = scores.mean(0).tolist(), scores.std(0, unbiased=len(scores) > 1).tolist()
-        # A weighted sum of the heads, chosen at use, has a std of its own: the covariance gives it
-        several = {"heads": self.heads, "covariance": scores.T.cov().tolist()} if len(self.heads) > 1 else {}
-        return {
-            "mean": mean if several else mean[0],
-            "std": std if several else std[0],
-            "n": len(scores),
-            "on": f"{self.args.calibrate_on} completions of {split}",
-            **several,
-        }
+        return calibration_of(scores, self.heads, f"{self.args.calibrate_on} completions of {split}")
 
 
 def init_heads(model: PreTrainedModel, seed: int) -> None:
@@ -461,6 +451,17 @@ def _check_heads(labels: int, heads: list[str], dataset: Dataset) -> None:
         )
 
 
+def leads_of(scores: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """
+    Score differences that should be positive, of a micro-batch's `scores`, shape (N, H): of its comparisons; without
+    any, of the pairs of each head that [`_leads`] finds.
+    """
+    if len(inputs["better"]) or "targets" not in inputs:
+        return scores[inputs["better"], 0] - scores[inputs["worse"], 0]
+    pairs = zip(scores.unbind(dim=1), inputs["targets"].unbind(dim=1), strict=True)
+    return torch.cat([_leads(head, targets, inputs["groups"]) for head, targets in pairs])
+
+
 def _leads(scores: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
     """Score differences of all pairs of one prompt whose targets differ, the one with the higher target first."""
     ahead = (groups[:, None] == groups[None, :]) & (targets[:, None] > targets[None, :])  # NaN is not ahead of any
@@ -468,7 +469,8 @@ def _leads(scores: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
     return scores[better] - scores[worse]
 
 
-def _reference(scores: Tensor, inputs: dict[str, Tensor], which: str) -> Tensor:
+def reference_scores(scores: Tensor, inputs: dict[str, Tensor], which: str) -> Tensor:
+    """Of `scores`, shape (N, ...), those of the completions that a calibration is about (`calibrate_on`)."""
     if which == "all":
         return scores
     beaten = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)

@@ -165,9 +165,9 @@ def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDic
     return dataset
 
 
-def instantiate_data(cfg: DictConfig) -> DatasetDict:
+def instantiate_data(cfg: DictConfig, form: str | None = None) -> DatasetDict:
     """
-    The rows of `cfg.data` in the form that the stage wants.
+    The rows of `cfg.data` in the form that the stage wants, or in another one.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: of an option of `data.feedback`, or of the rows.
@@ -178,7 +178,7 @@ def instantiate_data(cfg: DictConfig) -> DatasetDict:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from error
         raise
-    return load(form=cfg.stage.form, seed=cfg.seed)
+    return load(form=form or cfg.stage.form, seed=cfg.seed)
 
 
 def begin(cfg: DictConfig, path: str) -> str | None:
@@ -235,7 +235,7 @@ def make_trainer(
     if "ptx_data" in cfg:
         demonstrations = instantiate(cfg.ptx_data)(form="prompt_completion", seed=cfg.seed)
         extra["ptx_dataset"] = demonstrations["train"]
-    set_seed(cfg.seed)  # a new score head must not depend on what was loaded before
+    set_seed(args.seed)  # a new score head must not depend on what was loaded before
     model, peft_config = load_start(
         path,
         cfg.stage.task_type,
@@ -293,9 +293,10 @@ def reward_functions(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> lis
 
 def callbacks(cfg: DictConfig, trainer: Trainer) -> Iterator[TrainerCallback]:
     """What watches and steers the run: always the record and the progress line, and what the config names."""
-    for group in ("kl", "reward_norm"):
-        if group in cfg:
-            yield instantiate(cfg[group])(trainer=trainer)
+    if "kl" in cfg:
+        yield instantiate(cfg.kl)(trainer=trainer)
+    if "reward_norm" in cfg:
+        yield instantiate(cfg.reward_norm)(trainer=trainer, combine=instantiate(cfg.combine))
     for node in cfg.callbacks.values():
         callback = instantiate(node)
         yield callback(trainer=trainer) if isinstance(callback, functools.partial) else callback

@@ -1,11 +1,16 @@
 """The benchmark's contenders train on the same numbers: our PPO against the bare loop, and the meter's arithmetic."""
 
+from argparse import Namespace
+from pathlib import Path
+
 import pytest
 import torch
 
-from bench import bare, ours
+from bench import bare, ours, reward
 from bench.__main__ import BARE_HEAD, OURS_HEAD, Target, ratios, table
 from bench.setting import PHASES, Meter, Setting, make_prompts, make_small_llama
+from rlhf_trl import overrides
+from rlhf_trl.checks import find_problems
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +85,34 @@ def test_ratios_are_medians_over_rounds_and_say_if_they_met_their_aim():
     assert "| 1.50 | 0.50 to 2.00 | at least 1.4 | met |" in lines[2]
     assert "missed" in lines[3]
     assert "| 6.00 | 0.17 |" in table((OURS_HEAD,), rounds)
+
+
+@pytest.mark.parametrize("model", list(reward.RECIPES))
+def test_every_step_of_the_reward_benchmark_passes_the_checks(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RLHF_TRL_REVIEWS", "RLHF_TRL_SMOLLM2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        monkeypatch.setenv(name, str(tmp_path / name))
+    made = reward.steps(reward.RECIPES[model], [1, 2])
+    assert list(made)[-6:] == ["rankings_1", "pairs_1", "quality_1", "pairs_2", "rankings_2", "quality_2"]
+    for name, words in made.items():
+        cfg, problems = overrides.compose([*words, "project=bench", f"run_name={name}"])
+        assert problems + find_problems(cfg) == [], name
+        Path(cfg.run_dir).mkdir(parents=True)
+        Path(cfg.run_dir, "run.json").write_text('{"status": "done"}')
+
+
+def test_the_report_of_the_reward_benchmark():
+    results = [
+        {
+            "rankings": {"accuracy": 0.88, "seconds": s, "steps": 58},
+            "pairs": {"accuracy": 0.886, "seconds": 100, "steps": 59},
+        }
+        for s in (40.0, 50.0, 90.0)
+    ]
+    options = Namespace(model="smollm2", seeds=[1, 2, 3], threads=2)
+    text = reward.report(reward.RECIPES["smollm2"], results, options)
+    assert "time ratio, median" in text and text.count(" met") == 4 and "-0.0060" in text and "0.50" in text
+    results[0]["rankings"]["accuracy"] = 0.8
+    assert reward.report(reward.RECIPES["smollm2"], results, options).count("missed") == 2

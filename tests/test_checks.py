@@ -134,7 +134,7 @@ def test_earlier_runs(problems):
     make_run("sft", "stopped", command="accelerate launch train.py stage=sft")
     one(problems("model.run=sft"), "not finished", "accelerate launch train.py stage=sft resume=true")
     one(problems("reward=model"), "`reward.model.run`", "stage=reward project=default")
-    one(problems("stage=compare", "stage.policies.sft=demo:sft", "~stage.policies.dpo"), "`stage.policies.ppo`")
+    one(problems("stage=evaluate", "stage.policies.sft=demo:sft", "~stage.policies.dpo"), "`stage.policies.ppo`")
 
 
 def test_a_reward_model_is_no_policy_and_the_other_way_round(problems):
@@ -284,7 +284,7 @@ def test_a_used_run_directory(problems):
     one(problems(), "`run_name=...`", "`overwrite=true`")
 
 
-@pytest.mark.parametrize("stage", ["compare", "init", "reward_pairs"])
+@pytest.mark.parametrize("stage", ["evaluate", "init", "evaluate_reward"])
 def test_a_stage_that_does_not_train_uses_its_directory_too(problems, stage):
     for name in ("sft", "ppo", "dpo", "reward", stage):
         make_run(name)

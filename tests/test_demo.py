@@ -22,7 +22,7 @@ COLUMNS = {
     "prompt": {"prompt", "kind"},
     "pairs": {"prompt", "completion_a", "completion_b", "preferred", "strength", "rater"},
     "rankings": {"prompt", "completions", "ranks", "rater"},
-    "ratings": {"prompt", "completion", "ratings", "raters"},
+    "ratings": {"prompt", "completion", "ratings", "raters", "kind"},
     "edits": {"prompt", "original", "edited"},
     "thumbs": {"prompt", "completion", "thumb", "rater"},
     "attributes": {"prompt", "completion", "helpful", "harmless", "honest", "clear"},
@@ -57,7 +57,16 @@ def test_a_wrong_form_or_size_says_what_to_type(arguments):
 
 
 def test_all_forms_are_tested():
-    assert set(COLUMNS) == set(FORMS)
+    assert {*COLUMNS, "judged"} == set(FORMS)
+
+
+def test_judged_rows_are_made_of_ratings():
+    """Twenty ratings for training and eight held out, of four answers a prompt."""
+    data = load("judged", seed=3, max_samples=20, max_eval_samples=8)
+    assert {"kind", "better", "worse", "gap", "share", "ratings"} < set(data["eval"].column_names)
+    assert (len(data["train"]), len(data["eval"])) == (5, 2)
+    assert all(0 <= share <= 1 for row in data["train"] for share in row["share"])
+    assert load("judged", seed=3, max_samples=20, max_eval_samples=8)["eval"].to_list() == data["eval"].to_list()
 
 
 @pytest.mark.parametrize("form", COLUMNS)

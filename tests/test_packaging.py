@@ -33,7 +33,7 @@ def test_the_tested_versions_are_within_the_ranges():
     pins = {canonical(name): Version(version) for name, version in PINS.items()}
     tested = PROJECT["dependencies"] + [
         line
-        for extra in ("qlora", "wandb", "tensorboard", "sweep", "test")
+        for extra in ("qlora", "wandb", "tensorboard", "serve", "sweep", "test")
         for line in PROJECT["optional-dependencies"][extra]
     ]
     for requirement in map(Requirement, tested):
@@ -112,7 +112,7 @@ def check_installed(script: list[str], pipeline: list[str], folder: Path, enviro
 
     assert "trl.DPOTrainer" in run(*script, "--cfg", "job", "stage=dpo")
     assert "paths: my.jsonl" in run(*script, "--config-dir", "my_conf", "--cfg", "job", "stage=sft", "data=mine")
-    assert "stage=compare" in run(*pipeline, "--cfg", "job")
+    assert "stage=evaluate" in run(*pipeline, "--cfg", "job")
     out = run(*pipeline, "project=p", f"program=[{sys.executable},{ROOT / 'tests/helpers/fake_train.py'}]")
     assert "[5/5] compare" in out and (folder / "runs/p/sft/run.json").exists()
 

@@ -226,7 +226,7 @@ SHRUNKEN = {
         *("stage.args.per_device_train_batch_size=16", *SMALL),
     ],
     "dpo": ["stage=dpo", "model.run=sft", "stage.args.max_steps=2", *SMALL],
-    "compare": ["stage=compare", "stage.show=false", "data.max_eval_samples=16", "stage.max_completion_length=32"],
+    "compare": ["stage=evaluate", "stage.show=false", "data.max_eval_samples=16", "stage.max_completion_length=32"],
 }
 # Imported by every Python process of the pipeline, before anything else
 NO_NETWORK = """
@@ -257,6 +257,7 @@ def test_a_shrunken_pipeline_end_to_end_in_silence(tmp_path, monkeypatch):
     comparison = json.loads((project / "comparison.json").read_text())
     assert list(comparison["policies"]) == ["sft", "ppo", "dpo"]
     assert comparison["prompts"] == 16
+    assert "<svg" in (project / "report" / "index.html").read_text()
     rows = [line.split() for line in out.splitlines()]
     table = rows[rows.index(["step", "time", "metric", "start", "end"]) + 2 :]
     assert [row[0] for row in table[: len(SHRUNKEN)]] == list(SHRUNKEN)

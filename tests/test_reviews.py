@@ -13,9 +13,8 @@ from hydra.utils import instantiate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_trl import gguf, judges
-from rlhf_trl.data import reviews
+from rlhf_trl.data import Ratings, reviews
 from rlhf_trl.errors import ConfigError, DataError
-from rlhf_trl.evaluation.reward_pairs import accuracy_by_gap
 from rlhf_trl.paths import conf_dir
 from rlhf_trl.scratch import word_tokenizer
 
@@ -207,20 +206,33 @@ def test_vader_is_optional(monkeypatch):
         judges.vader(["Review:"], [" fine"])
 
 
-def test_accuracy_by_gap():
-    chosen, rejected = np.array([1.0, 0.0, 2.0, 1.0]), np.array([0.0, 1.0, 2.0, 0.0])
-    found = accuracy_by_gap(chosen, rejected, gaps=np.array([0.5, 0.6, 1.5, 2.5]), above=[1, 2, 3])
-    means = {name: value.mean for name, value in found.items()}
-    assert means == {"accuracy": 0.625, "accuracy_gap_above_1": 0.75, "accuracy_gap_above_2": 1.0}
-    assert list(accuracy_by_gap(chosen, rejected, above=[1])) == ["accuracy"]
+def test_the_same_comparisons_as_rankings_and_as_pairs(folder):
+    """What `python -m bench.reward` sets side by side."""
+    found = []
+    for pairwise in (False, True):
+        feedback = Ratings(scale=[-4, 4], min_gap=1, pairwise_rows=pairwise)
+        rows = reviews.load("comparisons", seed=1, path=str(folder), max_samples=24, feedback=feedback)["train"]
+        found.append(
+            {
+                (row["completions"][a], row["completions"][b])
+                for row in rows
+                for a, b in zip(row["better"], row["worse"], strict=True)
+            }
+        )
+        assert max(map(len, rows["completions"])) == (2 if pairwise else 4)
+    assert found[0] == found[1] and len(found[0]) > 12
+    assert len({text for pair in found[0] for text in pair}) <= 24  # `max_samples` counts sentences
 
 
-def test_reward_pairs_stage(composed, capsys):
-    cfg = composed("experiment=reviews_tiny_pairs", "reward=sentiment", "reward.sentiment.kwargs.threshold=null")
+def test_rewards_are_evaluated_on_the_fixed_pairs(composed, capsys):
+    cfg = composed("experiment=reviews_tiny_quality", "reward=sentiment", "reward.sentiment.kwargs.threshold=null")
     instantiate(cfg.stage.run)(cfg)
     metrics = json.loads(Path(cfg.run_dir, "metrics.json").read_text())["eval"]
     assert metrics["eval_sentiment/accuracy_gap_above_2"] > 0.9
-    assert "accuracy_gap_above_1" in capsys.readouterr().out
+    quality = json.loads(Path(cfg.run_dir, "reward_quality.json").read_text())
+    assert quality["comparisons"] == 40 and quality["raters"]["raters"] == 5
+    assert quality["gold"] == "people's mean ratings" and quality["prompts"] == 1
+    assert "gap above 1" in capsys.readouterr().out
 
 
 def test_gguf_names_what_is_wrong_with_its_folders(tmp_path):
@@ -240,10 +252,10 @@ def test_tiny_pipeline_learns_from_people(tmp_path):
     command = [sys.executable, str(pipeline), "pipeline=reviews_tiny", f"runs_dir={tmp_path}"]
     subprocess.run(command, check=True, cwd=conf_dir().parent)
     runs = tmp_path / "reviews_tiny"
-    measured = {name: json.loads((runs / name / "metrics.json").read_text()) for name in ("sft", "pairs")}
+    measured = {name: json.loads((runs / name / "metrics.json").read_text()) for name in ("sft", "quality")}
     assert np.exp(measured["sft"]["eval"]["eval_loss"]) < 200
-    pairs = measured["pairs"]["eval"]
-    assert pairs["eval_model/accuracy"] > 0.72 and pairs["eval_model/accuracy_gap_above_2"] > 0.78
+    quality = measured["quality"]["eval"]
+    assert quality["eval_model/accuracy"] > 0.72 and quality["eval_model/accuracy_gap_above_2"] > 0.78
     policies = json.loads((runs / "comparison.json").read_text())["policies"]
     for name in ("ppo", "dpo"):  # judged by what shares no sentence with the reward model
         assert policies[name]["difference"]["low"] > 0

@@ -1,12 +1,14 @@
 """
-Reward normalizers: callbacks that bring the rewards of a rollout to a scale, for PPO and for TRL's own GRPO and RLOO.
+Reward normalizers: callbacks that bring the rewards of a rollout to a scale, and combine them, for PPO and for TRL's
+own GRPO and RLOO.
 
 They act on the rewards of all ranks, shape (N, functions), so they need no communication and agree on every rank. What
-is learned from is: raw reward -> normalized -> clipped -> weighted and summed (-> PPO's EOS and length penalties).
+is learned from is: raw reward -> normalized -> clipped -> weighted and combined (-> PPO's EOS and length penalties).
 Evaluation, `objective/scores`, `reward`, `rewards/<name>/*` and samples.jsonl keep the raw rewards;
-`objective/scores_normalized` is the weighted sum of the normalized ones.
+`objective/scores_normalized` combines the normalized ones.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +18,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from trl.trainer.utils import nanstd
 
-from ..checks.combinations import normalizer_problem
+from ..checks.combinations import combination_problem, normalizer_problem
 from ..data.tokens import prompt_ids, row_ids
 from ..errors import ConfigError
+from ..rewards.combine import weighted_sum
 
 
 class Moments(NamedTuple):
@@ -71,28 +74,43 @@ class RewardNorm(TrainerCallback):
     Args:
         clip (`float`, *optional*): every reward function's (normalized) values are held within plus and minus this.
         trainer (*optional*): PPO, or TRL's GRPO or RLOO. Without one, `normalize` can be used by itself.
+        combine (callable, *optional*): what makes one score of the rewards, see `rlhf_trl.rewards.combine`; their
+            weighted sum when unset.
 
     Raises:
-        ConfigError: at a `clip` that is not above 0, or where the trainer's own scaling would cancel a normalizer.
+        ConfigError: at a `clip` that is not above 0, or where the trainer's own scaling would cancel a normalizer or
+            a combination.
     """
 
-    def __init__(self, clip: float | None = None, trainer: Trainer | None = None):
+    def __init__(
+        self, clip: float | None = None, trainer: Trainer | None = None, combine: Callable[..., Tensor] | None = None
+    ):
         if clip is not None and clip <= 0:
             raise ConfigError(f"The reward clip is {clip}. Set `reward_norm.clip` above 0, or to null for none.")
         self.clip = clip
         self.trainer = trainer
+        self.combine = combine or weighted_sum
+        self._sums = getattr(self.combine, "func", self.combine) is weighted_sum  # which trainers do themselves
+        self._normalizes = clip is not None or type(self) is not RewardNorm
         self._raw: Tensor | None = None  # rewards of the rollout that is being made
-        if trainer is not None and (clip is not None or type(self) is not RewardNorm):
+        if trainer is not None and (self._normalizes or not self._sums):
             self._attach()
 
     def _attach(self) -> None:
         trainer = self.trainer
         if type(self) is not RewardNorm and (problem := normalizer_problem(vars(trainer.args))):
             raise ConfigError(problem)
+        if not self._sums and (problem := combination_problem(vars(trainer.args))):
+            raise ConfigError(problem)
         self._calculate = trainer._calculate_rewards
+        self._weights = trainer.reward_weights
         if hasattr(trainer, "reward_normalizer"):  # PPO takes both, raw and normalized
-            trainer.reward_normalizer = self.normalize
+            trainer.reward_normalizer = self.normalize if self._normalizes else None
+            trainer.combine_rewards = weighted_sum if self._sums else self.combine
             return
+        if not self._sums:
+            # TRL's own sum is to give what `combine` gives: one column holds it, and the others hold nothing
+            trainer.reward_weights = torch.ones_like(self._weights)
         self._generate = trainer._generate_and_score_completions
         trainer._calculate_rewards = self._calculate_rewards
         trainer._generate_and_score_completions = self._generate_and_score_completions
@@ -120,32 +138,40 @@ class RewardNorm(TrainerCallback):
     def _calculate_rewards(self, *args):
         rewards = self._calculate(*args)
         if not self.trainer.model.training:
-            return rewards
-        self._raw, normalized = rewards, self.normalize(rewards)
-        for key, values in (("objective/scores", rewards), ("objective/scores_normalized", normalized)):
-            self.trainer._metrics["train"][key].append(torch.nanmean(self._total(values)).item())
-        return normalized
+            self._raw = None if self._sums else rewards
+            return rewards if self._sums else self._in_one_column(rewards, rewards)
+        self._raw, normalized = rewards, self.normalize(rewards) if self._normalizes else rewards
+        scores = [("objective/scores", rewards)]
+        scores += [("objective/scores_normalized", normalized)] if self._normalizes else []
+        for key, values in scores:
+            self.trainer._metrics["train"][key].append(torch.nanmean(self._total(values, rewards)).item())
+        return normalized if self._sums else self._in_one_column(normalized, rewards)
 
     def _generate_and_score_completions(self, inputs):
         self._raw = None
         rollout = self._generate(inputs)
         if self._raw is not None:
-            self._log_raw(self._raw)
+            self._log_raw(self._raw, "train" if self.trainer.model.training else "eval")
         return rollout
 
-    def _total(self, rewards: Tensor) -> Tensor:
-        total = (rewards * self.trainer.reward_weights.to(rewards)).nansum(dim=1)
-        return total.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+    def _total(self, values: Tensor, raw: Tensor) -> Tensor:
+        """Scores of shape (N,), of rewards on one scale or the other."""
+        return self.combine(values, raw, self._weights.to(values), self.trainer.reward_func_names)
 
-    def _log_raw(self, rewards: Tensor) -> None:
-        metrics, logs = self.trainer._metrics["train"], self.trainer._logs["rewards"]
+    def _in_one_column(self, values: Tensor, raw: Tensor) -> Tensor:
+        columns = torch.full_like(raw, torch.nan)
+        columns[:, 0] = self._total(values, raw)
+        return columns
+
+    def _log_raw(self, rewards: Tensor, mode: str) -> None:
+        metrics, logs = self.trainer._metrics[mode], self.trainer._logs["rewards"]
         columns = dict(zip(self.trainer.reward_func_names, rewards.unbind(dim=1), strict=True))
         for name, column in columns.items():
             for _ in range(min(len(column), len(logs[name]))):
                 logs[name].pop()
             logs[name].extend(column.tolist())
-        stems = {f"rewards/{name}/": column for name, column in columns.items()} | {"reward": self._total(rewards)}
-        for stem, values in stems.items():
+        stems = {f"rewards/{name}/": column for name, column in columns.items()}
+        for stem, values in (stems | {"reward": self._total(rewards, rewards)}).items():
             mean, std = (f"{stem}mean", f"{stem}std") if stem.endswith("/") else (stem, f"{stem}_std")
             metrics[mean][-1], metrics[std][-1] = torch.nanmean(values).item(), nanstd(values).item()
 
@@ -158,11 +184,17 @@ class RunningNorm(RewardNorm, ExportableState):
 
     Args:
         shift_mean (`bool`, defaults to `True`): whether the mean becomes 0; else it stays.
-        clip, trainer (*optional*): see [`RewardNorm`].
+        clip, trainer, combine (*optional*): see [`RewardNorm`].
     """
 
-    def __init__(self, shift_mean: bool = True, clip: float | None = None, trainer: Trainer | None = None):
-        super().__init__(clip, trainer)
+    def __init__(
+        self,
+        shift_mean: bool = True,
+        clip: float | None = None,
+        trainer: Trainer | None = None,
+        combine: Callable[..., Tensor] | None = None,
+    ):
+        super().__init__(clip, trainer, combine)
         self.shift_mean = shift_mean
         self.moments: Moments | None = None
 
@@ -190,11 +222,17 @@ class BatchNorm(RewardNorm):
 
     Args:
         shift_mean (`bool`, defaults to `True`): whether the mean becomes 0; else it stays.
-        clip, trainer (*optional*): see [`RewardNorm`].
+        clip, trainer, combine (*optional*): see [`RewardNorm`].
     """
 
-    def __init__(self, shift_mean: bool = True, clip: float | None = None, trainer: Trainer | None = None):
-        super().__init__(clip, trainer)
+    def __init__(
+        self,
+        shift_mean: bool = True,
+        clip: float | None = None,
+        trainer: Trainer | None = None,
+        combine: Callable[..., Tensor] | None = None,
+    ):
+        super().__init__(clip, trainer, combine)
         self.shift_mean = shift_mean
 
     def scale(self, rewards: Tensor, counted: Tensor) -> Tensor:
@@ -221,7 +259,7 @@ class ReferenceNorm(RewardNorm, ExportableState):
         rows (`int`, defaults to `256`): how many of them are scored, drawn by the run's seed.
         mean (`float`, defaults to `0.0`): mean of the references afterwards.
         std (`float`, *optional*, defaults to `1.0`): their std afterwards (unbiased); `None` only shifts.
-        clip, trainer (*optional*): see [`RewardNorm`].
+        clip, trainer, combine (*optional*): see [`RewardNorm`].
 
     Raises:
         ConfigError: at a value out of range; before training, if there is no such column or it yields no rewards.
@@ -235,12 +273,13 @@ class ReferenceNorm(RewardNorm, ExportableState):
         std: float | None = 1.0,
         clip: float | None = None,
         trainer: Trainer | None = None,
+        combine: Callable[..., Tensor] | None = None,
     ):
         if std is not None and std <= 0:
             raise ConfigError(f"The target std is {std}. Set `reward_norm.std` above 0, or to null to shift only.")
         if rows < 2:
             raise ConfigError(f"`reward_norm.rows` is {rows}, and a std needs two. Set it to 2 or more.")
-        super().__init__(clip, trainer)
+        super().__init__(clip, trainer, combine)
         self.column, self.rows = column, rows
         self.mean, self.std = float(mean), std
         self.gain: list[float | None] = []  # by function; None: not calibrated yet

@@ -12,6 +12,7 @@ from rlhf_trl.hints import did_you_mean, nearest
 from rlhf_trl.paths import DEMO, PACKAGE, run_command
 
 MODEL_FILES = ("config.json", "adapter_config.json")
+ENSEMBLE_FILE = "ensemble.json"  # of reward models, where a reward is asked for
 
 
 def model_problems(values: dict[str, Any]) -> list[str]:
@@ -30,9 +31,13 @@ def model_problems(values: dict[str, Any]) -> list[str]:
         problems += _model("critic", critic, values, "SEQ_CLS")
         if at(values, "stage.args.critic") == "adapter":
             problems += _no_adapter("critic", "critic=model", model_folder(critic, values))
-    for name, place in section(values, "stage.policies").items():
+    judge = section(values, "judge")
+    if judge.get("path") is not None:
+        problems += _model("judge", {**judge, "run": None}, values, "CAUSAL_LM")
+    policies = {f"stage.policies.{name}": place for name, place in section(values, "stage.policies").items()}
+    for key, place in {**policies, "stage.policy": at(values, "stage.policy")}.items():
         if isinstance(place, str) and not re.search("[/:.~]", place) and not Path(place).is_dir():
-            problems += _earlier_run(f"stage.policies.{name}", place, values)
+            problems += _earlier_run(key, place, values)
     return problems
 
 
@@ -89,7 +94,7 @@ def _model_path(key: str, path: str, folder: Path) -> list[str]:
     if folder.is_file():
         return [f"`{key}` is the file `{path}`. Give the folder that holds the model."]
     if folder.is_dir():
-        if any((folder / name).is_file() for name in MODEL_FILES):
+        if any((folder / name).is_file() for name in (*MODEL_FILES, ENSEMBLE_FILE)):
             return []
         return [f"`{key}` is `{path}`, a folder without {' or '.join(f'`{n}`' for n in MODEL_FILES)}. Give a model's."]
     if _looks_like_hub_id(path):
@@ -125,6 +130,11 @@ def _beside(path: Path) -> str:
 
 def _task_type(key: str, folder: Path, wanted: str) -> list[str]:
     """A policy where a reward model is asked for, or the other way round, would start with a random head."""
+    if (folder / ENSEMBLE_FILE).is_file() and not key.startswith("reward."):
+        return [
+            f"`{key}` is `{folder}`, an ensemble of reward models, which can only score. Name one of its members: "
+            f"`{key}.run={folder.name}/member_0`."
+        ]
     adapter, config = (read_json(folder / name) or {} for name in reversed(MODEL_FILES))
     architecture = str((config.get("architectures") or [""])[0])
     is_reward_model = "SEQ_CLS" == adapter.get("task_type") or "SequenceClassification" in architecture

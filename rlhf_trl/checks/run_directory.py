@@ -65,7 +65,7 @@ def _resume_problems(run_dir: Path, status: str, values: dict[str, Any]) -> list
             "or delete it and start again: `overwrite=true`."
         ]
     problems = []
-    if not any(run_dir.glob("checkpoint-*/")):
+    if not any(run_dir.glob("checkpoint-*/")) and not any(run_dir.glob("member_*/run.json")):
         problems.append(
             f"`{run_dir}` holds no checkpoint, so there is nothing to resume. Start again: `overwrite=true`."
         )

@@ -3,11 +3,17 @@ Feedback as people give it: pairs, rankings, ratings, edits, thumbs, attributes 
 
 Each form says which columns it reads, checks a row (`read`), and makes of all rows of a split what a stage trains on
 (`convert`): rows of `comparisons` (reward models), `preference` (DPO, ORPO), `unpaired` (KTO), `prompt_completion`
-(SFT) or `prompt`. Nothing here reads files: any source of the group `data` serves every form.
+(SFT), `prompt`, or `judged` (evaluation of rewards). Nothing here reads files: any source of the group `data` serves
+every form.
 
 The form `comparisons`: `prompt`, `completions` (a list), `better` and `worse` (indices of the completions of each
 comparison) and, where the options ask for them, `margin`, `weights`, `label_smoothing` (a number a comparison), or
 `targets` (a number a head for each completion).
+
+The form `judged` holds what people said without any loss in mind: `prompt`, `completions`, `better` and `worse`, `gap`
+(by how much, a number a comparison), `share` (of the raters who agree, a number a comparison, or null), `ratings` (the
+raters' numbers, a list a completion) or `attributes` (a dict of dimension and mean score a completion), and every
+other column of the source that holds text or numbers.
 """
 
 import json
@@ -49,6 +55,8 @@ class Group(NamedTuple):
     completions: list
     wins: list[Win]
     targets: list[dict[str, float | None]] | None = None
+    votes: list | None = None  # of each completion: its ratings, or a dict of them
+    columns: dict | None = None  # the source's other ones
 
 
 def key_of(value) -> str:
@@ -194,7 +202,8 @@ class Feedback(ABC):
     def idle(self, form: str) -> list[str]:
         """Options that were set and change nothing in rows of `form`."""
         names = [] if form == "comparisons" else ["margin", "pairwise_rows"]
-        names += [] if form in ("comparisons", "preference") else ["agreement", "max_pairs", "negatives", "min_gap"]
+        names += [] if form in ("comparisons", "preference") else ["agreement", "negatives"]
+        names += [] if form in ("comparisons", "preference", "judged") else ["max_pairs", "min_gap"]
         return [name for name in names if getattr(self, name, None)]
 
     def _needs(self, form: str) -> str:
@@ -204,7 +213,7 @@ class Feedback(ABC):
     def _without_duplicates(self, rows: list[dict], notes: Counter) -> list[dict]:
         seen, kept = set(), []
         for row in rows:
-            key = json.dumps(row, sort_keys=True)
+            key = json.dumps({name: value for name, value in row.items() if name != "columns"}, sort_keys=True)
             if isinstance(self, Rated) and "rater" not in row:
                 kept.append(row)
                 continue
@@ -236,11 +245,11 @@ class Feedback(ABC):
         groups = list(self.groups(rows, form, rng, notes))
         if self.max_pairs is not None:
             groups = self._capped(groups, rng, notes)
-        if self.negatives:
+        if self.negatives and form != "judged":
             groups = self._with_negatives(groups, rows, rng, notes)
         made = []
         for group in groups:
-            if not group.wins and group.targets is None:
+            if not group.wins and group.targets is None and (form != "judged" or group.votes is None):
                 continue
             if self.shuffle:
                 group = _shuffled(group, rng)
@@ -249,11 +258,14 @@ class Feedback(ABC):
                     {"prompt": group.prompt, "chosen": group.completions[a], "rejected": group.completions[b]}
                     for a, b, *_ in group.wins
                 ]
+            elif form == "judged":
+                made.append(_judged_row(group))
             else:
                 made += self._comparison_rows(group)
         if self.shuffle and form == "comparisons":
             notes["rows whose completions were shuffled"] = len(made)
-        return made
+        names = dict.fromkeys(name for row in made for name in row)  # every row has the columns of all
+        return [{name: row.get(name) for name in names} for row in made] if form == "judged" else made
 
     def _comparison_rows(self, group: Group) -> list[dict]:
         row = {"prompt": group.prompt, "completions": group.completions}
@@ -325,13 +337,14 @@ class Compared(Feedback):
     """Forms of which a row holds several completions; `read` gives `completions`, `wins` (`Win`s as lists), `ties`."""
 
     def groups(self, rows, form, rng, notes):
-        for row in self._pooled(rows, notes) if self.agreement else rows:
+        pooled = self.agreement or form == "judged" and any("rater" in row for row in rows)
+        for row in self._pooled(rows, notes) if pooled else rows:
             notes["ties"] += len(row["ties"])
             wins = [Win(*win) for win in row["wins"]]
             if not wins:
                 notes["rows left out: all completions tie"] += 1
                 continue
-            yield Group(row["prompt"], row["completions"], wins)
+            yield Group(row["prompt"], row["completions"], wins, columns=row.get("columns"))
 
     def labelled(self, rows, notes):
         for row in rows:
@@ -576,13 +589,21 @@ class Rated(Feedback):
                 notes["ties" if gap is not None else "pairs left out: nothing that both were judged by"] += 1
                 continue
             a, b = (i, j) if gap > 0 else (j, i)
-            share = _share(items[a]["votes"], items[b]["votes"]) if self.agreement else None
-            if share is not None and share <= 0.5:
+            single = isinstance(items[a]["votes"], list)  # attributes have a share for each dimension, so none
+            asked = self.agreement or form == "judged" and single
+            share = share_of(items[a]["votes"], items[b]["votes"]) if asked else None
+            if self.agreement and form != "judged" and share <= 0.5:
                 notes["ties: the mean and most raters disagree"] += 1
                 continue
             notes["pairs on which raters disagree"] += share is not None and share < 1
             wins.append(Win(a, b, abs(gap), share))
-        return Group(prompt, completions, wins)
+        columns = [item.get("columns") or {} for item in items]
+        alike = {
+            name: value for name, value in columns[0].items() if all(other.get(name) == value for other in columns)
+        }
+        for name in {name for other in columns for name in other} - alike.keys():
+            notes[f"rows without `{name}`: their completions differ in it"] += 1
+        return Group(prompt, completions, wins, votes=[item["votes"] for item in items], columns=alike)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -875,7 +896,7 @@ def _partition(items: list, size: int | None, rng: random.Random) -> Iterator[li
         yield order[i::groups]
 
 
-def _share(better: list[float], worse: list[float]) -> float:
+def share_of(better: list[float], worse: list[float]) -> float:
     """Share of pairs of a vote for each that prefer the first; a tie is half of one."""
     ahead = sum((a > b) + 0.5 * (a == b) for a in better for b in worse)
     return ahead / (len(better) * len(worse))
@@ -888,4 +909,23 @@ def _shuffled(group: Group, rng: random.Random) -> Group:
         completions=[group.completions[i] for i in order],
         wins=[win._replace(better=place[win.better], worse=place[win.worse]) for win in group.wins],
         targets=None if group.targets is None else [group.targets[i] for i in order],
+        votes=None if group.votes is None else [group.votes[i] for i in order],
     )
+
+
+def _judged_row(group: Group) -> dict:
+    row = {
+        **(group.columns or {}),
+        "prompt": group.prompt,
+        "completions": group.completions,
+        "better": [win.better for win in group.wins],
+        "worse": [win.worse for win in group.wins],
+        "gap": [float(win.distance) for win in group.wins],
+        "share": [win.share for win in group.wins],
+    }
+    if group.votes is None:
+        return row
+    if isinstance(group.votes[0], list):
+        return {**row, "ratings": [[float(vote) for vote in votes] for votes in group.votes]}
+    means = [{name: sum(v) / len(v) if v else None for name, v in votes.items()} for votes in group.votes]
+    return {**row, "attributes": means}

@@ -28,6 +28,7 @@ SOURCES = {
     "preference": ("preference",),
     "unpaired": ("unpaired", "preference"),
     "comparisons": ("preference",),
+    "judged": ("preference",),
     "prompt": ("preference", "prompt_completion", "prompt", "messages", "unpaired"),
 }
 
@@ -35,6 +36,7 @@ CONVERSIONS = {
     ("preference", "prompt_completion"): "`chosen` is the completion",
     ("preference", "unpaired"): "`chosen` and `rejected` make a row each, labelled true and false",
     ("preference", "comparisons"): "two completions, `chosen` the better one",
+    ("preference", "judged"): "two completions, `chosen` the better one",
     ("preference", "prompt"): "prompts alone",
     ("unpaired", "prompt_completion"): "rows labelled true alone",
     ("unpaired", "prompt"): "prompts alone",
@@ -48,6 +50,8 @@ CONVERSIONS = {
 # the reward model's loss.
 CANONICAL = ("prompt", "completion", "chosen", "rejected", "label", "messages", "text")
 PASSED_ON = ("tools", "chat_template_kwargs")
+# What a row of the form `judged` holds beside its prompt and columns of its own
+JUDGED = ("completions", "better", "worse", "gap", "share", "ratings", "attributes")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -286,7 +290,7 @@ def convert(row: dict, format: str, form: str, whole_messages: bool = False) -> 
                 {"prompt": row["prompt"], "completion": row["chosen"], "label": True},
                 {"prompt": row["prompt"], "completion": row["rejected"], "label": False},
             ]
-        case "preference", "comparisons":
+        case "preference", "comparisons" | "judged":
             return [comparisons_of(row)]
         case "unpaired", "prompt_completion":
             return [{"prompt": row["prompt"], "completion": row["completion"]}] if row["label"] else []
@@ -298,6 +302,25 @@ def comparisons_of(row: dict) -> dict:
     rest = {key: value for key, value in row.items() if key not in ("chosen", "rejected", "margin")}
     margin = {"margin": [row["margin"]]} if row.get("margin") is not None else {}
     return {**rest, "completions": [row["chosen"], row["rejected"]], "better": [0], "worse": [1], **margin}
+
+
+def judged_of(row: dict) -> dict:
+    """
+    A row of two completions as one of the form `judged`: its `margin`, or its columns `gap` and `share`, are those of
+    its one comparison.
+    """
+    made = {key: value for key, value in row.items() if key != "margin"}
+    if "margin" in row:
+        made["gap"] = row["margin"]
+    for name, least, most in (("gap", -math.inf, math.inf), ("share", 0, 1)):
+        value = row.get(name)
+        if value is not None:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise RowError(name, f"is {value!r}, where a number should be")
+            if not least <= value <= most:
+                raise RowError(name, f"is {value:g}, where a share from {least} to {most} should be")
+            made[name] = [float(value)]
+    return made
 
 
 # What belongs to each comparison of a row, and to each completion.
@@ -320,7 +343,7 @@ def select_completions(row: dict, keep: list[int]) -> dict:
 def contents(rows: list[dict], form: str) -> str:
     """In words, how much rows of a form hold: prompts, completions, pairs, targets, good and bad ones."""
     counts = {"rows": len(rows), "prompts": len({json.dumps(row["prompt"]) for row in rows})}
-    if form == "comparisons":
+    if form in ("comparisons", "judged"):
         counts["completions"] = sum(len(row["completions"]) for row in rows)
         counts["pairs"] = sum(len(row.get("better") or []) for row in rows)
         targets = [target for row in rows for target in row.get("targets") or []]

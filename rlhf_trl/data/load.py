@@ -29,7 +29,7 @@ def load_files(
 
     Args:
         form (`str`): `prompt_completion`, `preference`, `unpaired`, `comparisons` or `prompt`: what the stage
-            trains on.
+            trains on; or `judged`: comparisons with all that is known of them, for evaluation.
         seed (`int`): decides the split and which rows a limit keeps.
         paths (`str` or `list[str]`): files or globs for training, relative to the working directory.
         eval_paths (`str` or `list[str]`, *optional*): files for evaluation; without them `eval_size` is split off.

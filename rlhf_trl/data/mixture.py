@@ -27,7 +27,8 @@ def mix(
     row twice, so one source is used up and of the others a random choice is left out. `repeat=true`: as large as it
     has to be to use every row, so that all sources but one repeat rows. Without weights every row is used once. Rows
     are shuffled by `seed`. `eval` is all evaluation rows of all sources; with `split_by=prompt`, training rows of any
-    source that share a prompt with one of these are left out first, counted.
+    source that share a prompt with one of these are left out first, counted. Rows of the form `judged` get a column
+    `source` with the name of theirs.
 
     Args:
         form, seed, max_samples, max_eval_samples: as in `load_files`.
@@ -46,6 +47,8 @@ def mix(
         except DataError as error:
             raise DataError(f"in the source `{name}` (its options are `data.sources.{name}.*`): {error}") from None
     _check_alike(parts)
+    if form == "judged":
+        parts = {name: _with_source(name, splits) for name, splits in parts.items()}
     notes = []
     held_out = [part["eval"] for part in parts.values() if "eval" in part]
     train = {name: part["train"] for name, part in parts.items()}
@@ -83,6 +86,14 @@ def mixture_counts(sizes: dict[str, int], weights: dict[str, float] | None, repe
     total = max(totals.values()) if repeat else min(totals.values())
     # 1e-9: a share such as 0.1 / 1.0 times its own total must not fall below the size by rounding.
     return {name: max(1, int(total * shares[name] + 1e-9)) for name in sizes}
+
+
+def _with_source(name: str, splits: dict) -> dict:
+    """`splits` with a column `source`, by which an evaluation parts its comparisons."""
+    return {
+        side: rows if "source" in rows.column_names else rows.add_column("source", [name] * len(rows))
+        for side, rows in splits.items()
+    }
 
 
 def _check_weights(sources: dict, weights: dict[str, float] | None) -> None:

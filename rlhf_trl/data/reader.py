@@ -15,6 +15,8 @@ SHOWN_PROBLEMS = 5
 # In the form `prompt`, all other columns go to the reward functions but these: TRL tells chat from text by any of
 # them.
 FOREIGN = ("completion", "chosen", "rejected", "messages", "text")
+# In the form `judged` comparisons are parted by the other columns. These two are of the comparison itself.
+OF_COMPARISON = ("gap", "share")
 
 
 class Problems:
@@ -100,7 +102,7 @@ class Reader:
                     f"`data.columns.{ours}={theirs}`: {name} has no column `{theirs}`, it has {names_of(found)}."
                     f"{did_you_mean(theirs, found)} Type `data.columns.{ours}=NAME` with one of these."
                 )
-            if self.form != "prompt" and ours not in (*forms.CANONICAL, *forms.PASSED_ON, "margin"):
+            if self.form not in ("prompt", "judged") and ours not in (*forms.CANONICAL, *forms.PASSED_ON, "margin"):
                 raise DataError(
                     f"`data.columns.{ours}` names no column of ours.{did_you_mean(ours, forms.CANONICAL)} "
                     f"Type one of {names_of([*forms.CANONICAL, 'margin'])}."
@@ -158,6 +160,8 @@ class Reader:
                 converted = forms.convert(made, format, self.form, self.whole_messages)
                 self._check_kind(made if not converted else converted[0], place)
                 extra = self._extra(row, place)
+                if self.form == "judged":
+                    extra, converted = {}, [forms.judged_of({**new, **extra}) for new in converted]
             except RowError as error:
                 root = (error.field or "").split("[")[0]
                 self.problems.add(place, error, mapping.get(root, root) + (error.field or "")[len(root) :])
@@ -175,9 +179,14 @@ class Reader:
         return forms.add_system_prompt(row, self.system_prompt, self.changes)
 
     def _extra(self, row: dict, place: str) -> dict:
-        """Columns beside the form's own: all in the form `prompt` (for rewards), else those a template reads."""
+        """
+        Columns beside the form's own: all in the form `prompt` (for rewards), texts and numbers in the form `judged`
+        (for slices), else those a template reads.
+        """
         if self.form == "prompt":
             extra = {key: value for key, value in row.items() if key not in FOREIGN and key != "prompt"}
+        elif self.form == "judged":
+            extra = {key: value for key, value in row.items() if key in forms.PASSED_ON or self._tells(key, value)}
         else:
             extra = {key: row[key] for key in forms.PASSED_ON if row.get(key) is not None}
         for key, value in extra.items():
@@ -186,6 +195,14 @@ class Reader:
             if value is not None and kind is not first:
                 raise RowError(key, f"is {forms.type_of(value)}, of another type than at {where}")
         return extra
+
+    def _tells(self, key: str, value) -> bool:
+        """Whether comparisons can be parted by this value of this column."""
+        if key in (*forms.CANONICAL, "margin") or key in forms.JUDGED and key not in OF_COMPARISON or value is None:
+            return False
+        told = isinstance(value, str | int | float)
+        self.changes[f"`{key}` is neither text nor number and left out"] += not told
+        return told
 
     def _check_kind(self, row: dict, place: str) -> None:
         """TRL takes all rows for what the first one is, so a `RowError` where one is of another kind."""
@@ -204,6 +221,8 @@ class Reader:
             used |= {"prompt", "margin"}
         if self.form == "prompt":
             used |= {ours for ours in mapping if ours not in FOREIGN}
+        elif self.form == "judged":
+            used |= {ours for ours in mapping if ours in OF_COMPARISON or ours not in (*FOREIGN, *forms.JUDGED)}
         else:
             used |= set(forms.PASSED_ON)
         theirs = {mapping[ours] for ours in used if ours in mapping}
@@ -242,7 +261,8 @@ class FeedbackReader(Reader):
             raise DataError(f"{name} holds no rows. Give `data` a source that has some.")
         mapping = self.feedback.mapping(name, found) if found else {}
         self.sources.setdefault(self.feedback.name, []).append(name)
-        self.unused |= dict.fromkeys(column for column in found if column not in mapping.values())
+        if self.form != "judged":
+            self.unused |= dict.fromkeys(column for column in found if column not in mapping.values())
         stream = self._checked(chain(head, rows), mapping)
         tables = []
         while batch := list(islice(stream, BATCH_ROWS)):
@@ -262,8 +282,11 @@ class FeedbackReader(Reader):
             try:
                 if isinstance(row, RowError):
                     raise row
+                others = {name: value for name, value in row.items() if name not in (*mapping.values(), *forms.JUDGED)}
                 row = {ours: row[theirs] for ours, theirs in mapping.items() if theirs in row}
                 made = self.feedback.read(row, self.changes)
+                if self.form == "judged":
+                    made["columns"] = self._extra(others, place)
                 made = forms.to_chat(made, self.changes) if self.to_chat else made
                 made = self._add_system_prompt(made, place) if self.system_prompt else made
                 self._check_kind(made, place)

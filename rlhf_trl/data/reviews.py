@@ -25,7 +25,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple
 
-from rlhf_trl.data.feedback import Feedback
+from rlhf_trl.data.feedback import Feedback, share_of
 from rlhf_trl.data.forms import comparisons_of
 from rlhf_trl.data.load import build
 from rlhf_trl.data.read import RowError, read_file
@@ -77,7 +77,8 @@ def load(
     Args:
         form (`str`):
             `prompt_completion`: the fixed prompt and a sentence; `preference`: the fixed prompt and two sentences,
-            with the `gap` of their mean ratings; `comparisons`: the same pairs as completions; `unpaired`:
+            with the `gap` of their mean ratings; `comparisons`: the same pairs as completions; `judged`: these with
+            the raters' numbers and the share of pairs of raters who agree; `unpaired`:
             the fixed prompt, a sentence, and whether its mean rating is positive; `prompt`: the fixed prompt and a
             sentence's first words.
         seed (`int`): Order of the rows and choice of the training pairs. `eval` doesn't depend on it.
@@ -89,7 +90,7 @@ def load(
         judge_share (`float`): Share of the training sentences that is kept out, for the judge.
         max_samples, max_eval_samples (`int`, *optional*): Limits of the two splits.
         feedback (`rlhf_trl.data.Ratings`, *optional*): make the training rows of the raters' own ratings (scale -4 to
-            4) instead; `rounds` and `min_gap` are then those of `feedback`.
+            4) instead; `rounds` and `min_gap` are then those of `feedback`, and `max_samples` counts sentences.
 
     Raises:
         `DataError`: no data under `path`, or a malformed row.
@@ -99,7 +100,15 @@ def load(
     reviews = read(path, judge_share)
     train = list(reviews.train)
     random.Random(seed).shuffle(train)
-    if form in ("preference", "comparisons"):
+    if form == "judged":
+        row_of = {row["id"]: row for row in reviews.test}
+        splits = {
+            "train": [_judged(prompt, *pair) for pair in pairs(train, rounds, min_gap, seed)],
+            "eval": [
+                _judged(prompt, row_of[p["chosen_id"]], row_of[p["rejected_id"]], p["gap"]) for p in reviews.pairs
+            ],
+        }
+    elif form in ("preference", "comparisons"):
         text = {row["id"]: row["text"] for row in reviews.test}
         splits = {
             "train": [_pair(prompt, *pair) for pair in pairs(train, rounds, min_gap, seed)],
@@ -120,9 +129,12 @@ def load(
         splits = {"train": [make(row) for row in train], "eval": [make(row) for row in reviews.test]}
     limits = {"train": max_samples, "eval": max_eval_samples}
     if feedback:
-        raw = ({"prompt": prompt, "completion": " " + row["text"], "ratings": row["ratings"]} for row in train)
+        raw = (
+            {"prompt": prompt, "completion": " " + row["text"], "ratings": row["ratings"]}
+            for row in train[:max_samples]
+        )
         named = [("reviews", ((f"reviews, sentence {train[i]['id']}", row) for i, row in enumerate(raw)))]
-        made = build(form, seed, named, max_samples=max_samples, feedback=feedback)["train"]
+        made = build(form, seed, named, feedback=feedback)["train"]
         held_out = Dataset.from_list(splits["eval"][:max_eval_samples])
         return DatasetDict(train=made, eval=held_out)
     return DatasetDict({name: Dataset.from_list(rows[: limits[name]]) for name, rows in splits.items()})
@@ -178,6 +190,18 @@ def first_words(text: str, n: int) -> list[str]:
 def _pair(prompt: str, better: Row, worse: Row) -> Row:
     gap = better["mean"] - worse["mean"]
     return {"prompt": prompt, "chosen": " " + better["text"], "rejected": " " + worse["text"], "gap": gap}
+
+
+def _judged(prompt: str, better: Row, worse: Row, gap: float | None = None) -> Row:
+    return {
+        "prompt": prompt,
+        "completions": [" " + better["text"], " " + worse["text"]],
+        "better": [0],
+        "worse": [1],
+        "gap": [better["mean"] - worse["mean"] if gap is None else gap],
+        "share": [share_of(better["ratings"], worse["ratings"])],
+        "ratings": [better["ratings"], worse["ratings"]],
+    }
 
 
 def _hash(row: Row) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from datasets import Dataset, DatasetDict
 
-from rlhf_trl.data.feedback import Feedback
+from rlhf_trl.data.feedback import Feedback, Ratings
 from rlhf_trl.data.forms import comparisons_of
 from rlhf_trl.data.load import build
 from rlhf_trl.demo.gold import WEIGHTS, gold_attributes, gold_reward
@@ -123,7 +123,8 @@ def rating_row(prompt, people, rng):
     completion = an_answer(prompt, ANSWERS, rng)
     who = sorted(rng.sample(range(RATERS), rng.randint(3, RATERS)))
     stars = [max(1, min(5, round(2.5 + people[i].judge(prompt, completion, rng) / 1.6))) for i in who]
-    return {"prompt": prompt, "completion": completion, "ratings": stars, "raters": who}
+    kind = prompts()[prompt].kind
+    return {"prompt": prompt, "completion": completion, "ratings": stars, "raters": who, "kind": kind}
 
 
 def edit_row(prompt, people, rng):
@@ -181,7 +182,7 @@ def prompt_row(prompt, people, rng):
 
 
 # Of what is judged one completion at a time, so that they can be compared
-COMPLETIONS_A_PROMPT = {"ratings": 4, "thumbs": 4, "attributes": 4}
+COMPLETIONS_A_PROMPT = {"ratings": 4, "thumbs": 4, "attributes": 4, "judged": 4}
 # TRL's dataset types first, then the feedback as people give it.
 FORMS: dict[str, Callable] = {
     "prompt_completion": demonstration_row,
@@ -189,6 +190,7 @@ FORMS: dict[str, Callable] = {
     "unpaired": unpaired_row,
     "comparisons": comparison_row,
     "prompt": prompt_row,
+    "judged": rating_row,
     "pairs": pair_row,
     "rankings": ranking_row,
     "ratings": rating_row,
@@ -221,7 +223,7 @@ def render(row: dict, conversational: bool) -> dict:
 def split_size(form: str, held_out: bool) -> int:
     """The rows of one split of a form."""
     if held_out:
-        return EVAL_ROWS
+        return EVAL_ROWS * (COMPLETIONS_A_PROMPT["judged"] if form == "judged" else 1)
     return WRITTEN_ROWS if form in ("prompt", "prompt_completion") else JUDGED_ROWS
 
 
@@ -250,7 +252,8 @@ def load(
 
     Args:
         form (`str`): what a stage trains on: `prompt_completion`, `preference`, `unpaired`, `comparisons`, `prompt`;
-            or feedback as people give it: `pairs`, `rankings`, `ratings`, `edits`, `thumbs`, `attributes`.
+            `judged` for evaluation (ratings of four answers to each of 256 held-out prompts); or feedback as people
+            give it: `pairs`, `rankings`, `ratings`, `edits`, `thumbs`, `attributes`.
         seed (`int`): draws prompts, answers, raters and their noise. Which prompts are held out doesn't depend on it.
         max_samples (`int`, *optional*): the first rows of those for training: 3,000 prompts or demonstrations, or
             6,000 rows of any other form (of feedback: before they become rows of `form`).
@@ -270,6 +273,8 @@ def load(
         if limit is not None and limit < 1:
             raise DataError(f"`data.{name}={limit}` leaves no row. Use 1 or more, or null for all rows.")
     raw = feedback.name if feedback else form
+    if form == "judged" and not feedback:
+        feedback = Ratings()
     limits = {"train": max_samples, "eval": max_eval_samples}
     splits = {
         name: [

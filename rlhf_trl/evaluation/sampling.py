@@ -1,11 +1,12 @@
 """What a policy writes for given prompts, and how likely that is under it and under others."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from trl.trainer.utils import selective_log_softmax
+from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 
 @torch.inference_mode()
@@ -29,7 +30,7 @@ def sample(
         max_completion_length (`int`):
             Tokens.
         temperature (`float`):
-            Logits are divided by it.
+            Logits are divided by it; at 0 each token is the likeliest one.
         batch_size (`int`):
             Prompts at a time.
         seed (`int`):
@@ -41,11 +42,9 @@ def sample(
     set_seed(seed)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     # The model's own generation config would fill what is left unset here
+    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
+        **(drawing if temperature > 0 else {"do_sample": False}),
         max_new_tokens=max_completion_length,
         eos_token_id=eos,
         pad_token_id=pad,
@@ -61,16 +60,50 @@ def sample(
     return completions
 
 
+def sample_in_turns(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_completion_length: int,
+    temperature: float,
+    batch_size: int,
+    seed: int,
+) -> list[list[int]]:
+    """
+    As [`sample`], from the same distribution by other draws, for many completions: after every quarter of the length
+    (16 tokens at least) those that have ended leave, so that a batch doesn't wait for its longest.
+    """
+    step = max(16, -(-max_completion_length // 4))
+    completions, going = [[] for _ in prompts], list(range(len(prompts)))
+    for turn, done in enumerate(range(0, max_completion_length, step)):
+        if not going:
+            break
+        starts = [prompts[row] + completions[row] for row in going]
+        length = min(step, max_completion_length - done)
+        more = sample(model, tokenizer, starts, length, temperature, batch_size, seed=seed + turn)
+        for row, ids in zip(going, more, strict=True):
+            completions[row] += ids
+        going = [row for row in going if completions[row][-1] != tokenizer.eos_token_id]
+    return completions
+
+
+class TokenStatistics(NamedTuple):
+    """Of each token of a completion, in nats: shape (T,) each."""
+
+    logps: Tensor
+    entropy: Tensor
+
+
 @torch.inference_mode()
-def sequence_logps(
+def token_statistics(
     model: PreTrainedModel,
     prompts: Sequence[list[int]],
     completions: Sequence[list[int]],
     temperature: float,
     batch_size: int,
-) -> Tensor:
+) -> list[TokenStatistics]:
     """
-    Log-probability of each whole completion after its prompt, in nats, shape (P,).
+    Log-probability of each token of each completion after its prompt, and the entropy of what could have stood there.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -82,7 +115,7 @@ def sequence_logps(
         batch_size (`int`):
             Rows at a time.
     """
-    sums = []
+    found = []
     rows = list(zip(prompts, completions, strict=True))
     for batch in _batches(rows, batch_size):
         width = max(len(prompt) + len(completion) for prompt, completion in batch)
@@ -94,11 +127,21 @@ def sequence_logps(
             mask[i, :end] = 1
             counts[i, len(prompt) : end] = 1
         ids, mask, counts = (tensor.to(model.device) for tensor in (ids, mask, counts))
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1] / temperature
-        logps = selective_log_softmax(logits.float(), ids[:, 1:])
-        # A pad's log-probability may be -inf, which 0 would not take out
-        sums.append(logps.masked_fill(counts[:, 1:] == 0, 0.0).sum(dim=1).cpu())
-    return torch.cat(sums)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        # Of the completions' tokens only: what else is there can be most of it
+        kept = counts[:, 1:].bool()
+        logits = logits[kept].float() / temperature
+        logps = selective_log_softmax(logits, ids[:, 1:][kept]).cpu()
+        entropy = entropy_from_logits(logits).cpu()
+        lengths = [len(completion) for _, completion in batch]
+        found += map(TokenStatistics, logps.split(lengths), entropy.split(lengths))
+    return found
+
+
+def sequence_logps(model: PreTrainedModel, prompts, completions, temperature: float, batch_size: int) -> Tensor:
+    """Log-probability of each whole completion after its prompt, in nats, shape (P,); see [`token_statistics`]."""
+    rows = token_statistics(model, prompts, completions, temperature, batch_size)
+    return torch.stack([row.logps.sum() for row in rows])
 
 
 def _batches(rows: Sequence, size: int) -> Iterator[Sequence]:

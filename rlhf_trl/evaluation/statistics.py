@@ -1,5 +1,7 @@
 """Intervals and comparisons over prompts: pure functions on numpy arrays of shape (P,), one value a prompt."""
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,3 +52,209 @@ def win_rate(values: np.ndarray, baseline: np.ndarray, **bootstrap) -> Estimate:
     """Share of prompts on which `values` is above `baseline`; a tie counts half."""
     values, baseline = np.asarray(values, dtype=float), np.asarray(baseline, dtype=float)
     return bootstrap_mean((values > baseline) + 0.5 * (values == baseline), **bootstrap)
+
+
+def bootstrap_share(
+    sums: np.ndarray, counts: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Estimate:
+    """
+    sum(sums) / sum(counts), with the percentile bootstrap interval of rows that are drawn with replacement.
+
+    Args:
+        sums, counts (`np.ndarray` of shape `(R,)`):
+            Of each row, the sum of its values and how many there are; rows are independent of each other, values of
+            one row need not be.
+        level, resamples, seed:
+            See [`bootstrap_mean`].
+
+    Returns:
+        [`Estimate`]: with NaN as the ends of the interval for fewer than two rows that have any value.
+    """
+    has = np.asarray(counts) > 0
+    sums, counts = np.asarray(sums, dtype=float)[has], np.asarray(counts, dtype=float)[has]
+    if len(sums) < 2:
+        return Estimate(float(sums.sum() / counts.sum()) if len(sums) else np.nan, np.nan, np.nan)
+    random = np.random.default_rng(seed)
+    turn = max(1, 1_000_000 // len(sums))
+    shares = []
+    for done in range(0, resamples, turn):
+        drawn = random.integers(len(sums), size=(min(turn, resamples - done), len(sums)))
+        shares.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(shares), [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(float(sums.sum() / counts.sum()), float(low), float(high))
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Correlation coefficient; NaN for fewer than three values, or where one side doesn't vary."""
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if len(x) < 3:
+        return np.nan
+    x, y = x - x.mean(), y - y.mean()
+    scale = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / scale) if scale > 0 else np.nan
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Correlation coefficient of the ranks; equal values share the mean of their ranks."""
+    return pearson(ranks(x), ranks(y))
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, the smallest value first; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
+
+
+def best_of_n(select: np.ndarray, measure: np.ndarray, n: int) -> np.ndarray:
+    """
+    What the best of `n` samples is worth, expected over all ways to draw them from the `m` at hand, shape `(P,)`.
+
+    This is the estimator without bias of Nakano et al. 2021 (WebGPT, arXiv 2112.09332): the sample of rank
+    i (from below) is the best of `n` drawn without replacement with probability C(i - 1, n - 1) / C(m, n).
+
+    Args:
+        select (`np.ndarray` of shape `(P, m)`):
+            What the best is chosen by. Among equals each is chosen as often as another.
+        measure (`np.ndarray` of shape `(P, m)`):
+            What the chosen one is worth.
+        n (`int`):
+            1 to `m`.
+    """
+    select, measure = np.asarray(select, dtype=float), np.asarray(measure, dtype=float)
+    m = select.shape[1]
+    weights = np.array([math.comb(i, n - 1) / math.comb(m, n) for i in range(m)])
+    values = np.empty(len(select))
+    for row, (by, worth) in enumerate(zip(select, measure, strict=True)):
+        _, rank_of, count = np.unique(by, return_inverse=True, return_counts=True)
+        ends = np.cumsum(count)
+        share = np.array([weights[end - size : end].sum() for end, size in zip(ends, count, strict=True)]) / count
+        values[row] = (share[rank_of] * worth).sum()
+    return values
+
+
+def best_of_n_kl(n: int) -> float:
+    """
+    KL of the best of `n` samples to the policy they come from, in nats a sequence: log n - (n - 1) / n.
+
+    Exact where no two samples are equal, else an upper bound (Beirami et al. 2024, arXiv 2401.01879).
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def length_controlled_win_rate(
+    outcomes: np.ndarray,
+    length_difference: np.ndarray,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+    ridge: float = 0.01,
+) -> Estimate:
+    """
+    The win rate at equal length: AlpacaEval 2's logistic regression (Dubois et al. 2024, arXiv 2404.04475, eq. 2)
+    without its term for the difficulty of a prompt.
+
+    The probability of a win is modeled as sigmoid(a + b tanh(d / std(d))), with `d` the difference in length; the
+    result is sigmoid(a), with a percentile interval from prompts drawn with replacement.
+
+    Args:
+        outcomes (`np.ndarray` of shape `(P,)`):
+            1 for a win, 0.5 for a tie, 0 for a loss.
+        length_difference (`np.ndarray` of shape `(P,)`):
+            Length of the policy's answer less that of the baseline's.
+        level (`float`), resamples (`int`), seed (`int`):
+            See [`bootstrap_mean`].
+        ridge (`float`):
+            Half of it times a² + b² is added to the loss a prompt, divided by P, so that a policy that always wins
+            has a finite estimate.
+    """
+    y, d = np.asarray(outcomes, dtype=float), np.asarray(length_difference, dtype=float)
+    x = np.tanh(d / d.std()) if d.std() > 0 else np.zeros_like(d)
+    draws = np.random.default_rng(seed).multinomial(len(y), np.full(len(y), 1 / len(y)), size=resamples)
+    counts = np.concatenate([np.ones((1, len(y))), draws])  # the first one is the sample itself
+    a, b = np.zeros(len(counts)), np.zeros(len(counts))
+    for _ in range(50):
+        p = _sigmoid(a[:, None] + b[:, None] * x)
+        slack, weight = counts * (y - p), counts * p * (1 - p)
+        gradient = np.stack([slack.sum(1) - ridge * a, slack @ x - ridge * b])
+        aa, ab, bb = weight.sum(1) + ridge, weight @ x, weight @ x**2 + ridge
+        step = np.stack([bb * gradient[0] - ab * gradient[1], aa * gradient[1] - ab * gradient[0]]) / (aa * bb - ab**2)
+        step = np.clip(step, -2, 2)  # where wins and losses are apart, a whole Newton step overshoots
+        a, b = a + step[0], b + step[1]
+        if np.abs(step).max() < 1e-8:
+            break
+    rates = _sigmoid(a)
+    low, high = np.quantile(rates[1:], [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(float(rates[0]), float(low), float(high))
+
+
+def bradley_terry(
+    outcomes: dict[tuple[str, str], np.ndarray],
+    names: Sequence[str],
+    baseline: str,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """
+    Strength of each policy on one scale, by its maximum likelihood (Bradley and Terry 1952; the iteration of Hunter
+    2004): the probability that a beats b is sigmoid(strength a - strength b). The baseline has 0.
+
+    Args:
+        outcomes (`dict` of pair of names to `np.ndarray` of shape `(P,)`):
+            1 where the first one wins, 0.5 for a tie, 0 where the second wins, NaN where nothing was judged. Each
+            pair counts half a win for either side besides, so that one that always wins has a finite strength.
+        names (`Sequence[str]`), baseline (`str`):
+            Of the policies.
+        level (`float`), resamples (`int`), seed (`int`):
+            See [`bootstrap_mean`]: the same prompts are drawn for all pairs.
+    """
+    size = len(next(iter(outcomes.values())))
+    draws = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=resamples)
+    counts = np.concatenate([np.ones((1, size)), draws])
+    wins = np.zeros((len(counts), len(names), len(names)))
+    for (first, second), values in outcomes.items():
+        i, j, judged = names.index(first), names.index(second), np.isfinite(values)
+        wins[:, i, j] += counts[:, judged] @ values[judged] + 0.5
+        wins[:, j, i] += counts[:, judged] @ (1 - values[judged]) + 0.5
+    games, won = wins + wins.transpose(0, 2, 1), wins.sum(2)
+    strength = np.zeros(won.shape)
+    for _ in range(2000):
+        worth = np.exp(strength)
+        new = np.log(won) - np.log((games / (worth[:, :, None] + worth[:, None, :])).sum(2))
+        new -= new.mean(1, keepdims=True)
+        moved, strength = np.abs(new - strength).max(), new
+        if moved < 1e-7:
+            break
+    strength -= strength[:, [names.index(baseline)]]
+    low, high = np.quantile(strength[1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return {name: Estimate(*map(float, (strength[0, i], low[i], high[i]))) for i, name in enumerate(names)}
+
+
+def pareto(gain: Sequence[float | None], cost: Sequence[float | None]) -> list[bool]:
+    """Of each point whether no other one has at least its gain at no more cost, and is better in one of the two."""
+    points = [(np.nan if g is None else g, np.nan if c is None else c) for g, c in zip(gain, cost, strict=True)]
+    return [
+        bool(np.isfinite(g + c)) and not any(G >= g and C <= c and (G > g or C < c) for G, C in points)
+        for g, c in points
+    ]
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Different n-grams of words over all n-grams of all texts together (Li et al. 2016, arXiv 1510.03055)."""
+    grams = [gram for text in texts for gram in _ngrams(text, n)]
+    return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def repetition(texts: Sequence[str], n: int = 4) -> float:
+    """Share of a text's n-grams of words that it has had before, mean over texts (Welleck et al. 2020, seq-rep-n)."""
+    grams = [_ngrams(text, n) for text in texts]
+    return float(np.mean([1 - len(set(each)) / len(each) if each else 0.0 for each in grams]))
+
+
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.lower().split()
+    return list(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+def _sigmoid(values: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.clip(values, -500, 500)))

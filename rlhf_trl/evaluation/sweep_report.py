@@ -8,12 +8,15 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from rlhf_trl.evaluation.tables import WIDTH, duration, table
-
-NOT_OF_INTEREST = ("_runtime", "_per_second", "epoch", "step")
+from rlhf_trl.report.records import metric_names, swept_keys
+from rlhf_trl.report.sweep import write_sweep_report
 
 
 class SweepReport(Callback):
-    """A Hydra callback of `launch/sweep.py`: writes `sweep.json` and prints its table when all jobs have ended."""
+    """
+    A Hydra callback of `launch/sweep.py`: when all jobs have ended it writes `sweep.json` and the report, and prints
+    the table.
+    """
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
         """Notes which records are from an earlier sweep in the same directory."""
@@ -30,7 +33,8 @@ class SweepReport(Callback):
         paths = [path for path in _records(folder) if self.earlier.get(path) != path.stat().st_mtime_ns]
         jobs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         (folder / "sweep.json").write_text(json.dumps(jobs, indent=2), encoding="utf-8")
-        print("\n" + report(jobs) + f"\n\n{folder / 'sweep.json'}", flush=True)
+        page = write_sweep_report(folder)
+        print("\n" + report(jobs) + f"\n\n{folder / 'sweep.json'}\nReport: {page}", flush=True)
         if any(job["status"] == "failed" for job in jobs):
             sys.exit(1)
 
@@ -50,12 +54,8 @@ def report(jobs: list[dict]) -> str:
             Each with `number`, `overrides` (name to value), `status`, `seconds`, `objective` (name), `value`, `eval`
             (metrics), `message` and `log`.
     """
-    names = list(dict.fromkeys(name for job in jobs for name in job["overrides"]))
-    swept = [name for name in names if len({job["overrides"].get(name) for job in jobs}) > 1] or names
+    swept, columns = swept_keys(jobs), metric_names(jobs)
     objective = next((job["objective"] for job in jobs if job["objective"]), None)
-    metrics = list(dict.fromkeys(name for job in jobs for name in job["eval"]))
-    metrics = [name for name in metrics if name != objective and not name.endswith(NOT_OF_INTEREST)]
-    columns = ([objective] if objective else []) + metrics
     while True:
         text = table(
             ["job", *swept, "time", *columns],

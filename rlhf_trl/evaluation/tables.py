@@ -43,7 +43,7 @@ def duration(seconds: float) -> str:
 
 def comparison_text(comparison: dict, samples: int = 3) -> str:
     """
-    The tables of a comparison, as `rlhf_trl.evaluation.compare` makes it, and side by side the first samples in which
+    The tables of a comparison, as `rlhf_trl.evaluation.evaluate` makes it, and side by side the first samples in which
     the policies don't all say the same.
     """
     baseline = comparison["baseline"]

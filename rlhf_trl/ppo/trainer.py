@@ -23,12 +23,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOTrainer
-from trl.trainer.utils import RepeatSampler, get_callable_name, is_async_callable
+from trl.trainer.utils import RepeatSampler, get_callable_name, is_async_callable, nanstd
 
 from ..adapters import CRITIC, POLICY, save_policy_only, set_trainable
 from ..cpu import score_labels_only
 from ..errors import ConfigError
 from ..rewards import ModelReward, Reward
+from ..rewards.combine import weighted_sum
 from .advantages import (
     explained_variance,
     gae,
@@ -127,6 +128,8 @@ class PPOTrainer(GRPOTrainer):
             `num_sequences` of the rollout just made, on every rank alike.
         reward_normalizer (callable, *optional*): takes the rewards of a rollout, shape (N, functions) with NaN where
             there is none, and returns what is learned from. `rlhf_trl.callbacks.reward_norm` sets it.
+        combine_rewards (callable): makes one score of the rewards of each completion, see `rlhf_trl.rewards.combine`;
+            their weighted sum, unless `rlhf_trl.callbacks.reward_norm` sets another.
 
     Raises:
         ConfigError: no reward, fewer prompts than a rollout holds, images in the data, dropout in an adapter.
@@ -215,6 +218,7 @@ class PPOTrainer(GRPOTrainer):
         self._policy = policy
         self.last_rollout: dict[str, float] = {}
         self.reward_normalizer: Callable[[Tensor], Tensor] | None = None
+        self.combine_rewards: Callable[..., Tensor] = weighted_sum
         self._rollout: dict[str, Tensor] | None = None
         self._rewards_per_func: Tensor | None = None
         self._invalid: Tensor | None = None
@@ -367,9 +371,14 @@ class PPOTrainer(GRPOTrainer):
         """Add scores, advantages and returns to a rollout of N rows and T tokens, in place, and log its metrics."""
         completion_mask = rollout["completion_mask"].bool()
         mask = completion_mask & rollout["tool_mask"].bool() if "tool_mask" in rollout else completion_mask
-        weights = self.reward_weights.to(self._rewards_per_func.device)
-        scores = (self._rewards_per_func * weights).nansum(dim=1)
-        valid = ~self._invalid & ~self._rewards_per_func.isnan().all(dim=1)
+        raw = self._rewards_per_func
+        scores = self._combined(raw, raw)
+        valid = ~self._invalid & ~scores.isnan()
+        scores = scores.nan_to_num()
+        if self.combine_rewards is not weighted_sum:  # TRL has logged its own sum
+            there = scores.masked_fill(~valid, torch.nan)
+            self._metrics[mode]["reward"][-1] = torch.nanmean(there).item()
+            self._metrics[mode]["reward_std"][-1] = nanstd(there).item()
         generated = mask.sum(dim=1)
         mask = mask & valid.unsqueeze(1)
 
@@ -391,8 +400,8 @@ class PPOTrainer(GRPOTrainer):
 
         normalized = scores
         if self.reward_normalizer is not None:
-            raw = self._rewards_per_func.masked_fill(self._invalid.unsqueeze(1), torch.nan)
-            normalized = (self.reward_normalizer(raw) * weights).nansum(dim=1)
+            counted = raw.masked_fill(self._invalid.unsqueeze(1), torch.nan)
+            normalized = self._combined(self.reward_normalizer(counted), counted).nan_to_num()
         shaped = shape_scores(
             normalized,
             ended,
@@ -434,6 +443,11 @@ class PPOTrainer(GRPOTrainer):
         metrics.pop("completions/mean_length")  # TRL has logged it
         for key, value in metrics.items():
             self._metrics[mode][key].append(value.item())
+
+    def _combined(self, values: Tensor, raw: Tensor) -> Tensor:
+        """Scores of shape (N,), NaN where no function applies."""
+        weights = self.reward_weights.to(values.device)
+        return self.combine_rewards(values, raw, weights, self.reward_func_names)
 
     @property
     def _rollout_index(self) -> int:

@@ -26,28 +26,10 @@ from ..calibration import read_calibration, weighted_calibration
 from ..data.tokens import prompt_ids, row_ids
 from ..data.words import names_of
 from ..errors import ConfigError
+from .base import Reward
+from .http import HttpReward
 
-
-class Reward:
-    """
-    What every reward has: a name for the logs, a weight in the sum, and `bind`.
-
-    Args:
-        name (`str`): the name under which the reward is logged.
-        weight (`float`): its factor in the sum of all rewards.
-    """
-
-    def __init__(self, name: str, weight: float = 1.0):
-        self.__name__ = name
-        self.weight = float(weight)
-        # `{"mean", "std"}` of the reference answers' rewards, where they were measured: for `reward_norm=reference`
-        self.calibration: dict[str, float] | None = None
-
-    def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Tell the reward which tokenizer made the `completion_ids` it will be given."""
-
-    def attach(self, policy: PreTrainedModel | PeftModel) -> None:
-        """Give the reward the policy whose base it shares, if it does. A second call changes nothing."""
+ENSEMBLES = ("mean", "min", "mean_minus_std")
 
 
 class FunctionReward(Reward):
@@ -56,8 +38,9 @@ class FunctionReward(Reward):
 
     Args:
         function (`str` or callable): the function, or its dot path (`my_package.my_module.my_reward`), sync or async.
-            It is called with `prompts`, `completions`, `completion_ids` and the dataset's other columns as lists, as
-            far as its signature takes them, and returns one number a completion, or None where it doesn't apply.
+            It is called with `prompts`, `completions`, `completion_ids` and the dataset's other columns as lists, and
+            with `tokenizer`, the policy's, as far as its signature takes them, and returns one number a completion,
+            or None where it doesn't apply.
         kwargs (`dict`, *optional*): further arguments of the function.
         weight (`float`), name (`str`, *optional*, defaults to the function's name): see [`Reward`].
 
@@ -78,10 +61,16 @@ class FunctionReward(Reward):
         parameters = inspect.signature(self.function).parameters.values()
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._takes = {p.name for p in parameters}
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """See [`Reward.bind`]."""
+        self._tokenizer = tokenizer
 
     def __call__(self, prompts: list, completions: list, **columns) -> list[float | None]:
         """Rewards of the completions, one each. `prompts` and `completions` are texts or chat messages."""
-        given = {"prompts": prompts, "completions": completions, **columns, **self.kwargs}
+        given = {"prompts": prompts, "completions": completions, "tokenizer": self._tokenizer}
+        given |= columns | self.kwargs
         if not self._takes_all:
             given = {key: value for key, value in given.items() if key in self._takes}
         values = self.function(**given)
@@ -143,7 +132,12 @@ async def _await(values):
 
 class ModelReward(Reward):
     """
-    A reward model: a sequence classifier with one output, or one a head, full or as an adapter on its base.
+    A reward model: a sequence classifier with one output, or one a head, full or as an adapter on its base; or an
+    ensemble of such adapters (a folder with `ensemble.json`, see `rlhf_trl.ensemble`), whose base is in memory once.
+
+    An ensemble's reward is the mean of its members' scores, their least, or mean - std_coef * std, with the unbiased
+    std over the members (arXiv 2310.02743, which takes the variance). That std, its mean over the completions, is
+    logged as `rewards/<name>/disagreement`.
 
     A file `calibration.json` beside the model, with `mean` and `std` of its scores of reference answers, is read for
     `reward_norm=reference` (`calibration`).
@@ -160,12 +154,16 @@ class ModelReward(Reward):
         trust_remote_code (`bool`): for hub models with code of their own.
         head_weights (`dict[str, float]`, *optional*): of a model with several heads, the factor of each that counts:
             the reward is their weighted sum.
+        ensemble (`str`, defaults to `"mean"`): `mean`, `min` or `mean_minus_std`, of the members' scores.
+        std_coef (`float`, defaults to `1.0`): for `mean_minus_std`.
 
     Attributes:
         heads (`list[str]`): the names of the model's heads.
+        members (`int`): of an ensemble; 1 for a single model.
 
     Raises:
-        ConfigError: for a model with several heads without `head_weights`, or one with a head that isn't there.
+        ConfigError: for a model with several heads without `head_weights`, or one with a head that isn't there; for
+            another `ensemble`, or one other than `mean` of a single model.
     """
 
     def __init__(
@@ -177,15 +175,21 @@ class ModelReward(Reward):
         dtype: str | None = None,
         trust_remote_code: bool = False,
         head_weights: dict[str, float] | None = None,
+        ensemble: str = "mean",
+        std_coef: float = 1.0,
     ):
         from accelerate import PartialState
 
+        from ..adapters import adapter_layers
         from ..models import load_reward_model
 
         super().__init__(name, weight)
+        members = _ensemble_members(path, name, ensemble, std_coef)
         if isinstance(path, str):
             self.model = load_reward_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
-            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                members[0] if members else path, trust_remote_code=trust_remote_code
+            )
             calibration = read_calibration(path)
         else:
             calibration = None
@@ -197,11 +201,30 @@ class ModelReward(Reward):
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model.requires_grad_(False).eval().to(PartialState().device)
         self.heads = [str(head) for head in self.model.config.id2label.values()]
-        self._head_weights = self._checked_weights(head_weights, path)
-        self.calibration = weighted_calibration(calibration, self._head_weights)
+        self._set_up(path, calibration, head_weights, ensemble, std_coef, batch_size)
+        # A member is an adapter, active while it scores, and the model that it scores with
+        self._layers = adapter_layers(self.model) if members else []
+        self._members = [(name, self.model) for name in self.model.peft_config] if members else [(None, self.model)]
+
+    def _set_up(self, path, calibration, head_weights, ensemble, std_coef, batch_size) -> None:
         self.batch_size = batch_size
+        self.ensemble, self.std_coef = ensemble, std_coef
+        self._head_weights = self._checked_weights(head_weights, path)
+        self.calibration = weighted_calibration(calibration, self._head_weights, self._combine)
         self._policy_tokenizer: PreTrainedTokenizerBase | None = None
         self._same_tokenizer = False
+
+    @property
+    def members(self) -> int:
+        """See the class."""
+        return len(self._members)
+
+    def _combine(self, scores: Tensor) -> Tensor:
+        """The reward, shape (rows,), of what an ensemble's members say, (members, rows)."""
+        if self.ensemble == "min":
+            return scores.amin(dim=0)
+        mean = scores.mean(dim=0)
+        return mean - self.std_coef * disagreement(scores) if self.ensemble == "mean_minus_std" else mean
 
     def _checked_weights(self, weights: dict[str, float] | None, path) -> Tensor:
         typed = f"reward.{self.__name__}.head_weights={{{self.heads[0]}: 1.0}}"
@@ -223,11 +246,31 @@ class ModelReward(Reward):
         self._policy_tokenizer = tokenizer
         self._same_tokenizer = tokenizer is not None and tokenizer.get_vocab() == self.tokenizer.get_vocab()
 
-    def __call__(self, prompts: list, completions: list, completion_ids: list[list[int]], **columns) -> list[float]:
-        """Scores of the completions, one each."""
-        return self.score_ids(self._rows(prompts, completions, completion_ids))
+    def __call__(
+        self,
+        prompts: list,
+        completions: list,
+        completion_ids: list[list[int]],
+        log_metric: Callable[[str, float], None] | None = None,
+        with_eos: list[bool] | None = None,
+        **columns,
+    ) -> list[float]:
+        """
+        Scores of the completions, one each.
 
-    def _rows(self, prompts: list, completions: list, completion_ids: list[list[int]]) -> list[list[int]]:
+        Args:
+            log_metric (callable, *optional*): gets the name and the value of an ensemble's disagreement.
+            with_eos (`list[bool]`, *optional*): where texts are scored: which of them end by themselves. By default
+                the ids tell.
+        """
+        scores = self.member_scores(self._rows(prompts, completions, completion_ids, with_eos))
+        if log_metric is not None and len(scores) > 1:
+            log_metric(f"rewards/{self.__name__}/disagreement", disagreement(scores).mean().item())
+        return self._combine(scores).tolist()
+
+    def _rows(
+        self, prompts: list, completions: list, completion_ids: list[list[int]], with_eos: list[bool] | None = None
+    ) -> list[list[int]]:
         if self._same_tokenizer:
             # ids are the model's own words; decoding them and tokenizing again would lose EOS and could differ
             return [
@@ -235,19 +278,34 @@ class ModelReward(Reward):
                 for prompt, ids in zip(prompts, completion_ids, strict=True)
             ]
         ends = None if self._policy_tokenizer is None else self._policy_tokenizer.eos_token_id
+        if with_eos is None:
+            with_eos = [ends is None or (len(ids) > 0 and ids[-1] == ends) for ids in completion_ids]
         return [
-            row_ids(self.tokenizer, prompt, completion, eos=ends is None or (len(ids) > 0 and ids[-1] == ends))
-            for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True)
+            row_ids(self.tokenizer, prompt, completion, eos=eos)
+            for prompt, completion, eos in zip(prompts, completions, with_eos, strict=True)
         ]
 
     def score_ids(self, rows: list[list[int]]) -> list[float]:
         """Scores of token rows, each prompt and completion together, one each."""
-        return (self.head_scores(rows) @ self._head_weights).tolist()
+        return self._combine(self.member_scores(rows)).tolist()
+
+    def member_scores(self, rows: list[list[int]]) -> Tensor:
+        """What each member says of token rows, its heads summed by `head_weights`; shape `(members, rows)`."""
+        return self.head_scores(rows) @ self._head_weights
+
+    def head_scores(self, rows: list[list[int]]) -> Tensor:
+        """What each head of each member says of token rows, shape `(members, rows, heads)`."""
+        from ..adapters import active_adapter
+
+        scores = []
+        for adapter, model in self._members:
+            with active_adapter(self._layers, adapter):
+                scores.append(self._scores(model, rows))
+        return torch.stack(scores)
 
     @torch.inference_mode()
-    def head_scores(self, rows: list[list[int]]) -> Tensor:
-        """What each head says of token rows, shape `(rows, heads)`."""
-        device, pad = self.model.device, self.tokenizer.pad_token_id
+    def _scores(self, model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
+        device, pad = model.device, self.tokenizer.pad_token_id
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: less padding
         scores = torch.zeros(len(rows), len(self.heads))
         for start in range(0, len(order), self.batch_size):
@@ -256,20 +314,21 @@ class ModelReward(Reward):
             ids = torch.tensor([rows[i] + [pad] * (width - len(rows[i])) for i in chunk], device=device)
             lengths = torch.tensor([len(rows[i]) for i in chunk], device=device)
             mask = (torch.arange(width, device=device) < lengths.unsqueeze(1)).long()
-            scores[chunk] = self.model(input_ids=ids, attention_mask=mask).logits.float().cpu()
+            scores[chunk] = model(input_ids=ids, attention_mask=mask).logits.float().cpu()
         return scores
 
 
 class AdapterReward(ModelReward):
     """
-    A reward model that is an adapter on the policy's own base: its weights are in memory once for both.
+    A reward model, or an ensemble of them, that is an adapter on the policy's own base: its weights are in memory once
+    for all.
 
     `PPOTrainer` attaches it to its policy; with another trainer call `attach(trainer.model)` before training.
 
     Args:
         path (`str`): directory or hub id of a reward model trained as an adapter on the policy's base.
         weight (`float`), name (`str`, defaults to `"reward_adapter"`), batch_size (`int`), head_weights (`dict`,
-            *optional*): see [`ModelReward`].
+            *optional*), ensemble (`str`), std_coef (`float`): see [`ModelReward`].
     """
 
     def __init__(
@@ -279,31 +338,32 @@ class AdapterReward(ModelReward):
         name: str = "reward_adapter",
         batch_size: int = 32,
         head_weights: dict[str, float] | None = None,
+        ensemble: str = "mean",
+        std_coef: float = 1.0,
     ):
         from ..adapters import saved_adapter
         from ..models import adapter_heads, load_tokenizer
 
         Reward.__init__(self, name, weight)
-        saved_adapter(path)
-        self.path, self.batch_size = path, batch_size
-        self.heads = adapter_heads(path)
-        self._head_weights = self._checked_weights(head_weights, path)
-        self.calibration = weighted_calibration(read_calibration(path), self._head_weights)
-        self.tokenizer = load_tokenizer(path)
-        self.model: PreTrainedModel | None = None
-        self._policy_tokenizer: PreTrainedTokenizerBase | None = None
-        self._same_tokenizer = False
+        self.path = path
+        self._paths = _ensemble_members(path, name, ensemble, std_coef) or [path]
+        for member in self._paths:
+            saved_adapter(member)
+        self.heads = adapter_heads(self._paths[0])
+        self._set_up(path, read_calibration(path), head_weights, ensemble, std_coef, batch_size)
+        self.tokenizer = load_tokenizer(self._paths[0])
+        self._members: list[tuple[str, PreTrainedModel]] = []  # until `attach`
 
     def attach(self, policy: PreTrainedModel | PeftModel) -> None:
         """
-        Add the reward's adapter, frozen, to the policy, and its score head to this reward.
+        Add the reward's adapters, frozen, to the policy, and their score heads to this reward.
 
         Raises:
             ConfigError: if the policy has no adapter, or the reward's was trained on another base.
         """
         from ..adapters import adapter_layers, add_role, save_policy_only
 
-        if self.model is not None:
+        if self._members:
             return
         if not isinstance(policy, PeftModel):
             raise ConfigError(
@@ -315,36 +375,57 @@ class AdapterReward(ModelReward):
                 f"The reward model `{self.path}` has another tokenizer than the policy, so it can't share its base. "
                 "Use `reward=model`."
             )
-        self._adapter = f"reward_{self.__name__}".replace(".", "_")
-        score = add_role(policy, self._adapter, self.path)
-        if score is None:
-            raise ConfigError(
-                f"`{self.path}` is no reward model: it has no score head. Train one with `stage=reward adapter=lora`."
-            )
-        for name, parameter in policy.named_parameters():
-            if self._adapter in name.split("."):
-                parameter.requires_grad_(False)
-        save_policy_only(policy)
         base = policy.get_base_model()
+        for i, path in enumerate(self._paths):
+            adapter = f"reward_{self.__name__}{f'_{i}' if len(self._paths) > 1 else ''}".replace(".", "_")
+            score = add_role(policy, adapter, path)
+            if score is None:
+                raise ConfigError(
+                    f"`{path}` is no reward model: it has no score head. Train one with `stage=reward adapter=lora`."
+                )
+            for name, parameter in policy.named_parameters():
+                if adapter in name.split("."):
+                    parameter.requires_grad_(False)
+            self._members.append((adapter, _classifier_on(base, score, self.tokenizer.pad_token_id)))
+        save_policy_only(policy)
         self._layers = adapter_layers(base)
-        self.model = _classifier_on(base, score, self.tokenizer.pad_token_id)
 
-    def score_ids(self, rows: list[list[int]]) -> list[float]:
-        """See [`ModelReward.score_ids`]."""
-        from ..adapters import active_adapter
-
-        if self.model is None:
+    def head_scores(self, rows: list[list[int]]) -> Tensor:
+        """See [`ModelReward.head_scores`]."""
+        if not self._members:
             raise ConfigError(
                 f"The reward `{self.__name__}` is an adapter on the policy. Call `attach(policy)` first."
             )
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
+        training = [module for _, model in self._members for module in model.modules() if module.training]
         try:
-            with active_adapter(self._layers, self._adapter):
-                return super().score_ids(rows)
+            for _, model in self._members:
+                model.eval()
+            return super().head_scores(rows)
         finally:
             for module in training:
                 module.training = True
+
+
+def disagreement(scores: Tensor) -> Tensor:
+    """Unbiased standard deviation, shape (rows,), over what an ensemble's members say, (members, rows)."""
+    return scores.std(dim=0)
+
+
+def _ensemble_members(path: str | PreTrainedModel, name: str, ensemble: str, std_coef: float) -> list[str]:
+    """The members' folders where `path` is an ensemble's; and what can't be said of it."""
+    from ..models import ensemble_members
+
+    members = ensemble_members(path) if isinstance(path, str) else []
+    if ensemble not in ENSEMBLES:
+        raise ConfigError(f"`reward.{name}.ensemble` is {ensemble!r}. Use one of: {', '.join(ENSEMBLES)}.")
+    if ensemble != "mean" and not members:
+        raise ConfigError(
+            f"`reward.{name}.ensemble` is `{ensemble}`, and `{path}` is a single reward model. Leave it out, or train "
+            "an ensemble: `stage=reward adapter=lora stage.members=4`."
+        )
+    if std_coef < 0:
+        raise ConfigError(f"`reward.{name}.std_coef` is {std_coef}. Set it to 0 or more: disagreement is to cost.")
+    return members
 
 
 def _classifier_on(policy: PreTrainedModel, score: Tensor, pad_token_id: int) -> PreTrainedModel:
@@ -361,4 +442,4 @@ def _classifier_on(policy: PreTrainedModel, score: Tensor, pad_token_id: int) ->
     return model
 
 
-__all__ = ["AdapterReward", "FiniteReward", "FunctionReward", "ModelReward", "Reward"]
+__all__ = ["AdapterReward", "FiniteReward", "FunctionReward", "HttpReward", "ModelReward", "Reward"]

@@ -1,0 +1,193 @@
+"""
+Reward models from rankings of four and from the same comparisons as pairs, side by side: accuracy and training time.
+
+    python -m bench.reward [--model smollm2] [--seeds 1 2 3] [--threads 2] [--project NAME] [--output FILE]
+
+A seed draws the rows and the score head. Its two trainings see the same comparisons, once with a row a ranking and
+once with a row a pair, and take turns in going first; then both are evaluated in one run on the same held-out
+comparisons. What is done is passed over, so the same command goes on where an earlier one stopped.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.evaluation.tables import duration, table
+from rlhf_trl.launching import BEGIN, launch_command, run, shown, state_of
+
+ACCURACY, DIFFERENCE, RATIO = 0.88, 0.01, 0.6  # what is aimed at
+FORMS = ("rankings", "pairs")
+# Nothing but training is in the time that is compared
+TRAINING_ALONE = ["stage.args.eval_on_start=false", 'stage.args.eval_strategy="no"']
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    Args:
+        starts (`dict[str, list[str]]`): runs that a training starts from, in order: name and overrides.
+        train (`list[str]`): overrides of a training on rankings.
+        pairs (`int`): as many pairs a step as a step of rankings has on average.
+        evaluate (`list[str]`): overrides of the evaluation.
+        metric (`str`): of `metrics.json`, without the reward's name.
+        dtype (`str`): of the reward models that are evaluated.
+    """
+
+    starts: dict[str, list[str]]
+    train: list[str]
+    pairs: int
+    evaluate: list[str]
+    metric: str
+    dtype: str = "float32"
+
+
+RECIPES = {
+    "smollm2": Recipe(
+        {"sft": ["experiment=reviews_smollm2_sft"]},
+        ["experiment=reviews_smollm2_ratings"],
+        16,
+        ["experiment=reviews_smollm2_quality"],
+        "accuracy_gap_above_1",
+        "bfloat16",
+    ),
+    "tiny": Recipe(
+        {"init": ["experiment=reviews_tiny_init"], "sft": ["experiment=reviews_tiny_sft"]},
+        ["experiment=reviews_tiny_ratings"],
+        64,
+        ["experiment=reviews_tiny_quality"],
+        "accuracy_gap_above_1",
+    ),
+    "demo": Recipe(
+        {},
+        ["stage=reward", "data/feedback=rankings", "data.max_samples=2000"],
+        180,
+        ["stage=evaluate_reward"],
+        "accuracy",
+    ),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m bench.reward")
+    parser.add_argument("--model", default="smollm2", choices=list(RECIPES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of a training")
+    parser.add_argument("--project", help="where the runs are, under runs/; default bench_reward_<model>")
+    parser.add_argument("--output", type=Path, help="default: reward_bench.md in the project's folder")
+    options = parser.parse_args(arguments)
+    recipe, project = RECIPES[options.model], options.project or f"bench_reward_{options.model}"
+    folder = Path("runs", project)
+    program = launch_command("cpu", ["--num_cpu_threads_per_process", str(options.threads)])
+    try:
+        for name, overrides in steps(recipe, options.seeds).items():
+            do([*overrides, f"project={project}", f"run_name={name}"], folder / name, program)
+    except ConfigError as error:
+        sys.exit(f"Error: {error}")
+    text = report(recipe, [result(recipe, folder, seed) for seed in options.seeds], options)
+    output = options.output or folder / "reward_bench.md"
+    output.write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n\n{output}")
+
+
+def steps(recipe: Recipe, seeds: Sequence[int]) -> dict[str, list[str]]:
+    """Name and overrides of every run, in order."""
+    made = dict(recipe.starts)
+    for turn, seed in enumerate(seeds):
+        for form in FORMS if turn % 2 == 0 else FORMS[::-1]:
+            as_pairs = [
+                "data.feedback.pairwise_rows=true",
+                f"stage.args.per_device_train_batch_size={recipe.pairs}",
+            ]
+            own = as_pairs if form == "pairs" else []
+            made[f"{form}_{seed}"] = [*recipe.train, *own, f"seed={seed}", *TRAINING_ALONE]
+        other = f"{{_target_:rlhf_trl.rewards.ModelReward,run:pairs_{seed},path:null,dtype:{recipe.dtype}}}"
+        rewards = [f"reward.model.run=rankings_{seed}", f"reward.model.dtype={recipe.dtype}", f"+reward.pairs={other}"]
+        made[f"quality_{seed}"] = [*recipe.evaluate, *rewards]
+    return made
+
+
+def do(overrides: list[str], folder: Path, program: Sequence[str]) -> None:
+    """
+    Run a step unless it is done.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if it is done with other overrides.
+        SystemExit: if it fails.
+    """
+    state = state_of(folder, overrides)
+    if state == "done":
+        print(f"{folder.name}: done, passed over", flush=True)
+        return
+    if state == "changed":
+        raise ConfigError(f"`{folder}` was made by another command. Give another `--project`, or remove it.")
+    command = [*program, *overrides, *BEGIN[state]]
+    print(f"{folder.name}: {shown(command)}", flush=True)
+    if code := run(command):
+        sys.exit(code)
+
+
+def result(recipe: Recipe, folder: Path, seed: int) -> dict[str, dict[str, float]]:
+    """Of each form `accuracy`, `seconds` of training, and `steps`, of a seed."""
+    quality = json.loads((folder / f"quality_{seed}" / "metrics.json").read_text(encoding="utf-8"))["eval"]
+    found = {}
+    for form, reward in zip(FORMS, ("model", "pairs"), strict=True):
+        measured = json.loads((folder / f"{form}_{seed}" / "metrics.json").read_text(encoding="utf-8"))
+        trained = next(entry for entry in reversed(measured["history"]) if "train_runtime" in entry)
+        found[form] = {
+            "accuracy": quality[f"eval_{reward}/{recipe.metric}"],
+            "seconds": trained["train_runtime"],
+            "steps": trained["step"],
+        }
+    return found
+
+
+def report(recipe: Recipe, results: list[dict[str, dict[str, float]]], options: argparse.Namespace) -> str:
+    """The tables: a row a seed, the means, and what was aimed at."""
+    headers = (
+        ["seed"] + [f"{form}: {what}" for form in FORMS for what in ("accuracy", "steps", "time")] + ["time ratio"]
+    )
+    ratios = [found["rankings"]["seconds"] / found["pairs"]["seconds"] for found in results]
+    rows = [
+        [str(seed)]
+        + [
+            cell
+            for form in FORMS
+            for one in [found[form]]
+            for cell in (f"{one['accuracy']:.4f}", str(one["steps"]), duration(one["seconds"]))
+        ]
+        + [f"{ratio:.2f}"]
+        for seed, found, ratio in zip(options.seeds, results, ratios, strict=True)
+    ]
+    means = {form: mean(found[form]["accuracy"] for found in results) for form in FORMS}
+    rows.append(
+        ["mean"] + [cell for form in FORMS for cell in (f"{means[form]:.4f}", "", "")] + [f"{mean(ratios):.2f}"]
+    )
+    difference = means["rankings"] - means["pairs"]
+    aims = [
+        [f"accuracy of {form}, mean", f"{value:.4f}", f"at least {ACCURACY}", _met(value >= ACCURACY)]
+        for form, value in means.items()
+        if options.model == "smollm2"
+    ]
+    aims += [
+        ["rankings - pairs", f"{difference:+.4f}", f"within {DIFFERENCE}", _met(difference >= -DIFFERENCE)],
+        ["time ratio, median", f"{median(ratios):.2f}", f"at most {RATIO}", _met(median(ratios) <= RATIO)],
+    ]
+    return (
+        f"{options.model}, {options.threads} threads; accuracy is `{recipe.metric}` on held-out comparisons\n\n"
+        f"{table(headers, rows)}\n\n{table(['aim', 'found', 'aimed at', ''], aims)}"
+    )
+
+
+def _met(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""
+Ensembles of reward models (`stage=reward stage.members=4`): adapters on one base, each with a score head, a seed and
+an order of the data of its own (arXiv 2310.02743). They are trained one after another, each as a run in a folder of
+its own (`member_0`, ...), so that a resumed ensemble keeps the finished ones. `rlhf_trl.rewards.ModelReward` and
+`AdapterReward` take the path of the whole.
+"""
+
+import gc
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from rlhf_trl import run
+from rlhf_trl.calibration import calibration_of, write_calibration
+from rlhf_trl.callbacks.record import METRICS_FILE, read_run, write_json, write_metrics
+from rlhf_trl.checks.values import read_json
+from rlhf_trl.data import head_names
+from rlhf_trl.models import ENSEMBLE_FILE, load_tokenizer
+from rlhf_trl.paths import resolve_path
+from rlhf_trl.reward_model import CALIBRATION_COMPLETIONS, ComparisonCollator, leads_of, reference_scores
+from rlhf_trl.rewards import ModelReward
+
+ROWS_AT_ONCE = 256
+
+
+def train(cfg: DictConfig) -> float | None:
+    """
+    Trains a reward model, or `cfg.stage.members` of them as an ensemble.
+
+    In the folder of an ensemble are its members' folders, `ensemble.json` with their names, `calibration.json` and
+    `metrics.json`. Its metrics are the means of its members', but for `eval_accuracy`, which is that of the members'
+    mean score; `eval_member_accuracy` is the mean of theirs, and `eval_disagreement` the mean standard deviation of a
+    completion's scores over the members.
+
+    Returns:
+        `float` or `None`: as [`~rlhf_trl.run.train`].
+    """
+    if cfg.stage.members == 1:
+        return run.train(cfg)
+    OmegaConf.resolve(cfg)
+    members = [member_config(cfg, i, seed) for i, seed in enumerate(member_seeds(cfg))]
+    run.begin(cfg, resolve_path(cfg.model.path, cfg.model.run, run.project_dir(cfg)))
+    try:
+        for i, member in enumerate(members):
+            if cfg.resume and (read_run(member.run_dir) or {}).get("status") == "done":
+                continue
+            if PartialState().is_main_process:
+                print(f"\nMember {i + 1} of {len(members)}: {member.run_dir}")
+            run.train(member)
+            gc.collect()  # trainers are in reference cycles, and the next one needs their memory
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
+        metrics = finish(cfg, [Path(member.run_dir) for member in members])
+    except BaseException as error:
+        if isinstance(error, SystemExit):  # of a member, after Ctrl-C
+            run.end(cfg, "stopped")
+        elif any(read_run(member.run_dir) for member in members):
+            stopped = isinstance(error, KeyboardInterrupt)
+            run.end(cfg, "stopped" if stopped else "failed", error=f"{type(error).__name__}: {error}")
+        else:
+            run.fail(cfg, error)
+        raise
+    run.end(cfg, "done")
+    return metrics.get(cfg.objective)
+
+
+def member_seeds(cfg: DictConfig) -> list[int]:
+    """The seeds of an ensemble's members: of the score head, the adapter and the order of the data."""
+    return [cfg.stage.args.seed + i for i in range(cfg.stage.members)]
+
+
+def member_config(cfg: DictConfig, number: int, seed: int) -> DictConfig:
+    """The config, resolved, of one member: a run in a folder of its own. All have one split of the data."""
+    member = cfg.copy()
+    name = f"member_{number}"
+    member.stage.members = 1
+    member.run_name, member.run_dir = f"{cfg.run_name}/{name}", f"{cfg.run_dir}/{name}"
+    args = member.stage.args
+    args.seed, args.output_dir, args.run_name = seed, member.run_dir, f"{args.run_name}/{name}"
+    return member
+
+
+def finish(cfg: DictConfig, folders: list[Path]) -> dict[str, float]:
+    """Scores held-out rows with all members and writes the ensemble's files, on rank 0; returns its metrics there."""
+    state, metrics = PartialState(), {}
+    if state.is_main_process:
+        write_json(Path(cfg.run_dir, ENSEMBLE_FILE), {"members": [folder.name for folder in folders]})
+        dataset = run.load_data(cfg, load_tokenizer(str(folders[0])))
+        split = "eval" if "eval" in dataset else "train"
+        heads = head_names(dataset["train"])
+        several = heads is not None and len(heads) > 1
+        reward = ModelReward(cfg.run_dir, head_weights=dict.fromkeys(heads, 1.0) if several else None)
+        references, found = score(reward, dataset[split], cfg.stage.args.calibrate_on)
+        of_mean = calibration_of(
+            references.mean(dim=0), reward.heads, f"{cfg.stage.args.calibrate_on} completions of {split}"
+        )
+        write_calibration(cfg.run_dir, of_mean | {"members": references.tolist()})
+        if split == "eval":
+            metrics = mean_of([read_json(folder / METRICS_FILE)["eval"] for folder in folders])
+            metrics |= {"eval_member_accuracy": metrics.get("eval_accuracy")} | found
+            write_metrics(cfg.run_dir, [metrics])
+    state.wait_for_everyone()
+    return metrics
+
+
+def score(reward: ModelReward, dataset: Dataset, calibrate_on: str) -> tuple[Tensor, dict[str, float]]:
+    """
+    What the members of an ensemble say of the rows of the reward stage.
+
+    Returns:
+        their scores of reference answers, shape (members, n, heads), float64; and the metrics `eval_accuracy` and
+        `eval_disagreement` of all rows.
+    """
+    collate = ComparisonCollator(reward.tokenizer.pad_token_id, head_names(dataset) or reward.heads)
+    references, leads, spread = [], [], []
+    for start in range(0, len(dataset), ROWS_AT_ONCE):
+        rows = [dataset[i] for i in range(start, min(start + ROWS_AT_ONCE, len(dataset)))]
+        inputs = collate(rows)
+        scores = reward.head_scores([ids for row in rows for ids in row["completion_ids"]]).transpose(0, 1)
+        references.append(reference_scores(scores, inputs, calibrate_on))  # (n, members, heads)
+        leads.append(leads_of(scores.mean(dim=1), inputs))
+        spread.append(scores.std(dim=1).flatten())
+    references = torch.cat(references)[:CALIBRATION_COMPLETIONS].transpose(0, 1).double()
+    leads, metrics = torch.cat(leads), {"eval_disagreement": torch.cat(spread).mean().item()}
+    return references, metrics | ({"eval_accuracy": (leads > 0).float().mean().item()} if len(leads) else {})
+
+
+def mean_of(metrics: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric that all have."""
+    shared = [key for key in metrics[0] if all(isinstance(each.get(key), int | float) for each in metrics)]
+    return {key: sum(each[key] for each in metrics) / len(metrics) for key in shared}

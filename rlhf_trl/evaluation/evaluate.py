@@ -1,0 +1,500 @@
+"""Policies side by side on the same held-out prompts: what they gained, and what it cost (`stage=evaluate`)."""
+
+import json
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_trl.callbacks.record import checkpoints, write_json
+from rlhf_trl.callbacks.samples import as_text
+from rlhf_trl.data.tokens import prompt_ids, row_ids
+from rlhf_trl.errors import ConfigError, DataError
+from rlhf_trl.evaluation.judge import Answers, Verdicts
+from rlhf_trl.evaluation.sampling import TokenStatistics, sample, sample_in_turns, token_statistics
+from rlhf_trl.evaluation.statistics import (
+    best_of_n,
+    best_of_n_kl,
+    bootstrap_mean,
+    bradley_terry,
+    distinct_n,
+    length_controlled_win_rate,
+    paired_difference,
+    repetition,
+)
+from rlhf_trl.evaluation.tables import comparison_text
+from rlhf_trl.models import load_model, load_tokenizer
+from rlhf_trl.paths import resolve_path
+from rlhf_trl.quiet import quiet
+from rlhf_trl.report.project import write_report
+from rlhf_trl.report.records import swept_keys
+from rlhf_trl.run import begin, end, fail, instantiate_data, project_dir, reward_functions
+
+
+class Policy(NamedTuple):
+    """Folder or hub id of a policy, and the name it shares with its checkpoints, or with the runs of its sweep."""
+
+    path: str
+    family: str
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """
+    Compares the policies of `cfg.stage`, writes `comparison.json` and the report beside their runs, prints the tables.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if a policy is missing, the data has no held-out prompts, or the judge can't
+            be asked.
+    """
+    OmegaConf.resolve(cfg)
+    quiet()
+    stage, where = cfg.stage, project_dir(cfg)
+    if stage.baseline not in stage.policies:
+        raise ConfigError(
+            f"`stage.baseline` is `{stage.baseline}`, which `stage.policies` doesn't have (it has "
+            f"{', '.join(stage.policies)}). Set it to one of them, or add it: `+stage.policies.{stage.baseline}=...`."
+        )
+    policies = named_policies(stage.policies, stage.checkpoints, stage.sweeps, where)
+    base = policies[stage.baseline].path
+    begin(cfg, base)
+    if not PartialState().is_main_process:
+        return  # one rank samples and writes
+    try:
+        judge = make_judge(cfg.judge)
+        judge.check()
+        comparison = evaluate_policies(
+            policies,
+            stage.baseline,
+            dataset=held_out(instantiate_data(cfg)),
+            rewards=reward_functions(cfg, load_tokenizer(base)),
+            judge=judge,
+            temperature=stage.temperature,
+            max_completion_length=stage.max_completion_length,
+            batch_size=stage.batch_size,
+            dtype=stage.dtype,
+            seed=cfg.seed,
+            samples=stage.best_of_n,
+            best_of_n_batch_size=stage.best_of_n_batch_size,
+            references=reference_answers(cfg) if stage.references else None,
+        )
+    except BaseException as error:
+        fail(cfg, error)
+        raise
+    write_json(Path(where, "comparison.json"), comparison)
+    end(cfg, "done")
+    page = write_report(where)
+    if stage.show:
+        print("\n" + comparison_text(comparison))
+    print(f"\nReport: {page}")
+
+
+def named_policies(
+    places: dict[str, str], with_checkpoints: bool, sweeps: Sequence[str], project_dir: str
+) -> dict[str, Policy]:
+    """
+    Every policy to evaluate: those named, on request the checkpoints of those that are runs (`ppo@96`), and the done
+    runs of sweeps (`ppo beta=0.1`).
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if one is missing.
+    """
+    found = {name: Policy(find_policy(place, project_dir), name) for name, place in places.items()}
+    for name, policy in list(found.items()) if with_checkpoints else ():
+        last = max((entry.get("step", 0) for entry in read_history(policy.path)), default=0)
+        for path in checkpoints(policy.path):
+            step = int(path.name.split("-")[1])
+            if step != last:  # that one is the run's result
+                found[f"{name}@{step}"] = Policy(str(path), name)
+    for sweep in sweeps:
+        for label, path in sweep_runs(Path(project_dir, sweep)).items():
+            found[label] = Policy(path, sweep)
+    return found
+
+
+def read_history(run_dir: str) -> list[dict[str, Any]]:
+    """All log entries of a run; none where it left no metrics."""
+    path = Path(run_dir, "metrics.json")
+    return json.loads(path.read_text(encoding="utf-8"))["history"] if path.exists() else []
+
+
+def sweep_runs(folder: Path) -> dict[str, str]:
+    """
+    Name and directory of each done run of a sweep; the name has what its jobs differ in.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if there is no sweep, or no run of it is done.
+    """
+    path = folder / "sweep.json"
+    jobs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    done = [job for job in jobs if job["status"] == "done"]
+    if not done:
+        raise ConfigError(
+            f"`stage.sweeps` names `{folder.name}`, and there is no sweep with finished runs in `{folder}`. Make it "
+            f"with `python launch/sweep.py -m stage=... project={folder.parent.name} ...`, or leave it out."
+        )
+    keys = swept_keys(jobs)
+    title = folder.name.removesuffix("_sweep")
+    return {
+        " ".join([title, *(f"{key.rsplit('.', 1)[-1]}={job['overrides'].get(key, '')}" for key in keys)]): str(
+            (folder / str(job["number"])).resolve()
+        )
+        for job in done
+    }
+
+
+def make_judge(node: DictConfig):
+    """
+    The judge of the group `judge`.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: of one of its options.
+    """
+    try:
+        return instantiate(node)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from error
+        raise
+
+
+def find_policy(place: str, project_dir: str) -> str:
+    """The folder or hub id of a policy: a run of the project where there is one of that name, else a path."""
+    is_run = Path(project_dir, place, "run.json").exists() or not any(sign in place for sign in "/:.~")
+    return resolve_path(place, place if is_run and not Path(place).is_dir() else None, project_dir)
+
+
+def held_out(datasets: dict[str, Dataset]) -> Dataset:
+    """
+    The eval split.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if there is none, or nothing in it.
+    """
+    dataset = datasets.get("eval")
+    if dataset is None or len(dataset) == 0:
+        raise ConfigError(
+            "An evaluation needs held-out prompts, and the data has no `eval` split with rows in it. Give `data` one."
+        )
+    return dataset
+
+
+def reference_answers(cfg: DictConfig) -> Dataset:
+    """
+    The held-out rows of the data with answers of its own, `prompt` and `completion`.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the data has no answers.
+    """
+    try:
+        return held_out(instantiate_data(cfg, form="prompt_completion"))
+    except DataError as error:
+        raise ConfigError(
+            f"`stage.references=true` measures the perplexity of the data's own answers, and it has none: {error} Set "
+            "`stage.references=false`."
+        ) from error
+
+
+def evaluate_policies(
+    policies: dict[str, Policy],
+    baseline: str,
+    dataset: Dataset,
+    rewards: Sequence[Callable],
+    judge,
+    temperature: float,
+    max_completion_length: int,
+    batch_size: int,
+    dtype: str,
+    seed: int,
+    samples: int = 0,
+    best_of_n_batch_size: int | None = None,
+    references: Dataset | None = None,
+) -> dict:
+    """
+    Samples one completion a prompt from each policy, with the same prompts and seed, and compares them.
+
+    Args:
+        policies (`dict[str, Policy]`):
+            By name. One whose vocabulary is not the baseline's has no KL to it; the entry says so under `gaps`.
+        baseline (`str`):
+            Name of the policy that differences, win rates and KL are taken to.
+        dataset (`Dataset`):
+            Rows with `prompt` and whatever columns the reward functions read.
+        rewards (`Sequence[Callable]`):
+            Rewards as in `rlhf_trl.rewards`; a completion's reward is their weighted sum, and those of weight 0 are
+            shown beside it.
+        judge:
+            From `rlhf_trl.evaluation.judge`.
+        temperature (`float`), max_completion_length (`int`), batch_size (`int`), seed (`int`):
+            See [`~rlhf_trl.evaluation.sampling.sample`].
+        dtype (`str`):
+            Type of the weights.
+        samples (`int`):
+            Completions a prompt of the baseline, of which the best of n is measured; 0: none.
+        best_of_n_batch_size (`int`, *optional*):
+            How many of these at a time; `None`: `batch_size`.
+        references (`Dataset`, *optional*):
+            Rows with `prompt` and `completion` whose perplexity is measured.
+
+    Returns:
+        `dict`: what `comparison.json` holds.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if no prompt has a reward from every policy.
+    """
+    sampling = {"temperature": temperature, "batch_size": batch_size}
+    answers, entries, drawn = {}, {}, None
+    reference = load_policy(policies[baseline].path, dtype)
+    base_tokenizer = load_tokenizer(policies[baseline].path)
+    weights = [reward.weight for reward in rewards]
+    for name, policy in tqdm(policies.items(), desc="evaluating", unit="policy"):
+        tokenizer = load_tokenizer(policy.path)
+        model = reference if name == baseline else load_policy(policy.path, dtype)
+        prompts = [prompt_ids(tokenizer, prompt) for prompt in dataset["prompt"]]
+        written = sample(model, tokenizer, prompts, max_completion_length, seed=seed, **sampling)
+        texts = _as_completions(tokenizer, dataset["prompt"], written)
+        scores = score(rewards, dataset, texts, written, tokenizer)
+        answers[name] = Answers([as_text(text) for text in texts], {**scores, "": weighted_sum(scores, weights)})
+        own = token_statistics(model, prompts, written, **sampling)
+        entries[name] = entry = {
+            "path": policy.path,
+            "family": policy.family,
+            "completion_length": float(np.mean([len(ids) for ids in written])),
+            "eos_rate": float(np.mean([tokenizer.eos_token_id in ids for ids in written])),
+            "entropy": float(torch.cat([row.entropy for row in own]).mean()),
+            **text_statistics(answers[name].texts),
+            "kl": None,
+            "gaps": {},
+        }
+        if name == baseline:
+            if samples:
+                many = {"temperature": temperature, "batch_size": best_of_n_batch_size or batch_size}
+                drawn = draw_many(
+                    model, tokenizer, prompts, dataset, rewards, samples, max_completion_length, seed, many
+                )
+        elif tokenizer.get_vocab() != base_tokenizer.get_vocab():
+            entry["gaps"]["kl"] = (
+                f"`{name}` has another vocabulary than the baseline `{baseline}`, so its KL to it can't be computed."
+            )
+        else:
+            entry.update(kl_statistics(own, token_statistics(reference, prompts, written, **sampling)))
+        if references is not None:
+            entry["reference_perplexity"] = perplexity(model, tokenizer, references, batch_size)
+        del model
+    totals = {name: each.rewards[""] for name, each in answers.items()}
+    # A prompt whose reward is missing for one policy is left out for all: the comparison is paired
+    valid = np.all([np.isfinite(total) for total in totals.values()], axis=0)
+    if not valid.any():
+        raise ConfigError("No prompt has a finite reward for every policy. Mend the reward functions.")
+    kept = {name: _rows(each, valid) for name, each in answers.items()}
+    asked = [as_text(prompt) for prompt, keep in zip(dataset["prompt"], valid, strict=True) if keep]
+    outcomes = {}
+    for name, entry in entries.items():
+        entry.update(reward_statistics(kept[name], kept[baseline] if name != baseline else None, rewards))
+        entry["win_rate"] = None
+        if name != baseline:
+            verdicts = judge.compare(asked, kept[name], kept[baseline])
+            outcomes[name, baseline] = verdicts.outcomes
+            entry.update(win_statistics(verdicts, kept[name].texts, kept[baseline].texts))
+    if judge.all_pairs:
+        others = [name for name in policies if name != baseline]
+        for one, other in combinations(others, 2):
+            outcomes[one, other] = judge.compare(asked, kept[one], kept[other]).outcomes
+    ranking = bradley_terry(outcomes, list(policies), baseline) if len(policies) > 2 else {}
+    return {
+        "baseline": baseline,
+        "prompts": int(valid.sum()),
+        "left_out": int((~valid).sum()),
+        "seed": seed,
+        "temperature": temperature,
+        "max_completion_length": max_completion_length,
+        "judge": judge.name,
+        "weights": {reward.__name__: reward.weight for reward in rewards},
+        "policies": entries,
+        "bradley_terry": {name: strength._asdict() for name, strength in ranking.items()},
+        "best_of_n": best_of_n_curves(drawn, rewards) if drawn else None,
+        "samples": [
+            {
+                "prompt": as_text(dataset[row]["prompt"]),
+                "completions": {name: answers[name].texts[row] for name in policies},
+                "rewards": {name: float(totals[name][row]) for name in policies},
+            }
+            for row in range(len(dataset))
+        ],
+    }
+
+
+def text_statistics(texts: Sequence[str]) -> dict[str, float]:
+    """How varied a policy's texts are."""
+    return {"distinct_1": distinct_n(texts, 1), "distinct_2": distinct_n(texts, 2), "repetition": repetition(texts)}
+
+
+def kl_statistics(own: Sequence[TokenStatistics], reference: Sequence[TokenStatistics]) -> dict[str, Any]:
+    """
+    KL(policy || baseline) from the policy's own samples, in nats: summed over a sequence (k1 in `kl`, k3 in `kl_k3`),
+    and a token. Both estimators are without bias; k3 is never negative (Schulman, "Approximating KL divergence").
+    """
+    ratios = [(a.logps - b.logps).double().numpy() for a, b in zip(own, reference, strict=True)]
+    k3 = [np.exp(-ratio) - 1 + ratio for ratio in ratios]
+    tokens = sum(map(len, ratios))
+    return {
+        "kl": bootstrap_mean(np.array([ratio.sum() for ratio in ratios]))._asdict(),
+        "kl_k3": bootstrap_mean(np.array([each.sum() for each in k3]))._asdict(),
+        "kl_per_token": float(np.concatenate(ratios).sum() / tokens),
+        "kl_k3_per_token": float(np.concatenate(k3).sum() / tokens),
+    }
+
+
+def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int) -> float:
+    """exp of the mean loss over the tokens of the rows' completions, the end token among them."""
+    starts = [prompt_ids(tokenizer, prompt) for prompt in rows["prompt"]]
+    whole = [
+        row_ids(tokenizer, prompt, answer) for prompt, answer in zip(rows["prompt"], rows["completion"], strict=True)
+    ]
+    ends = [ids[len(start) :] for ids, start in zip(whole, starts, strict=True)]
+    found = token_statistics(model, starts, ends, temperature=1.0, batch_size=batch_size)
+    return float(torch.cat([row.logps for row in found]).double().mean().neg().exp())
+
+
+def reward_statistics(answers: Answers, baseline: Answers | None, rewards: Sequence[Callable]) -> dict[str, Any]:
+    """The weighted sum with its interval, each reward, and the paired difference to the baseline."""
+    single = {reward.__name__: answers.rewards[reward.__name__] for reward in rewards}
+    finite = {name: values[np.isfinite(values)] for name, values in single.items()}
+    return {
+        "reward": bootstrap_mean(answers.rewards[""])._asdict(),
+        "rewards": {name: float(values.mean()) if len(values) else None for name, values in finite.items()},
+        "reward_intervals": {name: bootstrap_mean(v)._asdict() if len(v) else None for name, v in finite.items()},
+        "reward_std": {name: float(values.std()) if len(values) else None for name, values in finite.items()},
+        "difference": paired_difference(answers.rewards[""], baseline.rewards[""])._asdict() if baseline else None,
+    }
+
+
+def win_statistics(verdicts: Verdicts, texts: Sequence[str], baseline: Sequence[str]) -> dict[str, Any]:
+    """The win rate over the prompts that have a verdict, as it is and at equal length (in characters)."""
+    judged = np.isfinite(verdicts.outcomes)
+    found = {
+        "win_rate": None,
+        "judgements": verdicts.judgements,
+        "unclear": verdicts.unclear,
+        "position_bias": verdicts.first,
+        "order_agreement": verdicts.agreement,
+    }
+    if judged.any():
+        outcomes = verdicts.outcomes[judged]
+        lengths = np.array([len(a) - len(b) for a, b in zip(texts, baseline, strict=True)])[judged]
+        found["win_rate"] = bootstrap_mean(outcomes)._asdict()
+        found["length_controlled_win_rate"] = length_controlled_win_rate(outcomes, lengths)._asdict()
+        found["tie_rate"] = float((outcomes == 0.5).mean())
+    return found
+
+
+def draw_many(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    dataset: Dataset,
+    rewards: Sequence[Callable],
+    samples: int,
+    max_completion_length: int,
+    seed: int,
+    sampling: dict[str, Any],
+) -> dict[str, np.ndarray]:
+    """Each reward of `samples` completions a prompt, shape (P, samples); `""` is their weighted sum."""
+    rows = np.repeat(np.arange(len(dataset)), samples)
+    # Others than those of the comparison: the baseline shall not be measured against itself
+    starts = [prompts[row] for row in rows]
+    written = sample_in_turns(model, tokenizer, starts, max_completion_length, seed=seed + 1, **sampling)
+    many = dataset.select(rows)
+    scores = score(rewards, many, _as_completions(tokenizer, many["prompt"], written), written, tokenizer)
+    scores[""] = weighted_sum(scores, [reward.weight for reward in rewards])
+    return {name: values.reshape(len(dataset), samples) for name, values in scores.items()}
+
+
+def best_of_n_curves(drawn: dict[str, np.ndarray], rewards: Sequence[Callable]) -> dict[str, Any]:
+    """
+    The reward of the baseline's best of n, for n = 1, 2, 4 ... up to the samples at hand, with the KL that it costs:
+    chosen by the reward itself, and by each reward of weight 0, which is then also measured (`chosen_by`).
+    """
+    samples = drawn[""].shape[1]
+    curves = []
+    for name in ["", *(reward.__name__ for reward in rewards if reward.weight == 0)]:
+        valid = np.isfinite(drawn[""]).all(axis=1) & np.isfinite(drawn[name]).all(axis=1)
+        if not valid.any():
+            continue
+        by, worth = drawn[name][valid], drawn[""][valid]
+        curves.append(
+            {
+                "by": name,
+                "points": [
+                    {
+                        "n": n,
+                        "kl": best_of_n_kl(n),
+                        "reward": bootstrap_mean(best_of_n(by, worth, n), resamples=1000)._asdict(),
+                        "chosen_by": float(best_of_n(by, by, n).mean()),
+                    }
+                    for n in (2**i for i in range(samples.bit_length()))
+                ],
+            }
+        )
+    return {"samples": samples, "curves": curves}
+
+
+def load_policy(path: str, dtype: str):
+    return load_model(path, dtype=dtype).eval().to(PartialState().device)
+
+
+def _rows(answers: Answers, keep: np.ndarray) -> Answers:
+    texts = [text for text, kept in zip(answers.texts, keep, strict=True) if kept]
+    return Answers(texts, {name: values[keep] for name, values in answers.rewards.items()})
+
+
+def _as_completions(tokenizer: PreTrainedTokenizerBase, prompts: Sequence, ids: Sequence[list[int]]) -> list:
+    """Texts, or one assistant message each where the prompts are chats: as TRL hands them to reward functions."""
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    chat = not isinstance(prompts[0], str)
+    return [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+
+
+def score(
+    rewards: Sequence[Callable],
+    dataset: Dataset,
+    completions: list,
+    completion_ids: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> dict[str, np.ndarray]:
+    """
+    Values of each reward, shape (P,): NaN where it doesn't apply (`None`), infinite where it isn't finite.
+
+    `tokenizer` is that of the ids; policies may have different ones.
+    """
+    columns = {name: dataset[name][:] for name in dataset.column_names if name not in ("prompt", "completion")}
+    scores = {}
+    for reward in rewards:
+        reward.bind(tokenizer)
+        values = reward(
+            prompts=dataset["prompt"][:], completions=completions, completion_ids=completion_ids, **columns
+        )
+        scores[reward.__name__] = np.array([_number(value) for value in values])
+    return scores
+
+
+def _number(value: float | None) -> float:
+    if value is None:
+        return np.nan
+    return float(value) if np.isfinite(value) else np.inf
+
+
+def weighted_sum(scores: dict[str, np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """Sum over the rewards that apply, shape (P,); not finite where none applies, or where one is no number."""
+    values = np.stack(list(scores.values()))
+    total = np.nansum(values * np.asarray(weights)[:, None], axis=0)
+    return np.where(np.isnan(values).all(axis=0), np.nan, total)

@@ -1,0 +1,258 @@
+"""
+A page of results, as data: sections made of a few kinds of blocks, written as HTML and as text.
+
+The HTML is one file without scripts, fonts or pictures from elsewhere: it can be mailed, and reads on a phone, in dark
+mode and on paper. Everything but the SVG of a [`Figure`] is escaped, so that no model's text can become markup.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rlhf_trl.evaluation.tables import WIDTH, side_by_side
+
+TEMPLATES = Path(__file__).parent
+# What HTML and XML don't allow, and halves of a surrogate pair, which can't be written as UTF-8
+FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+NUMBER = re.compile(r"\s*[-+±−]?\.?\d")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Paragraphs, apart by an empty line."""
+
+    text: str
+    kind = "text"
+
+
+@dataclass(frozen=True)
+class Gap:
+    """What the page can't show, and what to do about it."""
+
+    text: str
+    kind = "gap"
+
+
+@dataclass(frozen=True)
+class Table:
+    """
+    A table of strings. A column whose cells are all numbers (or empty) is aligned to the right.
+
+    Args:
+        headers (`Sequence[str]`), rows (`Sequence[Sequence[str]]`):
+            Cells; what isn't a string is turned into one, `None` into an empty cell.
+        caption (`str`):
+            What it shows, in a sentence.
+        marked (`Sequence[int]`):
+            Rows to set off, and in text to put a `*` behind.
+        note (`str`):
+            What the reader must know about it, below.
+    """
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence]
+    caption: str = ""
+    marked: Sequence[int] = ()
+    note: str = ""
+    kind = "table"
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """The rows as strings."""
+        return [["" if cell is None else str(cell) for cell in row] for row in self.rows]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns are aligned to the right."""
+        columns = zip(*self.cells, strict=True) if self.rows else [()] * len(self.headers)
+        return [any(column) and all(not cell or NUMBER.match(cell) for cell in column) for column in columns]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """
+    A picture.
+
+    Args:
+        svg (`str`):
+            From `rlhf_trl.report.plots`; the one thing that isn't escaped.
+        caption (`str`):
+            What to see in it.
+        wide (`bool`):
+            Over the whole width; two that aren't stand side by side where there is room.
+    """
+
+    svg: str
+    caption: str
+    wide: bool = False
+    kind = "figure"
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """
+    A prompt and what each policy wrote.
+
+    Args:
+        prompt (`str`):
+            Text.
+        answers (`dict[str, str]`):
+            Heading and text of each.
+        note (`str`):
+            Beside the prompt.
+    """
+
+    prompt: str
+    answers: dict[str, str]
+    note: str = ""
+    kind = "side_by_side"
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text as it is; left out of `report.md`."""
+
+    text: str
+    kind = "code"
+
+
+@dataclass(frozen=True)
+class Details:
+    """Blocks that open by a click; on paper they are open."""
+
+    summary: str
+    blocks: Sequence
+    kind = "details"
+
+
+@dataclass(frozen=True)
+class Section:
+    """Blocks under a heading."""
+
+    title: str
+    blocks: Sequence
+    kind = "section"
+
+    @property
+    def anchor(self) -> str:
+        """The heading as the end of an address."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Page:
+    """
+    The whole page.
+
+    Args:
+        title (`str`):
+            Its heading.
+        lead (`str`):
+            The result in a sentence or two, in large letters.
+        sections (`Sequence[Section]`):
+            In order.
+        kicker (`str`):
+            A few words above the heading: what kind of page it is.
+        facts (`dict[str, str]`):
+            A few numbers with their names, under the lead.
+        footer (`str`):
+            When and by what it was made.
+    """
+
+    title: str
+    lead: str
+    sections: Sequence[Section]
+    kicker: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
+    footer: str = ""
+
+
+def write_page(page: Page, folder: str | os.PathLike) -> Path:
+    """Writes `index.html` and `report.md` into a folder, which is made if need be; returns the HTML file's path."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("report.md", to_markdown(page)), ("index.html", to_html(page))):
+        partial = folder / f".{name}.{os.getpid()}"
+        partial.write_text(content, encoding="utf-8")
+        os.replace(partial, folder / name)  # a reader sees the old page or the new one
+    return folder / "index.html"
+
+
+def to_html(page: Page) -> str:
+    """The page as one HTML file. What stands between backticks the texts is shown as code."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup, escape
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["prose"] = lambda text: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+    # Names of metrics are long, and may break behind a slash
+    environment.filters["breakable"] = lambda text: Markup(str(escape(text)).replace("/", "/<wbr>"))
+    return _writable(environment.get_template("page.html.jinja").render(page=page))
+
+
+def to_markdown(page: Page) -> str:
+    """The page's texts and tables, which read in a terminal as they are; figures and code are left to the HTML."""
+    parts = [f"# {_line(page.title)}", page.lead]
+    if page.facts:
+        parts.append("\n".join(f"- {name}: {value}" for name, value in page.facts.items()))
+    for section in page.sections:
+        parts += [f"## {_line(section.title)}", *_blocks(section.blocks)]
+    return _writable("\n\n".join(filter(None, [*parts, page.footer])) + "\n")
+
+
+def _blocks(blocks: Sequence) -> list[str]:
+    return [text for block in blocks if (text := _MARKDOWN[block.kind](block))]
+
+
+def _table(table: Table) -> str:
+    rows = [[_line(cell).replace("|", "\\|") for cell in row] for row in [table.headers, *table.cells]]
+    for i in table.marked:
+        rows[i + 1][0] += " *"
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(table.headers))]
+    rule = ["-" * (width - right) + ":" * right for width, right in zip(widths, table.numeric, strict=True)]
+    lines = [
+        "| "
+        + " | ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, table.numeric, strict=True)
+        )
+        + " |"
+        for row in [rows[0], rule, *rows[1:]]
+    ]
+    return "\n\n".join(filter(None, [table.caption, "\n".join(lines), table.note]))
+
+
+def _answers(block: SideBySide) -> str:
+    body = side_by_side(block.answers)
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", body + block.prompt)), 3)
+    note = f"{block.note}\n\n" if block.note else ""
+    return f"{note}{fence}\n{block.prompt}\n{'-' * WIDTH}\n{body}\n{fence}"
+
+
+_MARKDOWN = {
+    "text": lambda block: block.text,
+    "gap": lambda block: f"> {_line(block.text)}",
+    "table": _table,
+    "figure": lambda block: "",
+    "code": lambda block: "",
+    "side_by_side": _answers,
+    "details": lambda block: (
+        "\n\n".join([f"### {_line(block.summary)}", *body]) if (body := _blocks(block.blocks)) else ""
+    ),
+}
+
+
+def _line(text: str) -> str:
+    return " ".join(str(text).split())
+
+
+def _writable(text: str) -> str:
+    return FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)

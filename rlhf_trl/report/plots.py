@@ -1,0 +1,373 @@
+"""
+Figures as inline SVG, by matplotlib.
+
+Text, axes and rules are drawn in `currentColor` and series in the page's own colors (`var(--c0)` ...), so that a
+figure reads in light and in dark mode. Series also differ by dash and marker: nothing is told by color alone. Outside
+a page the colors fall back to a palette after Okabe and Ito (2008) that any kind of color vision tells apart.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+PALETTE = ("#0072b2", "#d55e00", "#00845f", "#b4558c", "#b07800", "#2f8fc9", "#6b6ecf", "#7a6a53")
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+INK = "#010203"  # stands for currentColor until the SVG is written
+LARGE, SMALL = (8.0, 4.2), (3.75, 3.3)  # inches at 96 px: of a wide figure, and of any figure on a phone
+HALF = (5.0, 3.5)
+
+
+@dataclass(frozen=True)
+class Series:
+    """
+    Named points.
+
+    Args:
+        name (`str`):
+            In the legend, and beside the point where there is but one.
+        x, y (`Sequence[float]`):
+            Points; NaN and None are left out.
+        low, high (`Sequence[float]`, *optional*):
+            Lower and upper end of an interval around each `y`.
+        line (`bool`):
+            Whether the points are joined.
+        color (`int`, *optional*):
+            Which color; `None`: by its place among the series.
+        joined (`bool`):
+            Points with a thin line through them: runs that differ in one thing.
+        hollow (`bool`):
+            Hollow markers and a dashed line: for the second of two readings of one thing.
+        labels (`Sequence[str]`):
+            A few words beside each point.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    line: bool = True
+    joined: bool = False
+    color: int | None = None
+    hollow: bool = False
+    labels: Sequence[str] = ()
+
+
+def curves(series: Sequence[Series], title: str, x_label: str, y_label: str = "", wide: bool = False) -> str:
+    """Lines with a band where an interval is given: training curves, calibration, accuracy against size."""
+
+    def draw(axes, small):
+        for i, one in enumerate(series):
+            x, y, low, high = _points(one)
+            color = _color(one, i)
+            dash = DASHES[1] if one.hollow else DASHES[i // len(PALETTE) % len(DASHES)] if i else "-"
+            axes.plot(x, y, color=color, linestyle=dash, label=one.name, zorder=3, **_marks(one, i, color, len(x)))
+            if low is not None:
+                axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0, zorder=2)
+        _name(axes, x_label, y_label)
+        _legend(axes)
+
+    return _svg(draw, title, wide)
+
+
+def frontier(
+    series: Sequence[Series], title: str, x_label: str, y_label: str, x_scale: str = "linear", wide: bool = True
+) -> str:
+    """
+    Points with their intervals and names, and curves between them: reward against KL, metrics of a sweep.
+
+    Args:
+        series (`Sequence[Series]`):
+            Those with `line=False` are points.
+        x_scale (`str`):
+            `linear`, `log`, or `sqrt` where the points crowd near 0.
+    """
+
+    def draw(axes, small):
+        taken = []
+        for i, one in enumerate(series):
+            x, y, low, high = _points(one)
+            color = _color(one, i)
+            style = _marks(one, i, color, len(x), always=True)
+            # A point with its name beside it needs no legend
+            style["label"] = one.name if one.line or len(x) > 1 or not one.labels else "_"
+            if one.line:
+                axes.plot(x, y, color=color, linestyle=DASHES[1] if one.hollow else "-", **style)
+            else:
+                axes.plot(x, y, linestyle="none", color=color, zorder=4, **style)
+                if one.joined:
+                    axes.plot(x, y, linestyle=DASHES[2], color=color, linewidth=1.2, alpha=0.7)
+            if low is not None:
+                if one.line:
+                    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+                else:
+                    axes.vlines(x, low, high, color=color, linewidth=1.2, alpha=0.7, zorder=3)
+            taken += list(zip(x, y, one.labels, strict=False))
+        if x_scale == "sqrt":
+            # With its sign, as an estimate of a small KL may be below 0
+            axes.set_xscale(
+                "function", functions=(lambda v: np.sign(v) * np.sqrt(np.abs(v)), lambda v: np.sign(v) * np.square(v))
+            )
+        elif x_scale == "log":
+            axes.set_xscale("log")
+            places = sorted({float(x) for one in series for x in one.x if x is not None})
+            if len(places) <= 8:  # the values of a sweep
+                axes.set_xticks(places, [f"{place:g}" for place in places])
+            axes.minorticks_off()
+        axes.margins(x=0.06, y=0.12)
+        _name(axes, x_label, y_label)
+        _legend(axes)
+        _labels(axes, taken)
+
+    return _svg(draw, title, wide)
+
+
+def bars(
+    names: Sequence[str],
+    values: Sequence[float],
+    low: Sequence[float] | None = None,
+    high: Sequence[float] | None = None,
+    title: str = "",
+    x_label: str = "",
+    middle: float | None = None,
+    form: str = "{:.2f}",
+    wide: bool = False,
+) -> str:
+    """
+    A horizontal bar a name, with its interval.
+
+    Args:
+        middle (`float`, *optional*):
+            Where bars begin (a win rate: 0.5), with a rule; `None`: at 0.
+        form (`str`):
+            How the value beside a bar is written.
+    """
+    start = 0.0 if middle is None else middle
+
+    def draw(axes, small):
+        places = np.arange(len(names))[::-1]
+        values_, ends = np.asarray(values, float), np.asarray(high if high is not None else values, float)
+        lengths = values_ - start
+        colors = [PALETTE[i % len(PALETTE)] for i in range(len(names))]
+        axes.barh(places, lengths, left=start, height=0.55, color=colors, alpha=0.75, linewidth=0, zorder=2)
+        if low is not None:
+            axes.hlines(places, low, high, color=INK, linewidth=1.4, zorder=3)
+        axes.axvline(start, color=INK, linewidth=0.8, alpha=0.6)
+        for place, value, end in zip(places, values_, ends, strict=True):
+            if np.isfinite(value):
+                right = np.nanmax([value, end, start])
+                axes.annotate(
+                    form.format(value), (right, place), xytext=(6, 0), textcoords="offset points", va="center"
+                )
+        axes.set_yticks(places, names)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.18, y=0.08)
+        if form.endswith("%}"):
+            axes.xaxis.set_major_formatter(lambda value, place: form.format(value))
+        _name(axes, x_label, "")
+
+    height = max(1.2, 0.8 + 0.42 * len(names))
+    return _svg(draw, title, wide, height=height)
+
+
+def histogram(
+    samples: dict[str, Sequence[float]], title: str, x_label: str, bins: int = 24, wide: bool = False
+) -> str:
+    """Shares of the values of each sample in common bins, as outlines: before and after, chosen and rejected."""
+    kept = {name: np.asarray(values, float) for name, values in samples.items()}
+    kept = {name: values[np.isfinite(values)] for name, values in kept.items()}
+    kept = {name: values for name, values in kept.items() if len(values)}
+    together = np.concatenate(list(kept.values())) if kept else np.array([0.0])
+    low, high = (together.min(), together.max()) if np.ptp(together) > 0 else (together[0] - 0.5, together[0] + 0.5)
+    edges = np.linspace(low, high, bins + 1)
+
+    def draw(axes, small):
+        for i, (name, values) in enumerate(kept.items()):
+            shares = np.histogram(values, edges)[0] / len(values)
+            color, dash = PALETTE[i % len(PALETTE)], DASHES[i % len(DASHES)]
+            axes.stairs(shares, edges, color=color, linewidth=1.6, linestyle=dash, label=name, zorder=3)
+            axes.stairs(shares, edges, color=color, alpha=0.1, fill=True, zorder=2)
+            axes.axvline(values.mean(), color=color, linewidth=1.2, linestyle=dash, zorder=4)
+        axes.yaxis.set_major_formatter(lambda value, place: f"{100 * value:.3g}%")
+        axes.set_ylim(bottom=0)
+        _name(axes, x_label, "")
+        _legend(axes)
+
+    return _svg(draw, title, wide)
+
+
+def _points(series: Series):
+    columns = [np.array([np.nan if v is None else v for v in values], float) for values in (series.x, series.y)]
+    keep = np.isfinite(columns[0]) & np.isfinite(columns[1])
+    if series.low is not None:
+        columns += [
+            np.array([np.nan if v is None else v for v in values], float) for values in (series.low, series.high)
+        ]
+    else:
+        columns += [None, None]
+    return [column[keep] if column is not None else None for column in columns]
+
+
+def _color(series: Series, place: int) -> str:
+    return PALETTE[(place if series.color is None else series.color) % len(PALETTE)]
+
+
+def _marks(series: Series, place: int, color: str, points: int, always: bool = False) -> dict:
+    marker = MARKERS[(place if series.color is None else series.color) % len(MARKERS)]
+    style = {"markersize": 6 if always and not series.line else 3.5, "linewidth": 1.7}
+    if series.hollow:
+        style |= {"markerfacecolor": "none", "markeredgecolor": color}
+    return style | {"marker": marker if always or points <= 40 else ""}
+
+
+def _name(axes, x_label: str, y_label: str) -> None:
+    axes.set_xlabel(x_label)
+    if y_label:
+        # Above the axis and level: nobody tilts the head
+        axes.set_title(y_label, loc="left", fontsize=10, fontweight="normal", pad=8)
+
+
+def _legend(axes) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    first = dict(reversed(list(zip(names, handles, strict=True))))
+    shown = [name for name in dict.fromkeys(names) if not name.startswith("_")]
+    if len(shown) > 1:
+        figure = axes.figure
+        figure.legend(
+            [first[name] for name in shown],
+            shown,
+            loc="outside lower left",
+            ncols=max(1, min(len(shown), int(figure.get_figwidth() / (0.55 + 0.085 * max(map(len, shown)))))),
+            frameon=False,
+            handlelength=2.2,
+            columnspacing=1.4,
+        )
+
+
+def _labels(axes, points: list[tuple]) -> None:
+    """Names beside points, each at the first place that is free of other names, points and lines, or the best one."""
+    if not points:
+        return
+    axes.figure.draw_without_rendering()  # places the axes
+    inside, boxes = axes.get_window_extent(), []
+    centers = [tuple(axes.transData.transform((x, y))) for x, y, _ in points]
+    lines = [line.get_xydata() for line in axes.lines if line.get_linestyle() != "None" and len(line.get_xydata()) > 1]
+    passed = [point for line in lines for point in _along(axes.transData.transform(line))]
+    for (x, y, text), center in zip(points, centers, strict=True):
+        if not text:
+            continue
+
+        def note(place, x=x, y=y, text=text):
+            dx, dy, ha, va = place
+            options = {"xytext": (dx, dy), "textcoords": "offset points", "ha": ha, "va": va, "fontsize": 10}
+            return axes.annotate(text, (x, y), **options)
+
+        def trouble(place, center=center, note=note):
+            shown = note(place)
+            box = shown.get_window_extent()
+            shown.remove()
+            outside = box.x1 > inside.x1 or box.x0 < inside.x0 or box.y1 > inside.y1 or box.y0 < inside.y0
+            names = sum(box.overlaps(other) for other in boxes)
+            marks = sum(box.contains(*other) for other in centers if other != center)
+            crossed = any(box.contains(*point) for point in passed)
+            far = max(abs(place[0]), abs(place[1])) > 10
+            return 8 * outside + 6 * names + 4 * marks + 2 * crossed + far
+
+        found = note(min(SIDES, key=trouble))
+        boxes.append(found.get_window_extent())
+
+
+def _along(line: np.ndarray, step: float = 4.0) -> list[tuple[float, float]]:
+    """Points along a line, `step` pixels apart."""
+    found = []
+    for start, end in zip(line, line[1:], strict=False):
+        count = max(1, int(np.hypot(*(end - start)) / step))
+        found += [tuple(start + (end - start) * i / count) for i in range(count)]
+    return found
+
+
+# Where a name may stand, in points from its mark
+SIDES = [
+    (dx * far, dy * far, ha, va)
+    for far in (1, 2.4)
+    for dx, dy, ha, va in (
+        (8, 0, "left", "center"),
+        (0, 8, "center", "bottom"),
+        (0, -8, "center", "top"),
+        (-8, 0, "right", "center"),
+        (7, 7, "left", "bottom"),
+        (7, -7, "left", "top"),
+        (-7, 7, "right", "bottom"),
+        (-7, -7, "right", "top"),
+    )
+]
+
+
+def _svg(draw: Callable, title: str, wide: bool, height: float | None = None) -> str:
+    """The figure twice: for a wide screen and for a phone, whose letters would else be too small to read."""
+    sizes = [("large-screen", LARGE if wide else HALF), ("small-screen", SMALL)]
+    return "\n".join(_drawn(draw, title, (width, height or tall), name) for name, (width, tall) in sizes)
+
+
+def _drawn(draw: Callable, title: str, size: tuple[float, float], name: str) -> str:
+    import io
+
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    settings = {
+        "svg.fonttype": "none",  # letters stay text, in the page's font
+        # Names of clip paths must differ between the figures of a page, and not between two runs
+        "svg.hashsalt": hashlib.sha256(f"{title} {name}".encode()).hexdigest(),
+        "font.family": "DejaVu Sans",
+        "font.size": 10,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.7,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.unicode_minus": True,
+        "grid.color": INK,
+        "grid.alpha": 0.12,
+        "grid.linewidth": 0.7,
+        "legend.fontsize": 10,
+        "xtick.major.width": 0.7,
+        "ytick.major.width": 0.7,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        axes.locator_params(axis="x", nbins=max(4, int(size[0] * 1.1)))
+        draw(axes, name == "small-screen")
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(file.getvalue(), title, name)
+
+
+def _inline(svg: str, title: str, name: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # `axes_1` would be there once a figure
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.S)
+    svg = re.sub(r"font: [^;\"]*?(\d[\d.]*px)[^;\"]*;", r"font-size: \1;", svg)
+    svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
+    svg = svg.replace(INK, "currentColor")
+    for i, color in enumerate(PALETTE):
+        svg = svg.replace(color, f"var(--c{i}, {color})")
+    head, body = svg.split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', head).group()
+    label = re.sub(r"[<>&\"]", " ", title)
+    head = f'<svg class="{name}" {box} role="img" aria-label="{label}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f"{head}>{body.strip()}"

@@ -1,0 +1,191 @@
+"""
+Rewards from an HTTP server, JSON in and out, and the schema that `stage=serve_reward` serves as well.
+
+A request (POST) holds lists of one length, one entry a completion:
+
+    {"prompts": [...], "completions": [...],          text, or chats: lists of {"role", "content"}
+     "completion_ids": [[...]], "ended": [true],      the generated tokens; whether they end with EOS
+     "tokenizer": "3f0c...",                          which tokenizer made them, see `tokenizer_hash`; or null
+     "columns": {"answer": [...]}}                    the data's columns that the client was told to send
+
+The answer (status 200) is `{"rewards": [0.5, null]}`: a number, or null where the reward doesn't apply, for each
+completion; and, if it likes, `"metrics": {"disagreement": 0.1}`, numbers about the batch that are logged.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import httpx
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import ConfigError
+from .base import Reward
+
+# What may be another way in a moment: too many requests, and errors of the server or of a proxy in front of it
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+
+
+class HttpReward(Reward):
+    """
+    A reward that an HTTP server gives, by the schema above.
+
+    What may pass (no connection, no answer in time, a status of `TRANSIENT`) is tried again, `retries` times, after
+    `backoff`, twice that, four times that ... seconds. What a retry can't mend (another status, a malformed answer) is
+    an error at once.
+
+    Args:
+        url (`str`): of the server, such as `http://127.0.0.1:8000/score`.
+        timeout (`float`): seconds that an answer may take.
+        retries (`int`), backoff (`float`): see above.
+        batch_size (`int`): completions a request.
+        columns (`Sequence[str]`): columns of the data that are sent along.
+        token_env (`str`, *optional*): environment variable with a token, sent as `Authorization: Bearer`.
+        weight (`float`), name (`str`): see [`Reward`].
+
+    Raises:
+        ConfigError: for a url or number that can't be; when called, if the server can't be reached, or its answer
+            isn't one finite number or null a completion.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        timeout: float = 60.0,
+        retries: int = 4,
+        backoff: float = 1.0,
+        batch_size: int = 64,
+        columns: Sequence[str] = (),
+        token_env: str | None = None,
+        weight: float = 1.0,
+        name: str = "http",
+    ):
+        super().__init__(name, weight)
+        key = f"reward.{name}"
+        if not isinstance(url, str) or not url.startswith(("http://", "https://")):
+            raise ConfigError(f"`{key}.url` is {url!r}. Give the whole address: `{key}.url=http://HOST:PORT/score`.")
+        for option, value, least in (
+            ("timeout", timeout, "above 0"),
+            ("retries", retries, "0 or more"),
+            ("backoff", backoff, "0 or more"),
+            ("batch_size", batch_size, "1 or more"),
+        ):
+            if value < 0 or value == 0 and least != "0 or more":
+                raise ConfigError(f"`{key}.{option}` is {value}. Set it to {least}.".replace("to above", "above"))
+        if token_env is not None and token_env not in os.environ:
+            raise ConfigError(
+                f"`{key}.token_env` names the environment variable `{token_env}`, which is not set. Type "
+                f"`export {token_env}=...`, or `{key}.token_env=null`."
+            )
+        self.url, self.retries, self.backoff, self.batch_size = url, retries, backoff, batch_size
+        self.timeout, self.columns = timeout, list(columns)
+        headers = {} if token_env is None else {"Authorization": f"Bearer {os.environ[token_env]}"}
+        self._client = httpx.Client(timeout=timeout, headers=headers)
+        self._eos: int | None = None
+        self._tokenizer: str | None = None
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """See [`Reward.bind`]."""
+        self._eos = None if tokenizer is None else tokenizer.eos_token_id
+        self._tokenizer = None if tokenizer is None else tokenizer_hash(tokenizer)
+
+    def __call__(
+        self,
+        prompts: list,
+        completions: list,
+        completion_ids: list[list[int]],
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns,
+    ) -> list[float | None]:
+        """What the server gives the completions, one each. `log_metric(name, value)` takes its metrics."""
+        if missing := [name for name in self.columns if name not in columns]:
+            there = ", ".join(f"`{name}`" for name, values in columns.items() if isinstance(values, list))
+            raise ConfigError(
+                f"`reward.{self.__name__}.columns` names `{missing[0]}`, and the data has no such column (it has "
+                f"{there or 'none besides the prompt'})."
+            )
+        rewards = []
+        for start in range(0, len(completions), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            ids = [[int(token) for token in row] for row in completion_ids[rows]]
+            answer = self._post(
+                {
+                    "prompts": prompts[rows],
+                    "completions": completions[rows],
+                    "completion_ids": ids,
+                    "ended": [self._eos is None or row[-1:] == [self._eos] for row in ids],
+                    "tokenizer": self._tokenizer,
+                    "columns": {name: columns[name][rows] for name in self.columns},
+                }
+            )
+            values, metrics = self._read(answer, len(ids))
+            rewards += values
+            for name, value in metrics.items() if log_metric else ():
+                log_metric(f"rewards/{self.__name__}/{name}", value)
+        return rewards
+
+    def _post(self, content: dict[str, Any]) -> httpx.Response:
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(self.backoff * 2 ** (attempt - 1))
+            try:
+                response = self._client.post(self.url, json=content)
+            except httpx.TimeoutException:
+                failure = f"gave no answer within {self.timeout:g} s"
+                way = f"give it more time (`reward.{self.__name__}.timeout=...`) or less at a time (`batch_size`)"
+            except httpx.HTTPError as error:
+                failure = f"can't be reached ({error})"
+                way = f"start it, or correct `reward.{self.__name__}.url`"
+            else:
+                if response.status_code == 200:
+                    return response
+                failure = f"answered {response.status_code} {response.reason_phrase}: {_beginning(response)}"
+                way = f"look into its log, or correct `reward.{self.__name__}.url`"
+                if response.status_code not in TRANSIENT:
+                    raise self._error(f"{failure}. {way[0].upper()}{way[1:]}")
+        tries = f"{self.retries + 1} tries" if self.retries else "one try"
+        raise self._error(
+            f"{failure}, and {tries} were made. {way[0].upper()}{way[1:]}".replace("try were", "try was")
+        )
+
+    def _read(self, response: httpx.Response, expected: int) -> tuple[list[float | None], dict[str, float]]:
+        schema = 'It must be `{"rewards": [...]}` with a number or null for each completion'
+        try:
+            content = json.loads(response.content)
+        except ValueError:
+            kind = response.headers.get("content-type", "no content type")
+            raise self._error(f"answered with {kind}, which is no JSON: {_beginning(response)}. {schema}") from None
+        values = content.get("rewards") if isinstance(content, dict) else None
+        if not isinstance(values, list):
+            raise self._error(f"answered without `rewards`: {_beginning(response)}. {schema}")
+        if len(values) != expected:
+            raise self._error(f"gave {len(values)} rewards for {expected} completions. {schema}")
+        for row, value in enumerate(values):
+            if value is not None and not _is_finite(value):
+                raise self._error(f"gave {json.dumps(value)} as reward {row} of {expected}. {schema}")
+        metrics = content.get("metrics") or {}
+        if not isinstance(metrics, dict) or not all(_is_finite(value) for value in metrics.values()):
+            raise self._error(f"gave {json.dumps(metrics)} as `metrics`. They must be numbers by name")
+        return [None if value is None else float(value) for value in values], metrics
+
+    def _error(self, what: str) -> ConfigError:
+        return ConfigError(f"The server of the reward `{self.__name__}` at {self.url} {what}.")
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of a tokenizer's vocabulary: two that agree in it mean the same text by the same ids."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _beginning(response: httpx.Response) -> str:
+    text = " ".join(response.text.split())
+    return repr(text[:200] + ("..." if len(text) > 200 else ""))

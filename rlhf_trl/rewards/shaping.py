@@ -1,0 +1,70 @@
+"""
+Rewards for the shape of a completion, for `reward=length|format|eos` (`reward=repetition` is TRL's own
+`trl.rewards.get_repetition_penalty_reward`). Each returns one number a completion.
+"""
+
+import re
+
+from transformers import PreTrainedTokenizerBase
+
+from ..callbacks.samples import as_text
+from ..errors import ConfigError
+
+
+def length(completion_ids: list[list[int]], most: int | None = None, least: int = 0, margin: int = 1) -> list[float]:
+    """
+    0 for a completion of `least` to `most` tokens (EOS counts); outside it falls by 1/margin a token, down to -1:
+
+        -min(1, max(least - n, n - most, 0) / margin)
+
+    With `least=0` it is DAPO's soft punishment of overlong completions (arXiv 2503.14476, eq. 13).
+
+    Args:
+        most (`int`, *optional*): no upper limit when unset. least, margin (`int`): in tokens.
+
+    Raises:
+        ConfigError: if no length is within the limits, or `margin` is less than 1.
+    """
+    if margin < 1 or (most is not None and most < least):
+        raise ConfigError(
+            f"The reward `length` has least={least}, most={most}, margin={margin}. Set `least` no higher than `most`, "
+            "and `margin` to 1 or more (`reward.length.kwargs.most=...`)."
+        )
+    over = [max(least - len(ids), 0 if most is None else len(ids) - most, 0) for ids in completion_ids]
+    return [-min(1.0, tokens / margin) for tokens in over]
+
+
+def pattern(completions: list, pattern: str, whole: bool = True) -> list[float]:
+    """
+    1 for a completion whose text matches a regular expression (Python's `re`), else 0.
+
+    Args:
+        whole (`bool`): the whole text must match, else a part of it is enough. A dot matches line breaks with `(?s)`
+            in front.
+
+    Raises:
+        ConfigError: if it is no regular expression.
+    """
+    try:
+        match = re.compile(pattern).fullmatch if whole else re.compile(pattern).search
+    except re.error as error:
+        raise ConfigError(
+            f"The pattern {pattern!r} of the reward `format` is no regular expression: {error}. Mend "
+            "`reward.format.kwargs.pattern`; a backslash before a bracket takes it literally."
+        ) from error
+    return [float(match(as_text(completion)) is not None) for completion in completions]
+
+
+def eos(completion_ids: list[list[int]], tokenizer: PreTrainedTokenizerBase | None) -> list[float]:
+    """
+    1 for a completion that ends with the tokenizer's EOS token, 0 for one that was cut off.
+
+    Raises:
+        ConfigError: without the tokenizer that made the ids (see [`Reward.bind`]).
+    """
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "The reward `eos` looks for the EOS token of a policy's tokenizer, and there is none. Use it in "
+            "`stage=ppo`, `rloo` or `grpo`, with a tokenizer that has an `eos_token`."
+        )
+    return [float(ids[-1:] == [tokenizer.eos_token_id]) for ids in (list(ids) for ids in completion_ids)]

@@ -1,0 +1,325 @@
+"""Rewards over HTTP: the reference server, and servers that answer garbage, slowly, or not at all."""
+
+import contextlib
+import http.server
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from rlhf_trl.checks import find_problems
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.paths import conf_dir
+from rlhf_trl.rewards import FunctionReward, HttpReward, ModelReward
+from rlhf_trl.rewards.http import tokenizer_hash
+from tests.helpers.rl import TRAINERS, logged, rl_trainer
+from tests.test_rewards import ROWS, as_chat, save_reward_model
+from tests.tiny import make_tokenizer, save_model
+
+TEXTS = {"prompts": ["a", "b", "c"], "completions": ["d", "e f", ""], "completion_ids": [[1], [2, 3], []]}
+
+
+@contextlib.contextmanager
+def answering(answer):
+    """
+    The address of a server that answers a request, decoded, with what `answer(request, number, headers)` gives: an
+    object for JSON, or (status, body, content type).
+    """
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            requests.append(body)
+            found = answer(body, len(requests), self.headers)
+            status, text, kind = found if isinstance(found, tuple) else (200, json.dumps(found), "application/json")
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests = requests
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/score", requests
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def serving(reward):
+    """The address of the reference server with a reward."""
+    uvicorn = pytest.importorskip("uvicorn")
+    from rlhf_trl.serve import application
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(application(reward), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/score"
+        server.should_exit = True
+        thread.join()
+
+
+def lengths(request, number, headers):
+    return {"rewards": [float(len(text)) for text in request["completions"]]}
+
+
+# ---- The client ----
+
+
+def test_requests_are_batches_of_the_documented_schema():
+    with answering(lengths) as (url, requests):
+        reward = HttpReward(url, batch_size=2, columns=["answer"], weight=2, name="judge")
+        tokenizer = make_tokenizer()
+        reward.bind(tokenizer)
+        ids = [[5, tokenizer.eos_token_id], [6, 7], []]
+        rows = TEXTS | {"completion_ids": ids, "answer": ["x", "y", "z"], "other": [1, 2, 3], "trainer_state": None}
+        assert reward(**rows) == [1.0, 3.0, 0.0]
+        assert (reward.__name__, reward.weight) == ("judge", 2.0)
+    first, second = requests
+    assert first == {
+        "prompts": ["a", "b"],
+        "completions": ["d", "e f"],
+        "completion_ids": ids[:2],
+        "ended": [True, False],
+        "tokenizer": tokenizer_hash(tokenizer),
+        "columns": {"answer": ["x", "y"]},
+    }
+    assert second["prompts"] == ["c"] and second["columns"] == {"answer": ["z"]}
+
+
+def test_null_does_not_apply_and_metrics_are_logged():
+    found = {}
+    with answering(lambda *_: {"rewards": [1, None, 0.5], "metrics": {"disagreement": 0.25}}) as (url, _):
+        assert HttpReward(url)(**TEXTS, log_metric=found.__setitem__) == [1.0, None, 0.5]
+    assert found == {"rewards/http/disagreement": 0.25}
+
+
+def test_a_token_is_sent_from_the_environment(monkeypatch):
+    monkeypatch.setenv("JUDGE_TOKEN", "secret")
+    seen = []
+
+    def answer(request, number, headers):
+        seen.append(headers["Authorization"])
+        return lengths(request, number, headers)
+
+    with answering(answer) as (url, _):
+        HttpReward(url, token_env="JUDGE_TOKEN")(**TEXTS)
+    assert seen == ["Bearer secret"]
+
+
+def test_what_passes_is_tried_again(monkeypatch):
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+
+    def answer(request, number, headers):
+        return (503, "busy", "text/plain") if number < 4 else lengths(request, number, headers)
+
+    with answering(answer) as (url, requests):
+        assert HttpReward(url, retries=3, backoff=0.5)(**TEXTS) == [1.0, 3.0, 0.0]
+    assert len(requests) == 4 and waited == [0.5, 1.0, 2.0]
+
+
+HTML = (200, "<html><body>Welcome to nginx!</body></html>", "text/html")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (HTML, "answered with text/html, which is no JSON: '<html><body>Welcome to nginx!"),
+        ((200, "", "text/plain"), "answered with text/plain, which is no JSON: ''"),
+        ({"scores": [1, 2, 3]}, """answered without `rewards`: '{"scores": [1, 2, 3]}'"""),
+        ([1, 2, 3], "answered without `rewards`"),
+        ({"rewards": 1.0}, "answered without `rewards`"),
+        ({"rewards": [1, 2]}, "gave 2 rewards for 3 completions"),
+        ({"rewards": [1, "good", 3]}, 'gave "good" as reward 1 of 3'),
+        ({"rewards": [1, True, 3]}, "gave true as reward 1 of 3"),
+        ({"rewards": [1, 2, float("nan")]}, "gave NaN as reward 2 of 3"),
+        ({"rewards": [1, 2, float("inf")]}, "gave Infinity as reward 2 of 3"),
+        ({"rewards": [1, 2, 3], "metrics": {"std": "low"}}, 'gave {"std": "low"} as `metrics`'),
+        (
+            (404, '{"detail": "Not Found"}', "application/json"),
+            """answered 404 Not Found: '{"detail": "Not Found"}'. Look""",
+        ),
+        ((200, '{"rewards": [1, 2', "application/json"), "answered with application/json, which is no JSON"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_garbage_is_one_clear_error_at_once(answer, message):
+    with answering(lambda *_: answer) as (url, requests):
+        with pytest.raises(ConfigError, match=re.escape(f"The server of the reward `http` at {url} {message}")):
+            HttpReward(url, retries=5)(**TEXTS)
+    assert len(requests) == 1
+
+
+def test_errors_of_the_server_are_told_after_the_retries():
+    with answering(lambda *_: (500, "Traceback: out of memory", "text/plain")) as (url, requests):
+        message = (
+            "answered 500 Internal Server Error: 'Traceback: out of memory', and 3 tries were made. Look into its log"
+        )
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            HttpReward(url, retries=2, backoff=0.0)(**TEXTS)
+    assert len(requests) == 3
+
+
+def test_a_slow_server_and_none_at_all():
+    with answering(lambda *args: (time.sleep(0.5), lengths(*args))[1]) as (url, requests):
+        message = r"gave no answer within 0.1 s, and 2 tries were made. Give it more time \(`reward.judge.timeout="
+        with pytest.raises(ConfigError, match=message):
+            HttpReward(url, timeout=0.1, retries=1, backoff=0.0, name="judge")(**TEXTS)
+        assert len(requests) == 2
+    with pytest.raises(ConfigError, match="can't be reached .*, and one try was made. Start it, or correct"):
+        HttpReward(url, retries=0)(**TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "localhost:8000"}, "`reward.http.url` is 'localhost:8000'. Give the whole address"),
+        ({"timeout": 0}, "`reward.http.timeout` is 0. Set it above 0"),
+        ({"retries": -1}, "`reward.http.retries` is -1. Set it to 0 or more"),
+        ({"batch_size": 0}, "`reward.http.batch_size` is 0. Set it to 1 or more"),
+        ({"token_env": "NO_SUCH_TOKEN"}, "which is not set"),
+    ],
+)
+def test_options_that_can_not_be_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        HttpReward(**({"url": "http://127.0.0.1:1/score"} | options))
+
+
+def test_a_column_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match="names `anser`, and the data has no such column .it has `answer`"):
+        HttpReward("http://127.0.0.1:1", columns=["anser"])(**TEXTS, answer=["x", "y", "z"], trainer_state=None)
+
+
+# ---- The reference server ----
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_scores_by_http_are_those_by_path(tmp_path, chat, lora):
+    path = save_reward_model(tmp_path, lora=lora)
+    rows = as_chat(ROWS) if chat else ROWS
+    own, other = make_tokenizer(), make_tokenizer()
+    other.add_tokens(["zebra"])
+    words = [c[0]["content"] if chat else c for c in rows["chosen"]]
+    ids = [own(text, add_special_tokens=False)["input_ids"] for text in words]
+    ids = [row + [own.eos_token_id] * (i % 2) for i, row in enumerate(ids)]  # some are cut off
+    given = {"prompts": rows["prompt"], "completions": rows["chosen"], "completion_ids": ids}
+    with serving(ModelReward(path)) as url:
+        by_http, by_path = HttpReward(url, batch_size=3), ModelReward(path)
+        found = {}
+        for name, tokenizer in (("own", own), ("other", other), ("none", None)):
+            by_http.bind(tokenizer)
+            by_path.bind(tokenizer)
+            found[name] = by_path(**given)
+            assert by_http(**given) == pytest.approx(found[name], abs=1e-6), name
+        assert found["own"] != found["none"]  # without a tokenizer nothing says which were cut off
+        about = json.load(urllib.request.urlopen(url.removesuffix("/score")))
+        assert about["reward"] == "reward_model" and about["tokenizer"] == tokenizer_hash(own)
+
+
+def test_heads_and_functions_are_served(tmp_path):
+    def judge(prompts, completions, answer):
+        return [float(text == right) if right else None for text, right in zip(completions, answer, strict=True)]
+
+    with serving(FunctionReward(judge)) as url:
+        reward = HttpReward(url, columns=["answer"])
+        assert reward(**TEXTS, answer=["d", "no", ""]) == [1.0, 0.0, None]
+        request = {"prompts": ["a"], "completions": ["b", "c"]}
+        with pytest.raises(ConfigError, match="422.*`completions` has 2 entries for 1 prompts"):
+            reward._post(request)
+
+    def broken(completions):
+        return [1.0]
+
+    with serving(FunctionReward(broken)) as url:
+        with pytest.raises(ConfigError, match="answered 422 .*`broken` returned 1 values for 3 completions"):
+            HttpReward(url)(**TEXTS)
+
+
+def test_an_ensemble_tells_its_disagreement(tmp_path, monkeypatch):
+    path = save_reward_model(tmp_path, lora=True)
+    reward, metrics = ModelReward(path), {}
+    monkeypatch.setattr(reward, "member_scores", lambda rows: torch.tensor([[1.0] * len(rows), [3.0] * len(rows)]))
+    with serving(reward) as url:
+        assert HttpReward(url)(**TEXTS, log_metric=metrics.__setitem__) == [2.0, 2.0, 2.0]
+    assert metrics == {"rewards/http/disagreement": pytest.approx(2**0.5)}
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_trainers_learn_from_it_and_log_it(tmp_path, kind):
+    path = save_model(tmp_path / "policy")
+    with answering(lambda request, *_: lengths(request, *_) | {"metrics": {"load": 0.5}}) as (url, requests):
+        reward = HttpReward(url, name="judge", batch_size=3)
+        reward.bind(AutoTokenizer.from_pretrained(path))
+        trainer = rl_trainer(kind, path, tmp_path, reward_funcs=[reward])
+        trainer.train()
+    assert len(logged(trainer, "rewards/judge/mean")) == 2 and logged(trainer, "rewards/judge/load") == [0.5, 0.5]
+    assert len(requests) == 6  # two rollouts of 8 in batches of 3
+
+
+# ---- The stage ----
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["reward=[demo,vader]", "+data=demo", "+data.prompt=x"],
+            "serves one reward, and `reward` has 2 (gold, vader)",
+        ),
+        (
+            ["reward=adapter", "reward.adapter.run=null", "reward.adapter.path=demo:sft"],
+            "a server has none. Type `reward=model`",
+        ),
+    ],
+)
+def test_what_can_not_be_served_is_said(compose, tmp_path, words, message):
+    problems = find_problems(compose("stage=serve_reward", f"runs_dir={tmp_path}", *words))
+    assert any(message in problem for problem in problems), problems
+
+
+def test_a_port_that_is_taken_is_said(compose, tmp_path):
+    from rlhf_trl.serve import serve_reward
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        cfg = compose("stage=serve_reward", "reward=demo", f"stage.port={port}", f"runs_dir={tmp_path}")
+        with pytest.raises(
+            ConfigError, match=f"stage.port={port}` can't be served: Address already in use. Type another"
+        ):
+            serve_reward(cfg)
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_interrupted(tmp_path):
+    command = [sys.executable, "train.py", "stage=serve_reward", "reward=demo", "stage.port=0", f"runs_dir={tmp_path}"]
+    for _ in range(2):  # a server may be started again in the same place
+        process = subprocess.Popen(command, cwd=conf_dir().parent, stdout=subprocess.PIPE, text=True)
+        url = re.search(r"reward.http.url=(\S+)`", process.stdout.readline()).group(1)
+        rows = {"prompts": ["How do I bake bread?"], "completions": ["First, mix flour with water."]}
+        assert HttpReward(url)(**rows, completion_ids=[[]], answer=[""])[0] is not None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
