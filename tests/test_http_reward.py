@@ -284,19 +284,17 @@ def test_trainers_learn_from_it_and_log_it(tmp_path, kind):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["reward=[demo,eos]"], "serves one reward, and `reward` has 2 (gold, eos)"),
         (
-            ["reward=[demo,vader]", "+data=demo", "+data.prompt=x"],
-            "serves one reward, and `reward` has 2 (gold, vader)",
-        ),
-        (
-            ["reward=adapter", "reward.adapter.run=null", "reward.adapter.path=demo:sft"],
+            ["reward=adapter", "reward.adapter.run=null", "reward.adapter.path=organization/name"],
             "a server has none. Type `reward=model`",
         ),
     ],
 )
-def test_what_can_not_be_served_is_said(compose, tmp_path, words, message):
+def test_what_can_not_be_served_is_said(compose, tmp_path, monkeypatch, words, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     problems = find_problems(compose("stage=serve_reward", f"runs_dir={tmp_path}", *words))
-    assert any(message in problem for problem in problems), problems
+    assert len(problems) == 1 and message in problems[0], problems
 
 
 def test_a_port_that_is_taken_is_said(compose, tmp_path):
