@@ -25,7 +25,7 @@ from rlhf_trl.paths import resolve_path
 from rlhf_trl.reward_model import CALIBRATION_COMPLETIONS, ComparisonCollator, leads_of, reference_scores
 from rlhf_trl.rewards import ModelReward
 
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 64
 
 
 def train(cfg: DictConfig) -> float | None:

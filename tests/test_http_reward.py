@@ -206,6 +206,14 @@ def test_options_that_can_not_be_are_named(options, message):
         HttpReward(**({"url": "http://127.0.0.1:1/score"} | options))
 
 
+def test_options_are_looked_at_before_anything_loads(compose, tmp_path):
+    words = ["reward=http", "reward.http.url=localhost:8000", "reward.http.timeout=0", "reward.http.token_env=NO_SUCH"]
+    problems = find_problems(compose("stage=ppo", f"runs_dir={tmp_path}", *words))
+    assert [problem.split("`")[1] for problem in problems] == [
+        f"reward.http.{n}" for n in ("url", "timeout", "token_env")
+    ]
+
+
 def test_a_column_that_is_not_there_is_named():
     with pytest.raises(ConfigError, match="names `anser`, and the data has no such column .it has `answer`"):
         HttpReward("http://127.0.0.1:1", columns=["anser"])(**TEXTS, answer=["x", "y", "z"], trainer_state=None)
