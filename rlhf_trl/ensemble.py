@@ -98,11 +98,19 @@ def finish(cfg: DictConfig, folders: list[Path]) -> dict[str, float]:
     references, found = score(reward, dataset[split], calibrate_on)
     if split == "eval":
         metrics = mean_of([read_json(folder / METRICS_FILE)["eval"] for folder in folders])
-        metrics |= {"eval_member_accuracy": metrics.get("eval_accuracy")} | found
+        if "eval_accuracy" in metrics:
+            metrics["eval_member_accuracy"] = metrics["eval_accuracy"]
+        metrics |= found
     if state.is_main_process:
         of_mean = calibration_of(references.mean(dim=0), reward.heads, f"{calibrate_on} completions of {split}")
         write_calibration(cfg.run_dir, of_mean | {"members": references.tolist()})
         write_metrics(cfg.run_dir, [metrics] if metrics else [])
+        told = {
+            key: metrics[key]
+            for key in ("eval_accuracy", "eval_member_accuracy", "eval_disagreement")
+            if key in metrics
+        }
+        print(f"\nEnsemble of {len(folders)} in {cfg.run_dir}: " + ", ".join(f"{k} {v:.3f}" for k, v in told.items()))
     state.wait_for_everyone()
     return metrics
 

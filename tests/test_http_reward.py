@@ -295,7 +295,7 @@ def test_trainers_learn_from_it_and_log_it(tmp_path, kind):
         (["reward=[demo,eos]"], "serves one reward, and `reward` has 2 (gold, eos)"),
         (
             ["reward=adapter", "reward.adapter.run=null", "reward.adapter.path=organization/name"],
-            "a server has none. Type `reward=model`",
+            "and `stage=serve_reward` trains none. Type `reward=model`",
         ),
     ],
 )

@@ -64,7 +64,7 @@ def _shared_base(values: dict[str, Any], args: dict[str, Any], peft: Any) -> lis
     targets = [at(values, f"reward.{name}._target_") for name in section(values, "reward")]
     asked += ["reward=adapter"] if "rlhf_trl.rewards.AdapterReward" in targets else []
     problems = []
-    if asked and not peft:
+    if asked and not peft and args:
         problems.append(
             f"`{asked[0]}` is an adapter on the policy's frozen base, and `adapter=none` trains that base. Type "
             f"`adapter=lora` as well, or `{asked[0].split('=')[0]}=model`."

@@ -14,7 +14,7 @@ ENSEMBLES = ("mean", "min", "mean_minus_std")
 def reward_problems(values: dict[str, Any]) -> list[str]:
     """Of the group `reward` and of what goes with it."""
     rewards = {name: node for name, node in section(values, "reward").items() if isinstance(node, dict)}
-    problems = _members(values) + _server(values, rewards) + _combination(values, list(rewards))
+    problems = _members(values) + _without_policy(values, rewards) + _combination(values, list(rewards))
     for name, node in rewards.items():
         if node.get("_target_") == "rlhf_trl.rewards.HttpReward":
             problems += http_problems(f"reward.{name}", node)
@@ -85,20 +85,20 @@ def _members(values: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _server(values: dict[str, Any], rewards: dict[str, dict[str, Any]]) -> list[str]:
-    """Of a reward that is to be served."""
-    problems = []
-    if at(values, "stage.run._target_") == "rlhf_trl.serve.serve_reward":
-        if len(rewards) != 1:
-            problems.append(
-                f"`stage=serve_reward` serves one reward, and `reward` has {len(rewards)} "
-                f"({', '.join(rewards) or 'none'}). Start a server for each, with a `stage.port` of its own."
-            )
-        if any(str(node.get("_target_")).endswith(".AdapterReward") for node in rewards.values()):
-            problems.append(
-                "`reward=adapter` scores on a policy's base, and a server has none. Type `reward=model`, which loads "
-                "the adapter with its base."
-            )
+def _without_policy(values: dict[str, Any], rewards: dict[str, dict[str, Any]]) -> list[str]:
+    """Of rewards in a stage that trains no policy, and of one that is to be served."""
+    stage, problems = section(values, "stage"), []
+    if at(stage, "run._target_") == "rlhf_trl.serve.serve_reward" and len(rewards) != 1:
+        problems.append(
+            f"`stage=serve_reward` serves one reward, and `reward` has {len(rewards)} "
+            f"({', '.join(rewards) or 'none'}). Start a server for each, with a `stage.port` of its own."
+        )
+    adapters = any(str(node.get("_target_")).endswith(".AdapterReward") for node in rewards.values())
+    if adapters and not stage.get("args"):
+        problems.append(
+            f"`reward=adapter` scores on the base of a policy that is trained, and `stage={stage.get('name')}` trains "
+            "none. Type `reward=model`, which loads the adapter with its base."
+        )
     return problems
 
 
