@@ -32,12 +32,12 @@ from rlhf_trl.evaluation.statistics import (
     paired_difference,
     repetition,
 )
-from rlhf_trl.evaluation.sweep_report import swept_keys
 from rlhf_trl.evaluation.tables import comparison_text
 from rlhf_trl.models import load_model, load_tokenizer
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.quiet import quiet
 from rlhf_trl.report.project import write_report
+from rlhf_trl.report.records import swept_keys
 from rlhf_trl.run import begin, end, fail, instantiate_data, project_dir, reward_functions
 
 

@@ -8,9 +8,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from rlhf_trl.evaluation.tables import WIDTH, duration, table
+from rlhf_trl.report.records import metric_names, swept_keys
 from rlhf_trl.report.sweep import write_sweep_report
-
-NOT_OF_INTEREST = ("_runtime", "_per_second", "epoch", "step")
 
 
 class SweepReport(Callback):
@@ -77,19 +76,6 @@ def report(jobs: list[dict]) -> str:
         f"Job {job['number']} failed: {job['message']}\n  {job['log']}" for job in jobs if job["status"] == "failed"
     ]
     return "\n".join([text, *failed])
-
-
-def swept_keys(jobs: list[dict]) -> list[str]:
-    """The overrides in which the jobs of a sweep differ; all of them where they don't."""
-    names = list(dict.fromkeys(name for job in jobs for name in job["overrides"]))
-    return [name for name in names if len({job["overrides"].get(name) for job in jobs}) > 1] or names
-
-
-def metric_names(jobs: list[dict]) -> list[str]:
-    """What the jobs of a sweep measured, the objective first."""
-    objectives = [job["objective"] for job in jobs if job["objective"]]
-    measured = [name for job in jobs for name in job["eval"] if not name.endswith(NOT_OF_INTEREST)]
-    return list(dict.fromkeys([*objectives[:1], *measured]))
 
 
 def _short(value: str) -> str:

@@ -193,6 +193,8 @@ def to_html(page: Page) -> str:
         lstrip_blocks=True,
     )
     environment.filters["prose"] = lambda text: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+    # Names of metrics are long, and may break behind a slash
+    environment.filters["breakable"] = lambda text: Markup(str(escape(text)).replace("/", "/<wbr>"))
     return _writable(environment.get_template("page.html.jinja").render(page=page))
 
 

@@ -84,7 +84,7 @@ def frontier(
         series (`Sequence[Series]`):
             Those with `line=False` are points.
         x_scale (`str`):
-            `linear`, or `sqrt` where the points crowd near 0.
+            `linear`, `log`, or `sqrt` where the points crowd near 0.
     """
 
     def draw(axes, small):
@@ -112,6 +112,12 @@ def frontier(
             axes.set_xscale(
                 "function", functions=(lambda v: np.sign(v) * np.sqrt(np.abs(v)), lambda v: np.sign(v) * np.square(v))
             )
+        elif x_scale == "log":
+            axes.set_xscale("log")
+            places = sorted({float(x) for one in series for x in one.x if x is not None})
+            if len(places) <= 8:  # the values of a sweep
+                axes.set_xticks(places, [f"{place:g}" for place in places])
+            axes.minorticks_off()
         axes.margins(x=0.06, y=0.12)
         _name(axes, x_label, y_label)
         _legend(axes)
@@ -244,44 +250,62 @@ def _legend(axes) -> None:
 
 
 def _labels(axes, points: list[tuple]) -> None:
-    """Names beside points, each on the first side where it meets no other name and no point."""
+    """Names beside points, each at the first place that is free of other names, points and lines, or the best one."""
     if not points:
         return
-    figure = axes.figure
-    figure.draw_without_rendering()
+    axes.figure.draw_without_rendering()  # places the axes
     inside, boxes = axes.get_window_extent(), []
-    centers = [axes.transData.transform((x, y)) for x, y, *_ in points]
+    centers = [tuple(axes.transData.transform((x, y))) for x, y, _ in points]
+    lines = [line.get_xydata() for line in axes.lines if line.get_linestyle() != "None" and len(line.get_xydata()) > 1]
+    passed = [point for line in lines for point in _along(axes.transData.transform(line))]
     for (x, y, text), center in zip(points, centers, strict=True):
         if not text:
             continue
-        best = None
-        for dx, dy, ha, va in SIDES:
-            note = axes.annotate(text, (x, y), xytext=(dx, dy), textcoords="offset points", ha=ha, va=va, fontsize=10)
-            box = note.get_window_extent()
-            bad = sum(box.overlaps(other) for other in boxes)
-            bad += sum(box.contains(*other) for other in centers if other is not center)
-            bad += 3 * (box.x1 > inside.x1 or box.x0 < inside.x0 or box.y1 > inside.y1 or box.y0 < inside.y0)
-            if best is None or bad < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (bad, note, box)
-            else:
-                note.remove()
-            if best[0] == 0:
-                break
-        boxes.append(best[2])
+
+        def note(place, x=x, y=y, text=text):
+            dx, dy, ha, va = place
+            options = {"xytext": (dx, dy), "textcoords": "offset points", "ha": ha, "va": va, "fontsize": 10}
+            return axes.annotate(text, (x, y), **options)
+
+        def trouble(place, center=center, note=note):
+            shown = note(place)
+            box = shown.get_window_extent()
+            shown.remove()
+            outside = box.x1 > inside.x1 or box.x0 < inside.x0 or box.y1 > inside.y1 or box.y0 < inside.y0
+            names = sum(box.overlaps(other) for other in boxes)
+            marks = sum(box.contains(*other) for other in centers if other != center)
+            crossed = any(box.contains(*point) for point in passed)
+            far = max(abs(place[0]), abs(place[1])) > 10
+            return 8 * outside + 6 * names + 4 * marks + 2 * crossed + far
+
+        found = note(min(SIDES, key=trouble))
+        boxes.append(found.get_window_extent())
 
 
-SIDES = (
-    (8, 0, "left", "center"),
-    (0, 8, "center", "bottom"),
-    (0, -8, "center", "top"),
-    (-8, 0, "right", "center"),
-    (7, 7, "left", "bottom"),
-    (7, -7, "left", "top"),
-    (-7, 7, "right", "bottom"),
-    (-7, -7, "right", "top"),
-)
+def _along(line: np.ndarray, step: float = 4.0) -> list[tuple[float, float]]:
+    """Points along a line, `step` pixels apart."""
+    found = []
+    for start, end in zip(line, line[1:], strict=False):
+        count = max(1, int(np.hypot(*(end - start)) / step))
+        found += [tuple(start + (end - start) * i / count) for i in range(count)]
+    return found
+
+
+# Where a name may stand, in points from its mark
+SIDES = [
+    (dx * far, dy * far, ha, va)
+    for far in (1, 2.4)
+    for dx, dy, ha, va in (
+        (8, 0, "left", "center"),
+        (0, 8, "center", "bottom"),
+        (0, -8, "center", "top"),
+        (-8, 0, "right", "center"),
+        (7, 7, "left", "bottom"),
+        (7, -7, "left", "top"),
+        (-7, 7, "right", "bottom"),
+        (-7, -7, "right", "top"),
+    )
+]
 
 
 def _svg(draw: Callable, title: str, wide: bool, height: float | None = None) -> str:

@@ -155,6 +155,9 @@ def _result(comparison: dict[str, Any], others: dict[str, dict]) -> str:
     if wins:
         gained += f", {_interval(wins, '{:.0%}')} wins"
     price = f" at a KL of {kl['mean']:.2f} nats a sequence" if kl else ""
+    if len(better) > 3:
+        first = f"{len(better)} of {len(others)} policies are better than {base} on {prompts:,} held-out prompts"
+        return f"{first}, {best} most: {gained}{price}."
     if better:
         who = "is" if len(better) == 1 else "are"
         first = f"{_names(better)} {who} better than {base} on {prompts:,} held-out prompts"
@@ -266,7 +269,8 @@ def frontier_blocks(comparison: dict[str, Any]) -> list:
                 line=False,
                 joined=True,
                 color=i,
-                labels=names,
+                # `ppo beta=0.1` of the sweep `ppo_sweep`, which the legend names
+                labels=[name.removeprefix(f"{family.removesuffix('_sweep')} ") for name in names],
             )
         )
     blocks: list = [

@@ -8,6 +8,10 @@ from typing import Any
 
 import yaml
 
+NOT_OF_INTEREST = ("_runtime", "_per_second", "epoch", "step", "num_tokens")
+# What a run pays with: the first of these that was measured, else its time
+COSTS = ("eval_objective/kl", "eval_kl")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -68,3 +72,16 @@ def read_runs(project_dir: Path) -> list[Run]:
 def read_json(path: Path) -> Any:
     """The content of a JSON file, `None` where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def swept_keys(jobs: list[dict]) -> list[str]:
+    """The overrides in which the jobs of a sweep differ; all of them where they don't."""
+    names = list(dict.fromkeys(name for job in jobs for name in job["overrides"]))
+    return [name for name in names if len({job["overrides"].get(name) for job in jobs}) > 1] or names
+
+
+def metric_names(jobs: list[dict]) -> list[str]:
+    """What the jobs of a sweep measured: the objective first, then what it is paid with."""
+    objectives = [job["objective"] for job in jobs if job["objective"]]
+    measured = list(dict.fromkeys(name for job in jobs for name in job["eval"] if not name.endswith(NOT_OF_INTEREST)))
+    return list(dict.fromkeys([*objectives[:1], *(name for name in COSTS if name in measured), *measured]))

@@ -9,10 +9,9 @@ from rlhf_trl.evaluation.tables import duration
 from rlhf_trl.report import plots
 from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, Table, Text, write_page
 from rlhf_trl.report.plots import Series
-from rlhf_trl.report.records import read_json, read_run
+from rlhf_trl.report.records import COSTS, metric_names, read_json, read_run, swept_keys
 
-# What a run pays with, the first that was measured; else its time
-COSTS = ("eval_objective/kl", "eval_kl")
+METRICS_SHOWN = 5  # beside the parameters; the others are a click away
 
 
 def write_sweep_report(folder: str | Path) -> Path:
@@ -22,8 +21,6 @@ def write_sweep_report(folder: str | Path) -> Path:
 
 def sweep_page(folder: Path) -> Page:
     """The page of a sweep."""
-    from rlhf_trl.evaluation.sweep_report import metric_names, swept_keys
-
     jobs = read_json(folder / "sweep.json") or []
     done = [job for job in jobs if job["status"] == "done"]
     failed = [job for job in jobs if job["status"] != "done"]
@@ -41,23 +38,14 @@ def sweep_page(folder: Path) -> Page:
         blocks += [_frontier(jobs, keys, objective, paid, costs, best), *_by_parameter(measured, keys, objective)]
     else:
         blocks.append(Gap("No job measured its objective."))
-    blocks.append(
-        Table(
-            ["job", *keys, "time", *metrics],
-            [
-                [
-                    job["number"],
-                    *(job["overrides"].get(key, "") for key in keys),
-                    duration(job["seconds"]) if job["status"] == "done" else job["status"],
-                    *(_shown(job["value"] if name == objective else job["eval"].get(name)) for name in metrics),
-                ]
-                for job in jobs
-            ],
-            "Parameters and metrics.",
-            marked=[i for i, is_best in enumerate(best) if is_best],
-            note=f"Marked: no other job is as good by `{objective}` for as little `{paid}`." if objective else "",
-        )
-    )
+    note = f"Marked: no other job is as good by `{objective}` for as little `{paid}`." if objective else ""
+    marked = [i for i, is_best in enumerate(best) if is_best]
+    rows = [_row(job, keys, metrics[:METRICS_SHOWN], objective) for job in jobs]
+    headers = ["job", *keys, "time", *metrics[:METRICS_SHOWN]]
+    blocks.append(Table(headers, rows, "Parameters and metrics.", marked=marked, note=note))
+    if metrics[METRICS_SHOWN:]:
+        rows = [_row(job, [], metrics[METRICS_SHOWN:], objective) for job in jobs]
+        blocks.append(Details("More metrics", [Table(["job", "time", *metrics[METRICS_SHOWN:]], rows, marked=marked)]))
     sections = [Section("Parameters against metrics", blocks)]
     if curves := _curves(folder, done, keys, objective):
         sections.append(Section("Training", curves))
@@ -76,6 +64,15 @@ def sweep_page(folder: Path) -> Page:
     )
 
 
+def _row(job: dict[str, Any], keys, metrics, objective) -> list:
+    return [
+        job["number"],
+        *(job["overrides"].get(key, "") for key in keys),
+        duration(job["seconds"]) if job["status"] == "done" else job["status"],
+        *(_shown(job["value"] if name == objective else job["eval"].get(name)) for name in metrics),
+    ]
+
+
 def _lead(measured, count, failed, keys, objective, lower, paid, best, jobs) -> str:
     if not measured:
         return f"None of the {count} jobs measured its objective. Look at what the failed ones say."
@@ -83,7 +80,7 @@ def _lead(measured, count, failed, keys, objective, lower, paid, best, jobs) -> 
     worth = [_label(job, keys) for job, is_best in zip(jobs, best, strict=True) if is_best]
     return (
         f"{'Lowest' if lower else 'Highest'} `{objective}`: {_shown(top['value'])} with {_label(top, keys)}. "
-        f"Worth a choice between `{objective}` and `{paid}`: {'; '.join(worth)}."
+        f"No other job is as good for as little `{paid}` as {'; '.join(worth)}."
         + (f" {failed} of {count} jobs failed." if failed else "")
     )
 
@@ -136,7 +133,8 @@ def _by_parameter(jobs, keys, objective) -> list[Figure]:
             continue
         if len(set(x)) > 1:
             series = [Series(objective, x, [job["value"] for job in jobs], line=False)]
-            drawn = plots.frontier(series, short, short, objective, wide=False)
+            scale = "log" if min(x) > 0 and max(x) / min(x) >= 8 else "linear"
+            drawn = plots.frontier(series, short, short, objective, x_scale=scale, wide=False)
             figures.append(Figure(drawn, f"`{objective}` by `{key}`."))
     return figures
 
