@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -24,7 +25,7 @@ from rlhf_trl.paths import resolve_path
 from rlhf_trl.reward_model import CALIBRATION_COMPLETIONS, ComparisonCollator, leads_of, reference_scores
 from rlhf_trl.rewards import ModelReward
 
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 64
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -85,48 +86,57 @@ def member_config(cfg: DictConfig, number: int, seed: int) -> DictConfig:
 
 
 def finish(cfg: DictConfig, folders: list[Path]) -> dict[str, float]:
-    """Scores held-out rows with all members and writes the ensemble's files, on rank 0; returns its metrics there."""
-    state, metrics = PartialState(), {}
+    """Scores the held-out rows with all members and writes the ensemble's files; returns its metrics."""
+    state, metrics, calibrate_on = PartialState(), {}, cfg.stage.args.calibrate_on
     if state.is_main_process:
         write_json(Path(cfg.run_dir, ENSEMBLE_FILE), {"members": [folder.name for folder in folders]})
-        dataset = run.load_data(cfg, load_tokenizer(str(folders[0])))
-        split = "eval" if "eval" in dataset else "train"
-        heads = head_names(dataset["train"])
-        several = heads is not None and len(heads) > 1
-        reward = ModelReward(cfg.run_dir, head_weights=dict.fromkeys(heads, 1.0) if several else None)
-        references, found = score(reward, dataset[split], cfg.stage.args.calibrate_on)
-        of_mean = calibration_of(
-            references.mean(dim=0), reward.heads, f"{cfg.stage.args.calibrate_on} completions of {split}"
-        )
+    state.wait_for_everyone()
+    dataset = run.load_data(cfg, load_tokenizer(str(folders[0])))
+    split = "eval" if "eval" in dataset else "train"
+    heads = head_names(dataset["train"]) or []
+    reward = ModelReward(cfg.run_dir, head_weights=dict.fromkeys(heads, 1.0) if len(heads) > 1 else None)
+    references, found = score(reward, dataset[split], calibrate_on)
+    if split == "eval":
+        metrics = mean_of([read_json(folder / METRICS_FILE)["eval"] for folder in folders])
+        if "eval_accuracy" in metrics:
+            metrics["eval_member_accuracy"] = metrics["eval_accuracy"]
+        metrics |= found
+    if state.is_main_process:
+        of_mean = calibration_of(references.mean(dim=0), reward.heads, f"{calibrate_on} completions of {split}")
         write_calibration(cfg.run_dir, of_mean | {"members": references.tolist()})
-        if split == "eval":
-            metrics = mean_of([read_json(folder / METRICS_FILE)["eval"] for folder in folders])
-            metrics |= {"eval_member_accuracy": metrics.get("eval_accuracy")} | found
-            write_metrics(cfg.run_dir, [metrics])
+        write_metrics(cfg.run_dir, [metrics] if metrics else [])
+        told = {
+            key: metrics[key]
+            for key in ("eval_accuracy", "eval_member_accuracy", "eval_disagreement")
+            if key in metrics
+        }
+        print(f"\nEnsemble of {len(folders)} in {cfg.run_dir}: " + ", ".join(f"{k} {v:.3f}" for k, v in told.items()))
     state.wait_for_everyone()
     return metrics
 
 
 def score(reward: ModelReward, dataset: Dataset, calibrate_on: str) -> tuple[Tensor, dict[str, float]]:
     """
-    What the members of an ensemble say of the rows of the reward stage.
+    What the members of an ensemble say of the rows of the reward stage, dealt to the ranks.
 
     Returns:
         their scores of reference answers, shape (members, n, heads), float64; and the metrics `eval_accuracy` and
         `eval_disagreement` of all rows.
     """
     collate = ComparisonCollator(reward.tokenizer.pad_token_id, head_names(dataset) or reward.heads)
-    references, leads, spread = [], [], []
-    for start in range(0, len(dataset), ROWS_AT_ONCE):
+    ranks, rank, parts = PartialState().num_processes, PartialState().process_index, []
+    for start in range(rank * ROWS_AT_ONCE, len(dataset), ranks * ROWS_AT_ONCE):
         rows = [dataset[i] for i in range(start, min(start + ROWS_AT_ONCE, len(dataset)))]
         inputs = collate(rows)
         scores = reward.head_scores([ids for row in rows for ids in row["completion_ids"]]).transpose(0, 1)
-        references.append(reference_scores(scores, inputs, calibrate_on))  # (n, members, heads)
-        leads.append(leads_of(scores.mean(dim=1), inputs))
-        spread.append(scores.std(dim=1).flatten())
-    references = torch.cat(references)[:CALIBRATION_COMPLETIONS].transpose(0, 1).double()
-    leads, metrics = torch.cat(leads), {"eval_disagreement": torch.cat(spread).mean().item()}
-    return references, metrics | ({"eval_accuracy": (leads > 0).float().mean().item()} if len(leads) else {})
+        leads, spread = leads_of(scores.mean(dim=1), inputs), scores.std(dim=1).flatten()
+        parts.append((start, reference_scores(scores, inputs, calibrate_on), leads, spread))  # (n, members, heads)
+    parts = sorted(gather_object(parts), key=lambda part: part[0])
+    references, leads, spread = (torch.cat(each) for each in list(zip(*parts, strict=True))[1:])
+    metrics = {"eval_disagreement": spread.mean().item()}
+    if len(leads):
+        metrics["eval_accuracy"] = (leads > 0).float().mean().item()
+    return references[:CALIBRATION_COMPLETIONS].transpose(0, 1).double(), metrics
 
 
 def mean_of(metrics: list[dict[str, float]]) -> dict[str, float]:

@@ -37,7 +37,7 @@ def show_plan(cfg: DictConfig) -> None:
     }
     if cfg.stage.get("members", 1) > 1:
         seeds = member_seeds(cfg)
-        lines["members"] = f"{len(seeds)}, one after another, each as below; seeds {seeds[0]} to {seeds[-1]}"
+        lines["members"] = f"{len(seeds)}, one after another, each as above; seeds {seeds[0]} to {seeds[-1]}"
     if "reward" in cfg:
         lines["rewards"] = ", ".join(f"{name} x {node.weight}" for name, node in cfg.reward.items())
     if hasattr(args, "critic"):

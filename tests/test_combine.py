@@ -198,6 +198,11 @@ def test_the_stages_read_the_group(compose, stage):
     [
         (["combine=threshold"], "`'combine.constraints={gold: 0.5}'`"),
         (["combine=threshold", "combine.constraints={gold: 1}"], "names all rewards"),
+        (["combine=threshold", "combine.constraints=gold"], "`combine.constraints` is 'gold' and must name rewards"),
+        (
+            ["combine=threshold", "reward=[demo,eos]", "combine.constraints={eos: 1}", "combine.floor=low"],
+            "`combine.floor` is 'low' and must be a number",
+        ),
         (["combine=threshold", "combine.constraints={glod: 1}"], "Did you mean `gold`"),
         (["combine=product", "reward_norm=running"], "`RunningNorm` brings about half of them below"),
         (

@@ -234,6 +234,54 @@ def test_a_resumed_ensemble_keeps_what_is_finished(train, runs, tmp_path):
     )
 
 
+class InterruptTheSecond(TrainerCallback):
+    """Ctrl-C in the second member's second step, once."""
+
+    trainings = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        InterruptTheSecond.trainings += 1
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if InterruptTheSecond.trainings == 2 and state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_stopped_ensemble_goes_on(train, runs, tmp_path):
+    options = (*MEMBERS, "stage.members=2", "model=hf", f"model.path={runs}/test/sft")
+    stop = "+callbacks.stop._target_=tests.test_ensemble.InterruptTheSecond"
+    with pytest.raises(SystemExit, match="130"):
+        train(tmp_path, *options, stop)
+    run_dir = Path(tmp_path, "test", "reward")
+    assert [read(folder, "run.json")["status"] for folder in (run_dir, run_dir / "member_1")] == ["stopped"] * 2
+    train(tmp_path, *options, stop, "resume=true")
+    assert read(run_dir, "run.json")["status"] == "done" and InterruptTheSecond.trainings == 3
+
+
+@pytest.mark.slow
+def test_two_ranks(runs, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    options = [
+        *MEMBERS,
+        "stage.members=2",
+        f"runs_dir={tmp_path}",
+        "data.max_samples=128",
+        "data.max_eval_samples=256",
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, *options], cwd=conf_dir().parent, env=env, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    run_dir = Path(tmp_path, "default", "reward")
+    calibration = read(run_dir, "calibration.json")
+    for i in range(2):  # all rows, each once and in order
+        own = read(run_dir / f"member_{i}", "calibration.json")
+        members = torch.tensor(calibration["members"][i], dtype=torch.float64)
+        assert len(members) == own["n"] == 512
+        assert members.mean().item() == pytest.approx(own["mean"], abs=1e-4)
+
+
 @pytest.mark.slow
 def test_killed_in_the_second_member(tmp_path):
     command = [sys.executable, "train.py", *MEMBERS, f"runs_dir={tmp_path}", "stage.args.max_steps=30"]
@@ -287,6 +335,14 @@ def test_one_member_is_a_reward_model(train, runs, tmp_path):
             "`critic.run=ensemble/member_0`",
         ),
         (["stage=ppo", "model.run=sft", "reward=model", "reward.model.run=ensemble"], None),
+        (
+            ["stage=ppo", "model.run=sft", "reward=model", "reward.model.run=single", "reward.model.ensemble=min"],
+            "`reward.model.ensemble` is `min`, and ",
+        ),
+        (
+            ["stage=ppo", "model.run=sft", "reward=model", "reward.model.run=ensemble", "reward.model.ensemble=max"],
+            "Use one of: mean, min, mean_minus_std",
+        ),
         (["stage=ppo", *LORA, "model.run=sft", "reward=adapter", "reward.adapter.run=ensemble"], None),
         (["stage=ppo", *LORA, "model.run=sft", "reward=model", "reward.model.run=ensemble/member_1"], None),
     ],

@@ -482,3 +482,14 @@ def test_a_file_in_the_format_of_rewardbench_gives_its_sections(compose, tmp_pat
     assert found["score"] is None and quality["raters"] is None and quality["gold"] is None
     said = capsys.readouterr().out
     assert "no `eval` split, so rewards are evaluated on all of its 12 rows" in said and "Reasoning" in said
+
+
+def test_a_trained_ensemble(compose, train, tmp_path):
+    few = ["stage.args.max_steps=2", "stage.args.eval_strategy='no'", "data.max_samples=64"]
+    train(tmp_path, "stage=reward", "adapter=lora", "adapter.peft.r=4", "stage.members=2", *few)
+    quality, _ = run(compose, tmp_path, "data.max_eval_samples=100")
+    entry = quality["rewards"]["model"]
+    found = entry["disagreement"]
+    assert len(found["members"]) == 2 and found["lead_std"] > 0
+    assert sum(part["n"] for part in found["slices"]) == quality["comparisons"]
+    assert entry["completions_without_score"] == 0

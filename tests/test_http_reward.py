@@ -206,6 +206,14 @@ def test_options_that_can_not_be_are_named(options, message):
         HttpReward(**({"url": "http://127.0.0.1:1/score"} | options))
 
 
+def test_options_are_looked_at_before_anything_loads(compose, tmp_path):
+    words = ["reward=http", "reward.http.url=localhost:8000", "reward.http.timeout=0", "reward.http.token_env=NO_SUCH"]
+    problems = find_problems(compose("stage=ppo", f"runs_dir={tmp_path}", *words))
+    assert [problem.split("`")[1] for problem in problems] == [
+        f"reward.http.{n}" for n in ("url", "timeout", "token_env")
+    ]
+
+
 def test_a_column_that_is_not_there_is_named():
     with pytest.raises(ConfigError, match="names `anser`, and the data has no such column .it has `answer`"):
         HttpReward("http://127.0.0.1:1", columns=["anser"])(**TEXTS, answer=["x", "y", "z"], trainer_state=None)
@@ -284,19 +292,17 @@ def test_trainers_learn_from_it_and_log_it(tmp_path, kind):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["reward=[demo,eos]"], "serves one reward, and `reward` has 2 (gold, eos)"),
         (
-            ["reward=[demo,vader]", "+data=demo", "+data.prompt=x"],
-            "serves one reward, and `reward` has 2 (gold, vader)",
-        ),
-        (
-            ["reward=adapter", "reward.adapter.run=null", "reward.adapter.path=demo:sft"],
-            "a server has none. Type `reward=model`",
+            ["reward=adapter", "reward.adapter.run=null", "reward.adapter.path=organization/name"],
+            "and `stage=serve_reward` trains none. Type `reward=model`",
         ),
     ],
 )
-def test_what_can_not_be_served_is_said(compose, tmp_path, words, message):
+def test_what_can_not_be_served_is_said(compose, tmp_path, monkeypatch, words, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     problems = find_problems(compose("stage=serve_reward", f"runs_dir={tmp_path}", *words))
-    assert any(message in problem for problem in problems), problems
+    assert len(problems) == 1 and message in problems[0], problems
 
 
 def test_a_port_that_is_taken_is_said(compose, tmp_path):

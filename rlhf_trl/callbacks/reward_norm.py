@@ -18,7 +18,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from trl.trainer.utils import nanstd
 
-from ..checks.combinations import combination_problem, normalizer_problem
+from ..checks.combinations import normalizer_problem
+from ..checks.rewards import combination_problem
 from ..data.tokens import prompt_ids, row_ids
 from ..errors import ConfigError
 from ..rewards.combine import weighted_sum

@@ -3,13 +3,12 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_trl.checks.places import model_folder
 from rlhf_trl.checks.values import at, read_json, section
-from rlhf_trl.hints import did_you_mean
 
 DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"  # what `accelerate launch` sets to "true"
 
@@ -30,11 +29,9 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
             "the same policy. Set `adapter.peft.lora_dropout=0`."
         )
     problems += _shared_base(values, args, peft)
-    problems += _ensemble(values, stage, peft)
     problems += _controller(values, str(stage.get("name")), args)
     if not str(at(values, "reward_norm._target_") or "RewardNorm").endswith(".RewardNorm"):
         problems += [problem] if (problem := normalizer_problem(args)) else []
-    problems += _combination(values, args)
     for name, least in (
         ("kl.target", "above 0"),
         ("kl.horizon", "above 0"),
@@ -69,7 +66,7 @@ def _shared_base(values: dict[str, Any], args: dict[str, Any], peft: Any) -> lis
     targets = [at(values, f"reward.{name}._target_") for name in section(values, "reward")]
     asked += ["reward=adapter"] if "rlhf_trl.rewards.AdapterReward" in targets else []
     problems = []
-    if asked and not peft:
+    if asked and not peft and args:
         problems.append(
             f"`{asked[0]}` is an adapter on the policy's frozen base, and `adapter=none` trains that base. Type "
             f"`adapter=lora` as well, or `{asked[0].split('=')[0]}=model`."
@@ -96,36 +93,6 @@ def _shared_base(values: dict[str, Any], args: dict[str, Any], peft: Any) -> lis
     return problems
 
 
-def _ensemble(values: dict[str, Any], stage: dict[str, Any], peft: Any) -> list[str]:
-    """Of an ensemble of reward models that is to be trained, and of a reward that is to be served."""
-    members, problems = stage.get("members", 1), []
-    if isinstance(members, bool) or not isinstance(members, int) or members < 1:
-        problems.append(f"`stage.members` is {members!r}. Set it to 1 (a single reward model) or more (an ensemble).")
-    elif members > 1 and not peft:
-        problems.append(
-            f"`stage.members={members}` trains adapters that share a base, and `adapter=none` trains that base. Type "
-            "`adapter=lora` as well."
-        )
-    elif members > 1 and values.get("merge"):
-        problems.append(
-            f"`merge=true` would write {members} full models. Leave it out; `stage=merge "
-            f"model.run={values.get('run_name')}/member_0` merges one."
-        )
-    if at(values, "stage.run._target_") == "rlhf_trl.serve.serve_reward":
-        rewards = {name: node for name, node in section(values, "reward").items() if isinstance(node, dict)}
-        if len(rewards) != 1:
-            problems.append(
-                f"`stage=serve_reward` serves one reward, and `reward` has {len(rewards)} "
-                f"({', '.join(rewards) or 'none'}). Start a server for each, with a `stage.port` of its own."
-            )
-        if any(str(node.get("_target_")).endswith(".AdapterReward") for node in rewards.values()):
-            problems.append(
-                "`reward=adapter` scores on a policy's base, and a server has none. Type `reward=model`, which loads "
-                "the adapter with its base."
-            )
-    return problems
-
-
 def _shards_parameters() -> bool:
     """What `accelerate launch` was told: its environment says so before anything is imported."""
     zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
@@ -149,51 +116,6 @@ def normalizer_problem(args: Mapping[str, Any]) -> str | None:
         f"A reward normalizer would be cancelled: `stage.args.{cause}` {what}. Set `stage.args.{way}`, or type "
         "`reward_norm=none`."
     )
-
-
-def _combination(values: dict[str, Any], args: dict[str, Any]) -> list[str]:
-    kind = str(at(values, "combine._target_") or "weighted_sum").rsplit(".", 1)[-1]
-    problems = []
-    if kind != "weighted_sum" and (problem := combination_problem(args)):
-        problems.append(problem)
-    if kind == "threshold":
-        names = [name for name, reward in section(values, "reward").items() if isinstance(reward, dict)]
-        problems += [problem] if (problem := threshold_problem(at(values, "combine.constraints"), names)) else []
-    normalizer = str(at(values, "reward_norm._target_") or "RewardNorm").rsplit(".", 1)[-1]
-    if kind == "product" and normalizer != "RewardNorm":
-        problems.append(
-            f"`combine=product` takes rewards of 0 or more, and `{normalizer}` brings about half of them below. Type "
-            "`reward_norm=none`, or another `combine`."
-        )
-    return problems
-
-
-def combination_problem(args: Mapping[str, Any]) -> str | None:
-    """What in a trainer's arguments leaves no single score to combine rewards to; `None` where nothing does."""
-    if args.get("multi_objective_aggregation") != "normalize_then_sum":
-        return None
-    return (
-        "`stage.args.multi_objective_aggregation=normalize_then_sum` normalizes every reward function over a prompt's "
-        "completions and sums them. Set it to `sum_then_normalize`, or type `combine=sum`."
-    )
-
-
-def threshold_problem(constraints: Mapping[str, float] | None, names: Sequence[str]) -> str | None:
-    """What is wrong with the constraints on rewards of these names, and what to type; `None` if nothing."""
-    example = f"Type for example `'combine.constraints={{{names[-1] if names else 'NAME'}: 0.5}}'`."
-    if not constraints:
-        return f"`combine=threshold` needs to know which rewards are constraints, and how high each must be. {example}"
-    for name, least in constraints.items():
-        if name not in names:
-            return f"`combine.constraints` names `{name}`, and there is no such reward. {did_you_mean(name, names)}"
-        if isinstance(least, bool) or not isinstance(least, int | float):
-            return f"`combine.constraints.{name}` is {least!r} and must be a number. {example}"
-    if len(constraints) == len(names):
-        return (
-            "`combine.constraints` names all rewards, so there is none that counts once they are satisfied. Add one "
-            "to `reward`, such as `'reward=[demo,format]'`, or take one out of `combine.constraints`."
-        )
-    return None
 
 
 def _controller(values: dict[str, Any], stage: str, args: dict[str, Any]) -> list[str]:

@@ -37,7 +37,7 @@ from rlhf_trl.models import load_tokenizer
 from rlhf_trl.quiet import quiet
 from rlhf_trl.report import write_page
 from rlhf_trl.report.reward_page import reward_page, reward_text
-from rlhf_trl.rewards import AdapterReward, ModelReward
+from rlhf_trl.rewards import ModelReward
 from rlhf_trl.run import begin, command, end, fail, instantiate_data, project_dir, reward_functions
 
 QUALITY_FILE = "reward_quality.json"
@@ -70,11 +70,6 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
     try:
         judged = read_judged(rows_of(instantiate_data(cfg)))
         rewards = reward_functions(cfg, tokenizer=None)
-        if any(isinstance(reward, AdapterReward) for reward in rewards):
-            raise ConfigError(
-                "`reward=adapter` scores on the base of a policy in training, and there is none here. Type "
-                "`reward=model`, which takes the same run or path."
-            )
         quality = measure(
             judged,
             rewards,

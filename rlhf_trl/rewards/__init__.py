@@ -23,13 +23,12 @@ from transformers import (
 )
 
 from ..calibration import read_calibration, weighted_calibration
+from ..checks.rewards import ensemble_problems
 from ..data.tokens import prompt_ids, row_ids
 from ..data.words import names_of
 from ..errors import ConfigError
 from .base import Reward
 from .http import HttpReward
-
-ENSEMBLES = ("mean", "min", "mean_minus_std")
 
 
 class FunctionReward(Reward):
@@ -416,15 +415,9 @@ def _ensemble_members(path: str | PreTrainedModel, name: str, ensemble: str, std
     from ..models import ensemble_members
 
     members = ensemble_members(path) if isinstance(path, str) else []
-    if ensemble not in ENSEMBLES:
-        raise ConfigError(f"`reward.{name}.ensemble` is {ensemble!r}. Use one of: {', '.join(ENSEMBLES)}.")
-    if ensemble != "mean" and not members:
-        raise ConfigError(
-            f"`reward.{name}.ensemble` is `{ensemble}`, and `{path}` is a single reward model. Leave it out, or train "
-            "an ensemble: `stage=reward adapter=lora stage.members=4`."
-        )
-    if std_coef < 0:
-        raise ConfigError(f"`reward.{name}.std_coef` is {std_coef}. Set it to 0 or more: disagreement is to cost.")
+    options = {"ensemble": ensemble, "std_coef": std_coef}
+    if problems := ensemble_problems(f"reward.{name}", options, single=None if members else str(path)):
+        raise ConfigError.join(problems)
     return members
 
 

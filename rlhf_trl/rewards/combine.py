@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..checks.combinations import threshold_problem
+from ..checks.rewards import threshold_problem
 from ..errors import ConfigError
 
 

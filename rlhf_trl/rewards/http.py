@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 from transformers import PreTrainedTokenizerBase
 
+from ..checks.rewards import http_problems
 from ..errors import ConfigError
 from .base import Reward
 
@@ -65,22 +66,9 @@ class HttpReward(Reward):
         name: str = "http",
     ):
         super().__init__(name, weight)
-        key = f"reward.{name}"
-        if not isinstance(url, str) or not url.startswith(("http://", "https://")):
-            raise ConfigError(f"`{key}.url` is {url!r}. Give the whole address: `{key}.url=http://HOST:PORT/score`.")
-        for option, value, least in (
-            ("timeout", timeout, "above 0"),
-            ("retries", retries, "0 or more"),
-            ("backoff", backoff, "0 or more"),
-            ("batch_size", batch_size, "1 or more"),
-        ):
-            if value < 0 or value == 0 and least != "0 or more":
-                raise ConfigError(f"`{key}.{option}` is {value}. Set it to {least}.".replace("to above", "above"))
-        if token_env is not None and token_env not in os.environ:
-            raise ConfigError(
-                f"`{key}.token_env` names the environment variable `{token_env}`, which is not set. Type "
-                f"`export {token_env}=...`, or `{key}.token_env=null`."
-            )
+        options = {"url": url, "timeout": timeout, "retries": retries, "backoff": backoff, "batch_size": batch_size}
+        if problems := http_problems(f"reward.{name}", options | {"token_env": token_env}):
+            raise ConfigError.join(problems)
         self.url, self.retries, self.backoff, self.batch_size = url, retries, backoff, batch_size
         self.timeout, self.columns = timeout, list(columns)
         headers = {} if token_env is None else {"Authorization": f"Bearer {os.environ[token_env]}"}
