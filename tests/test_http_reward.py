@@ -127,7 +127,7 @@ def test_a_token_is_sent_from_the_environment(monkeypatch):
     assert seen == ["Bearer secret"]
 
 
-def test_what_passes_is_tried_again(monkeypatch):
+def test_what_passes_is_tried_again(monkeypatch, caplog):
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
 
@@ -137,6 +137,8 @@ def test_what_passes_is_tried_again(monkeypatch):
     with answering(answer) as (url, requests):
         assert HttpReward(url, retries=3, backoff=0.5)(**TEXTS) == [1.0, 3.0, 0.0]
     assert len(requests) == 4 and waited == [0.5, 1.0, 2.0]
+    told = [record.message for record in caplog.records if record.name == "rlhf_trl.rewards.http"]
+    assert len(told) == 3 and "answered 503 Service Unavailable: 'busy'. Trying again in 0.5 s." in told[0]
 
 
 HTML = (200, "<html><body>Welcome to nginx!</body></html>", "text/html")

@@ -14,6 +14,7 @@ completion; and, if it likes, `"metrics": {"disagreement": 0.1}`, numbers about 
 
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -26,6 +27,8 @@ from transformers import PreTrainedTokenizerBase
 from ..checks.rewards import http_problems
 from ..errors import ConfigError
 from .base import Reward
+
+logger = logging.getLogger(__name__)
 
 # What may be another way in a moment: too many requests, and errors of the server or of a proxy in front of it
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
@@ -117,9 +120,12 @@ class HttpReward(Reward):
         return rewards
 
     def _post(self, content: dict[str, Any]) -> httpx.Response:
+        failure = way = ""
         for attempt in range(self.retries + 1):
             if attempt:
-                time.sleep(self.backoff * 2 ** (attempt - 1))
+                pause = self.backoff * 2 ** (attempt - 1)
+                logger.warning("The server of `%s` %s. Trying again in %g s.", self.__name__, failure, pause)
+                time.sleep(pause)
             try:
                 response = self._client.post(self.url, json=content)
             except httpx.TimeoutException:
