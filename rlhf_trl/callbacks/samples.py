@@ -30,6 +30,20 @@ def _content(content) -> str:
     return " ".join(part.get("text", f"[{part['type']}]") for part in content)
 
 
+# The trainers' deques have no counter. But each reward in them is an object of its own: identity tells new rows.
+def newest_row(trainer: Trainer) -> float | None:
+    """A mark of the newest row in `trainer._logs`, for [`rows_after`]; `None` where there is none yet."""
+    rewards = next(iter(trainer._logs["rewards"].values()), None)
+    return rewards[-1] if rewards else None
+
+
+def rows_after(trainer: Trainer, mark: float | None) -> list[int]:
+    """Indices of the rows of `trainer._logs` that came after the one marked by `mark`; all where it is gone."""
+    rewards = list(next(iter(trainer._logs["rewards"].values()), ()))
+    start = next((i + 1 for i, value in enumerate(rewards) if value is mark), 0)
+    return list(range(start, len(rewards)))
+
+
 class SampleLog(TrainerCallback):
     """
     Writes prompts, completions and rewards of the newest rollout at each log step, for trainers that generate.
@@ -64,17 +78,17 @@ class SampleLog(TrainerCallback):
             os.replace(partial, self.path)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._stepped = self._newest()
+        self._stepped = newest_row(self.trainer)
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self._stepped = self._newest()
+        self._stepped = newest_row(self.trainer)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
             return
         evaluation = any(key.startswith("eval_") for key in logs)
-        indices = self._after(self._stepped if evaluation else self._written)
-        self._written = self._newest()
+        indices = rows_after(self.trainer, self._stepped if evaluation else self._written)
+        self._written = newest_row(self.trainer)
         if not indices:
             return
         count = min(self.max_rows, len(indices))
@@ -87,16 +101,6 @@ class SampleLog(TrainerCallback):
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps({**where, **row}, ensure_ascii=False) + "\n" for row in rows)
         self._log_table([{**where, **row} for row in rows], state.global_step)
-
-    # The trainer's deques have no counter. But each reward in them is an object of its own: identity tells new rows.
-    def _newest(self):
-        rewards = next(iter(self.trainer._logs["rewards"].values()), None)
-        return rewards[-1] if rewards else None
-
-    def _after(self, mark) -> list[int]:
-        rewards = list(next(iter(self.trainer._logs["rewards"].values()), ()))
-        start = next((i + 1 for i, value in enumerate(rewards) if value is mark), 0)
-        return list(range(start, len(rewards)))
 
     def _row(self, index: int) -> dict:
         logs = self.trainer._logs
