@@ -111,6 +111,13 @@ def _drop(series: Series, stem: str, score: Sequence[str]) -> float | None:
     return (means[best] - means[-1]) / std
 
 
+def _explained(series: Series) -> float | None:
+    std, scores = series.recent(*SCORE_STD), series.recent(*SCORE)
+    # Of a constant reward there is nothing to explain
+    constant = std is not None and scores is not None and std <= 1e-6 * max(1.0, abs(scores))
+    return None if constant else series.recent("value/explained_variance")
+
+
 def _fall(series: Series) -> float | None:
     rise, std = series.rise(*SCORE), series.recent(*SCORE_STD)
     if rise is None or std is None:
@@ -189,7 +196,7 @@ SIGNS: dict[str, Sign] = {
         _entropy,
         "the policy's entropy is {value:.0%} of what it was",
         "Raise `stage.args.beta` or `+stage.args.entropy_coef`, or lower `stage.args.learning_rate`",
-        {"note": 0.5, "warn": 0.25, "stop": None},
+        {"note": 0.3, "warn": 0.15, "stop": None},
         falls=True,
     ),
     "clip_fraction": Sign(
@@ -199,7 +206,7 @@ SIGNS: dict[str, Sign] = {
         {"note": 0.3, "warn": 0.5, "stop": None},
     ),
     "critic_blind": Sign(
-        lambda series: series.recent("value/explained_variance"),
+        _explained,
         "the critic explains {value:.0%} of the returns' variance",
         "Raise `stage.args.critic_learning_rate` or `stage.args.cliprange_value`, or start it from the reward model "
         "(`critic=model critic.run=reward`)",
@@ -215,7 +222,7 @@ SIGNS: dict[str, Sign] = {
     "reward_falling": Sign(
         _fall,
         "the reward is {value:.2g} standard deviations below its start",
-        "Lower `stage.args.learning_rate`; see what `kl_high` and `critic_blind` say",
+        "Lower `stage.args.learning_rate`",
         {"note": 0.3, "warn": 0.6, "stop": None},
     ),
     "reward_flat": Sign(
@@ -226,7 +233,7 @@ SIGNS: dict[str, Sign] = {
     ),
     "length_drift": Sign(
         _length,
-        "completions are {value:.2g} times as long or as short as they were",
+        "completions have become {value:.2g} times as long, or as short, as they were",
         "Set `stage.args.length_penalty` (ppo), mend a reward that pays for length, or raise `stage.args.beta`",
         {"note": 1.6, "warn": 2.0, "stop": None},
     ),

@@ -155,6 +155,7 @@ class HealthMonitor(SaveAndStop):
 
     def _end(self, state: TrainerState, control: TrainerControl) -> None:
         if any_rank(self.reason is not None, self.trainer.args.device) and self.stopped_at is None:
+            self.reason = self.reason or "Health monitor: another rank saw the sign; its log has it."
             self.stop(state.global_step, control)
             self._say(
                 state, f"health: training stops here, with a checkpoint of step {state.global_step}. {self.reason}"

@@ -41,6 +41,11 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
         ("kl.guard", "above 0"),
         ("health.baseline", "above 0"),
         ("health.window", "above 0"),
+        ("stage.n", "above 0"),
+        ("stage.max_prompts", "above 0"),
+        ("stage.batch_size", "above 0"),
+        ("stage.max_completion_length", "above 0"),
+        ("stage.temperature", "0 or more"),
         ("reward_norm.clip", "above 0"),
         ("reward_norm.std", "above 0"),
     ):

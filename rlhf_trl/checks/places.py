@@ -9,7 +9,7 @@ from rlhf_trl.checks.values import at, nodes, read_json, section
 from rlhf_trl.data.read import resolve_paths
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest
-from rlhf_trl.paths import DEMO, PACKAGE, run_command
+from rlhf_trl.paths import DEMO, PACKAGE, named_policies, run_command
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 
@@ -30,7 +30,7 @@ def model_problems(values: dict[str, Any]) -> list[str]:
         problems += _model("critic", critic, values, "SEQ_CLS")
         if at(values, "stage.args.critic") == "adapter":
             problems += _no_adapter("critic", "critic=model", model_folder(critic, values))
-    for name, place in section(values, "stage.policies").items():
+    for name, place in named_policies(at(values, "stage.policies") or {}).items():
         if isinstance(place, str) and not re.search("[/:.~]", place) and not Path(place).is_dir():
             problems += _earlier_run(f"stage.policies.{name}", place, values)
     return problems
