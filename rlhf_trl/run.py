@@ -293,9 +293,9 @@ def reward_functions(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> lis
 
 def callbacks(cfg: DictConfig, trainer: Trainer) -> Iterator[TrainerCallback]:
     """What watches and steers the run: always the record and the progress line, and what the config names."""
-    for group in ("kl", "reward_norm", "health"):
-        if cfg.get(group):  # health=none is empty
-            yield instantiate(cfg[group])(trainer=trainer)
+    for node in (cfg.get("kl"), cfg.get("reward_norm"), cfg.get("health"), cfg.logger.get("callback")):
+        if node:  # health=none is empty
+            yield instantiate(node)(trainer=trainer)
     for node in cfg.callbacks.values():
         callback = instantiate(node)
         yield callback(trainer=trainer) if isinstance(callback, functools.partial) else callback

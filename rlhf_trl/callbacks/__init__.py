@@ -25,6 +25,22 @@ def steps_per_rollout(args: TrainingArguments) -> int:
     return math.lcm(micro_batches, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
 
 
+def progress_counts(args: TrainingArguments, step: int) -> dict[str, int]:
+    """
+    How far a run is at an optimizer step, for the x-axis of its metrics.
+
+    Returns:
+        `dict[str, int]`: `train/global_step`; for trainers that generate also `train/rollout` and `train/episodes`,
+        the rollouts begun so far and their completions.
+    """
+    counts = {"train/global_step": step}
+    if hasattr(args, "steps_per_generation"):
+        micro_batches = step * args.gradient_accumulation_steps
+        counts["train/rollout"] = math.ceil(micro_batches / (args.steps_per_generation * args.num_iterations))
+        counts["train/episodes"] = counts["train/rollout"] * args.generation_batch_size
+    return counts
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set on any rank. All ranks have to call it, and get the same answer."""
     if not torch.distributed.is_initialized():

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
-from rlhf_trl.callbacks import steps_per_rollout
+from rlhf_trl.callbacks import progress_counts, steps_per_rollout
 
 SAMPLES_FILE = "samples.jsonl"
 
@@ -100,7 +100,7 @@ class SampleLog(TrainerCallback):
         }
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps({**where, **row}, ensure_ascii=False) + "\n" for row in rows)
-        self._log_table([{**where, **row} for row in rows], state.global_step)
+        self._log_table([{**where, **row} for row in rows], progress_counts(args, state.global_step))
 
     def _row(self, index: int) -> dict:
         logs = self.trainer._logs
@@ -111,17 +111,17 @@ class SampleLog(TrainerCallback):
             "rewards": {name: _rounded(value) for name, value in rewards.items()},
         }
 
-    def _log_table(self, rows: list[dict], step: int) -> None:
+    def _log_table(self, rows: list[dict], counts: dict[str, int]) -> None:
         flat = [{**{k: v for k, v in row.items() if k != "rewards"}, **row["rewards"]} for row in rows]
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, WandbCallback):
-                self._log_wandb(flat, step)
+                self._log_wandb(flat, counts)
             elif isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 lines = ["|" + "|".join(flat[0]) + "|", "|" + "---|" * len(flat[0])]
                 lines += ["|" + "|".join(_cell(value) for value in row.values()) + "|" for row in flat]
-                callback.tb_writer.add_text("samples", "\n".join(lines), step)
+                callback.tb_writer.add_text("samples", "\n".join(lines), counts["train/global_step"])
 
-    def _log_wandb(self, rows: list[dict], step: int) -> None:
+    def _log_wandb(self, rows: list[dict], counts: dict[str, int]) -> None:
         import wandb
 
         if wandb.run is None:
@@ -131,7 +131,7 @@ class SampleLog(TrainerCallback):
             self._table = wandb.Table(columns=list(rows[0]), log_mode="INCREMENTAL")
         for row in rows:
             self._table.add_data(*row.values())
-        wandb.log({"samples": self._table, "train/global_step": step})
+        wandb.log({"samples": self._table, **counts})
 
 
 def _rounded(value: float) -> float | None:
