@@ -48,6 +48,10 @@ class Series:
         """Those of the first of `names` that was logged."""
         return next((self._values[name] for name in names if name in self._values), [])
 
+    def stems(self, start: str, end: str) -> list[str]:
+        """Names that begin with `start` and end with `end`, without that end."""
+        return [name.removesuffix(end) for name in self._values if name.startswith(start) and name.endswith(end)]
+
     def recent(self, *names: str) -> float | None:
         """Mean of the newest `window` values, `None` until there are as many besides the baseline."""
         values = self.values(*names)
@@ -88,19 +92,24 @@ def _entropy(series: Series) -> float | None:
 
 
 def _over_optimization(series: Series) -> float | None:
-    drops = [
-        _drop(series, f"{prefix}{name}", [f"{prefix}{score}" for score in SCORE])
-        for prefix in ("", "eval_")
-        for name in [f"rewards/{watched}" for watched in series.watched]
-    ]
+    drops = []
+    for prefix in ("", "eval_"):
+        scores = series.values(*(f"{prefix}{name}" for name in SCORE))
+        for name in series.watched:
+            stem = f"{prefix}rewards/{name}"
+            drops.append(_drop(series, series.values(f"{stem}/mean"), f"{stem}/std", scores))
+        for stem in series.stems(f"{prefix}rewards/", "/disagreement"):
+            means, spread = series.values(f"{stem}/mean"), series.values(f"{stem}/disagreement")
+            count = min(len(means), len(spread))
+            least = [m - s for m, s in zip(means[-count:], spread[-count:], strict=True)] if count else []
+            drops.append(_drop(series, least, f"{stem}/std", scores))
     return max((drop for drop in drops if drop is not None), default=None)
 
 
-def _drop(series: Series, stem: str, score: Sequence[str]) -> float | None:
+def _drop(series: Series, watched: Sequence[float], std: str, scores: Sequence[float]) -> float | None:
     """By how many of its standard deviations a watched reward is below its best, if the score has risen since."""
-    watched, std, scores = series.values(f"{stem}/mean"), series.recent(f"{stem}/std"), series.values(*score)
-    count, window = min(len(watched), len(scores)), series.window
-    if not std or count < series.baseline + window:
+    spread, count, window = series.recent(std), min(len(watched), len(scores)), series.window
+    if not spread or count < series.baseline + window:
         return None
     # Both are logged together: the newest values belong to the same log steps
     watched, scores = watched[-count:], scores[-count:]
@@ -108,7 +117,7 @@ def _drop(series: Series, stem: str, score: Sequence[str]) -> float | None:
     best = max(range(len(means)), key=means.__getitem__)
     if fmean(scores[-window:]) <= fmean(scores[best : best + window]):
         return 0.0
-    return (means[best] - means[-1]) / std
+    return (means[best] - means[-1]) / spread
 
 
 def _explained(series: Series) -> float | None:
@@ -215,7 +224,8 @@ SIGNS: dict[str, Sign] = {
     ),
     "over_optimization": Sign(
         _over_optimization,
-        "the reward rises, and a reward that is only watched is {value:.2g} standard deviations below its best",
+        "the reward rises, and a watched reward (or an ensemble's lower end) is {value:.2g} standard deviations below "
+        "its best",
         "Raise `stage.args.beta`, stop earlier, or train the reward model on this policy's completions",
         {"note": 0.3, "warn": 0.6, "stop": None},
     ),

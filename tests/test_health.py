@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,6 +156,14 @@ def test_over_optimization_needs_a_reward_that_rises():
     assert judged(falling)[-1]["over_optimization"].level == 2
     both = [entry | {"objective/scores": -0.5 * t} for t, entry in enumerate(falling)]
     assert judged(both)[-1]["over_optimization"].level == 0
+    # An ensemble whose members part as its mean rises: their mean less their disagreement goes down
+    parting = [
+        entry | {"rewards/model/mean": 1 + 0.1 * t, "rewards/model/std": 2.0, "rewards/model/disagreement": 0.4 * t}
+        for t, entry in enumerate(healthy("ppo"))
+    ]
+    assert judged(parting)[-1]["over_optimization"].level == 2
+    agreeing = [entry | {"rewards/model/disagreement": 0.2} for entry in parting]
+    assert judged(agreeing)[-1]["over_optimization"].level == 0
     # Of held-out prompts alike
     held_out = [{f"eval_{name}": value for name, value in entry.items()} for entry in falling]
     assert judged(held_out)[-1]["over_optimization"].level == 2
@@ -433,3 +444,61 @@ def test_a_short_run_says_that_it_is_short(path, tmp_path, capsys):
 
 def test_the_yaml_lists_every_sign():
     assert OmegaConf.load(conf_dir() / "health/monitor.yaml").signs.keys() == SIGNS.keys()
+
+
+RANKS = """
+import json
+import pathlib
+import sys
+from rlhf_trl.callbacks.health import HealthMonitor
+from tests.helpers.rl import rl_trainer
+from tests.test_ppo_update import prompts
+
+path, out = sys.argv[1], pathlib.Path(sys.argv[2])
+found = {}
+for kind in ("ppo", "grpo"):
+    trainer = rl_trainer(kind, path, out / kind, data=prompts(32), per_device_train_batch_size=4, learning_rate=1e-2)
+    limits = {"reward_flat": {"note": 0.0, "warn": None, "stop": None}}
+    monitor = HealthMonitor(trainer, signs=limits, baseline=1, window=1)
+    trainer.add_callback(monitor)
+    rank, measured, look = trainer.accelerator.process_index, [], monitor.on_pre_optimizer_step
+    measure = monitor._measure
+
+    def both(rows):
+        measured.append(rows)
+        measure(rows)
+
+    def spoil(args, state, control, model=None, **kwargs):
+        # The third step's gradients are NaN, and one rank alone sees it
+        if state.global_step == 2 and rank == 1:
+            next(model.parameters()).grad.fill_(float("nan"))
+        look(args, state, control, model=model, **kwargs)
+
+    monitor._measure, monitor.on_pre_optimizer_step = both, spoil
+    trainer.train()
+    key = "completions/similarity"
+    found[kind] = {
+        "step": trainer.state.global_step, "reason": monitor.reason, "rows": [len(rows) for rows in measured],
+        "values": [entry[key] for entry in trainer.state.log_history if key in entry],
+        "weights": [parameter.sum().item() for parameter in trainer.model.parameters()],
+    }
+pathlib.Path(out, f"found_{rank}.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_see_the_same_and_stop_together(path, tmp_path):
+    (tmp_path / "script.py").write_text(RANKS)
+    root = Path(__file__).parents[1]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(tmp_path / "script.py"), path, str(tmp_path)]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / f"found_{rank}.json").read_text()) for rank in (0, 1))
+    for kind in ("ppo", "grpo"):
+        assert one[kind] == two[kind] and one[kind]["step"] == 3
+        assert one[kind]["rows"] == [8] * 3 and len(one[kind]["values"]) == 3  # those of both ranks
+        assert one[kind]["reason"].startswith("Health monitor: nan")
+        assert all(math.isfinite(value) for value in one[kind]["weights"])
+    assert done.stdout.count("training stops here") == 2  # a line of each trainer, by one rank

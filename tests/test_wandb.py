@@ -123,10 +123,8 @@ def test_a_run_of_a_sweep_has_its_group_a_summary_and_its_model(train, tmp_path)
     assert found["summary"]["objective"] == pytest.approx(objective)
     assert found["summary"]["objective_name"] == "eval_reward"
     assert found["summary"]["health/worst"] >= 1 and "eos_missing" in found["summary"]["health/signs"]
-    (artifact,) = found["artifacts"]
-    assert (
-        artifact.type == "model" and artifact.name == "model-test-grpo_sweep-3" and list(artifact.aliases) == ["final"]
-    )
+    (artifact,) = [artifact for artifact in found["artifacts"] if artifact.type == "model"]  # others are of the table
+    assert artifact.name == "model-test-grpo_sweep-3" and "final" in artifact.aliases
     kept = {entry.path for entry in artifact.manifest.contents}
     assert {"model.safetensors", "config.json", "tokenizer.json", "config.yaml", "metrics.json"} <= kept
     assert not any("checkpoint" in name or "critic" in name or "log" in name for name in kept)

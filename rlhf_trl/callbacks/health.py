@@ -69,7 +69,6 @@ class HealthMonitor(SaveAndStop):
         self._seen = newest_row(trainer)
         self._nonfinite = 0  # updates
         self._told: dict[str, int] = {}  # highest level of each sign that was explained
-        self._first = True
 
     # ---- What a rollout tells ----
 
