@@ -6,12 +6,31 @@ configuration can name any of them. The trainer's `report_to` adds the callback 
 """
 
 import importlib.util
+import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from rlhf_trl.callbacks.record import METRICS_FILE
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.signs import signs_seen
+
+# What plain transformers or peft load, and what says how it came about; no checkpoints, no critic
+MODEL_FILES = (
+    "model*.safetensors",
+    "adapter_model.safetensors",
+    "*config.json",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "*.jinja",
+    "calibration.json",
+    "config.yaml",
+    "metrics.json",
+)
 
 
 def is_first_rank() -> bool:
@@ -56,28 +75,36 @@ def wandb(
     group: str | None = None,
     tags: Sequence[str] = (),
     entity: str | None = None,
+    log_model: bool = False,
 ) -> Iterator[None]:
     """
-    A Weights & Biases run, which `transformers.integrations.WandbCallback` and the sample table then write to.
+    A Weights & Biases run, which `rlhf_trl.callbacks.sections.WandbSections`, the sample table and [`log_images`] then
+    write to.
 
     Needs no account: it is kept in `<run_dir>/wandb` unless `WANDB_MODE=online` is set. A resumed run goes on under
     its old id. Ranks other than the first do nothing.
+
+    At its end the summary gets what runs can be sorted by: `objective` (the last value of the metric that a sweep
+    gets back) with `objective_name`, `health/worst` (0 to 3) and `health/signs`.
 
     Args:
         run_dir (`str`):
             Directory of the run.
         name (`str`):
-            Name of the run.
+            Name of the run, `project/run_name`.
         config (`dict`):
             The resolved config.
         project (`str`):
             W&B project.
         group (`str`, *optional*):
-            What the run is shown together with, such as the stages of one pipeline.
+            What the run is shown together with; by default what its name begins with: the project (`demo` of
+            `demo/ppo`), or the sweep (`demo/ppo_sweep` of `demo/ppo_sweep/3`). The stage is its job type.
         tags (`Sequence[str]`, *optional*):
             Labels to filter by.
         entity (`str`, *optional*):
             W&B user or team; the account's default if unset.
+        log_model (`bool`):
+            Whether the model of the finished run is kept as an artifact: what plain `transformers` or `peft` load.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if W&B is not installed.
@@ -96,7 +123,8 @@ def wandb(
         dir=run_dir,
         project=project,
         name=name,
-        group=group,
+        group=group or name.rpartition("/")[0] or None,
+        job_type=config.get("stage", {}).get("name"),
         tags=list(tags),
         entity=entity,
         config=config,
@@ -111,9 +139,71 @@ def wandb(
         # Tables wait there for their upload: in the run's directory and not in the user's home
         with _environment("WANDB_DATA_DIR", str(Path(run_dir, "wandb").absolute())):
             yield
+            for key, value in summary_of(run_dir, config.get("objective")).items():
+                run.summary[key] = value
+            if log_model:
+                log_model_artifact(run, run_dir, name)
         failed = False
     finally:
         wandb.finish(exit_code=int(failed))
+
+
+def summary_of(run_dir: str, objective: str | None) -> dict[str, float | str]:
+    """
+    What a run that has written its `metrics.json` can be sorted by.
+
+    Args:
+        run_dir (`str`): directory of the run. objective (`str`, *optional*): name of the metric that counts.
+    """
+    path = Path(run_dir, METRICS_FILE)
+    if not path.exists():
+        return {}
+    history = json.loads(path.read_text(encoding="utf-8"))["history"]
+    found = {}
+    values = [entry[objective] for entry in history if entry.get(objective) is not None]
+    if values:
+        found = {"objective": values[-1], "objective_name": objective}
+    if any("health/level" in entry for entry in history):
+        seen = signs_seen(history)
+        found["health/worst"] = max((sign.level for sign in seen), default=0)
+        found["health/signs"] = " ".join(sign.sign for sign in seen)
+    return found
+
+
+def log_model_artifact(run, run_dir: str, name: str) -> None:
+    """Keeps the model in `run_dir`, if a finished one is there, as an artifact of a W&B run."""
+    import wandb
+
+    files = [path for pattern in MODEL_FILES for path in sorted(Path(run_dir).glob(pattern)) if path.is_file()]
+    if not any(path.suffix == ".safetensors" for path in files):
+        return  # a run that was stopped has checkpoints only
+    artifact = wandb.Artifact(re.sub(r"[^\w.-]+", "-", f"model-{name}"), type="model", metadata={"run_dir": run_dir})
+    for path in files:
+        artifact.add_file(str(path))
+    run.log_artifact(artifact, aliases=["final"])
+
+
+def log_images(images: Mapping[str, Any]) -> None:
+    """
+    Shows figures in the W&B run that is under way; does nothing where there is none.
+
+    Args:
+        images (`dict`):
+            `{name: figure}`: an SVG as text (`<svg ...`), the path of an image, or anything that `wandb.Image` takes
+            (a Matplotlib figure, a PIL image, an array). A name with a slash stands in the section before it.
+    """
+    wandb = sys.modules.get("wandb")
+    if wandb is None or wandb.run is None or not images:
+        return
+    wandb.log({name: _image(wandb, figure) for name, figure in images.items()})
+
+
+def _image(wandb, figure):
+    if isinstance(figure, Path):
+        figure = figure.read_text(encoding="utf-8") if figure.suffix == ".svg" else str(figure)
+    if isinstance(figure, str) and "<svg" in figure:
+        return wandb.Html(figure, inject=False)  # wandb.Image knows pixels only
+    return wandb.Image(figure)
 
 
 def earlier_id(run_dir: str) -> str | None:

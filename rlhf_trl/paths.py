@@ -1,6 +1,7 @@
 """Where a model is: the embedded checkpoints, earlier runs, local folders and the hub. Imports nothing heavy."""
 
 import json
+import re
 from pathlib import Path
 
 from rlhf_trl.errors import ConfigError
@@ -42,6 +43,21 @@ def resolve_path(path: str | None, run: str | None, project_dir: str) -> str:
     if path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise ConfigError(f"The model folder `{path}` doesn't exist. Give an existing folder or a hub id.")
     return path
+
+
+def find_policy(place: str, project_dir: str) -> str:
+    """The folder or hub id of a policy: a run of the project where there is one of that name, else a path."""
+    is_run = Path(project_dir, place, "run.json").exists() or not any(sign in place for sign in "/:.~")
+    return resolve_path(place, place if is_run and not Path(place).is_dir() else None, project_dir)
+
+
+def named_policies(policies: dict[str, str] | list[str]) -> dict[str, str]:
+    """Name and place of policies; of a mere list the names are the places' own, `ppo` of `ppo` and of `runs/x/ppo`."""
+    if isinstance(policies, dict):
+        return policies
+    short = [re.split("[/:]", str(place).rstrip("/"))[-1] for place in policies]
+    unique = len(set(short)) == len(short)
+    return {name if unique else str(place): str(place) for name, place in zip(short, policies, strict=True)}
 
 
 def _finished_run(run: str, project_dir: str) -> str:

@@ -33,8 +33,8 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 
 from rlhf_trl.adapters import fingerprint
+from rlhf_trl.callbacks import SaveAndStop
 from rlhf_trl.callbacks.interrupt import Interrupt
-from rlhf_trl.callbacks.kl import FixedKL
 from rlhf_trl.callbacks.progress import ProgressLine
 from rlhf_trl.callbacks.record import (
     RunRecord,
@@ -96,9 +96,10 @@ def train(cfg: DictConfig) -> float | None:
         interrupt.restore()
         fail(cfg, error)
         raise
-    # A guard's stop is an end the user asked for: the run is done, and its record says why so early
-    reasons = [callback.reason for callback in trainer.callback_handler.callbacks if isinstance(callback, FixedKL)]
-    end(cfg, "stopped" if interrupt.interrupted else "done", **({"reason": reasons[0]} if any(reasons) else {}))
+    # A stop by the KL guard or the health monitor is an end the user asked for: the run is done, its record says why
+    reasons = [callback.reason for callback in trainer.callback_handler.callbacks if isinstance(callback, SaveAndStop)]
+    reasons = [reason for reason in reasons if reason]
+    end(cfg, "stopped" if interrupt.interrupted else "done", **({"reason": reasons[0]} if reasons else {}))
     if interrupt.interrupted:
         raise SystemExit(130)  # as a shell says that Ctrl-C ended a command
     return metrics.get(cfg.objective)
@@ -293,10 +294,11 @@ def reward_functions(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> lis
 
 def callbacks(cfg: DictConfig, trainer: Trainer) -> Iterator[TrainerCallback]:
     """What watches and steers the run: always the record and the progress line, and what the config names."""
-    if "kl" in cfg:
-        yield instantiate(cfg.kl)(trainer=trainer)
     if "reward_norm" in cfg:
         yield instantiate(cfg.reward_norm)(trainer=trainer, combine=instantiate(cfg.combine))
+    for node in (cfg.get("kl"), cfg.get("health"), cfg.logger.get("callback")):
+        if node:  # health=none is empty
+            yield instantiate(node)(trainer=trainer)
     for node in cfg.callbacks.values():
         callback = instantiate(node)
         yield callback(trainer=trainer) if isinstance(callback, functools.partial) else callback

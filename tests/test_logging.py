@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from rlhf_trl.callbacks.samples import SAMPLES_FILE
+from rlhf_trl.callbacks.sections import WandbSections
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.loggers import earlier_id, no_logger, tensorboard, wandb
 from tests.helpers.wandb_file import read_run
@@ -128,4 +129,6 @@ def test_logger_options_name_real_targets(name):
     context = instantiate(root.logger.run)
     assert context.func in (no_logger, wandb, tensorboard)
     if name == "wandb":
-        assert context.keywords == {"project": "rlhf_trl", "group": "demo", "tags": ["sft"], "entity": None}
+        own = {"project": "rlhf_trl", "group": None, "tags": ["sft"], "entity": None, "log_model": False}
+        assert context.keywords == own
+        assert instantiate(root.logger.callback).func is WandbSections

@@ -75,9 +75,8 @@ def sft_lora(train, tmp_path_factory) -> Path:
 def test_a_stage_composes_and_trl_takes_its_arguments(compose, tmp_path, stage):
     cfg = compose(f"stage={stage}", f"runs_dir={tmp_path}")
     groups = {"model", "data", "adapter", "logger"}
-    groups |= (
-        {"reward", "reward_norm", "combine", "kl"} if stage in RL else set()
-    )  # critic=head has no node of its own
+    rl = {"reward", "reward_norm", "combine", "kl", "health"}
+    groups |= rl if stage in RL else set()  # critic=head has no node of its own
     assert groups == {key for key in cfg if isinstance(cfg[key], dict | type(cfg))} - {"stage", "callbacks"}
     assert cfg.run_dir == f"{tmp_path}/default/{stage}" and cfg.objective == cfg.stage.objective
     args = training_arguments(cfg.stage.args)
@@ -91,7 +90,7 @@ def test_a_stages_arguments_are_fields_of_its_dataclass(compose, stage):
     assert set(args) - {"_target_", "_convert_"} <= fields
 
 
-@pytest.mark.parametrize("option", ["reward=demo", "kl=fixed", "reward_norm=none"])
+@pytest.mark.parametrize("option", ["reward=demo", "kl=fixed", "reward_norm=none", "health=none"])
 def test_an_option_that_a_stage_does_not_read_is_refused(compose, option):
     with pytest.raises(ConfigCompositionException, match=option.split("=")[0]):
         compose("stage=sft", option)

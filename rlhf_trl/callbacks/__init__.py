@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainingArguments
 
 
@@ -24,14 +25,45 @@ def steps_per_rollout(args: TrainingArguments) -> int:
     return math.lcm(micro_batches, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
 
 
-class SaveAndStop(TrainerCallback):
-    """A callback that can end the training after the step it is at, with a checkpoint whatever `save_strategy` is."""
+def progress_counts(args: TrainingArguments, step: int) -> dict[str, int]:
+    """
+    How far a run is at an optimizer step, for the x-axis of its metrics.
 
+    Returns:
+        `dict[str, int]`: `train/global_step`; for trainers that generate also `train/rollout` and `train/episodes`,
+        the rollouts begun so far and their completions.
+    """
+    counts = {"train/global_step": step}
+    if hasattr(args, "steps_per_generation"):
+        micro_batches = step * args.gradient_accumulation_steps
+        counts["train/rollout"] = math.ceil(micro_batches / (args.steps_per_generation * args.num_iterations))
+        counts["train/episodes"] = counts["train/rollout"] * args.generation_batch_size
+    return counts
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any rank. All ranks have to call it, and get the same answer."""
+    if not torch.distributed.is_initialized():
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return bool(found.item())
+
+
+class SaveAndStop(TrainerCallback):
+    """
+    A callback that can end the training after the step it is at, with a checkpoint whatever `save_strategy` is.
+
+    Attributes:
+        reason (`str` or `None`): why it ended the training, for the run's record.
+    """
+
+    reason: str | None = None
     stopped_at: int | None = None  # step
     _saved: int | None = None  # step of the last checkpoint
 
     def stop(self, step: int, control: TrainerControl) -> None:
-        """Save and stop. Call it in `on_step_end`."""
+        """Save and stop. Call it in `on_step_end`, or in the `on_log` that follows."""
         self.stopped_at = step
         control.should_save = control.should_training_stop = True
 

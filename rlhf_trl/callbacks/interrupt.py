@@ -5,9 +5,7 @@ import signal
 import threading
 import time
 
-import torch
-
-from rlhf_trl.callbacks import SaveAndStop, steps_per_rollout
+from rlhf_trl.callbacks import SaveAndStop, any_rank, steps_per_rollout
 
 # Some senders signal twice: `timeout` first the process and then its group, launchers on top of the terminal
 SECONDS_OF_ONE_PRESS = 1.0
@@ -89,12 +87,7 @@ class Interrupt(SaveAndStop):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % steps_per_rollout(args) or state.global_step >= state.max_steps:
             return
-        stop = self._first is not None
-        if torch.distributed.is_initialized():
-            flag = torch.tensor(int(stop), device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            stop = bool(flag.item())
-        if stop:
+        if any_rank(self._first is not None, args.device):
             self.interrupted = True
             self.stop(state.global_step, control)
 

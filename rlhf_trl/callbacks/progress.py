@@ -7,6 +7,8 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback
 from transformers.trainer_utils import has_length
 
+from rlhf_trl.signs import verdict
+
 # What to show of a log step: {logged name: label}, one table a trainer, under a name that tells the trainer. All that
 # is logged goes to metrics.json and to the logger; a terminal line holds about eight.
 COLUMNS = {
@@ -143,4 +145,6 @@ class ProgressLine(ProgressCallback):
         else:
             self.columns = self.columns or choose_columns(logs)
             line = "train " + metrics_line(logs, self.columns, state.global_step, state.max_steps)
+            if told := verdict(logs):
+                line += f"  {told}"
         tqdm.write(line)  # which keeps it out of the bars

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
-from rlhf_trl.callbacks import steps_per_rollout
+from rlhf_trl.callbacks import progress_counts, steps_per_rollout
 
 SAMPLES_FILE = "samples.jsonl"
 
@@ -28,6 +28,20 @@ def _content(content) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     return " ".join(part.get("text", f"[{part['type']}]") for part in content)
+
+
+# The trainers' deques have no counter. But each reward in them is an object of its own: identity tells new rows.
+def newest_row(trainer: Trainer) -> float | None:
+    """A mark of the newest row in `trainer._logs`, for [`rows_after`]; `None` where there is none yet."""
+    rewards = next(iter(trainer._logs["rewards"].values()), None)
+    return rewards[-1] if rewards else None
+
+
+def rows_after(trainer: Trainer, mark: float | None) -> list[int]:
+    """Indices of the rows of `trainer._logs` that came after the one marked by `mark`; all where it is gone."""
+    rewards = list(next(iter(trainer._logs["rewards"].values()), ()))
+    start = next((i + 1 for i, value in enumerate(rewards) if value is mark), 0)
+    return list(range(start, len(rewards)))
 
 
 class SampleLog(TrainerCallback):
@@ -64,17 +78,17 @@ class SampleLog(TrainerCallback):
             os.replace(partial, self.path)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._stepped = self._newest()
+        self._stepped = newest_row(self.trainer)
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self._stepped = self._newest()
+        self._stepped = newest_row(self.trainer)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
             return
         evaluation = any(key.startswith("eval_") for key in logs)
-        indices = self._after(self._stepped if evaluation else self._written)
-        self._written = self._newest()
+        indices = rows_after(self.trainer, self._stepped if evaluation else self._written)
+        self._written = newest_row(self.trainer)
         if not indices:
             return
         count = min(self.max_rows, len(indices))
@@ -86,17 +100,7 @@ class SampleLog(TrainerCallback):
         }
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps({**where, **row}, ensure_ascii=False) + "\n" for row in rows)
-        self._log_table([{**where, **row} for row in rows], state.global_step)
-
-    # The trainer's deques have no counter. But each reward in them is an object of its own: identity tells new rows.
-    def _newest(self):
-        rewards = next(iter(self.trainer._logs["rewards"].values()), None)
-        return rewards[-1] if rewards else None
-
-    def _after(self, mark) -> list[int]:
-        rewards = list(next(iter(self.trainer._logs["rewards"].values()), ()))
-        start = next((i + 1 for i, value in enumerate(rewards) if value is mark), 0)
-        return list(range(start, len(rewards)))
+        self._log_table([{**where, **row} for row in rows], progress_counts(args, state.global_step))
 
     def _row(self, index: int) -> dict:
         logs = self.trainer._logs
@@ -107,17 +111,17 @@ class SampleLog(TrainerCallback):
             "rewards": {name: _rounded(value) for name, value in rewards.items()},
         }
 
-    def _log_table(self, rows: list[dict], step: int) -> None:
+    def _log_table(self, rows: list[dict], counts: dict[str, int]) -> None:
         flat = [{**{k: v for k, v in row.items() if k != "rewards"}, **row["rewards"]} for row in rows]
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, WandbCallback):
-                self._log_wandb(flat, step)
+                self._log_wandb(flat, counts)
             elif isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 lines = ["|" + "|".join(flat[0]) + "|", "|" + "---|" * len(flat[0])]
                 lines += ["|" + "|".join(_cell(value) for value in row.values()) + "|" for row in flat]
-                callback.tb_writer.add_text("samples", "\n".join(lines), step)
+                callback.tb_writer.add_text("samples", "\n".join(lines), counts["train/global_step"])
 
-    def _log_wandb(self, rows: list[dict], step: int) -> None:
+    def _log_wandb(self, rows: list[dict], counts: dict[str, int]) -> None:
         import wandb
 
         if wandb.run is None:
@@ -127,7 +131,7 @@ class SampleLog(TrainerCallback):
             self._table = wandb.Table(columns=list(rows[0]), log_mode="INCREMENTAL")
         for row in rows:
             self._table.add_data(*row.values())
-        wandb.log({"samples": self._table, "train/global_step": step})
+        wandb.log({"samples": self._table, **counts})
 
 
 def _rounded(value: float) -> float | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf_trl.checks.places import model_folder
 from rlhf_trl.checks.values import at, read_json, section
+from rlhf_trl.signs import limit_problems
 
 DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"  # what `accelerate launch` sets to "true"
 
@@ -30,6 +31,7 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
         )
     problems += _shared_base(values, args, peft)
     problems += _controller(values, str(stage.get("name")), args)
+    problems += limit_problems(section(values, "health.signs"))
     if not str(at(values, "reward_norm._target_") or "RewardNorm").endswith(".RewardNorm"):
         problems += [problem] if (problem := normalizer_problem(args)) else []
     for name, least in (
@@ -37,6 +39,13 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
         ("kl.horizon", "above 0"),
         ("kl.final", "0 or more"),
         ("kl.guard", "above 0"),
+        ("health.baseline", "above 0"),
+        ("health.window", "above 0"),
+        ("stage.n", "above 0"),
+        ("stage.max_prompts", "above 0"),
+        ("stage.batch_size", "above 0"),
+        ("stage.max_completion_length", "above 0"),
+        ("stage.temperature", "0 or more"),
         ("reward_norm.clip", "above 0"),
         ("reward_norm.std", "above 0"),
         ("stage.best_of_n", "0 or more"),

@@ -9,7 +9,7 @@ from rlhf_trl.hints import did_you_mean
 
 SECTIONS = (
     *("stage", "stage.args", "model", "data", "adapter", "adapter.peft", "adapter.quantization"),
-    *("reward", "reward_norm", "combine", "critic", "kl", "judge"),
+    *("reward", "reward_norm", "combine", "critic", "kl", "judge", "health", "health.signs"),
 )
 DOT_PATHS = ("_target_", "function", "auto_class")
 TYPES = {"int": int, "float": int | float, "bool": bool, "str": str}

@@ -16,6 +16,7 @@ FREE_KEYS = (
     "merge",
     "dry_run",
     "logger",
+    "health",
     "runs_dir",
     "run_dir",
     "stage.args.output_dir",

@@ -44,16 +44,28 @@ def read_run(run_dir):
     while not any(record.HasField("exit") for record in records(path)):
         assert time.monotonic() < deadline, f"{path} has no end"
         time.sleep(0.1)
-    config, history, summary, run = {}, [], {}, None
+    config, history, summary, run, defined, artifacts = {}, [], {}, None, [], []
     for record in records(path):
         if record.HasField("run"):
             run = record.run
         for update in (*record.run.config.update, *record.config.update):
             config[update.key or update.nested_key[0]] = json.loads(update.value_json)
+        if record.HasField("metric"):
+            defined.append(record.metric)
+        if record.HasField("artifact"):
+            artifacts.append(record.artifact)
         if record.HasField("history"):
             history.append(
                 {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             )
         for update in record.summary.update:
             summary[update.key or "/".join(update.nested_key)] = json.loads(update.value_json)
-    return {"run": run, "config": config, "history": history, "summary": summary, "files": path.parent / "files"}
+    return {
+        "run": run,
+        "config": config,
+        "history": history,
+        "summary": summary,
+        "files": path.parent / "files",
+        "defined": defined,  # metrics with their x-axis
+        "artifacts": artifacts,
+    }

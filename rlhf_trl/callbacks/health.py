@@ -1,0 +1,185 @@
+"""
+A health monitor for PPO, RLOO and GRPO: it watches what is logged and names signs of trouble, each with what to turn.
+
+What the signs are is in [`rlhf_trl.signs`]. Nothing is computed but statistics of texts and numbers that are there
+already: no forward, no generation.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from ..errors import ConfigError
+from ..signs import BASELINE, LEVELS, SIGNS, WINDOW, Series, all_limits, judge, rollout_measures, signs_seen
+from . import SaveAndStop, any_rank, steps_per_rollout
+from .rollouts import record_rollouts
+from .samples import as_text, newest_row, rows_after
+from .sampling import standard_error
+
+STOP = LEVELS.index("stop")
+
+
+class HealthMonitor(SaveAndStop):
+    """
+    Watches a run with rollouts and names signs of trouble, at the levels note, warn and stop.
+
+    Every train log step gets `health/level` and `health/<sign>` (0 ok, 1 note, 2 warn, 3 stop), and the measures
+    of the rollout that signs are made of. A sign is explained when it first reaches a level; a summary ends the run.
+    At the level stop the run ends after its rollout as if it were done, with a checkpoint and a reason in its record.
+
+    An update with NaN or infinite gradients is left out: no parameter moves. (With float16 the gradient scaler does
+    that, and it is no sign of trouble; DeepSpeed updates within `backward`, so there it isn't seen.)
+
+    A reward function with weight 0 is not learned from; it is watched, as the held-out judge of `over_optimization`.
+
+    Args:
+        trainer ([`PPOTrainer`], [`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]): the trainer.
+        signs (`dict`, *optional*): limits that differ from the defaults, `{sign: {"note", "warn", "stop"}}` with
+            numbers, or `None` for never.
+        baseline (`int`, defaults to `4`): log steps at the start that later ones are compared with.
+        window (`int`, defaults to `3`): newest log steps that are averaged. Nothing but `nan` is said before log step
+            `baseline + window`.
+
+    Attributes:
+        reason (`str` or `None`): why the monitor ended the training.
+
+    Raises:
+        ConfigError: at an unknown sign or limits that contradict each other.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        signs: Mapping[str, Mapping[str, float | None]] | None = None,
+        baseline: int = BASELINE,
+        window: int = WINDOW,
+    ):
+        if baseline < 1 or window < 1:
+            raise ConfigError(
+                f"`health.baseline` is {baseline} and `health.window` is {window}. Set both to 1 or more."
+            )
+        self.trainer = trainer
+        self.limits = all_limits(signs)
+        self.baseline, self.window = baseline, window
+        record_rollouts(trainer)
+        self._seen = newest_row(trainer)
+        self._nonfinite = 0  # updates
+        self._told: dict[str, int] = {}  # highest level of each sign that was explained
+
+    # ---- What a rollout tells ----
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        # First in the line, so that what it adds to the logs reaches every logger
+        callbacks = self.trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+        weights = dict(zip(self.trainer.reward_func_names, self.trainer.reward_weights.tolist(), strict=True))
+        self.series = Series(self.baseline, self.window, watched=[name for name, w in weights.items() if w == 0])
+        for entry in state.log_history:  # of a resumed run
+            self.series.add(entry)
+            self._nonfinite = int(entry.get("health/nonfinite_updates") or self._nonfinite)
+        self._told = {found.sign: found.level for found in signs_seen(state.log_history)}
+        self.reason = None
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if self.trainer.is_deepspeed_enabled or self.trainer.accelerator.scaler is not None:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
+        if any_rank(bool(grads) and not torch.nn.utils.get_total_norm(grads).isfinite().item(), args.device):
+            self._nonfinite += 1
+            for parameter in parameters:
+                parameter.grad = None  # an optimizer passes over what has no gradient
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        rows = rows_after(self.trainer, self._seen)
+        self._seen = newest_row(self.trainer)
+        if rows:
+            self._measure(rows)
+        if state.global_step % steps_per_rollout(args) == 0:
+            self._end(state, control)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._seen = newest_row(self.trainer)
+
+    def _measure(self, rows: list[int]) -> None:
+        logs, metrics = self.trainer._logs, self.trainer._metrics["train"]
+        prompts, completions = ([as_text(logs[name][i]) for i in rows] for name in ("prompt", "completion"))
+        measures = rollout_measures(prompts, completions, self._scores(rows))
+        if rollout := self.trainer.last_rollout:
+            measures["objective/kl_standard_error"] = standard_error(rollout)
+        for name, value in measures.items():
+            if math.isfinite(value):
+                metrics[name].append(value)
+
+    def _scores(self, rows: list[int]) -> list[float]:
+        """The weighted sum of each row's rewards; NaN where there is none."""
+        names, weights = self.trainer.reward_func_names, self.trainer.reward_weights.tolist()
+        scores = []
+        for i in rows:
+            parts = [(w, self.trainer._logs["rewards"][n][i]) for n, w in zip(names, weights, strict=True) if w]
+            there = [weight * value for weight, value in parts if math.isfinite(value)]
+            scores.append(sum(there) if there else math.nan)
+        return scores
+
+    # ---- What is said ----
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
+        if "train_runtime" in logs:
+            return
+        evaluation = any(name.startswith("eval_") for name in logs)
+        if not evaluation and self._nonfinite:
+            logs["health/nonfinite_updates"] = self._nonfinite
+        self.series.add(logs)
+        if evaluation:
+            return
+        found = judge(self.series, self.limits)
+        if found:
+            logs["health/level"] = max(finding.level for finding in found.values())
+            logs |= {f"health/{name}": finding.level for name, finding in found.items()}
+        # The trainer has kept its copy before it called its callbacks
+        state.log_history[-1] |= {name: value for name, value in logs.items() if name.startswith("health/")}
+        for name, finding in found.items():
+            if finding.level > self._told.get(name, 0):
+                self._told[name] = finding.level
+                self._say(state, f"health {LEVELS[finding.level]} ({name}): {finding.text}")
+            if finding.level == STOP and self.reason is None:
+                self.reason = f"Health monitor: {name}: {finding.text}"
+        if state.global_step % steps_per_rollout(args) == 0:
+            self._end(state, control)
+
+    def _end(self, state: TrainerState, control: TrainerControl) -> None:
+        if any_rank(self.reason is not None, self.trainer.args.device) and self.stopped_at is None:
+            self.reason = self.reason or "Health monitor: another rank saw the sign; its log has it."
+            self.stop(state.global_step, control)
+            self._say(
+                state, f"health: training stops here, with a checkpoint of step {state.global_step}. {self.reason}"
+            )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._say(state, self.summary(state))
+
+    def summary(self, state: TrainerState) -> str:
+        """What the signs were, over the whole run."""
+        judged = sum(1 for entry in state.log_history if entry.get("health/level") is not None)
+        if not judged:
+            return (
+                f"health: the run is too short to judge, which begins at log step {self.baseline + self.window} "
+                "(`health.baseline` + `health.window`)."
+            )
+        seen = signs_seen(state.log_history)
+        if not seen:
+            return f"health: ok, none of {len(SIGNS)} signs in {judged} log steps."
+        lines = [f"health: {len(seen)} of {len(SIGNS)} signs in {judged} log steps."]
+        for found in seen:
+            steps = f"steps {found.first} to {found.last}, {found.count} log steps"
+            lines.append(f"  {LEVELS[found.level]} {found.sign} ({steps}): {SIGNS[found.sign].turn}.")
+        return "\n".join(lines)
+
+    def _say(self, state: TrainerState, text: str) -> None:
+        if state.is_world_process_zero:
+            tqdm.write(text)

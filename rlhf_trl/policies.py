@@ -1,0 +1,96 @@
+"""Policies to talk to (`stage=chat`, `stage=generate`): their prompts and answers, and what rewards say of these."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from accelerate import PartialState
+from omegaconf import DictConfig, OmegaConf
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_trl.data.tokens import prompt_ids
+from rlhf_trl.models import load_model, load_tokenizer
+from rlhf_trl.paths import find_policy, named_policies, resolve_path
+
+Prompt = str | list[dict[str, str]]
+
+
+class Policy(NamedTuple):
+    """A model that writes, with its own tokenizer."""
+
+    name: str
+    path: str
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        """Ids of a prompt, as training gives it to the policy."""
+        return prompt_ids(self.tokenizer, prompt)
+
+    def completion(self, prompt: Prompt, ids: Sequence[int]) -> Prompt:
+        """What was written after `prompt`: text, or one assistant message where that is a chat."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+    @property
+    def chats(self) -> bool:
+        """Whether it has a chat template; else it goes on with a text."""
+        return self.tokenizer.chat_template is not None
+
+
+def load_policies(cfg: DictConfig, project_dir: str) -> list[Policy]:
+    """
+    The policies of `cfg.stage.policies`, or the one that `cfg.model` names; loaded as `cfg.model` says.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if one is missing, is not finished, or writes no text.
+    """
+    places = OmegaConf.to_container(cfg.stage).get("policies")
+    if places:
+        paths = {name: find_policy(place, project_dir) for name, place in named_policies(places).items()}
+    else:
+        paths = {cfg.model.run or cfg.model.path: resolve_path(cfg.model.path, cfg.model.run, project_dir)}
+    policies = []
+    for name, path in paths.items():
+        source = {"trust_remote_code": cfg.model.trust_remote_code}
+        source["revision"] = None if places else cfg.model.revision
+        tokenizer = load_tokenizer(path, None if places else cfg.model.tokenizer, cfg.model.chat_template, **source)
+        options = {"dtype": cfg.model.dtype, "attn_implementation": cfg.model.attn_implementation, **source}
+        model = load_model(path, **options).eval().to(PartialState().device)
+        policies.append(Policy(name, path, model, tokenizer))
+    return policies
+
+
+def as_prompt(text: str, policy: Policy, system_prompt: str | None = None) -> Prompt:
+    """What someone wrote, as the policy takes it: a user's turn for one with a chat template, else the text itself."""
+    if not policy.chats:
+        return text if system_prompt is None else f"{system_prompt}\n\n{text}"
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return [*system, {"role": "user", "content": text}]
+
+
+def score(
+    rewards: Sequence[Callable], policy: Policy, prompts: list[Prompt], ids: list[list[int]], columns: dict[str, list]
+) -> list[dict[str, float | None]]:
+    """
+    What each reward says of completions, one dict each; `None` where it doesn't apply.
+
+    Args:
+        rewards (`Sequence[Callable]`): as in `rlhf_trl.rewards`.
+        policy ([`Policy`]): who wrote them.
+        prompts (`list`): one for each completion.
+        ids (`list[list[int]]`): token ids of the completions, with the end token where it was written.
+        columns (`dict[str, list]`): what function rewards may read besides.
+    """
+    completions = [policy.completion(prompt, row) for prompt, row in zip(prompts, ids, strict=True)]
+    found = {}
+    for reward in rewards:
+        reward.bind(policy.tokenizer)
+        found[reward.__name__] = reward(prompts=prompts, completions=completions, completion_ids=ids, **columns)
+    return [{name: values[i] for name, values in found.items()} for i in range(len(ids))]
+
+
+def total(values: dict[str, float | None], rewards: Sequence[Callable]) -> float | None:
+    """The weighted sum of the rewards that apply, `None` where none does."""
+    there = [reward.weight * values[reward.__name__] for reward in rewards if values[reward.__name__] is not None]
+    return sum(there) if there else None
