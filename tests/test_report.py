@@ -14,9 +14,10 @@ from omegaconf import OmegaConf
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.tables import comparison_text
 from rlhf_trl.report import Code, Details, Figure, Gap, Page, Section, SideBySide, Table, Text, plots, write_page
+from rlhf_trl.report.evaluation import verdict
 from rlhf_trl.report.page import to_html, to_markdown
 from rlhf_trl.report.plots import Series
-from rlhf_trl.report.project import project_page, report, verdict, write_report
+from rlhf_trl.report.project import project_page, report, write_report
 from rlhf_trl.report.sweep import sweep_page, write_sweep_report
 
 EVIL = "</p><script>alert(1)</script> | `a` \x00\ud800"
