@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, TextStreamer, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from rlhf_trl.callbacks.samples import as_text
 from rlhf_trl.errors import ConfigError
@@ -39,18 +40,20 @@ def chat(cfg: DictConfig) -> None:
     quiet()
     if not PartialState().is_main_process:
         return  # one rank has the terminal
+    disable_progress_bar()  # of loading weights
     policies = load_policies(cfg, project_dir(cfg))
     rewards = reward_functions(cfg, policies[0].tokenizer)
     set_seed(cfg.seed)
     stage = cfg.stage
-    talk(
-        policies,
-        rewards,
-        sampling=generation_config(stage.temperature, stage.max_completion_length),
-        remember=stage.remember,
-        always_score=stage.score,
-        system_prompt=stage.system_prompt,
-    )
+    with contextlib.suppress(KeyboardInterrupt):  # between an answer and the next prompt
+        talk(
+            policies,
+            rewards,
+            sampling=generation_config(stage.temperature, stage.max_completion_length),
+            remember=stage.remember,
+            always_score=stage.score,
+            system_prompt=stage.system_prompt,
+        )
 
 
 def generation_config(temperature: float, max_completion_length: int) -> dict:

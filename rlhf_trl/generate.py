@@ -21,7 +21,6 @@ from rlhf_trl.quiet import quiet
 from rlhf_trl.run import begin, end, fail, project_dir, reward_functions
 
 DEMO = "demo"
-PLACE = "place"  # of a prompt in the rows below: where it came from
 
 
 def generate(cfg: DictConfig) -> None:
@@ -46,7 +45,7 @@ def generate(cfg: DictConfig) -> None:
     partial = output.with_name(f".{output.name}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        count, rewarded = 0, []
+        count, rewarded = 0, []  # rows; their rewards
         with open(partial, "w", encoding="utf-8") as file:
             for row in completions(
                 policy,
@@ -61,7 +60,9 @@ def generate(cfg: DictConfig) -> None:
                 system_prompt=stage.system_prompt,
             ):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count, rewarded = count + 1, rewarded + ([row["reward"]] if row.get("reward") is not None else [])
+                count += 1
+                if row.get("reward") is not None:
+                    rewarded.append(row["reward"])
         os.replace(partial, output)
     except BaseException as error:
         fail(cfg, error)
@@ -73,7 +74,7 @@ def generate(cfg: DictConfig) -> None:
 
 def read_prompts(source: str | list[str], limit: int | None = None) -> list[dict]:
     """
-    Rows with `prompt` (text or messages), whatever columns they have besides, and their `place`.
+    Rows with `prompt` (text or messages) and whatever columns they have besides.
 
     Args:
         source (`str` or `list[str]`):
@@ -85,8 +86,7 @@ def read_prompts(source: str | list[str], limit: int | None = None) -> list[dict
         [`~rlhf_trl.errors.DataError`]: with file and row, if one has no prompt; if there is none at all.
     """
     if source == DEMO:
-        rows = load_demo(form="prompt", seed=0)["eval"].to_list()
-        return [{**row, PLACE: f"demo, row {i}"} for i, row in enumerate(rows, 1)][:limit]
+        return load_demo(form="prompt", seed=0)["eval"].to_list()[:limit]
     rows, problems, files = [], Problems(), resolve_paths(source, "stage.prompts")
     for file in files:
         for place, row in read_file(file):
@@ -95,7 +95,7 @@ def read_prompts(source: str | list[str], limit: int | None = None) -> list[dict
             try:
                 if isinstance(row, RowError):
                     raise row
-                rows.append({**row, "prompt": check_text_or_chat(row, "prompt"), PLACE: place})
+                rows.append({**row, "prompt": check_text_or_chat(row, "prompt")})
             except RowError as error:
                 problems.add(place, error)
     if problems.count:
@@ -161,15 +161,14 @@ def completions(
                 batch_size,
                 seed=seed + number,
             )
-            names = {name for row in batch for name in row} - {"prompt", "completion", PLACE, "sample"}
+            names = {name for row in batch for name in row} - {"prompt", "completion", "sample"}
             columns = {name: [row.get(name) for row in batch] for name in sorted(names)}
             try:
                 values = score(rewards, policy, given, written, columns)
             except ConfigError as error:
                 raise ConfigError(f"{error} To generate without rewards: `reward=none`.") from error
             for row, prompt, ids, found in zip(batch, given, written, values, strict=True):
-                out = {name: value for name, value in row.items() if name not in (PLACE, "sample")}
-                out |= {
+                out = {name: value for name, value in row.items() if name != "sample"} | {
                     "completion": as_text(policy.completion(prompt, ids)),
                     "sample": row["sample"],
                     "tokens": len(ids),

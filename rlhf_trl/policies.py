@@ -1,5 +1,6 @@
 """Policies to talk to (`stage=chat`, `stage=generate`): their prompts and answers, and what rewards say of these."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -73,7 +74,7 @@ def score(
     rewards: Sequence[Callable], policy: Policy, prompts: list[Prompt], ids: list[list[int]], columns: dict[str, list]
 ) -> list[dict[str, float | None]]:
     """
-    What each reward says of completions, one dict each; `None` where it doesn't apply.
+    What each reward says of completions, one dict each; `None` where it doesn't apply, or is no finite number.
 
     Args:
         rewards (`Sequence[Callable]`): as in `rlhf_trl.rewards`.
@@ -87,7 +88,11 @@ def score(
     for reward in rewards:
         reward.bind(policy.tokenizer)
         found[reward.__name__] = reward(prompts=prompts, completions=completions, completion_ids=ids, **columns)
-    return [{name: values[i] for name, values in found.items()} for i in range(len(ids))]
+    return [{name: _finite(values[i]) for name, values in found.items()} for i in range(len(ids))]
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def total(values: dict[str, float | None], rewards: Sequence[Callable]) -> float | None:

@@ -219,7 +219,7 @@ SIGNS: dict[str, Sign] = {
         "the critic explains {value:.0%} of the returns' variance",
         "Raise `stage.args.critic_learning_rate` or `stage.args.cliprange_value`, or start it from the reward model "
         "(`critic=model critic.run=reward`)",
-        {"note": 0.1, "warn": 0.02, "stop": None},
+        {"note": 0.05, "warn": -0.2, "stop": None},
         falls=True,
     ),
     "over_optimization": Sign(

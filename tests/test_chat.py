@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -264,15 +265,21 @@ def test_the_seed_decides(compose, tmp_path):
 
 def test_text_models_go_on_with_a_text(tiny):
     count = FunctionReward(lambda completions, **_: [float(len(text)) for text in completions], name="count")
-    rows = list(completions(tiny, [{"prompt": "a b", "place": "x"}], [count], 3, 1.0, 5, 2, seed=0))
+    rows = list(completions(tiny, [{"prompt": "a b"}], [count], 3, 1.0, 5, 2, seed=0))
     assert len(rows) == 3 and all(row["reward"] == len(row["completion"]) for row in rows)
     with pytest.raises(ConfigError, match="has no chat template"):
-        list(completions(tiny, [{"prompt": "a b", "place": "x"}], [], 1, 1.0, 5, 2, seed=0, to_chat=True))
+        list(completions(tiny, [{"prompt": "a b"}], [], 1, 1.0, 5, 2, seed=0, to_chat=True))
+
+
+def test_a_reward_that_is_no_number_is_null(tiny):
+    odd = FunctionReward(lambda completions, **_: [math.nan, math.inf], name="odd")
+    rows = list(completions(tiny, [{"prompt": "a"}], [odd], 2, 1.0, 3, 2, seed=0))
+    assert [json.loads(json.dumps(row, allow_nan=False))["reward"] for row in rows] == [None, None]
 
 
 def test_columns_reach_the_rewards(tiny):
     seen = FunctionReward(lambda completions, target, **_: [0.0 if t is None else t for t in target], name="seen")
-    prompts = [{"prompt": "a", "target": 2.0, "place": "x"}, {"prompt": "b", "place": "x"}]
+    prompts = [{"prompt": "a", "target": 2.0}, {"prompt": "b"}]
     assert [row["reward"] for row in completions(tiny, prompts, [seen], 1, 1.0, 3, 2, seed=0)] == [2.0, 0.0]
 
 
@@ -311,5 +318,5 @@ def test_bad_prompts_are_named_by_file_and_row(tmp_path):
         read_prompts(str(tmp_path / "missing.jsonl"))
     csv = tmp_path / "p.csv"
     csv.write_text("prompt,id\nhello,1\n")
-    assert read_prompts([str(csv)])[0] | {"place": ""} == {"prompt": "hello", "id": "1", "place": ""}
+    assert read_prompts([str(csv)])[0] == {"prompt": "hello", "id": "1"}
     assert len(read_prompts("demo", 5)) == 5

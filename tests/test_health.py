@@ -93,7 +93,7 @@ PROVOKED = {
     "kl_negative": ("ppo", {"objective/kl": lambda t: -0.5}),
     "entropy_collapse": ("grpo", {"entropy": lambda t: 0.01}),
     "clip_fraction": ("ppo", {"policy/clipfrac": lambda t: 0.7}),
-    "critic_blind": ("ppo", {"value/explained_variance": lambda t: -0.1}),
+    "critic_blind": ("ppo", {"value/explained_variance": lambda t: -0.5}),
     "over_optimization": ("ppo", {"rewards/gold/mean": lambda t: 1 - 0.3 * t}),
     "reward_falling": ("grpo", {"reward": lambda t: -1.0, "rewards/gold/mean": lambda t: -1.0}),
     "reward_flat": ("ppo", {"objective/most_common_score": lambda t: 1.0}),
@@ -377,7 +377,7 @@ def test_a_reward_of_weight_0_is_watched(path, tmp_path):
 
 HACK = "tests.helpers.hackable"
 FUNCTION = "reward.function.function"
-# What is done to a run: what the monitor has to name at the level warn, and the overrides
+# What is done to a run: what the monitor has to name, and the overrides
 DONE = {
     "hacked": (
         {"over_optimization", "kl_high"},
@@ -411,10 +411,13 @@ def test_a_run_that_is_spoilt_on_purpose_is_named(train, tmp_path, what):
     given = ["stage.args.learning_rate=1e-4"] if not any("s.learning_rate" in word for word in words) else []
     run_dir = train(tmp_path, "stage=ppo", *SHORT, *given, *words)
     history = json.loads(Path(run_dir, "metrics.json").read_text())["history"]
-    seen = {found.sign for found in signs_seen(history) if LEVELS[found.level] == "warn"}
-    assert named <= seen
-    if what in ("critic", "constant"):
-        assert named == seen  # and nothing else
+    seen = {found.sign: LEVELS[found.level] for found in signs_seen(history)}
+    if what == "critic":  # it explains nothing, which is a note; and nothing else is wrong
+        assert seen == {"critic_blind": "note"}
+    else:
+        assert named <= {name for name, level in seen.items() if level == "warn"}
+    if what == "constant":
+        assert named == {name for name, level in seen.items() if level == "warn"}
 
 
 @pytest.mark.slow
