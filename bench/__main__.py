@@ -81,7 +81,7 @@ def small(folder: Path) -> Setting:
         mini_batches=4,
         lora=False,
         dtype="float32",
-        rollouts=2,
+        rollouts=3,
     )
     make_small_llama(folder)
     make_prompts(folder, 2 * setting.batch, setting.prompt_tokens)
@@ -245,7 +245,8 @@ All train on the same prompts with the same starting weights, reward model, batc
 tokens, without gradient checkpointing. No one samples EOS or padding (`suppress_tokens` in the model's generation
 config), so each completion has full length and nothing is padded. TRL 1.12's critic is always a network of its own,
 started from the reward model and trained in full as in its example script, under LoRA too; it runs all mini-batches
-but takes one optimizer step an epoch, whatever `num_mini_batches` says. The bare loop is plain PyTorch
+but takes one optimizer step an epoch, whatever `num_mini_batches` says. Ours has the allocator's thresholds that
+train.py sets (`rlhf_trl.cpu.keep_freed_memory`); the others have glibc's own. The bare loop is plain PyTorch
 (`bench/bare.py`): the same arithmetic, no metrics, nothing around it.
 """
 

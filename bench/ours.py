@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from bench.setting import LORA, Meter, Setting, contend
 from rlhf_trl import rewards
+from rlhf_trl.cpu import keep_freed_memory
 from rlhf_trl.ppo import PPOConfig, PPOTrainer
 
 
@@ -76,4 +77,5 @@ def _time_phases(trainer: PPOTrainer, reward: rewards.ModelReward, meter: Meter)
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as train.py does
     contend(train)
