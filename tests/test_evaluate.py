@@ -12,13 +12,14 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from rlhf_trl.errors import ConfigError
+from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.evaluate import (
     Policy,
     evaluate_policies,
     find_policy,
     held_out,
     named_policies,
+    reference_answers,
     score,
     weighted_sum,
 )
@@ -386,6 +387,7 @@ def test_a_policy_with_another_vocabulary_has_no_kl_and_says_so(policies, tmp_pa
     )
     entry = found["policies"]["other"]
     assert entry["kl"] is None and "another vocabulary" in entry["gaps"]["kl"] and entry["win_rate"]
+    assert "another vocabulary" in comparison_text(found).replace("\n", " ")
     assert bound == [len(tokenizer) - 1, len(tokenizer)]  # each policy's ids are read with its own tokenizer
 
 
@@ -423,6 +425,7 @@ def test_a_language_model_that_says_neither_is_counted(policies):
     entry = found["policies"]["ppo"]
     assert entry["unclear"] == entry["judgements"] == 48 and entry["win_rate"] is None
     assert "both orders" in found["judge"]
+    assert "48 of 48 judgements of ppo named neither" in comparison_text(found)
 
 
 class Endpoint(BaseHTTPRequestHandler):
@@ -527,6 +530,15 @@ def test_checkpoints_and_sweeps_are_policies_too(tmp_path):
 def test_data_without_held_out_prompts_is_refused():
     with pytest.raises(ConfigError, match="held-out"):
         held_out({"train": Dataset.from_dict({"prompt": ["a"]})})
+
+
+def test_data_without_answers_says_how_to_go_on_without_them(monkeypatch):
+    def none(cfg, form):
+        raise DataError("no column has answers.")
+
+    monkeypatch.setattr("rlhf_trl.evaluation.evaluate.instantiate_data", none)
+    with pytest.raises(ConfigError, match="no column has answers. Set `stage.references=false`"):
+        reference_answers(None)
 
 
 def test_a_policy_is_a_run_or_a_path(policies, tmp_path):

@@ -227,6 +227,24 @@ def test_a_projects_report_shows_what_is_there_and_says_what_is_not(project):
     assert comparison_text(json.loads((project / "comparison.json").read_text())).startswith("40 held-out prompts")
 
 
+def test_the_quality_of_the_reward_model_is_taken_over(project):
+    make_run(project, "evaluate_reward", "evaluate_reward", None)
+    assert "The run `evaluate_reward` left no results" in to_markdown(project_page(project))
+    accuracy = {"mean": 0.71, "low": 0.65, "high": 0.77}
+    reward = {
+        "accuracy": accuracy,
+        "slices": [{"slice": "like length", "n": 9, "accuracy": accuracy}],
+        "calibration": {"ece": 0.031, "bins": []},
+        "length": {"spearman": 0.2},
+        "ratings": None,
+        "completions_without_score": 0,
+    }
+    quality = {"rewards": {"model": reward}, "raters": None}
+    (project / "evaluate_reward" / "reward_quality.json").write_text(json.dumps(quality))
+    text = to_markdown(project_page(project))
+    assert re.search(r"\| model +\| 0.710 .*\| +0.031 \|", text) and "were not measured" not in text
+
+
 def test_the_stage_report_makes_it_anew(project, capsys):
     report(OmegaConf.create({"runs_dir": str(project.parent), "project": project.name}))
     assert (project / "report" / "index.html").exists() and "report/index.html" in capsys.readouterr().out

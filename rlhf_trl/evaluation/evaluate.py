@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_trl.callbacks.record import checkpoints, write_json
 from rlhf_trl.callbacks.samples import as_text
 from rlhf_trl.data.tokens import prompt_ids, row_ids
-from rlhf_trl.errors import ConfigError, DataError
+from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.judge import Answers, Verdicts
 from rlhf_trl.evaluation.sampling import TokenStatistics, sample, sample_in_turns, token_statistics
 from rlhf_trl.evaluation.statistics import (
@@ -197,7 +197,7 @@ def reference_answers(cfg: DictConfig) -> Dataset:
     """
     try:
         return held_out(instantiate_data(cfg, form="prompt_completion"))
-    except DataError as error:
+    except ConfigError as error:
         raise ConfigError(
             f"`stage.references=true` measures the perplexity of the data's own answers, and it has none: {error} Set "
             "`stage.references=false`."

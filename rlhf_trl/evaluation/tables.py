@@ -61,7 +61,9 @@ def comparison_text(comparison: dict, samples: int = 3) -> str:
         for name, entry in comparison["policies"].items()
     ]
     left_out = f"; {comparison['left_out']} left out for want of a reward" if comparison["left_out"] else ""
-    parts = [f"{comparison['prompts']} held-out prompts{left_out}\n" + table(headers, rows)]
+    parts = [
+        "\n".join([f"{comparison['prompts']} held-out prompts{left_out}", table(headers, rows), *_notes(comparison)])
+    ]
     differing = [sample for sample in comparison["samples"] if len(set(sample["completions"].values())) > 1]
     for sample in differing[:samples]:
         columns = {
@@ -69,6 +71,23 @@ def comparison_text(comparison: dict, samples: int = 3) -> str:
         }
         parts.append(f"{_wrapped(sample['prompt'], WIDTH)}\n\n{side_by_side(columns)}")
     return f"\n\n{'=' * WIDTH}\n".join(parts)
+
+
+def _notes(comparison: dict) -> list[str]:
+    """What the table can't show: who judged, what was unclear, what is missing."""
+    judge, policies = comparison.get("judge", ""), comparison["policies"]
+    asked = {name: entry for name, entry in policies.items() if entry.get("position_bias") is not None}
+    notes = []
+    if asked:
+        first = ", ".join(f"{entry['position_bias']:.0%} ({name})" for name, entry in asked.items())
+        notes.append(f"Wins are judged by {judge}; the answer shown first wins {first}.")
+    for name, entry in policies.items():
+        if entry.get("unclear"):
+            notes.append(
+                f"{entry['unclear']} of {entry['judgements']} judgements of {name} named neither answer nor a tie."
+            )
+        notes += entry.get("gaps", {}).values()
+    return [_wrapped(note, WIDTH) for note in notes]
 
 
 def _number(value: float | None) -> str:

@@ -22,6 +22,7 @@ from rlhf_trl.report import plots
 from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, SideBySide, Table, Text, write_page
 from rlhf_trl.report.plots import Series
 from rlhf_trl.report.records import Run, read_json, read_runs
+from rlhf_trl.report.reward_page import summary_table
 
 ANSWERS_SHOWN = 10
 # Training curves: the title of a figure, how to read it, and its metrics by their name in the legend. What a run
@@ -545,32 +546,29 @@ def _ending(run: Run) -> str:
 
 
 def reward_model_blocks(runs: Sequence[Run], project: str) -> list:
-    """How good the reward models are: as measured by stage=evaluate_reward, else by their training's evaluation."""
+    """How good the reward models are: by their training's evaluation, and as measured by stage=evaluate_reward."""
     blocks: list = []
-    measured = [run for run in runs if run.record["stage"] == "evaluate_reward" and run.metrics]
-    trained = [run for run in runs if run.record["stage"] == "reward" and run.metrics]
-    for run in [*trained, *measured]:
-        values = {
-            key.removeprefix("eval_"): value
-            for key, value in run.metrics["eval"].items()
-            if isinstance(value, (int, float)) and re.search("accuracy|loss|margin|mse", key)
-        }
-        first = next((entry for entry in run.history if "eval_accuracy" in entry), {})
-        rows = [
-            [name, _number(first.get(f"eval_{name}"), "{:.3f}") if run in trained else "", f"{value:.3f}"]
-            for name, value in values.items()
-        ]
-        if run in trained:
-            blocks.append(
-                Table(["on held-out pairs", "at the start", "at the end"], rows, f"The reward model `{run.name}`.")
-            )
+    for run in runs:
+        if run.record["stage"] == "reward" and run.metrics:
+            first = next((entry for entry in run.history if "eval_accuracy" in entry), {})
+            rows = [
+                [key.removeprefix("eval_"), _number(first.get(key), "{:.3f}"), f"{value:.3f}"]
+                for key, value in run.metrics["eval"].items()
+                if isinstance(value, (int, float)) and re.search("accuracy|loss|margin|mse", key)
+            ]
+            headers = ["on held-out rows", "at the start", "at the end"]
+            blocks.append(Table(headers, rows, f"Training of the reward model `{run.name}`."))
+    measured = [run for run in runs if run.record["stage"] == "evaluate_reward"]
+    for run in measured:
+        quality = read_json(run.folder / "reward_quality.json")
+        if quality:
+            blocks += [
+                Text(f"`{run.name}` (all of it: `{run.folder / 'report' / 'index.html'}`)"),
+                summary_table(quality),
+            ]
         else:
-            blocks.append(
-                Table(["measured", "value"], [[row[0], row[2]] for row in rows], f"By the run `{run.name}`.")
-            )
-    if not trained and not measured:
-        blocks.append(Gap("No reward model of this project has metrics."))
-    if not any(run.record["stage"] == "evaluate_reward" for run in runs):
+            blocks.append(Gap(f"The run `{run.name}` left no results (its status is `{run.record['status']}`)."))
+    if not measured:
         blocks.append(
             Gap(
                 "Calibration and weak spots of the reward model were not measured. Type "
