@@ -40,6 +40,8 @@ def show_plan(cfg: DictConfig) -> None:
         lines["members"] = f"{len(seeds)}, one after another, each as above; seeds {seeds[0]} to {seeds[-1]}"
     if "reward" in cfg:
         lines["rewards"] = ", ".join(f"{name} x {node.weight}" for name, node in cfg.reward.items())
+    if "combine" in cfg:
+        lines["score"] = cfg.combine._target_.rsplit(".", 1)[-1].replace("_", " ") + " of the rewards"
     if hasattr(args, "critic"):
         lines["critic"] = f"{args.critic}, from {args.critic_path or 'the policy'}"
     if not PartialState().is_main_process:

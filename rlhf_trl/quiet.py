@@ -22,6 +22,7 @@ LOGS = (
         "Failed to load CPU gemm_4bit_forward",
         "an optional faster kernel; said at every import of PEFT, whether or not anything is quantized",
     ),
+    ("httpx", "HTTP Request: ", "one line a request, of rewards over HTTP and of the hub's files"),
 )
 
 

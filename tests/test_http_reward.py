@@ -127,7 +127,7 @@ def test_a_token_is_sent_from_the_environment(monkeypatch):
     assert seen == ["Bearer secret"]
 
 
-def test_what_passes_is_tried_again(monkeypatch):
+def test_what_passes_is_tried_again(monkeypatch, caplog):
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
 
@@ -137,6 +137,8 @@ def test_what_passes_is_tried_again(monkeypatch):
     with answering(answer) as (url, requests):
         assert HttpReward(url, retries=3, backoff=0.5)(**TEXTS) == [1.0, 3.0, 0.0]
     assert len(requests) == 4 and waited == [0.5, 1.0, 2.0]
+    told = [record.message for record in caplog.records if record.name == "rlhf_trl.rewards.http"]
+    assert len(told) == 3 and "answered 503 Service Unavailable: 'busy'. Trying again in 0.5 s." in told[0]
 
 
 HTML = (200, "<html><body>Welcome to nginx!</body></html>", "text/html")
@@ -195,6 +197,7 @@ def test_a_slow_server_and_none_at_all():
     ("options", "message"),
     [
         ({"url": "localhost:8000"}, "`reward.http.url` is 'localhost:8000'. Give the whole address"),
+        ({"url": "http://host:port/score"}, "which is no address: Invalid port"),
         ({"timeout": 0}, "`reward.http.timeout` is 0. Set it above 0"),
         ({"retries": -1}, "`reward.http.retries` is -1. Set it to 0 or more"),
         ({"batch_size": 0}, "`reward.http.batch_size` is 0. Set it to 1 or more"),
@@ -204,6 +207,12 @@ def test_a_slow_server_and_none_at_all():
 def test_options_that_can_not_be_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
         HttpReward(**({"url": "http://127.0.0.1:1/score"} | options))
+
+
+def test_a_column_that_is_no_json_is_said():
+    for value in (time.struct_time, float("nan")):
+        with pytest.raises(ConfigError, match=r"is to send is no JSON .* `reward.http.columns` .now: when"):
+            HttpReward("http://127.0.0.1:1", columns=["when"])(**TEXTS, when=[value] * 3)
 
 
 def test_options_are_looked_at_before_anything_loads(compose, tmp_path):

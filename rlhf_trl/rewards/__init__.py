@@ -262,14 +262,15 @@ class ModelReward(Reward):
             with_eos (`list[bool]`, *optional*): where texts are scored: which of them end by themselves. By default
                 the ids tell.
         """
-        scores = self.member_scores(self._rows(prompts, completions, completion_ids, with_eos))
+        scores = self.member_scores(self.token_rows(prompts, completions, completion_ids, with_eos))
         if log_metric is not None and len(scores) > 1:
             log_metric(f"rewards/{self.__name__}/disagreement", disagreement(scores).mean().item())
         return self._combine(scores).tolist()
 
-    def _rows(
+    def token_rows(
         self, prompts: list, completions: list, completion_ids: list[list[int]], with_eos: list[bool] | None = None
     ) -> list[list[int]]:
+        """The token rows of prompts and completions that the model is to see; `with_eos` as in a call."""
         if self._same_tokenizer:
             # ids are the model's own words; decoding them and tokenizing again would lose EOS and could differ
             return [

@@ -14,6 +14,7 @@ completion; and, if it likes, `"metrics": {"disagreement": 0.1}`, numbers about 
 
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -26,6 +27,8 @@ from transformers import PreTrainedTokenizerBase
 from ..checks.rewards import http_problems
 from ..errors import ConfigError
 from .base import Reward
+
+logger = logging.getLogger(__name__)
 
 # What may be another way in a moment: too many requests, and errors of the server or of a proxy in front of it
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
@@ -41,7 +44,7 @@ class HttpReward(Reward):
 
     Args:
         url (`str`): of the server, such as `http://127.0.0.1:8000/score`.
-        timeout (`float`): seconds that an answer may take.
+        timeout (`float`): seconds that the server may be silent.
         retries (`int`), backoff (`float`): see above.
         batch_size (`int`): completions a request.
         columns (`Sequence[str]`): columns of the data that are sent along.
@@ -71,8 +74,14 @@ class HttpReward(Reward):
             raise ConfigError.join(problems)
         self.url, self.retries, self.backoff, self.batch_size = url, retries, backoff, batch_size
         self.timeout, self.columns = timeout, list(columns)
-        headers = {} if token_env is None else {"Authorization": f"Bearer {os.environ[token_env]}"}
+        headers = {"Content-Type": "application/json"}
+        if token_env is not None:
+            headers["Authorization"] = f"Bearer {os.environ[token_env]}"
         self._client = httpx.Client(timeout=timeout, headers=headers)
+        try:
+            httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"`reward.{name}.url` is {url!r}, which is no address: {error}.") from error
         self._eos: int | None = None
         self._tokenizer: str | None = None
 
@@ -117,28 +126,37 @@ class HttpReward(Reward):
         return rewards
 
     def _post(self, content: dict[str, Any]) -> httpx.Response:
+        try:
+            body = json.dumps(content, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            names = ", ".join(self.columns) or "none"
+            raise ConfigError(
+                f"What the reward `{self.__name__}` is to send is no JSON ({error}). Leave out of "
+                f"`reward.{self.__name__}.columns` (now: {names}) what isn't text, finite numbers and lists of them."
+            ) from error
+        failure = way = ""
         for attempt in range(self.retries + 1):
             if attempt:
-                time.sleep(self.backoff * 2 ** (attempt - 1))
+                pause = self.backoff * 2 ** (attempt - 1)
+                logger.warning("The server of `%s` %s. Trying again in %g s.", self.__name__, failure, pause)
+                time.sleep(pause)
             try:
-                response = self._client.post(self.url, json=content)
+                response = self._client.post(self.url, content=body)
             except httpx.TimeoutException:
                 failure = f"gave no answer within {self.timeout:g} s"
-                way = f"give it more time (`reward.{self.__name__}.timeout=...`) or less at a time (`batch_size`)"
+                way = f"Give it more time (`reward.{self.__name__}.timeout=...`) or less at a time (`batch_size`)"
             except httpx.HTTPError as error:
                 failure = f"can't be reached ({error})"
-                way = f"start it, or correct `reward.{self.__name__}.url`"
+                way = f"Start it, or correct `reward.{self.__name__}.url`"
             else:
                 if response.status_code == 200:
                     return response
                 failure = f"answered {response.status_code} {response.reason_phrase}: {_beginning(response)}"
-                way = f"look into its log, or correct `reward.{self.__name__}.url`"
+                way = f"Look into its log, or correct `reward.{self.__name__}.url`"
                 if response.status_code not in TRANSIENT:
-                    raise self._error(f"{failure}. {way[0].upper()}{way[1:]}")
-        tries = f"{self.retries + 1} tries" if self.retries else "one try"
-        raise self._error(
-            f"{failure}, and {tries} were made. {way[0].upper()}{way[1:]}".replace("try were", "try was")
-        )
+                    raise self._error(f"{failure}. {way}")
+        tries = f"{self.retries + 1} tries were" if self.retries else "one try was"
+        raise self._error(f"{failure}, and {tries} made. {way}")
 
     def _read(self, response: httpx.Response, expected: int) -> tuple[list[float | None], dict[str, float]]:
         schema = 'It must be `{"rewards": [...]}` with a number or null for each completion'
