@@ -90,6 +90,9 @@ def main(arguments: list[str] | None = None) -> None:
             do([*overrides, f"project={project}", f"run_name={name}"], folder / name, program)
     except ConfigError as error:
         sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on.", file=sys.stderr)
+        sys.exit(130)
     text = report(recipe, [result(recipe, folder, seed) for seed in options.seeds], options)
     output = options.output or folder / "reward_bench.md"
     output.write_text(text + "\n", encoding="utf-8")
