@@ -4,12 +4,12 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -109,17 +109,19 @@ def test_two_ranks_resume_exactly(tmp_path, critic):
 @pytest.mark.parametrize("critic, ranks", [("head", 1), ("adapter", 1), ("model", 1), ("model", 2)])
 def test_a_killed_run_resumes_from_a_whole_checkpoint(tmp_path, critic, ranks):
     """SIGKILL at a random moment of a run that saves at every rollout; resumed, it ends as one that was let run."""
-    log, weights = run(tmp_path, ranks, critic, epochs=20, out=tmp_path / "whole")
-    process = start(tmp_path, ranks, critic, epochs=20)
+    log, weights = run(tmp_path, ranks, critic, epochs=6, out=tmp_path / "whole")
+    process = start(tmp_path, ranks, critic, epochs=6)
     folder = tmp_path / str(ranks) / "run"
     while len(list(folder.glob("checkpoint-*"))) < 2:
         assert process.poll() is None, process.stderr.read()[-3000:]
         time.sleep(0.01)
     time.sleep(random.uniform(0, 0.5))
-    os.killpg(process.pid, signal.SIGKILL)
+    ranks_of_it = psutil.Process(process.pid).children(recursive=True)  # torchrun gives each a session of its own
+    for victim in (process, *ranks_of_it):
+        victim.kill()
     process.communicate()
     assert last_checkpoint(folder) is not None and not (folder / "log.json").exists()
-    again, resumed = run(tmp_path, ranks, critic, "resume", epochs=20)
+    again, resumed = run(tmp_path, ranks, critic, "resume", epochs=6)
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
     for key in ("objective/scores", "value/loss", "policy/loss", "policy/ptx_loss"):
         assert [e[key] for e in again if key in e] == [e[key] for e in log if key in e]
