@@ -10,14 +10,17 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlhf_trl.callbacks.record import METRICS_FILE
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.signs import signs_seen
+
+if TYPE_CHECKING:
+    from rlhf_trl.report.plots import Drawing
 
 # What plain transformers or peft load, and what says how it came about; no checkpoints, no critic
 MODEL_FILES = (
@@ -183,27 +186,25 @@ def log_model_artifact(run, run_dir: str, name: str) -> None:
     run.log_artifact(artifact, aliases=["final"])
 
 
-def log_images(images: Mapping[str, Any]) -> None:
+def log_summary(values: Mapping[str, float]) -> None:
+    """Puts numbers into the summary of the W&B run that is under way; does nothing where there is none."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.run.summary.update(dict(values))
+
+
+def log_images(drawings: "Callable[[], Mapping[str, Drawing]]") -> None:
     """
-    Shows figures in the W&B run that is under way; does nothing where there is none.
+    Shows figures as images in the W&B run that is under way; does nothing where there is none.
 
     Args:
-        images (`dict`):
-            `{name: figure}`: an SVG as text (`<svg ...`), the path of an image, or anything that `wandb.Image` takes
-            (a Matplotlib figure, a PIL image, an array). A name with a slash stands in the section before it.
+        drawings (callable):
+            Makes `{name: drawing}`, drawings from `rlhf_trl.report.plots`; called only if there is a run. A name with
+            a slash stands in the section before it.
     """
     wandb = sys.modules.get("wandb")
-    if wandb is None or wandb.run is None or not images:
-        return
-    wandb.log({name: _image(wandb, figure) for name, figure in images.items()})
-
-
-def _image(wandb, figure):
-    if isinstance(figure, Path):
-        figure = figure.read_text(encoding="utf-8") if figure.suffix == ".svg" else str(figure)
-    if isinstance(figure, str) and "<svg" in figure:
-        return wandb.Html(figure, inject=False)  # wandb.Image knows pixels only
-    return wandb.Image(figure)
+    if wandb is not None and wandb.run is not None:
+        wandb.log({name: wandb.Image(drawing.pixels()) for name, drawing in drawings().items()})
 
 
 def earlier_id(run_dir: str) -> str | None:

@@ -16,9 +16,8 @@ from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.evaluate import (
     Policy,
     evaluate_policies,
-    find_policy,
     held_out,
-    named_policies,
+    policies_of,
     reference_answers,
     score,
     weighted_sum,
@@ -38,6 +37,7 @@ from rlhf_trl.evaluation.statistics import (
     win_rate,
 )
 from rlhf_trl.evaluation.tables import WIDTH, comparison_text, duration, side_by_side, table
+from rlhf_trl.paths import find_policy
 from rlhf_trl.rewards import FunctionReward
 
 from .tiny import save_model
@@ -519,12 +519,12 @@ def test_checkpoints_and_sweeps_are_policies_too(tmp_path):
         for i, (status, beta) in enumerate([("done", 0.1), ("failed", 0.2), ("done", 0.3)])
     ]
     (sweep / "sweep.json").write_text(json.dumps(jobs))
-    found = named_policies({"sft": "sft", "ppo": "ppo"}, True, ["dpo_sweep"], str(tmp_path))
+    found = policies_of({"sft": "sft", "ppo": "ppo"}, True, ["dpo_sweep"], str(tmp_path))
     assert list(found) == ["sft", "ppo", "ppo@4", "dpo beta=0.1", "dpo beta=0.3"]  # step 8 is the result
     assert found["ppo@4"] == Policy(str(tmp_path / "ppo" / "checkpoint-4"), "ppo")
     assert found["dpo beta=0.3"] == Policy(str(sweep / "2"), "dpo_sweep")
     with pytest.raises(ConfigError, match="no sweep with finished runs.*launch/sweep.py"):
-        named_policies({}, False, ["rloo_sweep"], str(tmp_path))
+        policies_of({}, False, ["rloo_sweep"], str(tmp_path))
 
 
 def test_data_without_held_out_prompts_is_refused():

@@ -17,7 +17,7 @@ from rlhf_trl.report import Code, Details, Figure, Gap, Page, Section, SideBySid
 from rlhf_trl.report.evaluation import verdict
 from rlhf_trl.report.page import to_html, to_markdown
 from rlhf_trl.report.plots import Series
-from rlhf_trl.report.project import project_page, report, write_report
+from rlhf_trl.report.project import project_page, report, report_figures, write_report
 from rlhf_trl.report.sweep import sweep_page, write_sweep_report
 
 EVIL = "</p><script>alert(1)</script> | `a` \x00\ud800"
@@ -226,6 +226,24 @@ def test_a_projects_report_shows_what_is_there_and_says_what_is_not(project):
     captions = re.findall(r'aria-label="(ppo: [^"]*)"', html)
     assert set(captions) == {"ppo: reward", "ppo: KL to the start, nats a sequence"}
     assert comparison_text(json.loads((project / "comparison.json").read_text())).startswith("40 held-out prompts")
+
+
+def test_what_the_health_monitor_saw_stands_at_the_training(project):
+    assert "Health" not in (write_report(project).parent / "report.md").read_text()  # nothing watched these runs
+    watched = [{"step": i, "objective/scores": i / 4, "health/level": 0} for i in range(1, 5)]
+    make_run(project, "rloo", "rloo", {"train": {}, "eval": {}, "history": watched})
+    assert "monitor saw no sign" in (write_report(project).parent / "report.md").read_text()
+    watched[2] |= {"health/level": 2, "health/kl_high": 2}
+    make_run(project, "grpo", "grpo", {"train": {}, "eval": {}, "history": watched})
+    text = (write_report(project).parent / "report.md").read_text()
+    assert re.search(r"\| warn +\| `kl_high` +\| +3 to 3 +\| Raise `stage.args.beta`", text)
+
+
+def test_figures_for_loggers_are_those_of_the_page(project):
+    found = report_figures(project)
+    assert {"report/Reward and KL 1", "report/Wins 1", "report/Training 1"} <= found.keys()
+    html = write_report(project).read_text()
+    assert all(drawing.split("\n")[-1].strip() in html for drawing in found.values())
 
 
 def test_the_quality_of_the_reward_model_is_taken_over(project):

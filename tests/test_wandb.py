@@ -4,7 +4,9 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from transformers.integrations import WandbCallback
 
 from rlhf_trl import loggers
@@ -12,15 +14,14 @@ from rlhf_trl.callbacks import progress_counts
 from rlhf_trl.callbacks.health import HealthMonitor
 from rlhf_trl.callbacks.samples import SampleLog
 from rlhf_trl.callbacks.sections import WandbSections, sectioned
-from rlhf_trl.loggers import log_images, summary_of
+from rlhf_trl.loggers import log_images, log_summary, summary_of
+from rlhf_trl.report import plots
 from rlhf_trl.signs import SIGNS
 from tests.helpers.rl import TRAINERS, rl_trainer
 from tests.helpers.wandb_file import read_run
 from tests.helpers.watching import add_callbacks, sft
 from tests.test_ppo_update import prompts
 from tests.tiny import save_model
-
-SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="2" height="2"><rect width="2" height="2"/></svg>'
 
 
 @pytest.fixture(autouse=True)
@@ -146,25 +147,26 @@ def test_a_given_group_wins(tmp_path):
 # ---- Figures and summary ----
 
 
-def test_figures_are_kept(tmp_path):
-    from PIL import Image
+def drawings():
+    return {"report/Wins 1": plots.bars(["ppo"], [0.6], [0.5], [0.7])}
 
-    Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
-    (tmp_path / "b.svg").write_text(SVG)
+
+def test_figures_are_images(tmp_path):
     with loggers.wandb(str(tmp_path), "demo/evaluate", {}, project="p"):
-        log_images({"report/frontier": SVG, "report/path": tmp_path / "b.svg", "report/pixels": tmp_path / "a.png"})
+        log_summary({"ppo/reward": 1.5})
+        log_images(drawings)
     found = read_run(tmp_path)
     (row,) = found["history"]
-    for name in ("frontier", "path"):
-        assert row[f"report/{name}/_type"] == "html-file"
-        assert SVG in (found["files"] / row[f"report/{name}/path"]).read_text()
-    assert row["report/pixels/_type"] == "image-file" and row["report/pixels/width"] == 3
-    assert (found["files"] / row["report/pixels/path"]).is_file()
+    assert row["report/Wins 1/_type"] == "image-file" and row["report/Wins 1/width"] > 300
+    with Image.open(found["files"] / row["report/Wins 1/path"]) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert (pixels == 255).mean() > 0.5 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 5  # drawn, on white
+    assert found["summary"]["ppo/reward"] == 1.5
 
 
-def test_figures_without_a_run_go_nowhere(tmp_path):
-    log_images({"report/frontier": SVG})
-    assert not list(tmp_path.iterdir())
+def test_figures_without_a_run_are_not_drawn():
+    log_images(lambda: pytest.fail("drawn"))
+    log_summary({"ppo/reward": 1.5})
 
 
 def test_a_summary_is_of_what_was_measured(tmp_path):

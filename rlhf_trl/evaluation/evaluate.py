@@ -33,10 +33,11 @@ from rlhf_trl.evaluation.statistics import (
     repetition,
 )
 from rlhf_trl.evaluation.tables import comparison_text
+from rlhf_trl.loggers import log_images, log_summary
 from rlhf_trl.models import load_model, load_tokenizer
-from rlhf_trl.paths import resolve_path
+from rlhf_trl.paths import find_policy, named_policies
 from rlhf_trl.quiet import quiet
-from rlhf_trl.report.project import write_report
+from rlhf_trl.report.project import report_figures, write_report
 from rlhf_trl.report.records import swept_keys
 from rlhf_trl.run import begin, end, fail, instantiate_data, project_dir, reward_functions
 
@@ -59,12 +60,13 @@ def evaluate(cfg: DictConfig) -> None:
     OmegaConf.resolve(cfg)
     quiet()
     stage, where = cfg.stage, project_dir(cfg)
-    if stage.baseline not in stage.policies:
+    named = named_policies(OmegaConf.to_container(stage.policies))
+    if stage.baseline not in named:
         raise ConfigError(
             f"`stage.baseline` is `{stage.baseline}`, which `stage.policies` doesn't have (it has "
-            f"{', '.join(stage.policies)}). Set it to one of them, or add it: `+stage.policies.{stage.baseline}=...`."
+            f"{', '.join(named)}). Set it to one of them, or add it: `+stage.policies.{stage.baseline}=...`."
         )
-    policies = named_policies(stage.policies, stage.checkpoints, stage.sweeps, where)
+    policies = policies_of(named, stage.checkpoints, stage.sweeps, where)
     base = policies[stage.baseline].path
     begin(cfg, base)
     if not PartialState().is_main_process:
@@ -93,12 +95,26 @@ def evaluate(cfg: DictConfig) -> None:
     write_json(Path(where, "comparison.json"), comparison)
     end(cfg, "done")
     page = write_report(where)
+    logger = instantiate(cfg.logger.run)
+    with logger(run_dir=cfg.run_dir, name=f"{cfg.project}/{cfg.run_name}", config=OmegaConf.to_container(cfg)):
+        log_summary(summary_of(comparison))
+        log_images(lambda: report_figures(where))
     if stage.show:
         print("\n" + comparison_text(comparison))
     print(f"\nReport: {page}")
 
 
-def named_policies(
+def summary_of(comparison: dict[str, Any]) -> dict[str, float]:
+    """What evaluations can be sorted by in a table of runs: `{policy}/{measure}`; what wasn't measured is left out."""
+    found = {}
+    for name, entry in comparison["policies"].items():
+        for measure in ("reward", "difference", "win_rate", "kl"):
+            if entry.get(measure):
+                found[f"{name}/{measure}"] = entry[measure]["mean"]
+    return found
+
+
+def policies_of(
     places: dict[str, str], with_checkpoints: bool, sweeps: Sequence[str], project_dir: str
 ) -> dict[str, Policy]:
     """
@@ -165,12 +181,6 @@ def make_judge(node: DictConfig):
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from error
         raise
-
-
-def find_policy(place: str, project_dir: str) -> str:
-    """The folder or hub id of a policy: a run of the project where there is one of that name, else a path."""
-    is_run = Path(project_dir, place, "run.json").exists() or not any(sign in place for sign in "/:.~")
-    return resolve_path(place, place if is_run and not Path(place).is_dir() else None, project_dir)
 
 
 def held_out(datasets: dict[str, Dataset]) -> Dataset:

@@ -18,7 +18,7 @@ from rlhf_trl.data.tokens import prompt_ids, row_ids
 from rlhf_trl.data.words import count_of, did_you_mean, names_of, say
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation import rewardbench
-from rlhf_trl.evaluation.evaluate import draw_many, find_policy, load_policy, score
+from rlhf_trl.evaluation.evaluate import draw_many, load_policy, score
 from rlhf_trl.evaluation.reward_quality import (
     accuracy,
     best_of_n_gains,
@@ -34,6 +34,7 @@ from rlhf_trl.evaluation.reward_quality import (
 )
 from rlhf_trl.evaluation.statistics import pearson, spearman
 from rlhf_trl.models import load_tokenizer
+from rlhf_trl.paths import find_policy
 from rlhf_trl.quiet import quiet
 from rlhf_trl.report import write_page
 from rlhf_trl.report.reward_page import reward_page, reward_text

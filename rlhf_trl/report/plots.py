@@ -21,6 +21,24 @@ LARGE, SMALL = (8.0, 4.2), (3.75, 3.3)  # inches at 96 px: of a wide figure, and
 HALF = (5.0, 3.5)
 
 
+class Drawing(str):
+    """The SVG of a figure, which can also be drawn in pixels, for what takes nothing else."""
+
+    draw: Callable
+    size: tuple[float, float]
+
+    def pixels(self) -> np.ndarray:
+        """The figure in dark letters on white, shape `(height, width, 4)`, `uint8`."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        figure = _figure(self.draw, self.size, small=False)
+        figure.set_facecolor("white")
+        figure.set_dpi(150)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())
+
+
 @dataclass(frozen=True)
 class Series:
     """
@@ -57,7 +75,7 @@ class Series:
     labels: Sequence[str] = ()
 
 
-def curves(series: Sequence[Series], title: str, x_label: str, y_label: str = "", wide: bool = False) -> str:
+def curves(series: Sequence[Series], title: str, x_label: str, y_label: str = "", wide: bool = False) -> Drawing:
     """Lines with a band where an interval is given: training curves, calibration, accuracy against size."""
 
     def draw(axes, small):
@@ -76,7 +94,7 @@ def curves(series: Sequence[Series], title: str, x_label: str, y_label: str = ""
 
 def frontier(
     series: Sequence[Series], title: str, x_label: str, y_label: str, x_scale: str = "linear", wide: bool = True
-) -> str:
+) -> Drawing:
     """
     Points with their intervals and names, and curves between them: reward against KL, metrics of a sweep.
 
@@ -136,7 +154,7 @@ def bars(
     middle: float | None = None,
     form: str = "{:.2f}",
     wide: bool = False,
-) -> str:
+) -> Drawing:
     """
     A horizontal bar a name, with its interval.
 
@@ -308,10 +326,12 @@ SIDES = [
 ]
 
 
-def _svg(draw: Callable, title: str, wide: bool, height: float | None = None) -> str:
+def _svg(draw: Callable, title: str, wide: bool, height: float | None = None) -> Drawing:
     """The figure twice: for a wide screen and for a phone, whose letters would else be too small to read."""
     sizes = [("large-screen", LARGE if wide else HALF), ("small-screen", SMALL)]
-    return "\n".join(_drawn(draw, title, (width, height or tall), name) for name, (width, tall) in sizes)
+    drawing = Drawing("\n".join(_drawn(draw, title, (width, height or tall), name) for name, (width, tall) in sizes))
+    drawing.draw, drawing.size = draw, (sizes[0][1][0], height or sizes[0][1][1])
+    return drawing
 
 
 def _drawn(draw: Callable, title: str, size: tuple[float, float], name: str) -> str:
@@ -319,12 +339,25 @@ def _drawn(draw: Callable, title: str, size: tuple[float, float], name: str) -> 
 
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
     settings = {
         "svg.fonttype": "none",  # letters stay text, in the page's font
         # Names of clip paths must differ between the figures of a page, and not between two runs
         "svg.hashsalt": hashlib.sha256(f"{title} {name}".encode()).hexdigest(),
+    }
+    with matplotlib.rc_context(settings):
+        figure = _figure(draw, size, small=name == "small-screen")
+        FigureCanvasSVG(figure)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(file.getvalue(), title, name)
+
+
+def _figure(draw: Callable, size: tuple[float, float], small: bool):
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    settings = {
         "font.family": "DejaVu Sans",
         "font.size": 10,
         "text.color": INK,
@@ -347,13 +380,10 @@ def _drawn(draw: Callable, title: str, size: tuple[float, float], name: str) -> 
     }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         axes.locator_params(axis="x", nbins=max(4, int(size[0] * 1.1)))
-        draw(axes, name == "small-screen")
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(file.getvalue(), title, name)
+        draw(axes, small)
+    return figure
 
 
 def _inline(svg: str, title: str, name: str) -> str:

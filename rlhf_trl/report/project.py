@@ -26,9 +26,10 @@ from rlhf_trl.report.evaluation import (
     win_blocks,
 )
 from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, Table, Text, write_page
-from rlhf_trl.report.plots import Series
+from rlhf_trl.report.plots import Drawing, Series
 from rlhf_trl.report.records import Run, read_json, read_runs
 from rlhf_trl.report.reward_page import summary_table
+from rlhf_trl.signs import LEVELS, SIGNS, signs_seen
 
 # Training curves: the title of a figure, how to read it, and its metrics by their name in the legend. What a run
 # didn't log is left out, and of several with one title the first is shown.
@@ -97,6 +98,15 @@ def write_report(project_dir: str | Path) -> Path:
     return write_page(project_page(project_dir), project_dir / "report")
 
 
+def report_figures(project_dir: str | Path) -> dict[str, Drawing]:
+    """The figures of a project's report, `report/{section} {number}`, for loggers."""
+    return {
+        f"report/{section.title} {i}": figure.svg
+        for section in project_page(Path(project_dir)).sections
+        for i, figure in enumerate((block for block in section.blocks if isinstance(block, Figure)), start=1)
+    }
+
+
 def project_page(project_dir: Path) -> Page:
     """The page of a project."""
     runs, comparison = read_runs(project_dir), read_json(project_dir / "comparison.json")
@@ -147,10 +157,25 @@ def training_blocks(runs: Sequence[Run]) -> list:
             continue
         figures = curve_figures(run)
         if figures:
-            blocks += [Text(f"`{run.name}` ({run.record['stage']}), {_ending(run)}"), *figures]
+            blocks += [Text(f"`{run.name}` ({run.record['stage']}), {_ending(run)}"), *health_blocks(run), *figures]
         else:
             blocks.append(Gap(f"The run `{run.name}` left no metrics (its status is `{run.record['status']}`)."))
     return blocks or [Gap("No run of this project trained anything.")]
+
+
+def health_blocks(run: Run) -> list:
+    """What the health monitor saw in a run; nothing of a run that it didn't watch."""
+    if not any("health/level" in entry for entry in run.history):
+        return []
+    seen = signs_seen(run.history)
+    if not seen:
+        return [Text("Health: the monitor saw no sign of trouble.")]
+    rows = [
+        [LEVELS[sign.level], f"`{sign.sign}`", f"{sign.first} to {sign.last}", SIGNS[sign.sign].turn] for sign in seen
+    ]
+    return [
+        Table(["level", "sign", "optimizer steps", "what to turn"], rows, f"What the monitor saw in `{run.name}`.")
+    ]
 
 
 def curve_figures(run: Run) -> list[Figure]:
