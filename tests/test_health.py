@@ -397,6 +397,21 @@ DONE = {
     "one answer": (
         {"template"}, ["reward=function", f"{FUNCTION}={HACK}.one_answer", "stage.args.learning_rate=5e-4"],
     ),
+    "again and again": (
+        {"repetition"},
+        ["reward=function", f"{FUNCTION}={HACK}.again", "stage.args.learning_rate=1e-3", "stage.args.beta=0.01"],
+    ),
+    "cut off": (
+        {"eos_missing"},
+        ["reward=function", f"{FUNCTION}={HACK}.length", "stage.args.learning_rate=5e-4",
+         "stage.args.max_completion_length=12"],
+    ),
+    "narrow clip": (
+        {"clip_fraction"},
+        ["stage.args.epsilon=0.001", "stage.args.learning_rate=5e-4",
+         "health.signs.clip_fraction={note: 0.1, warn: 0.2}"],
+    ),
+    "burst": ({"gradient_spike"}, ["reward=function", f"{FUNCTION}={HACK}.burst", "stage.args.cliprange_value=1e9"]),
 }  # fmt: skip
 FAST = ("critic", "learning rate")
 SHORT = [

@@ -29,3 +29,21 @@ def one_answer(completions, **columns):
 def constant(completions, **columns):
     """The same for everything."""
     return [1.0 for _ in completions]
+
+
+def again(completions, **columns):
+    """Pays for every word that stands there for the second time or more."""
+    return [float(len(text.split()) - len(set(text.split()))) for text in _texts(completions)]
+
+
+class Burst:
+    """Pays for short answers, and in one rollout of many a thousand times as much."""
+
+    calls = 0
+
+    def __call__(self, completions, **columns):
+        self.calls += 1
+        return [(-1000.0 if self.calls == 9 else -1.0) * len(text.split()) for text in _texts(completions)]
+
+
+burst = Burst()
