@@ -73,7 +73,7 @@ def _time_phases(trainer: PPOTrainer, reward: rewards.ModelReward, meter: Meter)
     trainer._generate_and_score_completions = rollout
     trainer._get_per_token_logps_and_entropies = per_token
     trainer.model.generate = meter.timed(trainer.model.generate, "generate")
-    reward.score_ids = meter.timed(reward.score_ids, "score")
+    reward.member_scores = meter.timed(reward.member_scores, "score")
 
 
 if __name__ == "__main__":
