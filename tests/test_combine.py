@@ -41,6 +41,13 @@ def test_none_is_left_out_of_a_combination(combine, expected):
     assert values == pytest.approx(expected) and math.isnan(empty)
 
 
+@pytest.mark.parametrize("combine, expected", [(minimum, [1.0, math.nan]), (product, [9.0, 1.0])])
+def test_a_reward_of_weight_0_is_watched_and_not_counted(combine, expected):
+    rows = [[-5.0, 1.0, 9.0], [-5.0, nan, nan]]
+    found = combined(combine, rows, weights=torch.tensor([0.0, 1.0, 1.0]))
+    assert found == pytest.approx(expected, nan_ok=True)
+
+
 def test_a_product_of_negative_rewards_is_refused():
     with pytest.raises(ConfigError, match=r"`kind` is -0.5 for completion 1, and `combine=product` takes"):
         combined(product, [[1.0, 0.0, 1.0], [1.0, -0.5, -1.0]])

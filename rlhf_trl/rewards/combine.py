@@ -21,20 +21,23 @@ def weighted_sum(values: Tensor, raw: Tensor, weights: Tensor, names: Sequence[s
 
 
 def minimum(values: Tensor, raw: Tensor, weights: Tensor, names: Sequence[str]) -> Tensor:
-    """min over f of w_f r_f: the worst reward is the one that counts."""
-    least = torch.where(values.isnan(), torch.inf, values * weights).amin(dim=1)
-    return least.masked_fill(values.isnan().all(dim=1), torch.nan)
+    """min over f of w_f r_f: the worst reward is the one that counts. One of weight 0 is only watched."""
+    left_out = values.isnan() | (weights == 0)
+    least = torch.where(left_out, torch.inf, values * weights).amin(dim=1)
+    return least.masked_fill(left_out.all(dim=1), torch.nan)
 
 
 def product(values: Tensor, raw: Tensor, weights: Tensor, names: Sequence[str]) -> Tensor:
     """
-    product over f of r_f ^ w_f, for rewards of 0 or more: one that is 0 leaves nothing of the others.
+    product over f of r_f ^ w_f, for rewards of 0 or more: one that is 0 leaves nothing of the others. One of weight 0
+    is only watched.
 
     Raises:
         ConfigError: at a negative reward. Two of them would make a good score of two bad ones.
     """
-    if (values < 0).any():
-        row, column = (values < 0).nonzero()[0].tolist()
+    negative = (values < 0) & (weights != 0)
+    if negative.any():
+        row, column = negative.nonzero()[0].tolist()
         raise ConfigError(
             f"The reward `{names[column]}` is {values[row, column].item():.4g} for completion {row}, and "
             "`combine=product` takes rewards of 0 or more: two negative ones would make a good score. Give rewards "
