@@ -411,6 +411,13 @@ DONE = {
         ["stage.args.epsilon=0.001", "stage.args.learning_rate=5e-4",
          "health.signs.clip_fraction={note: 0.1, warn: 0.2}"],
     ),
+    # sampled greedily, while an entropy bonus takes probability from what was likely
+    "greedy": (
+        {"kl_negative"},
+        ["reward=function", f"{FUNCTION}={HACK}.constant", "+stage.args.top_k=1", "+stage.args.entropy_coef=1.0",
+         "stage.args.beta=0", "stage.args.vf_coef=0", "stage.args.learning_rate=4e-5",
+         "health.baseline=1", "health.window=2"],
+    ),
     "burst": ({"gradient_spike"}, ["reward=function", f"{FUNCTION}={HACK}.burst", "stage.args.cliprange_value=1e9"]),
 }  # fmt: skip
 FAST = ("critic", "learning rate")
