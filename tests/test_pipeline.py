@@ -327,8 +327,8 @@ def test_a_killed_step_goes_on_from_its_last_whole_checkpoint(tmp_path):
     wait_for(lambda: any(run_dir.glob("checkpoint-*/")) or process.poll() is not None, seconds=300)
     kill_tree(process.pid)
     process.communicate()
-    # What a kill in the middle of a write leaves: a checkpoint without its mark, newer than all others
-    (run_dir / "checkpoint-39").mkdir(exist_ok=True)
+    # What a kill in the middle of a write leaves: a checkpoint that isn't in its place yet
+    (run_dir / ".unfinished" / "checkpoint-39").mkdir(parents=True, exist_ok=True)
     code, out, err = launch("pipeline", tmp_path, *mine)
     assert code == 0, err[-3000:]
     assert "resume=true" in out and "Going on from" in out
