@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from rlhf_trl.callbacks.samples import as_text
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.evaluation.sampling import generation_config
 from rlhf_trl.evaluation.tables import side_by_side
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.policies import Policy, Prompt, as_prompt, load_policies, score, total
@@ -54,12 +55,6 @@ def chat(cfg: DictConfig) -> None:
             always_score=stage.score,
             system_prompt=stage.system_prompt,
         )
-
-
-def generation_config(temperature: float, max_completion_length: int) -> dict:
-    """Sampling from the whole distribution; at temperature 0 each token is the likeliest one."""
-    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    return {**(drawing if temperature > 0 else {"do_sample": False}), "max_new_tokens": max_completion_length}
 
 
 class Answer(NamedTuple):

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -193,18 +193,18 @@ def log_summary(values: Mapping[str, float]) -> None:
         wandb.run.summary.update(dict(values))
 
 
-def log_images(drawings: "Callable[[], Mapping[str, Drawing]]") -> None:
+def log_images(drawings: "Mapping[str, Drawing]") -> None:
     """
     Shows figures as images in the W&B run that is under way; does nothing where there is none.
 
     Args:
-        drawings (callable):
-            Makes `{name: drawing}`, drawings from `rlhf_trl.report.plots`; called only if there is a run. A name with
-            a slash stands in the section before it.
+        drawings (`dict`):
+            `{name: drawing}`, drawings from `rlhf_trl.report.plots`. A name with a slash stands in the section before
+            it.
     """
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
-        wandb.log({name: wandb.Image(drawing.pixels()) for name, drawing in drawings().items()})
+        wandb.log({name: wandb.Image(drawing.pixels()) for name, drawing in drawings.items()})
 
 
 def earlier_id(run_dir: str) -> str | None:

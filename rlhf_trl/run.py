@@ -173,13 +173,22 @@ def instantiate_data(cfg: DictConfig, form: str | None = None) -> DatasetDict:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: of an option of `data.feedback`, or of the rows.
     """
+    return instantiated(cfg.data)(form=form or cfg.stage.form, seed=cfg.seed)
+
+
+def instantiated(node: DictConfig, **options):
+    """
+    What a node of the config makes; Hydra's wrapping of an error that is about the config is taken off.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: of one of its options.
+    """
     try:
-        load = instantiate(cfg.data)
+        return instantiate(node, **options)
     except InstantiationException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from error
         raise
-    return load(form=form or cfg.stage.form, seed=cfg.seed)
 
 
 def begin(cfg: DictConfig, path: str) -> str | None:
@@ -281,12 +290,7 @@ def reward_functions(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> lis
         if "run" in node:
             options["path"] = resolve_path(node.path, node.run, project_dir(cfg))
             node = OmegaConf.masked_copy(node, [key for key in node if key != "run"])
-        try:
-            reward = instantiate(node, **options)
-        except InstantiationException as error:
-            if isinstance(error.__cause__, ConfigError):
-                raise error.__cause__ from error
-            raise
+        reward = instantiated(node, **options)
         reward.bind(tokenizer)
         rewards.append(instantiate(cfg.stage.wrap_reward)(reward) if cfg.stage.wrap_reward else reward)
     return rewards

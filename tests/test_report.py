@@ -17,7 +17,7 @@ from rlhf_trl.report import Code, Details, Figure, Gap, Page, Section, SideBySid
 from rlhf_trl.report.evaluation import verdict
 from rlhf_trl.report.page import to_html, to_markdown
 from rlhf_trl.report.plots import Series
-from rlhf_trl.report.project import project_page, report, report_figures, write_report
+from rlhf_trl.report.project import project_page, report, write_report
 from rlhf_trl.report.sweep import sweep_page, write_sweep_report
 
 EVIL = "</p><script>alert(1)</script> | `a` \x00\ud800"
@@ -240,7 +240,7 @@ def test_what_the_health_monitor_saw_stands_at_the_training(project):
 
 
 def test_figures_for_loggers_are_those_of_the_page(project):
-    found = report_figures(project)
+    found = project_page(project).figures()
     assert {"report/Reward and KL 1", "report/Wins 1", "report/Training 1"} <= found.keys()
     html = write_report(project).read_text()
     assert all(drawing.split("\n")[-1].strip() in html for drawing in found.values())

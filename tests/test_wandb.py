@@ -154,7 +154,7 @@ def drawings():
 def test_figures_are_images(tmp_path):
     with loggers.wandb(str(tmp_path), "demo/evaluate", {}, project="p"):
         log_summary({"ppo/reward": 1.5})
-        log_images(drawings)
+        log_images(drawings())
     found = read_run(tmp_path)
     (row,) = found["history"]
     assert row["report/Wins 1/_type"] == "image-file" and row["report/Wins 1/width"] > 300
@@ -165,7 +165,9 @@ def test_figures_are_images(tmp_path):
 
 
 def test_figures_without_a_run_are_not_drawn():
-    log_images(lambda: pytest.fail("drawn"))
+    drawing = plots.bars(["ppo"], [0.6])
+    drawing.pixels = lambda: pytest.fail("drawn")
+    log_images({"report/Wins 1": drawing})
     log_summary({"ppo/reward": 1.5})
 
 

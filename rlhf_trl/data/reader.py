@@ -60,10 +60,7 @@ class Reader:
         import pyarrow as pa
 
         rows = iter(rows)
-        head = list(islice(rows, BATCH_ROWS))
-        found = list(dict.fromkeys(column for _, row in head if isinstance(row, dict) for column in row))
-        if not head:
-            raise DataError(f"{name} holds no rows. Give `data` a source that has some.")
+        head, found = self._head(name, rows)
         if not found:  # not one row could be read: there are no columns to speak of
             for place, row in chain(head, rows):
                 if not row or isinstance(row, RowError):
@@ -93,6 +90,13 @@ class Reader:
                 lines.append(f"{self.left_out[format]:,} rows labelled false left out")
         lines += [f"{change} ({count:,} rows)" for change, count in self.changes.items() if count]
         return lines + ([f"columns left out: {', '.join(self.unused)}"] if self.unused else [])
+
+    def _head(self, name: str, rows: Iterator[Row]) -> tuple[list[Row], list[str]]:
+        """The first rows of a source, taken from `rows`, and the columns that they have."""
+        head = list(islice(rows, BATCH_ROWS))
+        if not head:
+            raise DataError(f"{name} holds no rows. Give `data` a source that has some.")
+        return head, list(dict.fromkeys(column for _, row in head if isinstance(row, dict) for column in row))
 
     def _map_columns(self, name: str, found: list[str]) -> dict[str, str]:
         """Our names of the columns -> theirs, as `columns` says; a column that isn't mapped keeps its name."""
@@ -255,10 +259,7 @@ class FeedbackReader(Reader):
         import pyarrow as pa
 
         rows = iter(rows)
-        head = list(islice(rows, BATCH_ROWS))
-        found = list(dict.fromkeys(column for _, row in head if isinstance(row, dict) for column in row))
-        if not head:
-            raise DataError(f"{name} holds no rows. Give `data` a source that has some.")
+        head, found = self._head(name, rows)
         mapping = self.feedback.mapping(name, found) if found else {}
         self.sources.setdefault(self.feedback.name, []).append(name)
         if self.form != "judged":

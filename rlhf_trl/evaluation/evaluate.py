@@ -1,6 +1,5 @@
 """Policies side by side on the same held-out prompts: what they gained, and what it cost (`stage=evaluate`)."""
 
-import json
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -37,9 +35,10 @@ from rlhf_trl.loggers import log_images, log_summary
 from rlhf_trl.models import load_model, load_tokenizer
 from rlhf_trl.paths import find_policy, named_policies
 from rlhf_trl.quiet import quiet
-from rlhf_trl.report.project import report_figures, write_report
-from rlhf_trl.report.records import swept_keys
-from rlhf_trl.run import begin, end, fail, instantiate_data, project_dir, reward_functions
+from rlhf_trl.report import write_page
+from rlhf_trl.report.project import project_page
+from rlhf_trl.report.records import read_json, swept_keys
+from rlhf_trl.run import begin, end, fail, instantiate_data, instantiated, project_dir, reward_functions
 
 
 class Policy(NamedTuple):
@@ -72,7 +71,7 @@ def evaluate(cfg: DictConfig) -> None:
     if not PartialState().is_main_process:
         return  # one rank samples and writes
     try:
-        judge = make_judge(cfg.judge)
+        judge = instantiated(cfg.judge)
         judge.check()
         comparison = evaluate_policies(
             policies,
@@ -94,14 +93,15 @@ def evaluate(cfg: DictConfig) -> None:
         raise
     write_json(Path(where, "comparison.json"), comparison)
     end(cfg, "done")
-    page = write_report(where)
+    page = project_page(Path(where))
+    path = write_page(page, Path(where, "report"))
     logger = instantiate(cfg.logger.run)
     with logger(run_dir=cfg.run_dir, name=f"{cfg.project}/{cfg.run_name}", config=OmegaConf.to_container(cfg)):
         log_summary(summary_of(comparison))
-        log_images(lambda: report_figures(where))
+        log_images(page.figures())
     if stage.show:
         print("\n" + comparison_text(comparison))
-    print(f"\nReport: {page}")
+    print(f"\nReport: {path}")
 
 
 def summary_of(comparison: dict[str, Any]) -> dict[str, float]:
@@ -126,7 +126,8 @@ def policies_of(
     """
     found = {name: Policy(find_policy(place, project_dir), name) for name, place in places.items()}
     for name, policy in list(found.items()) if with_checkpoints else ():
-        last = max((entry.get("step", 0) for entry in read_history(policy.path)), default=0)
+        metrics = read_json(Path(policy.path, "metrics.json")) or {"history": []}
+        last = max((entry.get("step", 0) for entry in metrics["history"]), default=0)
         for path in checkpoints(policy.path):
             step = int(path.name.split("-")[1])
             if step != last:  # that one is the run's result
@@ -137,12 +138,6 @@ def policies_of(
     return found
 
 
-def read_history(run_dir: str) -> list[dict[str, Any]]:
-    """All log entries of a run; none where it left no metrics."""
-    path = Path(run_dir, "metrics.json")
-    return json.loads(path.read_text(encoding="utf-8"))["history"] if path.exists() else []
-
-
 def sweep_runs(folder: Path) -> dict[str, str]:
     """
     Name and directory of each done run of a sweep; the name has what its jobs differ in.
@@ -150,8 +145,7 @@ def sweep_runs(folder: Path) -> dict[str, str]:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if there is no sweep, or no run of it is done.
     """
-    path = folder / "sweep.json"
-    jobs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    jobs = read_json(folder / "sweep.json") or []
     done = [job for job in jobs if job["status"] == "done"]
     if not done:
         raise ConfigError(
@@ -166,21 +160,6 @@ def sweep_runs(folder: Path) -> dict[str, str]:
         )
         for job in done
     }
-
-
-def make_judge(node: DictConfig):
-    """
-    The judge of the group `judge`.
-
-    Raises:
-        [`~rlhf_trl.errors.ConfigError`]: of one of its options.
-    """
-    try:
-        return instantiate(node)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from error
-        raise
 
 
 def held_out(datasets: dict[str, Dataset]) -> Dataset:

@@ -1,12 +1,18 @@
 """What a policy writes for given prompts, and how likely that is under it and under others."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+
+def generation_config(temperature: float, max_completion_length: int) -> dict[str, Any]:
+    """Sampling from the whole distribution; at temperature 0 each token is the likeliest one."""
+    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    return {**(drawing if temperature > 0 else {"do_sample": False}), "max_new_tokens": max_completion_length}
 
 
 @torch.inference_mode()
@@ -42,12 +48,8 @@ def sample(
     set_seed(seed)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     # The model's own generation config would fill what is left unset here
-    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     model.generation_config = GenerationConfig(
-        **(drawing if temperature > 0 else {"do_sample": False}),
-        max_new_tokens=max_completion_length,
-        eos_token_id=eos,
-        pad_token_id=pad,
+        **generation_config(temperature, max_completion_length), eos_token_id=eos, pad_token_id=pad
     )
     completions = []
     for batch in _batches(prompts, batch_size):

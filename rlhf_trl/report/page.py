@@ -168,6 +168,14 @@ class Page:
     facts: dict[str, str] = field(default_factory=dict)
     footer: str = ""
 
+    def figures(self) -> dict[str, str]:
+        """The drawings of its sections, for loggers: `report/{section} {number}`."""
+        return {
+            f"report/{section.title} {i}": figure.svg
+            for section in self.sections
+            for i, figure in enumerate((block for block in section.blocks if isinstance(block, Figure)), start=1)
+        }
+
 
 def write_page(page: Page, folder: str | os.PathLike) -> Path:
     """Writes `index.html` and `report.md` into a folder, which is made if need be; returns the HTML file's path."""

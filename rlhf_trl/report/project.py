@@ -26,7 +26,7 @@ from rlhf_trl.report.evaluation import (
     win_blocks,
 )
 from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, Table, Text, write_page
-from rlhf_trl.report.plots import Drawing, Series
+from rlhf_trl.report.plots import Series
 from rlhf_trl.report.records import Run, read_json, read_runs
 from rlhf_trl.report.reward_page import summary_table
 from rlhf_trl.signs import LEVELS, SIGNS, signs_seen
@@ -96,15 +96,6 @@ def write_report(project_dir: str | Path) -> Path:
     """
     project_dir = Path(project_dir)
     return write_page(project_page(project_dir), project_dir / "report")
-
-
-def report_figures(project_dir: str | Path) -> dict[str, Drawing]:
-    """The figures of a project's report, `report/{section} {number}`, for loggers."""
-    return {
-        f"report/{section.title} {i}": figure.svg
-        for section in project_page(Path(project_dir)).sections
-        for i, figure in enumerate((block for block in section.blocks if isinstance(block, Figure)), start=1)
-    }
 
 
 def project_page(project_dir: Path) -> Page:
