@@ -61,6 +61,7 @@ def make_trainer(model, tmp_path, data=None, path=None, **kwargs):
         "steps_per_generation": 2,
         "num_iterations": 1,
         "learning_rate": 1e-2,
+        "adam_epsilon": 1e-4,  # at the default the rounding of a tiny gradient moves a weight by more than 1e-5
         "lr_scheduler_type": "constant",
         "max_completion_length": 8,
         "report_to": "none",
@@ -116,7 +117,9 @@ def reference_ppo(policy, reference, critic, head, asked, args, tokenizer):
     """
     networks = torch.nn.ModuleList([policy, critic, head])
     parameters = [p for p in networks.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.learning_rate, betas=(0.9, 0.999), eps=args.adam_epsilon, weight_decay=0.0
+    )
     norms, kls = [], []
     for index, batch in enumerate(asked):
         rows = [(tokenizer(p)["input_ids"], completion_of(tokenizer, p)) for p in batch]
