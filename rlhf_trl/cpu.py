@@ -1,4 +1,4 @@
-"""What makes training on a CPU quicker, with the same numbers. On an accelerator none of this acts."""
+"""The memory of a process that trains on a CPU. On an accelerator none of this acts."""
 
 import ctypes
 import os
@@ -25,22 +25,3 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
-
-
-def score_labels_only() -> None:
-    """
-    Makes TRL's fused log-probabilities compute the positions with a label alone on a CPU, too.
-
-    TRL 1.16 does so on GPUs and scores every position, prompts and padding as well, elsewhere, because some
-    accelerators compile anew for each number of positions (`trl.trainer.utils.add_fused_lm_head`).
-    """
-    from trl.trainer import utils
-
-    if not hasattr(utils._use_triton, "on_gpus"):
-        on_gpus = utils._use_triton
-
-        def compact(device) -> bool:
-            return device.type == "cpu" or on_gpus(device)
-
-        compact.on_gpus = on_gpus
-        utils._use_triton = compact

@@ -48,10 +48,10 @@ from rlhf_trl.callbacks.record import (
 from rlhf_trl.callbacks.samples import SampleLog
 from rlhf_trl.checks.run_directory import resume_changes
 from rlhf_trl.checks.values import plain
-from rlhf_trl.cpu import score_labels_only
 from rlhf_trl.data import head_names
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.launching import config_dirs
+from rlhf_trl.log_probs import quicken_log_probs
 from rlhf_trl.loggers import is_first_rank
 from rlhf_trl.models import adapter_config, base_path, load_start, load_tokenizer, merge_adapter
 from rlhf_trl.paths import resolve_path
@@ -74,7 +74,7 @@ def train(cfg: DictConfig) -> float | None:
     """
     OmegaConf.resolve(cfg)
     quiet()
-    score_labels_only()
+    quicken_log_probs()
     set_seed(cfg.seed)
     args = training_arguments(cfg.stage.args, **critic_start(cfg))
     path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))

@@ -26,8 +26,8 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, get_callable_name, is_async_callable, nanstd
 
 from ..adapters import CRITIC, POLICY, save_policy_only, set_trainable
-from ..cpu import score_labels_only
 from ..errors import ConfigError
+from ..log_probs import quicken_log_probs
 from ..rewards import ModelReward, Reward
 from ..rewards.combine import weighted_sum
 from .advantages import (
@@ -173,7 +173,7 @@ class PPOTrainer(GRPOTrainer):
         _check_dataset(train_dataset, args)
         _check_adapter_dropout(model, kwargs.get("peft_config"), args)
 
-        score_labels_only()
+        quicken_log_probs()
         # GRPOTrainer keeps no reference at beta 0; PPO always measures KL.
         beta, args.beta = args.beta, args.beta or 1.0
         try:
