@@ -133,11 +133,15 @@ def add_critic(model: PreTrainedModel | PeftModel, args: PPOConfig, tokenizer: P
 
 
 def _compute_values(policy: PreTrainedModel, trunk: Callable | None, layers: list[nn.Module]) -> None:
-    """Make the fused forward return [`PolicyAndValueOutput`]; without a `trunk`, the head reads the policy's own."""
+    """
+    Make the fused forward return [`PolicyAndValueOutput`]; without a `trunk`, the head reads the policy's own.
+
+    `with_values` asks for values, and `values_only` spares the policy's pass where a `trunk` gives them.
+    """
     fused_forward = policy.forward
 
     @functools.wraps(type(policy).forward)
-    def forward(self, *args, fused_lm_head=False, with_values=False, **kwargs):
+    def forward(self, *args, fused_lm_head=False, with_values=False, values_only=False, **kwargs):
         if not fused_lm_head:
             return fused_forward(*args, **kwargs)
         if not with_values or not policy_is_active(layers):  # a reference made of the policy's base has no critic
@@ -151,7 +155,7 @@ def _compute_values(policy: PreTrainedModel, trunk: Callable | None, layers: lis
                 hook.remove()
             hidden = seen["h"]
         else:
-            output = fused_forward(*args, fused_lm_head=True, **kwargs)
+            output = {} if values_only else fused_forward(*args, fused_lm_head=True, **kwargs)
             mask = kwargs["attention_mask"]
             hidden = trunk(
                 input_ids=kwargs["input_ids"],

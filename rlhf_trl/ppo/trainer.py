@@ -25,7 +25,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, get_callable_name, is_async_callable, nanstd
 
-from ..adapters import CRITIC, POLICY, save_policy_only, set_trainable
+from ..adapters import CRITIC, POLICY, adapter_layers, policy_is_active, save_policy_only, set_trainable
 from ..errors import ConfigError
 from ..log_probs import quicken_log_probs
 from ..rewards import ModelReward, Reward
@@ -42,8 +42,9 @@ from .advantages import (
     value_losses,
 )
 from .config import PPOConfig
-from .critic import add_critic, count_positions_from_mask, is_critic
+from .critic import VALUE_HEAD, add_critic, count_positions_from_mask, is_critic
 from .ptx import Demonstrations
+from .sampled import SampledTokens
 from .seeds import derived_seed, permutation, preserved_rng_state
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,9 @@ class PPOTrainer(GRPOTrainer):
         self._demonstrations = (
             None if ptx_dataset is None else Demonstrations(ptx_dataset, self._tokenizer, seed=args.seed)
         )
-        self._policy = policy
+        self._policy, self._adapter_layers = policy, adapter_layers(policy)
+        head = getattr(policy, VALUE_HEAD) if args.critic == "head" else None
+        self._sampled = SampledTokens(policy, self.temperature, head) if self._sampling_serves() else None
         self.last_rollout: dict[str, float] = {}
         self.reward_normalizer: Callable[[Tensor], Tensor] | None = None
         self.combine_rewards: Callable[..., Tensor] = weighted_sum
@@ -310,7 +313,36 @@ class PPOTrainer(GRPOTrainer):
             epoch=lambda: self.state.global_step // steps_per_epoch,
         )
 
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+    def _sampling_serves(self) -> bool:
+        """Whether `generate` computes what the first pass over a rollout would, see [`SampledTokens`]."""
+        return (
+            not (self.use_vllm or self.rollout_func or self.tools)
+            and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+            and self._policy.dtype == torch.float32
+            and getattr(self._policy, "hf_quantizer", None) is None
+            and self.accelerator.mixed_precision == "no"
+            and torch.get_float32_matmul_precision() == "highest"
+            and self.args.disable_dropout
+        )
+
+    def _generate_single_turn(self, *args, **kwargs):
+        if self._sampled is None:
+            return super()._generate_single_turn(*args, **kwargs)
+        with self._sampled.kept() as completions:
+            completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+            completions.extend(completion_ids)
+        return completion_ids, logprobs
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
+    ):
+        if self._sampled is not None and model is self.model and not torch.is_grad_enabled():
+            log_probs = self._log_probs_of_sampling(input_ids, attention_mask, logits_to_keep, batch_size)
+            if log_probs is not None:
+                return log_probs, None, None
+        return self._log_probs_of_pass(model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs)
+
+    def _log_probs_of_pass(self, model, *args, **kwargs):
         # TRL's chunked pass, with the values of each chunk kept: one forward for log-probabilities and values
         values = []
         extra = {"with_values": True} if model is not self.ref_model else {}
@@ -324,6 +356,36 @@ class PPOTrainer(GRPOTrainer):
         width = result[0].size(1)
         self._forward_values.append(None if values[0] is None else torch.cat(values)[:, -width:])
         return result
+
+    def _log_probs_of_sampling(self, input_ids, attention_mask, width, batch_size) -> Tensor | None:
+        """Log-probabilities (N, T) that sampling has computed, if it has; their values go where a pass puts them."""
+        if not policy_is_active(self._adapter_layers):
+            return None
+        sampled = self._sampled.take(attention_mask[:, -width:])
+        if sampled is None:
+            return None
+        log_probs, values = sampled
+        batch_size = batch_size or len(input_ids)
+        if not self._sampled.compared:
+            of_a_pass, _, _ = self._log_probs_of_pass(
+                self.model, input_ids[:batch_size], attention_mask[:batch_size], width
+            )
+            self._forward_values.clear()
+            if not self._sampled.agrees(log_probs[:batch_size], of_a_pass):
+                self._sampled = None
+                return None
+        if values is None:
+            rows = zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
+            values = torch.cat(
+                [
+                    self.model(
+                        input_ids=ids, attention_mask=mask, fused_lm_head=True, with_values=True, values_only=True
+                    ).value_preds[:, -width:]
+                    for ids, mask in rows
+                ]
+            )
+        self._forward_values.append(values)
+        return log_probs
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
