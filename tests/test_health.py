@@ -385,9 +385,8 @@ DONE = {
          "stage.args.learning_rate=1e-3"],
     ),
     "beta 0": ({"kl_growing"}, ["stage.args.beta=0", "stage.args.learning_rate=1e-3"]),
-    "learning rate": (
-        {"reward_falling", "entropy_collapse", "template"}, ["stage.args.learning_rate=1e-2"],
-    ),
+    # whether it ends in one answer or in noise is left to rounding
+    "learning rate": ({"reward_falling"}, ["stage.args.learning_rate=1e-2"]),
     "critic": ({"critic_blind"}, ["stage.args.critic_learning_rate=0", "stage.args.critic_detach=true"]),
     "constant": ({"reward_flat"}, ["reward=function", f"{FUNCTION}={HACK}.constant"]),
     "length": (
@@ -437,7 +436,9 @@ def test_a_run_that_is_spoilt_on_purpose_is_named(train, tmp_path, what):
     if what == "critic":  # it explains nothing, which is a note; and nothing else is wrong
         assert seen == {"critic_blind": "note"}
     else:
-        assert named <= {name for name, level in seen.items() if level == "warn"}
+        warned = {name for name, level in seen.items() if level == "warn"}
+        assert named <= warned
+        assert what != "learning rate" or warned & {"entropy_collapse", "template", "eos_missing"}
     if what == "constant":
         assert named == {name for name, level in seen.items() if level == "warn"}
 
