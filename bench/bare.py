@@ -65,27 +65,44 @@ class Loop:
         return self.head(hidden.float()).squeeze(-1)
 
     @torch.no_grad()
-    def generate(self, prompts: Tensor) -> Tensor:
-        return self.policy.generate(
+    def generate(self, prompts: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Sampled ids, and in float32 their log-probabilities and (of a head) values, as the passes of sampling go."""
+        exact = self.setting.dtype == "float32"
+        sampled = self.policy.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
             generation_config=GenerationConfig(
                 max_new_tokens=self.setting.new_tokens, do_sample=True, top_k=0, top_p=1.0, temperature=1.0
             ),
+            return_dict_in_generate=True,
+            output_logits=exact,
+            output_hidden_states=exact and self.critic is None,
         )
+        ids, logp, values = sampled.sequences, None, None
+        if exact:
+            tokens = ids[:, self.setting.prompt_tokens :, None].unbind(dim=1)
+            steps = zip(sampled.logits, tokens, strict=True)
+            logp = torch.cat([step.log_softmax(dim=-1).gather(1, token) for step, token in steps], dim=1)
+        if exact and self.critic is None:
+            values = self.values(torch.cat([step[-1][:, -1:] for step in sampled.hidden_states], dim=1), ids)
+        return ids, logp, values
 
     @torch.no_grad()
-    def old(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of policy and reference, and values."""
-        logps, refs, values = [], [], []
+    def old(self, ids: Tensor, logp: Tensor | None, values: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of policy and reference, and values; what is given of the policy isn't computed."""
+        logps, refs, all_values = [], [], []
         for rows in ids.split(self.setting.mini_batch):
-            hidden = self.hidden(self.causal, rows)
-            logps.append(self.log_probs(self.causal, hidden, rows))
-            values.append(self.values(hidden, rows))
+            hidden = self.hidden(self.causal, rows) if logp is None else None
+            if logp is None:
+                logps.append(self.log_probs(self.causal, hidden, rows))
+            if values is None:
+                all_values.append(self.values(hidden, rows))
             reference = self.causal if self.reference is None else self.reference
             with self.policy.disable_adapter() if self.reference is None else nullcontext():
                 refs.append(self.log_probs(reference, self.hidden(reference, rows), rows))
-        return torch.cat(logps), torch.cat(refs), torch.cat(values)
+        logp = torch.cat(logps) if logp is None else logp
+        values = torch.cat(all_values) if values is None else values
+        return logp, torch.cat(refs), values
 
     @torch.no_grad()
     def score(self, ids: Tensor) -> Tensor:
@@ -119,10 +136,10 @@ class Loop:
     def rollout(self, prompts: Tensor, meter: Meter):
         meter.start_rollout()
         with meter.phase("generate"):
-            ids = self.generate(prompts)
+            ids, logp, values = self.generate(prompts)
         assert ids.size(1) == self.setting.prompt_tokens + self.setting.new_tokens
         with meter.phase("log-probabilities"):
-            logp, ref, values = self.old(ids)
+            logp, ref, values = self.old(ids, logp, values)
         with meter.phase("score"):
             scores = self.score(ids)
         advantages, returns = self.advantages(logp, ref, values, scores)

@@ -42,7 +42,7 @@ def test_ours_and_the_bare_loop_compute_the_same_rollout(setting):
 
     loop = bare.Loop(setting)
     ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
-    logp, ref, values = loop.old(ids)
+    logp, ref, values = loop.old(ids, None, None)
     advantages, returns = loop.advantages(logp, ref, values, loop.score(ids))
     expected = {
         "old_per_token_logps": logp,
@@ -57,6 +57,15 @@ def test_ours_and_the_bare_loop_compute_the_same_rollout(setting):
     report = meter.report(setting)
     assert all(report["phases"][phase] > 0 for phase in ("generate", "score", "log-probabilities", "update"))
     assert report["seconds"] == pytest.approx(sum(report["phases"].values()))
+
+
+def test_the_bare_loop_samples_with_the_numbers_of_a_pass(setting):
+    loop = bare.Loop(setting)
+    torch.nn.init.normal_(loop.head.weight)
+    ids, logp, values = loop.generate(torch.tensor([prompt["ids"] for prompt in setting.prompts()]))
+    expected, _, expected_values = loop.old(ids, None, None)
+    torch.testing.assert_close(logp, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(values, expected_values, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("critic", ["head", "model"])
