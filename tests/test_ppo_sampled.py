@@ -140,6 +140,7 @@ def test_half_precision_and_foreign_rollouts_get_a_pass(tmp_path):
         {"model_init_kwargs": {"dtype": "bfloat16"}},
         {"bf16": True},
         {"disable_dropout": False},
+        {"cache_implementation": "static"},
     ):
         trainer = sampled(path, tmp_path, **options)
         assert trainer._sampled is None, options

@@ -323,6 +323,7 @@ class PPOTrainer(GRPOTrainer):
             and self.accelerator.mixed_precision == "no"
             and torch.get_float32_matmul_precision() == "highest"
             and self.args.disable_dropout
+            and self.generation_config.cache_implementation is None  # a static one may be compiled
         )
 
     def _generate_single_turn(self, *args, **kwargs):
