@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-# Positions times vocabulary: 128 MiB of float32, of which a step holds about four at a time, as the tiles then do
-MOST_LOGITS = 2**25
+# Positions times vocabulary: 256 MiB of float32, of which a step holds about four at a time, as the tiles then do
+MOST_LOGITS = 2**26
 
 
 def quicken_log_probs() -> None:
