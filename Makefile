@@ -46,7 +46,7 @@ lint: $(READY) ## what .ci/run checks before the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-bench: $(READY) ## our PPO, TRL 1.12's and a bare loop: speed and memory in bench/results.md; about 15 minutes
+bench: $(READY) ## our PPO, TRL 1.12's and a bare loop: speed and memory in bench/results.md; about 25 minutes, with SmolLM2 50
 	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python -m bench
 
 checkpoints: $(READY) ## make the embedded checkpoints again

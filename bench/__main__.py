@@ -1,7 +1,9 @@
 """
 `make bench`: every contender in a process of its own, in turn, five times; tables on the console and in a file.
 
-    python -m bench [--runs 5] [--smollm2 FOLDER] [--settings small lora] [--output bench/results.md]
+    python -m bench [--runs 11] [--smollm2 FOLDER] [--settings small lora] [--output bench/results.md]
+
+A process on a shared machine can be ten per cent faster or slower than the next one: hence so many rounds.
 
 A ratio is that of two contenders in the same round, and its median over the rounds is what counts.
 """
@@ -109,7 +111,7 @@ def lora(folder: Path, smollm2: str) -> Setting:
 def main(arguments: list[str] | None = None):
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m bench")
-    parser.add_argument("--runs", type=int, default=5, help="rounds; the medians are over these")
+    parser.add_argument("--runs", type=int, default=11, help="rounds; the medians are over these")
     parser.add_argument("--settings", nargs="+", default=["small", "lora"], choices=["small", "lora"])
     parser.add_argument("--smollm2", default=os.environ.get("RLHF_TRL_SMOLLM2"), help="folder of SmolLM2-135M")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench", help="for models and reports")
