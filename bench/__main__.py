@@ -1,11 +1,10 @@
 """
-`make bench`: every contender in a process of its own, in turn, five times; tables on the console and in a file.
+`make bench`: every contender in a process of its own, in turn, round after round; tables on the console and in a file.
 
     python -m bench [--runs 11] [--smollm2 FOLDER] [--settings small lora] [--output bench/results.md]
 
-A process on a shared machine can be ten per cent faster or slower than the next one: hence so many rounds.
-
-A ratio is that of two contenders in the same round, and its median over the rounds is what counts.
+A ratio is that of two contenders in the same round, and its median over the rounds is what counts. There are many of
+them because a process on a shared machine can be ten per cent faster or slower than the next.
 """
 
 import argparse
