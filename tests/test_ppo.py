@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig
 
 from rlhf_trl.callbacks.kl import AdaptiveKL, LinearKL
@@ -21,7 +21,7 @@ from rlhf_trl.callbacks.reward_norm import RewardNorm, RunningNorm
 from rlhf_trl.ppo import PPOConfig
 from rlhf_trl.ppo.config import REFUSED, added_fields
 from tests.test_ppo_update import make_trainer, prompts
-from tests.tiny import make_tokenizer, save_model
+from tests.tiny import make_tokenizer, save_gpt2, save_model
 
 
 def sampled(model, tmp_path, **kwargs):
@@ -356,15 +356,7 @@ def test_an_adapter_goes_on_from_an_adapter(path, tmp_path):
 
 def test_left_padding_with_absolute_positions(tmp_path):
     """GPT-2 scores its tokens at the positions it generated them at, however its neighbours are padded."""
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.4)
-    )
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(tmp_path / "gpt2")
-    tokenizer.save_pretrained(tmp_path / "gpt2")
-    trainer = sampled(str(tmp_path / "gpt2"), tmp_path)
+    trainer = sampled(save_gpt2(tmp_path / "gpt2"), tmp_path)
     trainer.model.train()
     rollout = trainer._generate_and_score_completions([{"prompt": p} for p in ("a", "a b c d e f g h")])
     for i in range(2):

@@ -5,26 +5,13 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_trl.ppo import sampled as sampled_tokens
 from tests.test_ppo import sampled
 from tests.test_ppo_update import make_trainer, prompts
-from tests.tiny import make_tokenizer, save_model
+from tests.tiny import save_gpt2, save_model
 
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
-
-
-def save_gpt2(path) -> str:
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.4)
-    )
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
 
 
 def roll_out(trainer, training=True, count=8) -> dict:
@@ -91,10 +78,8 @@ def test_evaluation_needs_no_second_pass_either(tmp_path):
     trainer = sampled(save_model(tmp_path / "model"), tmp_path, eval_dataset=prompts(8))
     trainer.evaluate()
     passes = []
-    trainer._log_probs_of_pass, pass_of = (
-        lambda model, *a, **k: passes.append(model) or pass_of(model, *a, **k),
-        (trainer._log_probs_of_pass),
-    )
+    pass_of = trainer._log_probs_of_pass
+    trainer._log_probs_of_pass = lambda model, *a, **k: passes.append(model) or pass_of(model, *a, **k)
     assert trainer.evaluate()["eval_objective/kl"] == pytest.approx(0, abs=1e-5)
     assert passes and all(model is trainer.ref_model for model in passes)
 

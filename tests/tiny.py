@@ -1,8 +1,8 @@
-"""A tiny Llama and a word-level tokenizer, made on the fly, for tests of the trainers."""
+"""A tiny Llama, a tiny GPT-2 and a word-level tokenizer, made on the fly, for tests of the trainers."""
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = "a b c d e f g h i j k l m n o p".split()
 CHAT_TEMPLATE = (
@@ -44,6 +44,19 @@ def save_model(path, pad_is_eos: bool = False, seed: int = 0, **config) -> str:
         )
     )
     model.config.pad_token_id = tokenizer.pad_token_id  # set now: the constructor would zero its embedding
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def save_gpt2(path) -> str:
+    """Write a randomly initialised GPT-2, whose positions are absolute, and its tokenizer; return the path."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.4)
+    )
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)

@@ -35,11 +35,8 @@ class SampledTokens:
         self._kept: tuple[Tensor, Tensor | None, Tensor] | None = None
 
     @contextmanager
-    def kept(self) -> Iterator[list[list[int]]]:
-        """
-        Watch a call of `generate`. The caller extends the list that this yields with the completions, one list of ids
-        a row.
-        """
+    def watching(self) -> Iterator[None]:
+        """Watch a call of `generate`, whose completions [`keep`] takes next."""
         self._kept = None
         self._logits: Tensor | None = None
         self._log_probs: list[Tensor] = []
@@ -47,13 +44,15 @@ class SampledTokens:
         hooks = [self.policy.register_forward_hook(self._after_policy, with_kwargs=True)]
         if self.value_head is not None:
             hooks.append(self.policy.base_model.register_forward_hook(self._after_trunk))
-        completions: list[list[int]] = []
         try:
-            yield completions
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
-            logits, self._logits = self._logits, None
+
+    def keep(self, completions: list[list[int]]) -> None:
+        """Keep what was computed of the completions that were sampled, one list of ids a row."""
+        logits, self._logits = self._logits, None
         steps = len(self._log_probs) + 1
         lengths = torch.tensor([len(ids) for ids in completions])
         if logits is None or len(lengths) != len(logits) or lengths.max() != steps:

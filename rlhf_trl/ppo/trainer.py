@@ -329,9 +329,9 @@ class PPOTrainer(GRPOTrainer):
     def _generate_single_turn(self, *args, **kwargs):
         if self._sampled is None:
             return super()._generate_single_turn(*args, **kwargs)
-        with self._sampled.kept() as completions:
+        with self._sampled.watching():
             completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
-            completions.extend(completion_ids)
+        self._sampled.keep(completion_ids)
         return completion_ids, logprobs
 
     def _get_per_token_logps_and_entropies(
@@ -371,7 +371,7 @@ class PPOTrainer(GRPOTrainer):
             of_a_pass, _, _ = self._log_probs_of_pass(
                 self.model, input_ids[:batch_size], attention_mask[:batch_size], width
             )
-            self._forward_values.clear()
+            self._forward_values.pop()
             if not self._sampled.agrees(log_probs[:batch_size], of_a_pass):
                 self._sampled = None
                 return None
