@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_trl import overrides
 from rlhf_trl.checks import check, find_problems
 from rlhf_trl.cpu import keep_freed_memory
-from rlhf_trl.errors import ConfigError
+from rlhf_trl.errors import ConfigError, DivergedError
 from rlhf_trl.paths import conf_dir
 from rlhf_trl.quiet import quiet
 
@@ -72,7 +72,7 @@ def run(cfg: DictConfig) -> float | None:
 
             return show_plan(cfg)
         return hydra.utils.instantiate(cfg.stage.run)(cfg)
-    except ConfigError as error:  # here, because Hydra would print the overrides in front of it
+    except (ConfigError, DivergedError) as error:  # here, because Hydra would print the overrides in front of it
         _leave(f"Error: {error}", 2)
     except InstantiationException as error:
         if not isinstance(error.__cause__, ConfigError):

@@ -22,3 +22,7 @@ class ConfigError(ValueError):
 
 class DataError(ConfigError):
     """A data row, file or column that can't be used. The message names the file, the row number and the field."""
+
+
+class DivergedError(RuntimeError):
+    """A training whose weights or gradients became NaN or infinite. The message says since when, and what to set."""

@@ -35,11 +35,13 @@ from transformers.utils import is_torch_bf16_gpu_available
 from rlhf_trl.adapters import fingerprint
 from rlhf_trl.callbacks import SaveAndStop
 from rlhf_trl.callbacks.interrupt import Interrupt
+from rlhf_trl.callbacks.nonfinite import NonfiniteGuard
 from rlhf_trl.callbacks.progress import ProgressLine
 from rlhf_trl.callbacks.record import (
     RunRecord,
     finish_run,
     last_checkpoint,
+    never_past_the_end,
     read_run,
     save_whole_checkpoints,
     start_run,
@@ -145,6 +147,7 @@ def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
         )
     if values.get("bf16") is None and not values.get("fp16"):
         values["bf16"] = supported
+    values.setdefault("logging_nan_inf_filter", False)  # it would show a loss of NaN as the mean of those before
     if not torch.accelerator.is_available():
         values.setdefault("use_cpu", True)  # without it each of several CPU ranks would train by itself
     try:
@@ -275,6 +278,7 @@ def make_trainer(
             # On a 4-bit base TRL casts the score head to bfloat16, too coarse for differences of scores
             parameter.data = parameter.data.float()
     save_whole_checkpoints(trainer)
+    never_past_the_end(trainer)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     for callback in callbacks(cfg, trainer):
@@ -300,6 +304,8 @@ def callbacks(cfg: DictConfig, trainer: Trainer) -> Iterator[TrainerCallback]:
     """What watches and steers the run: always the record and the progress line, and what the config names."""
     if "reward_norm" in cfg:
         yield instantiate(cfg.reward_norm)(trainer=trainer, combine=instantiate(cfg.combine))
+    if not cfg.get("health"):  # the health monitor is such a guard
+        yield NonfiniteGuard(trainer)
     for node in (cfg.get("kl"), cfg.get("health"), cfg.logger.get("callback")):
         if node:  # health=none is empty
             yield instantiate(node)(trainer=trainer)

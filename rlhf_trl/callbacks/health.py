@@ -8,14 +8,13 @@ already: no forward, no generation.
 import math
 from collections.abc import Mapping
 
-import torch
-from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ConfigError
 from ..signs import BASELINE, LEVELS, SIGNS, WINDOW, Series, all_limits, judge, rollout_measures, signs_seen
-from . import SaveAndStop, any_rank, steps_per_rollout
+from . import any_rank, steps_per_rollout
+from .nonfinite import NonfiniteGuard
 from .rollouts import record_rollouts
 from .samples import as_text, newest_row, rows_after
 from .sampling import standard_error
@@ -23,7 +22,7 @@ from .sampling import standard_error
 STOP = LEVELS.index("stop")
 
 
-class HealthMonitor(SaveAndStop):
+class HealthMonitor(NonfiniteGuard):
     """
     Watches a run with rollouts and names signs of trouble, at the levels note, warn and stop.
 
@@ -31,8 +30,7 @@ class HealthMonitor(SaveAndStop):
     of the rollout that signs are made of. A sign is explained when it first reaches a level; a summary ends the run.
     At the level stop the run ends after its rollout as if it were done, with a checkpoint and a reason in its record.
 
-    An update with NaN or infinite gradients is left out: no parameter moves. (With float16 the gradient scaler does
-    that, and it is no sign of trouble; DeepSpeed updates within `backward`, so there it isn't seen.)
+    It is the [`NonfiniteGuard`] as well: an update with NaN or infinite gradients is withheld.
 
     A reward function with weight 0 is not learned from; it is watched, as the held-out judge of `over_optimization`.
 
@@ -62,17 +60,17 @@ class HealthMonitor(SaveAndStop):
             raise ConfigError(
                 f"`health.baseline` is {baseline} and `health.window` is {window}. Set both to 1 or more."
             )
-        self.trainer = trainer
+        super().__init__(trainer)
         self.limits = all_limits(signs)
         self.baseline, self.window = baseline, window
         record_rollouts(trainer)
         self._seen = newest_row(trainer)
-        self._nonfinite = 0  # updates
         self._told: dict[str, int] = {}  # highest level of each sign that was explained
 
     # ---- What a rollout tells ----
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
         # First in the line, so that what it adds to the logs reaches every logger
         callbacks = self.trainer.callback_handler.callbacks
         callbacks.remove(self)
@@ -81,19 +79,9 @@ class HealthMonitor(SaveAndStop):
         self.series = Series(self.baseline, self.window, watched=[name for name, w in weights.items() if w == 0])
         for entry in state.log_history:  # of a resumed run
             self.series.add(entry)
-            self._nonfinite = int(entry.get("health/nonfinite_updates") or self._nonfinite)
+            self.nonfinite_updates = int(entry.get("health/nonfinite_updates") or self.nonfinite_updates)
         self._told = {found.sign: found.level for found in signs_seen(state.log_history)}
         self.reason = None
-
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        if self.trainer.is_deepspeed_enabled or self.trainer.accelerator.scaler is not None:
-            return
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
-        if any_rank(bool(grads) and not torch.nn.utils.get_total_norm(grads).isfinite().item(), args.device):
-            self._nonfinite += 1
-            for parameter in parameters:
-                parameter.grad = None  # an optimizer passes over what has no gradient
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         rows = rows_after(self.trainer, self._seen)
@@ -129,11 +117,12 @@ class HealthMonitor(SaveAndStop):
     # ---- What is said ----
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
+        super().on_log(args, state, control, logs=logs, **kwargs)
         if "train_runtime" in logs:
             return
         evaluation = any(name.startswith("eval_") for name in logs)
-        if not evaluation and self._nonfinite:
-            logs["health/nonfinite_updates"] = self._nonfinite
+        if not evaluation and self.nonfinite_updates:
+            logs["health/nonfinite_updates"] = self.nonfinite_updates
         self.series.add(logs)
         if evaluation:
             return
@@ -162,6 +151,7 @@ class HealthMonitor(SaveAndStop):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._say(state, self.summary(state))
+        super().on_train_end(args, state, control, **kwargs)
 
     def summary(self, state: TrainerState) -> str:
         """What the signs were, over the whole run."""

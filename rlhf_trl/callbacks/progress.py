@@ -123,7 +123,7 @@ class ProgressLine(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         # Steps of an earlier part of a resumed run must not count into the speed
-        self.current_step = state.global_step
+        self.current_step = self.first_step = state.global_step
         if state.is_world_process_zero:
             self.training_bar = self._bar(args, total=state.max_steps, initial=state.global_step)
 
@@ -139,6 +139,8 @@ class ProgressLine(ProgressCallback):
         if "train_runtime" in logs:  # the summary at the end
             duration = timedelta(seconds=round(logs["train_runtime"]))
             line = f"trained {state.global_step} steps in {duration}, mean loss {format_number(logs['train_loss'])}"
+            if state.global_step == self.first_step:
+                line = f"all {state.global_step} steps were trained before"
         elif any(name.startswith("eval_") for name in logs):
             logs = {name.removeprefix("eval_"): value for name, value in logs.items()}
             line = "eval  " + metrics_line(logs, choose_columns(logs), state.global_step, state.max_steps)

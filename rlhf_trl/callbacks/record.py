@@ -186,6 +186,25 @@ def save_whole_checkpoints(trainer) -> None:
     trainer._save_checkpoint = save_checkpoint
 
 
+def never_past_the_end(trainer) -> None:
+    """
+    Keep a `transformers.Trainer` that resumes from its last step from taking one more.
+
+    It looks at `max_steps` after a step only (5.23), so that a run killed during its final evaluation would train a
+    step too many, unless the last step ends an epoch.
+    """
+    run_epoch = trainer._run_epoch
+
+    @functools.wraps(run_epoch)
+    def unless_at_the_end(*args, **kwargs):
+        if trainer.state.global_step >= trainer.state.max_steps:
+            trainer.control.should_training_stop = True
+        else:
+            run_epoch(*args, **kwargs)
+
+    trainer._run_epoch = unless_at_the_end
+
+
 def _sync(path: str | os.PathLike) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)

@@ -32,3 +32,20 @@ class Crash(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == Crash.at:
             raise RuntimeError("crashed on purpose")
+
+
+class Spoil(TrainerCallback):
+    """Makes all gradients NaN in the steps that `steps` names, and a weight infinite after the step `weight`."""
+
+    steps, weight = (), None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(
+                    lambda grad: grad * float("nan") if state.global_step + 1 in Spoil.steps else grad
+                )
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == Spoil.weight:
+            next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = float("inf")

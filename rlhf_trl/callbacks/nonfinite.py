@@ -1,0 +1,121 @@
+"""A guard against NaN and infinity in every stage: at the start, in each update, and at the end."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
+from transformers import Trainer
+
+from ..errors import ConfigError, DivergedError
+from . import SaveAndStop, any_rank
+
+# Updates, or lines of the log, in a row. A single one may be one bad batch, and nothing but that update is lost.
+PATIENCE = 3
+
+
+class NonfiniteGuard(SaveAndStop):
+    """
+    Withhold each update with NaN or infinite gradients, and end a run that has diverged.
+
+    No parameter moves in an update that is withheld. (With float16 the gradient scaler does that, and it is no sign of
+    trouble; DeepSpeed updates within `backward`: there the loss of the log lines is watched instead.)
+
+    Args:
+        trainer (`transformers.Trainer`): the trainer, any of them.
+
+    Attributes:
+        nonfinite_updates (`int`): the updates withheld so far.
+
+    Raises:
+        ConfigError: at the start of training, if a weight is NaN or infinite.
+        DivergedError: after three updates in a row with such gradients, after three log lines in a row with such a
+            loss, and at the end of training if a weight is NaN or infinite or the last update was withheld.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.nonfinite_updates = 0
+        self._in_a_row = self._losses_in_a_row = 0
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._in_a_row = self._losses_in_a_row = 0
+        names = nonfinite_weights(model)
+        if any_rank(bool(names), args.device):
+            raise ConfigError(
+                f"The model that the run starts from (`{_base(model).config._name_or_path}`) has NaN or infinite "
+                f"weights{_such_as(names)}. Start from a model whose training did not diverge."
+            )
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if self.trainer.is_deepspeed_enabled or self.trainer.accelerator.scaler is not None:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [_local(p.grad) for p in parameters]
+        if not any_rank(bool(grads) and not torch.nn.utils.get_total_norm(grads).isfinite().item(), args.device):
+            self._in_a_row = 0
+            return
+        self.nonfinite_updates += 1
+        self._in_a_row += 1
+        for parameter in parameters:
+            parameter.grad = None  # an optimizer passes over what has no gradient
+        if state.is_world_process_zero:
+            tqdm.write(f"Step {state.global_step + 1} had NaN or infinite gradients: this update is not made.")
+        if self._in_a_row == PATIENCE:
+            first = state.global_step + 2 - PATIENCE
+            raise DivergedError(
+                f"The updates {first} to {state.global_step + 1} had NaN or infinite gradients and were not made: the "
+                f"training has diverged. {_remedy(args)}"
+            )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        self._losses_in_a_row = 0 if math.isfinite(logs["loss"]) else self._losses_in_a_row + 1
+        if self._losses_in_a_row == PATIENCE:
+            raise DivergedError(
+                f"The loss was NaN or infinite in {PATIENCE} log lines in a row, the last one at step "
+                f"{state.global_step}: the training has diverged. {_remedy(args)}"
+            )
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        names = nonfinite_weights(model)
+        if any_rank(bool(names), args.device):
+            raise DivergedError(
+                f"The trained model has NaN or infinite weights{_such_as(names)}, so it was not saved. {_remedy(args)}"
+            )
+        if self._in_a_row and self.stopped_at is None:
+            raise DivergedError(
+                f"The training ended at step {state.global_step} with NaN or infinite gradients, so the model was not "
+                f"saved. {_remedy(args)}"
+            )
+
+
+def nonfinite_weights(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that hold a NaN or an infinity, on this rank. Quantized ones can't."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not parameter.is_meta and not _local(parameter.detach()).isfinite().all()
+    ]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _base(model: nn.Module) -> nn.Module:
+    model = getattr(model, "module", model)  # of DistributedDataParallel
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _such_as(names: list[str]) -> str:
+    return f", such as `{names[0]}`" if names else ""
+
+
+def _remedy(args) -> str:
+    return (
+        f"Lower `stage.args.learning_rate` ({args.learning_rate:g}), lengthen `stage.args.warmup_steps`, or look for "
+        "rows or rewards out of all scale. The last checkpoint, if there is one, was made before."
+    )
