@@ -1,15 +1,24 @@
 """What `debug=dry_run` prints: everything a run would do, before any model loads."""
 
+import contextlib
+import io
+import tempfile
+from collections.abc import Iterator
+
 from accelerate import PartialState
+from datasets import DatasetDict
 from omegaconf import DictConfig
-from transformers import TrainingArguments
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import logging
 
 from rlhf_trl.callbacks import steps_per_rollout
-from rlhf_trl.data import render_sample
+from rlhf_trl.data import count_trained, head_names, render_batch, render_sample
 from rlhf_trl.ensemble import member_seeds
-from rlhf_trl.models import load_tokenizer
+from rlhf_trl.models import AUTO_CLASSES, load_tokenizer
 from rlhf_trl.paths import resolve_path
-from rlhf_trl.run import critic_start, load_data, project_dir, source, training_arguments
+from rlhf_trl.run import build_trainer, critic_start, load_data, project_dir, source, training_arguments
 
 
 def show_plan(cfg: DictConfig) -> None:
@@ -44,6 +53,10 @@ def show_plan(cfg: DictConfig) -> None:
         lines["score"] = cfg.combine._target_.rsplit(".", 1)[-1].replace("_", " ") + " of the rewards"
     if hasattr(args, "critic"):
         lines["critic"] = f"{args.critic}, from {args.critic_path or 'the policy'}"
+    batch = None if cfg.stage.form == "prompt" else first_batch(cfg, tokenizer, dataset)
+    if batch is not None:
+        trained, tokens = count_trained(batch)
+        lines["first batch"] = f"{trained:,} of {tokens:,} tokens are trained on"
     if not PartialState().is_main_process:
         return
     width = max(map(len, lines))
@@ -51,9 +64,62 @@ def show_plan(cfg: DictConfig) -> None:
     for name, text in lines.items():
         print(f"  {name:<{width}}  {text}")
     print("\nFirst row")
-    for line in render_sample(tokenizer, dataset["train"][0], cfg.stage.form).splitlines():
+    scored = batch is None or "completion_ids" in dataset["train"].column_names
+    shown = render_sample(tokenizer, dataset["train"][0]) if scored else render_batch(tokenizer, batch)
+    for line in shown.splitlines():
         print(f"  {line}")
     print("\nDry run: nothing was started and nothing written. Leave out `debug=dry_run` to run it.")
+
+
+def first_batch(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, dataset: DatasetDict) -> dict[str, Tensor]:
+    """
+    The first batch that this rank will train on, from the trainer itself: its preparation of the rows, its sampler and
+    its collator, on a model of a few thousand weights in place of the run's.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if TRL refuses the arguments or the rows.
+    """
+    said = contextlib.redirect_stdout(io.StringIO())  # of bf16, which is said already
+    with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
+        with said:
+            args = training_arguments(cfg.stage.args, output_dir=folder, report_to="none", push_to_hub=False)
+        args.eval_strategy = IntervalStrategy.NO
+        args.precompute_ref_log_probs = False  # of DPO and KTO: those of the stand-in would mean nothing
+        trainer = build_trainer(
+            cfg,
+            model=_stand_in(tokenizer, cfg.stage.task_type, head_names(dataset["train"]), folder),
+            args=args,
+            train_dataset=dataset["train"],
+            processing_class=tokenizer,
+        )
+        return next(iter(trainer.get_train_dataloader()))
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Without Transformers' bars, which would show the stand-in being written and loaded."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _stand_in(tokenizer: PreTrainedTokenizerBase, task_type: str, heads: list[str] | None, folder: str):
+    """A tiny Llama of the tokenizer's vocabulary, in `folder`, where a trainer that needs a reference finds it."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_labels=len(heads or ["score"]),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    AUTO_CLASSES[task_type].from_config(config).save_pretrained(folder)
+    return AUTO_CLASSES[task_type].from_pretrained(folder)
 
 
 def _steps(args: TrainingArguments, rows: int) -> dict[str, str]:

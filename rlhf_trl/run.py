@@ -8,6 +8,7 @@ import functools
 import os
 import shlex
 import shutil
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ from rlhf_trl.callbacks.samples import SampleLog
 from rlhf_trl.checks.run_directory import resume_changes
 from rlhf_trl.checks.values import plain
 from rlhf_trl.data import head_names
-from rlhf_trl.errors import ConfigError
+from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.launching import config_dirs
 from rlhf_trl.log_probs import quicken_log_probs
 from rlhf_trl.loggers import is_first_rank
@@ -260,7 +261,8 @@ def make_trainer(
         quantization_config=instantiate(cfg.adapter.quantization),
         **source(cfg),
     )
-    trainer = instantiate(cfg.stage.trainer)(
+    trainer = build_trainer(
+        cfg,
         model=model,
         args=args,
         train_dataset=dataset["train"],
@@ -283,6 +285,29 @@ def make_trainer(
         trainer.remove_callback(callback)
     for callback in callbacks(cfg, trainer):
         trainer.add_callback(callback)
+    return trainer
+
+
+def build_trainer(cfg: DictConfig, **objects: Any) -> Trainer:
+    """
+    The object that `cfg.stage.trainer` names, made of `objects`; its dataset is prepared as it will be trained on.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if TRL refuses the arguments or the rows, or leaves none.
+    """
+    try:
+        trainer = instantiate(cfg.stage.trainer)(**objects)
+    except Exception as error:
+        frame = traceback.walk_tb(error.__traceback__)
+        *_, (last, _) = frame
+        if isinstance(error, ConfigError) or not last.f_globals.get("__name__", "").startswith("trl."):
+            raise
+        raise ConfigError(f"`{cfg.stage.trainer._target_}` refuses the run: {error}") from error
+    if len(trainer.train_dataset) == 0:
+        raise DataError(
+            f"`{cfg.stage.trainer._target_}` keeps no row of the {len(objects['train_dataset']):,} for training: in "
+            "none is anything left to train on after `stage.args.max_length` tokens. Set it higher."
+        )
     return trainer
 
 

@@ -3,18 +3,18 @@
 import gzip
 import inspect
 import json
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset, DatasetDict
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, GRPOTrainer, SFTConfig, SFTTrainer, extract_prompt
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from trl import GRPOTrainer, extract_prompt
 
 from rlhf_trl import data
 from rlhf_trl.data.forms import shared_prompt
@@ -696,58 +696,29 @@ def test_filter_prompts(capsys):
 # -- a sample with its loss mask --
 
 
-def marked(tokenizer, ids, mask) -> str:
-    """What `render_sample` shows, from a trainer's own ids and mask."""
-    first = list(mask).index(1)
-    return f"{tokenizer.decode(ids[:first])}[[{tokenizer.decode(ids[first:])}]]"
+def test_render_batch_marks_each_run_of_trained_tokens():
+    tokenizer = make_tokenizer()
+    ids = torch.tensor(
+        [tokenizer("a b c d e <pad>")["input_ids"], tokenizer("f g <pad> <pad> <pad> <pad>")["input_ids"]]
+    )
+    real = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]])
+    labels = torch.where(torch.tensor([[0, 1, 1, 0, 1, 0], [0, 1, 0, 0, 0, 0]]) == 1, ids, -100)
+    batch = {"input_ids": ids, "attention_mask": real, "labels": labels}
+    assert data.render_batch(tokenizer, batch) == "a[[b c]]d[[e]]\n(3 of 5 tokens trained on)"
+    assert data.count_trained(batch) == (4, 7)
+    pair = {"input_ids": ids, "attention_mask": real, "completion_mask": labels != -100}
+    shown = "chosen:\na[[b c]]d[[e]]\n(3 of 5 tokens trained on)\nrejected:\nf[[g]]\n(1 of 2 tokens trained on)"
+    assert data.render_batch(tokenizer, pair) == shown
+    judged = data.render_batch(tokenizer, {**pair, "label": torch.tensor([False, True])})
+    assert judged == "label: False\na[[b c]]d[[e]]\n(3 of 5 tokens trained on)"
 
 
-@pytest.mark.parametrize("chat", [True, False])
-def test_render_sample_shows_the_trainers_mask(tmp_path, chat):
+def test_render_sample_of_prompts_and_comparisons():
     tokenizer = chatml_tokenizer()
-    prompt, answer, worse = "Hi 12?", " Hello.", " No."
-    row = {"prompt": prompt, "completion": answer, "chosen": answer, "rejected": worse}
-    if chat:
-        row = {key: [user(value) if key == "prompt" else assistant(value)] for key, value in row.items()}
-    common = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "bf16": False}
-    model = tiny_model(tokenizer, LlamaForCausalLM)
-    rows = Dataset.from_list([{key: row[key] for key in ("prompt", "completion")}])
-    trained = SFTTrainer(
-        model=model, args=SFTConfig(**common), train_dataset=rows, processing_class=tokenizer
-    ).train_dataset[0]
-    shown = data.render_sample(tokenizer, rows[0], "prompt_completion")
-    mask = [label != -100 for label in trained["labels"]]
-    assert (
-        shown.startswith(marked(tokenizer, trained["input_ids"], mask))
-        and f"({sum(mask)} of {len(mask)} tokens" in shown
-    )
-    rows = Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")}])
-    args = DPOConfig(**common)
-    trainer = DPOTrainer(
-        model=model,
-        ref_model=tiny_model(tokenizer, LlamaForCausalLM),
-        args=args,
-        train_dataset=rows,
-        processing_class=tokenizer,
-    )
-    trained = trainer.train_dataset[0]
-    shown = data.render_sample(tokenizer, rows[0], "preference")
-    for side in ("chosen_ids", "rejected_ids"):
-        mask = [0] * len(trained["prompt_ids"]) + [1] * len(trained[side])
-        assert marked(tokenizer, trained["prompt_ids"] + trained[side], mask) in shown
-
-
-def test_render_sample_of_the_other_forms():
-    tokenizer = chatml_tokenizer()
-    render = partial(data.render_sample, tokenizer)
-    assert render({"prompt": "Hi"}, "prompt") == "Hi"
-    assert render({"prompt": CHATS[0]}, "prompt").endswith("<|im_start|>assistant\n")
-    assert render({"text": "ab"}, "prompt_completion") == "[[ab<|im_end|>]]\n(3 of 3 tokens trained on)"
-    assert render({"prompt": "a", "completion": "b", "label": False}, "unpaired").startswith(
-        "label: False\na[[b<|im_end|>]]"
-    )
+    assert data.render_sample(tokenizer, {"prompt": "Hi"}).startswith("Hi\n(")
+    assert "<|im_start|>assistant\n\n(" in data.render_sample(tokenizer, {"prompt": CHATS[0]})
     row = data.tokenize_comparisons(preferences(1), tokenizer)[0]
-    shown = render(row, "comparisons")
+    shown = data.render_sample(tokenizer, row)
     assert shown.count("[[") == 0 and "completion 1: better than 2\n" in shown
     assert "x<|im_end|>\ncompletion 2\n" in shown
 

@@ -4,9 +4,11 @@ from rlhf_trl.data.feedback import Attributes, Edits, Pairs, Rankings, Ratings, 
 from rlhf_trl.data.load import build, describe, load_files, load_hub
 from rlhf_trl.data.mixture import mix
 from rlhf_trl.data.tokens import (
+    count_trained,
     filter_prompts,
     head_names,
     prompt_ids,
+    render_batch,
     render_sample,
     report_cut_rows,
     row_ids,
@@ -21,6 +23,7 @@ __all__ = [
     "Ratings",
     "Thumbs",
     "build",
+    "count_trained",
     "describe",
     "filter_prompts",
     "head_names",
@@ -28,6 +31,7 @@ __all__ = [
     "load_hub",
     "mix",
     "prompt_ids",
+    "render_batch",
     "render_sample",
     "report_cut_rows",
     "row_ids",

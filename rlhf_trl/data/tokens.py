@@ -6,6 +6,7 @@ A reward model must see in training just what a policy generates: the prompt's i
 after it, though a chat template often adds a newline there.
 """
 
+import itertools
 import json
 from collections import Counter
 
@@ -243,29 +244,51 @@ def _keep_short(dataset, length, limit: int | None, noun: str, name: str, key: s
     return dataset.select(short)
 
 
-def render_sample(tokenizer, row: dict, form: str) -> str:
-    """
-    A row as text, as the trainer sees it, with the tokens that are trained on between [[ and ]].
+def count_trained(batch) -> tuple[int, int]:
+    """How many tokens of a trainer's batch are trained on (labels that aren't -100), and how many it holds."""
+    counted = [(sum(trained), len(ids)) for _, rows in _sides(batch) for ids, trained in rows]
+    return sum(trained for trained, _ in counted), sum(tokens for _, tokens in counted)
 
-    SFT, DPO, ORPO and KTO: TRL's own way (template or text of both together, EOS after text). Rows that hold
-    `completion_ids` (reward model) are scored as a whole: no marks. Form `prompt`: what the policy goes on from.
+
+def render_batch(tokenizer, batch) -> str:
     """
+    The first row of a batch as text, as the trainer's collator made it (both sides of a pair), with the tokens that
+    are trained on between [[ and ]].
+    """
+    shown = [f"label: {bool(batch['label'][0])}"] if "label" in batch else []
+    for side, rows in _sides(batch):
+        shown += [f"{side}:"] if side else []
+        shown += [_marked(tokenizer, *rows[0])]
+    return "\n".join(shown)
+
+
+def _sides(batch) -> list[tuple[str, list[tuple[list[int], list[bool]]]]]:
+    """The rows of a batch, by side of a pair (else ""): ids without padding, and which of them are trained on."""
+    if "chosen_input_ids" in batch:  # ORPO
+        return [(side, _rows(batch, f"{side}_")) for side in ("chosen", "rejected")]
+    rows = _rows(batch)
+    if "completion_mask" in batch and "label" not in batch:  # DPO: all chosen ones, then all rejected ones
+        return [("chosen", rows[: len(rows) // 2]), ("rejected", rows[len(rows) // 2 :])]
+    return [("", rows)]
+
+
+def _rows(batch, prefix: str = "") -> list[tuple[list[int], list[bool]]]:
+    ids = batch[f"{prefix}input_ids"]
+    # Rows in one line (`padding_free`) have no mask; what a reward model scores has no labels, and counts as a whole
+    kept = batch[f"{prefix}attention_mask"].bool() if f"{prefix}attention_mask" in batch else ids >= 0
+    if f"{prefix}labels" in batch:
+        trained = batch[f"{prefix}labels"] != -100
+    else:
+        trained = batch["completion_mask"].bool() if "completion_mask" in batch else kept
+    return [(row[real].tolist(), mask[real].tolist()) for row, mask, real in zip(ids, trained, kept, strict=True)]
+
+
+def render_sample(tokenizer, row: dict) -> str:
+    """A row of which nothing is marked, as text: what the policy goes on from, or what a reward model scores."""
     if "completion_ids" in row:
         return "\n".join(_judged(tokenizer, row, i) for i in range(len(row["completion_ids"])))
-    if form == "prompt":
-        return _decode(tokenizer, prompt_ids(tokenizer, row["prompt"]))
-    kwargs = _template_kwargs(row)
-    if "messages" in row:
-        return _marked(tokenizer, [], _render(tokenizer, row["messages"], tokenize=True, **kwargs)["input_ids"])
-    if "text" in row:
-        return _marked(tokenizer, [], tokenizer(_with_eos(row["text"], tokenizer))["input_ids"])
-    if form == "preference":
-        sides = [
-            f"{side}:\n{_marked_row(tokenizer, row['prompt'], row[side], kwargs)}" for side in ("chosen", "rejected")
-        ]
-        return "\n".join(sides)
-    label = f"label: {row['label']}\n" if form == "unpaired" else ""
-    return label + _marked_row(tokenizer, row["prompt"], row["completion"], kwargs)
+    ids = prompt_ids(tokenizer, row["prompt"], **_template_kwargs(row))
+    return f"{_decode(tokenizer, ids)}\n({len(ids)} tokens, from which the policy goes on)"
 
 
 def _judged(tokenizer, row: dict, i: int) -> str:
@@ -279,24 +302,15 @@ def _judged(tokenizer, row: dict, i: int) -> str:
     )
 
 
-def _marked_row(tokenizer, prompt, completion, kwargs) -> str:
-    start = prompt_ids(tokenizer, prompt, **kwargs)
-    if isinstance(completion, str):
-        ids = tokenizer(prompt + _with_eos(completion, tokenizer))["input_ids"]
-    else:
-        ids = _render(tokenizer, prompt + completion, tokenize=True, **kwargs)["input_ids"]
-    return _marked(tokenizer, start, ids)
-
-
-def _with_eos(text: str, tokenizer) -> str:
-    return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
-
-
-def _marked(tokenizer, start: list[int], ids: list[int]) -> str:
-    """`ids` as text, marked from where they part from `start`, as TRL's loss mask does."""
-    length = _common(start, ids)
-    trained = _decode(tokenizer, ids[length:])
-    return f"{_decode(tokenizer, ids[:length])}[[{trained}]]\n({len(ids) - length} of {len(ids)} tokens trained on)"
+def _marked(tokenizer, ids: list[int], trained: list[bool]) -> str:
+    """`ids` as text, each run of trained tokens between [[ and ]]."""
+    text, start = "", 0
+    for is_trained, run in itertools.groupby(trained):
+        end = start + len(list(run))
+        part = _decode(tokenizer, ids[start:end])
+        text += f"[[{part}]]" if is_trained else part
+        start = end
+    return f"{text}\n({sum(trained)} of {len(ids)} tokens trained on)"
 
 
 def _decode(tokenizer, ids: list[int]) -> str:

@@ -1,0 +1,162 @@
+"""What a dry run says, beside what the run then does."""
+
+import json
+import re
+
+import pytest
+import torch
+import transformers
+from hydra.utils import instantiate
+
+from rlhf_trl.plan import show_plan
+from tests.tiny import CHAT_TEMPLATE, make_tokenizer, save_gpt2, save_model
+
+GENERATION_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{{ message['content'] }} <eos>", "{% generation %}{{ message['content'] }} <eos>{% endgeneration %}"
+)
+
+
+def write_rows(path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def chat_rows(count: int) -> list[dict]:
+    words = "a b c d e f g h".split()
+    turns = [("user", words), ("assistant", words[:3]), ("user", words[:2]), ("assistant", words[:5])]
+    return [
+        {
+            "messages": [
+                {"role": role, "content": " ".join(text[: 1 + (i + j) % 8])} for j, (role, text) in enumerate(turns)
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def first_inputs(monkeypatch):
+    """The inputs of the first training step of the trainers that are made from here on."""
+    seen = []
+    step = transformers.Trainer.training_step
+
+    def watched(self, model, inputs, *args, **kwargs):
+        seen.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", watched)
+    return seen
+
+
+def trained_tokens(inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """Tokens with a loss, and all of them, counted by the names that each trainer gives its tensors."""
+    if "chosen_labels" in inputs:
+        sides = ("chosen", "rejected")
+        trained = sum(int((inputs[f"{side}_labels"] != -100).sum()) for side in sides)
+        return trained, sum(int(inputs[f"{side}_attention_mask"].sum()) for side in sides)
+    total = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
+    if "labels" in inputs:
+        return int((inputs["labels"] != -100).sum()), total
+    return (int(inputs["completion_mask"].sum()) if "completion_mask" in inputs else total), total
+
+
+def plan_and_run(cfg, capsys) -> str:
+    show_plan(cfg)
+    shown = capsys.readouterr().out
+    instantiate(cfg.stage.run)(cfg)
+    return shown
+
+
+SMALL = ("stage.args.per_device_train_batch_size=8", "stage.args.max_steps=1", "stage.args.eval_on_start=false")
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("sft", []),
+        ("sft", ["+stage.args.completion_only_loss=false"]),
+        ("sft", ["stage.args.max_length=20"]),
+        ("sft", ["+stage.args.packing=true", "stage.args.max_length=64"]),
+        ("dpo", ["stage.args.max_length=24"]),
+        ("dpo", ["adapter=lora"]),
+        ("orpo", []),
+        ("kto", []),
+        ("reward", []),
+    ],
+)
+def test_the_plans_batch_is_the_trainers(compose, tmp_path, capsys, first_inputs, stage, overrides):
+    few = ("data.max_samples=64", "data.max_eval_samples=8")
+    cfg = compose(f"stage={stage}", f"runs_dir={tmp_path}", *few, *SMALL, *overrides)
+    shown = plan_and_run(cfg, capsys)
+    trained, tokens = trained_tokens(first_inputs[0])
+    assert f"first batch    {trained:,} of {tokens:,} tokens are trained on" in shown
+    assert 0 < trained <= tokens
+
+
+@pytest.mark.parametrize("save", [save_model, save_gpt2])
+@pytest.mark.parametrize(
+    ("overrides", "share"), [([], 1.0), (["+stage.args.assistant_only_loss=true"], 0.5)], ids=["whole", "assistant"]
+)
+def test_the_plans_mask_of_whole_chats_is_the_trainers(
+    compose, tmp_path, capsys, first_inputs, save, overrides, share
+):
+    template = tmp_path / "generation.jinja"
+    template.write_text(GENERATION_TEMPLATE)
+    rows = write_rows(tmp_path / "chats.jsonl", chat_rows(40))
+    model = [f"model.path={save(tmp_path / 'model')}", f"model.chat_template={template}"]
+    data = ["data=files", f"data.paths={rows}", "data.messages=whole"]
+    length = "stage.args.max_length=64"
+    cfg = compose("stage=sft", "model=hf", f"runs_dir={tmp_path}", *model, *data, length, *SMALL, *overrides)
+    shown = plan_and_run(cfg, capsys)
+    inputs = first_inputs[0]
+    trained, tokens = trained_tokens(inputs)
+    assert f"first batch    {trained:,} of {tokens:,} tokens are trained on" in shown
+    assert trained == tokens if share == 1.0 else trained < 0.7 * tokens
+    ids, labels = inputs["input_ids"][0][inputs["attention_mask"][0] == 1], inputs["labels"][0]
+    first, row = int((labels != -100).sum()), make_tokenizer().decode(ids)
+    text = re.search(r"First row\n  (.*)\n  \((\d+) of (\d+) tokens trained on\)", shown)
+    assert (int(text[2]), int(text[3])) == (first, len(ids))
+    assert text[1].replace("[[", " ").replace("]]", " ").split() == row.split()
+    assert text[1].count("[[") == (1 if share == 1.0 else 2)  # two turns of the assistant's
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo", "rloo"])
+def test_the_plans_prompt_is_what_the_policy_goes_on_from(compose, tmp_path, capsys, monkeypatch, stage):
+    given = []
+    generate = transformers.LlamaForCausalLM.generate
+
+    def watched(self, input_ids=None, attention_mask=None, **kwargs):
+        given.extend(row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True))
+        return generate(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", watched)
+    rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": [{"role": "user", "content": "a b c d"}]}] * 8)
+    data = ["data=files", f"data.paths={rows}", "data.eval_size=null", "data.split_by=row"]
+    model = ["model=hf", f"model.path={save_model(tmp_path / 'model')}"]
+    group = [] if stage == "ppo" else ["stage.args.num_generations=2"]
+    reward = ["reward=length", "reward.length.kwargs.most=5", "stage.args.max_completion_length=4"]
+    cfg = compose(
+        f"stage={stage}",
+        f"runs_dir={tmp_path}",
+        *model,
+        *data,
+        *SMALL,
+        *group,
+        *reward,
+        "stage.args.steps_per_generation=1",
+    )
+    shown = plan_and_run(cfg, capsys)
+    assert re.search(r"First row\n  <user> a b c d <assistant>\s*\n", shown)
+    assert "(6 tokens, from which the policy goes on)" in shown
+    assert given and all(len(ids) == 6 for ids in given)
+
+
+def test_what_trl_refuses_is_the_dry_runs_error(compose, tmp_path):
+    rows = write_rows(tmp_path / "chats.jsonl", chat_rows(20))
+    model = ["model=hf", f"model.path={save_model(tmp_path / 'model')}"]
+    data = ["data=files", f"data.paths={rows}", "data.messages=whole", "+stage.args.assistant_only_loss=true"]
+    cfg = compose("stage=sft", f"runs_dir={tmp_path}", *model, *data)
+    for run in (show_plan, instantiate(cfg.stage.run)):
+        with pytest.raises(ValueError, match="`trl.SFTTrainer` refuses the run: .*chat template") as raised:
+            run(cfg)
+        assert type(raised.value).__name__ == "ConfigError"
