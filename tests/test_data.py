@@ -116,8 +116,13 @@ def test_several_files_and_globs(tmp_path, monkeypatch):
 def test_own_evaluation_files(tmp_path, capsys):
     train, held_out = write(tmp_path / "train.jsonl", PAIRS[:10]), write(tmp_path / "eval.jsonl", PAIRS[8:14])
     loaded = load(train, eval_paths=held_out, eval_size=0.5)
+    assert (len(loaded["train"]), len(loaded["eval"])) == (8, 6)
+    assert "train: 2 rows left out that share a prompt with an eval row" in capsys.readouterr().out
+    loaded = load(train, eval_paths=held_out, split_by="row")
     assert (len(loaded["train"]), len(loaded["eval"])) == (10, 6)
     assert "note: 2 of 6 eval rows have a prompt that train has too" in capsys.readouterr().out
+    message = error(held_out, eval_paths=held_out)
+    assert "every row of train shares its prompt with an evaluation row. Type `data.split_by=row`" in message
 
 
 def test_paths_that_name_nothing(tmp_path, monkeypatch):
@@ -248,12 +253,12 @@ def test_columns_format_to_chat_and_system_prompt(tmp_path):
 
 def test_split_without_leakage(tmp_path):
     path = write(tmp_path / "pairs.jsonl", PAIRS)
-    loaded = load(path, "unpaired", eval_size=0.2)
+    loaded = load(path, "unpaired", eval_size=4)
     train, held_out = (set(prompt_keys(loaded[side])) for side in ("train", "eval"))
     assert not train & held_out and len(train | held_out) == 20
     assert len(loaded["eval"]) == 24 and len(loaded["train"]) == 96
-    assert load(path, "unpaired", eval_size=0.2)["eval"].to_list() == loaded["eval"].to_list()
-    other = data.load_files("unpaired", 1, path, eval_size=0.2)
+    assert load(path, "unpaired", eval_size=4)["eval"].to_list() == loaded["eval"].to_list()
+    other = data.load_files("unpaired", 1, path, eval_size=4)
     assert other["eval"].to_list() != loaded["eval"].to_list()
     assert len(load(path, eval_size=7, split_by="row")["eval"]) == 7
     assert "eval" not in load(path, eval_size=None)
@@ -262,14 +267,14 @@ def test_split_without_leakage(tmp_path):
 def test_a_split_that_can_not_be(tmp_path):
     path = write(tmp_path / "a.jsonl", [{**row, "prompt": "Review:"} for row in PAIRS])
     message = error(path, eval_size=0.1)
-    assert "60 rows have 1 distinct prompt, and `data.eval_size=0.1`" in message
+    assert "the rows have 1 distinct prompt, and `data.eval_size=0.1`" in message
     assert "`data.split_by=row`" in message and "`data.eval_size=null`" in message
-    assert len(load(path, eval_size=0.1, split_by="row")["eval"]) == 6
+    assert len(load(path, eval_size=6, split_by="row")["eval"]) == 6
 
 
 def test_limits_are_said_and_deterministic(tmp_path, capsys):
     path = write(tmp_path / "pairs.jsonl", PAIRS)
-    options = {"eval_size": 0.2, "max_samples": 5, "max_eval_samples": 3}
+    options = {"eval_size": 4, "max_samples": 5, "max_eval_samples": 3}
     loaded = load(path, "prompt", **options)
     out = capsys.readouterr().out
     assert "`max_samples=5`: 5 of 48 rows kept" in out and "`max_eval_samples=3`: 3 of 12 rows kept" in out
@@ -287,7 +292,7 @@ def test_only_the_first_rank_prints(tmp_path, capsys, monkeypatch):
 def test_summary_is_one_short_block(tmp_path, capsys):
     for i in range(12):
         write(tmp_path / f"{i:02}.jsonl", PAIRS[5 * i : 5 * i + 5])
-    load(tmp_path / "*.jsonl", eval_size=0.2)
+    load(tmp_path / "*.jsonl", eval_size=4)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "data: preference, text: train 48 rows (16 prompts), eval 12 rows (4 prompts)"
     assert lines[1] == f"  {tmp_path}/00.jsonl and 11 more: 60 rows of preference"
@@ -442,9 +447,9 @@ def test_a_folder_of_save_to_disk(tmp_path):
     rows = Dataset.from_list(PAIRS)
     DatasetDict({"train": rows, "test": rows.select(range(5))}).save_to_disk(tmp_path / "both")
     loaded = data.load_hub("preference", 0, str(tmp_path / "both"), eval_split="test")
-    assert (len(loaded["train"]), len(loaded["eval"])) == (60, 5)
+    assert (len(loaded["train"]), len(loaded["eval"])) == (45, 5)  # five prompts, of three rows each, are test's
     rows.save_to_disk(tmp_path / "one")
-    assert len(data.load_hub("prompt", 0, str(tmp_path / "one"), eval_size=0.2)["eval"]) == 12
+    assert len(data.load_hub("prompt", 0, str(tmp_path / "one"), eval_size=4)["eval"]) == 12
     with pytest.raises(DataError, match=r"has the splits `train`, `test`\. Did you mean `test`\?"):
         data.load_hub("prompt", 0, str(tmp_path / "both"), eval_split="tests")
 
@@ -512,7 +517,7 @@ def test_mix_by_weight(capsys):
 
 
 def test_mix_does_not_leak(capsys):
-    sources = {"a": source("a", 50, eval_size=0.2), "again": source("a", 50)}
+    sources = {"a": source("a", 50, eval_size=10), "again": source("a", 50)}
     mixed = data.mix("preference", 0, sources)
     assert len(mixed["eval"]) == 10 and not set(mixed["eval"]["prompt"][:]) & set(mixed["train"]["prompt"][:])
     assert "again: 10 rows left out that share a prompt with an eval row" in capsys.readouterr().out
@@ -551,7 +556,7 @@ def test_configs_load_data(tmp_path):
         columns = ["data.columns.prompt=question", "data.columns.chosen=better", "data.columns.rejected=worse"]
         cfg = compose("train", ["stage=dpo", "data=files", f"data.paths={path}", *columns])
         loaded = instantiate(cfg.data)(form="preference", seed=cfg.seed)
-        assert {side: len(rows) for side, rows in loaded.items()} == {"train": 18, "eval": 2}
+        assert {side: len(rows) for side, rows in loaded.items()} == {"train": 19, "eval": 1}  # a tenth, about
 
 
 def test_the_head_of_mix_is_a_working_experiment(tmp_path):
@@ -565,7 +570,8 @@ def test_the_head_of_mix_is_a_working_experiment(tmp_path):
     with initialize_config_dir(str(CONF.parent), version_base="1.3"):
         cfg = compose("train", [*overrides, f"data.sources.own.paths={own}", f"data.sources.hub.path={saved}"])
     mixed = instantiate(cfg.data)(form="preference", seed=cfg.seed)
-    assert (len(mixed["train"]), len(mixed["eval"])) == (72, 12)  # 54 rows are three shares, 18 one
+    own, hub = (sum(row["prompt"].startswith(kind) for row in mixed["train"]) for kind in ("q", "other"))
+    assert own == 57 and hub == own // 3 and len(mixed["eval"]) == 6  # 3 of 60 rows of each are for evaluation
 
 
 # -- token ids --

@@ -107,7 +107,7 @@ def test_files_serve_a_form_and_splits_share_no_prompt(tmp_path, capsys):
     lines = [f'q{i},"a{i} {j}","[{j + 1}, {j + 2}]"' for i in range(20) for j in range(4)]
     path.write_text("\n".join(["question,answer,stars", *lines]))
     feedback = data.Ratings(columns={"prompt": "question", "completion": "answer", "ratings": "stars"})
-    rows = data.load_files("comparisons", 0, str(path), eval_size=0.2, feedback=feedback, to_chat=True)
+    rows = data.load_files("comparisons", 0, str(path), eval_size=4, feedback=feedback, to_chat=True)
     assert {split: len(rows[split]) for split in rows} == {"train": 16, "eval": 4}
     assert rows["train"][0]["prompt"][0]["role"] == "user" and len(rows["train"][0]["better"]) == 6
     said = capsys.readouterr().out

@@ -263,6 +263,14 @@ def read_row(row: dict, format: str, notes: Counter) -> dict:
             return {"text": text}
 
 
+def prompt_of(row: dict) -> str | list[dict]:
+    """What a checked row of any format asks: its prompt, a conversation without its answer, plain text as it is."""
+    if "messages" in row:
+        turns = row["messages"]
+        return turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    return row["prompt"] if "prompt" in row else row["text"]
+
+
 def convert(row: dict, format: str, form: str, whole_messages: bool = False) -> list[dict]:
     """A row that `read_row` gave as rows of `form`: one, two (`unpaired` of a pair), none (labelled false)."""
     match format, form:
@@ -276,7 +284,7 @@ def convert(row: dict, format: str, form: str, whole_messages: bool = False) -> 
             check_turns(prompt, {"completion": completion})
             return [{"prompt": prompt, "completion": completion}]
         case "messages", "prompt":
-            prompt = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
+            prompt = prompt_of(row)
             if not prompt:
                 raise RowError("messages", "holds no turn before the assistant's")
             check_turns(prompt, {})

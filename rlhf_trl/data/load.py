@@ -12,7 +12,7 @@ from rlhf_trl.data import forms
 from rlhf_trl.data.feedback import Feedback
 from rlhf_trl.data.read import Row, read_file, resolve_paths
 from rlhf_trl.data.reader import BATCH_ROWS, FeedbackReader, Problems, Reader, concatenate
-from rlhf_trl.data.splits import limit, prompt_keys, split
+from rlhf_trl.data.splits import hold_out, leave_out, limit, part, prompt_keys
 from rlhf_trl.data.words import count_of, did_you_mean, names_of, say
 from rlhf_trl.errors import ConfigError, DataError
 
@@ -104,8 +104,9 @@ def build(
         to_chat (`bool`): text prompts become user turns, text answers assistant turns.
         messages (`str`): `last_turn` takes a conversation's last assistant turn as the completion, `whole` leaves
             conversations as they are (for SFT: all turns are trained on).
-        eval_size (`float` or `int`, *optional*): share (below 1) or number of rows to split off; `None` splits none.
-        split_by (`str`): `prompt` keeps rows with the same prompt on one side; `row` doesn't.
+        eval_size (`float` or `int`, *optional*): share (below 1) or number of prompts to hold out; `None`: none.
+        split_by (`str`): `prompt` keeps rows with the same prompt on one side, the same one in every stage, and drops
+            training rows whose prompt `held_out` has; `row` doesn't, and `eval_size` is then of rows.
         bad_rows (`str`): `error` stops at malformed rows, `drop` leaves them out, counted.
         max_samples, max_eval_samples (`int`, *optional*): a random choice of so many rows, in the order of the file.
         feedback (`Feedback`, *optional*): the rows are feedback of this form, which names its own columns (`format`,
@@ -116,18 +117,20 @@ def build(
 
     check_options(form, format, messages, eval_size, split_by, bad_rows, max_samples, max_eval_samples)
     problems = Problems()
-    chat = {"system_prompt": system_prompt, "to_chat": to_chat}
+    options = {"system_prompt": system_prompt, "to_chat": to_chat, "split_by": split_by}
     if feedback:
         if format is not None or any((columns or {}).values()):
             raise ConfigError(
                 "`data.format` and `data.columns` are of data without `data/feedback`. Name the columns of the "
                 f"{feedback.name} in `data.feedback.columns`."
             )
-        reader = FeedbackReader(feedback, form, problems, **chat)
+        reader = FeedbackReader(feedback, form, problems, **options)
     else:
-        reader = Reader(form, problems, format=format, columns=columns, messages=messages, **chat)
+        reader = Reader(form, problems, format=format, columns=columns, messages=messages, **options)
     tables = {"train": [reader.read(name, rows) for name, rows in train]}
+    keys, known = reader.keys, reader.known
     if held_out is not None:
+        reader.keys, reader.known = [], {}
         tables["eval"] = [reader.read(name, rows) for name, rows in held_out]
     if problems.count and (bad_rows == "error" or problems.fatal):
         remedy = "Mend them, or type `data.bad_rows=drop` to leave them out, counted."
@@ -139,19 +142,25 @@ def build(
         notes.append(f"{count_of(problems.count, 'malformed row')} left out (`bad_rows=drop`):\n{problems.text()}")
     result = {side: _join(side, parts) for side, parts in tables.items()}
     if held_out is None and eval_size:
-        result = split(result["train"], eval_size, seed, split_by)
+        apart = hold_out(known, eval_size, seed, split_by)
+        result = part(result["train"], keys, apart)
         notes.append(f"eval is {len(result['eval']):,} rows of these, split by {split_by}")
+    elif held_out is not None and split_by == "prompt":
+        apart = set(reader.known)
+        result["train"] = leave_out("train", result["train"], keys, apart, notes)
     elif held_out is not None:
         shared = set(prompt_keys(result["train"]))
-        leaks = sum(key in shared for key in prompt_keys(result["eval"]))
-        if leaks:
+        if leaks := sum(key in shared for key in prompt_keys(result["eval"])):
             notes.append(f"note: {leaks:,} of {len(result['eval']):,} eval rows have a prompt that train has too")
+    if "eval" in result and split_by == "row":
+        apart = set(prompt_keys(result["eval"]))
     if feedback:
         result = {side: reader.convert(side, rows, seed, notes) for side, rows in result.items()}
     result["train"] = limit(result["train"], max_samples, seed, "max_samples", notes)
     if "eval" in result:
         result["eval"] = limit(result["eval"], max_eval_samples, seed, "max_eval_samples", notes)
     result = DatasetDict(result)
+    result.held_out = apart if "eval" in result else set()  # a mixture keeps them out of all sources
     say("\n".join([describe(result, form), *(f"  {note}" for note in notes)]))
     return result
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from rlhf_trl.data import forms
 from rlhf_trl.data.load import describe
-from rlhf_trl.data.splits import draw, limit, prompt_keys
+from rlhf_trl.data.splits import draw, held_out_keys, leave_out, limit, prompt_keys
 from rlhf_trl.data.words import did_you_mean, names_of, say
 from rlhf_trl.errors import ConfigError, DataError
 
@@ -51,9 +51,10 @@ def mix(
         parts = {name: _with_source(name, splits) for name, splits in parts.items()}
     notes = []
     held_out = [part["eval"] for part in parts.values() if "eval" in part]
+    apart = set().union(*map(held_out_keys, parts.values()))
     train = {name: part["train"] for name, part in parts.items()}
-    if held_out and split_by == "prompt":
-        train = _leave_out_shared(train, held_out, notes)
+    if apart and split_by == "prompt":
+        train = {name: leave_out(name, rows, prompt_keys(rows), apart, notes) for name, rows in train.items()}
     counts = mixture_counts({name: len(rows) for name, rows in train.items()}, weights, repeat)
     chosen = []
     for name, count in counts.items():
@@ -68,6 +69,7 @@ def mix(
     if held_out:
         result["eval"] = limit(concatenate_datasets(held_out), max_eval_samples, seed, "max_eval_samples", notes)
     result = DatasetDict(result)
+    result.held_out = apart
     say("\n".join([f"mixture of {len(parts)} sources, {describe(result, form)}", *(f"  {note}" for note in notes)]))
     return result
 
@@ -127,19 +129,3 @@ def _check_alike(parts: dict) -> None:
             f"the sources can't be mixed, they hold rows of several kinds ({listed}). "
             "Type `data.sources.NAME.to_chat=true` for those that hold text, or leave columns out that not all have."
         )
-
-
-def _leave_out_shared(train: dict, held_out: list, notes: list[str]) -> dict:
-    keys = {key for dataset in held_out for key in prompt_keys(dataset)}
-    kept = {}
-    for name, dataset in train.items():
-        indices = [i for i, key in enumerate(prompt_keys(dataset)) if key not in keys]
-        if not indices:
-            raise DataError(
-                f"every training row of the source `{name}` shares its prompt with an evaluation row. "
-                "Type `data.split_by=row` if they may."
-            )
-        if len(indices) < len(dataset):
-            notes.append(f"{name}: {len(dataset) - len(indices):,} rows left out that share a prompt with an eval row")
-        kept[name] = dataset.select(indices)
-    return kept

@@ -7,6 +7,7 @@ from itertools import chain, islice
 
 from rlhf_trl.data import forms
 from rlhf_trl.data.read import Row, RowError
+from rlhf_trl.data.splits import prompt_key
 from rlhf_trl.data.words import did_you_mean, names_of
 from rlhf_trl.errors import DataError
 
@@ -44,10 +45,13 @@ class Reader:
     Turns the rows of sources (files, splits) into Arrow tables in `form`.
 
     The options are those of `rlhf_trl.data.load.build`. Bad rows go to `problems`; `summary` says what was read.
+    `keys` has for each row of the tables what it is split by: its prompt's key or, with `split_by=row`, its number.
+    `known` has also the keys of rows that this stage has no use for, but others may have.
     """
 
-    def __init__(self, form, problems: Problems, *, format, columns, system_prompt, to_chat: bool, messages: str):
+    def __init__(self, form, problems: Problems, *, format, columns, system_prompt, to_chat, messages, split_by):
         self.form, self.problems, self.format = form, problems, format
+        self.split_by, self.keys, self.known = split_by, [], {}
         self.columns = {ours: theirs for ours, theirs in (columns or {}).items() if theirs is not None}
         self.system_prompt, self.to_chat, self.whole_messages = system_prompt, to_chat, messages == "whole"
         self.types = {}  # of extra columns: name -> (type, place of the first row that has it)
@@ -152,6 +156,7 @@ class Reader:
         """(place, row in `self.form`) of every row, with bad ones noted."""
         for place, row in rows:
             self.rows[format] += 1
+            key = None
             try:
                 if isinstance(row, RowError):
                     raise row
@@ -159,6 +164,7 @@ class Reader:
                 if "margin" in mapping:
                     row.setdefault("margin")  # all rows have one or none has: TRL looks at the first
                 made = forms.read_row(row, format, self.changes)
+                key = self._know(forms.prompt_of(made))
                 made = forms.to_chat(made, self.changes) if self.to_chat else made
                 made = self._add_system_prompt(made, place) if self.system_prompt else made
                 converted = forms.convert(made, format, self.form, self.whole_messages)
@@ -169,10 +175,26 @@ class Reader:
             except RowError as error:
                 root = (error.field or "").split("[")[0]
                 self.problems.add(place, error, mapping.get(root, root) + (error.field or "")[len(root) :])
+                if key is None:
+                    self._know_malformed(row)
                 continue
             self.left_out[format] += not converted
             for new in converted:
+                self.keys.append(key)
                 yield place, {**new, **extra}
+
+    def _know(self, prompt):
+        """Note the key of the row that is being read, and return it."""
+        key = prompt_key(prompt) if self.split_by == "prompt" else sum(self.rows.values())
+        self.known[key] = None
+        return key
+
+    def _know_malformed(self, row) -> None:
+        """Another stage may have a use for the row if its prompt is well-formed."""
+        try:
+            self._know(forms.check_text_or_chat({} if isinstance(row, RowError) else row, "prompt"))
+        except RowError:
+            pass
 
     def _add_system_prompt(self, row: dict, place: str) -> dict:
         if not forms.is_chat(row):
@@ -239,19 +261,11 @@ class FeedbackReader(Reader):
 
     Args:
         feedback (`rlhf_trl.data.feedback.Feedback`): the form of the rows.
-        form, problems, system_prompt, to_chat: as in [`Reader`].
+        form, problems, system_prompt, to_chat, split_by: as in [`Reader`].
     """
 
-    def __init__(self, feedback, form, problems: Problems, *, system_prompt, to_chat: bool):
-        super().__init__(
-            form,
-            problems,
-            format=None,
-            columns=None,
-            system_prompt=system_prompt,
-            to_chat=to_chat,
-            messages="last_turn",
-        )
+    def __init__(self, feedback, form, problems: Problems, **options):
+        super().__init__(form, problems, format=None, columns=None, messages="last_turn", **options)
         self.feedback = feedback
 
     def read(self, name: str, rows: Iterable[Row]):
@@ -294,7 +308,9 @@ class FeedbackReader(Reader):
             except RowError as error:
                 root = (error.field or "").split("[")[0]
                 self.problems.add(place, error, mapping.get(root, root) + (error.field or "")[len(root) :])
+                self._know_malformed(row)
                 continue
+            self.keys.append(self._know(made["prompt"]))
             yield place, made
 
     def summary(self) -> list[str]:
