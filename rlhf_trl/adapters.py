@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .callbacks.record import read_run
 from .errors import ConfigError
-from .models import HEADS, adapter_config, base_path
+from .models import HEADS, adapter_config, adapter_weights, base_path, set_adapter_weights
 
 POLICY, CRITIC = "default", "critic"
 
@@ -97,21 +97,14 @@ def add_role(model: PeftModel, name: str, path: str | None = None) -> Tensor | N
     else:
         config = saved_adapter(path)
         check_same_base(path, model)
-        weights = load_peft_weights(path, device="cpu")
+        weights = adapter_weights(path)
     heads = {key: weight for key, weight in weights.items() if key.split(".")[-2] in HEADS}
     config.task_type = model.peft_config[POLICY].task_type
     config.modules_to_save = [layer for layer in config.modules_to_save or [] if layer not in HEADS] or None
     config.inference_mode, config.lora_dropout = False, 0.0
     model.add_adapter(name, config)
-    loaded = set_peft_model_state_dict(
-        model, {key: weight for key, weight in weights.items() if key not in heads}, adapter_name=name
-    )
-    missing = [key for key in loaded.missing_keys if f".{name}." in key]
-    if loaded.unexpected_keys or missing:
-        raise ConfigError(
-            f"The adapter `{path}` doesn't fit the policy's base: {len(missing)} weights are missing and "
-            f"{len(loaded.unexpected_keys)} have no place, such as `{[*missing, *loaded.unexpected_keys][0]}`."
-        )
+    trunk = {key: weight for key, weight in weights.items() if key not in heads}
+    set_adapter_weights(model, trunk, name, path or "default")
     return next((weight for key, weight in heads.items() if "lm_head" not in key and key.endswith("weight")), None)
 
 

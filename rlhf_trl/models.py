@@ -3,9 +3,11 @@
 import copy
 import json
 import logging
+import pickle
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +22,8 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,7 +34,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils.peft_utils import find_adapter_config_file
-from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from rlhf_trl.calibration import CALIBRATION_FILE, read_calibration
 from rlhf_trl.errors import ConfigError
@@ -168,7 +171,7 @@ def load_model(
     _refuse_reward_model(path, task_type, config.task_type == "SEQ_CLS")
     heads = adapter_heads(path, revision) if task_type == "SEQ_CLS" else None
     base = _load_full(base_path(path, config), task_type, revision=config.revision, heads=heads, **options)
-    return PeftModel.from_pretrained(base, path, revision=revision)
+    return _with_adapter(base, path, config, revision).eval()
 
 
 def load_reward_model(
@@ -188,8 +191,11 @@ def load_reward_model(
             raise ConfigError(f"The members of the ensemble `{path}` have several bases: {', '.join(sorted(bases))}.")
         model = load_reward_model(members[0], dtype, trust_remote_code)
         for i, member in enumerate(members[1:], 1):
-            model.load_adapter(member, adapter_name=f"member_{i}")
-        return model
+            config = adapter_config(member)
+            config.inference_mode = True
+            model.add_adapter(f"member_{i}", config)
+            set_adapter_weights(model, adapter_weights(member), f"member_{i}", member)
+        return model.eval()
     config = adapter_config(path)
     if config is None:
         architectures = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).architectures or [""]
@@ -276,7 +282,7 @@ def load_start(
     if saved.task_type == task_type:
         if task_type == "SEQ_CLS":
             _check_heads(path, len(adapter_heads(path, revision)), len(heads or ["score"]))
-        return PeftModel.from_pretrained(base, path, config=saved, is_trainable=True, revision=revision), None
+        return _with_adapter(base, path, saved, revision, trainable=True), None
     return _with_score_head(base, path, saved, revision), None
 
 
@@ -331,7 +337,7 @@ def score_heads(model: PreTrainedModel | PeftModel) -> list[torch.nn.Linear]:
 
 def adapter_heads(path: str, revision: str | None = None) -> list[str]:
     """Names of the scores of a reward model's adapter, whose files hold the head but not the model's config."""
-    weights = load_peft_weights(path, device="cpu", revision=revision)
+    weights = adapter_weights(path, revision)
     count = next(
         (len(weight) for name, weight in weights.items() if re.search(r"\.(score|classifier)\.weight$", name)), 1
     )
@@ -364,16 +370,16 @@ def _load_full(
         from huggingface_hub import snapshot_download
 
         path, revision = snapshot_download(path, revision=revision), None
+    is_scored = "SequenceClassification" in architecture
+    if task_type == "SEQ_CLS" and not is_scored:
+        names = list(heads or ["score"])
+        options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    model = load_weights(
+        AUTO_CLASSES[task_type], path, new_head=not is_scored, trust_remote_code=trust_remote_code, **options
+    )
     if task_type == "SEQ_CLS":
-        is_scored = "SequenceClassification" in architecture
-        if is_scored and heads is not None:
-            _check_heads(path, config.num_labels, len(heads))
-        elif not is_scored:
-            names = list(heads or ["score"])
-            options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    with suppress_seqcls_warning():  # that a policy has no score head: a new one is what is wanted
-        model = AUTO_CLASSES[task_type].from_pretrained(path, trust_remote_code=trust_remote_code, **options)
-    if task_type == "SEQ_CLS":
+        if heads is not None:
+            _check_heads(path, model.config.num_labels, len(heads))
         for name, head in model.named_children():
             if name in HEADS and isinstance(head, torch.nn.Linear):
                 # PEFT trains a head in float32, whatever the type of the base; the hook is copied with the layer
@@ -381,6 +387,117 @@ def _load_full(
     if options.get("quantization_config") is not None:
         _keep_trainable(model)
     return model
+
+
+def load_weights(auto_class: type, path: str, new_head: bool = False, **options) -> PreTrainedModel:
+    """
+    Load a full model, each of whose weights is in its files.
+
+    Args:
+        auto_class (`type`):
+            Such as `transformers.AutoModelForCausalLM`.
+        path (`str`):
+            Folder or hub id.
+        new_head (`bool`):
+            Whether a classifier may get a new head, and leave the one of the files, since they are a policy's.
+        **options:
+            As in `from_pretrained`.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if weights are missing, have another shape than `config.json` says, aren't
+            finite, or can't be read.
+    """
+    with _no_load_report(), _readable(path):
+        # Sizes are ignored only here: what doesn't fit is named below
+        model, found = auto_class.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if new_head and auto_class is AutoModelForSequenceClassification:
+        trunk = f"{model.base_model_prefix}."
+        missing, unexpected = ([key for key in keys if key.startswith(trunk)] for keys in (missing, unexpected))
+    if mismatched := sorted(found["mismatched_keys"]):
+        key, there, wanted = mismatched[0]
+        labels = model.config.num_labels
+        text = (
+            f"{_counted(len(mismatched), 'weight')} of `{path}` {'has' if len(mismatched) == 1 else 'have'} another "
+            f"shape than its config.json says: `{key}` is {_shape(there)}, and {_shape(wanted)} is expected."
+        )
+        if wanted[0] == labels != there[0] and not key.startswith(f"{model.base_model_prefix}."):
+            text += (
+                f" `num_labels` is {labels} there (2 where config.json doesn't name it). "
+                f'Write `"num_labels": {there[0]}` into `{path}/config.json`.'
+            )
+        raise ConfigError(text)
+    if missing:
+        text = f"`{path}` lacks {_counted(len(missing), 'weight')} of {type(model).__name__}: {_first(missing)}. "
+        if unexpected:
+            text += f"Its files hold {_first(unexpected)} instead, which have no place there. "
+        raise ConfigError(f"{text}Rename what has another name, or give a folder that holds the whole model.")
+    if unexpected:
+        logger.warning(
+            "`%s` holds %s that %s has no place for and that stay unused: %s.",
+            path,
+            _counted(len(unexpected), "weight"),
+            type(model).__name__,
+            _first(unexpected),
+        )
+    _check_finite(path, model.named_parameters())
+    return model
+
+
+@contextmanager
+def _no_load_report() -> Iterator[None]:
+    """Without transformers' table of weights: what matters of it is an error, or said in a line."""
+
+    def drop(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    transformers_logger = logging.getLogger("transformers.modeling_utils")
+    transformers_logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        transformers_logger.removeFilter(drop)
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if files of weights are missing or damaged.
+    """
+    try:
+        yield
+    except (OSError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ConfigError(
+            f"The weights of `{path}` can't be read ({' '.join(str(error).split())[:200]}). Copy or download the "
+            "folder again."
+        ) from error
+
+
+def _check_finite(path: str, weights: Iterator[tuple[str, Tensor]]) -> None:
+    for name, weight in weights:
+        number = weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        # Ranks that get their weights from the first, as under FSDP and ZeRO-3, have none yet
+        if number and weight.numel() and not weight.is_meta:
+            if not all(bound.isfinite() for bound in weight.detach().aminmax()):
+                raise ConfigError(
+                    f"`{name}` of `{path}` holds NaN or infinite numbers, so it can't compute anything. Start from "
+                    "an earlier model, such as one of the run's checkpoints."
+                )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _cast_to_weight(module: torch.nn.Linear, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -451,11 +568,73 @@ def _with_score_head(base: PreTrainedModel, path: str, saved: LoraConfig, revisi
     config.task_type = "SEQ_CLS"  # PEFT adds the score head to `modules_to_save`
     config.modules_to_save = [name for name in saved.modules_to_save or [] if name not in HEADS]
     model = get_peft_model(base, config)
-    fresh = get_peft_model_state_dict(model)
-    policy = load_peft_weights(path, device="cpu", revision=revision)
-    policy = {name: weight for name, weight in policy.items() if "lm_head" not in name}
-    differing = {name for name in fresh.keys() ^ policy.keys() if ".score." not in name}
-    if differing:
-        raise RuntimeError(f"The adapter `{path}` doesn't fit its base as a classifier: {sorted(differing)}")
-    set_peft_model_state_dict(model, fresh | policy)
+    head = {name: weight for name, weight in get_peft_model_state_dict(model).items() if ".score." in name}
+    policy = {name: weight for name, weight in adapter_weights(path, revision).items() if "lm_head" not in name}
+    set_adapter_weights(model, head | policy, "default", path)
     return model
+
+
+def _with_adapter(
+    base: PreTrainedModel, path: str, config: PeftConfig, revision: str | None, trainable: bool = False
+) -> PeftModel:
+    config.base_model_name_or_path = base.config._name_or_path
+    config.inference_mode = not trainable
+    model = get_peft_model(base, config)
+    set_adapter_weights(model, adapter_weights(path, revision), "default", path)
+    return model
+
+
+def adapter_weights(path: str, revision: str | None = None) -> dict[str, Tensor]:
+    """
+    The weights of a saved adapter, on the CPU.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if there are none, or they can't be read or aren't finite.
+    """
+    with _readable(path):
+        weights = load_peft_weights(path, device="cpu", revision=revision)
+    _check_finite(path, weights.items())
+    return weights
+
+
+def set_adapter_weights(model: PeftModel, weights: dict[str, Tensor], name: str, path: str) -> None:
+    """
+    Give the adapter `name` of `model` the weights that were saved at `path`, each of them and no others.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if weights are missing, have no place, or another shape: an adapter of
+            another base.
+    """
+    base = model.get_base_model().config._name_or_path
+    unexpected = []
+    try:
+        found = set_peft_model_state_dict(model, weights, adapter_name=name)
+    except KeyError as error:  # of a layer in `modules_to_save`
+        lacking = [error.args[0]]
+    except RuntimeError as error:
+        sizes = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        if not sizes:
+            raise
+        raise ConfigError(
+            f"The adapter `{path}` doesn't fit the base `{base}`: {sizes[0]} Give the base that it was trained on."
+        ) from error
+    else:
+        unexpected = list(found.unexpected_keys)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        filled = {id(parameter) for key, parameter in parameters.items() if key not in found.missing_keys}
+        biases = {"all": ".bias", "lora_only": ".base_layer.bias"}.get(getattr(model.peft_config[name], "bias", None))
+        # Buffers aren't saved, and neither is the second of two tied layers
+        lacking = [
+            key
+            for key in found.missing_keys
+            if (name in key.split(".") or biases and key.endswith(biases))
+            and key in parameters
+            and id(parameters[key]) not in filled
+        ]
+    if lacking or unexpected:
+        said = [f"{_counted(len(lacking), 'weight')} missing from its files ({_first(lacking)})"] * bool(lacking)
+        said += [f"{_counted(len(unexpected), 'weight')} without a place ({_first(unexpected)})"] * bool(unexpected)
+        raise ConfigError(
+            f"The adapter `{path}` doesn't fit the base `{base}`: {' and '.join(said)}. Give the base that it was "
+            "trained on, or train it again."
+        )
