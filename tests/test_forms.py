@@ -241,6 +241,13 @@ def test_the_share_of_raters_who_agree_is_a_weight_or_a_smoothing():
     with pytest.raises(DataError, match="all completions tie: 1"):
         made(data.Pairs(agreement="smoothing"), [rows[0], rows[3]])
 
+    # A preference of strength 0 is one: of two against one, the one is sure
+    rows = [pair(preferred=side, rater=i, strength=by) for i, (side, by) in enumerate([("a", 0), ("a", 0), ("b", 3)])]
+    (row,) = made(data.Pairs(agreement="weights", margin=1.0), rows)
+    assert (judged(row), row["margin"]) == ({("x", "y")}, [0.0]) and row["weights"] == pytest.approx([1 / 3])
+    (row,) = made(data.Pairs(), rows, "judged")
+    assert (judged(row), row["gap"]) == ({("x", "y")}, [0.0]) and row["share"] == pytest.approx([2 / 3])
+
     rankings = [
         {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [1, 2, 3], "rater": 1},
         {"prompt": "p", "completions": ["c", "a", "b"], "ranks": [1, 2, 3], "rater": 2},
@@ -305,6 +312,23 @@ def test_negatives_are_other_prompts_completions_and_worse_than_the_best(capsys)
     assert "completions of other prompts added as negatives: 12" in capsys.readouterr().out
     with pytest.raises(DataError, match="all rows have the same prompt"):
         made(data.Pairs(negatives=1), [pair()])
+
+
+@pytest.mark.parametrize("feedback", ["rankings", "ratings"])
+def test_negatives_and_the_cap_of_pairs_together(feedback):
+    if feedback == "rankings":
+        rows = [{"prompt": p, "completions": [p + c for c in "abcd"], "ranks": [1, 2, 3, 4]} for p in "pqrs"]
+    else:
+        rows = [rated(p + c, 5 - i, prompt=p) for p in "pqrs" for i, c in enumerate("abcd")]
+    make = data.Rankings if feedback == "rankings" else data.Ratings
+    negatives, seen = Counter(), 0
+    for seed in range(20):
+        for row in made(make(negatives=2, max_pairs=4), rows, seed=seed):
+            assert len(row["better"]) == 4
+            pairs = [(a, b) for a, b in judged(row) if b[0] != row["prompt"]]
+            negatives.update(a[1] for a, _ in pairs)
+            seen += len(pairs)
+    assert set(negatives) == {"a"} and 60 < seen < 100  # a quarter of the 8 pairs a prompt, of which 4 stay: about 80
 
 
 def test_the_order_of_completions_tells_nothing():

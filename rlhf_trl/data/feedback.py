@@ -73,7 +73,8 @@ class Feedback(ABC):
         columns (`dict`, *optional*): our name of a column -> the file's; null for one that the file doesn't have.
         margin (`float`): margin of the reward model's loss for each unit by which one completion is better (of
             strength, rank, or rating), 0 for none (arXiv 2307.09288).
-        max_pairs (`int`, *optional*): the most comparisons of one prompt; a random choice beyond it.
+        max_pairs (`int`, *optional*): the most comparisons of one prompt, those with negatives too; a random choice
+            beyond it.
         negatives (`int`): this many completions of other prompts a row, worse than the row's best.
         shuffle (`bool`): put the completions of a row into random order, so that none has its place for a reason.
         drop_duplicates (`bool`): leave out rows that repeat another one, of the same rater where rows name one. Rows
@@ -243,10 +244,10 @@ class Feedback(ABC):
 
     def _compared_rows(self, rows: list[dict], form: str, rng: random.Random, notes: Counter) -> list[dict]:
         groups = list(self.groups(rows, form, rng, notes))
-        if self.max_pairs is not None:
-            groups = self._capped(groups, rng, notes)
         if self.negatives and form != "judged":
             groups = self._with_negatives(groups, rows, rng, notes)
+        if self.max_pairs is not None:  # last: what is best shows in all pairs only, and negatives count too
+            groups = self._capped(groups, rng, notes)
         made = []
         for group in groups:
             if not group.wins and group.targets is None and (form != "judged" or group.votes is None):
@@ -329,7 +330,7 @@ class Feedback(ABC):
                 wins += [Win(i, len(completions), 1.0, share) for i in sorted(best)]
                 completions.append(found)
                 notes["completions of other prompts added as negatives"] += 1
-            made.append(group._replace(wins=wins, completions=completions))
+            made.append(group._replace(wins=wins, completions=completions, votes=None))  # nobody judged the negatives
         return made
 
 
@@ -366,18 +367,19 @@ class Compared(Feedback):
                 place = [keys.index(key) for key in theirs]
                 for a, b, distance, _ in row["wins"]:
                     i, j = place[a], place[b]
-                    votes[min(i, j), max(i, j)].append(distance if i < j else -distance)
+                    votes[min(i, j), max(i, j)].append((1 if i < j else -1, distance))
                 for a, b in row["ties"]:
                     i, j = sorted((place[a], place[b]))
-                    votes[i, j].append(0.0)
+                    votes[i, j].append((0, 0.0))
             wins, ties = [], []
-            for (i, j), each in votes.items():
-                ahead = sum((vote > 0) - (vote < 0) for vote in each)
+            for (i, j), each in votes.items():  # (1 for the first, -1 for the second, 0 for a tie; by how much)
+                ahead = sum(side for side, _ in each)
                 if ahead == 0:
                     ties += [(i, j)] if each else []
                     continue
                 share = 0.5 + abs(ahead) / (2 * len(each))
-                distance = max(0.0, math.copysign(1, ahead) * sum(each) / len(each))
+                distance = math.copysign(1, ahead) * sum(side * by for side, by in each) / len(each)
+                distance = max(0.0, distance)  # few who are sure may outweigh it, and yet most decide
                 wins.append(Win(*((i, j) if ahead > 0 else (j, i)), distance, share))
                 notes["pairs on which raters disagree"] += share < 1
             notes["rows pooled with others on the same completions"] += len(judged) - 1
