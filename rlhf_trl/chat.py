@@ -13,6 +13,7 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from rlhf_trl.callbacks.samples import as_text
+from rlhf_trl.data.tokens import end_tokens
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.sampling import generation_config
 from rlhf_trl.evaluation.tables import side_by_side
@@ -194,7 +195,7 @@ def answer(
     streamer = Stream(tokenizer, out) if stream else None
     # The model's own generation config would fill what is left unset here
     policy.model.generation_config = GenerationConfig(
-        **sampling, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        **sampling, eos_token_id=end_tokens(tokenizer), pad_token_id=tokenizer.pad_token_id
     )
     written = policy.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer)
     return Answer(policy, prompt, written[0, ids.size(1) :].tolist())

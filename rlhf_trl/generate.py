@@ -13,6 +13,7 @@ from rlhf_trl.callbacks.samples import as_text
 from rlhf_trl.data.forms import check_text_or_chat
 from rlhf_trl.data.read import RowError, read_file, resolve_paths
 from rlhf_trl.data.reader import Problems
+from rlhf_trl.data.tokens import end_tokens
 from rlhf_trl.demo import load as load_demo
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.sampling import sample
@@ -136,6 +137,7 @@ def completions(
         `dict`: `prompt` and what else its row held, `completion` (text), `sample` (0 to n - 1), `tokens`, `ended`
         (whether the end token was written), and with rewards `rewards` by name and `reward`, their weighted sum.
     """
+    ends = end_tokens(policy.tokenizer)
     rows = [{**row, "sample": i} for row in prompts for i in range(n)]
     wants_chat = policy.chats if to_chat is None else to_chat
     if wants_chat and not policy.chats:
@@ -172,7 +174,7 @@ def completions(
                     "completion": as_text(policy.completion(prompt, ids)),
                     "sample": row["sample"],
                     "tokens": len(ids),
-                    "ended": bool(ids) and ids[-1] == policy.tokenizer.eos_token_id,
+                    "ended": bool(ids) and ids[-1] in ends,
                 }
                 if rewards:
                     out |= {"rewards": found, "reward": total(found, rewards)}

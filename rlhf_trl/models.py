@@ -30,12 +30,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from rlhf_trl.calibration import CALIBRATION_FILE, read_calibration
+from rlhf_trl.data.tokens import remember_ends
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.paths import resolve_path
 
@@ -98,7 +100,8 @@ def load_tokenizer(
     revision: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """
-    The tokenizer of a model, with a padding token (the end token where it has none of its own).
+    The tokenizer of a model, with a padding token (the end token where it has none of its own). It knows which tokens
+    end the model's turns, see [`~rlhf_trl.data.tokens.end_tokens`].
 
     Args:
         path (`str`):
@@ -125,11 +128,28 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(base_path(path, config), trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    remember_ends(tokenizer, _eos_token_id(path, trust_remote_code, revision))
     if chat_template is not None:
         if not Path(chat_template).is_file():
             raise ConfigError(f"The chat template `{chat_template}` doesn't exist. Give a Jinja file.")
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     return tokenizer
+
+
+def _eos_token_id(path: str, trust_remote_code: bool, revision: str | None) -> int | list[int] | None:
+    """`eos_token_id` of a model's generation config, as `from_pretrained` makes it; of an adapter's base."""
+    config = adapter_config(path, revision)
+    if config is not None:
+        path, revision = base_path(path, config), config.revision
+    for file in ("generation_config.json", "config.json"):
+        try:
+            values, _ = PreTrainedConfig.get_config_dict(path, revision=revision, _configuration_file=file)
+        except OSError:  # a file that isn't there
+            continue
+        ids = values.get("eos_token_id", values.get("text_config", {}).get("eos_token_id"))
+        if ids is not None:
+            return ids
+    return None
 
 
 def load_model(

@@ -47,7 +47,7 @@ def test_eos(compose):
     reward, tokenizer = reward_of(compose, "eos"), make_tokenizer()
     ids = [[5, tokenizer.eos_token_id], [5], [], [tokenizer.eos_token_id, 5]]
     rows = {"prompts": ["a"] * 4, "completions": ["a"] * 4, "completion_ids": ids}
-    with pytest.raises(ConfigError, match="looks for the EOS token of a policy's tokenizer"):
+    with pytest.raises(ConfigError, match="looks for the end token of a policy's tokenizer"):
         reward(**rows)
     reward.bind(tokenizer)
     assert reward(**rows) == [1, 0, 0, 0]

@@ -6,13 +6,54 @@ A reward model must see in training just what a policy generates: the prompt's i
 after it, though a chat template often adds a newline there.
 """
 
+import functools
 import itertools
 import json
 from collections import Counter
 
+from jinja2 import TemplateError
+
 from rlhf_trl.data.forms import comparisons_of, select_completions
 from rlhf_trl.data.words import count_of, say
 from rlhf_trl.errors import ConfigError, DataError
+
+
+def end_tokens(tokenizer) -> list[int]:
+    """
+    Return the ids of the tokens that end a turn: generation stops at the first of them, everywhere.
+
+    These are the tokenizer's EOS, the ids that the model's generation_config lists (which a tokenizer of
+    [`~rlhf_trl.models.load_tokenizer`] knows, see [`remember_ends`]), and the token that ends an assistant's turn in
+    the chat template, if none of those does.
+    """
+    ends = dict.fromkeys([tokenizer.eos_token_id, *getattr(tokenizer, "model_ends", ())])
+    ends.pop(None, None)
+    if tokenizer.chat_template is not None:
+        ends |= dict.fromkeys(_template_ends(tokenizer, str(tokenizer.chat_template), tuple(ends)))
+    return list(ends)
+
+
+def remember_ends(tokenizer, eos_token_id: int | list[int] | None) -> None:
+    """Let [`end_tokens`] know the `eos_token_id` of the generation_config of the tokenizer's model."""
+    ids = eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]
+    tokenizer.model_ends = [token for token in ids if token is not None]
+
+
+@functools.lru_cache(maxsize=64)
+def _template_ends(tokenizer, template: str, ends: tuple[int, ...]) -> list[int]:
+    """Return the special token after an assistant's words, in a list; none if one of `ends` stands there."""
+    words = "Hello"
+    messages = [{"role": "user", "content": words}, {"role": "assistant", "content": words}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError:  # a template that refuses even this is reported where the data are rendered
+        return []
+    _, found, after = text.rpartition(words)
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found and after else []
+    if not set(ends).isdisjoint(ids):
+        return []
+    added = tokenizer.added_tokens_decoder
+    return [token for token in ids if token in added and added[token].special and token != tokenizer.unk_token_id][:1]
 
 
 def prompt_ids(tokenizer, prompt: str | list[dict], **template_kwargs) -> list[int]:
@@ -28,15 +69,16 @@ def row_ids(
     """
     Ids of a prompt and its completion, as if the policy had generated it.
 
-    Text: the completion's own ids and EOS. Chat: what the template adds after the generation prompt, up to and with
-    the first EOS (the last one where `completion` has several turns); EOS is added if the template ends turns
-    otherwise.
+    Text: the completion's own ids up to its end. Chat: what the template adds after the generation prompt, up to and
+    with the first of the [`end_tokens`] (that of the last turn where `completion` has several). EOS is added where no
+    such token ends the completion.
 
     Args:
-        eos (`bool`): `False` for a completion that was cut off: its ids end before the EOS.
+        eos (`bool`): `False` for a completion that was cut off: its ids end before the end token.
         **template_kwargs: for the chat template (`tools`, ...).
     """
-    if tokenizer.eos_token_id is None:
+    ends = end_tokens(tokenizer)
+    if not ends:
         raise ConfigError(
             "the tokenizer has no EOS token, so nothing says where a completion ends. "
             "Add `eos_token` to its tokenizer_config.json, or name another with `model.tokenizer=PATH`."
@@ -44,12 +86,24 @@ def row_ids(
     start = prompt_ids(tokenizer, prompt, **template_kwargs)
     if isinstance(completion, str):
         ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        end = len(ids) - 1 if ids and ids[-1] == tokenizer.eos_token_id else len(ids)
     else:
         ids = _turn_ids(tokenizer, prompt, completion, start, template_kwargs)
-        ends = [i for i, token in enumerate(ids) if token == tokenizer.eos_token_id] or [len(ids)]
-        end = ends[0] if len(completion) == 1 else ends[-1]
-    return start + ids[:end] + ([tokenizer.eos_token_id] if eos else [])
+    if isinstance(completion, str) or len(completion) > 1:
+        end = _last_end(tokenizer, ids, ends)
+    else:
+        end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return start + ids[:end] + ((ids[end : end + 1] or ends[:1]) if eos else [])
+
+
+def _last_end(tokenizer, ids: list[int], ends: list[int]) -> int:
+    """Return the index of the token that ends the last turn (blanks and end tokens may follow), or `len(ids)`."""
+    end = len(ids)
+    for i in reversed(range(len(ids))):
+        if ids[i] in ends:
+            end = i
+        elif _decode(tokenizer, ids[i : i + 1]).strip():
+            break
+    return end
 
 
 def _turn_ids(tokenizer, prompt: list[dict], completion: list[dict], start: list[int], template_kwargs) -> list[int]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.callbacks.record import checkpoints, write_json
 from rlhf_trl.callbacks.samples import as_text
-from rlhf_trl.data.tokens import prompt_ids, row_ids
+from rlhf_trl.data.tokens import end_tokens, prompt_ids, row_ids
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.judge import Answers, Verdicts
 from rlhf_trl.evaluation.sampling import TokenStatistics, sample, sample_in_turns, token_statistics
@@ -258,7 +258,7 @@ def evaluate_policies(
             "path": policy.path,
             "family": policy.family,
             "completion_length": float(np.mean([len(ids) for ids in written])),
-            "eos_rate": float(np.mean([tokenizer.eos_token_id in ids for ids in written])),
+            "eos_rate": float(np.mean([ids[-1] in end_tokens(tokenizer) for ids in written])),
             "entropy": float(torch.cat([row.entropy for row in own]).mean()),
             **text_statistics(answers[name].texts),
             "kl": None,

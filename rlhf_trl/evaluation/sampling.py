@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
+from rlhf_trl.data.tokens import end_tokens
+
 
 def generation_config(temperature: float, max_completion_length: int) -> dict[str, Any]:
     """Sampling from the whole distribution; at temperature 0 each token is the likeliest one."""
@@ -46,10 +48,10 @@ def sample(
         `list[list[int]]`: token ids, up to the end token and with it where it was written.
     """
     set_seed(seed)
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ends, pad = end_tokens(tokenizer), tokenizer.pad_token_id
     # The model's own generation config would fill what is left unset here
     model.generation_config = GenerationConfig(
-        **generation_config(temperature, max_completion_length), eos_token_id=eos, pad_token_id=pad
+        **generation_config(temperature, max_completion_length), eos_token_id=ends, pad_token_id=pad
     )
     completions = []
     for batch in _batches(prompts, batch_size):
@@ -58,8 +60,13 @@ def sample(
         # From the lengths: the pad token may well be the end token, and stand in a prompt
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
         written = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
-        completions += [row[: row.index(eos) + 1] if eos in row else row for row in written]
+        completions += [_to_the_end(row, ends) for row in written]
     return completions
+
+
+def _to_the_end(ids: list[int], ends: list[int]) -> list[int]:
+    """`ids` up to the first end token and with it."""
+    return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def sample_in_turns(
@@ -75,7 +82,7 @@ def sample_in_turns(
     As [`sample`], from the same distribution by other draws, for many completions: after every quarter of the length
     (16 tokens at least) those that have ended leave, so that a batch doesn't wait for its longest.
     """
-    step = max(16, -(-max_completion_length // 4))
+    step, ends = max(16, -(-max_completion_length // 4)), end_tokens(tokenizer)
     completions, going = [[] for _ in prompts], list(range(len(prompts)))
     for turn, done in enumerate(range(0, max_completion_length, step)):
         if not going:
@@ -85,7 +92,7 @@ def sample_in_turns(
         more = sample(model, tokenizer, starts, length, temperature, batch_size, seed=seed + turn)
         for row, ids in zip(going, more, strict=True):
             completions[row] += ids
-        going = [row for row in going if completions[row][-1] != tokenizer.eos_token_id]
+        going = [row for row in going if completions[row][-1] not in ends]
     return completions
 
 

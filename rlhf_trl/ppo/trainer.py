@@ -26,6 +26,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, get_callable_name, is_async_callable, nanstd
 
 from ..adapters import CRITIC, POLICY, adapter_layers, policy_is_active, save_policy_only, set_trainable
+from ..data.tokens import end_tokens, remember_ends
 from ..errors import ConfigError
 from ..log_probs import quicken_log_probs
 from ..rewards import ModelReward, Reward
@@ -189,6 +190,10 @@ class PPOTrainer(GRPOTrainer):
         finally:
             args.beta = beta
         self.beta = beta
+        remember_ends(self._tokenizer, self.eos_token_ids)  # for rewards that ask whether a completion ended
+        self.eos_token_ids = end_tokens(self._tokenizer)
+        if not self.use_vllm:
+            self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
 
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         for scored in [policy] if self.ref_model is None else [policy, self.accelerator.unwrap_model(self.ref_model)]:

@@ -17,14 +17,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from ..calibration import read_calibration, weighted_calibration
 from ..checks.rewards import ensemble_problems
-from ..data.tokens import prompt_ids, row_ids
+from ..data.tokens import end_tokens, prompt_ids, row_ids
 from ..data.words import names_of
 from ..errors import ConfigError
 from .base import Reward
@@ -180,22 +179,18 @@ class ModelReward(Reward):
         from accelerate import PartialState
 
         from ..adapters import adapter_layers
-        from ..models import load_reward_model
+        from ..models import load_reward_model, load_tokenizer
 
         super().__init__(name, weight)
         members = _ensemble_members(path, name, ensemble, std_coef)
         if isinstance(path, str):
             self.model = load_reward_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                members[0] if members else path, trust_remote_code=trust_remote_code
-            )
+            self.tokenizer = load_tokenizer(members[0] if members else path, trust_remote_code=trust_remote_code)
             calibration = read_calibration(path)
         else:
             calibration = None
             self.model = path
-            self.tokenizer = AutoTokenizer.from_pretrained(path.config._name_or_path)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+            self.tokenizer = load_tokenizer(path.config._name_or_path)
         # The score is read at the last token that isn't this one
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model.requires_grad_(False).eval().to(PartialState().device)
@@ -277,9 +272,9 @@ class ModelReward(Reward):
                 prompt_ids(self._policy_tokenizer, prompt) + list(ids)
                 for prompt, ids in zip(prompts, completion_ids, strict=True)
             ]
-        ends = None if self._policy_tokenizer is None else self._policy_tokenizer.eos_token_id
         if with_eos is None:
-            with_eos = [ends is None or (len(ids) > 0 and ids[-1] == ends) for ids in completion_ids]
+            ends = None if self._policy_tokenizer is None else end_tokens(self._policy_tokenizer)
+            with_eos = [ends is None or (len(ids) > 0 and ids[-1] in ends) for ids in completion_ids]
         return [
             row_ids(self.tokenizer, prompt, completion, eos=eos)
             for prompt, completion, eos in zip(prompts, completions, with_eos, strict=True)

@@ -4,7 +4,7 @@ Rewards from an HTTP server, JSON in and out, and the schema that `stage=serve_r
 A request (POST) holds lists of one length, one entry a completion:
 
     {"prompts": [...], "completions": [...],          text, or chats: lists of {"role", "content"}
-     "completion_ids": [[...]], "ended": [true],      the generated tokens; whether they end with EOS
+     "completion_ids": [[...]], "ended": [true],      the generated tokens; whether they end by themselves
      "tokenizer": "3f0c...",                          which tokenizer made them, see `tokenizer_hash`; or null
      "columns": {"answer": [...]}}                    the data's columns that the client was told to send
 
@@ -25,6 +25,7 @@ import httpx
 from transformers import PreTrainedTokenizerBase
 
 from ..checks.rewards import http_problems
+from ..data.tokens import end_tokens
 from ..errors import ConfigError
 from .base import Reward
 
@@ -82,12 +83,12 @@ class HttpReward(Reward):
             httpx.URL(url)
         except httpx.InvalidURL as error:
             raise ConfigError(f"`reward.{name}.url` is {url!r}, which is no address: {error}.") from error
-        self._eos: int | None = None
+        self._ends: list[int] | None = None
         self._tokenizer: str | None = None
 
     def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """See [`Reward.bind`]."""
-        self._eos = None if tokenizer is None else tokenizer.eos_token_id
+        self._ends = None if tokenizer is None else end_tokens(tokenizer)
         self._tokenizer = None if tokenizer is None else tokenizer_hash(tokenizer)
 
     def __call__(
@@ -114,7 +115,7 @@ class HttpReward(Reward):
                     "prompts": prompts[rows],
                     "completions": completions[rows],
                     "completion_ids": ids,
-                    "ended": [self._eos is None or row[-1:] == [self._eos] for row in ids],
+                    "ended": [self._ends is None or (len(row) > 0 and row[-1] in self._ends) for row in ids],
                     "tokenizer": self._tokenizer,
                     "columns": {name: columns[name][rows] for name in self.columns},
                 }

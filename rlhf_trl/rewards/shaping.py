@@ -8,6 +8,7 @@ import re
 from transformers import PreTrainedTokenizerBase
 
 from ..callbacks.samples import as_text
+from ..data.tokens import end_tokens
 from ..errors import ConfigError
 
 
@@ -57,14 +58,16 @@ def pattern(completions: list, pattern: str, whole: bool = True) -> list[float]:
 
 def eos(completion_ids: list[list[int]], tokenizer: PreTrainedTokenizerBase | None) -> list[float]:
     """
-    1 for a completion that ends with the tokenizer's EOS token, 0 for one that was cut off.
+    1 for a completion that ends by itself, with one of the policy's [`~rlhf_trl.data.tokens.end_tokens`], 0 for one
+    that was cut off.
 
     Raises:
         ConfigError: without the tokenizer that made the ids (see [`Reward.bind`]).
     """
-    if tokenizer is None or tokenizer.eos_token_id is None:
+    ends = [] if tokenizer is None else end_tokens(tokenizer)
+    if not ends:
         raise ConfigError(
-            "The reward `eos` looks for the EOS token of a policy's tokenizer, and there is none. Use it in "
+            "The reward `eos` looks for the end token of a policy's tokenizer, and there is none. Use it in "
             "`stage=ppo`, `rloo` or `grpo`, with a tokenizer that has an `eos_token`."
         )
-    return [float(ids[-1:] == [tokenizer.eos_token_id]) for ids in (list(ids) for ids in completion_ids)]
+    return [float(len(ids) > 0 and ids[-1] in ends) for ids in completion_ids]
