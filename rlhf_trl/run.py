@@ -54,3 +54,361 @@ from rlhf_trl.checks.values import plain
 from rlhf_trl.data import head_names
 from rlhf_trl.data.tokens import end_tokens
 from rlhf_trl.errors import ConfigError, DataError
+from rlhf_trl.launching import config_dirs
+from rlhf_trl.log_probs import quicken_log_probs
+from rlhf_trl.loggers import is_first_rank
+from rlhf_trl.models import adapter_config, base_path, load_start, load_tokenizer, merge_adapter
+from rlhf_trl.paths import resolve_path
+from rlhf_trl.quiet import quiet
+
+
+def train(cfg: DictConfig) -> float | None:
+    """
+    Trains what `cfg.stage` names, evaluates the model, and saves it into `cfg.run_dir`.
+
+    Args:
+        cfg (`DictConfig`):
+            The composed config (conf/train.yaml), checked.
+
+    Returns:
+        `float` or `None`: the metric named by `cfg.objective`; `None` if it was not measured or the run was stopped.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if arguments, models, data or an earlier run in `run_dir` don't allow it.
+    """
+    OmegaConf.resolve(cfg)
+    quiet()
+    quicken_log_probs()
+    set_seed(cfg.seed)
+    args = training_arguments(cfg.stage.args, **critic_start(cfg))
+    path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
+    tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **source(cfg))
+    dataset = load_data(cfg, tokenizer)
+    if "eval" not in dataset:
+        args.eval_strategy, args.do_eval, args.eval_on_start = IntervalStrategy.NO, False, False
+
+    checkpoint = begin(cfg, path)
+    interrupt = Interrupt(resume_command=command(cfg, "resume=true"))
+    try:
+        logger = instantiate(cfg.logger.run)
+        with logger(run_dir=cfg.run_dir, name=args.run_name, config=OmegaConf.to_container(cfg)):
+            trainer = make_trainer(cfg, args, path, tokenizer, dataset)
+            trainer.add_callback(interrupt)  # the last one, so that its message stands last
+            trainer.train(resume_from_checkpoint=checkpoint)
+            metrics = {} if interrupt.interrupted else finish(cfg, trainer)
+    except BaseException as error:
+        interrupt.restore()
+        fail(cfg, error)
+        raise
+    # A stop by the KL guard or the health monitor is an end the user asked for: the run is done, its record says why
+    reasons = [callback.reason for callback in trainer.callback_handler.callbacks if isinstance(callback, SaveAndStop)]
+    reasons = [reason for reason in reasons if reason]
+    end(cfg, "stopped" if interrupt.interrupted else "done", **({"reason": reasons[0]} if reasons else {}))
+    if interrupt.interrupted:
+        raise SystemExit(130)  # as a shell says that Ctrl-C ended a command
+    return metrics.get(cfg.objective)
+
+
+def merge(cfg: DictConfig) -> None:
+    """
+    Writes the merged model of the adapter that `cfg.model` names: into `merged` inside its folder, or inside
+    `cfg.run_dir` for an adapter of the hub.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if it is no adapter, or a run that is missing or not finished.
+    """
+    quiet()
+    path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
+    output_dir = Path(path if Path(path).is_dir() else cfg.run_dir, "merged")
+    if is_first_rank():
+        merge_adapter(path, str(output_dir), **source(cfg))
+        print(f"Merged model: {output_dir}")
+
+
+def critic_start(cfg: DictConfig) -> dict[str, str]:
+    """The argument that says which reward model the critic starts from, where it starts from one."""
+    critic = cfg.get("critic")
+    if not critic or critic.run is None and critic.path is None:
+        return {}
+    return {"critic_path": resolve_path(critic.path, critic.run, project_dir(cfg))}
+
+
+def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
+    """
+    The trainer's arguments; `bf16` left open becomes what the device can do.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if TRL's dataclass refuses a value, or bf16 is asked for where there is none.
+    """
+    values = OmegaConf.to_container(node, resolve=True) | resolved
+    supported = is_torch_bf16_gpu_available() and not values.get("use_cpu")
+    if values.get("bf16") and not supported and not values.get("use_cpu"):
+        raise ConfigError(
+            "`stage.args.bf16=true` asks for bfloat16, which this machine has no accelerator for. Set "
+            "`stage.args.bf16=false`, or `+stage.args.use_cpu=true` to compute in bfloat16 on the CPU."
+        )
+    if values.get("bf16") is None and not values.get("fp16"):
+        values["bf16"] = supported
+    values.setdefault("logging_nan_inf_filter", False)  # it would show a loss of NaN as the mean of those before
+    if not torch.accelerator.is_available():
+        values.setdefault("use_cpu", True)  # without it each of several CPU ranks would train by itself
+    try:
+        args = instantiate(values)
+    except InstantiationException as error:
+        raise ConfigError(f"`stage.args` is refused by `{node._target_}`: {error.__cause__ or error}") from error
+    if node.get("bf16") is None and not args.bf16 and not args.fp16 and args.process_index == 0:
+        print("bf16 is off: this machine has no accelerator with bfloat16, so training is in float32.")
+    return args
+
+
+def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
+    """The splits `train` and, where there is one, `eval`, in the form the stage wants."""
+    with PartialState().main_process_first():
+        dataset = instantiate_data(cfg)
+        if cfg.stage.prepare is not None:
+            prepare = instantiate(cfg.stage.prepare)
+            dataset = prepare(dataset, tokenizer)
+    return dataset
+
+
+def instantiate_data(cfg: DictConfig, form: str | None = None) -> DatasetDict:
+    """
+    The rows of `cfg.data` in the form that the stage wants, or in another one.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: of an option of `data.feedback`, or of the rows.
+    """
+    return instantiated(cfg.data)(form=form or cfg.stage.form, seed=cfg.seed)
+
+
+def instantiated(node: DictConfig, **options):
+    """
+    What a node of the config makes; Hydra's wrapping of an error that is about the config is taken off.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: of one of its options.
+    """
+    try:
+        return instantiate(node, **options)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from error
+        raise
+
+
+def begin(cfg: DictConfig, path: str) -> str | None:
+    """
+    Makes the run directory ready and leaves the config and `run.json` in it.
+
+    Returns:
+        `str` or `None`: the checkpoint to go on from.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if a resumed run's config has changed, or the run would delete its own start.
+    """
+    state, run_dir, checkpoint = PartialState(), Path(cfg.run_dir), None
+    used = read_run(run_dir) is not None
+    if used and cfg.resume:
+        if changes := resume_changes(run_dir, plain(cfg)[0]):
+            raise ConfigError.join(changes)
+        checkpoint = last_checkpoint(run_dir)
+        if state.is_main_process:
+            print(f"Going on from {checkpoint}." if checkpoint else f"No checkpoint in {run_dir}: starting anew.")
+    elif used and Path(path).is_relative_to(run_dir.resolve()):
+        raise ConfigError(
+            f"The run would delete the model that it starts from (`{path}`). Give the run another `run_name`."
+        )
+    state.wait_for_everyone()  # no rank may look at the directory after rank 0 has changed it
+    if state.is_main_process:
+        if used and not cfg.resume:
+            clear(run_dir)
+        start_run(run_dir, stage=cfg.stage.name, command=command(cfg), model=path)
+        OmegaConf.save(cfg, run_dir / "config.yaml")
+    state.wait_for_everyone()
+    return checkpoint
+
+
+def clear(run_dir: Path) -> None:
+    """Deletes what an earlier run left, except for what Hydra has already written for this one."""
+    for entry in run_dir.iterdir():
+        if entry.name == ".hydra" or entry.suffix == ".log":
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def make_trainer(
+    cfg: DictConfig, args: TrainingArguments, path: str, tokenizer: PreTrainedTokenizerBase, dataset: DatasetDict
+) -> Trainer:
+    """The stage's trainer, with model, rewards and callbacks."""
+    extra = {}
+    if "reward" in cfg:
+        extra["reward_funcs"] = reward_functions(cfg, tokenizer)
+        args.reward_weights = [reward.weight for reward in extra["reward_funcs"]]
+    if "ptx_data" in cfg:
+        demonstrations = instantiate(cfg.ptx_data)(form="prompt_completion", seed=cfg.seed)
+        extra["ptx_dataset"] = demonstrations["train"]
+    set_seed(args.seed)  # a new score head must not depend on what was loaded before
+    model, peft_config = load_start(
+        path,
+        cfg.stage.task_type,
+        instantiate(cfg.adapter.peft),
+        merge_dir=f"{cfg.run_dir}/start",
+        heads=head_names(dataset["train"]),
+        dtype=cfg.model.dtype,
+        attn_implementation=cfg.model.attn_implementation,
+        quantization_config=instantiate(cfg.adapter.quantization),
+        **source(cfg),
+    )
+    if model.can_generate():  # TRL's rollouts stop there, and so does whoever loads what is saved
+        model.generation_config.eos_token_id = end_tokens(tokenizer) or None
+    trainer = build_trainer(
+        cfg,
+        model=model,
+        args=args,
+        train_dataset=dataset["train"],
+        eval_dataset=dataset.get("eval"),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        **extra,
+    )
+    for reward in extra.get("reward_funcs", ()):
+        reward.attach(trainer.model)
+    for name, parameter in trainer.model.named_parameters():
+        if ".ref." in name:  # TRL's copy of the starting adapter is the reference
+            parameter.requires_grad_(False)
+        elif ".score.modules_to_save." in name:
+            # On a 4-bit base TRL casts the score head to bfloat16, too coarse for differences of scores
+            parameter.data = parameter.data.float()
+    save_whole_checkpoints(trainer)
+    never_past_the_end(trainer)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    for callback in callbacks(cfg, trainer):
+        trainer.add_callback(callback)
+    return trainer
+
+
+def build_trainer(cfg: DictConfig, **objects: Any) -> Trainer:
+    """
+    The object that `cfg.stage.trainer` names, made of `objects`; its dataset is prepared as it will be trained on.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if TRL refuses the arguments or the rows, or leaves none.
+    """
+    try:
+        trainer = instantiate(cfg.stage.trainer)(**objects)
+    except Exception as error:
+        frame = traceback.walk_tb(error.__traceback__)
+        *_, (last, _) = frame
+        if isinstance(error, ConfigError) or not last.f_globals.get("__name__", "").startswith("trl."):
+            raise
+        raise ConfigError(f"`{cfg.stage.trainer._target_}` refuses the run: {error}") from error
+    if len(trainer.train_dataset) == 0:
+        raise DataError(
+            f"`{cfg.stage.trainer._target_}` keeps no row of the {len(objects['train_dataset']):,} for training: in "
+            "none is anything left to train on after `stage.args.max_length` tokens. Set it higher."
+        )
+    return trainer
+
+
+def reward_functions(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> list[Callable]:
+    """The rewards of the group `reward`, under the names they have there; runs become paths."""
+    rewards = []
+    for name, node in cfg.reward.items():
+        options = {"name": name}
+        if "run" in node:
+            options["path"] = resolve_path(node.path, node.run, project_dir(cfg))
+            node = OmegaConf.masked_copy(node, [key for key in node if key != "run"])
+        reward = instantiated(node, **options)
+        reward.bind(tokenizer)
+        rewards.append(instantiate(cfg.stage.wrap_reward)(reward) if cfg.stage.wrap_reward else reward)
+    return rewards
+
+
+def callbacks(cfg: DictConfig, trainer: Trainer) -> Iterator[TrainerCallback]:
+    """What watches and steers the run: always the record and the progress line, and what the config names."""
+    if "reward_norm" in cfg:
+        yield instantiate(cfg.reward_norm)(trainer=trainer, combine=instantiate(cfg.combine))
+    if not cfg.get("health"):  # the health monitor is such a guard
+        yield NonfiniteGuard(trainer)
+    for node in (cfg.get("kl"), cfg.get("health"), cfg.logger.get("callback")):
+        if node:  # health=none is empty
+            yield instantiate(node)(trainer=trainer)
+    for node in cfg.callbacks.values():
+        callback = instantiate(node)
+        yield callback(trainer=trainer) if isinstance(callback, functools.partial) else callback
+    if "reward" in cfg:
+        yield SampleLog(trainer, cfg.run_dir)
+    yield ProgressLine()
+    yield RunRecord(cfg.run_dir)
+
+
+def finish(cfg: DictConfig, trainer: Trainer) -> dict[str, float]:
+    """Evaluates and saves a trained model; returns the last value of every metric."""
+    history = trainer.state.log_history
+    measured = any(
+        entry["step"] == trainer.state.global_step and any(key.startswith("eval_") for key in entry)
+        for entry in history
+    )
+    if trainer.eval_dataset is not None and (not measured or trainer.args.load_best_model_at_end):
+        trainer.evaluate()
+    trainer.save_model(cfg.run_dir)
+    if trainer.is_world_process_zero():
+        # The reference belongs to the training; what is left of the run is the policy alone
+        shutil.rmtree(Path(cfg.run_dir, "ref"), ignore_errors=True)
+        write_metrics(cfg.run_dir, history)
+        if cfg.merge and adapter_config(cfg.run_dir) is not None:
+            merge_adapter(cfg.run_dir, f"{cfg.run_dir}/merged", trust_remote_code=cfg.model.trust_remote_code)
+    PartialState().wait_for_everyone()
+    return {key: value for entry in history for key, value in entry.items()}
+
+
+def end(cfg: DictConfig, status: str, **extra) -> None:
+    """Writes on rank 0 how the run ended; of an adapter also its base, and a hash of a local one."""
+    if PartialState().is_main_process:
+        adapter = adapter_config(cfg.run_dir) if status == "done" else None
+        if adapter is not None:
+            extra["base"] = adapter.base_model_name_or_path
+            extra["base_fingerprint"] = fingerprint(base_path(cfg.run_dir, adapter))
+        finish_run(cfg.run_dir, status, **extra)
+
+
+def fail(cfg: DictConfig, error: BaseException) -> None:
+    """Writes on rank 0 what ended the run. A wrong config that let nothing begin leaves the directory free."""
+    if isinstance(error, ConfigError) and not cfg.resume and last_checkpoint(cfg.run_dir) is None:
+        if PartialState().is_main_process:
+            Path(cfg.run_dir, "run.json").unlink()
+    else:
+        end(
+            cfg,
+            "stopped" if isinstance(error, KeyboardInterrupt) else "failed",
+            error=f"{type(error).__name__}: {error}",
+        )
+
+
+def project_dir(cfg: DictConfig) -> str:
+    """The folder of the project's runs."""
+    return f"{cfg.runs_dir}/{cfg.project}"
+
+
+def source(cfg: DictConfig) -> dict[str, Any]:
+    """What every loading from the hub needs to know besides the path."""
+    return {"trust_remote_code": cfg.model.trust_remote_code, "revision": cfg.model.revision}
+
+
+def command(cfg: DictConfig, *added: str) -> str:
+    """The command of this run as one would type it, with `added` instead of how it was begun."""
+    if HydraConfig.initialized():
+        given = [*config_dirs(), *HydraConfig.get().overrides.task]
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # this job alone: its name is not in what was typed
+            given = [*(word for word in given if not word.startswith("run_name=")), f"run_name={cfg.run_name}"]
+    else:
+        given = [f"stage={cfg.stage.name}", f"project={cfg.project}"]
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "RANK" in os.environ
+    words = ["accelerate", "launch", "train.py"] if launched else ["python", "train.py"]
+    if added:
+        given = [word for word in given if not word.startswith(("resume=", "overwrite="))]
+    return shlex.join([*words, *given, *added])
