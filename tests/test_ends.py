@@ -171,7 +171,8 @@ def test_rollouts_stop_at_the_turn_end_of_the_template(tmp_path, train, kind):
     """`generation_config` lists EOS alone; a run writes the template's end into it, so that all that follows stops."""
     path = save_turn_model(tmp_path / "policy", [EOS])
     file = tmp_path / "chats.jsonl"
-    file.write_text("".join(json.dumps({"prompt": chat}) + "\n" for chat in CHATS * 16))
+    chats = [[{"role": "user", "content": f"{a} {b}"}] for a in "abcdefgh" for b in "abcdefgh"]
+    file.write_text("".join(json.dumps({"prompt": chat}) + "\n" for chat in chats))
     run = train(
         tmp_path, f"stage={kind}", "model=hf", f"model.path={path}", "data=files", f"data.paths={file}", "reward=eos",
         "data.eval_size=8", "stage.args.max_steps=1", "stage.args.max_completion_length=32", "kl=fixed",
