@@ -8,6 +8,7 @@ answered at once.
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +26,7 @@ from rlhf_trl.cpu import keep_freed_memory
 from rlhf_trl.errors import ConfigError, DivergedError
 from rlhf_trl.paths import conf_dir
 from rlhf_trl.quiet import quiet
+from rlhf_trl.tracebacks import told_by_own_code
 
 # Set unless the user has set them. The first four keep the libraries from phoning home.
 DEFAULT_ENVIRONMENT = {
@@ -74,10 +76,31 @@ def run(cfg: DictConfig) -> float | None:
         return hydra.utils.instantiate(cfg.stage.run)(cfg)
     except (ConfigError, DivergedError) as error:  # here, because Hydra would print the overrides in front of it
         _leave(f"Error: {error}", 2)
-    except InstantiationException as error:
-        if not isinstance(error.__cause__, ConfigError):
-            raise
-        _leave(f"Error: {error.__cause__}", 2)
+    except BaseException as error:
+        if told := _explained_here(error):
+            _leave(f"Error: {told}", 2)
+        raise
+
+
+def _explained_here(error: BaseException) -> str | None:
+    """What to say of an error inside of a stage that is the user's to fix; `None` for one that is none."""
+    if isinstance(error, InstantiationException):
+        if isinstance(error.__cause__, ConfigError):
+            return str(error.__cause__)
+        return told_by_own_code(error) or _without_target(error)
+    if isinstance(error, OmegaConfBaseException | HydraException):
+        return " ".join(str(error).split())
+    return told_by_own_code(error)
+
+
+def _without_target(error: InstantiationException) -> str:
+    """What an error says whose cause lies in the class or the function that a node of the config names."""
+    key = re.search(r"full_key: (\S+)", str(error))
+    where = f"`{key.group(1)}`: " if key else ""
+    cause = error.__cause__
+    if cause is None:
+        return where + " ".join(str(error).split("\nfull_key")[0].split())
+    return f"{where}{type(cause).__name__}: {cause}"
 
 
 def _look_at(argv: Sequence[str]) -> tuple[list[str], list[str]]:

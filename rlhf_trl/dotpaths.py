@@ -1,17 +1,25 @@
 """
-Whether a dot path such as `trl.DPOConfig` or `my_rewards.brevity` leads to something, without importing anything.
+What a dot path such as `trl.DPOConfig` or `my_rewards.brevity` leads to.
 
-Modules are found as files and their names read from the syntax tree. What can't be decided so (names made at run time)
-counts as present; the import itself tells later.
+[`problem`] tells whether it leads to anything, without importing: modules are found as files and their names read from
+the syntax tree. What can't be decided so (names made at run time) counts as present; [`find`], which imports, tells
+later.
 """
 
 import ast
+import functools
 import importlib.machinery
 import importlib.util
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from rlhf_trl.hints import did_you_mean
+import hydra.utils
+from hydra.errors import InstantiationException
+
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.hints import did_you_mean, nearest
+from rlhf_trl.tracebacks import own_code
 
 
 def problem(path: str) -> str | None:
@@ -33,13 +41,78 @@ def problem(path: str) -> str | None:
         return None
     if not names:
         return f"`{path}` is a module. Name the function or class in it."
-    known = _names(module)
+    try:
+        known = _names(module)
+    except SyntaxError as error:
+        return f"`{path}` can't be imported: {syntax_problem(error)}. Fix that line."
+    except (OSError, ValueError) as error:
+        return f"`{path}` can't be imported: `{module}` can't be read as UTF-8 text ({error})."
     if known is None or names[0] in known:
         return None
     below = {p.stem for p in module.parent.iterdir()} if module.name == "__init__.py" else set()
     dotted = ".".join([head, *rest[: len(rest) - len(names)]])
     public = {name for name in known | below if not name.startswith("_")}
     return f"`{dotted}` has no `{names[0]}`. {did_you_mean(names[0], public)}".rstrip()
+
+
+def find(path: str) -> functools.partial:
+    """
+    Return what is at a dot path, as a partial without arguments, by the rule that Hydra has for a `_target_`: what
+    could run any code or delete files (`os.system`, `shutil.rmtree`) is refused, however it is named.
+
+    Raises:
+        ConfigError: if it can't be imported, isn't callable or is refused.
+    """
+    try:
+        return hydra.utils.instantiate({"_target_": path, "_partial_": True})
+    except SystemExit as error:
+        raise ConfigError(f"`{path}` can't be imported: its module ends the program (`sys.exit()`).") from error
+    except InstantiationException as error:
+        if error.__cause__ is None:  # not callable, or refused
+            said = " ".join(str(error).split())
+            raise ConfigError(f"`{path}` can't be used: {said.rstrip('.')}. Name a function of yours.") from error
+        cause = error.__cause__
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, SyntaxError):
+            raise ConfigError(f"`{path}` can't be imported: {syntax_problem(cause)}. Fix that line.") from error
+        where = f" ({place})" if (place := own_code(cause)) else ""
+        raise ConfigError(f"`{path}` can't be imported: {type(cause).__name__}: {cause}{where}.") from error
+
+
+def syntax_problem(error: SyntaxError) -> str:
+    """Return file, line and reason."""
+    return f"`{error.filename}`, line {error.lineno}: {error.msg}"
+
+
+def signature(function: Callable) -> list[inspect.Parameter]:
+    """
+    Return the parameters of a callable.
+
+    Raises:
+        ConfigError: for one that has no signature, as some of C.
+    """
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"The arguments of {function!r} can't be told: {error}. Name a Python function.") from error
+
+
+def not_taken(function: Callable, names: Collection[str], strict: bool = False, given: Collection[str] = ()) -> dict:
+    """
+    Return those of the argument `names` that a callable doesn't take, each with a hint at what was meant.
+
+    Args:
+        strict (`bool`): whether one with `**kwargs`, which takes any name, is yet not to take one that looks like a
+            name in its signature: a reward function has them for the data's columns, and would go on with a default.
+        given (`Collection[str]`): arguments that are passed besides, and so can't have been meant.
+    """
+    parameters = signature(function)
+    own = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - set(given)
+    unknown = [name for name in names if name not in own]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        unknown = [name for name in unknown if strict and nearest(name, own - set(names))]
+    return {name: did_you_mean(name, own) or "Leave it out." for name in unknown}
 
 
 def _follow(spec: importlib.machinery.ModuleSpec, rest: list[str]) -> tuple[Path | None, list[str]]:
@@ -63,7 +136,7 @@ def _follow(spec: importlib.machinery.ModuleSpec, rest: list[str]) -> tuple[Path
 def _names(module: Path) -> set[str] | None:
     """The names a module defines at its top level; `None` where some are made at run time."""
     names: set[str] = set()
-    for node in _top_level(ast.parse(module.read_text(encoding="utf-8")).body):
+    for node in _top_level(ast.parse(module.read_text(encoding="utf-8"), filename=str(module)).body):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):

@@ -51,7 +51,7 @@ def generate(cfg: DictConfig) -> None:
             for row in completions(
                 policy,
                 prompts,
-                reward_functions(cfg, policy.tokenizer),
+                reward_functions(cfg, policy.tokenizer, columns=sorted(set().union(*prompts))),
                 n=stage.n,
                 temperature=stage.temperature,
                 max_completion_length=stage.max_completion_length,

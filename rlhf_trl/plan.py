@@ -18,7 +18,15 @@ from rlhf_trl.data import count_trained, head_names, render_batch, render_sample
 from rlhf_trl.ensemble import member_seeds
 from rlhf_trl.models import AUTO_CLASSES, load_tokenizer
 from rlhf_trl.paths import resolve_path
-from rlhf_trl.run import build_trainer, critic_start, load_data, project_dir, source, training_arguments
+from rlhf_trl.run import (
+    build_trainer,
+    critic_start,
+    load_data,
+    project_dir,
+    reward_functions,
+    source,
+    training_arguments,
+)
 
 
 def show_plan(cfg: DictConfig) -> None:
@@ -48,6 +56,7 @@ def show_plan(cfg: DictConfig) -> None:
         seeds = member_seeds(cfg)
         lines["members"] = f"{len(seeds)}, one after another, each as above; seeds {seeds[0]} to {seeds[-1]}"
     if "reward" in cfg:
+        reward_functions(cfg, tokenizer, dataset["train"].column_names, models=False)
         lines["rewards"] = ", ".join(f"{name} x {node.weight}" for name, node in cfg.reward.items())
     if "combine" in cfg:
         lines["score"] = cfg.combine._target_.rsplit(".", 1)[-1].replace("_", " ") + " of the rewards"

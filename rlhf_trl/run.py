@@ -9,7 +9,7 @@ import os
 import shlex
 import shutil
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ from rlhf_trl.loggers import is_first_rank
 from rlhf_trl.models import adapter_config, base_path, load_start, load_tokenizer, merge_adapter
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.quiet import quiet
+from rlhf_trl.rewards.base import GIVEN
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -245,7 +246,7 @@ def make_trainer(
     """The stage's trainer, with model, rewards and callbacks."""
     extra = {}
     if "reward" in cfg:
-        extra["reward_funcs"] = reward_functions(cfg, tokenizer)
+        extra["reward_funcs"] = reward_functions(cfg, tokenizer, dataset["train"].column_names)
         args.reward_weights = [reward.weight for reward in extra["reward_funcs"]]
     if "ptx_data" in cfg:
         demonstrations = instantiate(cfg.ptx_data)(form="prompt_completion", seed=cfg.seed)
@@ -314,17 +315,42 @@ def build_trainer(cfg: DictConfig, **objects: Any) -> Trainer:
     return trainer
 
 
-def reward_functions(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> list[Callable]:
-    """The rewards of the group `reward`, under the names they have there; runs become paths."""
+def reward_functions(
+    cfg: DictConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    columns: Sequence[str] | None = None,
+    models: bool = True,
+) -> list[Callable]:
+    """
+    The rewards of the group `reward`, under the names they have there; runs become paths.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the policy's.
+        columns (`Sequence[str]`, *optional*): those of the data, where the rewards are given any.
+        models (`bool`): whether rewards that load a model are made too.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: of an option of a reward, or of a column that one misses or can't be given.
+    """
     rewards = []
     for name, node in cfg.reward.items():
         options = {"name": name}
         if "run" in node:
+            if not models:
+                continue
             options["path"] = resolve_path(node.path, node.run, project_dir(cfg))
             node = OmegaConf.masked_copy(node, [key for key in node if key != "run"])
         reward = instantiated(node, **options)
         reward.bind(tokenizer)
         rewards.append(instantiate(cfg.stage.wrap_reward)(reward) if cfg.stage.wrap_reward else reward)
+    problems = [reward.column_problem(columns) for reward in rewards] if columns is not None else []
+    if rewards and (taken := [name for name in columns or () if name in GIVEN]):
+        problems.append(
+            f"The data has a column `{taken[0]}`, a name under which each reward gets something else. Rename it in "
+            "the data."
+        )
+    if problems := [problem for problem in problems if problem]:
+        raise ConfigError.join(problems)
     return rewards
 
 
@@ -337,9 +363,15 @@ def callbacks(cfg: DictConfig, trainer: Trainer) -> Iterator[TrainerCallback]:
     for node in (cfg.get("kl"), cfg.get("health"), cfg.logger.get("callback")):
         if node:  # health=none is empty
             yield instantiate(node)(trainer=trainer)
-    for node in cfg.callbacks.values():
-        callback = instantiate(node)
-        yield callback(trainer=trainer) if isinstance(callback, functools.partial) else callback
+    for name, node in cfg.callbacks.items():
+        callback = instantiated(node)
+        callback = callback(trainer=trainer) if isinstance(callback, functools.partial) else callback
+        if not isinstance(callback, TrainerCallback):
+            raise ConfigError(
+                f"`callbacks.{name}` makes {type(callback).__name__}, which is no `transformers.TrainerCallback`. Let "
+                f"`{node._target_}` be a subclass of it, or return one."
+            )
+        yield callback
     if "reward" in cfg:
         yield SampleLog(trainer, cfg.run_dir)
     yield ProgressLine()

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 
 # Read by the libraries when they are imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -64,3 +65,26 @@ def tiny_llama(tmp_path):
     from tests.tiny import save_model
 
     return save_model(tmp_path / "llama")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """`command(*words)` runs the command line in an empty folder: (exit status, what it printed, its errors)."""
+    from rlhf_trl import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # so that it is as before afterwards
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    for name in ("RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run

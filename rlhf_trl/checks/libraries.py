@@ -1,20 +1,20 @@
 """What only the libraries can tell: arguments of any callable, the rules of TRL's dataclasses, 4-bit loading."""
 
 import contextlib
-import inspect
+import functools
 import io
 from typing import Any
 
 import torch
-from hydra.utils import get_object
-from omegaconf import DictConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_trl.argument_names import arguments
-from rlhf_trl.checks.names import DOT_PATHS, unknown_argument
+from rlhf_trl.checks.names import DOT_PATHS
 from rlhf_trl.checks.places import project_dir
-from rlhf_trl.checks.values import at, nodes, plain
+from rlhf_trl.checks.values import at, nodes, plain, section
+from rlhf_trl.dotpaths import find, not_taken, signature
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models import adapter_config, base_path
 from rlhf_trl.paths import resolve_path
@@ -35,23 +35,55 @@ def _callables(values: dict[str, Any]) -> list[str]:
             if not isinstance(node.get(key), str):
                 continue
             try:
-                found = get_object(node[key])
-            except (ImportError, AttributeError) as error:
-                problems.append(f"`{path}.{key}`: `{node[key]}` can't be imported. {' '.join(str(error).split())}")
+                found = find(node[key])
+            except ConfigError as error:
+                problems.append(f"`{path}.{key}`: {error}")
                 continue
             if key == "_target_" and arguments(node[key]) is None:
                 problems += _signature(path, node, found)
+            if key == "_target_" and path.startswith("callbacks."):
+                problems += _callback(path, node, found)
+    return problems or _reward_functions(values)
+
+
+def _reward_functions(values: dict[str, Any]) -> list[str]:
+    """Of the arguments of reward functions, which their own signatures tell."""
+    from rlhf_trl.run import instantiated
+
+    problems = []
+    for name, node in section(values, "reward").items():
+        if isinstance(node, dict) and node.get("_target_") == "rlhf_trl.rewards.FunctionReward":
+            try:
+                instantiated(OmegaConf.create(node), name=name)
+            except ConfigError as error:
+                problems.append(str(error))
     return problems
 
 
-def _signature(path: str, node: dict[str, Any], target: Any) -> list[str]:
-    parameters = inspect.signature(target).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return []
-    known = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
+def _callback(path: str, node: dict[str, Any], found: functools.partial) -> list[str]:
+    """Of a callback of the user's own: what is no callback, and arguments that it needs."""
+    if isinstance(found.func, type) and not issubclass(found.func, TrainerCallback):
+        return [
+            f"`{path}._target_`: `{node['_target_']}` is no callback. Derive it from `transformers.TrainerCallback`."
+        ]
+    given = {*node, "trainer"} if node.get("_partial_") else {*node}
+    return [
+        f"`{path}` needs the argument `{p.name}` of `{node['_target_']}`. Type `+{path}.{p.name}=...`"
+        + (", or `_partial_: true` for the trainer." if p.name == "trainer" else ".")
+        for p in signature(found)
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in given
+    ]
+
+
+def _signature(path: str, node: dict[str, Any], found: functools.partial) -> list[str]:
+    parameters = signature(found)
     # A reward's earlier run becomes its path before it is made
-    known |= {"run"} if "path" in known else set()
-    return [unknown_argument(path, key, node, known) for key in node if key not in known and not key.startswith("_")]
+    replaced = {"run"} if any(p.name == "path" for p in parameters) else set()
+    names = [key for key in node if key not in replaced and not key.startswith("_")]
+    return [
+        f"`{path}.{key}` is no argument of `{node['_target_']}`. {hint}"
+        for key, hint in not_taken(found, names).items()
+    ]
 
 
 def _trainer_arguments(cfg: DictConfig) -> list[str]:

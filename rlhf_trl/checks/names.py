@@ -4,12 +4,12 @@ from typing import Any
 
 from rlhf_trl import dotpaths
 from rlhf_trl.argument_names import arguments
-from rlhf_trl.checks.values import at, nodes
+from rlhf_trl.checks.values import at, nodes, section
 from rlhf_trl.hints import did_you_mean
 
 SECTIONS = (
     *("stage", "stage.args", "model", "data", "adapter", "adapter.peft", "adapter.quantization"),
-    *("reward", "reward_norm", "combine", "critic", "kl", "judge", "health", "health.signs"),
+    *("callbacks", "reward", "reward_norm", "combine", "critic", "kl", "judge", "health", "health.signs"),
 )
 DOT_PATHS = ("_target_", "function", "auto_class")
 TYPES = {"int": int, "float": int | float, "bool": bool, "str": str}
@@ -24,9 +24,16 @@ def section_problems(values: dict[str, Any]) -> list[str]:
 
 def target_problems(values: dict[str, Any]) -> list[str]:
     """Of all `_target_`, `function` and `auto_class`."""
-    problems = []
+    callbacks = section(values, "callbacks")
+    problems = [
+        f"`callbacks.{name}` has no `_target_`. Type `+callbacks.{name}._target_=my_module.MyCallback`."
+        for name, node in callbacks.items()
+        if not isinstance(node, dict) or "_target_" not in node
+    ]
     for path, node in nodes(values):
         for key in DOT_PATHS:
+            if "_target_" in node and isinstance(node.get(key), int | float):
+                problems.append(f"`{path}.{key}` is {node[key]!r} and must be a dot path such as `my_module.my_name`.")
             if isinstance(node.get(key), str) and (problem := dotpaths.problem(node[key])):
                 problems.append(f"`{path}.{key}`: {problem}")
     return problems

@@ -73,11 +73,12 @@ def evaluate(cfg: DictConfig) -> None:
     try:
         judge = instantiated(cfg.judge)
         judge.check()
+        dataset = held_out(instantiate_data(cfg))
         comparison = evaluate_policies(
             policies,
             stage.baseline,
-            dataset=held_out(instantiate_data(cfg)),
-            rewards=reward_functions(cfg, load_tokenizer(base)),
+            dataset=dataset,
+            rewards=reward_functions(cfg, load_tokenizer(base), dataset.column_names),
             judge=judge,
             temperature=stage.temperature,
             max_completion_length=stage.max_completion_length,

@@ -7,12 +7,10 @@ import asyncio
 import copy
 import inspect
 import math
-from collections.abc import Callable
-from numbers import Real
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from hydra.utils import get_method
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -25,8 +23,9 @@ from ..calibration import read_calibration, weighted_calibration
 from ..checks.rewards import ensemble_problems
 from ..data.tokens import end_tokens, prompt_ids, row_ids
 from ..data.words import names_of
+from ..dotpaths import find, not_taken, signature
 from ..errors import ConfigError
-from .base import Reward
+from .base import GIVEN, Reward
 from .http import HttpReward
 
 
@@ -38,12 +37,13 @@ class FunctionReward(Reward):
         function (`str` or callable): the function, or its dot path (`my_package.my_module.my_reward`), sync or async.
             It is called with `prompts`, `completions`, `completion_ids` and the dataset's other columns as lists, and
             with `tokenizer`, the policy's, as far as its signature takes them, and returns one number a completion,
-            or None where it doesn't apply.
+            or None where it doesn't apply. A path may lead to what Hydra allows as `_target_`.
         kwargs (`dict`, *optional*): further arguments of the function.
         weight (`float`), name (`str`, *optional*, defaults to the function's name): see [`Reward`].
 
     Raises:
-        ConfigError: when called, if the function returns a wrong number of values or something that isn't a number.
+        ConfigError: for a function that can't be imported, or `kwargs` that it doesn't take; when called, if an
+            argument of the function is missing, or it returns a wrong number of values or something that is no number.
     """
 
     def __init__(
@@ -53,49 +53,102 @@ class FunctionReward(Reward):
         weight: float = 1.0,
         name: str | None = None,
     ):
-        self.function = get_method(function) if isinstance(function, str) else function
-        super().__init__(name or getattr(self.function, "__name__", type(self.function).__name__), weight)
+        self.function = find(function) if isinstance(function, str) else function
+        inner = getattr(self.function, "func", self.function)  # of a partial
+        super().__init__(name or getattr(inner, "__name__", type(inner).__name__), weight)
+        self._said = f"`{function}`" if isinstance(function, str) else f"`{self.__name__}`"
         self.kwargs = dict(kwargs or {})
-        parameters = inspect.signature(self.function).parameters.values()
+        parameters = signature(self.function)
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._takes = {p.name for p in parameters}
+        self._takes = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        self._needs = [
+            p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        self._check_arguments()
         self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def _check_arguments(self) -> None:
+        where = f"reward.{self.__name__}.kwargs"
+        if taken := [key for key in self.kwargs if key in GIVEN]:
+            raise ConfigError(
+                f"`{where}.{taken[0]}` would replace the `{taken[0]}` that every reward function gets. Name it "
+                f"otherwise, in the signature of {self._said} too."
+            )
+        if unknown := not_taken(self.function, self.kwargs, strict=True, given=GIVEN):
+            key, hint = next(iter(unknown.items()))
+            raise ConfigError(
+                f"`{where}.{key}` is no argument of {self._said}. {hint} (One that is meant has to stand in the "
+                "function's signature.)"
+            )
+        if by_position := [name for name in self._needs if name not in self._takes]:
+            raise ConfigError(
+                f"The reward function {self._said} takes `{by_position[0]}` by position only, and a reward gets its "
+                "arguments by name. Take the `/` out of its signature."
+            )
 
     def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """See [`Reward.bind`]."""
         self._tokenizer = tokenizer
 
+    def column_problem(self, columns: Collection[str]) -> str | None:
+        """See [`Reward.column_problem`]."""
+        return self._missing({*columns, *GIVEN, *self.kwargs}, columns)
+
+    def _missing(self, given: Collection[str], columns: Collection[str]) -> str | None:
+        missing = [name for name in self._needs if name not in given]
+        if not missing:
+            return None
+        name = missing[0]
+        return (
+            f"The reward function {self._said} needs an argument `{name}`, and the data has no such column (it has "
+            f"{names_of(sorted(columns)) or 'none besides the prompt'}). Name the column so "
+            f"(`+data.columns.{name}=...` renames one), type `+reward.{self.__name__}.kwargs.{name}=...`, or give "
+            f"`{name}` a default in the function."
+        )
+
     def __call__(self, prompts: list, completions: list, **columns) -> list[float | None]:
         """Rewards of the completions, one each. `prompts` and `completions` are texts or chat messages."""
-        given = {"prompts": prompts, "completions": completions, "tokenizer": self._tokenizer}
-        given |= columns | self.kwargs
+        given = {"tokenizer": self._tokenizer} | columns | {"prompts": prompts, "completions": completions}
+        given |= self.kwargs
+        if problem := self._missing(given, [name for name in columns if name not in GIVEN]):
+            raise ConfigError(problem)
         if not self._takes_all:
             given = {key: value for key, value in given.items() if key in self._takes}
         values = self.function(**given)
         if inspect.isawaitable(values):
             values = asyncio.run(_await(values))
-        if isinstance(values, Tensor):
-            values = values.tolist()
         return self._checked(values, len(completions))
 
     def _checked(self, values, expected: int) -> list[float | None]:
-        if not hasattr(values, "__len__") or isinstance(values, (str, dict)):
-            raise ConfigError(
-                f"The reward function `{self.__name__}` returned {type(values).__name__}. Return a list with one "
-                "number (or None) for each completion."
-            )
+        says = f"The reward function {self._said} returned"
+        todo = "Return a list with one number (or None) for each completion."
+        if getattr(values, "ndim", 1) != 1:  # of arrays and tensors
+            raise ConfigError(f"{says} values of shape {tuple(values.shape)} for {expected} completions. {todo}")
+        if not hasattr(values, "__len__") or isinstance(values, (str, bytes, dict, set)):
+            raise ConfigError(f"{says} {type(values).__name__}. {todo}")
         if len(values) != expected:
-            raise ConfigError(
-                f"The reward function `{self.__name__}` returned {len(values)} values for {expected} completions. "
-                "Return one number (or None) for each completion."
-            )
-        for row, value in enumerate(values):
-            if value is not None and not isinstance(value, Real) and not hasattr(value, "item"):
+            raise ConfigError(f"{says} {len(values)} values for {expected} completions. {todo}")
+        if isinstance(values, Tensor):
+            values = values.tolist()
+        return [self._number(value, row) for row, value in enumerate(values)]
+
+    def _number(self, value: Any, row: int) -> float | None:
+        if value is None:
+            return None
+        says = f"The reward function {self._said} returned"
+        if hasattr(value, "__float__") and not isinstance(value, str):
+            try:
+                return float(value)
+            except OverflowError:
                 raise ConfigError(
-                    f"The reward function `{self.__name__}` returned {value!r} for completion {row}. Return a number, "
-                    "or None where the function doesn't apply."
-                )
-        return [None if value is None else float(value) for value in values]
+                    f"{says} for completion {row} a number beyond what a float can hold. Scale it, or bound it."
+                ) from None
+            except (TypeError, ValueError, RuntimeError):  # an array or tensor of several
+                pass
+        shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:60]}..."
+        raise ConfigError(
+            f"{says} {shown} for completion {row}. Return a number, or None where the function doesn't apply."
+        )
 
 
 class FiniteReward(Reward):
@@ -107,6 +160,10 @@ class FiniteReward(Reward):
     def __init__(self, reward: Reward):
         super().__init__(reward.__name__, reward.weight)
         self.reward, self.calibration = reward, reward.calibration
+
+    def column_problem(self, columns: Collection[str]) -> str | None:
+        """See [`Reward.column_problem`]."""
+        return self.reward.column_problem(columns)
 
     def attach(self, policy: PreTrainedModel | PeftModel) -> None:
         """See [`Reward.attach`]."""

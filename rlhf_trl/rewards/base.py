@@ -1,7 +1,15 @@
 """What every reward is."""
 
+from collections.abc import Collection
+
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What a reward gets besides the data's columns: of ours, and of TRL's trainers. No column may have such a name.
+GIVEN = (
+    *("prompts", "completions", "completion_ids", "tokenizer"),
+    *("trainer_state", "log_extra", "log_metric", "environments"),
+)
 
 
 class Reward:
@@ -21,6 +29,9 @@ class Reward:
 
     def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Tell the reward which tokenizer made the `completion_ids` it will be given."""
+
+    def column_problem(self, columns: Collection[str]) -> str | None:
+        """Return what the reward misses among the data's columns, and what to type; `None` if nothing."""
 
     def attach(self, policy: PreTrainedModel | PeftModel) -> None:
         """Give the reward the policy whose base it shares, if it does. A second call changes nothing."""
