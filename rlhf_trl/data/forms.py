@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 
-from rlhf_trl.data.read import RowError
+from rlhf_trl.data.read import RowError, Struct
 
 # What each format needs at the least, in the order in which formats are recognized: the more telling first.
 FORMATS = {
@@ -50,6 +50,8 @@ CONVERSIONS = {
 # the reward model's loss.
 CANONICAL = ("prompt", "completion", "chosen", "rejected", "label", "messages", "text")
 PASSED_ON = ("tools", "chat_template_kwargs")
+# The columns of all forms that may hold chats
+CHATS = ("prompt", "completion", "chosen", "rejected", "messages", "completions")
 # What a row of the form `judged` holds beside its prompt and columns of its own
 JUDGED = ("completions", "better", "worse", "gap", "share", "ratings", "attributes")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -101,6 +103,25 @@ def check_messages(value: list, field: str) -> list[dict]:
             raise RowError(f"{at}.content", "is empty")
         messages.append(message)
     return messages
+
+
+def without_filled(value):
+    """`value` without the null fields of a [`Struct`], which only stand for what other rows have."""
+    if isinstance(value, list):
+        return [without_filled(item) for item in value]
+    if isinstance(value, dict):
+        filled = isinstance(value, Struct)
+        return {key: without_filled(item) for key, item in value.items() if not (filled and item is None)}
+    return value
+
+
+def holds_objects(value) -> bool:
+    """Whether a value has parts that rows may or may not have: an object that isn't a plain `role` and `content`."""
+    if isinstance(value, list):
+        return any(map(holds_objects, value))
+    return isinstance(value, dict) and not (
+        value.keys() == {"role", "content"} and all(isinstance(item, str) for item in value.values())
+    )
 
 
 def check_text_or_chat(row: dict, field: str) -> str | list[dict]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlhf_trl.data import forms
 from rlhf_trl.data.feedback import Feedback
-from rlhf_trl.data.read import Row, read_file, resolve_paths
+from rlhf_trl.data.read import Row, read_file, resolve_paths, typed_row
 from rlhf_trl.data.reader import BATCH_ROWS, FeedbackReader, Problems, Reader, concatenate
 from rlhf_trl.data.splits import hold_out, leave_out, limit, part, prompt_keys
 from rlhf_trl.data.words import count_of, did_you_mean, names_of, say
@@ -237,4 +237,5 @@ def _dataset_rows(label: str, dataset) -> Iterator[Row]:
     for batch in dataset.with_format(None).iter(BATCH_ROWS):
         for values in zip(*batch.values(), strict=True):
             number += 1
-            yield f"{label}, row {number}", dict(zip(batch, values, strict=True))
+            row = dict(zip(batch, values, strict=True))
+            yield f"{label}, row {number}", typed_row(row, dataset.features)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from rlhf_trl.data import forms
 from rlhf_trl.data.load import describe
+from rlhf_trl.data.reader import concatenate
 from rlhf_trl.data.splits import draw, held_out_keys, leave_out, limit, prompt_keys
 from rlhf_trl.data.words import did_you_mean, names_of, say
 from rlhf_trl.errors import ConfigError, DataError
@@ -37,7 +38,7 @@ def mix(
         repeat (`bool`): see above.
         split_by (`str`): see above; `row` keeps rows that share a prompt with evaluation.
     """
-    from datasets import DatasetDict, concatenate_datasets
+    from datasets import Dataset, DatasetDict
 
     _check_weights(sources, weights)
     parts = {}
@@ -62,12 +63,13 @@ def mix(
         notes.append(
             f"{name}: {count:,} of {len(train[name]):,} rows ({count / sum(counts.values()):.1%} of the mixture)"
         )
-    mixed = concatenate_datasets(chosen)
+    mixed = Dataset(concatenate([rows.with_format("arrow")[:] for rows in chosen]))
     order = list(range(len(mixed)))
     random.Random(f"{seed}-mix").shuffle(order)
     result = {"train": limit(mixed.select(order), max_samples, seed, "max_samples", notes)}
     if held_out:
-        result["eval"] = limit(concatenate_datasets(held_out), max_eval_samples, seed, "max_eval_samples", notes)
+        evaluated = Dataset(concatenate([rows.with_format("arrow")[:] for rows in held_out]))
+        result["eval"] = limit(evaluated, max_eval_samples, seed, "max_eval_samples", notes)
     result = DatasetDict(result)
     result.held_out = apart
     say("\n".join([f"mixture of {len(parts)} sources, {describe(result, form)}", *(f"  {note}" for note in notes)]))

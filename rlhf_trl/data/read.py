@@ -9,7 +9,7 @@ import glob
 import gzip
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rlhf_trl.errors import DataError
@@ -25,6 +25,13 @@ class RowError(Exception):
     def __init__(self, field: str | None, what: str, fatal: bool = False):
         super().__init__(what)
         self.field, self.what, self.fatal = field, what, fatal
+
+
+class Struct(dict):
+    """
+    An object of a file with typed columns (parquet, a dataset), which holds null for every field that other rows have
+    and it doesn't.
+    """
 
 
 # A row as it is read: where it stands ("pairs.jsonl, line 3"), and its columns or what kept it from being read.
@@ -145,15 +152,34 @@ def _read_csv(path: str) -> Iterator[Row]:
 def _read_parquet(path: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet
+    from datasets import Features
 
     try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+        number, file = 0, pyarrow.parquet.ParquetFile(path)
+        features = Features.from_arrow_schema(file.schema_arrow)
+        for batch in file.iter_batches(1000):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}, row {number}", row
+                yield f"{path}, row {number}", typed_row(row, features, json.loads)
     except (pa.ArrowInvalid, OSError) as error:
         yield path, RowError(None, f"can't be read as parquet ({error})", fatal=True)
+
+
+def typed_row(row: dict, features: dict, decode: Callable = lambda value: value) -> Struct:
+    """`row` with a [`Struct`] for each object whose type in `features` has fields; `decode` reads columns of JSON."""
+    return Struct({name: _typed(value, features[name], decode) for name, value in row.items()})
+
+
+def _typed(value, feature, decode: Callable):
+    if value is None:
+        return None
+    if isinstance(feature, dict):
+        return typed_row(value, feature, decode)
+    if type(feature).__name__ == "Json":
+        return decode(value)
+    if hasattr(feature, "feature") and isinstance(value, list):
+        return [_typed(item, feature.feature, decode) for item in value]
+    return value
 
 
 READERS = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}

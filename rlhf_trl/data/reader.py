@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from itertools import chain, islice
 
 from rlhf_trl.data import forms
@@ -16,6 +16,8 @@ SHOWN_PROBLEMS = 5
 # In the form `prompt`, all other columns go to the reward functions but these: TRL tells chat from text by any of
 # them.
 FOREIGN = ("completion", "chosen", "rejected", "messages", "text")
+# What stands for a column that a row doesn't have, where it isn't null: TRL passes this one on with `**`.
+ABSENT = {"chat_template_kwargs": {}}
 # In the form `judged` comparisons are parted by the other columns. These two are of the comparison itself.
 OF_COMPARISON = ("gap", "share")
 
@@ -61,8 +63,6 @@ class Reader:
 
     def read(self, name: str, rows: Iterable[Row]):
         """`rows` of the source `name` as a `pyarrow.Table`; `None` if none can be used."""
-        import pyarrow as pa
-
         rows = iter(rows)
         head, found = self._head(name, rows)
         if not found:  # not one row could be read: there are no columns to speak of
@@ -76,8 +76,7 @@ class Reader:
         self.unused |= dict.fromkeys(self._unused(found, mapping, format))
         tables, stream = [], self._convert(chain(head, rows), mapping, format)
         while batch := list(islice(stream, BATCH_ROWS)):
-            names = dict.fromkeys(key for _, row in batch for key in row)
-            tables.append(pa.table({key: _array(key, [row.get(key) for _, row in batch], batch) for key in names}))
+            tables.append(make_table(batch))
         return concatenate(tables) if tables else None
 
     def summary(self) -> list[str]:
@@ -160,7 +159,7 @@ class Reader:
             try:
                 if isinstance(row, RowError):
                     raise row
-                row = {ours: row[theirs] for ours, theirs in mapping.items() if theirs in row}
+                row = _named(row, mapping)
                 if "margin" in mapping:
                     row.setdefault("margin")  # all rows have one or none has: TRL looks at the first
                 made = forms.read_row(row, format, self.changes)
@@ -298,7 +297,7 @@ class FeedbackReader(Reader):
                 if isinstance(row, RowError):
                     raise row
                 others = {name: value for name, value in row.items() if name not in (*mapping.values(), *forms.JUDGED)}
-                row = {ours: row[theirs] for ours, theirs in mapping.items() if theirs in row}
+                row = _named(row, mapping)
                 made = self.feedback.read(row, self.changes)
                 if self.form == "judged":
                     made["columns"] = self._extra(others, place)
@@ -331,17 +330,62 @@ class FeedbackReader(Reader):
         notes.append(f"{side}: {len(rows):,} rows of {self.feedback.name} -> {forms.contents(made, self.form)}")
         if any(counts.values()):
             notes.append("  " + "; ".join(f"{what}: {count:,}" for what, count in counts.items() if count))
-        return Dataset.from_list(made)
+        return Dataset(make_table([(side, row) for row in made], (*forms.CHATS, *forms.PASSED_ON)))
+
+
+def _named(row: dict, mapping: dict[str, str]) -> dict:
+    """A row by our names of its columns; in what a chat template reads, null stands for itself alone."""
+    row = {ours: row[theirs] for ours, theirs in mapping.items() if theirs in row}
+    return row | {key: forms.without_filled(row[key]) for key in (*forms.CHATS, *forms.PASSED_ON) if key in row}
+
+
+def make_table(rows: list[tuple[str, dict]], of_objects: Container[str] | None = None):
+    """
+    (place, row)s as an Arrow table. A column with objects of any fields becomes a column of JSON: Arrow's own objects
+    all have the same fields, and null in those that a row doesn't have, which templates would render. `of_objects`
+    names the columns that may be such ones, if not all.
+    """
+    import pyarrow as pa
+
+    columns = {}
+    for key in dict.fromkeys(key for _, row in rows for key in row):
+        values = [row.get(key, ABSENT.get(key)) for _, row in rows]
+        json_column = (of_objects is None or key in of_objects) and any(map(forms.holds_objects, values))
+        columns[key] = _as_json(values) if json_column else _array(key, values, rows)
+    return pa.table(columns)
 
 
 def concatenate(tables: list):
     """Arrow tables one below the other, null where one lacks a column; a `DataError` where types clash."""
     import pyarrow as pa
 
+    names = {name for table in tables for name in table.column_names if table.schema.field(name).type == pa.json_()}
+    tables = [table.replace_schema_metadata(None) for table in tables]
+    for name in names:
+        for i, table in enumerate(tables):
+            at = table.schema.get_field_index(name)
+            values = table[name].to_pylist() if at >= 0 else [ABSENT.get(name)] * len(table)
+            if at < 0:
+                tables[i] = table.append_column(name, _as_json(values))
+            elif table.schema.field(name).type != pa.json_():
+                tables[i] = table.set_column(at, name, _as_json(values))
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(f"a column holds values of several types ({error}). Give it one type in every row.") from None
+
+
+def _as_json(values: list):
+    import datasets.features.features
+    import datasets.utils.json
+    import pyarrow as pa
+
+    # Columns of JSON go through pandas' parser (datasets 5.2), which reads 55.290184 as 55.290183999999996 and writes
+    # ten digits. Python's is exact.
+    for module in (datasets.features.features, datasets.utils.json):
+        module.ujson_loads, module.ujson_dumps = json.loads, json.dumps
+    texts = pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
+    return pa.ExtensionArray.from_storage(pa.json_(), texts)
 
 
 def _array(key: str, values: list, batch: list[tuple[str, dict]]):

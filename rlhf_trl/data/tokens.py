@@ -141,8 +141,8 @@ def _common(a, b) -> int:
 
 def _template_kwargs(row: dict) -> dict:
     """What a row's own `tools` and `chat_template_kwargs` columns give to the chat template."""
-    kwargs = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
-    if row.get("tools"):  # Arrow can't hold schemas of many shapes, so TRL takes them as JSON text too
+    kwargs = dict(row.get("chat_template_kwargs") or {})
+    if row.get("tools"):  # TRL takes them as JSON text too
         kwargs["tools"] = json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]
     return kwargs
 
