@@ -1,4 +1,4 @@
-"""A guard against NaN and infinity in every stage: at the start, in each update, and at the end."""
+"""A guard against NaN and infinity in every stage: in each update and at the end. Loading refuses them at the start."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import Trainer
 
-from ..errors import ConfigError, DivergedError
+from ..errors import DivergedError
 from . import SaveAndStop, any_rank
 
 # Updates, or lines of the log, in a row. A single one may be one bad batch, and nothing but that update is lost.
@@ -29,7 +29,6 @@ class NonfiniteGuard(SaveAndStop):
         nonfinite_updates (`int`): the updates withheld so far.
 
     Raises:
-        ConfigError: at the start of training, if a weight is NaN or infinite.
         DivergedError: after three updates in a row with such gradients, after three log lines in a row with such a
             loss, and at the end of training if a weight is NaN or infinite or the last update was withheld.
     """
@@ -39,14 +38,8 @@ class NonfiniteGuard(SaveAndStop):
         self.nonfinite_updates = 0
         self._in_a_row = self._losses_in_a_row = 0
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         self._in_a_row = self._losses_in_a_row = 0
-        names = nonfinite_weights(model)
-        if any_rank(bool(names), args.device):
-            raise ConfigError(
-                f"The model that the run starts from (`{_base(model).config._name_or_path}`) has NaN or infinite "
-                f"weights{_such_as(names)}. Start from a model whose training did not diverge."
-            )
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self.trainer.is_deepspeed_enabled or self.trainer.accelerator.scaler is not None:
@@ -103,11 +96,6 @@ def nonfinite_weights(model: nn.Module) -> list[str]:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _base(model: nn.Module) -> nn.Module:
-    model = getattr(model, "module", model)  # of DistributedDataParallel
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _such_as(names: list[str]) -> str:
