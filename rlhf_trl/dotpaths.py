@@ -7,10 +7,12 @@ later.
 """
 
 import ast
+import contextlib
 import functools
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -64,7 +66,8 @@ def find(path: str) -> functools.partial:
         ConfigError: if it can't be imported, isn't callable or is refused.
     """
     try:
-        return hydra.utils.instantiate({"_target_": path, "_partial_": True})
+        with contextlib.chdir(os.curdir):  # and back: a module may go elsewhere when it is imported
+            return hydra.utils.instantiate({"_target_": path, "_partial_": True})
     except SystemExit as error:
         raise ConfigError(f"`{path}` can't be imported: its module ends the program (`sys.exit()`).") from error
     except InstantiationException as error:

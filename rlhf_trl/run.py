@@ -49,10 +49,12 @@ from rlhf_trl.callbacks.record import (
     write_metrics,
 )
 from rlhf_trl.callbacks.samples import SampleLog
+from rlhf_trl.callbacks.unrewarded import UnrewardedGuard
 from rlhf_trl.checks.run_directory import resume_changes
 from rlhf_trl.checks.values import plain
 from rlhf_trl.data import head_names
 from rlhf_trl.data.tokens import end_tokens
+from rlhf_trl.dotpaths import find
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.launching import config_dirs
 from rlhf_trl.log_probs import quicken_log_probs
@@ -60,6 +62,7 @@ from rlhf_trl.loggers import is_first_rank
 from rlhf_trl.models import adapter_config, base_path, load_start, load_tokenizer, merge_adapter
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.quiet import quiet
+from rlhf_trl.rewards import ModelReward
 from rlhf_trl.rewards.base import GIVEN
 
 
@@ -335,9 +338,10 @@ def reward_functions(
     rewards = []
     for name, node in cfg.reward.items():
         options = {"name": name}
+        kind = find(node._target_).func
+        if not models and isinstance(kind, type) and issubclass(kind, ModelReward):
+            continue
         if "run" in node:
-            if not models:
-                continue
             options["path"] = resolve_path(node.path, node.run, project_dir(cfg))
             node = OmegaConf.masked_copy(node, [key for key in node if key != "run"])
         reward = instantiated(node, **options)
@@ -356,6 +360,8 @@ def reward_functions(
 
 def callbacks(cfg: DictConfig, trainer: Trainer) -> Iterator[TrainerCallback]:
     """What watches and steers the run: always the record and the progress line, and what the config names."""
+    if "reward" in cfg:
+        yield UnrewardedGuard(trainer)  # before a normalizer changes what the rewards are
     if "reward_norm" in cfg:
         yield instantiate(cfg.reward_norm)(trainer=trainer, combine=instantiate(cfg.combine))
     if not cfg.get("health"):  # the health monitor is such a guard

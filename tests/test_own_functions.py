@@ -77,6 +77,15 @@ def test_a_dry_run_says_what_is_wrong(own, command, source, words, parts):
     assert all(part in message for part in parts), message
 
 
+@pytest.mark.parametrize("column", ["completions", "tokenizer"])
+def test_a_column_can_not_have_the_name_of_what_a_reward_is_given(own, command, tmp_path, column):
+    own("def f(completions): return [0.0] * len(completions)")
+    rows = [json.dumps({"prompt": f"Question {i}?", column: "x"}) for i in range(64)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    status, _, message = command(*reward("data=files", "data.paths=rows.jsonl"), "debug=dry_run")
+    assert status == 2 and f"The data has a column `{column}`" in message
+
+
 @pytest.mark.parametrize("name", ["length", "format"])
 def test_our_own_reward_functions_drop_no_argument(command, name):
     words = {"length": ["reward.length.kwargs.most=5"], "format": ["reward.format.kwargs.pattern=x"]}[name]
@@ -144,6 +153,13 @@ def test_an_error_of_ones_own_shows_ones_own_frames(own, command, tmp_path, sour
     assert message.startswith(f"Error: {told}") and 'own_code.py", line ' in message
     assert "rlhf_trl" not in message and "site-packages" not in message and len(message.splitlines()) <= 4
     assert json.loads((tmp_path / "runs" / "default" / "ppo" / "run.json").read_text())["status"] == status
+
+
+def test_a_function_that_goes_elsewhere_takes_nothing_along(own, command, tmp_path):
+    own("import os\nos.chdir('/')\ndef f(completions):\n    os.chdir('/')\n    return [0.5] * len(completions)")
+    code, shown, message = command(*reward("run_name=moved"))
+    assert code == 0, message
+    assert Path.cwd() == tmp_path and (tmp_path / "runs" / "default" / "moved" / "model.safetensors").is_file()
 
 
 def test_an_error_in_a_callback_shows_its_frames(own, command):

@@ -4,9 +4,11 @@ Rewards for PPO, GRPO and RLOO: callables with TRL's signature
 """
 
 import asyncio
+import contextlib
 import copy
 import inspect
 import math
+import os
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -114,9 +116,10 @@ class FunctionReward(Reward):
             raise ConfigError(problem)
         if not self._takes_all:
             given = {key: value for key, value in given.items() if key in self._takes}
-        values = self.function(**given)
-        if inspect.isawaitable(values):
-            values = asyncio.run(_await(values))
+        with contextlib.chdir(os.curdir):  # and back: the run's own paths may be relative
+            values = self.function(**given)
+            if inspect.isawaitable(values):
+                values = asyncio.run(_await(values))
         return self._checked(values, len(completions))
 
     def _checked(self, values, expected: int) -> list[float | None]:
