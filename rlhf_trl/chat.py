@@ -15,12 +15,13 @@ from transformers.utils.logging import disable_progress_bar
 from rlhf_trl.callbacks.samples import as_text
 from rlhf_trl.data.tokens import end_tokens
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.evaluation.sampling import generation_config
+from rlhf_trl.evaluation.sampling import TOO_LONG, generation_config
 from rlhf_trl.evaluation.tables import side_by_side
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.policies import Policy, Prompt, as_prompt, load_policies, score, total
 from rlhf_trl.quiet import quiet
 from rlhf_trl.run import project_dir, reward_functions
+from rlhf_trl.sizes import check_rows, sizes_of
 
 COMMANDS = {
     "/score": "what the rewards say of the last answers",
@@ -125,6 +126,9 @@ def talk(
         except KeyboardInterrupt:
             print("\n(stopped)", file=out, flush=True)
             continue
+        except ConfigError as error:  # a prompt that one of them can't take
+            print(f"({error})", file=out, flush=True)
+            continue
         show(last, rewards if always_score else [], out)
         if remember:
             for given in last:
@@ -190,7 +194,9 @@ def answer(
     prompt = as_prompt(text, policy, system_prompt)
     if turns:
         prompt = [*prompt[:-1], *turns, prompt[-1]]
-    ids = torch.tensor([policy.ids(prompt)], device=policy.model.device)
+    ids = policy.ids(prompt)
+    check_rows(sizes_of(policy.model), [ids], sampling["max_new_tokens"], TOO_LONG)
+    ids = torch.tensor([ids], device=policy.model.device)
     tokenizer = policy.tokenizer
     streamer = Stream(tokenizer, out) if stream else None
     # The model's own generation config would fill what is left unset here

@@ -51,6 +51,7 @@ from rlhf_trl.callbacks.record import (
 from rlhf_trl.callbacks.samples import SampleLog
 from rlhf_trl.callbacks.unrewarded import UnrewardedGuard
 from rlhf_trl.checks.run_directory import resume_changes
+from rlhf_trl.checks.sizes import check_rows_fit
 from rlhf_trl.checks.values import plain
 from rlhf_trl.data import head_names
 from rlhf_trl.data.tokens import end_tokens
@@ -172,6 +173,7 @@ def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDic
         if cfg.stage.prepare is not None:
             prepare = instantiate(cfg.stage.prepare)
             dataset = prepare(dataset, tokenizer)
+        check_rows_fit(cfg, tokenizer, dataset)
     return dataset
 
 

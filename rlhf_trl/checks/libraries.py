@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_trl.argument_names import arguments
 from rlhf_trl.checks.names import DOT_PATHS
 from rlhf_trl.checks.places import project_dir
+from rlhf_trl.checks.sizes import size_problems
 from rlhf_trl.checks.values import at, nodes, plain, section
 from rlhf_trl.dotpaths import find, not_taken, signature
 from rlhf_trl.errors import ConfigError
@@ -25,7 +26,7 @@ HEADS = ("lm_head", "embed_out", "score", "classifier")  # kept in full precisio
 def library_problems(cfg: DictConfig) -> list[str]:
     """Everything that can be found with the libraries imported, without loading a model."""
     values, _ = plain(cfg)
-    return [*_callables(values), *_trainer_arguments(cfg), *_unquantizable(values)]
+    return [*_callables(values), *_trainer_arguments(cfg), *_unquantizable(values), *_sizes(values)]
 
 
 def _callables(values: dict[str, Any]) -> list[str]:
@@ -116,3 +117,10 @@ def _unquantizable(values: dict[str, Any]) -> list[str]:
         f"`{path}` ({type(empty).__name__}) has no linear layer that `adapter.quantization` could quantize. "
         "Type `adapter=lora` or `adapter=none`."
     ]
+
+
+def _sizes(values: dict[str, Any]) -> list[str]:
+    try:
+        return size_problems(values, str(project_dir(values)))
+    except ConfigError as error:
+        return [str(error)]

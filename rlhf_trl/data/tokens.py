@@ -250,14 +250,50 @@ def report_cut_rows(dataset, tokenizer, max_length: int | None = None):
 
 def _lengths(tokenizer, row: dict) -> tuple[int, int]:
     """Tokens of a row's prompt, and of the whole row (with the longer completion of a pair)."""
+    prompt = len(prompt_ids(tokenizer, row["prompt"], **_template_kwargs(row))) if "prompt" in row else 0
+    return prompt, max(map(len, _whole_rows(tokenizer, row)))
+
+
+def _whole_rows(tokenizer, row: dict) -> list[list[int]]:
+    """Ids of what a trainer reads of a row: of a pair both sides; of a mere prompt, that."""
     kwargs = _template_kwargs(row)
+    if "completion_ids" in row:
+        return row["completion_ids"]
     if "messages" in row:
-        return 0, len(_render(tokenizer, row["messages"], tokenize=True, **kwargs)["input_ids"])
+        return [_render(tokenizer, row["messages"], tokenize=True, **kwargs)["input_ids"]]
     if "text" in row:
-        return 0, len(tokenizer(row["text"])["input_ids"]) + 1
+        return [[*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]]
     completions = [row[name] for name in ("completion", "chosen", "rejected") if name in row]
-    whole = max(len(row_ids(tokenizer, row["prompt"], completion, **kwargs)) for completion in completions)
-    return len(prompt_ids(tokenizer, row["prompt"], **kwargs)), whole
+    if not completions:
+        return [prompt_ids(tokenizer, row["prompt"], **kwargs)]
+    return [
+        row_ids(tokenizer, row["prompt"], completion, **kwargs)
+        if isinstance(completion, str)
+        # with what the template adds after the end of a turn
+        else _render(tokenizer, row["prompt"] + completion, tokenize=True, **kwargs)["input_ids"]
+        for completion in completions
+    ]
+
+
+def measure(dataset, tokenizer, max_length: int | None = None) -> tuple[int, int]:
+    """
+    Return the tokens of the longest row of a `DatasetDict` and the largest id in it, of rows that are cut after
+    `max_length` tokens.
+    """
+
+    def sizes(row):
+        ids = [ids[:max_length] for ids in _whole_rows(tokenizer, row)]
+        return {
+            "tokens": max(map(len, ids), default=0),
+            "largest": max((max(row, default=0) for row in ids), default=0),
+        }
+
+    tokens, largest = [0], [0]
+    for rows in dataset.values():
+        measured = rows.map(sizes, remove_columns=rows.column_names, desc="Measuring rows")
+        tokens.append(max(measured["tokens"]))
+        largest.append(max(measured["largest"]))
+    return max(tokens), max(largest)
 
 
 def filter_prompts(dataset, tokenizer, max_prompt_length: int | None = None):

@@ -9,6 +9,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from rlhf_trl.data.tokens import end_tokens
+from rlhf_trl.sizes import check_rows, sizes_of
+
+TOO_LONG = "Set `stage.max_completion_length` lower, or leave the longest prompts out."
 
 
 def generation_config(temperature: float, max_completion_length: int) -> dict[str, Any]:
@@ -46,7 +49,12 @@ def sample(
 
     Returns:
         `list[list[int]]`: token ids, up to the end token and with it where it was written.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if prompts and completions are longer than the policy's positions.
     """
+    sizes = sizes_of(model)
+    check_rows(sizes, prompts, max_completion_length, TOO_LONG)
     set_seed(seed)
     ends, pad = end_tokens(tokenizer), tokenizer.pad_token_id
     # The model's own generation config would fill what is left unset here
@@ -61,6 +69,7 @@ def sample(
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
         written = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
         completions += [_to_the_end(row, ends) for row in written]
+    check_rows(sizes, [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)], 0, TOO_LONG)
     return completions
 
 
@@ -126,6 +135,7 @@ def token_statistics(
     """
     found = []
     rows = list(zip(prompts, completions, strict=True))
+    check_rows(sizes_of(model), [[*prompt, *completion] for prompt, completion in rows], 0, TOO_LONG)
     for batch in _batches(rows, batch_size):
         width = max(len(prompt) + len(completion) for prompt, completion in batch)
         ids = torch.zeros((len(batch), width), dtype=torch.long)

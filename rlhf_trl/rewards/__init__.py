@@ -27,6 +27,7 @@ from ..data.tokens import end_tokens, prompt_ids, row_ids
 from ..data.words import names_of
 from ..dotpaths import find, not_taken, signature
 from ..errors import ConfigError
+from ..sizes import check_rows, sizes_of
 from .base import GIVEN, Reward
 from .http import HttpReward
 
@@ -360,6 +361,7 @@ class ModelReward(Reward):
 
     @torch.inference_mode()
     def _scores(self, model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
+        check_rows(sizes_of(model, f"reward.{self.__name__}"), rows, 0, "Give it shorter prompts and completions.")
         device, pad = model.device, self.tokenizer.pad_token_id
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: less padding
         scores = torch.zeros(len(rows), len(self.heads))
