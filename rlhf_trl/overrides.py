@@ -5,8 +5,10 @@ Hydra stops at the first one and knows neither TRL's arguments nor what a misspe
 is imported: the answer takes well under a second.
 """
 
+import itertools
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.argument_names import arguments
+from rlhf_trl.checks.values import flatten
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest
 from rlhf_trl.paths import conf_dir
@@ -24,6 +27,8 @@ from rlhf_trl.paths import conf_dir
 SWEEP = "one run takes one value. For several runs type `python launch/sweep.py -m {}`; a list is `{}`"
 
 NO_OPTION = re.compile(r"Could not (?:find|load) '(.+)/([^/']+)'")
+TWICE = re.compile(r"Multiple values for (\S+?)\. To override a value use 'override ([^']+)'")
+GLOBAL = re.compile(r"#\s*@package\s+_global_\s*")
 # Their keys are names of the user's choice
 OPEN_NODES = {"callbacks", "columns", "kwargs", "policies", "sources", "weights"}
 
@@ -46,22 +51,31 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> tuple[
         if not Path(folder).is_dir():
             raise ConfigError(f"`--config-dir {folder}`: there is no such folder, seen from `{Path.cwd()}`.")
     left, wrong = list(overrides), []
-    search = [f"hydra.searchpath=[{','.join(f'file://{Path(folder).resolve()}' for folder in config_dirs)}]"]
+    experiments = [file for name in _experiments(left) if (file := _experiment_file(name, config_dirs))]
+    if problems := [problem for file in experiments if (problem := _shape_problem(file))]:
+        raise ConfigError.join(problems)
     while True:
         try:
-            with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-                cfg = hydra.compose("train", [*(search if config_dirs else []), *left])
+            cfg = _composed(left, config_dirs)
             break
         except (HydraException, yaml.YAMLError) as error:
             word = _culprit(error, left)
             if word is None:
-                raise ConfigError(_text(error)) from error
+                raise ConfigError(_without_override(error, experiments) or _text(error)) from error
             left.remove(word)
             wrong.append((word, error))
     groups = _groups([str(conf_dir()), *config_dirs])
     problems = [_explain(word, error, cfg, groups) for word, error in wrong] + _unread(left, cfg, groups)
+    for file in experiments:
+        problems += _unread_of_file(file, left, cfg, groups, config_dirs)
     lost = any(_key(word) in groups and "Could not override" not in str(error) for word, error in wrong)
     return None if lost else cfg, problems
+
+
+def _composed(words: Sequence[str], folders: Sequence[str | Path]) -> DictConfig:
+    search = ",".join(f"file://{Path(folder).resolve()}" for folder in folders)
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return hydra.compose("train", [*([f"hydra.searchpath=[{search}]"] if folders else []), *words])
 
 
 def without_sweeps(words: Sequence[str]) -> list[str]:
@@ -98,6 +112,8 @@ def _culprit(error: Exception, words: list[str]) -> str | None:
     if isinstance(error, OverrideParseException):
         return error.override if error.override in words else None
     text = str(error)
+    if match := TWICE.search(text):
+        return next((w for w in words if w.startswith("+") and _key(w) == match.group(1)), None)
     if match := NO_OPTION.search(text):
         group, option = match.groups()
         return next((w for w in reversed(words) if _key(w) == group and option in w), None)
@@ -120,7 +136,7 @@ def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set
     if match := NO_OPTION.search(text):
         option = match.group(2)
         return f"`{word}`: the group `{key}` has no option `{option}`. {did_you_mean(option, groups.get(key, ()))}"
-    if "An item is already at" in text:
+    if "An item is already at" in text or TWICE.search(text):
         return f"`{word}` adds a key that is there already. Type it without the plus: `{word.lstrip('+')}`."
     if "Could not override" in text:
         return _group_not_read(word, cfg) if key in groups else _unknown_key(word, cfg, groups)
@@ -169,26 +185,109 @@ def _deepest(path: str, cfg: DictConfig) -> tuple[str, Any, str]:
 
 
 def _unread(words: Sequence[str], cfg: DictConfig, groups: dict[str, set[str]]) -> list[str]:
-    """Keys added with `+` that nothing reads. Those beside or below a `_target_` are checked with its arguments."""
+    """Keys added with `+` that nothing reads."""
+    added = {key: word for word in words if word.startswith("+") and "@" not in (key := _key(word))}
+    added = {key: word for key, word in added.items() if key not in groups and not key.startswith("hydra.")}
+    return [
+        f"`{word}` adds a key that nothing reads. {hint}"
+        for key, word in added.items()
+        if (hint := _hint_if_unread(key, cfg, "=...")) is not None
+    ]
+
+
+def _hint_if_unread(key: str, cfg: DictConfig, value: str = "", known: Collection[str] = ()) -> str | None:
+    """
+    What was meant by a key that the config didn't have before; `None` if something may read it, as those beside or
+    below a `_target_`, which are checked with its arguments.
+    """
     if not str(OmegaConf.select(cfg, "stage.run._target_")).startswith("rlhf_trl."):
-        return []  # a function of the user's own may read any key
-    problems = []
+        return None  # a function of the user's own may read any key
+    names = key.split(".")
+    parents = [".".join(names[:i]) for i in range(1, len(names))]
+    if OPEN_NODES & set(names[:-1]) or any(_target(OmegaConf.select(cfg, parent)) for parent in parents):
+        return None
+    if parents == ["reward"] and _target(OmegaConf.select(cfg, key)):
+        return None  # one more reward, of which a group has as many as one likes
+    node = OmegaConf.select(cfg, parents[-1]) if parents else cfg
+    others = {*known, *(str(name) for name in node)} - {names[-1]} if isinstance(node, DictConfig) else set()
+    meant = [f"`{'.'.join([*names[:-1], name])}{value}`" for name in nearest(names[-1], others)]
+    return f"Did you mean {' or '.join(meant)}?" if meant else "Leave it out."
+
+
+def _experiments(words: Sequence[str]) -> list[str]:
+    """The options of the group `experiment` that a command line chooses."""
+    chosen: list[str] = []
     for word in words:
-        key = _key(word)
-        names = key.split(".")
-        if not word.startswith("+") or key in groups or "@" in key or names[0] == "hydra":
-            continue
-        parents = [".".join(names[:i]) for i in range(1, len(names))]
-        if OPEN_NODES & set(names[:-1]) or any(_target(OmegaConf.select(cfg, parent)) for parent in parents):
-            continue
-        if parents == ["reward"] and _target(OmegaConf.select(cfg, key)):
-            continue  # one more reward, of which a group has as many as one likes
-        node = OmegaConf.select(cfg, parents[-1]) if parents else cfg
-        others = {str(name) for name in node} - {names[-1]} if isinstance(node, DictConfig) else set()
-        meant = [f"`{'.'.join([*names[:-1], name])}=...`" for name in nearest(names[-1], others)]
-        hint = f"Did you mean {' or '.join(meant)}?" if meant else "Leave it out."
-        problems.append(f"`{word}` adds a key that nothing reads. {hint}")
-    return problems
+        if _key(word) == "experiment":
+            value = OverridesParser.create().parse_override(word).value()
+            chosen = [str(name) for name in (value if isinstance(value, list) else [value]) if name is not None]
+    return chosen
+
+
+def _experiment_file(name: str, folders: Sequence[str]) -> Path | None:
+    files = [Path(folder, "experiment", f"{name.removesuffix('.yaml')}.yaml") for folder in [conf_dir(), *folders]]
+    return next((file for file in files if file.is_file()), None)
+
+
+def _shape_problem(file: Path) -> str | None:
+    """Why an experiment file would do nothing."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        content = yaml.safe_load("\n".join(lines))
+    except yaml.MarkedYAMLError as error:
+        return f"`{file}`, line {error.problem_mark.line + 1}, is no YAML: {error.problem}."
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return f"`{file}` can't be read: {' '.join(str(error).split())}."
+    if content is not None and not isinstance(content, dict):
+        kind = "a list" if isinstance(content, list) else f"`{str(content)[:40]}`"
+        return f"`{file}` must hold keys, such as `seed: 3`, and holds {kind}."
+    comments = itertools.takewhile(lambda line: not line.strip() or line.lstrip().startswith("#"), lines)
+    if content and not any(GLOBAL.fullmatch(line.strip()) for line in comments):
+        return (
+            f"`{file}` has no line `# @package _global_`, so that its keys would stand below `experiment`, where "
+            "nothing reads them. Put that line at its top."
+        )
+    return None
+
+
+def _without_override(error: Exception, experiments: Sequence[Path]) -> str | None:
+    """Of a `defaults` list that chooses an option anew."""
+    if not (match := TWICE.search(str(error))) or not experiments:
+        return None
+    group, _, option = match.group(2).partition(": ")
+    return (
+        f"`{experiments[-1]}` chooses an option of `{group}` beside the one that is there. Write in its `defaults`: "
+        f"`- override /{group}: {option}`."
+    )
+
+
+def _unread_of_file(
+    file: Path, words: Sequence[str], cfg: DictConfig, groups: dict[str, set[str]], folders: Sequence[str]
+) -> list[str]:
+    """Keys of an experiment file that nothing reads: as on the command line, where each of them would need a `+`."""
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    with tempfile.TemporaryDirectory() as bare:  # the same experiment with its `defaults` alone
+        Path(bare, "experiment").mkdir()
+        text = yaml.safe_dump({"defaults": content.pop("defaults", [])})
+        Path(bare, "experiment", "bare.yaml").write_text(f"# @package _global_\n{text}", encoding="utf-8")
+        choices = [word for word in words if _key(word) in groups and _key(word) != "experiment"]
+        before = _composed([*choices, "experiment=bare"], [*folders, bare])
+    content.pop("hydra", None)
+    content.pop("dry_run", None)
+    keys = dict.fromkeys(_first_new(key, before) for key in flatten(content))
+    return [
+        f"`{key}` in `{file}` is a key that nothing reads. {hint}"
+        for key in keys
+        if key is not None and (hint := _hint_if_unread(key, cfg, known=groups if "." not in key else ())) is not None
+    ]
+
+
+def _first_new(key: str, cfg: DictConfig) -> str | None:
+    """The beginning of a key that the config doesn't have; `None` if it has it whole."""
+    parent, node, name = _deepest(key, cfg)
+    if not isinstance(node, DictConfig) or name in node:
+        return None
+    return f"{parent}.{name}" if parent else name
 
 
 def _groups(folders: Sequence[str]) -> dict[str, set[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_trl import cli
+from rlhf_trl import cli, overrides
 from rlhf_trl.paths import conf_dir
 
 ROOT = conf_dir().parent
@@ -30,6 +30,7 @@ ROOT = conf_dir().parent
         (["stage=sft", "reward=model"], ["`stage=sft` doesn't read the group `reward`", "`stage=ppo`"]),
         (["foo=1"], ["no key `foo`", "`seed`"]),
         (["sed=1"], ["`seed=1`"]),
+        (["+stage=sft"], ["Type it without the plus: `stage=sft`"]),
         (["+foo=1"], ["`+foo=1`", "nothing reads"]),
         (["+model.revison=main"], ["`model.revision=...`"]),
         (["dpo"], ["`stage=dpo`"]),
@@ -91,6 +92,52 @@ def test_a_users_own_options_stand_beside_ours(command, tmp_path):
     )
     _, _, message = command(*words)
     assert "`my_rewards` has no `brevity`. Did you mean `brevety`?" in message
+
+
+GLOBAL = "# @package _global_\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (GLOBAL + "proyect: mine", ["`proyect` in `d/experiment/mine.yaml`", "`project`"]),
+        (GLOBAL + "model: {pth: x}", ["`model.pth` in `d/experiment/mine.yaml`", "`model.path`"]),
+        (GLOBAL + "stage: {argz: {x: 1}}", ["`stage.argz` in `d/experiment/mine.yaml`", "`stage.args`"]),
+        (
+            GLOBAL + "stage: {args: {bta: 1}}",
+            ["`stage.args.bta` is no argument of `rlhf_trl.ppo.PPOConfig`", "`beta`"],
+        ),
+        ("seed: 3", ["`d/experiment/mine.yaml` has no line `# @package _global_`"]),
+        ("defaults: [override /stage: sft]\nseed: 3", ["has no line `# @package _global_`"]),
+        (GLOBAL + "- seed: 3", ["`d/experiment/mine.yaml` must hold keys", "holds a list"]),
+        (GLOBAL + "some text", ["holds `some text`"]),
+        (GLOBAL + "seed: [", ["`d/experiment/mine.yaml`, line 2, is no YAML"]),
+        (GLOBAL + "defaults: [/stage: sft]", ["`d/experiment/mine.yaml`", "`- override /stage: sft`"]),
+    ],
+)
+def test_an_experiment_file_is_held_to_what_the_command_line_is(command, tmp_path, content, parts):
+    (tmp_path / "d" / "experiment").mkdir(parents=True)
+    (tmp_path / "d" / "experiment" / "mine.yaml").write_text(content)
+    status, _, message = command("--config-dir", "d", "experiment=mine", "debug=dry_run")
+    assert status == 2 and message.startswith("Error: ") and "problems" not in message
+    assert all(part in message for part in parts), message
+
+
+def test_an_experiment_file_may_add_what_a_command_line_may(command, tmp_path):
+    (tmp_path / "d" / "experiment").mkdir(parents=True)
+    (tmp_path / "d" / "experiment" / "mine.yaml").write_text(
+        GLOBAL + "defaults: [/data@ptx_data: demo, override /stage: ppo, override /reward: [demo, eos]]\n"
+        "stage: {args: {ptx_coef: 0.1, max_grad_norm: 3}}\nreward: {eos: {weight: 2}, mine: {_target_: "
+        "rlhf_trl.rewards.FunctionReward, function: rlhf_trl.rewards.shaping.eos}}\nhydra: {verbose: false}\n"
+        "callbacks: {x: {_target_: rlhf_trl.callbacks.SaveAndStop}}\ndry_run: true"
+    )
+    status, _, message = command("--config-dir", "d", "experiment=mine", "sed=x")
+    assert status == 2 and message.startswith("Error: `sed=x`")
+
+
+@pytest.mark.parametrize("name", [file.stem for file in (conf_dir() / "experiment").glob("*.yaml")])
+def test_our_experiments_hold_no_key_that_nothing_reads(name):
+    assert overrides.compose([f"experiment={name}"])[1] == []
 
 
 def test_only_the_first_rank_speaks(command, monkeypatch):
