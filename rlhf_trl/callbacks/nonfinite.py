@@ -1,4 +1,4 @@
-"""A guard against NaN and infinity in every stage: in each update and at the end. Loading refuses them at the start."""
+"""A guard against NaN and infinity in every stage: in each update, and at the end of training."""
 
 import math
 
