@@ -13,7 +13,7 @@ from rlhf_trl.callbacks.samples import as_text
 from rlhf_trl.data.forms import check_text_or_chat
 from rlhf_trl.data.read import RowError, read_file, resolve_paths
 from rlhf_trl.data.reader import Problems
-from rlhf_trl.data.tokens import end_tokens
+from rlhf_trl.data.tokens import end_tokens, template_kwargs
 from rlhf_trl.demo import load as load_demo
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.sampling import sample
@@ -157,7 +157,7 @@ def completions(
             written = sample(
                 policy.model,
                 policy.tokenizer,
-                [policy.ids(prompt) for prompt in given],
+                [policy.ids(prompt, **template_kwargs(row)) for prompt, row in zip(given, batch, strict=True)],
                 max_completion_length,
                 temperature,
                 batch_size,

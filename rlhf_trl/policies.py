@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_trl.data.tokens import prompt_ids
+from rlhf_trl.data.tokens import prompt_ids, template_columns
 from rlhf_trl.models import load_model, load_tokenizer
 from rlhf_trl.paths import find_policy, named_policies, resolve_path
 
@@ -24,9 +24,9 @@ class Policy(NamedTuple):
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
 
-    def ids(self, prompt: Prompt) -> list[int]:
-        """Ids of a prompt, as training gives it to the policy."""
-        return prompt_ids(self.tokenizer, prompt)
+    def ids(self, prompt: Prompt, **template_kwargs) -> list[int]:
+        """Ids of a prompt, as training gives it to the policy; `template_kwargs` are the chat template's."""
+        return prompt_ids(self.tokenizer, prompt, **template_kwargs)
 
     def completion(self, prompt: Prompt, ids: Sequence[int]) -> Prompt:
         """What was written after `prompt`: text, or one assistant message where that is a chat."""
@@ -84,7 +84,7 @@ def score(
         columns (`dict[str, list]`): what function rewards may read besides.
     """
     completions = [policy.completion(prompt, row) for prompt, row in zip(prompts, ids, strict=True)]
-    found = {}
+    found, columns = {}, template_columns(policy.tokenizer, columns, len(ids))
     for reward in rewards:
         reward.bind(policy.tokenizer)
         found[reward.__name__] = reward(prompts=prompts, completions=completions, completion_ids=ids, **columns)

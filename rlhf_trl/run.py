@@ -54,7 +54,7 @@ from rlhf_trl.checks.run_directory import resume_changes
 from rlhf_trl.checks.sizes import check_rows_fit
 from rlhf_trl.checks.values import plain
 from rlhf_trl.data import head_names
-from rlhf_trl.data.tokens import end_tokens
+from rlhf_trl.data.tokens import end_tokens, keep_template_kwargs
 from rlhf_trl.dotpaths import find
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.launching import config_dirs
@@ -170,6 +170,8 @@ def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDic
     """The splits `train` and, where there is one, `eval`, in the form the stage wants."""
     with PartialState().main_process_first():
         dataset = instantiate_data(cfg)
+        given = OmegaConf.to_container(cfg.stage.args, resolve=True).get("chat_template_kwargs")
+        dataset = keep_template_kwargs(dataset, tokenizer, given)
         if cfg.stage.prepare is not None:
             prepare = instantiate(cfg.stage.prepare)
             dataset = prepare(dataset, tokenizer)

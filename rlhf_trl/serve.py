@@ -88,15 +88,12 @@ def application(reward: Reward):
         empty: list[list[int]] = [[] for _ in request.prompts]
         try:
             with turn:
-                if own is not None and request.completion_ids is not None and request.tokenizer == own:
-                    reward.bind(reward.tokenizer)
-                    values = reward(**given, completion_ids=request.completion_ids, log_metric=log_metric)
-                elif own is not None:
-                    reward.bind(None)
-                    values = reward(**given, completion_ids=empty, with_eos=request.ended, log_metric=log_metric)
-                else:
-                    ids = request.completion_ids or empty
-                    values = reward(**given, completion_ids=ids, log_metric=log_metric)
+                ids = request.completion_ids or empty
+                if own is not None:
+                    same = request.completion_ids is not None and request.tokenizer == own
+                    reward.bind(reward.tokenizer if same else None)
+                    given["with_eos"] = request.ended
+                values = reward(**given, completion_ids=ids, log_metric=log_metric)
         except ConfigError as error:
             raise HTTPException(422, str(error)) from error
         return {"rewards": values, "metrics": metrics}

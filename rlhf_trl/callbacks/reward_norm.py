@@ -20,7 +20,7 @@ from trl.trainer.utils import nanstd
 
 from ..checks.combinations import normalizer_problem
 from ..checks.rewards import combination_problem
-from ..data.tokens import prompt_ids, row_ids
+from ..data.tokens import prompt_ids, row_ids, template_kwargs
 from ..errors import ConfigError
 from ..rewards.combine import weighted_sum
 
@@ -363,11 +363,11 @@ class ReferenceNorm(RewardNorm, ExportableState):
         rows = [data[index] for index in drawn]
         prompts = [row["prompt"] for row in rows]
         answers = [_as_answer(row[self.column], row["prompt"], self.column) for row in rows]
-        tokenizer, template = trainer._tokenizer, trainer.chat_template_kwargs
-        ids = [
-            row_ids(tokenizer, prompt, answer, **template)[len(prompt_ids(tokenizer, prompt, **template)) :]
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+        tokenizer, ids = trainer._tokenizer, []
+        for row, answer in zip(rows, answers, strict=True):
+            template = trainer.chat_template_kwargs | template_kwargs(row)
+            start = prompt_ids(tokenizer, row["prompt"], **template)
+            ids.append(row_ids(tokenizer, row["prompt"], answer, **template)[len(start) :])
         rewards = self._calculate(rows, prompts, answers, ids)
         trainer._pending_metrics.clear()  # of the reward functions, about completions that were never sampled
         trainer._pending_extra_logs.clear()

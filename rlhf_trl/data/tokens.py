@@ -13,7 +13,7 @@ from collections import Counter
 
 from jinja2 import TemplateError
 
-from rlhf_trl.data.forms import comparisons_of, select_completions
+from rlhf_trl.data.forms import comparisons_of, is_chat, select_completions
 from rlhf_trl.data.words import count_of, say
 from rlhf_trl.errors import ConfigError, DataError
 
@@ -126,6 +126,7 @@ def _render(tokenizer, messages: list[dict], tokenize: bool, **kwargs):
         )
     # Arrow gives every message all keys of all messages: what is null wasn't there.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    kwargs = (trained_template_kwargs(tokenizer) or {}) | kwargs
     return tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **kwargs)
 
 
@@ -139,12 +140,61 @@ def _common(a, b) -> int:
     return length
 
 
-def _template_kwargs(row: dict) -> dict:
-    """What a row's own `tools` and `chat_template_kwargs` columns give to the chat template."""
+def template_kwargs(row: dict) -> dict:
+    """Return what a row's own `tools` and `chat_template_kwargs` columns give to the chat template."""
     kwargs = dict(row.get("chat_template_kwargs") or {})
     if row.get("tools"):  # TRL takes them as JSON text too
         kwargs["tools"] = json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]
     return kwargs
+
+
+def trained_template_kwargs(tokenizer) -> dict | None:
+    """
+    Return the arguments of the chat template with which the tokenizer's model was trained, as its
+    tokenizer_config.json records them (see [`keep_template_kwargs`]); `None` if it doesn't, or if rows had several.
+    """
+    return tokenizer.init_kwargs.get("chat_template_kwargs")
+
+
+def keep_template_kwargs(dataset, tokenizer, given: dict | None = None):
+    """
+    Return a `DatasetDict` of chats whose rows all say how they are rendered, and record it in the tokenizer.
+
+    A row's own `chat_template_kwargs` go before `given` (the stage's), and these before what the tokenizer's model was
+    trained with: so a policy is prompted as it was, unless the data or the stage say otherwise. What all training rows
+    have is saved with the tokenizer, for those who prompt the model or ask it for a score.
+    """
+    from datasets import Features, Json
+
+    if not is_chat(dataset["train"][0]):
+        return dataset
+    shared = (trained_template_kwargs(tokenizer) or {}) | (given or {})
+    for side, rows in dataset.items() if shared else ():
+        dataset[side] = rows.map(
+            lambda row: {"chat_template_kwargs": shared | (row.get("chat_template_kwargs") or {})},
+            features=Features({**rows.features, "chat_template_kwargs": Json()}),
+            desc="Completing chat_template_kwargs",
+        )
+    found = [{}]
+    if "chat_template_kwargs" in dataset["train"].column_names:
+        found = []
+        for kwargs in dataset["train"]["chat_template_kwargs"]:
+            if (kwargs or {}) not in found:
+                found.append(kwargs or {})
+    if len(found) == 1:
+        tokenizer.init_kwargs["chat_template_kwargs"] = found[0]
+    else:
+        tokenizer.init_kwargs.pop("chat_template_kwargs", None)
+    return dataset
+
+
+def template_columns(tokenizer, columns: dict[str, list], rows: int) -> dict[str, list]:
+    """Return the columns of `rows` prompts with `chat_template_kwargs` as the tokenizer's policy was prompted."""
+    trained = trained_template_kwargs(tokenizer)
+    if not trained:
+        return columns
+    own = columns.get("chat_template_kwargs") or [None] * rows
+    return columns | {"chat_template_kwargs": [trained | (kwargs or {}) for kwargs in own]}
 
 
 def tokenize_comparisons(dataset, tokenizer, max_length: int | None = None, split: str = ""):
@@ -159,7 +209,7 @@ def tokenize_comparisons(dataset, tokenizer, max_length: int | None = None, spli
 
     def tokenize(row):
         row = comparisons_of(row) if "chosen" in row else row
-        kwargs = _template_kwargs(row)
+        kwargs = template_kwargs(row)
         ids = [row_ids(tokenizer, row["prompt"], completion, **kwargs) for completion in row["completions"]]
         return {**row, "completion_ids": ids, "length": max(map(len, ids))}
 
@@ -250,13 +300,13 @@ def report_cut_rows(dataset, tokenizer, max_length: int | None = None):
 
 def _lengths(tokenizer, row: dict) -> tuple[int, int]:
     """Tokens of a row's prompt, and of the whole row (with the longer completion of a pair)."""
-    prompt = len(prompt_ids(tokenizer, row["prompt"], **_template_kwargs(row))) if "prompt" in row else 0
+    prompt = len(prompt_ids(tokenizer, row["prompt"], **template_kwargs(row))) if "prompt" in row else 0
     return prompt, max(map(len, _whole_rows(tokenizer, row)))
 
 
 def _whole_rows(tokenizer, row: dict) -> list[list[int]]:
     """Ids of what a trainer reads of a row: of a pair both sides; of a mere prompt, that."""
-    kwargs = _template_kwargs(row)
+    kwargs = template_kwargs(row)
     if "completion_ids" in row:
         return row["completion_ids"]
     if "messages" in row:
@@ -304,7 +354,7 @@ def filter_prompts(dataset, tokenizer, max_prompt_length: int | None = None):
     """
 
     def length(row):
-        return len(prompt_ids(tokenizer, row["prompt"]))
+        return len(prompt_ids(tokenizer, row["prompt"], **template_kwargs(row)))
 
     return _keep_short(
         dataset, length, max_prompt_length, "prompts", "max_prompt_length", "stage.prepare.max_prompt_length"
@@ -377,7 +427,7 @@ def render_sample(tokenizer, row: dict) -> str:
     """A row of which nothing is marked, as text: what the policy goes on from, or what a reward model scores."""
     if "completion_ids" in row:
         return "\n".join(_judged(tokenizer, row, i) for i in range(len(row["completion_ids"])))
-    ids = prompt_ids(tokenizer, row["prompt"], **_template_kwargs(row))
+    ids = prompt_ids(tokenizer, row["prompt"], **template_kwargs(row))
     return f"{_decode(tokenizer, ids)}\n({len(ids)} tokens, from which the policy goes on)"
 
 

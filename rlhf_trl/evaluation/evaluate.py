@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.callbacks.record import checkpoints, write_json
 from rlhf_trl.callbacks.samples import as_text
-from rlhf_trl.data.tokens import end_tokens, prompt_ids, row_ids
+from rlhf_trl.data.tokens import end_tokens, prompt_ids, row_ids, template_columns, template_kwargs
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.judge import Answers, Verdicts
 from rlhf_trl.evaluation.sampling import TokenStatistics, sample, sample_in_turns, token_statistics
@@ -249,7 +249,7 @@ def evaluate_policies(
     for name, policy in tqdm(policies.items(), desc="evaluating", unit="policy"):
         tokenizer = load_tokenizer(policy.path)
         model = reference if name == baseline else load_policy(policy.path, dtype)
-        prompts = [prompt_ids(tokenizer, prompt) for prompt in dataset["prompt"]]
+        prompts = [prompt_ids(tokenizer, row["prompt"], **template_kwargs(row)) for row in dataset]
         written = sample(model, tokenizer, prompts, max_completion_length, seed=seed, **sampling)
         texts = _as_completions(tokenizer, dataset["prompt"], written)
         scores = score(rewards, dataset, texts, written, tokenizer)
@@ -346,10 +346,8 @@ def kl_statistics(own: Sequence[TokenStatistics], reference: Sequence[TokenStati
 
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int) -> float:
     """exp of the mean loss over the tokens of the rows' completions, the end token among them."""
-    starts = [prompt_ids(tokenizer, prompt) for prompt in rows["prompt"]]
-    whole = [
-        row_ids(tokenizer, prompt, answer) for prompt, answer in zip(rows["prompt"], rows["completion"], strict=True)
-    ]
+    starts = [prompt_ids(tokenizer, row["prompt"], **template_kwargs(row)) for row in rows]
+    whole = [row_ids(tokenizer, row["prompt"], row["completion"], **template_kwargs(row)) for row in rows]
     ends = [ids[len(start) :] for ids, start in zip(whole, starts, strict=True)]
     found = token_statistics(model, starts, ends, temperature=1.0, batch_size=batch_size)
     return float(torch.cat([row.logps for row in found]).double().mean().neg().exp())
@@ -467,6 +465,8 @@ def score(
     `tokenizer` is that of the ids; policies may have different ones.
     """
     columns = {name: dataset[name][:] for name in dataset.column_names if name not in ("prompt", "completion")}
+    if tokenizer is not None:
+        columns = template_columns(tokenizer, columns, len(dataset))
     scores = {}
     for reward in rewards:
         reward.bind(tokenizer)

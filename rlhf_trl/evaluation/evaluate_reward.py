@@ -14,7 +14,7 @@ from rlhf_trl.callbacks.record import write_json, write_metrics
 from rlhf_trl.callbacks.samples import as_text
 from rlhf_trl.data.feedback import key_of
 from rlhf_trl.data.forms import JUDGED, PASSED_ON
-from rlhf_trl.data.tokens import prompt_ids, row_ids
+from rlhf_trl.data.tokens import prompt_ids, template_kwargs
 from rlhf_trl.data.words import count_of, did_you_mean, names_of, say
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation import rewardbench
@@ -310,8 +310,9 @@ def measure(
         if truth is not None and name != gold:
             entry["best_of_n"] = best_of_n_gains(found[name], truth, np.array(judged.prompt))
         if isinstance(reward, ModelReward) and reward.members > 1:
-            pairs = zip(judged.prompts, judged.completions, strict=True)
-            members = reward.member_scores([row_ids(reward.tokenizer, *pair) for pair in pairs]).numpy()
+            ids, ended = ([each] * len(judged.completions) for each in ([], True))
+            rows = reward.token_rows(judged.prompts, judged.completions, ids, ended, columns)
+            members = reward.member_scores(rows).numpy()
             entry["disagreement"] = disagreement(members, judged.better, judged.worse, judged.row)
     return quality
 
@@ -421,11 +422,12 @@ def add_policy(
     rows = sorted(rows)[:prompts]
     texts = [judged.prompts[judged.first.index(row)] for row in rows]
     columns = {name: [values[row] for row in rows] for name, values in judged.columns.items()}
+    given = Dataset.from_dict({"prompt": texts, **columns})
     drawn = draw_many(
         load_policy(policy, dtype),
         tokenizer,
-        [prompt_ids(tokenizer, text) for text in texts],
-        Dataset.from_dict({"prompt": texts, **columns}),
+        [prompt_ids(tokenizer, row["prompt"], **template_kwargs(row)) for row in given],
+        given,
         rewards,
         completions,
         max_completion_length,

@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import pad
 
-from ..data.tokens import prompt_ids, row_ids
+from ..data.tokens import prompt_ids, row_ids, template_kwargs
 from ..errors import ConfigError
 from .seeds import permutation
 
@@ -35,8 +35,9 @@ class Demonstrations:
         self.seed, self.pad_token_id = seed, tokenizer.pad_token_id
         self.rows = []
         for row in tqdm(dataset, desc="Tokenizing demonstrations", leave=False):
-            prompt = prompt_ids(tokenizer, row["prompt"])
-            self.rows.append((prompt, row_ids(tokenizer, row["prompt"], row["completion"])[len(prompt) :]))
+            kwargs = template_kwargs(row)
+            prompt = prompt_ids(tokenizer, row["prompt"], **kwargs)
+            self.rows.append((prompt, row_ids(tokenizer, row["prompt"], row["completion"], **kwargs)[len(prompt) :]))
 
     def indices(self, start: int, n: int) -> list[int]:
         """The rows that stand at `start` to `start + n - 1` of an endless row of epochs, each dealt anew."""

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import copy
 import inspect
+import logging
 import math
 import os
 from collections.abc import Callable, Collection
@@ -23,13 +24,16 @@ from transformers import (
 
 from ..calibration import read_calibration, weighted_calibration
 from ..checks.rewards import ensemble_problems
-from ..data.tokens import end_tokens, prompt_ids, row_ids
+from ..data.forms import PASSED_ON
+from ..data.tokens import end_tokens, prompt_ids, row_ids, template_kwargs, trained_template_kwargs
 from ..data.words import names_of
 from ..dotpaths import find, not_taken, signature
 from ..errors import ConfigError
 from ..sizes import check_rows, sizes_of
 from .base import GIVEN, Reward
-from .http import HttpReward
+from .http import HttpReward, tokenizer_hash
+
+logger = logging.getLogger(__name__)
 
 
 class FunctionReward(Reward):
@@ -201,9 +205,10 @@ class ModelReward(Reward):
     A file `calibration.json` beside the model, with `mean` and `std` of its scores of reference answers, is read for
     `reward_norm=reference` (`calibration`).
 
-    With the policy's tokenizer (see `bind`) it scores the generated ids themselves, EOS included if and only if it was
-    generated; with another one, the text built as in its own training (`rlhf_trl.data.tokens.row_ids`). So a
-    completion scores what RewardTrainer gives the same row.
+    It reads what its own training read. With the policy's tokenizer (see `bind`) it scores the generated ids
+    themselves, the end token included if and only if it was generated; where vocabulary, special tokens, chat template
+    or the arguments of the template are others, the text built as in its own training
+    (`rlhf_trl.data.tokens.row_ids`). So a completion scores what RewardTrainer gives the same row.
 
     Args:
         path (`str` or `PreTrainedModel`): directory, hub id, or a loaded model whose config names its tokenizer.
@@ -267,7 +272,7 @@ class ModelReward(Reward):
         self._head_weights = self._checked_weights(head_weights, path)
         self.calibration = weighted_calibration(calibration, self._head_weights, self._combine)
         self._policy_tokenizer: PreTrainedTokenizerBase | None = None
-        self._same_tokenizer = False
+        self._same_tokenizer = self._said = False
 
     @property
     def members(self) -> int:
@@ -297,9 +302,9 @@ class ModelReward(Reward):
         return torch.tensor([float(weights.get(head, 0.0)) for head in self.heads])
 
     def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Ids are scored as they are if `tokenizer` maps text to the same ids as the reward model's own."""
+        """Ids are scored as they are if `tokenizer` makes the same ids of text and chats as the reward model's own."""
         self._policy_tokenizer = tokenizer
-        self._same_tokenizer = tokenizer is not None and tokenizer.get_vocab() == self.tokenizer.get_vocab()
+        self._same_tokenizer = tokenizer is not None and tokenizer_hash(tokenizer) == tokenizer_hash(self.tokenizer)
 
     def __call__(
         self,
@@ -317,29 +322,53 @@ class ModelReward(Reward):
             log_metric (callable, *optional*): gets the name and the value of an ensemble's disagreement.
             with_eos (`list[bool]`, *optional*): where texts are scored: which of them end by themselves. By default
                 the ids tell.
+            **columns: `tools` and `chat_template_kwargs`, with which the policy's chat template was filled.
         """
-        scores = self.member_scores(self.token_rows(prompts, completions, completion_ids, with_eos))
+        scores = self.member_scores(self.token_rows(prompts, completions, completion_ids, with_eos, columns))
         if log_metric is not None and len(scores) > 1:
             log_metric(f"rewards/{self.__name__}/disagreement", disagreement(scores).mean().item())
         return self._combine(scores).tolist()
 
     def token_rows(
-        self, prompts: list, completions: list, completion_ids: list[list[int]], with_eos: list[bool] | None = None
+        self,
+        prompts: list,
+        completions: list,
+        completion_ids: list[list[int]],
+        with_eos: list[bool] | None = None,
+        columns: dict[str, list] | None = None,
     ) -> list[list[int]]:
-        """The token rows of prompts and completions that the model is to see; `with_eos` as in a call."""
-        if self._same_tokenizer:
-            # ids are the model's own words; decoding them and tokenizing again would lose EOS and could differ
-            return [
-                prompt_ids(self._policy_tokenizer, prompt) + list(ids)
-                for prompt, ids in zip(prompts, completion_ids, strict=True)
-            ]
+        """The token rows of prompts and completions that the model is to see; `with_eos`, `columns` as in a call."""
         if with_eos is None:
             ends = None if self._policy_tokenizer is None else end_tokens(self._policy_tokenizer)
             with_eos = [ends is None or (len(ids) > 0 and ids[-1] in ends) for ids in completion_ids]
-        return [
-            row_ids(self.tokenizer, prompt, completion, eos=eos)
-            for prompt, completion, eos in zip(prompts, completions, with_eos, strict=True)
-        ]
+        given = {name: columns[name] for name in PASSED_ON if (columns or {}).get(name) is not None}
+        rows = []
+        for i, prompt in enumerate(prompts):
+            policys = template_kwargs({name: values[i] for name, values in given.items()})
+            own = self._own_kwargs(policys)
+            if self._same_tokenizer and (own == policys or isinstance(prompt, str)):
+                # ids are the model's own words; decoding them and tokenizing again would lose EOS and could differ
+                rows.append(prompt_ids(self.tokenizer, prompt, **own) + list(completion_ids[i]))
+            else:
+                rows.append(row_ids(self.tokenizer, prompt, completions[i], eos=with_eos[i], **own))
+        return rows
+
+    def _own_kwargs(self, policys: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the chat template for a prompt: those of the model's own training, and the row's tools."""
+        trained = trained_template_kwargs(self.tokenizer)
+        if trained is None:
+            return policys
+        own = trained | ({"tools": policys["tools"]} if "tools" in policys else {})
+        if own != policys and not self._said:
+            self._said = True
+            logger.warning(
+                "The reward `%s` reads its prompts with `chat_template_kwargs` %s, as in its own training, and the "
+                "policy with %s.",
+                self.__name__,
+                trained,
+                {key: value for key, value in policys.items() if key != "tools"},
+            )
+        return own
 
     def score_ids(self, rows: list[list[int]]) -> list[float]:
         """Scores of token rows, each prompt and completion together, one each."""
@@ -427,7 +456,7 @@ class AdapterReward(ModelReward):
                 f"The reward `{self.__name__}` is an adapter on the policy's frozen base, and this policy has none: "
                 "all its weights are trained. Give the policy an adapter too (`adapter=lora`), or use `reward=model`."
             )
-        if not self._same_tokenizer:
+        if self._policy_tokenizer is None or self._policy_tokenizer.get_vocab() != self.tokenizer.get_vocab():
             raise ConfigError(
                 f"The reward model `{self.path}` has another tokenizer than the policy, so it can't share its base. "
                 "Use `reward=model`."

@@ -6,7 +6,8 @@ A request (POST) holds lists of one length, one entry a completion:
     {"prompts": [...], "completions": [...],          text, or chats: lists of {"role", "content"}
      "completion_ids": [[...]], "ended": [true],      the generated tokens; whether they end by themselves
      "tokenizer": "3f0c...",                          which tokenizer made them, see `tokenizer_hash`; or null
-     "columns": {"answer": [...]}}                    the data's columns that the client was told to send
+     "columns": {"answer": [...]}}                    the data's columns that the client was told to send, and `tools`
+                                                      and `chat_template_kwargs` (of the chat template) if it has them
 
 The answer (status 200) is `{"rewards": [0.5, null]}`: a number, or null where the reward doesn't apply, for each
 completion; and, if it likes, `"metrics": {"disagreement": 0.1}`, numbers about the batch that are logged.
@@ -25,6 +26,7 @@ import httpx
 from transformers import PreTrainedTokenizerBase
 
 from ..checks.rewards import http_problems
+from ..data.forms import PASSED_ON
 from ..data.tokens import end_tokens
 from ..errors import ConfigError
 from .base import Reward
@@ -106,6 +108,7 @@ class HttpReward(Reward):
                 f"`reward.{self.__name__}.columns` names `{missing[0]}`, and the data has no such column (it has "
                 f"{there or 'none besides the prompt'})."
             )
+        sent = {name: columns[name] for name in (*self.columns, *PASSED_ON) if columns.get(name) is not None}
         rewards = []
         for start in range(0, len(completions), self.batch_size):
             rows = slice(start, start + self.batch_size)
@@ -117,7 +120,7 @@ class HttpReward(Reward):
                     "completion_ids": ids,
                     "ended": [self._ends is None or (len(row) > 0 and row[-1] in self._ends) for row in ids],
                     "tokenizer": self._tokenizer,
-                    "columns": {name: columns[name][rows] for name in self.columns},
+                    "columns": {name: values[rows] for name, values in sent.items()},
                 }
             )
             values, metrics = self._read(answer, len(ids))
@@ -184,9 +187,12 @@ class HttpReward(Reward):
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of a tokenizer's vocabulary: two that agree in it mean the same text by the same ids."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+    """
+    Return a hash of a tokenizer's vocabulary, special tokens and chat template: two that agree in it make the same ids
+    of the same text or chat.
+    """
+    read = sorted(tokenizer.get_vocab().items()), tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template
+    return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
 
 
 def _is_finite(value: Any) -> bool:

@@ -1,0 +1,160 @@
+"""A policy is prompted, and a reward model reads, with the chat template and arguments that each was trained with."""
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf_trl.data import row_ids, tokenize_comparisons
+from rlhf_trl.data.tokens import keep_template_kwargs, prompt_ids
+from rlhf_trl.evaluation.evaluate import score
+from rlhf_trl.models import load_tokenizer
+from rlhf_trl.policies import Policy
+from rlhf_trl.policies import score as score_of_policy
+from rlhf_trl.rewards import HttpReward, ModelReward
+from tests.test_http_reward import serving
+from tests.tiny import CHAT_TEMPLATE, save_model
+
+# As Qwen3's: the thought is in the prompt where thinking is off, and else in what the policy writes
+THINKING = CHAT_TEMPLATE.replace(
+    "<assistant> {% endif %}", "<assistant> {% if think is false %}p p {% endif %}{% endif %}"
+)
+OFF, ON = {"think": False}, {"think": True}
+CHATS = [[{"role": "user", "content": text}] for text in ("a b", "c", "d e f g", "h")]
+ANSWERS = [[{"role": "assistant", "content": text}] for text in ("i j k", "l", "m n", "o p a b c d")]
+
+
+def save_reward_model(path, template=THINKING, **recorded) -> str:
+    """A reward model on `tests.tiny`'s Llama, trained with `recorded` arguments of the template."""
+    save_model(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = template
+    tokenizer.init_kwargs |= recorded
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, pad_token_id=0)
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def policy_tokenizer(path, template=THINKING):
+    tokenizer = load_tokenizer(save_model(path))
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def written(tokenizer):
+    """What a policy writes for each of `ANSWERS`; the last one was cut off."""
+    ids = [tokenizer(turn[0]["content"])["input_ids"] + [tokenizer.eos_token_id] for turn in ANSWERS]
+    return [*ids[:-1], ids[-1][:-1]]
+
+
+def expected(reward, **kwargs):
+    """What RewardTrainer gives the rows: their ids are made by `tokenize_comparisons`."""
+    rows = [{"prompt": p, "chosen": a, "rejected": a, "chat_template_kwargs": kwargs}
+            for p, a in zip(CHATS, ANSWERS, strict=True)]  # fmt: skip
+    ids = [row[0] for row in tokenize_comparisons(Dataset.from_list(rows), reward.tokenizer)["completion_ids"]]
+    return reward.score_ids([*ids[:-1], ids[-1][:-1]])
+
+
+@pytest.mark.parametrize("trained", [{}, OFF])
+def test_a_reward_model_reads_prompts_with_the_arguments_of_its_training(tmp_path, trained):
+    reward = ModelReward(save_reward_model(tmp_path / "rm", chat_template_kwargs=trained))
+    tokenizer = policy_tokenizer(tmp_path / "policy")
+    rows = {"prompts": CHATS, "completions": ANSWERS, "completion_ids": written(tokenizer)}
+    scores = {name: expected(reward, **kwargs) for name, kwargs in (("off", OFF), ("on", ON), ("own", trained))}
+    assert scores["off"] != pytest.approx(scores["on"], abs=1e-3)
+    with serving(reward) as url:
+        over_http = HttpReward(url)
+        for prompted in ({}, OFF, ON):
+            for scored in (over_http, reward):  # the server binds the reward itself
+                scored.bind(tokenizer)
+                found = scored(**rows, chat_template_kwargs=[prompted] * 4)
+                assert found == pytest.approx(scores["own"], abs=1e-6)
+
+
+@pytest.mark.parametrize("over_http", [False, True], ids=["here", "http"])
+def test_rows_of_several_kinds_in_training_are_read_each_as_it_is(tmp_path, over_http):
+    reward = ModelReward(save_reward_model(tmp_path / "rm"))  # nothing is recorded
+    tokenizer = policy_tokenizer(tmp_path / "policy")
+    rows = {"prompts": CHATS, "completions": ANSWERS, "completion_ids": written(tokenizer)}
+    with serving(reward) as url:
+        scored = HttpReward(url) if over_http else reward
+        scored.bind(tokenizer)
+        found = scored(**rows, chat_template_kwargs=[OFF, {}, OFF, None])
+    off, on = expected(reward, **OFF), expected(reward)
+    assert found == pytest.approx([off[0], on[1], off[2], on[3]], abs=1e-6)
+
+
+@pytest.mark.parametrize("over_http", [False, True], ids=["here", "http"])
+def test_another_template_of_the_same_vocabulary_is_not_the_same_tokenizer(tmp_path, over_http):
+    reward = ModelReward(save_reward_model(tmp_path / "rm"))
+    tokenizer = policy_tokenizer(
+        tmp_path / "policy", CHAT_TEMPLATE.replace("<user> ", "<user> k k ").replace("<eos>", "<assistant>")
+    )
+    ids = [ids[:-1] + [4] for ids in written(tokenizer)]  # this policy ends its turns with `<assistant>`
+    ids[-1] = ids[-1][:-1]
+    with serving(reward) as url:
+        scored = HttpReward(url) if over_http else reward
+        scored.bind(tokenizer)
+        found = scored(prompts=CHATS, completions=ANSWERS, completion_ids=ids)
+    assert found == pytest.approx(expected(reward), abs=1e-6)
+
+
+def test_a_run_records_what_its_rows_share_and_completes_them():
+    def data(*kwargs):
+        rows = [{"prompt": CHATS[0], "chat_template_kwargs": each} for each in kwargs]
+        return DatasetDict(train=Dataset.from_list(rows), eval=Dataset.from_list(rows[:1]))
+
+    from tests.tiny import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    keep_template_kwargs(DatasetDict(train=Dataset.from_dict({"prompt": CHATS})), tokenizer)
+    assert tokenizer.init_kwargs["chat_template_kwargs"] == {}
+    keep_template_kwargs(data(OFF, OFF), tokenizer)
+    assert tokenizer.init_kwargs["chat_template_kwargs"] == OFF
+    # what the next run of this model says goes before it: the stage, then the row
+    rows = keep_template_kwargs(data(None, ON), tokenizer, given={"depth": 2})
+    assert rows["train"]["chat_template_kwargs"][:] == [OFF | {"depth": 2}, ON | {"depth": 2}]
+    assert rows["eval"]["chat_template_kwargs"][:] == [OFF | {"depth": 2}]
+    assert "chat_template_kwargs" not in tokenizer.init_kwargs
+    text = DatasetDict(train=Dataset.from_dict({"prompt": ["a"]}))
+    assert keep_template_kwargs(text, tokenizer, given={"depth": 2}) is text
+
+
+def test_a_policy_is_prompted_as_in_its_training(tmp_path):
+    """By the arguments that its tokenizer was saved with: prompts, and what the rewards are told of them."""
+    tokenizer = policy_tokenizer(tmp_path / "policy")
+    plain, off = prompt_ids(tokenizer, CHATS[0]), prompt_ids(tokenizer, CHATS[0], **OFF)
+    assert off == plain + tokenizer("p p")["input_ids"]
+    tokenizer.init_kwargs["chat_template_kwargs"] = OFF
+    tokenizer.save_pretrained(tmp_path / "policy")
+    tokenizer = load_tokenizer(str(tmp_path / "policy"))
+    assert prompt_ids(tokenizer, CHATS[0]) == off and prompt_ids(tokenizer, CHATS[0], **ON) == plain
+    assert row_ids(tokenizer, CHATS[0], ANSWERS[0])[: len(off)] == off
+    seen = []
+
+    def reward(prompts, completions, completion_ids, chat_template_kwargs):
+        seen.append(chat_template_kwargs)
+        return [0.0] * len(prompts)
+
+    reward.bind, reward.__name__ = lambda tokenizer: None, "reward"
+    rows = Dataset.from_dict({"prompt": CHATS})
+    score([reward], rows, ANSWERS, written(tokenizer), tokenizer)
+    score_of_policy([reward], Policy("p", "p", None, tokenizer), CHATS, written(tokenizer), {})
+    assert seen == [[OFF] * 4] * 2
+
+
+def test_a_reward_run_records_the_arguments_of_its_rows(tmp_path, train):
+    import json
+
+    path = save_model(tmp_path / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = THINKING
+    tokenizer.save_pretrained(path)
+    file = tmp_path / "pairs.jsonl"
+    answers = {"chosen": ANSWERS[0], "rejected": ANSWERS[1], "chat_template_kwargs": OFF}
+    prompts = [[{"role": "user", "content": f"{a} {b}"}] for a in "abcdefgh" for b in "abcdefgh"]
+    file.write_text("".join(json.dumps({"prompt": prompt} | answers) + "\n" for prompt in prompts))
+    run = train(tmp_path, "stage=reward", "model=hf", f"model.path={path}", "data=files", f"data.paths={file}")
+    assert AutoTokenizer.from_pretrained(run).init_kwargs["chat_template_kwargs"] == OFF
