@@ -56,6 +56,7 @@ from rlhf_trl.checks.values import plain
 from rlhf_trl.data import head_names
 from rlhf_trl.data.tokens import end_tokens, keep_template_kwargs
 from rlhf_trl.dotpaths import find
+from rlhf_trl.dropout import disable_dropout
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.launching import config_dirs
 from rlhf_trl.log_probs import quicken_log_probs
@@ -282,6 +283,8 @@ def make_trainer(
         peft_config=peft_config,
         **extra,
     )
+    if getattr(args, "disable_dropout", False):
+        disable_dropout(trainer.model)  # what TRL's own leaves on
     for reward in extra.get("reward_funcs", ()):
         reward.attach(trainer.model)
     for name, parameter in trainer.model.named_parameters():

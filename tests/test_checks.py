@@ -208,7 +208,15 @@ def test_ppo_mini_batches_are_whole(problems):
     [
         (["~reward.gold"], ["no reward", "`reward=demo`"]),
         (["adapter=lora", "adapter.peft.lora_dropout=0.1"], ["`adapter.peft.lora_dropout=0`"]),
-        (["stage=dpo", "adapter=lora", "adapter.peft.lora_dropout=0.1"], []),
+        (
+            ["stage=dpo", "adapter=lora", "adapter.peft.lora_dropout=0.1"],
+            ["`adapter.peft.lora_dropout=0`, or `stage.args.disable_dropout=false`"],
+        ),
+        (
+            ["stage=dpo", "adapter=lora", "adapter.peft.lora_dropout=0.1", "stage.args.disable_dropout=false"],
+            [],
+        ),
+        (["stage=sft", "adapter=lora", "adapter.peft.lora_dropout=0.1"], []),
         (["kl=adaptive", "stage.args.beta=0"], ["`AdaptiveKL`", "`kl=fixed`"]),
         (["kl=linear", "stage.args.beta=0.0"], ["`LinearKL`"]),
         (["kl=linear", "kl.final=0.1", "stage.args.beta=0.0"], []),

@@ -24,11 +24,12 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
         problems.append(
             f"`stage={stage.get('name')}` has no reward to maximize. Type `reward=demo` or another option."
         )
-    if is_rl and peft and (peft.get("lora_dropout") or 0) > 0:
-        problems.append(
-            f"`adapter.peft.lora_dropout` is {peft['lora_dropout']}, and in an RL stage rollout and update must see "
-            "the same policy. Set `adapter.peft.lora_dropout=0`."
-        )
+    if peft and (peft.get("lora_dropout") or 0) > 0 and (is_rl or args.get("disable_dropout")):
+        why = "in an RL stage rollout and update must see the same policy"
+        way = "Set `adapter.peft.lora_dropout=0`"
+        if not is_rl:
+            why, way = "`stage.args.disable_dropout` would undo it", f"{way}, or `stage.args.disable_dropout=false`"
+        problems.append(f"`adapter.peft.lora_dropout` is {peft['lora_dropout']}, and {why}. {way}.")
     problems += _shared_base(values, args, peft)
     problems += _controller(values, str(stage.get("name")), args)
     problems += limit_problems(section(values, "health.signs"))

@@ -30,6 +30,7 @@ from ..adapters import (
 )
 from ..errors import ConfigError
 from ..models import load_reward_model, load_tokenizer
+from ..rollouts import positions
 from .config import PPOConfig
 
 VALUE_HEAD = "value_head"
@@ -51,31 +52,6 @@ class PolicyAndValueOutput(FusedCausalLMOutput):
     """
 
     value_preds: Tensor | None = None
-
-
-def left_padded_position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that count from 0 at the first token that isn't padding, as `generate` counts. (B, L) -> (B, L)."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def count_positions_from_mask(model: PreTrainedModel) -> None:
-    """
-    Make the fused forward (`trl.trainer.utils.add_fused_lm_head`) count positions from the attention mask.
-
-    TRL passes no `position_ids`, so with left padding a model with absolute positions (GPT-2, say) would score its own
-    tokens at other positions than it generated them at.
-    """
-    fused_forward = model.forward
-
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, **kwargs):
-        if fused_lm_head:
-            kwargs["fused_lm_head"] = True
-            if kwargs.get("attention_mask") is not None and kwargs.get("position_ids") is None:
-                kwargs["position_ids"] = left_padded_position_ids(kwargs["attention_mask"])
-        return fused_forward(*args, **kwargs)
-
-    model.forward = types.MethodType(forward, model)
 
 
 def add_critic(model: PreTrainedModel | PeftModel, args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -107,12 +83,12 @@ def add_critic(model: PreTrainedModel | PeftModel, args: PPOConfig, tokenizer: P
 
         def trunk(**inputs):
             with active_adapter(layers, CRITIC):
-                return policy.base_model(**inputs)
+                return _hidden_states(policy.base_model, **inputs)
 
     elif args.critic == "model":
         network, score = _network(model, args)
         policy.add_module(CRITIC, network)
-        trunk = network
+        trunk = functools.partial(_hidden_states, network)
     width = score.size(1) if score is not None else policy.get_output_embeddings().in_features
     head = nn.Linear(width, 1, device=policy.device, dtype=torch.float32)
     nn.init.zeros_(head.bias)
@@ -156,13 +132,7 @@ def _compute_values(policy: PreTrainedModel, trunk: Callable | None, layers: lis
             hidden = seen["h"]
         else:
             output = {} if values_only else fused_forward(*args, fused_lm_head=True, **kwargs)
-            mask = kwargs["attention_mask"]
-            hidden = trunk(
-                input_ids=kwargs["input_ids"],
-                attention_mask=mask,
-                position_ids=left_padded_position_ids(mask),
-                use_cache=False,
-            ).last_hidden_state
+            hidden = trunk(input_ids=kwargs["input_ids"], attention_mask=kwargs["attention_mask"])
         hidden = hidden[:, :-1]
         if self.detach_values and trunk is None:
             hidden = hidden.detach()
@@ -171,6 +141,11 @@ def _compute_values(policy: PreTrainedModel, trunk: Callable | None, layers: lis
         return PolicyAndValueOutput(**output, value_preds=values)
 
     policy.forward = types.MethodType(forward, policy)
+
+
+def _hidden_states(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask} | positions(trunk, attention_mask)
+    return trunk(use_cache=False, **inputs).last_hidden_state
 
 
 def _network(model: PreTrainedModel | PeftModel, args: PPOConfig) -> tuple[PreTrainedModel, Tensor | None]:

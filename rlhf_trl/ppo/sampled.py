@@ -43,7 +43,8 @@ class SampledTokens:
         self._values: list[Tensor] = []
         hooks = [self.policy.register_forward_hook(self._after_policy, with_kwargs=True)]
         if self.value_head is not None:
-            hooks.append(self.policy.base_model.register_forward_hook(self._after_trunk))
+            # not `base_model`, which OPT's own forward goes around
+            hooks.append(self.policy.get_decoder().register_forward_hook(self._after_trunk))
         try:
             yield
         finally:
@@ -57,6 +58,8 @@ class SampledTokens:
         lengths = torch.tensor([len(ids) for ids in completions])
         if logits is None or len(lengths) != len(logits) or lengths.max() != steps:
             return  # not a plain call of `generate`, such as a prefill in chunks
+        if self.value_head is not None and len(self._values) != steps:
+            return  # hidden states that don't come from the decoder
         last = torch.tensor([ids[-1] if len(ids) == steps else 0 for ids in completions], device=logits.device)
         log_probs = [*self._log_probs, self._of(logits, last)]
         values = torch.stack(self._values, dim=1) if self._values else None

@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
-from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler, get_callable_name, is_async_callable, nanstd
 
 from ..adapters import CRITIC, POLICY, adapter_layers, policy_is_active, save_policy_only, set_trainable
@@ -31,6 +30,7 @@ from ..errors import ConfigError
 from ..log_probs import quicken_log_probs
 from ..rewards import ModelReward, Reward
 from ..rewards.combine import weighted_sum
+from ..rollouts import GRPOTrainer
 from .advantages import (
     explained_variance,
     gae,
@@ -43,7 +43,7 @@ from .advantages import (
     value_losses,
 )
 from .config import PPOConfig
-from .critic import VALUE_HEAD, add_critic, count_positions_from_mask, is_critic
+from .critic import VALUE_HEAD, add_critic, is_critic
 from .ptx import Demonstrations
 from .sampled import SampledTokens
 from .seeds import derived_seed, permutation, preserved_rng_state
@@ -195,12 +195,9 @@ class PPOTrainer(GRPOTrainer):
         if not self.use_vllm:
             self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
 
-        policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        for scored in [policy] if self.ref_model is None else [policy, self.accelerator.unwrap_model(self.ref_model)]:
-            count_positions_from_mask(scored)
         # `generate` projects the last position of its prompts, a strided view, for which torch copies the whole weight
         # of the output layer once a row: for 16 rows of SmolLM2-135M 0.9 GB and a second on a CPU.
-        policy.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+        self._policy.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         if self.ref_model is not None and args.ref_dtype is not None:
             self.ref_model.to(getattr(torch, args.ref_dtype))
         if is_peft_model(self.model):
@@ -221,9 +218,9 @@ class PPOTrainer(GRPOTrainer):
         self._demonstrations = (
             None if ptx_dataset is None else Demonstrations(ptx_dataset, self._tokenizer, seed=args.seed)
         )
-        self._policy, self._adapter_layers = policy, adapter_layers(policy)
-        head = getattr(policy, VALUE_HEAD) if args.critic == "head" else None
-        self._sampled = SampledTokens(policy, self.temperature, head) if self._sampling_serves() else None
+        self._adapter_layers = adapter_layers(self._policy)
+        head = getattr(self._policy, VALUE_HEAD) if args.critic == "head" else None
+        self._sampled = SampledTokens(self._policy, self.temperature, head) if self._sampling_serves() else None
         self.last_rollout: dict[str, float] = {}
         self.reward_normalizer: Callable[[Tensor], Tensor] | None = None
         self.combine_rewards: Callable[..., Tensor] = weighted_sum

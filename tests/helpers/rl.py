@@ -2,9 +2,10 @@
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import GRPOConfig, RLOOConfig
 
 from rlhf_trl.ppo import PPOConfig, PPOTrainer
+from rlhf_trl.rollouts import GRPOTrainer, RLOOTrainer
 from tests.test_ppo_update import prompts
 
 TRAINERS = {

@@ -1,0 +1,73 @@
+"""
+What PPO, GRPO and RLOO share: completions are sampled from the very policy that scores and learns from them.
+
+[`Rollouts`] holds for TRL's trainers, on every architecture, that
+padding doesn't move a token to another position, and that there is no dropout. The methods with a leading underscore
+override private ones of TRL 1.16; tests/test_rollouts.py compares what comes out with forwards of its own.
+"""
+
+import functools
+import inspect
+import logging
+import types
+
+import trl
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .dropout import disable_dropout
+
+logger = logging.getLogger(__name__)
+
+
+def positions(trunk: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
+    """
+    `position_ids` (B, L) that count from 0 at the first token that isn't padding, as `generate` counts; nothing for a
+    `trunk` that takes none (its attention knows distances alone, as ALiBi).
+    """
+    if "position_ids" not in inspect.signature(type(trunk).forward).parameters:
+        return {}
+    return {"position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0)}
+
+
+def count_positions_from_mask(model: PreTrainedModel) -> None:
+    """
+    Make the fused forward (`trl.trainer.utils.add_fused_lm_head`) count positions from the attention mask.
+
+    TRL passes no `position_ids`, so with left padding a model with absolute positions (GPT-2, say) would score its own
+    tokens at other positions than it generated them at.
+    """
+    fused_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head=False, **kwargs):
+        if fused_lm_head:
+            kwargs["fused_lm_head"] = True
+            if kwargs.get("attention_mask") is not None and kwargs.get("position_ids") is None:
+                kwargs |= positions(self.base_model, kwargs["attention_mask"])
+        return fused_forward(*args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+class Rollouts:
+    """Mixin for `trl.GRPOTrainer` and `trl.RLOOTrainer`, see the module."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        self._policy = model.get_base_model() if is_peft_model(model) else model
+        for scored in (self._policy, self.accelerator.unwrap_model(self.ref_model) if self.ref_model else None):
+            if scored is not None:
+                count_positions_from_mask(scored)
+        if self.args.disable_dropout:
+            disable_dropout(self.model)
+
+
+class GRPOTrainer(Rollouts, trl.GRPOTrainer):
+    """`trl.GRPOTrainer` with [`Rollouts`]."""
+
+
+class RLOOTrainer(Rollouts, trl.RLOOTrainer):
+    """`trl.RLOOTrainer` with [`Rollouts`]."""

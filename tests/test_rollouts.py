@@ -1,0 +1,151 @@
+"""Rollouts on every architecture: positions under padding, no dropout, no setting that the stage doesn't know."""
+
+import math
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+from trl.trainer.utils import add_fused_lm_head
+
+from rlhf_trl.callbacks.rollouts import record_rollouts
+from rlhf_trl.models import load_tokenizer
+from rlhf_trl.ppo import advantages
+from rlhf_trl.ppo import trainer as ppo_trainer
+from rlhf_trl.rollouts import count_positions_from_mask
+from rlhf_trl.run import load_data, make_trainer, training_arguments
+from tests.helpers.architectures import MORE_ARCHITECTURES, make_architecture, save_architecture
+from tests.helpers.rl import TRAINERS, logged, rl_trainer
+from tests.test_ppo_update import prompts
+
+# Absolute positions, absolute positions with an offset that come from the mask, rotary ones, dropout by functions
+SOME = ["gpt2", "opt", "gpt_neox", "llama"]
+
+
+def log_probs_alone(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    """Log-probabilities of a completion's tokens in a row without padding."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+# ---- Positions ----
+
+
+@pytest.mark.parametrize("name", MORE_ARCHITECTURES)
+def test_padding_on_the_left_moves_no_token(name):
+    rows = [([5, 6, 7, 8, 9, 10], [11, 12, 1]), ([7, 9], [14, 8, 1]), ([13], [5, 6, 9])]
+    model = make_architecture(name).eval()
+    alone = torch.stack([log_probs_alone(model, *row) for row in rows])
+    add_fused_lm_head(model)
+    count_positions_from_mask(model)
+    width = max(len(prompt) for prompt, _ in rows)
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt + completion for prompt, completion in rows])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt + completion) for prompt, completion in rows])
+    labels = ids.masked_fill(torch.arange(ids.size(1)) < width, -100)
+    with torch.no_grad():
+        together = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs[:, -3:]
+    assert alone.std() > 0.3
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("name", SOME)
+def test_a_rollout_is_scored_as_each_row_alone(tmp_path, kind, name):
+    """By the policy that samples, by the reference, and in the update."""
+    path = save_architecture(tmp_path / "model", name)
+    trainer = rl_trainer(kind, path, tmp_path, steps_per_generation=2, per_device_train_batch_size=4)
+    trainer.model.train()
+    heard, score = [], trainer._get_per_token_logps_and_entropies
+    trainer._get_per_token_logps_and_entropies = lambda *a, **k: heard.append(score(*a, **k)[0]) or (heard[-1],) * 3
+    rollout = trainer._generate_and_score_completions([{"prompt": p} for p in prompts(8)["prompt"]])
+    assert len(set(rollout["prompt_mask"].sum(dim=1).tolist())) > 1
+    assert len(heard) == 2
+    ids, masks = (torch.cat([rollout[f"prompt_{x}"], rollout[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
+    mask = rollout["completion_mask"].bool()
+    heard.append(score(trainer.model, ids, masks, mask.size(1))[0])
+    model = AutoModelForCausalLM.from_pretrained(path)
+    for i in range(len(mask)):
+        prompt = rollout["prompt_ids"][i][rollout["prompt_mask"][i].bool()].tolist()
+        alone = log_probs_alone(model, prompt, rollout["completion_ids"][i][mask[i]].tolist())
+        for log_probs in heard:
+            torch.testing.assert_close(log_probs[i][mask[i]], alone, atol=1e-4, rtol=1e-4)
+
+
+# ---- Dropout ----
+
+
+@pytest.mark.parametrize("name", MORE_ARCHITECTURES)
+def test_the_first_rollout_of_ppo_is_of_its_policy(tmp_path, name):
+    """KL 0 and ratio 1, with a dropout of one half wherever the config knows one."""
+    path = save_architecture(tmp_path / "model", name, dropout=0.5)
+    trainer = rl_trainer("ppo", path, tmp_path, eval_dataset=prompts(4), eval_strategy="steps", eval_on_start=True)
+    trainer.train()
+    assert logged(trainer, "eval_objective/kl")[0] == pytest.approx(0, abs=1e-4)
+    assert logged(trainer, "objective/kl")[0] == pytest.approx(0, abs=1e-4)
+    assert logged(trainer, "policy/ratio")[0] == pytest.approx(1, abs=1e-4)
+    assert logged(trainer, "policy/approxkl")[0] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon", "qwen2"])
+def test_the_first_rollout_of_grpo_and_rloo_is_of_its_policy(tmp_path, kind, name):
+    path = save_architecture(tmp_path / "model", name, dropout=0.5)
+    trainer = rl_trainer(kind, path, tmp_path)
+    record_rollouts(trainer)
+    trainer.train()
+    assert logged(trainer, "objective/kl")[0] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("critic", ["head", "adapter", "model"])
+@pytest.mark.parametrize("name", ["opt", "gpt2", "llama", "bloom"])
+def test_values_are_the_same_in_rollout_and_update(tmp_path, monkeypatch, name, critic):
+    """Also those of a critic with a trunk of its own, and under gradient checkpointing."""
+    path = save_architecture(tmp_path / "model", name, dropout=0.5)
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    seen = []
+
+    def value_losses(values, old_values, *args):
+        seen.append((values.detach(), old_values))
+        return advantages.value_losses(values, old_values, *args)
+
+    monkeypatch.setattr(ppo_trainer, "value_losses", value_losses)
+    trainer = rl_trainer(
+        "ppo",
+        path,
+        tmp_path,
+        critic=critic,
+        peft_config=lora if critic == "adapter" else None,
+        gradient_checkpointing=True,
+    )
+    calls = []
+    layer = next(m for m in trainer._policy.modules() if isinstance(m, GradientCheckpointingLayer))
+    norm = next(m for m in layer.modules() if "Norm" in type(m).__name__)
+    norm.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    trainer.train()
+    assert sum(calls) > len(seen)  # repeated in the backward
+    values, old_values = (x[seen[0][1] != 0] for x in seen[0])  # 0 at padding, where sampling gave them
+    torch.testing.assert_close(values, old_values, atol=1e-4, rtol=1e-4)
+    assert values.std() > 0.01
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto", "orpo", "reward"])
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_other_stages_train_without_dropout(compose, tmp_path, stage, name):
+    path = save_architecture(tmp_path / "model", name, dropout=0.5)
+    few = ["data.max_samples=64", "data.max_eval_samples=8", "stage.args.per_device_train_batch_size=4"]
+    cfg = compose(f"stage={stage}", f"runs_dir={tmp_path}", "model=hf", f"model.path={path}", *few)
+    OmegaConf.resolve(cfg)
+    tokenizer = load_tokenizer(path)
+    trainer = make_trainer(cfg, training_arguments(cfg.stage.args), path, tokenizer, load_data(cfg, tokenizer))
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    losses = []
+    for training in (True, False):
+        trainer.model.train(training)
+        assert trainer.model.training is training
+        losses.append(trainer.compute_loss(trainer.model, inputs).item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    if stage == "dpo":
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
