@@ -6,7 +6,7 @@ policy's base).
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from bench.setting import LORA, Meter, Setting, contend
 from rlhf_trl import rewards
@@ -18,6 +18,7 @@ def train(setting: Setting, options: dict, meter: Meter) -> PPOTrainer:
     """Train for `setting.rollouts` rollouts."""
     critic, on_base = options.get("critic", "head"), options.get("reward") == "adapter"
     start = {"head": {}, "model": {"critic_path": setting.reward}, "adapter": {"critic_path": setting.reward_adapter}}
+    unsampled = GenerationConfig.from_pretrained(setting.policy).suppress_tokens
     args = PPOConfig(
         f"{setting.folder}/ours",
         per_device_train_batch_size=setting.mini_batch,
@@ -25,6 +26,7 @@ def train(setting: Setting, options: dict, meter: Meter) -> PPOTrainer:
         num_iterations=setting.epochs,
         total_episodes=setting.batch * setting.rollouts,
         max_completion_length=setting.new_tokens,
+        generation_kwargs={"suppress_tokens": unsampled},  # PPO takes nothing from the model's own generation config
         learning_rate=setting.learning_rate,
         beta=setting.beta,
         seed=setting.seed,

@@ -1,7 +1,7 @@
 """
 What PPO, GRPO and RLOO share: completions are sampled from the very policy that scores and learns from them.
 
-[`Rollouts`] holds for TRL's trainers, on every architecture, that
+[`Rollouts`] holds for TRL's trainers, on every architecture, that sampling takes the stage's settings alone, that
 padding doesn't move a token to another position, and that there is no dropout. The methods with a leading underscore
 override private ones of TRL 1.16; tests/test_rollouts.py compares what comes out with forwards of its own.
 """
@@ -10,12 +10,16 @@ import functools
 import inspect
 import logging
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import trl
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from .callbacks.sampling import biasing_settings
 from .dropout import disable_dropout
 
 logger = logging.getLogger(__name__)
@@ -51,6 +55,34 @@ def count_positions_from_mask(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+@contextmanager
+def token_ids_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Let `generate` find nothing in the model's own generation config but its special tokens."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def settings_left_open(model: PreTrainedModel, sampling: GenerationConfig) -> dict[str, Any]:
+    """Settings of the model's own generation config that `generate` would take where `sampling` says nothing."""
+    own, defaults = model.generation_config, GenerationConfig._get_default_generation_params()
+    ids = {"bos_token_id", "eos_token_id", "pad_token_id"}
+    length = {"max_length"}  # `max_new_tokens` goes before it
+    return {
+        name: value
+        for name, value in own.to_diff_dict().items()
+        if value
+        and not (name.startswith("_") or name == "transformers_version" or name in ids | length)
+        and getattr(sampling, name, None) is None
+        and value != defaults.get(name)
+    }
+
+
 class Rollouts:
     """Mixin for `trl.GRPOTrainer` and `trl.RLOOTrainer`, see the module."""
 
@@ -63,6 +95,27 @@ class Rollouts:
                 count_positions_from_mask(scored)
         if self.args.disable_dropout:
             disable_dropout(self.model)
+        if self.accelerator.is_main_process:
+            self._say_what_samples()
+
+    def _say_what_samples(self) -> None:
+        open_settings = {} if self.use_vllm else settings_left_open(self._policy, self.generation_config)
+        if open_settings:
+            logger.warning(
+                "The policy's generation_config.json sets %s. Rollouts are sampled without; what you set in "
+                "`stage.args.generation_kwargs` is in force.",
+                ", ".join(f"`{name}={value}`" for name, value in open_settings.items()),
+            )
+        if biased := biasing_settings(self.args):
+            logger.warning(
+                "Rollouts are sampled with %s, and scored without: the completions come from another distribution "
+                "than the policy's, so KL and ratios are biased.",
+                ", ".join(biased),
+            )
+
+    def _generate_single_turn(self, *args, **kwargs):
+        with token_ids_alone(self._policy):
+            return super()._generate_single_turn(*args, **kwargs)
 
 
 class GRPOTrainer(Rollouts, trl.GRPOTrainer):

@@ -14,6 +14,7 @@ from rlhf_trl.callbacks.kl import AdaptiveKL, CosineKL, FixedKL, LinearKL, why_n
 from rlhf_trl.callbacks.rollouts import record_rollouts
 from rlhf_trl.callbacks.sampling import is_negative, sampling_differences
 from rlhf_trl.errors import ConfigError
+from tests.helpers.architectures import save_architecture
 from tests.helpers.rl import TRAINERS, logged, plain_kl, rl_trainer
 from tests.test_ppo_update import prompts
 from tests.tiny import save_model
@@ -275,11 +276,12 @@ def test_settings_that_change_what_is_sampled_are_named(path, tmp_path, kind, op
     assert sampling_differences(rl_trainer(kind, path, tmp_path, **options)) == expected
 
 
-def test_the_models_own_generation_config_and_dropout_are_named(path, tmp_path):
-    trainer = rl_trainer("ppo", path, tmp_path)
-    trainer.model.generation_config.min_p = 0.2  # TRL leaves min_p open, so generation takes it
-    trainer.model.model.layers[0].dropout = torch.nn.Dropout(0.1)
-    assert sampling_differences(trainer) == ["`min_p=0.2`", "dropout (`disable_dropout=false`)"]
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+def test_dropout_is_named(tmp_path, kind):
+    path = save_architecture(tmp_path / "model", "opt", dropout=0.1)
+    assert sampling_differences(rl_trainer(kind, path, tmp_path)) == []
+    trainer = rl_trainer(kind, path, tmp_path, disable_dropout=False)
+    assert sampling_differences(trainer) == ["dropout (`disable_dropout=false`)"]
 
 
 def flattened(kind, path, out, **kwargs):

@@ -1,6 +1,8 @@
 """Rollouts on every architecture: positions under padding, no dropout, no setting that the stage doesn't know."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,3 +151,83 @@ def test_other_stages_train_without_dropout(compose, tmp_path, stage, name):
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     if stage == "dpo":
         assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+
+
+# ---- The model's own generation config ----
+
+OWN = [
+    {"no_repeat_ngram_size": 1},
+    {"num_beams": 4},
+    {"num_beams": 2, "num_return_sequences": 2},
+    {"min_new_tokens": 6},
+    {"suppress_tokens": list(range(5, 20))},
+    {"bad_words_ids": [[i] for i in range(5, 20)]},
+    {"begin_suppress_tokens": list(range(5, 20))},
+    {"sequence_bias": [[[5], 50.0]]},
+    {"forced_eos_token_id": 1},
+    {"exponential_decay_length_penalty": [1, 5.0]},
+    {"stop_strings": ["a", "b"]},
+    {"return_dict_in_generate": True},
+    {"min_p": 0.9},
+    {"typical_p": 0.1},
+    {"epsilon_cutoff": 0.2},
+    {"guidance_scale": 3.0},
+    {"do_sample": False, "temperature": 0.1, "top_k": 1, "top_p": 0.1, "repetition_penalty": 5.0},
+    {"max_length": 3, "use_cache": False, "cache_implementation": "static", "prefill_chunk_size": 2},
+]
+
+
+def completions(trainer) -> list[list[int]]:
+    torch.manual_seed(0)
+    rollout = trainer._generate_and_score_completions([{"prompt": p} for p in prompts(8)["prompt"]])
+    return rollout["completion_ids"].masked_fill(rollout["completion_mask"] == 0, -1).tolist()
+
+
+def own_settings(path: str, settings: dict) -> dict:
+    """Write settings into a model's generation_config.json; return what is in it."""
+    file = Path(path, "generation_config.json")
+    written = json.loads(file.read_text()) | settings
+    file.write_text(json.dumps(written))
+    return written
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("grpo", settings) for settings in OWN] + [(kind, OWN[i]) for kind in ("ppo", "rloo") for i in (0, 1, 12, 16)],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_rollouts_take_nothing_from_the_models_own_generation_config(tmp_path, kind, settings, caplog):
+    path = save_architecture(tmp_path / "model", "llama")
+    plain = completions(rl_trainer(kind, path, tmp_path))
+    own_settings(path, settings)
+    trainer = rl_trainer(kind, path, tmp_path)
+    assert completions(trainer) == plain
+    assert any(len(set(row)) > 2 for row in plain)
+    name = next(iter(settings))
+    assert (f"`{name}={settings[name]}`" in caplog.text) == (name not in ("do_sample", "max_length"))
+
+
+def test_the_models_own_generation_config_is_saved_with_it_and_its_ids_are_in_force(tmp_path):
+    path = save_architecture(tmp_path / "model", "llama")
+    written = own_settings(path, {"eos_token_id": [1, 7, 9, 12], "no_repeat_ngram_size": 2, "top_k": 5})
+    for lora in (None, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")):
+        trainer = rl_trainer("grpo", path, tmp_path, peft_config=lora)
+        rows = completions(trainer)
+        assert {row[row.index(-1) - 1] for row in rows if -1 in row} & {7, 9, 12}
+        assert trainer.model.generation_config.no_repeat_ngram_size == 2
+    rl_trainer("grpo", path, tmp_path).save_model(str(tmp_path / "saved"))
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert {name: saved[name] for name in ("eos_token_id", "no_repeat_ngram_size", "top_k")} == {
+        name: written[name] for name in ("eos_token_id", "no_repeat_ngram_size", "top_k")
+    }
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_what_the_stage_sets_is_in_force_and_its_bias_is_said(tmp_path, kind, caplog):
+    path = save_architecture(tmp_path / "model", "llama")
+    trainer = rl_trainer(kind, path, tmp_path, top_k=3, generation_kwargs={"suppress_tokens": [1, 5]})
+    assert not {1, 5} & {token for row in completions(trainer) for token in row}
+    assert "sampled with `top_k=3`, `suppress_tokens=[1, 5]`, and scored without" in caplog.text
+    caplog.clear()
+    rl_trainer(kind, path, tmp_path)
+    assert "sampled with" not in caplog.text

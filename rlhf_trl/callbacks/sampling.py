@@ -3,8 +3,7 @@
 import math
 from typing import Any
 
-from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 # Options of `transformers.GenerationConfig` that change probabilities, with the values at which they don't. The
 # temperature isn't among them: TRL divides the logits by it in every log-probability.
@@ -61,37 +60,43 @@ def sampling_differences(trainer: Trainer) -> list[str]:
     it scores them with: sampling settings away from their neutral value, a rollout function, vLLM, dropout.
 
     Args:
-        trainer ([`PPOTrainer`], [`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]).
+        trainer ([`PPOTrainer`], or one of [`rlhf_trl.rollouts`]).
 
     Returns:
         `list[str]`: as they would be set (`top_k=1`), or in words; empty where nothing is known to differ.
     """
-    settings, model = _sampling_settings(trainer), trainer.accelerator.unwrap_model(trainer.model)
+    found = biasing_settings(trainer.args)
+    if getattr(trainer, "rollout_func", None) is not None:
+        found.append("a `rollout_func` that makes the completions")
+    elif trainer.args.use_vllm:
+        found.append("vLLM, whose probabilities are not exactly the policy's")
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    if not trainer.args.disable_dropout and _has_dropout(config.to_dict()):
+        found.append("dropout (`disable_dropout=false`)")
+    return found
+
+
+def biasing_settings(args: TrainingArguments) -> list[str]:
+    """Sampling settings of a trainer's arguments that are away from their neutral value, as they would be set."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    settings = {name: getattr(args, name) for name in names} | (args.generation_kwargs or {})
     found = [
         f"`{name}={settings[name]}`"
         for name, neutral in NEUTRAL.items()
         if settings.get(name) is not None and _plain(settings[name]) not in neutral
     ]
-    if settings.get("temperature") not in (None, trainer.args.temperature):
-        found.append(f"a sampling `temperature={settings['temperature']}` beside `{trainer.args.temperature}`")
-    if getattr(trainer, "rollout_func", None) is not None:
-        found.append("a `rollout_func` that makes the completions")
-    elif trainer.args.use_vllm:
-        found.append("vLLM, whose probabilities are not exactly the policy's")
-    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
-        found.append("dropout (`disable_dropout=false`)")
+    if settings["temperature"] != args.temperature:
+        found.append(f"a sampling `temperature={settings['temperature']}` beside `{args.temperature}`")
     return found
 
 
-def _sampling_settings(trainer: Trainer) -> dict[str, Any]:
-    args = trainer.args
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    settings = {name: getattr(args, name) for name in names} | (args.generation_kwargs or {})
-    if args.use_vllm:
-        return settings
-    # What is left open comes from the model's own generation_config.json
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return model.generation_config.to_dict() | {name: v for name, v in settings.items() if v is not None}
+def _has_dropout(config: dict[str, Any]) -> bool:
+    return any(
+        _has_dropout(value)
+        if isinstance(value, dict)
+        else "drop" in str(name) and isinstance(value, int | float) and value > 0
+        for name, value in config.items()
+    )
 
 
 def _plain(value: Any) -> Any:
