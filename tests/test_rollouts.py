@@ -138,6 +138,7 @@ def test_values_are_the_same_in_rollout_and_update(tmp_path, monkeypatch, name, 
 def test_other_stages_train_without_dropout(compose, tmp_path, stage, name):
     path = save_architecture(tmp_path / "model", name, dropout=0.5)
     few = ["data.max_samples=64", "data.max_eval_samples=8", "stage.args.per_device_train_batch_size=4"]
+    few.append("stage.args.max_length=64")
     cfg = compose(f"stage={stage}", f"runs_dir={tmp_path}", "model=hf", f"model.path={path}", *few)
     OmegaConf.resolve(cfg)
     tokenizer = load_tokenizer(path)
