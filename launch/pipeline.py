@@ -12,9 +12,10 @@ import json
 import sys
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf_trl.apps import leave, run_app
+from rlhf_trl.checks.values import plain
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.tables import comparison_text, duration, table
 from rlhf_trl.launching import (
@@ -28,13 +29,32 @@ from rlhf_trl.launching import (
     shown,
     state_of,
 )
-from rlhf_trl.paths import conf_dir
 from rlhf_trl.report.project import write_report
 
 
-@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="pipeline")
-def main(cfg: DictConfig) -> None:
+def main() -> None:
     """Composes conf/pipeline.yaml and runs its steps."""
+    run_app(start, "pipeline", problems, "Stopped. The same command goes on with the steps that are not done.")
+
+
+def problems(words: list[str], multirun: bool, cfg: DictConfig) -> list[str]:
+    """What a pipeline can't do or use."""
+    if multirun:
+        return ["A pipeline runs its steps once. Leave out `-m`; for several runs of a stage: `launch/sweep.py`."]
+    values, found = plain(cfg)
+    steps = values["steps"]
+    if not isinstance(steps, dict):
+        return [f"`steps` is {steps!r} and must hold names of steps, each with a list of words."]
+    lists = {"launch": values["launch"], "overrides": values["overrides"], "program": values["program"] or []}
+    return found + [
+        f"`{name}` is {given!r} and must be a list of words. Type for example `'{name}=[\"seed=1\"]'`."
+        for name, given in (lists | {f"steps.{name}": given for name, given in steps.items()}).items()
+        if not isinstance(given, list) or not all(isinstance(word, str) for word in given)
+    ]
+
+
+def start(cfg: DictConfig) -> None:
+    """Runs the steps of a config."""
     try:
         run_pipeline(
             steps=OmegaConf.to_container(cfg.steps, resolve=True),
@@ -45,9 +65,8 @@ def main(cfg: DictConfig) -> None:
             overwrite=cfg.overwrite,
             config_dirs=config_dirs(),
         )
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    except ConfigError as error:  # here, because Hydra would print the overrides in front of it
+        leave(f"Error: {error}", 2)
 
 
 def run_pipeline(

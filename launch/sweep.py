@@ -11,47 +11,54 @@ that are done are passed over, so the same command goes on where an earlier one 
 import itertools
 import json
 import math
-import os
 import re
-import sys
 import time
 from pathlib import Path
 
-import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from rlhf_trl.errors import ConfigError
-from rlhf_trl.launching import BEGIN, config_dirs, launch_command, read_metrics, read_run, run, shown, state_of
-from rlhf_trl.overrides import compose
-from rlhf_trl.paths import conf_dir
+from rlhf_trl.apps import run_app
+from rlhf_trl.launching import (
+    BEGIN,
+    config_dirs,
+    launch_command,
+    read_metrics,
+    read_run,
+    run,
+    shown,
+    state_of,
+)
+from rlhf_trl.overrides import without_sweeps
 
 # What the sweep reads itself; a run gets a name and a beginning of its own
 OWN_KEYS = ("sweep", "accelerate", "launch", "program", "run_name", "resume", "overwrite")
 
 
+# Of these all jobs have the same one: it is the folder that holds them, or how they begin
+ONE_FOR_ALL = ("project", "run_name", "runs_dir", "resume", "overwrite")
+
+
 def main() -> None:
     """Runs the sweep that the command line describes."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra ends every error itself, with its own words
-    try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="sweep")(job)()
-    except ConfigError as error:
-        leave(error, 2)
-    except HydraException as error:
-        leave("\n".join(problems()) or error, 2)
-    except KeyboardInterrupt:
-        leave("Stopped. The same command goes on with the jobs that are not done.", 130)
+    run_app(job, "sweep", problems, "Stopped. The same command goes on with the jobs that are not done.")
 
 
-def problems() -> list[str]:
-    """What is wrong with the command line's overrides, seen with the first value of each."""
-    args = get_args_parser().parse_args()
-    given = [word for word in args.overrides if name_of(word) not in OWN_KEYS and not word.startswith("hydra")]
-    firsts = [word if any(sign in word for sign in "([{") else word.split(",")[0] for word in given]
-    return compose(firsts, [args.config_dir] if args.config_dir else [])[1]
+def problems(words: list[str], multirun: bool, cfg: DictConfig) -> list[str]:
+    """What a sweep can't do."""
+    if not multirun:
+        return ["`launch/sweep.py` is for several runs. Add `-m`; for a single run use `train.py`."]
+    if cfg.objective is None:
+        return [
+            f"A sweep compares its jobs by a metric, and `stage={cfg.stage.name}` measures none. Start the stage once "
+            "for each value, each time with another `project=...` or `run_name=...`."
+        ]
+    several = [word for word in words if without_sweeps([word]) != [word] and name_of(word) in ONE_FOR_ALL]
+    return [
+        f"`{word}`: a sweep has one `{name_of(word)}` for all its jobs, each of which gets a folder of its own. Give "
+        "one value."
+        for word in several
+    ]
 
 
 def name_of(override: str) -> str:
@@ -59,17 +66,9 @@ def name_of(override: str) -> str:
     return override.lstrip("+~").split("=")[0]
 
 
-def leave(message: object, status: int) -> None:
-    """Says why, and exits."""
-    print(message, file=sys.stderr)
-    sys.exit(status)
-
-
 def job(cfg: DictConfig) -> float:
     """One job of the sweep: runs `train.py` with the job's overrides and returns the run's objective."""
     settings = HydraConfig.get()
-    if settings.mode != RunMode.MULTIRUN:
-        raise ConfigError("`launch/sweep.py` is for several runs. Add `-m`; for a single run use `train.py`.")
     number, run_dir = settings.job.num, Path(settings.runtime.output_dir)
     overrides = [item for item in settings.overrides.task if name_of(item) not in OWN_KEYS]
     program = list(cfg.program or launch_command(cfg.accelerate, cfg.launch))

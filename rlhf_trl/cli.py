@@ -48,6 +48,14 @@ def main() -> None:
     sys.path.append(os.getcwd())  # for functions of the user's own, where `rlhf-trl` is the program
     quiet()
     keep_freed_memory()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if not os.environ.get(name, "0").isdecimal():
+            print(
+                f"Error: the environment variable `{name}` is {os.environ[name]!r} and must be a number, which a "
+                f"launcher sets. Type `unset {name}`.",
+                file=sys.stderr,
+            )
+            sys.exit(2)
     try:
         words, config_dirs = _look_at(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(run)()

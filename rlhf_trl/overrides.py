@@ -30,10 +30,14 @@ NO_OPTION = re.compile(r"Could not (?:find|load) '(.+)/([^/']+)'")
 TWICE = re.compile(r"Multiple values for (\S+?)\. To override a value use 'override ([^']+)'")
 GLOBAL = re.compile(r"#\s*@package\s+_global_\s*")
 # Their keys are names of the user's choice
-OPEN_NODES = {"callbacks", "columns", "kwargs", "policies", "sources", "weights"}
+OPEN_NODES = {"callbacks", "columns", "kwargs", "policies", "sources", "steps", "weights"}
+# The group whose options are whole runs as files of differences, where it isn't `experiment`
+WHOLE_RUNS = {"pipeline": "pipeline"}
 
 
-def compose(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> tuple[DictConfig | None, list[str]]:
+def compose(
+    overrides: Sequence[str], config_dirs: Sequence[str] = (), config: str = "train"
+) -> tuple[DictConfig | None, list[str]]:
     """
     The config of a command line without the overrides that don't fit, and the problem of each of these.
 
@@ -43,6 +47,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> tuple[
     Args:
         overrides (`Sequence[str]`): words such as `stage=ppo` and `+stage.args.x=1`.
         config_dirs (`Sequence[str]`): folders with options of the user's own, beside ours.
+        config (`str`): what is composed: `train`, `sweep` or `pipeline`.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if the config files themselves can't be composed.
@@ -51,31 +56,33 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> tuple[
         if not Path(folder).is_dir():
             raise ConfigError(f"`--config-dir {folder}`: there is no such folder, seen from `{Path.cwd()}`.")
     left, wrong = list(overrides), []
-    experiments = [file for name in _experiments(left) if (file := _experiment_file(name, config_dirs))]
-    if problems := [problem for file in experiments if (problem := _shape_problem(file))]:
+    group = WHOLE_RUNS.get(config, "experiment")
+    files = [file for name in _options(group, left) if (file := _option_file(group, name, config_dirs))]
+    if problems := [problem for file in files if (problem := _shape_problem(file, group))]:
         raise ConfigError.join(problems)
     while True:
         try:
-            cfg = _composed(left, config_dirs)
+            cfg = _composed(config, left, config_dirs)
             break
         except (HydraException, yaml.YAMLError) as error:
             word = _culprit(error, left)
             if word is None:
-                raise ConfigError(_without_override(error, experiments) or _text(error)) from error
+                raise ConfigError(_without_override(error, files) or _text(error)) from error
             left.remove(word)
             wrong.append((word, error))
     groups = _groups([str(conf_dir()), *config_dirs])
     problems = [_explain(word, error, cfg, groups) for word, error in wrong] + _unread(left, cfg, groups)
-    for file in experiments:
-        problems += _unread_of_file(file, left, cfg, groups, config_dirs)
+    for file in files:
+        choices = [word for word in left if _key(word) in groups and _key(word) != group]
+        problems += _unread_of_file(file, cfg, _without_body(file, group, config, choices, config_dirs), groups)
     lost = any(_key(word) in groups and "Could not override" not in str(error) for word, error in wrong)
     return None if lost else cfg, problems
 
 
-def _composed(words: Sequence[str], folders: Sequence[str | Path]) -> DictConfig:
+def _composed(config: str, words: Sequence[str], folders: Sequence[str | Path]) -> DictConfig:
     search = ",".join(f"file://{Path(folder).resolve()}" for folder in folders)
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return hydra.compose("train", [*([f"hydra.searchpath=[{search}]"] if folders else []), *words])
+        return hydra.compose(config, [*([f"hydra.searchpath=[{search}]"] if folders else []), *words])
 
 
 def without_sweeps(words: Sequence[str]) -> list[str]:
@@ -138,6 +145,8 @@ def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set
         return f"`{word}`: the group `{key}` has no option `{option}`. {did_you_mean(option, groups.get(key, ()))}"
     if "An item is already at" in text or TWICE.search(text):
         return f"`{word}` adds a key that is there already. Type it without the plus: `{word.lstrip('+')}`."
+    if "Could not override" in text and "steps" in cfg and key.split(".")[0] in groups:
+        return f"`{word}` is a word for a step. For all steps of a pipeline type `'overrides=[\"{word}\"]'`."
     if "Could not override" in text:
         return _group_not_read(word, cfg) if key in groups else _unknown_key(word, cfg, groups)
     return f"`{word}`: {_text(error)}"
@@ -200,7 +209,7 @@ def _hint_if_unread(key: str, cfg: DictConfig, value: str = "", known: Collectio
     What was meant by a key that the config didn't have before; `None` if something may read it, as those beside or
     below a `_target_`, which are checked with its arguments.
     """
-    if not str(OmegaConf.select(cfg, "stage.run._target_")).startswith("rlhf_trl."):
+    if "stage" in cfg and not str(OmegaConf.select(cfg, "stage.run._target_")).startswith("rlhf_trl."):
         return None  # a function of the user's own may read any key
     names = key.split(".")
     parents = [".".join(names[:i]) for i in range(1, len(names))]
@@ -214,23 +223,23 @@ def _hint_if_unread(key: str, cfg: DictConfig, value: str = "", known: Collectio
     return f"Did you mean {' or '.join(meant)}?" if meant else "Leave it out."
 
 
-def _experiments(words: Sequence[str]) -> list[str]:
-    """The options of the group `experiment` that a command line chooses."""
+def _options(group: str, words: Sequence[str]) -> list[str]:
+    """The options of a group that a command line chooses."""
     chosen: list[str] = []
     for word in words:
-        if _key(word) == "experiment":
+        if _key(word) == group:
             value = OverridesParser.create().parse_override(word).value()
             chosen = [str(name) for name in (value if isinstance(value, list) else [value]) if name is not None]
     return chosen
 
 
-def _experiment_file(name: str, folders: Sequence[str]) -> Path | None:
-    files = [Path(folder, "experiment", f"{name.removesuffix('.yaml')}.yaml") for folder in [conf_dir(), *folders]]
+def _option_file(group: str, name: str, folders: Sequence[str]) -> Path | None:
+    files = [Path(folder, group, f"{name.removesuffix('.yaml')}.yaml") for folder in [conf_dir(), *folders]]
     return next((file for file in files if file.is_file()), None)
 
 
-def _shape_problem(file: Path) -> str | None:
-    """Why an experiment file would do nothing."""
+def _shape_problem(file: Path, group: str) -> str | None:
+    """Why a file of a whole run would do nothing."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
         content = yaml.safe_load("\n".join(lines))
@@ -244,36 +253,38 @@ def _shape_problem(file: Path) -> str | None:
     comments = itertools.takewhile(lambda line: not line.strip() or line.lstrip().startswith("#"), lines)
     if content and not any(GLOBAL.fullmatch(line.strip()) for line in comments):
         return (
-            f"`{file}` has no line `# @package _global_`, so that its keys would stand below `experiment`, where "
-            "nothing reads them. Put that line at its top."
+            f"`{file}` has no line `# @package _global_`, so that its keys would stand below `{group}`, where nothing "
+            "reads them. Put that line at its top."
         )
     return None
 
 
-def _without_override(error: Exception, experiments: Sequence[Path]) -> str | None:
+def _without_override(error: Exception, files: Sequence[Path]) -> str | None:
     """Of a `defaults` list that chooses an option anew."""
-    if not (match := TWICE.search(str(error))) or not experiments:
+    if not (match := TWICE.search(str(error))) or not files:
         return None
     group, _, option = match.group(2).partition(": ")
     return (
-        f"`{experiments[-1]}` chooses an option of `{group}` beside the one that is there. Write in its `defaults`: "
+        f"`{files[-1]}` chooses an option of `{group}` beside the one that is there. Write in its `defaults`: "
         f"`- override /{group}: {option}`."
     )
 
 
-def _unread_of_file(
-    file: Path, words: Sequence[str], cfg: DictConfig, groups: dict[str, set[str]], folders: Sequence[str]
-) -> list[str]:
-    """Keys of an experiment file that nothing reads: as on the command line, where each of them would need a `+`."""
+def _without_body(file: Path, group: str, config: str, choices: Sequence[str], folders: Sequence[str]) -> DictConfig:
+    """The config with the same options, and of a whole run's file its `defaults` alone."""
+    with tempfile.TemporaryDirectory() as bare:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        text = yaml.safe_dump({"defaults": content.get("defaults", [])})
+        Path(bare, group).mkdir()
+        Path(bare, group, "bare.yaml").write_text(f"# @package _global_\n{text}", encoding="utf-8")
+        return _composed(config, [*choices, f"{group}=bare"], [*folders, bare])
+
+
+def _unread_of_file(file: Path, cfg: DictConfig, before: DictConfig, groups: dict[str, set[str]]) -> list[str]:
+    """Keys of a whole run's file that nothing reads: as on the command line, where each of them would need a `+`."""
     content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    with tempfile.TemporaryDirectory() as bare:  # the same experiment with its `defaults` alone
-        Path(bare, "experiment").mkdir()
-        text = yaml.safe_dump({"defaults": content.pop("defaults", [])})
-        Path(bare, "experiment", "bare.yaml").write_text(f"# @package _global_\n{text}", encoding="utf-8")
-        choices = [word for word in words if _key(word) in groups and _key(word) != "experiment"]
-        before = _composed([*choices, "experiment=bare"], [*folders, bare])
-    content.pop("hydra", None)
-    content.pop("dry_run", None)
+    for key in ("defaults", "hydra", "dry_run"):
+        content.pop(key, None)
     keys = dict.fromkeys(_first_new(key, before) for key in flatten(content))
     return [
         f"`{key}` in `{file}` is a key that nothing reads. {hint}"
@@ -285,7 +296,7 @@ def _unread_of_file(
 def _first_new(key: str, cfg: DictConfig) -> str | None:
     """The beginning of a key that the config doesn't have; `None` if it has it whole."""
     parent, node, name = _deepest(key, cfg)
-    if not isinstance(node, DictConfig) or name in node:
+    if not isinstance(node, DictConfig) or name in node.keys():  # `in node` leaves out those without a value
         return None
     return f"{parent}.{name}" if parent else name
 

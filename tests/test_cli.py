@@ -147,6 +147,13 @@ def test_only_the_first_rank_speaks(command, monkeypatch):
     assert "foo" in command("foo=1")[2]
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_rank_that_is_no_number_is_said(command, monkeypatch, name):
+    monkeypatch.setenv(name, "abc")
+    status, _, message = command("stage=sft", "debug=dry_run")
+    assert status == 2 and message.startswith(f"Error: the environment variable `{name}` is 'abc'")
+
+
 @pytest.mark.parametrize("variable", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"])
 def test_a_launcher_starts_no_sweep(command, monkeypatch, variable):
     monkeypatch.setenv(variable, "no")

@@ -67,6 +67,8 @@ def test_launch_command_names_our_configurations_by_their_name(monkeypatch):
 def test_overrides_are_read_back_from_a_recorded_command():
     command = "accelerate launch --config_file=a.yaml train.py stage=ppo project=demo resume=true 'data.path=my file'"
     assert overrides_of(command) == ["data.path=my file", "project=demo", "stage=ppo"]
+    command = "python train.py --config-dir conf stage=evaluate '~stage.policies.dpo' overwrite=true"
+    assert overrides_of(command) == ["stage=evaluate", "~stage.policies.dpo"]
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,48 @@ def test_what_is_done_is_not_done_again_and_the_ways_out_are_named(tmp_path):
     assert "done, passed over" in out and "eval_loss" in out and "project=another" in out
 
 
+def test_a_step_with_a_word_that_takes_away_is_done_at_the_second_call(tmp_path):
+    mine = write_pipeline(tmp_path, {"compare": ["stage=evaluate", "~stage.policies.dpo"]})
+    for said in ("[1/1] compare: ", "[1/1] compare: done, passed over"):
+        code, out, err = launch("pipeline", tmp_path, *mine, FAKE)
+        assert code == 0 and said in out, err
+    assert len(calls(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["stage=sft"], ["`stage=sft` is a word for a step", """'overrides=["stage=sft"]'"""]),
+        (["overrides=seed"], ["`overrides` is 'seed' and must be a list of words"]),
+        (["steps.sft=stage=sft"], ["`steps.sft=stage=sft` can't be read"]),
+        (["pipeline=dmo"], ["`demo`"]),
+        (["pipelin=demo"], ["`pipeline=demo`"]),
+        (["--config-dir", "conf", "pipeline=mine"], ["`step` in `conf/pipeline/mine.yaml`", "`steps`"]),
+        (["-m"], ["Leave out `-m`"]),
+    ],
+)
+def test_the_pipeline_speaks_as_train_does(tmp_path, words, parts):
+    write_pipeline(tmp_path, {}, step={"sft": ["stage=sft"]})
+    code, out, err = launch("pipeline", tmp_path, *words)
+    assert code == 2 and err.startswith("Error: ") and "HYDRA_FULL_ERROR" not in err and out == ""
+    assert all(part in err for part in parts), err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["conf"]
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["stage=ppo", "run_name=a,b"], "`run_name=a,b`: a sweep has one `run_name` for all its jobs"),
+        (["stage=evaluate", "stage.temperature=0.7,1.0"], "`stage=evaluate` measures none"),
+        (["stage=ppo", "sed=1,2"], "`seed=1`"),
+    ],
+)
+def test_what_a_sweep_can_not_do_is_said(tmp_path, words, part):
+    code, out, err = launch("sweep", tmp_path, "-m", *words)
+    assert code == 2 and err.startswith("Error: ") and part in err and out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failing_step_stops_the_pipeline_and_the_next_call_goes_on_there(tmp_path):
     steps = {**STEPS, "ppo": ["stage=ppo", "+fails=true"]}
     mine = write_pipeline(tmp_path, steps)
