@@ -134,7 +134,7 @@ def test_paths_that_name_nothing(tmp_path, monkeypatch):
     message = str(caught.value)
     assert "`data.paths`: `no.jsonl` names no file" in message and str(tmp_path) in message
     assert "`folder` is a folder. Name its files: `data.paths='folder/*.jsonl'`" in message
-    assert "`notes.txt` has an ending that isn't known. Give it one of .jsonl, .json, .csv, .parquet." in message
+    assert "`notes.txt` has an ending that isn't known. Give it one of .jsonl, .json, .csv, .tsv, .parquet." in message
 
 
 # -- formats and forms --

@@ -88,7 +88,7 @@ def check_messages(value: list, field: str) -> list[dict]:
         if "role" not in message and "from" in message and "value" in message:
             role = SHAREGPT_ROLES.get(message["from"], message["from"])
             message = {"role": role, "content": message["value"]}
-        message = {key: item for key, item in message.items() if item is not None}
+        message = {key: without_filled(item) for key, item in message.items() if item is not None}
         if message.get("role") not in ROLES:
             found = f"`{message['role']}`, not one of" if "role" in message else "missing, it should be one of"
             raise RowError(f"{at}.role", f"is {found} {', '.join(ROLES)}")
@@ -115,10 +115,15 @@ def without_filled(value):
     return value
 
 
-def holds_objects(value) -> bool:
-    """Whether a value has parts that rows may or may not have: an object that isn't a plain `role` and `content`."""
+def needs_json(value) -> bool:
+    """
+    Whether Arrow has no type for a value: an object that isn't a plain `role` and `content` has parts that those of
+    other rows haven't, and an integer may have more than 64 bits.
+    """
     if isinstance(value, list):
-        return any(map(holds_objects, value))
+        return any(map(needs_json, value))
+    if isinstance(value, int):
+        return not -(2**63) <= value < 2**63
     return isinstance(value, dict) and not (
         value.keys() == {"role", "content"} and all(isinstance(item, str) for item in value.values())
     )
@@ -256,6 +261,16 @@ def check_turns(prompt, given: dict) -> None:
         for turn, name in ((turns[0], "begins"), (turns[-1], "ends")):
             if turn["role"] != "assistant":
                 raise RowError(field, f"{name} with a turn of `{turn['role']}`, where the assistant's should be")
+
+
+def alpaca(row: dict, notes: Counter) -> dict:
+    """A row with an Alpaca `instruction` for a prompt: what it is about, `input`, comes below it."""
+    notes["`instruction` is the prompt, `output` the completion; `data.columns.prompt=NAME` says otherwise"] += 1
+    about = row.get("input")
+    if not isinstance(about, str) or not about.strip() or not isinstance(row.get("prompt"), str):
+        return row
+    notes["`input` came below its `instruction`"] += 1
+    return {**row, "prompt": f"{row['prompt']}\n{about}"}
 
 
 def read_row(row: dict, format: str, notes: Counter) -> dict:

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Iterator
 from itertools import chain, islice
 
 from rlhf_trl.data import forms
-from rlhf_trl.data.read import Row, RowError
+from rlhf_trl.data.read import Row, RowError, ending
 from rlhf_trl.data.splits import prompt_key
 from rlhf_trl.data.words import did_you_mean, names_of
 from rlhf_trl.errors import DataError
@@ -14,8 +14,9 @@ from rlhf_trl.errors import DataError
 BATCH_ROWS = 1000
 SHOWN_PROBLEMS = 5
 # In the form `prompt`, all other columns go to the reward functions but these: TRL tells chat from text by any of
-# them.
-FOREIGN = ("completion", "chosen", "rejected", "messages", "text")
+# them, or gives reward functions something else of that name.
+FOREIGN = ("completion", "chosen", "rejected", "messages", "text", "prompts", "completions", "completion_ids")
+FOREIGN += ("environments", "trainer_state", "log_extra", "log_metric")
 # What stands for a column that a row doesn't have, where it isn't null: TRL passes this one on with `**`.
 ABSENT = {"chat_template_kwargs": {}}
 # In the form `judged` comparisons are parted by the other columns. These two are of the comparison itself.
@@ -118,7 +119,15 @@ class Reader:
         mapping = {column: column for column in found if column not in mapped}
         if "conversations" in mapping and "messages" not in mapping:
             mapping["messages"] = mapping.pop("conversations")
-        return {**mapping, **self.columns}
+        mapping |= self.columns
+        if "instruction" in mapping and "prompt" not in mapping:  # the columns of the data set Alpaca
+            mapping["prompt"] = mapping.pop("instruction")
+            if "output" in mapping and "completion" not in mapping and self.form in ("prompt_completion", "unpaired"):
+                mapping["completion"] = mapping.pop("output")
+        return mapping
+
+    def _is_alpaca(self, mapping: dict[str, str]) -> bool:
+        return mapping.get("prompt") == "instruction" and "prompt" not in self.columns
 
     def _choose_format(self, name: str, found: list[str], columns: list[str]) -> str:
         wanted = self.format
@@ -140,15 +149,19 @@ class Reader:
 
     def _explain_missing(self, name: str, found: list[str], columns: list[str], accepted) -> str:
         """Which columns there are, which are missing for the format that is nearest, and what to type."""
-        missing = min(
-            ([column for column in forms.FORMATS[format] if column not in columns] for format in accepted), key=len
-        )
+        nearest = max(accepted, key=lambda format: sum(column in columns for column in forms.FORMATS[format]))
+        missing = [column for column in forms.FORMATS[nearest] if column not in columns]
         present = forms.formats_in(columns)
+        header = (
+            ""
+            if set(columns) & {*forms.CANONICAL} or ending(name) not in (".csv", ".tsv")
+            else (" If the file has no header, give it one: its first line is taken for the columns' names.")
+        )
         holds = f", so it holds {names_of(present[:1])} rows" if present else ""
         typed = " ".join(f"data.columns.{column}=NAME" for column in missing)
         return (
             f"{name} can't give rows of the form `{self.form}`: {names_of(missing)} missing. "
-            f"It has the columns {names_of(found)}{holds}. Type `{typed}` to say which column is which."
+            f"It has the columns {names_of(found)}{holds}. Type `{typed}` to say which column is which.{header}"
         )
 
     def _convert(self, rows: Iterable[Row], mapping: dict, format: str) -> Iterator[tuple[str, dict]]:
@@ -160,6 +173,8 @@ class Reader:
                 if isinstance(row, RowError):
                     raise row
                 row = _named(row, mapping)
+                if self._is_alpaca(mapping):
+                    row = forms.alpaca(row, self.changes)
                 if "margin" in mapping:
                     row.setdefault("margin")  # all rows have one or none has: TRL looks at the first
                 made = forms.read_row(row, format, self.changes)
@@ -241,7 +256,7 @@ class Reader:
 
     def _unused(self, found: list[str], mapping: dict, format: str) -> list[str]:
         """The file's columns that nothing downstream will see."""
-        used = {*forms.FORMATS[format]}
+        used = {*forms.FORMATS[format]} | ({"input"} if self._is_alpaca(mapping) else set())
         if format == "preference":
             used |= {"prompt", "margin"}
         if self.form == "prompt":
@@ -336,21 +351,21 @@ class FeedbackReader(Reader):
 def _named(row: dict, mapping: dict[str, str]) -> dict:
     """A row by our names of its columns; in what a chat template reads, null stands for itself alone."""
     row = {ours: row[theirs] for ours, theirs in mapping.items() if theirs in row}
-    return row | {key: forms.without_filled(row[key]) for key in (*forms.CHATS, *forms.PASSED_ON) if key in row}
+    return row | {key: forms.without_filled(row[key]) for key in forms.PASSED_ON if key in row}
 
 
 def make_table(rows: list[tuple[str, dict]], of_objects: Container[str] | None = None):
     """
     (place, row)s as an Arrow table. A column with objects of any fields becomes a column of JSON: Arrow's own objects
-    all have the same fields, and null in those that a row doesn't have, which templates would render. `of_objects`
-    names the columns that may be such ones, if not all.
+    all have the same fields, and null in those that a row doesn't have, which templates would render. So does one with
+    integers of more than 64 bits. `of_objects` names the columns that may be such ones, if not all.
     """
     import pyarrow as pa
 
     columns = {}
     for key in dict.fromkeys(key for _, row in rows for key in row):
         values = [row.get(key, ABSENT.get(key)) for _, row in rows]
-        json_column = (of_objects is None or key in of_objects) and any(map(forms.holds_objects, values))
+        json_column = (of_objects is None or key in of_objects) and any(map(forms.needs_json, values))
         columns[key] = _as_json(values) if json_column else _array(key, values, rows)
     return pa.table(columns)
 
@@ -393,10 +408,7 @@ def _array(key: str, values: list, batch: list[tuple[str, dict]]):
 
     try:
         return pa.array(values)
-    except UnicodeEncodeError:
-        place = next(place for place, row in batch if "\\ud" in json.dumps(row.get(key)))
-        raise DataError(f"{place}: `{key}` holds half of a surrogate pair, which is no text. Mend it.") from None
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(
             f"{batch[0][0]} and the rows after it: `{key}` holds values of several types ({error}). Give it one."
         ) from None
