@@ -155,6 +155,13 @@ def test_data_paths(problems):
     one(problems("stage=dpo", "data=reviews", "data.path=nowhere"), "`data.path`", "nowhere")
 
 
+def test_a_batch_of_one_in_kto(problems):
+    one(problems("stage=kto", "stage.args.per_device_train_batch_size=1"), "KTO takes its KL from other rows")
+    assert problems("stage=kto", "stage.args.per_device_train_batch_size=2") == []
+    words = ["+stage.args.loss_type=apo_zero_unpaired", "stage.args.per_device_train_batch_size=1"]
+    assert problems("stage=kto", *words) == []  # has no KL
+
+
 ROLLOUT = ["stage=grpo", "stage.args.per_device_train_batch_size=8"]
 
 

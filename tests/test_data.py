@@ -740,3 +740,18 @@ def test_rows_that_a_trainer_will_cut_are_counted(capsys):
     assert "2 of 3 train rows are cut after `max_length=6` tokens (the longest: 8); 1 lose the whole completion" in out
     with pytest.raises(DataError, match="all 3 train rows have prompts of `max_length=1` tokens or more"):
         data.report_cut_rows(dataset, tokenizer, 1)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_one_label_alone_teaches_nothing(label):
+    rows = [{"prompt": f"q{i}", "completion": "a", "label": label} for i in range(3)]
+    tokenizer = make_tokenizer()
+    one = build("unpaired", 0, [("one", [(f"row {i}", row) for i, row in enumerate(rows)])])
+    with pytest.raises(DataError, match=f"all 3 training rows are labelled {str(label).lower()}.* Give data that has"):
+        data.report_cut_rows(one, tokenizer)
+    sources = {
+        str(kind): lambda form, seed, kind=kind: build(form, seed, [("x", [("row", {**rows[0], "label": kind})])])
+        for kind in (True, False)
+    }
+    both = data.mix("unpaired", 0, sources)  # a source with one label has its place beside another one
+    assert data.report_cut_rows(both, tokenizer) is both

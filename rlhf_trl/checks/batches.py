@@ -36,6 +36,12 @@ def batch_problems(values: dict[str, Any]) -> list[str]:
         for name in COUNTS
         if isinstance(get(name), int) and get(name) < 1
     ]
+    if "desirable_weight" in known and get("loss_type") != "apo_zero_unpaired":
+        if get("per_device_train_batch_size") == 1:
+            problems.append(
+                "`stage.args.per_device_train_batch_size` is 1, and KTO takes its KL from other rows of the batch. "
+                "Set it to 2 or more."
+            )
     if problems or "num_generations" not in known or any(isinstance(get(name), str | float) for name in COUNTS):
         return problems
     return _rollout(get, is_ppo="cliprange_value" in known, rows=at(values, "data.max_samples"))

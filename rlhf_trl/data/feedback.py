@@ -234,12 +234,6 @@ class Feedback(ABC):
                 made.append({"prompt": prompt, "completion": completion})
             else:
                 notes["completions left out: bad ones are no demonstrations"] += 1
-        labels = {row["label"] for row in made} if form == "unpaired" else {True, False}
-        if len(labels) == 1:
-            raise DataError(
-                f"all {len(made):,} completions of these {self.name} are {'good' if True in labels else 'bad'}, and "
-                "this stage learns from good and bad ones. Give data that has both."
-            )
         return made
 
     def _compared_rows(self, rows: list[dict], form: str, rng: random.Random, notes: Counter) -> list[dict]:

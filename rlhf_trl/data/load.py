@@ -25,7 +25,7 @@ def load_files(
     **options,
 ):
     """
-    A `DatasetDict` from local files: .jsonl, .json, .csv, .parquet, the first three also as .gz.
+    A `DatasetDict` from local files: .jsonl, .json, .csv, .tsv, .parquet; all but the last also as .gz.
 
     Args:
         form (`str`): `prompt_completion`, `preference`, `unpaired`, `comparisons` or `prompt`: what the stage

@@ -273,8 +273,16 @@ def report_cut_rows(dataset, tokenizer, max_length: int | None = None):
     How many rows are cut is printed, and how many of them lose the whole completion, which then teaches nothing.
 
     Raises:
-        [`~rlhf_trl.errors.DataError`]: if no row of a split keeps any of its completion.
+        [`~rlhf_trl.errors.DataError`]: if no row of a split keeps any of its completion, or all training rows have one
+            label.
     """
+    if "label" in dataset["train"].column_names:
+        labels = set(dataset["train"]["label"])
+        if len(labels) == 1:
+            raise DataError(
+                f"all {len(dataset['train']):,} training rows are labelled {str(labels.pop()).lower()}, and this "
+                "stage learns from good and bad completions. Give data that has both."
+            )
     for split, rows in dataset.items() if max_length is not None else ():
         measured = rows.map(
             lambda row: dict(zip(("prompt_tokens", "tokens"), _lengths(tokenizer, row), strict=True)),
