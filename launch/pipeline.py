@@ -30,6 +30,7 @@ from rlhf_trl.launching import (
     state_of,
 )
 from rlhf_trl.report.project import write_report
+from rlhf_trl.terminal import printable
 
 
 def main() -> None:
@@ -182,7 +183,7 @@ def result(project_dir: Path, steps: list[str]) -> str:
     parts = [table(["step", "time", "metric", "start", "end"], rows)]
     comparison = project_dir / "comparison.json"
     if comparison.exists():
-        parts.append(comparison_text(json.loads(comparison.read_text(encoding="utf-8"))))
+        parts.append(printable(comparison_text(json.loads(comparison.read_text(encoding="utf-8")))))
     return "\n\n".join(
         [*parts, f"Report: {project_dir / 'report' / 'index.html'}\nRuns and comparison: {project_dir}"]
     )

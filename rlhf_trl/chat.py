@@ -22,6 +22,7 @@ from rlhf_trl.policies import Policy, Prompt, as_prompt, load_policies, score, t
 from rlhf_trl.quiet import quiet
 from rlhf_trl.run import project_dir, reward_functions
 from rlhf_trl.sizes import check_rows, sizes_of
+from rlhf_trl.terminal import printable
 
 COMMANDS = {
     "/score": "what the rewards say of the last answers",
@@ -127,7 +128,7 @@ def talk(
             print("\n(stopped)", file=out, flush=True)
             continue
         except ConfigError as error:  # a prompt that one of them can't take
-            print(f"({error})", file=out, flush=True)
+            print(printable(f"({error})"), file=out, flush=True)
             continue
         show(last, rewards if always_score else [], out)
         if remember:
@@ -148,7 +149,7 @@ def typed(out: TextIO) -> Iterator[str]:
             print(file=out, flush=True)
             return
         if not sys.stdin.isatty():
-            print(line, file=out, flush=True)  # as it would stand in a terminal
+            print(printable(line), file=out, flush=True)  # as it would stand in a terminal
         yield line
 
 
@@ -171,7 +172,7 @@ def command(line: str, last: list[Answer], rewards: Sequence[Callable], memory: 
         scores = {given.policy.name: scored(given, rewards) for given in last}
         alike = len(set(scores.values())) == 1  # such as a reward that doesn't know this prompt
         for name, said in list(scores.items())[: 1 if alike else None]:
-            print(f"  {'' if alike else f'{name}: '}{said}", file=out, flush=True)
+            print(printable(f"  {'' if alike else f'{name}: '}{said}"), file=out, flush=True)
 
 
 def forget(last: list[Answer], memory: dict[str, list[dict]]) -> None:
@@ -216,7 +217,7 @@ class Stream(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Shows a piece of text."""
-        print(text, file=self.out, flush=True, end="\n" if stream_end else "")
+        print(printable(text), file=self.out, flush=True, end="\n" if stream_end else "")
 
 
 def show(answers: list[Answer], rewards: Sequence[Callable], out: TextIO) -> None:
@@ -225,10 +226,10 @@ def show(answers: list[Answer], rewards: Sequence[Callable], out: TextIO) -> Non
     if len(answers) > 1:
         titles = [name + (f" ({scores[name]})" if name in scores else "") for name in (a.policy.name for a in answers)]
         texts = {title: given.text for title, given in zip(titles, answers, strict=True)}
-        print(side_by_side(texts, shutil.get_terminal_size((100, 24)).columns), file=out, flush=True)
+        print(printable(side_by_side(texts, shutil.get_terminal_size((100, 24)).columns)), file=out, flush=True)
     else:
         for said in scores.values():
-            print(f"  ({said})", file=out, flush=True)
+            print(printable(f"  ({said})"), file=out, flush=True)
 
 
 def scored(given: Answer, rewards: Sequence[Callable]) -> str:

@@ -26,6 +26,7 @@ from rlhf_trl.cpu import keep_freed_memory
 from rlhf_trl.errors import ConfigError, DivergedError
 from rlhf_trl.paths import conf_dir
 from rlhf_trl.quiet import quiet
+from rlhf_trl.terminal import AboveBars, close_bars, printable
 from rlhf_trl.tracebacks import told_by_own_code
 
 # Set unless the user has set them. The first four keep the libraries from phoning home.
@@ -69,9 +70,10 @@ def main() -> None:
 
 def run(cfg: DictConfig) -> float | None:
     """Check the config and run its stage; with `dry_run` only tell what would be run."""
-    if os.environ.get("RANK", "0") != "0":
-        for handler in logging.getLogger().handlers:
-            if not isinstance(handler, logging.FileHandler):
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setStream(AboveBars(handler.stream))
+            if os.environ.get("RANK", "0") != "0":
                 handler.setLevel(logging.ERROR)  # rank 0 says it for all
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         cfg.run_name = f"{cfg.run_name}_sweep/{HydraConfig.get().job.num}"  # which is also Hydra's folder of this job
@@ -155,7 +157,8 @@ def _is_launched() -> bool:
 def _leave(message: str, status: int) -> None:
     """Say it once, whatever the number of ranks, and exit."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+        close_bars()
+        print(printable(message), file=sys.stderr, flush=True)
     sys.exit(status)
 
 

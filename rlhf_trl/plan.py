@@ -27,6 +27,7 @@ from rlhf_trl.run import (
     source,
     training_arguments,
 )
+from rlhf_trl.terminal import printable
 
 
 def show_plan(cfg: DictConfig) -> None:
@@ -76,7 +77,7 @@ def show_plan(cfg: DictConfig) -> None:
     scored = batch is None or "completion_ids" in dataset["train"].column_names
     shown = render_sample(tokenizer, dataset["train"][0]) if scored else render_batch(tokenizer, batch)
     for line in shown.splitlines():
-        print(f"  {line}")
+        print(f"  {printable(line)}")
     print("\nDry run: nothing was started and nothing written. Leave out `debug=dry_run` to run it.")
 
 

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from ..errors import ConfigError
 from ..signs import BASELINE, LEVELS, SIGNS, WINDOW, Series, all_limits, judge, rollout_measures, signs_seen
+from ..terminal import printable
 from . import any_rank, steps_per_rollout
 from .nonfinite import NonfiniteGuard
 from .rollouts import record_rollouts
@@ -172,4 +173,4 @@ class HealthMonitor(NonfiniteGuard):
 
     def _say(self, state: TrainerState, text: str) -> None:
         if state.is_world_process_zero:
-            tqdm.write(text)
+            tqdm.write(printable(text))

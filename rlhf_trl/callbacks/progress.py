@@ -8,6 +8,7 @@ from transformers import ProgressCallback
 from transformers.trainer_utils import has_length
 
 from rlhf_trl.signs import verdict
+from rlhf_trl.terminal import printable
 
 # What to show of a log step: {logged name: label}, one table a trainer, under a name that tells the trainer. All that
 # is logged goes to metrics.json and to the logger; a terminal line holds about eight.
@@ -149,4 +150,4 @@ class ProgressLine(ProgressCallback):
             line = "train " + metrics_line(logs, self.columns, state.global_step, state.max_steps)
             if told := verdict(logs):
                 line += f"  {told}"
-        tqdm.write(line)  # which keeps it out of the bars
+        tqdm.write(printable(line))  # which keeps it out of the bars

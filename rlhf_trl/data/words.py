@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterable
 
 from rlhf_trl.hints import nearest
+from rlhf_trl.terminal import printable
 
 
 def say(text: str) -> None:
     """Print on the first rank only."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
 
 def names_of(names: Iterable[str]) -> str:

@@ -39,6 +39,7 @@ from rlhf_trl.report import write_page
 from rlhf_trl.report.project import project_page
 from rlhf_trl.report.records import read_json, swept_keys
 from rlhf_trl.run import begin, end, fail, instantiate_data, instantiated, project_dir, reward_functions
+from rlhf_trl.terminal import printable
 
 
 class Policy(NamedTuple):
@@ -101,7 +102,7 @@ def evaluate(cfg: DictConfig) -> None:
         log_summary(summary_of(comparison))
         log_images(page.figures())
     if stage.show:
-        print("\n" + comparison_text(comparison))
+        print("\n" + printable(comparison_text(comparison)))
     print(f"\nReport: {path}")
 
 

@@ -40,6 +40,7 @@ from rlhf_trl.report import write_page
 from rlhf_trl.report.reward_page import reward_page, reward_text
 from rlhf_trl.rewards import ModelReward
 from rlhf_trl.run import begin, command, end, fail, instantiate_data, project_dir, reward_functions
+from rlhf_trl.terminal import printable
 
 QUALITY_FILE = "reward_quality.json"
 # A column that was not asked for parts comparisons if it has so many different values
@@ -90,7 +91,7 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
     write_metrics(cfg.run_dir, [{"step": 0, **metrics}])
     page = write_page(reward_page(quality, f"{cfg.project}/{cfg.run_name}", command(cfg)), Path(cfg.run_dir, "report"))
     end(cfg, "done")
-    print(f"\n{reward_text(quality)}\n\n{page}")
+    print(f"\n{printable(reward_text(quality))}\n\n{page}")
     if cfg.objective is not None and cfg.objective not in metrics:
         others = did_you_mean(cfg.objective, metrics)
         say(f"The objective `{cfg.objective}` was not measured, so a sweep would get nothing from this run.{others}")
