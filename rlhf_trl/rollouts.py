@@ -2,8 +2,9 @@
 What PPO, GRPO and RLOO share: completions are sampled from the very policy that scores and learns from them.
 
 [`Rollouts`] holds for TRL's trainers, on every architecture, that sampling takes the stage's settings alone, that
-padding doesn't move a token to another position, and that there is no dropout. The methods with a leading underscore
-override private ones of TRL 1.16; tests/test_rollouts.py compares what comes out with forwards of its own.
+prompts are rendered with what their rows say, that padding doesn't move a token to another position, and that there is
+no dropout. The methods with a leading underscore override private ones of TRL 1.16; tests/test_rollouts.py compares
+what comes out with forwards of its own.
 """
 
 import functools
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from .callbacks.sampling import biasing_settings
+from .data.tokens import prompt_ids, template_kwargs
 from .dropout import disable_dropout
+from .errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +115,31 @@ class Rollouts:
                 "than the policy's, so KL and ratios are biased.",
                 ", ".join(biased),
             )
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.chat_template_kwargs:  # the rewards are told with what a row was rendered, as its own columns tell
+            inputs = [
+                row | {"chat_template_kwargs": self.chat_template_kwargs | (row.get("chat_template_kwargs") or {})}
+                for row in inputs
+            ]
+        if (tools := getattr(self, "tools", None)) and any(row.get("tools") for row in inputs):
+            raise ConfigError(
+                f"The rows have tools of their own, and the trainer has {len(tools)} to call. Leave out the column "
+                "`tools`, or the trainer's argument."
+            )
+        self._rows = inputs
+        return super()._generate_and_score_completions(inputs)
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], list | None, dict[str, Any]]:
+        """Ids of the prompts, with the `tools` and `chat_template_kwargs` of their rows, which TRL leaves out."""
+        if self._is_vlm or getattr(self, "environment_factories", None) is not None:
+            return super()._tokenize_prompts(prompts)
+        own = {"tools": self.tools, "chat_template": self.chat_template} if getattr(self, "tools", None) else {}
+        ids = [
+            prompt_ids(self._tokenizer, prompt, **own, **template_kwargs(row))
+            for prompt, row in zip(prompts, self._rows, strict=True)
+        ]
+        return ids, None, {}
 
     def _generate_single_turn(self, *args, **kwargs):
         with token_ids_alone(self._policy):

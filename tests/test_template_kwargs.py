@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from datasets import Dataset, DatasetDict, Features, Json
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_trl.data import row_ids, tokenize_comparisons
 from rlhf_trl.data.tokens import keep_template_kwargs, prompt_ids
 from rlhf_trl.evaluation.evaluate import score
+from rlhf_trl.generate import completions
 from rlhf_trl.models import load_tokenizer
 from rlhf_trl.policies import Policy
 from rlhf_trl.policies import score as score_of_policy
 from rlhf_trl.rewards import HttpReward, ModelReward
+from tests.helpers.rl import TRAINERS, rl_trainer
 from tests.test_http_reward import serving
 from tests.tiny import CHAT_TEMPLATE, save_model
 
@@ -158,3 +160,60 @@ def test_a_reward_run_records_the_arguments_of_its_rows(tmp_path, train):
     file.write_text("".join(json.dumps({"prompt": prompt} | answers) + "\n" for prompt in prompts))
     run = train(tmp_path, "stage=reward", "model=hf", f"model.path={path}", "data=files", f"data.paths={file}")
     assert AutoTokenizer.from_pretrained(run).init_kwargs["chat_template_kwargs"] == OFF
+
+
+WITH_TOOLS = "{% for tool in tools or [] %}{{ tool['function']['name'] }} {% endfor %}" + THINKING
+ROWS = [
+    {"tools": None, "chat_template_kwargs": {}},
+    {"tools": None, "chat_template_kwargs": OFF},
+    {"tools": [{"type": "function", "function": {"name": "k"}}], "chat_template_kwargs": {}},
+    {"tools": [{"type": "function", "function": {"name": "l"}}], "chat_template_kwargs": OFF},
+]
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_rollouts_and_rewards_read_a_rows_own_tools_and_arguments(tmp_path, kind):
+    path, given, told = save_model(tmp_path / "policy"), [], {}
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = WITH_TOOLS
+    tokenizer.save_pretrained(path)
+    reward = ModelReward(save_reward_model(tmp_path / "rm", WITH_TOOLS))
+    reward.bind(tokenizer)
+
+    def score(prompts, completions, completion_ids, **columns):
+        told.update(columns, prompts=prompts, ids=completion_ids)
+        told["scores"] = reward(prompts, completions, completion_ids, **columns)
+        return told["scores"]
+
+    rows = [{"prompt": chat, **row, "number": i} for i, (chat, row) in enumerate(zip(CHATS, ROWS, strict=True))]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    features = Features({name: Json() for name in rows[0]})
+    data = Dataset.from_dict(columns, features=features)
+    trainer = rl_trainer(
+        kind, path, tmp_path / "out", data=data, reward_funcs=score, chat_template_kwargs={"depth": 2}
+    )
+    single_turn = trainer._generate_single_turn
+    trainer._generate_single_turn = lambda ids, *rest, **kw: given.extend(ids) or single_turn(ids, *rest, **kw)
+    trainer.train()
+    expected = []
+    for number in told["number"]:
+        kwargs = ROWS[number]["chat_template_kwargs"]
+        names = [tool["function"]["name"] for tool in ROWS[number]["tools"] or []]
+        text = " ".join([*names, "<user>", CHATS[number][0]["content"], "<assistant>", *(["p p"] if kwargs else [])])
+        expected.append(tokenizer(text)["input_ids"])
+    assert sorted(set(told["number"])) == [0, 1, 2, 3]
+    assert given[: len(expected)] == expected
+    rows = [prompt + ids for prompt, ids in zip(expected, told["ids"], strict=True)]
+    assert told["scores"] == pytest.approx(reward.score_ids(rows), abs=1e-6)
+    assert told["chat_template_kwargs"] == [{"depth": 2} | ROWS[i]["chat_template_kwargs"] for i in told["number"]]
+
+
+def test_generate_reads_a_rows_own_tools_and_arguments(tmp_path):
+    tokenizer = policy_tokenizer(tmp_path / "policy", WITH_TOOLS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    policy, lengths = Policy("p", str(tmp_path / "policy"), model, tokenizer), []
+    generate = model.generate
+    model.generate = lambda **kw: lengths.extend(kw["attention_mask"].sum(1).tolist()) or generate(**kw)
+    rows = [{"prompt": CHATS[0], **row} for row in ROWS]
+    list(completions(policy, rows, [], n=1, temperature=1.0, max_completion_length=4, batch_size=4, seed=0))
+    assert lengths == [4, 6, 5, 7]
