@@ -17,9 +17,10 @@ from torch import Tensor
 
 from rlhf_trl import run
 from rlhf_trl.calibration import calibration_of, write_calibration
-from rlhf_trl.callbacks.record import METRICS_FILE, read_run, write_json, write_metrics
+from rlhf_trl.callbacks.record import METRICS_FILE, last_checkpoint, read_run, write_json, write_metrics
 from rlhf_trl.checks.values import read_json
 from rlhf_trl.data import head_names
+from rlhf_trl.directory import discard_old
 from rlhf_trl.models import ENSEMBLE_FILE, load_tokenizer
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.reward_model import CALIBRATION_COMPLETIONS, ComparisonCollator, leads_of, reference_scores
@@ -28,6 +29,7 @@ from rlhf_trl.rewards import ModelReward
 ROWS_AT_ONCE = 64
 
 
+@run.claims_directory
 def train(cfg: DictConfig) -> float | None:
     """
     Trains a reward model, or `cfg.stage.members` of them as an ensemble.
@@ -41,7 +43,7 @@ def train(cfg: DictConfig) -> float | None:
         `float` or `None`: as [`~rlhf_trl.run.train`].
     """
     if cfg.stage.members == 1:
-        return run.train(cfg)
+        return run.train_claimed(cfg)
     OmegaConf.resolve(cfg)
     members = [member_config(cfg, i, seed) for i, seed in enumerate(member_seeds(cfg))]
     run.begin(cfg, resolve_path(cfg.model.path, cfg.model.run, run.project_dir(cfg)))
@@ -51,7 +53,10 @@ def train(cfg: DictConfig) -> float | None:
                 continue
             if PartialState().is_main_process:
                 print(f"\nMember {i + 1} of {len(members)}: {member.run_dir}")
-            run.train(member)
+            member.resume = cfg.resume and last_checkpoint(member.run_dir) is not None
+            run.train_claimed(member)
+            if PartialState().is_main_process:
+                discard_old(cfg.run_dir)
             gc.collect()  # trainers are in reference cycles, and the next one needs their memory
             if torch.accelerator.is_available():
                 torch.accelerator.empty_cache()
@@ -59,7 +64,7 @@ def train(cfg: DictConfig) -> float | None:
     except BaseException as error:
         if isinstance(error, SystemExit):  # of a member, after Ctrl-C
             run.end(cfg, "stopped")
-        elif any(read_run(member.run_dir) for member in members):
+        elif any(has_begun(member.run_dir) for member in members):
             stopped = isinstance(error, KeyboardInterrupt)
             run.end(cfg, "stopped" if stopped else "failed", error=f"{type(error).__name__}: {error}")
         else:
@@ -67,6 +72,11 @@ def train(cfg: DictConfig) -> float | None:
         raise
     run.end(cfg, "done")
     return metrics.get(cfg.objective)
+
+
+def has_begun(run_dir: str) -> bool:
+    """Whether a member has left something to go on from."""
+    return (read_run(run_dir) or {}).get("status") == "done" or last_checkpoint(run_dir) is not None
 
 
 def member_seeds(cfg: DictConfig) -> list[int]:

@@ -19,11 +19,12 @@ from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.sampling import sample
 from rlhf_trl.policies import Policy, as_prompt, load_policies, score, total
 from rlhf_trl.quiet import quiet
-from rlhf_trl.run import begin, end, fail, project_dir, reward_functions
+from rlhf_trl.run import begin, claims_directory, end, fail, project_dir, reward_functions
 
 DEMO = "demo"
 
 
+@claims_directory
 def generate(cfg: DictConfig) -> None:
     """
     Writes completions of `cfg.stage.prompts` by the policy that `cfg.model` names to `cfg.stage.output`.

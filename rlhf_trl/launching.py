@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import yaml
 
+from rlhf_trl.directory import holder, under_way
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.paths import conf_dir
 
@@ -149,11 +150,8 @@ def state_of(run_dir: str | os.PathLike, overrides: Sequence[str]) -> str:
     record = read_run(run_dir)
     if not record:
         return "new"
-    if record["status"] == "running" and is_alive(record["pid"]):
-        raise ConfigError(
-            f"The run in `{run_dir}` is still under way, as process {record['pid']}. Wait for it, or stop it with "
-            f"`kill {record['pid']}`, then give the same command again."
-        )
+    if owner := holder(run_dir):
+        raise ConfigError(under_way(run_dir, owner))
     done = record["status"] == "done"
     if not done and not any(Path(run_dir).glob("checkpoint-*/")):
         return "unfinished"
@@ -170,14 +168,6 @@ def overrides_of(command: str) -> list[str]:
     """The overrides in a command as `run.json` records it, sorted, without `resume` and `overwrite`."""
     parts = [part for part in shlex.split(command) if part.startswith("~") or "=" in part and part[0] != "-"]
     return sorted(part for part in parts if part.split("=")[0] not in ("resume", "overwrite"))
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process is one of our runs and still there."""
-    try:
-        return any("train.py" in part or "rlhf_trl" in part for part in psutil.Process(pid).cmdline())
-    except psutil.Error:
-        return False
 
 
 def read_metrics(run_dir: str | os.PathLike) -> dict:

@@ -4,17 +4,19 @@ The flow of a run, from the composed config to a saved model: the only module th
 What differs between stages is in conf/stage/*.yaml; keys that a stage has no use for are simply not there.
 """
 
+import contextlib
 import functools
 import os
 import shlex
 import shutil
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
@@ -50,14 +52,16 @@ from rlhf_trl.callbacks.record import (
 )
 from rlhf_trl.callbacks.samples import SampleLog
 from rlhf_trl.callbacks.unrewarded import UnrewardedGuard
-from rlhf_trl.checks.run_directory import resume_changes
+from rlhf_trl.checks.run_directory import run_directory_problems
 from rlhf_trl.checks.sizes import check_rows_fit
 from rlhf_trl.checks.values import plain
 from rlhf_trl.data import head_names
 from rlhf_trl.data.tokens import end_tokens, keep_template_kwargs
+from rlhf_trl.directory import claimed, discard_old, holds_old, put_back, recover, set_aside
 from rlhf_trl.dotpaths import find
 from rlhf_trl.dropout import disable_dropout
 from rlhf_trl.errors import ConfigError, DataError
+from rlhf_trl.inputs import inputs_of, resume_problems
 from rlhf_trl.launching import config_dirs
 from rlhf_trl.log_probs import quicken_log_probs
 from rlhf_trl.loggers import is_first_rank
@@ -68,6 +72,41 @@ from rlhf_trl.rewards import ModelReward
 from rlhf_trl.rewards.base import GIVEN
 
 
+def claims_directory(stage: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """
+    Let a stage begin only when its run directory is this process's alone, and used as the config says, see
+    `rlhf_trl.directory`. Every rank calls it; rank 0 claims for all.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: on every rank, if another process has claimed the directory, or an earlier
+            run in it doesn't allow this one: it may have begun since the checks.
+    """
+
+    @functools.wraps(stage)
+    def claimed_stage(cfg: DictConfig) -> Any:
+        with contextlib.ExitStack() as stack:
+            problems = []
+            if PartialState().is_main_process:
+                try:
+                    stack.enter_context(claimed(cfg.run_dir))
+                    recover(cfg.run_dir)
+                    problems = run_directory_problems(plain(cfg)[0])
+                except ConfigError as error:
+                    problems = [str(error)]
+            raise_everywhere(problems)
+            return stage(cfg)
+
+    return claimed_stage
+
+
+def raise_everywhere(problems: list[str]) -> None:
+    """Raise on every rank what rank 0 has found, if anything: a rank that goes on alone would wait for ever."""
+    (problems,) = broadcast_object_list([problems])
+    if problems:
+        raise ConfigError.join(problems)
+
+
+@claims_directory
 def train(cfg: DictConfig) -> float | None:
     """
     Trains what `cfg.stage` names, evaluates the model, and saves it into `cfg.run_dir`.
@@ -82,6 +121,11 @@ def train(cfg: DictConfig) -> float | None:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if arguments, models, data or an earlier run in `run_dir` don't allow it.
     """
+    return train_claimed(cfg)
+
+
+def train_claimed(cfg: DictConfig) -> float | None:
+    """[`train`] in a directory that is claimed already, such as that of a member of an ensemble."""
     OmegaConf.resolve(cfg)
     quiet()
     quicken_log_probs()
@@ -93,7 +137,7 @@ def train(cfg: DictConfig) -> float | None:
     if "eval" not in dataset:
         args.eval_strategy, args.do_eval, args.eval_on_start = IntervalStrategy.NO, False, False
 
-    checkpoint = begin(cfg, path)
+    checkpoint = begin(cfg, path, inputs_of(cfg, path, dataset))
     interrupt = Interrupt(resume_command=command(cfg, "resume=true"))
     try:
         logger = instantiate(cfg.logger.run)
@@ -205,47 +249,38 @@ def instantiated(node: DictConfig, **options):
         raise
 
 
-def begin(cfg: DictConfig, path: str) -> str | None:
+def begin(cfg: DictConfig, path: str, inputs: Mapping[str, Any] | None = None) -> str | None:
     """
-    Makes the run directory ready and leaves the config and `run.json` in it.
+    Makes the run directory ready and leaves the config and `run.json` in it. An earlier run that is overwritten is set
+    aside until this one has begun.
+
+    Args:
+        path (`str`): what the run starts from.
+        inputs (`Mapping`, *optional*): what else its result depends on, see [`~rlhf_trl.inputs.inputs_of`].
 
     Returns:
         `str` or `None`: the checkpoint to go on from.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if a resumed run's config has changed, or the run would delete its own start.
+        [`~rlhf_trl.errors.ConfigError`]: if a resumed run depends on something that has changed since.
     """
-    state, run_dir, checkpoint = PartialState(), Path(cfg.run_dir), None
-    used = read_run(run_dir) is not None
-    if used and cfg.resume:
-        if changes := resume_changes(run_dir, plain(cfg)[0]):
-            raise ConfigError.join(changes)
-        checkpoint = last_checkpoint(run_dir)
-        if state.is_main_process:
-            print(f"Going on from {checkpoint}." if checkpoint else f"No checkpoint in {run_dir}: starting anew.")
-    elif used and Path(path).is_relative_to(run_dir.resolve()):
-        raise ConfigError(
-            f"The run would delete the model that it starts from (`{path}`). Give the run another `run_name`."
-        )
+    state, run_dir = PartialState(), Path(cfg.run_dir)
+    checkpoint, problems = last_checkpoint(run_dir) if cfg.resume else None, []
     state.wait_for_everyone()  # no rank may look at the directory after rank 0 has changed it
     if state.is_main_process:
-        if used and not cfg.resume:
-            clear(run_dir)
-        start_run(run_dir, stage=cfg.stage.name, command=command(cfg), model=path)
+        record = read_run(run_dir)
+        if checkpoint:
+            problems = resume_problems(run_dir, checkpoint, record.get("inputs", {}), inputs or {})
+        elif record is not None and not cfg.resume:
+            set_aside(run_dir)
+    raise_everywhere(problems)
+    if state.is_main_process:
+        if checkpoint:
+            print(f"Going on from {checkpoint}.")
+        start_run(run_dir, stage=cfg.stage.name, command=command(cfg), model=path, inputs=inputs)
         OmegaConf.save(cfg, run_dir / "config.yaml")
     state.wait_for_everyone()
     return checkpoint
-
-
-def clear(run_dir: Path) -> None:
-    """Deletes what an earlier run left, except for what Hydra has already written for this one."""
-    for entry in run_dir.iterdir():
-        if entry.name == ".hydra" or entry.suffix == ".log":
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
 
 
 def make_trainer(
@@ -418,14 +453,20 @@ def end(cfg: DictConfig, status: str, **extra) -> None:
         if adapter is not None:
             extra["base"] = adapter.base_model_name_or_path
             extra["base_fingerprint"] = fingerprint(base_path(cfg.run_dir, adapter))
+        discard_old(cfg.run_dir)  # of a stage that takes no steps
         finish_run(cfg.run_dir, status, **extra)
 
 
 def fail(cfg: DictConfig, error: BaseException) -> None:
-    """Writes on rank 0 what ended the run. A wrong config that let nothing begin leaves the directory free."""
-    if isinstance(error, ConfigError) and not cfg.resume and last_checkpoint(cfg.run_dir) is None:
-        if PartialState().is_main_process:
-            Path(cfg.run_dir, "run.json").unlink()
+    """
+    Writes on rank 0 what ended the run. One that didn't begin leaves the directory as it was: with the earlier run
+    that it was to overwrite, or, where the config was wrong, free.
+    """
+    if not PartialState().is_main_process:
+        return
+    is_wrong = isinstance(error, ConfigError) and not cfg.resume and last_checkpoint(cfg.run_dir) is None
+    if is_wrong or holds_old(cfg.run_dir):
+        put_back(cfg.run_dir)
     else:
         end(
             cfg,

@@ -71,11 +71,17 @@ def init(cfg) -> None:
     Raises:
         `ConfigError`: the data is missing, malformed, or no text.
     """
+    from rlhf_trl.run import claims_directory
+
+    claims_directory(_init)(cfg)
+
+
+def _init(cfg) -> None:
     from accelerate import PartialState
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from rlhf_trl.run import begin, end, instantiate_data
+    from rlhf_trl.run import begin, end, fail, instantiate_data
 
     OmegaConf.resolve(cfg)
     rows = instantiate_data(cfg)["train"]
@@ -88,6 +94,6 @@ def init(cfg) -> None:
             tokenizer.save_pretrained(cfg.run_dir)
             print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} words: {cfg.run_dir}")
     except BaseException as error:
-        end(cfg, "failed", error=f"{type(error).__name__}: {error}")
+        fail(cfg, error)
         raise
     end(cfg, "done")

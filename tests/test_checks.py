@@ -317,13 +317,6 @@ def test_hydras_folder_alone_is_no_use(problems):
     assert problems() == []
 
 
-def test_a_run_under_way_is_left_alone(problems, monkeypatch):
-    make_run("ppo", "running", pid=1)
-    monkeypatch.setattr("rlhf_trl.checks.run_directory.is_alive", lambda pid: pid == 1)
-    for words in ([], ["resume=true"], ["overwrite=true"]):
-        one(problems(*words), "under way, as process 1")
-
-
 def test_a_resume_with_another_config_lists_the_keys(problems, compose):
     from omegaconf import OmegaConf
 

@@ -340,6 +340,6 @@ def test_overwrite_deletes_the_old_run_first(train, tmp_path):
     assert Path(run_dir, "checkpoint-1").is_dir()
     train(tmp_path, *few, "overwrite=true")
     assert not Path(run_dir, "checkpoint-1").exists() and record(run_dir)["status"] == "done"
-    with pytest.raises(ConfigError, match="would delete the model that it starts from"):
+    with pytest.raises(ConfigError, match="the command needs it: `model.run`"):
         train(tmp_path, *few, "overwrite=true", "model.run=sft")
     assert weights(run_dir)

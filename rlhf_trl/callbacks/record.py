@@ -8,13 +8,19 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
+from rlhf_trl.directory import discard_old
+
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
+# In a checkpoint: the sizes of its files
+FILES_FILE = "files.json"
 # Where a checkpoint is written until it is whole
 UNFINISHED = ".unfinished"
 # A long history is not written again at each of many log steps
@@ -51,7 +57,9 @@ def read_run(run_dir: str | os.PathLike) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def start_run(run_dir: str | os.PathLike, stage: str, command: str, model: str | None) -> None:
+def start_run(
+    run_dir: str | os.PathLike, stage: str, command: str, model: str | None, inputs: Mapping[str, Any] | None = None
+) -> None:
     """
     Writes `run.json` with status `running`. Call it on rank 0, after the checks.
 
@@ -64,6 +72,9 @@ def start_run(run_dir: str | os.PathLike, stage: str, command: str, model: str |
             The command that starts this run, as one would type it.
         model (`str`, *optional*):
             Path or hub id of the model that the run starts from.
+        inputs (`Mapping`, *optional*):
+            What else its result depends on, see [`~rlhf_trl.inputs.inputs_of`]. A resumed run keeps those that it
+            began with.
     """
     os.makedirs(run_dir, exist_ok=True)
     earlier = read_run(run_dir) or {}
@@ -77,6 +88,7 @@ def start_run(run_dir: str | os.PathLike, stage: str, command: str, model: str |
         "started": earlier.get("started", _now()),
         "ended": None,
         "versions": versions(),
+        "inputs": {**(inputs or {}), **earlier.get("inputs", {})},
     }
     write_json(Path(run_dir, RUN_FILE), content)
 
@@ -172,6 +184,7 @@ def save_whole_checkpoints(trainer) -> None:
         if args.should_save:
             if best_so_far:
                 state.save_to_json(str(unfinished / name / "trainer_state.json"))
+            write_json(unfinished / name / FILES_FILE, _sizes(unfinished / name))
             for path in [path for path in unfinished.rglob("*") if path.is_file()]:
                 _sync(path)
             _sync(unfinished / name)
@@ -205,6 +218,25 @@ def never_past_the_end(trainer) -> None:
     trainer._run_epoch = unless_at_the_end
 
 
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+
+
+def missing_files(checkpoint: str | os.PathLike) -> list[str]:
+    """
+    Files of a checkpoint that were written with it and are gone, or not whole any more.
+
+    The trainer goes on without a missing optimizer, scheduler or random state, and says nothing.
+    """
+    path = Path(checkpoint, FILES_FILE)
+    if not path.exists():
+        return []
+    there = _sizes(Path(checkpoint))
+    written = json.loads(path.read_text(encoding="utf-8"))
+    return [name for name, size in written.items() if there.get(name) != size]
+
+
 def _sync(path: str | os.PathLike) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
@@ -234,7 +266,7 @@ def rotate(run_dir: str | os.PathLike, limit: int, best: str | None) -> None:
 
 class RunRecord(TrainerCallback):
     """
-    Keeps `metrics.json` up to date.
+    Keeps `metrics.json` up to date, and deletes the run that this one overwrites when it has taken its first step.
 
     Args:
         run_dir (`str`):
@@ -247,6 +279,10 @@ class RunRecord(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._write(state)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            discard_old(self.run_dir)
 
     def on_log(self, args, state, control, **kwargs):
         if time.monotonic() - self._written > SECONDS_BETWEEN_WRITES:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from rlhf_trl.checks.batches import batch_problems, world_size
 from rlhf_trl.checks.combinations import combination_problems
 from rlhf_trl.checks.names import argument_problems, section_problems, target_problems
-from rlhf_trl.checks.places import data_problems, model_problems
+from rlhf_trl.checks.places import data_problems, model_problems, output_problems
 from rlhf_trl.checks.rewards import reward_problems
 from rlhf_trl.checks.run_directory import run_directory_problems
 from rlhf_trl.checks.values import plain
@@ -51,6 +51,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
         argument_problems,
         model_problems,
         data_problems,
+        output_problems,
         batch_problems,
         combination_problems,
         reward_problems,

@@ -1,11 +1,13 @@
 """Models, earlier runs and data that are not where the config says."""
 
+import glob
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.checks.values import at, nodes, read_json, section
+from rlhf_trl.checks.values import at, nodes, read_json, section, texts
 from rlhf_trl.data.read import resolve_paths
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest
@@ -40,6 +42,55 @@ def model_problems(values: dict[str, Any]) -> list[str]:
         if isinstance(place, str) and not re.search("[/:.~]", place) and not Path(place).is_dir():
             problems += _earlier_run(key, place, values)
     return problems
+
+
+# Keys that name what is written, or nothing on the disk
+NOT_READ = {"run_dir", "runs_dir", "output_dir", "logging_dir", "output", "run_name", "name", "project", "starts_from"}
+RUNS = {"run", "policy", "policies", "sweeps"}
+GLOBS = {"paths", "eval_paths", "prompts"}
+
+
+def read_paths(values: dict[str, Any]) -> list[tuple[str, Path]]:
+    """
+    Every file and folder that the command reads, with the key that names it: whatever text of the config is the path
+    of something that exists, the runs of the project that it names, and of adapters and ensembles what they stand on.
+    """
+    found = [(key, path) for key, path in _named_paths(values) if os.path.exists(path)]
+    for key, path in found:  # which grows
+        adapter, ensemble = (read_json(path / name) or {} for name in (MODEL_FILES[1], ENSEMBLE_FILE))
+        more = [path / str(name) for name in ensemble.get("members") or []]
+        if base := adapter.get("base_model_name_or_path"):
+            more += [Path(base), path / base]
+        found += [(key, each) for each in more if os.path.exists(each) and (key, each) not in found]
+    return found
+
+
+def _named_paths(values: dict[str, Any]) -> Iterator[tuple[str, Path]]:
+    for key, value in texts(values):
+        names = re.split(r"[.\[]", key)
+        if NOT_READ & {names[-1]} or not value:
+            continue
+        if RUNS & set(names):
+            yield key, project_dir(values) / value
+        yield key, Path(value).expanduser()
+        if GLOBS & set(names):
+            yield from ((key, Path(match)) for match in glob.glob(os.path.expanduser(value), recursive=True))
+
+
+def output_problems(values: dict[str, Any]) -> list[str]:
+    """Of a file that is written outside the run directory: it must not take the place of what is read."""
+    output = at(values, "stage.output")
+    if not isinstance(output, str):
+        return []
+    if Path(output).is_dir():
+        return [
+            f"`stage.output` is the folder `{output}`. Name a file in it: `stage.output={output}/completions.jsonl`."
+        ]
+    return [
+        f"`stage.output` is `{output}`, which the command reads itself (`{key}`). Name another file."
+        for key, path in read_paths(values)
+        if path.resolve() == Path(output).resolve()
+    ][:1]
 
 
 def project_dir(values: dict[str, Any]) -> Path:

@@ -1,13 +1,17 @@
-"""A run directory that is in use, or that can't be resumed."""
+"""A run directory that is in use, that can't be resumed, or that holds what must not be deleted."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from rlhf_trl.checks.values import flatten, plain, read_json
-from rlhf_trl.launching import is_alive
+from rlhf_trl.checks.places import read_paths
+from rlhf_trl.checks.values import at, flatten, plain, read_json
+from rlhf_trl.directory import holder, under_way
+
+RUN_FILE = "run.json"
+# Files that a run would write its own over
+MODELS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "checkpoint-*/")
 
 # A resumed run may differ in these from its beginning: none of them can change the weights.
 FREE_KEYS = (
@@ -30,32 +34,89 @@ FREE_KEYS = (
 )
 
 
+def name_problems(values: dict[str, Any]) -> list[str]:
+    """Of the names that make the run directory, in which things are deleted: each is one path below its parent."""
+    problems = []
+    for key in ("runs_dir", "run_dir"):
+        if not values.get(key):
+            problems.append(f"`{key}` is empty. Type `{key}=FOLDER`, or leave it out.")
+    for key in ("project", "run_name"):
+        name = values.get(key)
+        if isinstance(name, str) and all(part.strip() not in ("", ".", "..") for part in name.split("/")):
+            continue
+        if isinstance(name, str) or name is None:
+            shown = f"`{name}`, which is no folder below" if name and name.strip() else "empty, and names a folder in"
+            above = "`runs_dir`" if key == "project" else "the project's"
+            problems.append(
+                f"`{key}` is {shown} {above}. Type a name such as `{key}=mine`; parts of it may be joined by a `/`."
+            )
+        else:
+            problems.append(
+                f"`{key}` is {name!r}, which YAML reads as a number or truth value. Put the name in quotes: `{key}: "
+                '"..."`.'
+            )
+    return problems
+
+
 def run_directory_problems(values: dict[str, Any]) -> list[str]:
     """A directory is used when it holds `run.json`; Hydra's `.hydra` alone says nothing."""
-    if not values.get("run_dir"):
-        return []
+    if problems := name_problems(values):
+        return problems
     run_dir, resume, overwrite = Path(values["run_dir"]), values.get("resume"), values.get("overwrite")
-    record = read_json(run_dir / "run.json")
     if resume and overwrite:
         return ["`resume=true` goes on with a run and `overwrite=true` deletes it. Type only one of them."]
+    if owner := holder(run_dir):
+        return [under_way(run_dir, owner)]
+    record = read_json(run_dir / RUN_FILE)
+    if foreign := _foreign(run_dir, record):
+        return [f"`{run_dir}` {foreign}, so it is no run's. Type another `run_name=...`."]
     if record is None:
         return [f"`{run_dir}` holds no run, so there is nothing to resume. Leave out `resume=true`."] if resume else []
-    status, pid = record.get("status"), record.get("pid")
-    if status == "running" and isinstance(pid, int) and pid != os.getpid() and is_alive(pid):
-        return [
-            f"The run in `{run_dir}` is still under way, as process {pid}. Wait for it, stop it with `kill {pid}`, or "
-            "give this one another `run_name=...`."
-        ]
+    status = record["status"]
     if resume:
         return _resume_problems(run_dir, status, values)
     if overwrite:
-        return []
+        return _overwrite_problems(run_dir, values)
     go_on = (
         "it is finished, so `resume=true` has nothing to do" if status == "done" else "go on with it: `resume=true`"
     )
     return [
         f"`{run_dir}` already holds a run (its status is `{status}`). Ways out: {go_on}; keep it and start another: "
         "`run_name=...`; delete it and start again: `overwrite=true`."
+    ]
+
+
+def _foreign(run_dir: Path, record: dict[str, Any] | None) -> str | None:
+    """What says that something else than a run of ours is in a directory."""
+    if (run_dir / RUN_FILE).exists():
+        is_ours = record is not None and isinstance(record.get("status"), str) and "stage" in record
+        return None if is_ours else f"holds a `{RUN_FILE}` that isn't ours"
+    if run_dir.exists() and not run_dir.is_dir():
+        return "is a file"
+    models = [path.name for pattern in MODELS for path in run_dir.glob(pattern)]
+    return f"holds a model (`{models[0]}`) without `{RUN_FILE}`" if models else None
+
+
+def _overwrite_problems(run_dir: Path, values: dict[str, Any]) -> list[str]:
+    """What would be deleted with the earlier run and is none of it: other runs, and what this command reads."""
+    file = run_dir / "config.yaml"
+    members = file.is_file() and (OmegaConf.select(OmegaConf.load(file), "stage.members") or 1) > 1
+    nested = [
+        path.parent
+        for path in sorted(run_dir.rglob(RUN_FILE))
+        if path.parent != run_dir and not (members and path.parent.parent == run_dir and "member_" in str(path))
+    ]
+    if nested:
+        return [
+            f"`overwrite=true` would delete `{nested[0]}`, another run, with the one in `{run_dir}`. Move it, or type "
+            "another `run_name=...`."
+        ]
+    inside = run_dir.resolve()
+    lost = [(key, path) for key, path in read_paths(values) if path.resolve().is_relative_to(inside)]
+    return [
+        f"`overwrite=true` would delete `{path}` with the run in `{run_dir}`, and the command needs it: `{key}`. Type "
+        "another `run_name=...`."
+        for key, path in dict(reversed(lost)).items()
     ]
 
 
@@ -66,6 +127,11 @@ def _resume_problems(run_dir: Path, status: str, values: dict[str, Any]) -> list
             "or delete it and start again: `overwrite=true`."
         ]
     problems = []
+    if at(values, "stage.args.save_only_model") is True:
+        problems.append(
+            "`stage.args.save_only_model=true` keeps no optimizer in a checkpoint, so the run can't be resumed. Start "
+            "again: `overwrite=true`."
+        )
     if not any(run_dir.glob("checkpoint-*/")) and not any(run_dir.glob("member_*/run.json")):
         problems.append(
             f"`{run_dir}` holds no checkpoint, so there is nothing to resume. Start again: `overwrite=true`."

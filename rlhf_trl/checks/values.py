@@ -59,6 +59,15 @@ def nodes(values: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
             yield from nodes(child, f"{path}[{i}]")
 
 
+def texts(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """All strings of the config with their path."""
+    if isinstance(values, str):
+        yield path, values
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, child in items:
+        yield from texts(child, f"{path}[{key}]" if isinstance(values, list) else f"{path}.{key}".removeprefix("."))
+
+
 def at(values: dict[str, Any], path: str) -> Any:
     """The value at a dotted path, `None` where there is none."""
     node: Any = values

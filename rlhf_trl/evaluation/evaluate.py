@@ -38,7 +38,16 @@ from rlhf_trl.quiet import quiet
 from rlhf_trl.report import write_page
 from rlhf_trl.report.project import project_page
 from rlhf_trl.report.records import read_json, swept_keys
-from rlhf_trl.run import begin, end, fail, instantiate_data, instantiated, project_dir, reward_functions
+from rlhf_trl.run import (
+    begin,
+    claims_directory,
+    end,
+    fail,
+    instantiate_data,
+    instantiated,
+    project_dir,
+    reward_functions,
+)
 from rlhf_trl.terminal import printable
 
 
@@ -49,6 +58,7 @@ class Policy(NamedTuple):
     family: str
 
 
+@claims_directory
 def evaluate(cfg: DictConfig) -> None:
     """
     Compares the policies of `cfg.stage`, writes `comparison.json` and the report beside their runs, prints the tables.

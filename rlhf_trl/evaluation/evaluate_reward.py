@@ -39,7 +39,7 @@ from rlhf_trl.quiet import quiet
 from rlhf_trl.report import write_page
 from rlhf_trl.report.reward_page import reward_page, reward_text
 from rlhf_trl.rewards import ModelReward
-from rlhf_trl.run import begin, command, end, fail, instantiate_data, project_dir, reward_functions
+from rlhf_trl.run import begin, claims_directory, command, end, fail, instantiate_data, project_dir, reward_functions
 from rlhf_trl.terminal import printable
 
 QUALITY_FILE = "reward_quality.json"
@@ -48,6 +48,7 @@ FEWEST_VALUES, MOST_VALUES = 2, 20
 MISTAKES = 5
 
 
+@claims_directory
 def evaluate_reward(cfg: DictConfig) -> float | None:
     """
     Evaluates each reward of `cfg.reward` on the held-out rows of `cfg.data`: writes `reward_quality.json`,

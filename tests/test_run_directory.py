@@ -1,0 +1,322 @@
+"""The life of a run directory: who may write into it, and what is never deleted with it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_trl import directory
+from rlhf_trl.checks import find_problems
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.paths import conf_dir
+
+CLAIM = """
+import sys, time
+from rlhf_trl.directory import claimed
+with claimed(sys.argv[1]):
+    print("mine", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def problems(compose, monkeypatch, tmp_path):
+    """`problems(*overrides)`: what the light checks find, seen from an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return lambda *words: find_problems(compose(*words))
+
+
+@pytest.fixture
+def claim():
+    """`claim(run_dir)` starts a process that claims it, and returns that process."""
+    started = []
+
+    def start(run_dir: Path) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", CLAIM, run_dir.absolute()], stdout=subprocess.PIPE, text=True, cwd=conf_dir().parent
+        )
+        started.append(process)
+        assert process.stdout.readline() == "mine\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def make_run(name: str, status: str = "done", folder: str = "runs/default") -> Path:
+    run_dir = Path(folder, name)
+    run_dir.mkdir(parents=True)
+    (run_dir / "run.json").write_text(json.dumps({"status": status, "stage": "sft"}))
+    (run_dir / "model.safetensors").write_text(name)
+    return run_dir
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+# ---- Claims ----
+
+
+def test_a_directory_is_claimed_by_one_process(tmp_path, claim):
+    other = claim(tmp_path)
+    with pytest.raises(ConfigError, match=f"under way, as process {other.pid}. .*`kill {other.pid}`"):
+        with directory.claimed(tmp_path):
+            pass
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    with directory.claimed(tmp_path):  # a killed process leaves no claim
+        assert (tmp_path / ".lock").read_text().split()[0] == str(os.getpid())
+        assert directory.holder(tmp_path) is None  # not of another process
+    with directory.claimed(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("words", [[], ["resume=true"], ["overwrite=true"]])
+def test_a_run_under_way_is_left_alone(problems, claim, words):
+    other = claim(make_run("ppo", "running"))
+    (found,) = problems("stage=ppo", *words)
+    assert f"still under way, as process {other.pid}" in found
+    assert problems("stage=ppo", "run_name=other") == []
+
+
+def test_a_killed_run_is_not_under_way(problems):
+    make_run("ppo", "running")
+    assert problems("stage=ppo", "overwrite=true") == []
+
+
+def test_what_began_since_the_checks_is_not_overwritten(train, tmp_path, claim):
+    """Two starts within seconds: both are checked while the directory is free."""
+    run_dir = tmp_path / "test/sft"
+    other = claim(run_dir)
+    with pytest.raises(ConfigError, match=f"process {other.pid}"):
+        train(tmp_path, "stage=sft", "overwrite=true")
+    other.kill()
+    other.wait()
+    (run_dir / "run.json").write_text('{"status": "done", "stage": "sft"}')  # it was quick
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(tmp_path, "stage=sft")
+    assert files(run_dir) == {"run.json": '{"status": "done", "stage": "sft"}'}
+
+
+# ---- Names ----
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../other", "a/../b", "/abs", "a//b", "a/", "' '", "null"])
+@pytest.mark.parametrize("key", ["run_name", "project"])
+@pytest.mark.parametrize("stage", ["sft", "init"])
+def test_a_name_is_one_path_below(problems, stage, key, name):
+    (found,) = problems(f"stage={stage}", f"{key}={name}", "overwrite=true")
+    assert found.startswith(f"`{key}` is ") and f"`{key}=mine`" in found
+
+
+def test_names_of_several_parts_are_names(problems):
+    assert problems("stage=sft", "run_name=a/b.c-1", "project=team/mine") == []
+
+
+@pytest.mark.parametrize("key", ["runs_dir", "run_dir"])
+def test_a_folder_has_a_name(problems, key):
+    assert problems("stage=sft", f"{key}=") == [f"`{key}` is empty. Type `{key}=FOLDER`, or leave it out."]
+
+
+# ---- What overwrite=true never deletes ----
+
+SFT = "runs/default/sft"
+EVALUATE = ("stage=evaluate", "stage.policies.ppo=demo:sft", "stage.policies.dpo=demo:sft")
+OVERWRITE = {
+    "start": ("stage=dpo", "run_name=sft", "model.run=sft", "model.run"),
+    "start by its path": ("stage=dpo", "run_name=sft", f"model.path={SFT}", "model.path"),
+    "checkpoint": ("stage=dpo", "run_name=sft", f"model.path={SFT}/checkpoint-5", "model.path"),
+    "reward": ("stage=ppo", "run_name=reward", "reward=model", "reward.model.run"),
+    "reward by its path": (
+        *("stage=ppo", "run_name=reward", "reward=model", "reward.model.run=null"),
+        *("reward.model.path=runs/default/reward", "reward.model.path"),
+    ),
+    "evaluated reward": ("stage=evaluate_reward", "run_name=reward", "reward.model.run"),
+    "critic": ("stage=ppo", "run_name=reward", "critic=model", "critic.run=reward", "critic.run"),
+    "policy": (*EVALUATE, "run_name=sft", "stage.policies.sft=sft", "stage.policies.sft"),
+    "policy of a list": ("stage=chat", "run_name=sft", "stage.policies=[sft]", "stage.policies[0]"),
+    "policy of best-of-n": (
+        *("stage=evaluate_reward", "run_name=sft", "reward=demo", "stage.policy=sft", "stage.policy"),
+    ),
+    "data": ("stage=sft", "data=files", f"data.paths={SFT}/rows.jsonl", "data.paths"),
+    "glob": ("stage=sft", "data=files", "data.paths=runs/*/sft/*.jsonl", "data.paths"),
+    "data of ptx": (
+        *("stage=ppo", "run_name=sft", "+data@ptx_data=files", f"ptx_data.paths=[{SFT}/rows.jsonl]"),
+        *("stage.args.ptx_coef=0.1", "ptx_data.paths[0]"),
+    ),
+    "prompts": ("stage=generate", "run_name=sft", f"stage.prompts={SFT}/rows.jsonl", "stage.prompts"),
+    "judge": (*(*EVALUATE, "run_name=judge", "judge=model", "judge.path=runs/default/judge", "judge.path"),),
+    "base of an adapter": ("stage=dpo", "run_name=sft", "model.run=adapter", "model.run"),
+    "base of a member": ("stage=ppo", "run_name=sft", "reward=model", "reward.model.run=ensemble", "reward.model.run"),
+}
+
+
+@pytest.mark.parametrize("case", OVERWRITE)
+def test_what_the_command_reads_is_not_deleted(problems, case):
+    *words, key = OVERWRITE[case]
+    sft = make_run("sft")
+    for name in ("reward", "adapter", "ensemble/member_0", "ensemble/member_1"):
+        (make_run(name) / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
+    (sft / "rows.jsonl").write_text("{}")
+    (sft / "config.json").write_text("{}")
+    (sft / "checkpoint-5").mkdir()
+    (sft / "checkpoint-5/config.json").write_text("{}")
+    (make_run("judge") / "config.json").write_text("{}")
+    for name in ("adapter", "ensemble/member_0", "ensemble/member_1"):
+        base = {"base_model_name_or_path": str(sft.resolve())}
+        Path("runs/default", name, "adapter_config.json").write_text(json.dumps(base))
+        Path("runs/default", name, "config.json").unlink()
+    Path("runs/default/ensemble/run.json").write_text('{"status": "done", "stage": "reward"}')
+    Path("runs/default/ensemble/ensemble.json").write_text('{"members": ["member_0", "member_1"]}')
+    (found,) = problems(*words, "overwrite=true")
+    assert found.startswith("`overwrite=true` would delete `") and f"the command needs it: `{key}`" in found
+    assert (
+        problems(*[word for word in words if not word.startswith("run_name")], "run_name=fresh", "overwrite=true")
+        == []
+    )
+
+
+def test_other_runs_are_not_deleted(problems):
+    make_run("sft")
+    make_run("sft/nested")
+    (found,) = problems("stage=sft", "overwrite=true")
+    assert "would delete `runs/default/sft/nested`, another run" in found
+    reward = make_run("reward")
+    make_run("reward/member_0")
+    (reward / "config.yaml").write_text("stage: {members: 2}\n")
+    assert problems("stage=reward", "overwrite=true") == []  # a part of it
+    (reward / "config.yaml").write_text("stage: {members: 1}\n")
+    assert len(problems("stage=reward", "overwrite=true")) == 1
+
+
+@pytest.mark.parametrize("words", [[], ["overwrite=true"], ["resume=true"]])
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("run.json", '{"name": "something"}', "holds a `run.json` that isn't ours"),
+        ("run.json", "no json", "holds a `run.json` that isn't ours"),
+        ("model.safetensors", "weights", "holds a model (`model.safetensors`) without `run.json`"),
+        ("adapter_config.json", "{}", "holds a model (`adapter_config.json`) without `run.json`"),
+    ],
+)
+def test_a_folder_that_is_not_ours_is_left_alone(problems, tmp_path, words, name, text, says):
+    folder = tmp_path / "elsewhere/thing"
+    folder.mkdir(parents=True)
+    (folder / name).write_text(text)
+    for where in (["runs_dir=elsewhere/..", "project=elsewhere", "run_name=thing"], [f"run_dir={folder}"]):
+        (found,) = problems("stage=init", *where, *words)
+        assert says in found and "`run_name=...`" in found
+
+
+def test_output_does_not_take_the_place_of_what_is_read(problems):
+    Path("prompts.jsonl").write_text('{"prompt": "a"}')
+    words = ["stage=generate", "stage.prompts=prompts.jsonl", "overwrite=true"]
+    (found,) = problems(*words, "stage.output=./prompts.jsonl")
+    assert "the command reads itself (`stage.prompts`)" in found
+    Path("folder").mkdir()
+    (found,) = problems(*words, "stage.output=folder")
+    assert "is the folder `folder`" in found
+    assert problems(*words, "stage.output=folder/answers.jsonl") == []
+
+
+# ---- A run that overwrites another ----
+
+
+@pytest.fixture
+def used(tmp_path) -> Path:
+    (tmp_path / "checkpoint-3").mkdir()
+    for name in ("run.json", "model.safetensors", "checkpoint-3/optimizer.pt"):
+        (tmp_path / name).write_text("old")
+    return tmp_path
+
+
+def test_an_old_run_is_put_back_whole(used):
+    before = files(used)
+    directory.set_aside(used)
+    (used / "run.json").write_text("new")
+    (used / "start").mkdir()
+    (used / "train.log").write_text("said")
+    assert directory.holds_old(used)
+    directory.put_back(used)
+    assert files(used) == before | {"train.log": "said"} and not (used / "start").exists()
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_a_kill_at_any_moment_loses_neither_run(used, monkeypatch, step):
+    """Of setting aside and putting back, whose every rename may be the last that is done."""
+    before, done = files(used), []
+    rename = Path.rename
+
+    def dies(path, target):
+        if len(done) == step:
+            raise KeyboardInterrupt
+        done.append(path)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", dies)
+    try:
+        directory.set_aside(used)
+        (used / "run.json").write_text("new")
+        directory.put_back(used)
+    except KeyboardInterrupt:
+        pass
+    monkeypatch.setattr(Path, "rename", rename)
+    directory.recover(used)
+    assert files(used) == before
+    assert {path.name for path in used.iterdir()} == {"run.json", "model.safetensors", "checkpoint-3"}
+
+
+def test_a_run_that_has_begun_is_not_taken_back(used):
+    directory.set_aside(used)
+    (used / "run.json").write_text("new")
+    (used / "checkpoint-1").mkdir()
+    directory.recover(used)
+    assert files(used) == {"run.json": "new"} and not directory.holds_old(used)
+
+
+OLD = ("stage=sft", "stage.args.max_steps=2", "data.max_samples=64")
+FAILURES = {
+    "a wrong adapter": (["adapter=lora", "adapter.peft.target_modules=[nothing]"], ValueError),
+    "a crash before the first step": (
+        ["+callbacks.crash._target_=tests.test_run_directory.CrashAtBegin"],
+        RuntimeError,
+    ),
+}
+
+
+class CrashAtBegin:
+    """A callback that ends a run before its first step."""
+
+    def __new__(cls):
+        from transformers import TrainerCallback
+
+        callback = TrainerCallback()
+
+        def on_train_begin(*args, **kwargs):
+            raise RuntimeError("crashed on purpose")
+
+        callback.on_train_begin = on_train_begin
+        return callback
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_run_that_cannot_begin_costs_nothing(train, tmp_path, failure):
+    run_dir = Path(train(tmp_path, *OLD))
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
+    words, error = FAILURES[failure]
+    with pytest.raises(error):
+        train(tmp_path, *OLD, "overwrite=true", *words)
+    assert {
+        path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"
+    } == before
+    train(tmp_path, *OLD, "overwrite=true", "seed=7")
+    assert (run_dir / "model.safetensors").read_bytes() != before[run_dir / "model.safetensors"]
+    assert not directory.holds_old(run_dir)
