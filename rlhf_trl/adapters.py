@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .callbacks.record import read_run
 from .errors import ConfigError
-from .models import HEADS, adapter_config, adapter_weights, base_path, set_adapter_weights
+from .models import HEADS, adapter_config, adapter_weights, base_path, fingerprint, set_adapter_weights
 
 POLICY, CRITIC = "default", "critic"
 
@@ -154,20 +153,3 @@ def check_same_base(path: str, model: PeftModel) -> None:
             f"The adapter `{path}` was trained on the base `{theirs}`, and the policy's base is `{ours}`. Adapters "
             "can only share the base that they were trained on: train both from one model."
         )
-
-
-def fingerprint(folder: str) -> str | None:
-    """
-    A hash that tells a folder's weights from others: of the headers and of 64 blocks of each weight file, so that it
-    takes no time for large models. `None` for a folder without weights.
-    """
-    digest = hashlib.sha256()
-    files = sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")])
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for block in range(64):
-                file.seek(block * size // 64)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16] if files else None

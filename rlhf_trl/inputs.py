@@ -10,13 +10,11 @@ from typing import Any
 import pyarrow as pa
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
-from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig
 
-from rlhf_trl.adapters import fingerprint
 from rlhf_trl.callbacks.record import missing_files
 from rlhf_trl.checks.values import at, nodes, plain
-from rlhf_trl.models import adapter_config, base_path, ensemble_members
+from rlhf_trl.models import model_fingerprint
 from rlhf_trl.paths import resolve_path
 
 ROWS_AT_ONCE = 1000
@@ -56,21 +54,6 @@ def rows_fingerprint(rows: Dataset) -> str:
                 writer.write_table(column.replace_schema_metadata())
             digest.update(sink.getvalue())
     return f"{len(rows)} rows (hash {digest.hexdigest()[:12]})"
-
-
-def model_fingerprint(path: str, revision: str | None = None) -> str | None:
-    """
-    What tells the weights at `path` from others: of an adapter its own and its base's, of an ensemble its members', of
-    a model of the hub its commit. `None` where there is nothing to tell by.
-    """
-    if not Path(path).is_dir():
-        file = try_to_load_from_cache(path, "config.json", revision=revision)
-        return Path(file).parent.name if isinstance(file, str) else None
-    parts = [fingerprint(folder) for folder in [path, *ensemble_members(path)]]
-    config = adapter_config(path)
-    if config is not None:
-        parts.append(model_fingerprint(base_path(path, config), config.revision))
-    return "-".join(part for part in parts if part) or None
 
 
 def resume_problems(run_dir: Path, checkpoint: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

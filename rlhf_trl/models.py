@@ -1,6 +1,7 @@
 """Loading policies, reward models and tokenizers: full models, adapters on a base, 4-bit bases; merging."""
 
 import copy
+import hashlib
 import json
 import logging
 import pickle
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from huggingface_hub import try_to_load_from_cache
 from peft import (
     LoraConfig,
     LoraModel,
@@ -45,11 +47,13 @@ __all__ = [
     "adapter_config",
     "base_path",
     "ensemble_members",
+    "fingerprint",
     "load_model",
     "load_reward_model",
     "load_start",
     "load_tokenizer",
     "merge_adapter",
+    "model_fingerprint",
     "resolve_path",
 ]
 
@@ -61,6 +65,8 @@ SHAPE = ("r", "lora_alpha", "use_rslora", "use_dora")
 HEADS = {"lm_head", "score", "classifier"}
 # In the folder of an ensemble of reward models
 ENSEMBLE_FILE = "ensemble.json"
+# In the folder of a merged model that a run starts from
+MADE_OF_FILE = "made_of.txt"
 
 
 def adapter_config(path: str, revision: str | None = None) -> PeftConfig | None:
@@ -291,8 +297,11 @@ def load_start(
     _refuse_reward_model(path, task_type, saved.task_type == "SEQ_CLS")
     if peft_config is None:
         with PartialState().main_process_first():
-            if not Path(merge_dir, "config.json").is_file():
+            # What an earlier run merged may be of another adapter, or of a base that has been trained again since
+            made_of, stamp = f"{path} {model_fingerprint(path, revision)}", Path(merge_dir, MADE_OF_FILE)
+            if not stamp.is_file() or stamp.read_text(encoding="utf-8") != made_of:
                 merge_adapter(path, merge_dir, revision, options.get("trust_remote_code", False))
+                stamp.write_text(made_of, encoding="utf-8")
         return _load_full(merge_dir, task_type, heads=heads, **options), None
     base = _load_full(base_path(path, saved), task_type, revision=saved.revision, heads=heads, **options)
     _check_shape(path, saved, peft_config, base)
@@ -304,6 +313,38 @@ def load_start(
             _check_heads(path, len(adapter_heads(path, revision)), len(heads or ["score"]))
         return _with_adapter(base, path, saved, revision, trainable=True), None
     return _with_score_head(base, path, saved, revision), None
+
+
+def fingerprint(folder: str) -> str | None:
+    """
+    A hash that tells a folder's weights from others: of the headers and of 64 blocks of each weight file, so that it
+    takes no time for large models. `None` for a folder without weights.
+    """
+    digest = hashlib.sha256()
+    files = sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")])
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for block in range(64):
+                file.seek(block * size // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16] if files else None
+
+
+def model_fingerprint(path: str, revision: str | None = None) -> str | None:
+    """
+    What tells the weights at `path` from others: of an adapter its own and its base's, of an ensemble its members', of
+    a model of the hub its commit. `None` where there is nothing to tell by.
+    """
+    if not Path(path).is_dir():
+        file = try_to_load_from_cache(path, "config.json", revision=revision)
+        return Path(file).parent.name if isinstance(file, str) else None
+    parts = [fingerprint(folder) for folder in [path, *ensemble_members(path)]]
+    config = adapter_config(path)
+    if config is not None:
+        parts.append(model_fingerprint(base_path(path, config), config.revision))
+    return "-".join(part for part in parts if part) or None
 
 
 def merge_adapter(source: str, output_dir: str, revision: str | None = None, trust_remote_code: bool = False) -> None:

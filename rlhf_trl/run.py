@@ -35,7 +35,6 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 
-from rlhf_trl.adapters import fingerprint
 from rlhf_trl.callbacks import SaveAndStop
 from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.nonfinite import NonfiniteGuard
@@ -65,7 +64,7 @@ from rlhf_trl.inputs import inputs_of, resume_problems
 from rlhf_trl.launching import config_dirs
 from rlhf_trl.log_probs import quicken_log_probs
 from rlhf_trl.loggers import is_first_rank
-from rlhf_trl.models import adapter_config, base_path, load_start, load_tokenizer, merge_adapter
+from rlhf_trl.models import adapter_config, base_path, fingerprint, load_start, load_tokenizer, merge_adapter
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.quiet import quiet
 from rlhf_trl.rewards import ModelReward

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from rlhf_trl import directory
 from rlhf_trl.checks import find_problems
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.paths import conf_dir
+from tests.helpers.spies import CRASH, Crash
+from tests.tiny import save_model
 
 CLAIM = """
 import sys, time
@@ -284,39 +287,160 @@ def test_a_run_that_has_begun_is_not_taken_back(used):
 
 OLD = ("stage=sft", "stage.args.max_steps=2", "data.max_samples=64")
 FAILURES = {
-    "a wrong adapter": (["adapter=lora", "adapter.peft.target_modules=[nothing]"], ValueError),
-    "a crash before the first step": (
-        ["+callbacks.crash._target_=tests.test_run_directory.CrashAtBegin"],
-        RuntimeError,
-    ),
+    "a crash at loading": (["adapter=lora", "adapter.peft.target_modules=[nothing]"], ValueError),
+    "an error before the first step": (["+callbacks.wrong._target_=tests.helpers.spies.Wrong"], ConfigError),
 }
-
-
-class CrashAtBegin:
-    """A callback that ends a run before its first step."""
-
-    def __new__(cls):
-        from transformers import TrainerCallback
-
-        callback = TrainerCallback()
-
-        def on_train_begin(*args, **kwargs):
-            raise RuntimeError("crashed on purpose")
-
-        callback.on_train_begin = on_train_begin
-        return callback
 
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_run_that_cannot_begin_costs_nothing(train, tmp_path, failure):
     run_dir = Path(train(tmp_path, *OLD))
-    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
+    before = files_of(run_dir)
     words, error = FAILURES[failure]
     with pytest.raises(error):
         train(tmp_path, *OLD, "overwrite=true", *words)
-    assert {
-        path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"
-    } == before
+    assert files_of(run_dir) == before
     train(tmp_path, *OLD, "overwrite=true", "seed=7")
-    assert (run_dir / "model.safetensors").read_bytes() != before[run_dir / "model.safetensors"]
+    assert (run_dir / "model.safetensors").read_bytes() != before[str(run_dir / "model.safetensors")]
     assert not directory.holds_old(run_dir)
+
+
+# ---- Resume ----
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def stopped(train, tmp_path_factory) -> Path:
+    """A folder with a model, rows, and the run that began from both and crashed after a checkpoint."""
+    folder = tmp_path_factory.mktemp("stopped")
+    rows = [json.dumps({"prompt": f"What is {i}?", "completion": f" It is {i}."}) for i in range(60)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    save_model(folder / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Crash, "at", 3)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            train(folder, *resumable(folder))
+    return folder
+
+
+def resumable(folder: Path) -> list[str]:
+    return [
+        *("stage=sft", "model=hf", f"model.path={folder}/model", "data=files", f"data.paths={folder}/rows.jsonl"),
+        *("stage.args.save_steps=2", "stage.args.per_device_train_batch_size=4", CRASH),
+    ]
+
+
+def change_rows(folder):
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    (folder / "rows.jsonl").write_text("\n".join(reversed(lines)))
+    return r"`data \(train\)` was 54 rows \(hash \w+\) and is 54 rows"
+
+
+def drop_rows(folder):
+    (folder / "rows.jsonl").write_text("\n".join((folder / "rows.jsonl").read_text().splitlines()[:30]))
+    return r"`data \(train\)` was 54 rows .* and is \d\d rows"
+
+
+def change_the_start(folder):
+    save_model(folder / "model", seed=1)
+    return "`model` was .* and is .*"
+
+
+def change_ranks(folder):
+    file = folder / "test/sft/run.json"
+    record = json.loads(file.read_text())
+    assert record["inputs"]["ranks"] == 1
+    record["inputs"]["ranks"] = 2
+    file.write_text(json.dumps(record))
+    return "`ranks` was 2 and is 1"
+
+
+def lose(name):
+    def change(folder):
+        (folder / "test/sft/checkpoint-2" / name).unlink()
+        return f"checkpoint-2` isn't whole: `{name}`"
+
+    return change
+
+
+def cut(name):
+    def change(folder):
+        os.truncate(folder / "test/sft/checkpoint-2" / name, 100)
+        return f"checkpoint-2` isn't whole: `{name}`"
+
+    return change
+
+
+CHANGES = {
+    "rows in another order": change_rows,
+    "fewer rows": drop_rows,
+    "another start": change_the_start,
+    "another number of ranks": change_ranks,
+    "optimizer": lose("optimizer.pt"),
+    "scheduler": lose("scheduler.pt"),
+    "random state": lose("rng_state.pth"),
+    "part of the weights": cut("model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_resume_notices_what_has_changed(train, stopped, monkeypatch, change):
+    saved = shutil.copytree(stopped, stopped.with_name("saved"), dirs_exist_ok=True)
+    monkeypatch.setattr(Crash, "at", None)
+    try:
+        says = CHANGES[change](stopped)
+        before = files_of(stopped)
+        with pytest.raises(ConfigError, match=says):
+            train(stopped, *resumable(stopped), "resume=true")
+        assert files_of(stopped) == before
+    finally:
+        shutil.rmtree(stopped)
+        saved.rename(stopped)
+
+
+def test_a_resume_of_the_same_goes_on(train, stopped, monkeypatch):
+    monkeypatch.setattr(Crash, "at", None)
+    run_dir = Path(train(stopped, *resumable(stopped), "resume=true"))
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["status"] == "done" and set(record["inputs"]) == {"ranks", "data (train)", "data (eval)", "model"}
+
+
+def test_inputs_are_the_models_of_all_roles(compose, tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    from rlhf_trl.inputs import inputs_of
+
+    for seed, name in enumerate(("start", "scores", "values")):
+        save_model(tmp_path / name, seed=seed)
+    words = ("stage=ppo", "reward=model", "reward.model.run=null", "critic=model")
+    cfg = compose(*words, f"reward.model.path={tmp_path}/scores", f"critic.path={tmp_path}/values")
+    rows = Dataset.from_list([{"prompt": "a"}, {"prompt": None}, {"prompt": "b"}])
+    start = str(tmp_path / "start")
+    before = inputs_of(cfg, start, DatasetDict(train=rows))
+    assert before == inputs_of(cfg, start, DatasetDict(train=rows.select([0, 1, 2])))
+    for name, key in (("start", "model"), ("scores", "reward.model"), ("values", "critic")):
+        save_model(tmp_path / name, seed=99)
+        now = inputs_of(cfg, start, DatasetDict(train=rows))
+        assert {key for key in now if now[key] != before[key]} == {key}
+        before = now
+    now = inputs_of(cfg, start, DatasetDict(train=rows.select([2, 1, 0])))
+    assert {key for key in before if now[key] != before[key]} == {"data (train)"}
+
+
+def test_an_adapters_fingerprint_is_its_bases_too(tmp_path):
+    from rlhf_trl.models import model_fingerprint
+
+    save_model(tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"weights")
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    found = [model_fingerprint(str(tmp_path / "adapter"))]
+    save_model(tmp_path / "base", seed=1)
+    found.append(model_fingerprint(str(tmp_path / "adapter")))
+    (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"others")
+    found.append(model_fingerprint(str(tmp_path / "adapter")))
+    assert len(set(found)) == 3

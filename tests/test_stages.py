@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,11 @@ import torch
 from hydra.errors import ConfigCompositionException
 from hydra.utils import get_class
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.models import load_model
+from rlhf_trl.models import load_model, merge_adapter
 from rlhf_trl.paths import conf_dir
 from rlhf_trl.run import training_arguments
 from tests.helpers.spies import CRASH, SPY, Crash, Spy, logits
@@ -316,22 +317,53 @@ def test_a_run_resumes_from_its_newest_checkpoint(train, tmp_path, monkeypatch):
     assert same(weights(run_dir), weights(whole))
 
 
-def test_a_resume_with_another_config_names_the_keys(train, sft):
-    before = weights(sft / "test/sft")
+def test_a_resume_with_another_config_names_the_keys(train, sft, tmp_path):
+    run_dir = tmp_path / "test/sft"
+    shutil.copytree(sft / "test/sft", run_dir)
+    (run_dir / "run.json").write_text(json.dumps(record(run_dir) | {"status": "stopped"}))
+    before, words = weights(run_dir), ("stage.args.learning_rate=7e-3", "seed=1", "stage.args.save_steps=9")
     with pytest.raises(ConfigError) as error:
-        train(
-            sft, "stage=sft", SPY, "resume=true", "stage.args.learning_rate=7e-3", "seed=1", "stage.args.save_steps=9"
-        )
+        train(tmp_path, "stage=sft", SPY, "resume=true", *words)
     message = str(error.value)
     assert "`seed` was 42 and is 1" in message and "`stage.args.learning_rate` was 0.002 and is 0.007" in message
-    assert "save_steps" not in message and same(weights(sft / "test/sft"), before)
+    assert "save_steps" not in message and same(weights(run_dir), before)
 
 
 def test_a_wrong_adapter_leaves_the_run_directory_free(train, sft_lora):
     options = ("stage=dpo", "run_name=free", "model.run=sft", *LORA)
     with pytest.raises(ConfigError, match="`r` is 4 there and 8"):
         train(sft_lora, *options, "adapter.peft.r=8")
-    assert not (sft_lora / "test/free/run.json").exists()
+    assert [path.name for path in (sft_lora / "test/free").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("leftover", ["of an error", "of an older version", "of a base trained again"])
+def test_a_run_starts_from_what_it_says(train, sft_lora, tmp_path, leftover):
+    """A merged start that another run has left in the directory is not taken for one's own."""
+    project, still = tmp_path / "test", ("stage=dpo", "run_name=full", "stage.args.learning_rate=0")
+    for name in ("first", "second"):
+        shutil.copytree(sft_lora / "test/sft", project / name)
+    adapter = load_file(project / "second/adapter_model.safetensors")
+    save_file({k: 3 * v for k, v in adapter.items()}, project / "second/adapter_model.safetensors", {"format": "pt"})
+    if leftover == "of an error":
+        with pytest.raises(ConfigError, match="on purpose"):
+            train(tmp_path, *still, "model.run=first", "+callbacks.wrong._target_=tests.helpers.spies.Wrong")
+        assert [path.name for path in (project / "full").iterdir()] == [".lock"]
+    elif leftover == "of an older version":
+        merge_adapter(str(project / "first"), str(project / "full/start"))
+    else:
+        base = shutil.copytree(record(project / "second")["base"], tmp_path / "base")
+        config = json.loads((project / "second/adapter_config.json").read_text())
+        config["base_model_name_or_path"] = str(base)
+        (project / "second/adapter_config.json").write_text(json.dumps(config))
+        train(tmp_path, *still, "model.run=second")
+        (project / "full").rename(project / "before")
+        (project / "full").mkdir()
+        (project / "before/start").rename(project / "full/start")
+        state = load_file(base / "model.safetensors")
+        save_file({k: 1.1 * v for k, v in state.items()}, base / "model.safetensors", {"format": "pt"})
+    run_dir = train(tmp_path, *still, "model.run=second")
+    merge_adapter(str(project / "second"), str(tmp_path / "merged"))
+    assert same(weights(run_dir), weights(tmp_path / "merged"))
 
 
 def test_overwrite_deletes_the_old_run_first(train, tmp_path):

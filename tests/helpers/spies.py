@@ -3,6 +3,8 @@
 import torch
 from transformers import TrainerCallback
 
+from rlhf_trl.errors import ConfigError
+
 SPY = "+callbacks.spy._target_=tests.helpers.spies.Spy"
 CRASH = "+callbacks.crash._target_=tests.helpers.spies.Crash"
 # Ids of any tokenizer here, none of them a special one
@@ -49,3 +51,10 @@ class Spoil(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == Spoil.weight:
             next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = float("inf")
+
+
+class Wrong(TrainerCallback):
+    """Finds the config wrong when the model is loaded."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        raise ConfigError("wrong on purpose")
