@@ -13,6 +13,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rlhf_trl.directory import claimed
+
 given = dict(item.lstrip("+").split("=", 1) for item in sys.argv[1:] if "=" in item)
 run_dir = Path(given.get("runs_dir", "runs"), given.get("project", "default"), given.get("run_name", given["stage"]))
 record = {
@@ -33,6 +35,8 @@ if (run_dir / "run.json").exists() and not {"resume", "overwrite"} & set(given):
     sys.exit(f"{run_dir} is in use")
 with open("calls.txt", "a") as calls:
     calls.write(" ".join(sys.argv[1:]) + "\n")
+claim = claimed(run_dir)
+claim.__enter__()
 interrupted = []
 signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
 write("running")
