@@ -1,6 +1,8 @@
 """Where a model is: the embedded checkpoints, earlier runs, local folders and the hub. Imports nothing heavy."""
 
+import functools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -47,8 +49,25 @@ def resolve_path(path: str | None, run: str | None, project_dir: str) -> str:
 
 def find_policy(place: str, project_dir: str) -> str:
     """The folder or hub id of a policy: a run of the project where there is one of that name, else a path."""
-    is_run = Path(project_dir, place, "run.json").exists() or not any(sign in place for sign in "/:.~")
-    return resolve_path(place, place if is_run and not Path(place).is_dir() else None, project_dir)
+    return resolve_path(place, place if is_run_name(place, project_dir) else None, project_dir)
+
+
+def is_run_name(place: str, project_dir: str) -> bool:
+    """Whether the place of a policy means a run of the project; `./sft` is always the folder."""
+    run, folder = Path(project_dir, place), Path(place)
+    if place.startswith((".", "/", "~")) or ":" in place:
+        return False
+    if (run / "run.json").is_file():
+        if folder.is_dir() and folder.resolve() != run.resolve():
+            _say_which(place, str(run))
+        return True
+    return not any(sign in place for sign in "/.~") and not folder.is_dir()
+
+
+@functools.cache  # once a process
+def _say_which(place: str, run: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"`{place}` is the run `{run}`; the folder of that name here is `./{place}`.")
 
 
 def named_policies(policies: dict[str, str] | list[str]) -> dict[str, str]:

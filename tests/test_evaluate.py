@@ -5,6 +5,7 @@ import json
 import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -545,6 +546,23 @@ def test_a_policy_is_a_run_or_a_path(policies, tmp_path):
     assert find_policy(policies["sft"], str(tmp_path)) == policies["sft"]
     with pytest.raises(ConfigError, match="stage=ppo"):
         find_policy("ppo", str(tmp_path))
+
+
+def test_a_run_wins_over_a_folder_of_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/p/sft", "runs/p/sweep/0", "runs/p/v1.5", "sft", "sweep/0", "v1.5", "other"):
+        Path(folder).mkdir(parents=True)
+        if folder.startswith("runs"):
+            Path(folder, "run.json").write_text('{"status": "done"}')
+    for place in ("sft", "sweep/0", "v1.5"):
+        assert find_policy(place, "runs/p") == str(tmp_path / "runs/p" / place)
+        said = capsys.readouterr().out
+        assert said == f"`{place}` is the run `runs/p/{place}`; the folder of that name here is `./{place}`.\n"
+        assert find_policy(place, "runs/p") and capsys.readouterr().out == ""  # said once
+        assert find_policy(f"./{place}", "runs/p") == str(tmp_path / place)
+    assert find_policy("other", "runs/p") == str(tmp_path / "other")
+    monkeypatch.chdir("runs/p")  # the same folder
+    assert find_policy("sft", ".") == str(tmp_path / "runs/p/sft") and capsys.readouterr().out == ""
 
 
 def test_scores_are_called_by_the_rewards_names():

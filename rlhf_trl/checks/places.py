@@ -11,7 +11,7 @@ from rlhf_trl.checks.values import at, nodes, read_json, section, texts
 from rlhf_trl.data.read import resolve_paths
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest
-from rlhf_trl.paths import DEMO, PACKAGE, named_policies, run_command
+from rlhf_trl.paths import DEMO, PACKAGE, is_run_name, named_policies, run_command
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 ENSEMBLE_FILE = "ensemble.json"  # of reward models, where a reward is asked for
@@ -39,7 +39,7 @@ def model_problems(values: dict[str, Any]) -> list[str]:
     named = named_policies(at(values, "stage.policies") or {})
     policies = {f"stage.policies.{name}": place for name, place in named.items()}
     for key, place in {**policies, "stage.policy": at(values, "stage.policy")}.items():
-        if isinstance(place, str) and not re.search("[/:.~]", place) and not Path(place).is_dir():
+        if isinstance(place, str) and is_run_name(place, str(project_dir(values))):
             problems += _earlier_run(key, place, values)
     return problems
 
