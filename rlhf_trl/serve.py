@@ -1,10 +1,18 @@
 """A reference server for `reward=http`: one reward of this package, on loopback (`stage=serve_reward`)."""
 
+import asyncio
 import contextlib
+import ipaddress
+import json
+import logging
+import math
+import os
+import secrets
 import socket
 import threading
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, model_validator
@@ -12,8 +20,16 @@ from pydantic import BaseModel, model_validator
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.quiet import quiet
 from rlhf_trl.rewards import ModelReward, Reward
+from rlhf_trl.rewards.base import GIVEN
 from rlhf_trl.rewards.http import tokenizer_hash
 from rlhf_trl.run import reward_functions
+from rlhf_trl.terminal import printable
+from rlhf_trl.tracebacks import own_code
+
+logger = logging.getLogger(__name__)
+
+# Of a request: bytes, and seconds until it has come whole
+MAX_BODY, MAX_SECONDS = 64 * 2**20, 60.0
 
 
 class Request(BaseModel):
@@ -32,6 +48,11 @@ class Request(BaseModel):
         for name, values in (lists | self.columns).items():
             if values is not None and len(values) != len(self.prompts):
                 raise ValueError(f"`{name}` has {len(values)} entries for {len(self.prompts)} prompts")
+        if taken := [name for name in self.columns if name in (*GIVEN, "with_eos")]:
+            raise ValueError(f"`columns` holds `{taken[0]}`, a name under which a reward gets something else")
+        for chat in [given for given in (*self.prompts, *self.completions) if not isinstance(given, str)]:
+            if not chat or not all(isinstance(message.get("role"), str) for message in chat):
+                raise ValueError("a chat must be a list of at least one message, each with a `role`")
         return self
 
 
@@ -40,7 +61,8 @@ def serve_reward(cfg: DictConfig) -> None:
     Serves the reward of `cfg.reward` until it is interrupted: POST `/score`, and GET `/` for what is served.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: for more than one reward, one that needs a policy, or a port that is taken.
+        [`~rlhf_trl.errors.ConfigError`]: for more than one reward, one that needs a policy, a port that is taken, or
+            an address that other machines reach, without a token.
     """
     import uvicorn
 
@@ -48,34 +70,59 @@ def serve_reward(cfg: DictConfig) -> None:
     quiet()
     if not PartialState().is_main_process:
         return
-    listener = _listen(cfg.stage.host, cfg.stage.port)
-    with listener:
+    token = os.environ[cfg.stage.token_env] if cfg.stage.token_env else None
+    with _bound(cfg.stage.host, cfg.stage.port) as listener:
+        address, port = listener.getsockname()[:2]
+        alone = ipaddress.ip_address(address).is_loopback
+        if not (alone or token or cfg.stage.anonymous):
+            raise ConfigError(
+                f"`stage.host={cfg.stage.host}` is open to other machines, and the server has no token. Type "
+                "`export REWARD_TOKEN=...` and `stage.token_env=REWARD_TOKEN`; or `stage.host=127.0.0.1`; or, if "
+                "anybody may use it, `stage.anonymous=true`."
+            )
         (reward,) = reward_functions(cfg, tokenizer=None)
-        host, port = listener.getsockname()[:2]
-        print(
-            f"Serving the reward `{reward.__name__}`: `reward=http reward.http.url=http://{host}:{port}/score`",
-            flush=True,
-        )
-        server = uvicorn.Server(uvicorn.Config(application(reward), log_level="warning"))
+        listener.listen()  # who reads the address may connect
+        sends = f" reward.http.token_env={cfg.stage.token_env}" if token else ""
+        print(f"Serving the reward `{reward.__name__}`: `reward=http {_url_word(address, port)}{sends}`", flush=True)
+        if not alone:
+            print(
+                f"It is open to other machines (host `{socket.gethostname()}`), unencrypted, and "
+                f"{'asks for the token' if token else 'asks for no token: anybody may use it'}.",
+                flush=True,
+            )
+        server = uvicorn.Server(uvicorn.Config(application(reward, token), log_level="warning"))
         with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended well
             server.run(sockets=[listener])
 
 
-def application(reward: Reward):
+def _url_word(address: str, port: int) -> str:
+    """The word that a client on this machine types."""
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    host = everywhere.get(address, address)
+    if ":" in host:
+        return f"'reward.http.url=\"http://[{host}]:{port}/score\"'"
+    return f"reward.http.url=http://{host}:{port}/score"
+
+
+def application(reward: Reward, token: str | None = None):
     """
-    The FastAPI application that serves a reward.
+    The ASGI application that serves a reward, to those who send the token if there is one.
 
     A model scores the generated ids themselves where they come from a tokenizer like its own, as it does in the
     policy's process, else the text.
     """
     from fastapi import FastAPI, HTTPException
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
 
-    app, turn = FastAPI(title=f"rlhf_trl: {reward.__name__}"), threading.Lock()
+    # The page `/docs` would load its scripts from elsewhere
+    app = FastAPI(title=f"rlhf_trl: {reward.__name__}", docs_url=None, redoc_url=None)
+    turn = threading.Lock()
     own = tokenizer_hash(reward.tokenizer) if isinstance(reward, ModelReward) else None
 
     @app.get("/")
     def about() -> dict:
-        return {"reward": reward.__name__, "tokenizer": own, "schema": "/docs"}
+        return {"reward": reward.__name__, "tokenizer": own, "schema": "/openapi.json"}
 
     @app.post("/score")
     def score(request: Request) -> dict:
@@ -91,17 +138,87 @@ def application(reward: Reward):
                 ids = request.completion_ids or empty
                 if own is not None:
                     same = request.completion_ids is not None and request.tokenizer == own
+                    known = reward.model.get_input_embeddings().num_embeddings
+                    if same and (wrong := [i for row in ids for i in row if not 0 <= i < known]):
+                        raise ConfigError(f"`completion_ids` holds {wrong[0]}, and the model has {known} tokens")
                     reward.bind(reward.tokenizer if same else None)
                     given["with_eos"] = request.ended
                 values = reward(**given, completion_ids=ids, log_metric=log_metric)
+            if bad := [i for i, value in enumerate(values) if value is not None and not math.isfinite(value)]:
+                raise ConfigError(f"the reward is {values[bad[0]]} for completion {bad[0]}")
         except ConfigError as error:
-            raise HTTPException(422, str(error)) from error
-        return {"rewards": values, "metrics": metrics}
+            raise HTTPException(422, _sendable(error)) from error
+        except torch.OutOfMemoryError as error:
+            raise HTTPException(503, _sendable(f"out of memory: {error}")) from error
+        except (Exception, SystemExit) as error:
+            # Whatever it is, the same request will not do better: so no status that a client tries again
+            place = f" ({own_code(error)})" if own_code(error) else ""
+            said = _sendable(f"the reward `{reward.__name__}` raised {type(error).__name__}: {error}{place}")
+            logger.warning("%s", said)
+            raise HTTPException(422, said) from error
+        return {"rewards": values, "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)}}
 
-    return app
+    @app.exception_handler(RequestValidationError)
+    def malformed(request, error: RequestValidationError) -> JSONResponse:
+        # FastAPI's own answer repeats what was sent, which may be long or no JSON
+        problems = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors()[:3]]
+        return JSONResponse({"detail": _sendable("; ".join(problems))}, 422)
+
+    return Guarded(app, token)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _sendable(said: object) -> str:
+    """A message as JSON can carry it, not too long."""
+    return printable(str(said)[:1000].encode(errors="replace").decode())
+
+
+class Guarded:
+    """
+    An ASGI application behind limits: of a request's size and of the time that it may take to come, and of those who
+    send a token.
+    """
+
+    def __init__(self, app, token: str | None):
+        self.app = app
+        self.expected = None if token is None else f"Bearer {token}".encode()
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        if self.expected and not secrets.compare_digest(headers.get(b"authorization", b""), self.expected):
+            return await _refuse(send, 401, "the server wants its token, as `Authorization: Bearer`")
+        too_long = f"a request may have {MAX_BODY >> 20} MiB. Send fewer completions at a time"
+        if int(headers.get(b"content-length", b"0")) > MAX_BODY:
+            return await _refuse(send, 413, too_long)
+        body, whole = bytearray(), False
+        try:
+            async with asyncio.timeout(MAX_SECONDS):
+                while not whole:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    whole = not message.get("more_body", False)
+                    if len(body) > MAX_BODY:
+                        return await _refuse(send, 413, too_long)
+        except TimeoutError:
+            return await _refuse(send, 408, f"the request did not come whole within {MAX_SECONDS:g} s")
+        messages = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def again():
+            return messages.pop() if messages else await receive()
+
+        await self.app(scope, again, send)
+
+
+async def _refuse(send, status: int, why: str) -> None:
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps({"detail": why}).encode()})
+
+
+def _bound(host: str, port: int) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

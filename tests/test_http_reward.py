@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 
 import pytest
@@ -62,14 +63,14 @@ def answering(answer):
 
 
 @contextlib.contextmanager
-def serving(reward):
+def serving(reward, app=None):
     """The address of the reference server with a reward."""
     uvicorn = pytest.importorskip("uvicorn")
     from rlhf_trl.serve import application
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(application(reward), log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(app or application(reward), log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:
@@ -158,6 +159,12 @@ HTML = (200, "<html><body>Welcome to nginx!</body></html>", "text/html")
         ({"rewards": [1, 2, float("nan")]}, "gave NaN as reward 2 of 3"),
         ({"rewards": [1, 2, float("inf")]}, "gave Infinity as reward 2 of 3"),
         ({"rewards": [1, 2, 3], "metrics": {"std": "low"}}, 'gave {"std": "low"} as `metrics`'),
+        ({"rewards": [1, 2, 3], "metrics": {"mean": 0.5}}, 'gave a metric "mean". Its name must be'),
+        ({"rewards": [1, 2, 3], "metrics": {"a/b\x1b[2J": 0.5}}, 'gave a metric "a/b\\u001b[2J"'),
+        ({"rewards": [1, 2, 3], "metrics": {str(i): i for i in range(65)}}, "gave 65 metrics"),
+        ({"rewards": [1, 2, 10**400]}, "gave 1000000000"),
+        ((200, "[" * 100_000, "application/json"), "answered with application/json, which is no JSON"),
+        ((200, " " * (17 << 20), "application/json"), "answers with more than 16 MiB"),
         (
             (404, '{"detail": "Not Found"}', "application/json"),
             """answered 404 Not Found: '{"detail": "Not Found"}'. Look""",
@@ -171,6 +178,25 @@ def test_garbage_is_one_clear_error_at_once(answer, message):
         with pytest.raises(ConfigError, match=re.escape(f"The server of the reward `http` at {url} {message}")):
             HttpReward(url, retries=5)(**TEXTS)
     assert len(requests) == 1
+
+
+def test_an_answer_that_goes_on_and_on_ends_at_the_timeout():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip():
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+                while True:
+                    connection.sendall(b" ")
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        begun = time.monotonic()
+        with pytest.raises(ConfigError, match="gave no answer within 0.4 s, and one try was made"):
+            HttpReward(f"http://127.0.0.1:{listener.getsockname()[1]}/", timeout=0.4, retries=0)(**TEXTS)
+        assert 0.3 < time.monotonic() - begun < 3
 
 
 def test_errors_of_the_server_are_told_after_the_retries():
@@ -296,6 +322,166 @@ def test_trainers_learn_from_it_and_log_it(tmp_path, kind):
 
 
 # ---- The stage ----
+
+
+def asked(url: str, body: bytes, **headers) -> tuple[int, str]:
+    """Status and `detail` of what the server answers."""
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())["detail"]
+
+
+@pytest.fixture(scope="module")
+def model_server(tmp_path_factory):
+    reward = ModelReward(save_reward_model(tmp_path_factory.mktemp("served")))
+    with serving(reward) as url:
+        yield url, {"tokenizer": tokenizer_hash(reward.tokenizer), "prompts": ["a"], "completions": ["b"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"completion_ids": [[99]]}, "`completion_ids` holds 99, and the model has 21 tokens"),
+        ({"completion_ids": [[-1]]}, "`completion_ids` holds -1"),
+        ({"completion_ids": [[2**70]]}, "completion_ids"),
+        ({"prompts": [[]], "completions": [[]]}, "a chat must be a list of at least one message"),
+        ({"prompts": [[{"content": "x"}]]}, "each with a `role`"),
+        ({"prompts": ["a"], "completions": [[{"role": "x", "content": "b"}]], "tokenizer": None}, "raised"),
+        ({"prompts": ["a", "b"]}, "`completions` has 1 entries for 2 prompts"),
+        ({"prompts": [float("nan")]}, "prompts.0"),
+        ({"prompts": ["\ud800"], "tokenizer": None}, "raised"),
+        ({"columns": {"prompts": ["x"]}}, "`columns` holds `prompts`"),
+        ({"columns": {"log_metric": ["x"]}}, "`columns` holds `log_metric`"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_can_not_be_scored_is_said_and_not_tried_again(model_server, given, message):
+    url, rows = model_server
+    status, detail = asked(url, json.dumps(rows | given).encode())
+    assert status == 422 and message in detail, detail
+    assert "Traceback" not in detail
+
+
+@pytest.mark.parametrize("body", [b"{", b"[" * 100_000, b"\xff", b"", b"[]", b'{"prompts": 1}'], ids=lambda b: b[:9])
+def test_a_body_that_is_no_request_is_refused(model_server, body):
+    assert asked(model_server[0], body)[0] in (400, 422)
+
+
+def test_an_error_of_the_served_function_names_its_line():
+    def broken(completions):
+        raise KeyError("answer")
+
+    def leaves(completions):
+        sys.exit()
+
+    for function, message in (
+        (broken, "(tests/test_http_reward.py, line "),
+        (leaves, "SystemExit"),
+    ):
+        with serving(FunctionReward(function)) as url:
+            with pytest.raises(ConfigError, match=re.escape(message)) as told:
+                HttpReward(url, retries=5, backoff=100)(**TEXTS)
+            assert "answered 422" in str(told.value)
+
+
+def test_a_request_has_limits_of_size_and_time(monkeypatch):
+    from rlhf_trl import serve
+
+    monkeypatch.setattr(serve, "MAX_BODY", 1 << 20)
+    monkeypatch.setattr(serve, "MAX_SECONDS", 0.3)
+    with serving(FunctionReward(lambda completions: [0.0] * len(completions), name="zero")) as url:
+        host, port = re.search(r"//(.*):(\d+)", url).groups()
+        for head in ("Content-Length: 2000000", "Transfer-Encoding: chunked"):
+            with socket.create_connection((host, int(port))) as connection, contextlib.suppress(OSError):
+                connection.sendall(f"POST /score HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode())
+                if "chunked" in head:
+                    for _ in range(2):
+                        connection.sendall(b"c0000\r\n" + b" " * 0xC0000 + b"\r\n")
+                assert b" 413 " in connection.recv(4096)
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n ")
+            assert b" 408 " in connection.recv(4096)
+        assert HttpReward(url)(**TEXTS) == [0.0, 0.0, 0.0]
+
+
+def test_a_token_is_asked_for(monkeypatch):
+    from rlhf_trl.serve import application
+
+    monkeypatch.setenv("REWARD_TOKEN", "secret")
+    reward = FunctionReward(lambda completions: [0.0] * len(completions), name="zero")
+    with serving(reward, application(reward, "secret")) as url:
+        assert HttpReward(url, token_env="REWARD_TOKEN")(**TEXTS) == [0.0, 0.0, 0.0]
+        with pytest.raises(ConfigError, match="answered 401 Unauthorized.*the server wants its token"):
+            HttpReward(url)(**TEXTS)
+        assert asked(url.replace("/score", "/"), None)[0] == 401
+        with urllib.request.urlopen(
+            urllib.request.Request(url.replace("/score", "/"), headers={"Authorization": "Bearer secret"})
+        ) as answer:
+            assert json.loads(answer.read())["schema"] == "/openapi.json"
+
+
+def test_the_pages_that_load_from_elsewhere_are_off(model_server):
+    for page in ("docs", "redoc"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(model_server[0].replace("score", page))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["stage.host=null"], "`stage.host` is None and must be an address"),
+        (["stage.port=null"], "`stage.port` is None and must be an integer from 0 to 65535"),
+        (["stage.port=http"], "`stage.port` is 'http'"),
+        (["stage.port=99999"], "`stage.port` is 99999"),
+        (["stage.token_env=NOT_THERE"], "the environment variable `NOT_THERE`, which is not set"),
+    ],
+)
+def test_an_address_that_can_not_be_is_said(compose, tmp_path, words, message):
+    problems = find_problems(compose("stage=serve_reward", "reward=demo", f"runs_dir={tmp_path}", *words))
+    assert len(problems) == 1 and message in problems[0], problems
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_other_machines_need_a_token_or_a_word(compose, tmp_path, capsys, monkeypatch, host):
+    import uvicorn
+
+    from rlhf_trl.serve import serve_reward
+
+    words = [
+        "stage=serve_reward",
+        "reward=demo",
+        "stage.port=0",
+        f"runs_dir={tmp_path}",
+        f"'stage.host=\"{host}\"'"[1:-1],
+    ]
+    if host == "::" and not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    with pytest.raises(ConfigError, match="is open to other machines, and the server has no token"):
+        serve_reward(compose(*words))
+    connected = []
+
+    def run(self, sockets):  # whoever reads the address may connect
+        family = sockets[0].family
+        with socket.socket(family) as client:
+            client.connect(("127.0.0.1" if family == socket.AF_INET else "::1", sockets[0].getsockname()[1]))
+            connected.append(True)
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    monkeypatch.setenv("REWARD_TOKEN", "secret")
+    serve_reward(compose(*words, "stage.token_env=REWARD_TOKEN"))
+    said = capsys.readouterr().out
+    here = "http://127.0.0.1:" if host == "0.0.0.0" else "http://[::1]:"
+    assert (
+        connected
+        and here in said
+        and "reward.http.token_env=REWARD_TOKEN" in said
+        and "open to other machines" in said
+    )
+    serve_reward(compose(*words, "stage.anonymous=true"))
+    assert "anybody may use it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -93,11 +93,30 @@ def _without_policy(values: dict[str, Any], rewards: dict[str, dict[str, Any]]) 
             f"`stage=serve_reward` serves one reward, and `reward` has {len(rewards)} "
             f"({', '.join(rewards) or 'none'}). Start a server for each, with a `stage.port` of its own."
         )
+    if at(stage, "run._target_") == "rlhf_trl.serve.serve_reward":
+        problems += _server(stage)
     adapters = any(str(node.get("_target_")).endswith(".AdapterReward") for node in rewards.values())
     if adapters and not stage.get("args"):
         problems.append(
             f"`reward=adapter` scores on the base of a policy that is trained, and `stage={stage.get('name')}` trains "
             "none. Type `reward=model`, which loads the adapter with its base."
+        )
+    return problems
+
+
+def _server(stage: dict[str, Any]) -> list[str]:
+    """Of the address and the token of a server."""
+    host, port, token, problems = stage.get("host"), stage.get("port"), stage.get("token_env"), []
+    if not isinstance(host, str) or not host:
+        problems.append(f"`stage.host` is {host!r} and must be an address. Type `stage.host=127.0.0.1`.")
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
+        problems.append(f"`stage.port` is {port!r} and must be an integer from 0 to 65535. Type `stage.port=8000`.")
+    if not isinstance(stage.get("anonymous"), bool):
+        problems.append(f"`stage.anonymous` is {stage.get('anonymous')!r} and must be true or false.")
+    if token is not None and not os.environ.get(str(token)):
+        problems.append(
+            f"`stage.token_env` names the environment variable `{token}`, which is not set. Type "
+            f"`export {token}=...`, or `stage.token_env=null`."
         )
     return problems
 

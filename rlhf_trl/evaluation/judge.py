@@ -5,10 +5,11 @@ A judge's `compare(prompts, policy, baseline)` takes texts and the [`Answers`] o
 [`Verdicts`].
 """
 
+import json
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -233,7 +234,7 @@ class HTTPJudge(TextJudge):
         api_key_env (`str`, *optional*):
             Environment variable with the key.
         timeout (`float`):
-            Seconds for a reply.
+            Seconds until a reply is complete.
         retries (`int`):
             More tries after a broken connection, a timeout, status 429 or 5xx, with pauses of 1, 2, 4 ... seconds.
         concurrency (`int`):
@@ -275,19 +276,22 @@ class HTTPJudge(TextJudge):
         """See [`TextJudge`]."""
         import httpx
 
+        headers = {"Content-Type": "application/json", **self.headers}
         with (
-            httpx.Client(timeout=self.timeout, headers=self.headers) as client,
+            httpx.Client(timeout=self.timeout, headers=headers) as client,
             ThreadPoolExecutor(self.concurrency) as pool,
         ):
-            futures = [pool.submit(self._reply, client.post, question) for question in questions]
+            futures = [pool.submit(self._reply, client, question) for question in questions]
             try:
                 return [future.result() for future in futures]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)  # what one question met, all would
                 raise
 
-    def _reply(self, post: Callable, question: str) -> str:
+    def _reply(self, client, question: str) -> str:
         import httpx
+
+        from rlhf_trl.rewards.http import TooLongError, post
 
         body = {
             "model": self.model,
@@ -299,26 +303,28 @@ class HTTPJudge(TextJudge):
             if attempt:
                 time.sleep(min(2 ** (attempt - 1), 30))
             try:
-                response = post(f"{self.url}/chat/completions", json=body)
+                answer = post(client, f"{self.url}/chat/completions", json.dumps(body), self.timeout)
+            except TooLongError:
+                raise ConfigError(f"The judge at `{self.url}` answers without end. Correct `judge.url`.") from None
             except httpx.HTTPError as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
             except httpx.InvalidURL as error:
                 raise ConfigError(f"`judge.url` is `{self.url}`, which is no address ({error}).") from None
-            if response.status_code == 429 or response.status_code >= 500:
-                problem = f"it answered {response.status_code}: {response.text[:200]}"
+            if answer.status == 429 or answer.status >= 500:
+                problem = f"it answered {answer.status}: {answer}"
                 continue
-            if response.status_code != 200:
+            if answer.status != 200:
                 raise ConfigError(
-                    f"The judge at `{self.url}` refused with status {response.status_code}: {response.text[:200]}. "
-                    "Check `judge.url`, `judge.model` and `judge.api_key_env`."
+                    f"The judge at `{self.url}` refused with status {answer.status}: {answer}. Check `judge.url`, "
+                    "`judge.model` and `judge.api_key_env`."
                 )
             try:
-                return response.json()["choices"][0]["message"]["content"] or ""
-            except (ValueError, KeyError, IndexError, TypeError):
+                return json.loads(answer.content)["choices"][0]["message"]["content"] or ""
+            except (ValueError, KeyError, IndexError, TypeError, RecursionError):
                 raise ConfigError(
-                    f"The judge at `{self.url}` doesn't answer as an OpenAI-compatible endpoint does: "
-                    f"{response.text[:200]!r}. Give the address up to and with `/v1`."
+                    f"The judge at `{self.url}` doesn't answer as an OpenAI-compatible endpoint does: {answer}. Give "
+                    "the address up to and with `/v1`."
                 ) from None
         raise ConfigError(
             f"The judge at `{self.url}` can't be asked, after {self.retries + 1} tries ({problem}). Start it, mend "

@@ -10,17 +10,19 @@ A request (POST) holds lists of one length, one entry a completion:
                                                       and `chat_template_kwargs` (of the chat template) if it has them
 
 The answer (status 200) is `{"rewards": [0.5, null]}`: a number, or null where the reward doesn't apply, for each
-completion; and, if it likes, `"metrics": {"disagreement": 0.1}`, numbers about the batch that are logged.
+completion; and, if it likes, `"metrics": {"disagreement": 0.1}`, numbers about the batch that are logged as
+`rewards/<name>/disagreement`.
 """
 
 import hashlib
 import json
 import logging
-import math
 import os
+import re
+import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 from transformers import PreTrainedTokenizerBase
@@ -35,6 +37,49 @@ logger = logging.getLogger(__name__)
 
 # What may be another way in a moment: too many requests, and errors of the server or of a proxy in front of it
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+# Bytes of an answer: many times what numbers for a batch take, and nothing for the memory
+MAX_ANSWER = 16 * 2**20
+# What a server may call its metrics, and what is logged of every reward under the same stem
+METRIC_NAME, MAX_METRICS = re.compile(r"[\w.-]{1,64}"), 64
+OWN_METRICS = ("mean", "std")
+SCHEMA = 'It must be `{"rewards": [...]}` with a number or null for each completion'
+
+
+class Answer(NamedTuple):
+    """An HTTP answer that has been read whole."""
+
+    status: int
+    reason: str
+    kind: str
+    content: bytes
+
+    def __str__(self) -> str:
+        text = " ".join(self.content[:1000].decode(errors="replace").split())
+        return repr(text[:200] + ("..." if len(text) > 200 or len(self.content) > 1000 else ""))
+
+
+class TooLongError(Exception):
+    """An answer of more bytes than it may have."""
+
+
+def post(client: httpx.Client, url: str, body: bytes | str, seconds: float) -> Answer:
+    """
+    Send a request and return its whole answer.
+
+    Raises:
+        TooLongError: after `MAX_ANSWER` bytes.
+        httpx.HTTPError: as httpx does, and `httpx.ReadTimeout` also for an answer that isn't complete after `seconds`.
+    """
+    ends, content = time.monotonic() + seconds, bytearray()
+    with client.stream("POST", url, content=body) as response:
+        for chunk in response.iter_bytes():
+            content += chunk
+            if len(content) > MAX_ANSWER:
+                raise TooLongError
+            if time.monotonic() > ends:
+                raise httpx.ReadTimeout("the answer goes on and on")
+        kind = response.headers.get("content-type", "no content type")
+        return Answer(response.status_code, response.reason_phrase, kind, bytes(content))
 
 
 class HttpReward(Reward):
@@ -47,7 +92,7 @@ class HttpReward(Reward):
 
     Args:
         url (`str`): of the server, such as `http://127.0.0.1:8000/score`.
-        timeout (`float`): seconds that the server may be silent.
+        timeout (`float`): seconds until an answer is complete.
         retries (`int`), backoff (`float`): see above.
         batch_size (`int`): completions a request.
         columns (`Sequence[str]`): columns of the data that are sent along.
@@ -129,7 +174,7 @@ class HttpReward(Reward):
                 log_metric(f"rewards/{self.__name__}/{name}", value)
         return rewards
 
-    def _post(self, content: dict[str, Any]) -> httpx.Response:
+    def _post(self, content: dict[str, Any]) -> Answer:
         try:
             body = json.dumps(content, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -145,41 +190,53 @@ class HttpReward(Reward):
                 logger.warning("The server of `%s` %s. Trying again in %g s.", self.__name__, failure, pause)
                 time.sleep(pause)
             try:
-                response = self._client.post(self.url, content=body)
+                answer = post(self._client, self.url, body, self.timeout)
+            except TooLongError:
+                raise self._error(
+                    f"answers with more than {MAX_ANSWER >> 20} MiB, which no rewards take. Correct "
+                    f"`reward.{self.__name__}.url`"
+                ) from None
             except httpx.TimeoutException:
                 failure = f"gave no answer within {self.timeout:g} s"
                 way = f"Give it more time (`reward.{self.__name__}.timeout=...`) or less at a time (`batch_size`)"
+            except httpx.DecodingError as error:
+                raise self._error(f"gave an answer that can't be unpacked ({error}). {SCHEMA}") from None
             except httpx.HTTPError as error:
                 failure = f"can't be reached ({error})"
                 way = f"Start it, or correct `reward.{self.__name__}.url`"
             else:
-                if response.status_code == 200:
-                    return response
-                failure = f"answered {response.status_code} {response.reason_phrase}: {_beginning(response)}"
+                if answer.status == 200:
+                    return answer
+                failure = f"answered {answer.status} {answer.reason}: {answer}"
                 way = f"Look into its log, or correct `reward.{self.__name__}.url`"
-                if response.status_code not in TRANSIENT:
+                if answer.status not in TRANSIENT:
                     raise self._error(f"{failure}. {way}")
         tries = f"{self.retries + 1} tries were" if self.retries else "one try was"
         raise self._error(f"{failure}, and {tries} made. {way}")
 
-    def _read(self, response: httpx.Response, expected: int) -> tuple[list[float | None], dict[str, float]]:
-        schema = 'It must be `{"rewards": [...]}` with a number or null for each completion'
+    def _read(self, answer: Answer, expected: int) -> tuple[list[float | None], dict[str, float]]:
         try:
-            content = json.loads(response.content)
-        except ValueError:
-            kind = response.headers.get("content-type", "no content type")
-            raise self._error(f"answered with {kind}, which is no JSON: {_beginning(response)}. {schema}") from None
+            content = json.loads(answer.content)
+        except (ValueError, RecursionError):
+            raise self._error(f"answered with {answer.kind}, which is no JSON: {answer}. {SCHEMA}") from None
         values = content.get("rewards") if isinstance(content, dict) else None
         if not isinstance(values, list):
-            raise self._error(f"answered without `rewards`: {_beginning(response)}. {schema}")
+            raise self._error(f"answered without `rewards`: {answer}. {SCHEMA}")
         if len(values) != expected:
-            raise self._error(f"gave {len(values)} rewards for {expected} completions. {schema}")
+            raise self._error(f"gave {len(values)} rewards for {expected} completions. {SCHEMA}")
         for row, value in enumerate(values):
             if value is not None and not _is_finite(value):
-                raise self._error(f"gave {json.dumps(value)} as reward {row} of {expected}. {schema}")
+                raise self._error(f"gave {_short(value)} as reward {row} of {expected}. {SCHEMA}")
         metrics = content.get("metrics") or {}
         if not isinstance(metrics, dict) or not all(_is_finite(value) for value in metrics.values()):
-            raise self._error(f"gave {json.dumps(metrics)} as `metrics`. They must be numbers by name")
+            raise self._error(f"gave {_short(metrics)} as `metrics`. They must be numbers by name")
+        if taken := [name for name in metrics if name in OWN_METRICS or not METRIC_NAME.fullmatch(name)]:
+            raise self._error(
+                f"gave a metric {_short(taken[0])}. Its name must be of letters, digits, `_`, `.` and `-`, and not "
+                f"one of every reward ({', '.join(OWN_METRICS)})"
+            )
+        if len(metrics) > MAX_METRICS:
+            raise self._error(f"gave {len(metrics)} metrics. It may give {MAX_METRICS}")
         return [None if value is None else float(value) for value in values], metrics
 
     def _error(self, what: str) -> ConfigError:
@@ -196,9 +253,12 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _beginning(response: httpx.Response) -> str:
-    text = " ".join(response.text.split())
-    return repr(text[:200] + ("..." if len(text) > 200 else ""))
+def _short(value: Any) -> str:
+    try:
+        text = json.dumps(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:80]}..."
