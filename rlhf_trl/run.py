@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
@@ -55,7 +55,9 @@ from rlhf_trl.checks.run_directory import run_directory_problems
 from rlhf_trl.checks.sizes import check_rows_fit
 from rlhf_trl.checks.values import plain
 from rlhf_trl.data import head_names
+from rlhf_trl.data.splits import leave_out, prompt_keys
 from rlhf_trl.data.tokens import end_tokens, keep_template_kwargs
+from rlhf_trl.data.words import say
 from rlhf_trl.directory import claimed, discard_old, holds_old, put_back, recover, set_aside
 from rlhf_trl.dotpaths import find
 from rlhf_trl.dropout import disable_dropout
@@ -223,6 +225,18 @@ def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDic
     return dataset
 
 
+def demonstrations(cfg: DictConfig, dataset: DatasetDict) -> Dataset:
+    """The training rows of `ptx_data`, but for those whose prompt is held out in `dataset`."""
+    rows = instantiated(cfg.ptx_data)(form="prompt_completion", seed=cfg.seed)["train"]
+    if "eval" not in dataset or cfg.data.get("split_by") == "row":
+        return rows
+    notes = []
+    rows = leave_out("ptx_data", rows, prompt_keys(rows), set(prompt_keys(dataset["eval"])), notes)
+    for note in notes:
+        say(note)
+    return rows
+
+
 def instantiate_data(cfg: DictConfig, form: str | None = None) -> DatasetDict:
     """
     The rows of `cfg.data` in the form that the stage wants, or in another one.
@@ -291,8 +305,7 @@ def make_trainer(
         extra["reward_funcs"] = reward_functions(cfg, tokenizer, dataset["train"].column_names)
         args.reward_weights = [reward.weight for reward in extra["reward_funcs"]]
     if "ptx_data" in cfg:
-        demonstrations = instantiate(cfg.ptx_data)(form="prompt_completion", seed=cfg.seed)
-        extra["ptx_dataset"] = demonstrations["train"]
+        extra["ptx_dataset"] = demonstrations(cfg, dataset)
     set_seed(args.seed)  # a new score head must not depend on what was loaded before
     model, peft_config = load_start(
         path,

@@ -1,15 +1,18 @@
 """Splits: which prompts are held out depends on the prompts alone, in every stage, format and form of feedback."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from rlhf_trl import data
 from rlhf_trl.data import forms
 from rlhf_trl.data.load import build
 from rlhf_trl.data.splits import held_out_keys, hold_out, prompt_key, prompt_keys
 from rlhf_trl.errors import DataError
+from rlhf_trl.run import demonstrations
 
 STAGES = {
     path.stem: stage["form"]
@@ -174,3 +177,16 @@ def test_a_side_without_a_row_of_use_is_an_error():
     rows = [{"prompt": p, "completion": "x", "label": p == PROMPTS[0]} for p in PROMPTS]
     with pytest.raises(DataError, match="no row of use to this stage is left for `(eval|train)`.*eval_size"):
         load("prompt_completion", rows, eval_size=0.2)
+
+
+def test_demonstrations_beside_ppo_have_no_held_out_prompts(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows_of(FORMATS["prompt_completion"])))
+    node = {"_target_": "rlhf_trl.data.load_files", "_partial_": True, "paths": str(path)}  # no split of its own
+    dataset = load("prompt", rows_of(FORMATS["messages"]), eval_size=0.2)
+    cfg = OmegaConf.create({"ptx_data": node, "data": {"split_by": "prompt"}, "seed": 0})
+    rows = demonstrations(cfg, dataset)
+    assert len(rows) == 82 and not set(prompt_keys(rows)) & set(prompt_keys(dataset["eval"]))
+    assert "ptx_data: 18 rows left out that share a prompt with an eval row" in capsys.readouterr().out
+    cfg.data.split_by = "row"
+    assert len(demonstrations(cfg, dataset)) == 100
