@@ -47,6 +47,7 @@ from rlhf_trl.callbacks.record import (
     read_run,
     save_whole_checkpoints,
     start_run,
+    tied_weights_are_there,
     write_metrics,
 )
 from rlhf_trl.callbacks.samples import SampleLog
@@ -342,6 +343,7 @@ def make_trainer(
             parameter.data = parameter.data.float()
     save_whole_checkpoints(trainer)
     never_past_the_end(trainer)
+    tied_weights_are_there(trainer)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     for callback in callbacks(cfg, trainer):

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState
 
 from rlhf_trl.callbacks import record, steps_per_rollout
 from rlhf_trl.callbacks.interrupt import Interrupt
@@ -26,6 +26,7 @@ from rlhf_trl.callbacks.record import (
     read_run,
     rotate,
     start_run,
+    tied_weights_are_there,
     write_json,
     write_metrics,
 )
@@ -410,3 +411,19 @@ def test_all_ranks_stop_at_the_step_of_one(tmp_path):
     assert (checkpoint / "rng_state_0.pth").exists() and (checkpoint / "rng_state_1.pth").exists()
     lines = [line for line in output.splitlines() if line.startswith("train ")]
     assert len(lines) == len(set(lines)) == int(checkpoint.name.split("-")[1])
+
+
+def test_tied_weights_are_not_missing_from_a_checkpoint(tmp_path, monkeypatch):
+    trainer, said = sft(tmp_path, max_steps=1), []
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    trainer.model = LlamaForCausalLM(LlamaConfig(vocab_size=16, tie_word_embeddings=True, **sizes))
+    monkeypatch.setattr("transformers.trainer.logger.warning", said.append)
+    trainer.save_model(str(tmp_path / "checkpoint"))
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint"))
+    assert len(said) == 1 and "'lm_head.weight'" in said.pop()
+    tied_weights_are_there(trainer)
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint"))
+    assert not said
+    load = trainer.model.load_state_dict({}, strict=False)
+    trainer._issue_warnings_after_load(load)  # both names of it are missing, and all others
+    assert len(said) == 1 and "'lm_head.weight'" in said[0] and "norm.weight" in said[0]

@@ -218,6 +218,24 @@ def never_past_the_end(trainer) -> None:
     trainer._run_epoch = unless_at_the_end
 
 
+def tied_weights_are_there(trainer) -> None:
+    """
+    Keep a `transformers.Trainer` that resumes from warning of weights that are another name of ones that were loaded.
+
+    A checkpoint holds tied weights once, and the Trainer (5.23) calls the other name missing.
+    """
+    warn = trainer._issue_warnings_after_load
+
+    @functools.wraps(warn)
+    def of_the_rest(loaded):
+        tied = getattr(trainer.model, "all_tied_weights_keys", {})
+        pairs = {**tied, **{source: name for name, source in tied.items()}}
+        missing = [key for key in loaded.missing_keys if pairs.get(key, key) in loaded.missing_keys]
+        warn(loaded._replace(missing_keys=missing))
+
+    trainer._issue_warnings_after_load = of_the_rest
+
+
 def _sizes(checkpoint: Path) -> dict[str, int]:
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
