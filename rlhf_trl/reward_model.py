@@ -23,6 +23,7 @@ from rlhf_trl.calibration import calibration_of, write_calibration
 from rlhf_trl.data.tokens import head_names, keep_short_completions, tokenize_comparisons
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models import score_heads
+from rlhf_trl.ranges import REWARD_MODEL, TRAINING, check_values
 
 KINDS = ("pairwise", "plackett_luce")
 # The most completions that the calibration of a saved model is measured on
@@ -188,15 +189,7 @@ class RewardConfig(trl.RewardConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, value, known in (
-            ("loss_type", self.loss_type, KINDS),
-            ("head_init", self.head_init, (None, "normal")),
-            ("calibrate_on", self.calibrate_on, ("all", "best")),
-        ):
-            if value not in known:
-                raise ValueError(f"`{name}` is {value!r}. Use one of: {', '.join(str(choice) for choice in known)}.")
-        if not 0.0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"`label_smoothing` is {self.label_smoothing}. Use 0 or more, and less than 0.5.")
+        check_values(TRAINING | REWARD_MODEL, vars(self), error=ValueError)
 
 
 @dataclass

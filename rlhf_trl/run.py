@@ -70,6 +70,7 @@ from rlhf_trl.loggers import is_first_rank
 from rlhf_trl.models import adapter_config, base_path, fingerprint, load_start, load_tokenizer, merge_adapter
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.quiet import quiet
+from rlhf_trl.ranges import RULES, check_values
 from rlhf_trl.rewards import ModelReward
 from rlhf_trl.rewards.base import GIVEN
 
@@ -204,6 +205,7 @@ def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
     values.setdefault("logging_nan_inf_filter", False)  # it would show a loss of NaN as the mean of those before
     if not torch.accelerator.is_available():
         values.setdefault("use_cpu", True)  # without it each of several CPU ranks would train by itself
+    check_values(RULES.get(values["_target_"], {}), values, "stage.args.")
     try:
         args = instantiate(values)
     except InstantiationException as error:

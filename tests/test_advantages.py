@@ -161,10 +161,10 @@ def test_adaptive_kl_over_ten_rollouts():
     ("make", "message"),
     [
         (lambda: AdaptiveKL(0.0, 6), "beta` above 0"),
-        (lambda: AdaptiveKL(0.1, 0), "kl.target` above 0"),
-        (lambda: AdaptiveKL(0.1, 6, horizon=0), "kl.horizon` above 0"),
-        (lambda: FixedKL(-1), "beta` to 0 or more"),
-        (lambda: LinearKL(0.1, -1), "kl.final` to 0 or more"),
+        (lambda: AdaptiveKL(0.1, 0), "`kl.target` is 0. Set it above 0"),
+        (lambda: AdaptiveKL(0.1, 6, horizon=0), "`kl.horizon` is 0. Set it above 0"),
+        (lambda: FixedKL(-1), "`stage.args.beta` is -1. Set it to 0 or more"),
+        (lambda: LinearKL(0.1, -1), "`kl.final` is -1. Set it to 0 or more"),
     ],
 )
 def test_controllers_refuse_what_can_not_work(make, message):

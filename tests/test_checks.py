@@ -342,10 +342,18 @@ def test_check_raises_one_error_with_all(compose, tmp_path, monkeypatch):
 def test_the_libraries_find_the_rest(compose, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check(compose("stage=ppo"))
-    cfg = compose("stage=ppo", "stage.args.kl_estimator=k4", "+data.max_sample=3", "+reward.gold.wait=2")
+    both = ["stage.args.missing_eos_penalty=1", "stage.args.missing_eos_score=0"]
+    cfg = compose("stage=ppo", *both, "+data.max_sample=3", "+reward.gold.wait=2")
     with pytest.raises(ConfigError) as raised:
         check(cfg)
-    for part in ("3 problems", "k4", "`data.max_sample`", "`max_samples`", "`reward.gold.wait`", "`weight`"):
+    for part in (
+        "3 problems",
+        "missing_eos_score",
+        "`data.max_sample`",
+        "`max_samples`",
+        "`reward.gold.wait`",
+        "`weight`",
+    ):
         assert part in str(raised.value)
 
 

@@ -245,7 +245,7 @@ def test_options_are_looked_at_before_anything_loads(compose, tmp_path):
     words = ["reward=http", "reward.http.url=localhost:8000", "reward.http.timeout=0", "reward.http.token_env=NO_SUCH"]
     problems = find_problems(compose("stage=ppo", f"runs_dir={tmp_path}", *words))
     assert [problem.split("`")[1] for problem in problems] == [
-        f"reward.http.{n}" for n in ("url", "timeout", "token_env")
+        f"reward.http.{n}" for n in ("timeout", "url", "token_env")
     ]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import ConfigError
+from ..ranges import HEALTH, check_values
 from ..signs import BASELINE, LEVELS, SIGNS, WINDOW, Series, all_limits, judge, rollout_measures, signs_seen
 from ..terminal import printable
 from . import any_rank, steps_per_rollout
@@ -57,10 +57,7 @@ class HealthMonitor(NonfiniteGuard):
         baseline: int = BASELINE,
         window: int = WINDOW,
     ):
-        if baseline < 1 or window < 1:
-            raise ConfigError(
-                f"`health.baseline` is {baseline} and `health.window` is {window}. Set both to 1 or more."
-            )
+        check_values(HEALTH, {"baseline": baseline, "window": window}, "health.")
         super().__init__(trainer)
         self.limits = all_limits(signs)
         self.baseline, self.window = baseline, window

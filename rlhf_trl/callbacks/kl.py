@@ -13,6 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ..errors import ConfigError
+from ..ranges import ADAPTIVE_KL, FINAL_KL, KL, ROLLOUTS, check_values
 from . import SaveAndStop, steps_per_rollout
 from .rollouts import record_rollouts
 from .sampling import is_negative, sampling_differences, standard_error
@@ -51,12 +52,8 @@ class FixedKL(SaveAndStop, ExportableState):
     needs_kl = False  # whether `update` reads the KL or changes the coefficient
 
     def __init__(self, coef: float, trainer=None, guard: float | None = None, guard_action: str = "stop"):
-        if coef < 0:
-            raise ConfigError(f"The KL coefficient is {coef}. Set `stage.args.beta` to 0 or more.")
-        if guard is not None and guard <= 0:
-            raise ConfigError(f"The KL guard is {guard}. Set `kl.guard` above 0, or to null for none.")
-        if guard_action not in ("stop", "skip"):
-            raise ConfigError(f"`kl.guard_action` is {guard_action!r}. Use 'stop' or 'skip'.")
+        check_values(ROLLOUTS, {"beta": coef}, "stage.args.")
+        check_values(KL, {"guard": guard, "guard_action": guard_action}, "kl.")
         self.coef = float(coef)
         self.trainer = trainer
         self.guard = guard
@@ -207,10 +204,7 @@ class AdaptiveKL(FixedKL):
             raise ConfigError(
                 "An adaptive KL coefficient can't start at 0: set `stage.args.beta` above 0, or `kl=fixed`."
             )
-        if target <= 0:
-            raise ConfigError(f"The target KL is {target}. Set `kl.target` above 0.")
-        if horizon <= 0:
-            raise ConfigError(f"The horizon is {horizon}. Set `kl.horizon` above 0.")
+        check_values(ADAPTIVE_KL, {"target": target, "horizon": horizon}, "kl.")
         super().__init__(coef, trainer, guard, guard_action)
         self.target = target
         self.horizon = horizon
@@ -236,8 +230,7 @@ class LinearKL(FixedKL):
     def __init__(
         self, coef: float, final: float, trainer=None, guard: float | None = None, guard_action: str = "stop"
     ):
-        if final < 0:
-            raise ConfigError(f"The final KL coefficient is {final}. Set `kl.final` to 0 or more.")
+        check_values(FINAL_KL, {"final": final}, "kl.")
         super().__init__(coef, trainer, guard, guard_action)
         self.start, self.final = float(coef), float(final)
 

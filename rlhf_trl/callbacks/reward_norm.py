@@ -22,6 +22,7 @@ from ..checks.combinations import normalizer_problem
 from ..checks.rewards import combination_problem
 from ..data.tokens import prompt_ids, row_ids, template_kwargs
 from ..errors import ConfigError
+from ..ranges import REFERENCE_NORM, REWARD_NORM, check_values
 from ..rewards.combine import weighted_sum
 
 
@@ -86,8 +87,7 @@ class RewardNorm(TrainerCallback):
     def __init__(
         self, clip: float | None = None, trainer: Trainer | None = None, combine: Callable[..., Tensor] | None = None
     ):
-        if clip is not None and clip <= 0:
-            raise ConfigError(f"The reward clip is {clip}. Set `reward_norm.clip` above 0, or to null for none.")
+        check_values(REWARD_NORM, {"clip": clip}, "reward_norm.")
         self.clip = clip
         self.trainer = trainer
         self.combine = combine or weighted_sum
@@ -276,10 +276,7 @@ class ReferenceNorm(RewardNorm, ExportableState):
         trainer: Trainer | None = None,
         combine: Callable[..., Tensor] | None = None,
     ):
-        if std is not None and std <= 0:
-            raise ConfigError(f"The target std is {std}. Set `reward_norm.std` above 0, or to null to shift only.")
-        if rows < 2:
-            raise ConfigError(f"`reward_norm.rows` is {rows}, and a std needs two. Set it to 2 or more.")
+        check_values(REFERENCE_NORM, {"rows": rows, "mean": mean, "std": std}, "reward_norm.")
         super().__init__(clip, trainer, combine)
         self.column, self.rows = column, rows
         self.mean, self.std = float(mean), std

@@ -12,9 +12,10 @@ from rlhf_trl.checks.batches import batch_problems, world_size
 from rlhf_trl.checks.combinations import combination_problems
 from rlhf_trl.checks.names import argument_problems, section_problems, target_problems
 from rlhf_trl.checks.places import data_problems, model_problems, output_problems
+from rlhf_trl.checks.ranges import range_problems
 from rlhf_trl.checks.rewards import reward_problems
 from rlhf_trl.checks.run_directory import run_directory_problems
-from rlhf_trl.checks.values import plain
+from rlhf_trl.checks.values import plain, sources
 from rlhf_trl.errors import ConfigError
 
 __all__ = ["check", "find_problems"]
@@ -49,6 +50,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
         section_problems,
         target_problems,
         argument_problems,
+        range_problems,
         model_problems,
         data_problems,
         output_problems,
@@ -58,4 +60,9 @@ def find_problems(cfg: DictConfig) -> list[str]:
         run_directory_problems,
     ):
         problems += look(values)
-    return problems
+    for path, source in sources(cfg).items():  # `stage.args.seed` is what was typed as `seed`
+        problems = [text.replace(f"`{path}`", f"`{source}`").replace(f"`{path}=", f"`{source}=") for text in problems]
+    once: dict[str, str] = {}  # by what is wrong, whatever there is to set
+    for text in problems:
+        once.setdefault(text.split(". ")[0], text)
+    return list(once.values())

@@ -31,19 +31,17 @@ def batch_problems(values: dict[str, Any]) -> list[str]:
     args = section(values, "stage.args")
     known = arguments(str(args.get("_target_"))) or {}
     get = {name: args.get(name, default) for name, (_, default) in known.items()}.get
-    problems = [
-        f"`stage.args.{name}` is {get(name)}. Set it to 1 or more."
-        for name in COUNTS
-        if isinstance(get(name), int) and get(name) < 1
-    ]
+    counts = [get(name) for name in COUNTS if get(name) is not None]
+    if not all(isinstance(count, int) and count > 0 for count in counts):
+        return []  # what is wrong with a number by itself is said elsewhere
     if "desirable_weight" in known and get("loss_type") != "apo_zero_unpaired":
         if get("per_device_train_batch_size") == 1:
-            problems.append(
+            return [
                 "`stage.args.per_device_train_batch_size` is 1, and KTO takes its KL from other rows of the batch. "
                 "Set it to 2 or more."
-            )
-    if problems or "num_generations" not in known or any(isinstance(get(name), str | float) for name in COUNTS):
-        return problems
+            ]
+    if "num_generations" not in known:
+        return []
     return _rollout(get, is_ppo="cliprange_value" in known, rows=at(values, "data.max_samples"))
 
 

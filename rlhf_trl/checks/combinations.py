@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_trl.checks.batches import world_size
 from rlhf_trl.checks.places import model_folder
 from rlhf_trl.checks.values import at, read_json, section
 from rlhf_trl.signs import limit_problems
@@ -24,41 +25,42 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
         problems.append(
             f"`stage={stage.get('name')}` has no reward to maximize. Type `reward=demo` or another option."
         )
-    if peft and (peft.get("lora_dropout") or 0) > 0 and (is_rl or args.get("disable_dropout")):
+    weights = [reward.get("weight", 1) for reward in section(values, "reward").values() if isinstance(reward, dict)]
+    if is_rl and weights and all(weight == 0 for weight in weights):
+        problems.append(
+            f"All rewards have weight 0, so `stage={stage.get('name')}` has nothing to maximize. Set the weight of "
+            f"one: `reward.{next(iter(section(values, 'reward')))}.weight=1`."
+        )
+    dropout = peft.get("lora_dropout")
+    if isinstance(dropout, int | float) and dropout > 0 and (is_rl or args.get("disable_dropout")):
         why = "in an RL stage rollout and update must see the same policy"
         way = "Set `adapter.peft.lora_dropout=0`"
         if not is_rl:
             why, way = "`stage.args.disable_dropout` would undo it", f"{way}, or `stage.args.disable_dropout=false`"
-        problems.append(f"`adapter.peft.lora_dropout` is {peft['lora_dropout']}, and {why}. {way}.")
+        problems.append(f"`adapter.peft.lora_dropout` is {dropout}, and {why}. {way}.")
     problems += _shared_base(values, args, peft)
     problems += _controller(values, str(stage.get("name")), args)
     problems += limit_problems(section(values, "health.signs"))
     if not str(at(values, "reward_norm._target_") or "RewardNorm").endswith(".RewardNorm"):
         problems += [problem] if (problem := normalizer_problem(args)) else []
-    for name, least in (
-        ("kl.target", "above 0"),
-        ("kl.horizon", "above 0"),
-        ("kl.final", "0 or more"),
-        ("kl.guard", "above 0"),
-        ("health.baseline", "above 0"),
-        ("health.window", "above 0"),
-        ("stage.n", "above 0"),
-        ("stage.max_prompts", "above 0"),
-        ("stage.batch_size", "above 0"),
-        ("stage.max_completion_length", "above 0"),
-        ("stage.temperature", "0 or more"),
-        ("reward_norm.clip", "above 0"),
-        ("reward_norm.std", "above 0"),
-        ("stage.best_of_n", "0 or more"),
-        ("stage.best_of_n_batch_size", "above 0"),
-    ):
-        value = at(values, name)
-        if isinstance(value, int | float) and (value < 0 or value == 0 and least == "above 0"):
-            problems.append(f"`{name}` is {value}. Set it {'to ' if least[0] == '0' else ''}{least}.")
     for name, option in (("peft", "lora"), ("quantization", "qlora")):
         node = at(values, f"adapter.{name}")
         if node and "_target_" not in section(values, f"adapter.{name}"):
             problems.append(f"`adapter.{name}` is not used by this `adapter`. Type `adapter={option}` as well.")
+    if args and values.get("merge") is True and not peft:
+        problems.append(
+            "`merge=true` writes the merged model of an adapter, and `adapter=none` trains none. Leave out "
+            "`merge=true`, or type `adapter=lora`."
+        )
+    if args and args.get("resume_from_checkpoint") is not None:
+        problems.append("`stage.args.resume_from_checkpoint` is not read. Type `resume=true` to resume this run.")
+    if "_target_" in args and args.get("output_dir") != values.get("run_dir"):
+        problems.append(
+            f"`stage.args.output_dir` is {args.get('output_dir', 'not set')}, and a run's checkpoints are looked for "
+            "in `run_dir`. Leave `stage.args.output_dir` as it is, and set `run_name=...` or `runs_dir=...`."
+        )
+    if args.get("fsdp") and world_size() == 1:
+        problems.append("`stage.args.fsdp` needs several processes. Launch with `accelerate launch`, or leave it out.")
     if args and "_target_" not in args:
         problems.append(
             f"`stage={stage.get('name')}` trains nothing and has no `stage.args`. Leave out `debug=smoke` (or "
@@ -144,9 +146,7 @@ def _controller(values: dict[str, Any], stage: str, args: dict[str, Any]) -> lis
                 f"`kl.guard` needs the KL to the reference, and `stage={stage}` keeps none at `stage.args.beta=0`. "
                 "Set `stage.args.beta` above 0, or `kl.guard=null`."
             )
-    if at(values, "kl.guard_action") not in (None, "stop", "skip"):
-        problems.append(f"`kl.guard_action` is {at(values, 'kl.guard_action')!r}. Use `stop` or `skip`.")
-    elif guard is not None and at(values, "kl.guard_action") == "skip" and os.environ.get(DEEPSPEED) == "true":
+    if guard is not None and at(values, "kl.guard_action") == "skip" and os.environ.get(DEEPSPEED) == "true":
         problems.append(
             "`kl.guard_action=skip` can't withhold an update from DeepSpeed, which makes it within `backward`. "
             "Set `kl.guard_action=stop`."

@@ -8,7 +8,7 @@ from rlhf_trl.checks.values import at, nodes, section
 from rlhf_trl.hints import did_you_mean
 
 SECTIONS = (
-    *("stage", "stage.args", "model", "data", "adapter", "adapter.peft", "adapter.quantization"),
+    *("stage", "stage.args", "model", "data", "callbacks", "adapter", "adapter.peft", "adapter.quantization"),
     *("callbacks", "reward", "reward_norm", "combine", "critic", "kl", "judge", "health", "health.signs"),
 )
 DOT_PATHS = ("_target_", "function", "auto_class")
@@ -46,7 +46,7 @@ def argument_problems(values: dict[str, Any]) -> list[str]:
         known = arguments(node["_target_"]) if isinstance(node.get("_target_"), str) else None
         for key, value in node.items() if known else ():
             if key in known:
-                problems += _type_problem(f"{path}.{key}", value, known[key][0])
+                problems += type_problem(f"{path}.{key}", value, known[key][0])
             elif not key.startswith("_"):
                 problems.append(unknown_argument(path, key, node, known))
     return problems
@@ -58,7 +58,8 @@ def unknown_argument(path: str, key: str, node: dict[str, Any], known: Any) -> s
     return f"`{path}.{key}` is no argument of `{node['_target_']}`. {hint or 'Leave it out.'}"
 
 
-def _type_problem(path: str, value: Any, expected: str) -> list[str]:
+def type_problem(path: str, value: Any, expected: str) -> list[str]:
+    """The problem of a value that isn't of the type that [`~rlhf_trl.argument_names.arguments`] tells."""
     kind = expected.removesuffix("?")
     if not kind or value is None:
         return []

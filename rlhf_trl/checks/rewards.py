@@ -30,15 +30,6 @@ def http_problems(key: str, options: Mapping[str, Any]) -> list[str]:
     url, token, problems = options["url"], options.get("token_env"), []
     if url is not None and not str(url).startswith(("http://", "https://")):
         problems.append(f"`{key}.url` is {url!r}. Give the whole address: `{key}.url=http://HOST:PORT/score`.")
-    for name, least in (
-        ("timeout", "above 0"),
-        ("retries", "0 or more"),
-        ("backoff", "0 or more"),
-        ("batch_size", "1 or more"),
-    ):
-        value = options.get(name)
-        if not isinstance(value, int | float) or value < 0 or value == 0 and least[0] != "0":
-            problems.append(f"`{key}.{name}` is {value!r}. Set it {'' if least[0] == 'a' else 'to '}{least}.")
     if token is not None and token not in os.environ:
         problems.append(
             f"`{key}.token_env` names the environment variable `{token}`, which is not set. Type "
@@ -54,11 +45,9 @@ def ensemble_problems(key: str, options: Mapping[str, Any], single: str | None =
     Args:
         single (`str`, *optional*): where the reward model is, if it is no ensemble.
     """
-    kind, coefficient = options["ensemble"], options.get("std_coef")
+    kind = options["ensemble"]
     if kind not in ENSEMBLES:
         return [f"`{key}.ensemble` is {kind!r}. Use one of: {', '.join(ENSEMBLES)}."]
-    if not isinstance(coefficient, int | float) or coefficient < 0:
-        return [f"`{key}.std_coef` is {coefficient!r}. Set it to 0 or more: disagreement is to cost."]
     if kind != "mean" and single is not None:
         return [
             f"`{key}.ensemble` is `{kind}`, and `{single}` is a single reward model. Leave it out, or train an "
@@ -70,9 +59,9 @@ def ensemble_problems(key: str, options: Mapping[str, Any], single: str | None =
 def _members(values: dict[str, Any]) -> list[str]:
     """Of an ensemble of reward models that is to be trained."""
     members, peft, problems = section(values, "stage").get("members", 1), section(values, "adapter.peft"), []
-    if isinstance(members, bool) or not isinstance(members, int) or members < 1:
-        problems.append(f"`stage.members` is {members!r}. Set it to 1 (a single reward model) or more (an ensemble).")
-    elif members > 1 and not peft:
+    if not isinstance(members, int):
+        return []  # which is said elsewhere
+    if members > 1 and not peft:
         problems.append(
             f"`stage.members={members}` trains adapters that share a base, and `adapter=none` trains that base. Type "
             "`adapter=lora` as well."

@@ -48,6 +48,13 @@ def _unresolved(path: str, message: str) -> tuple[str, str]:
     )
 
 
+def sources(cfg: DictConfig) -> dict[str, str]:
+    """The arguments whose value is another key's, `${seed}`, and that key."""
+    raw = flatten(OmegaConf.to_container(cfg).get("stage", {}).get("args") or {}, "stage.args")
+    found = {path: re.fullmatch(r"\$\{(\w[\w.]*)\}", value) for path, value in raw.items() if isinstance(value, str)}
+    return {path: match.group(1) for path, match in found.items() if match}
+
+
 def nodes(values: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """All dicts of the config with their path."""
     if isinstance(values, dict):

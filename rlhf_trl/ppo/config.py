@@ -6,6 +6,8 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from rlhf_trl.ranges import PPO, TRAINING, check_values
+
 # Inherited options that would do nothing, or something else than their name says, in a per-token PPO. Each is held to
 # GRPOConfig's default (or the value PPO fixes) and refused otherwise, with the reason.
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -61,7 +63,7 @@ class PPOConfig(GRPOConfig):
         steps_per_generation (`int`, *optional*): micro-batches a rollout; unset (and `generation_batch_size` unset)
             it is 4 mini-batches, `4 * gradient_accumulation_steps`.
         total_episodes (`int`, *optional*): budget in completions; sets `max_steps` to the number of optimizer steps of
-            the rollouts needed for it, rounded up.
+            the rollouts needed for it, rounded up, where that is not fewer already.
         epsilon (`float`, defaults to `0.2`): clip range of the policy's ratio; `epsilon_high` makes it asymmetric.
         delta (`float`, *optional*): upper bound of the ratio in the unclipped term (dual clip).
         cliprange_value (`float`, defaults to `0.2`): clip range of the value around the rollout's value.
@@ -163,8 +165,8 @@ class PPOConfig(GRPOConfig):
             self.reward_weights = [float(weight) for weight in self.reward_weights]
         self._check_values()
         if self.total_episodes is not None:
-            rollouts = math.ceil(self.total_episodes / self.generation_batch_size)
-            self.max_steps = rollouts * self.steps_per_rollout
+            steps = math.ceil(self.total_episodes / self.generation_batch_size) * self.steps_per_rollout
+            self.max_steps = min(steps, self.max_steps) if self.max_steps > 0 else steps
 
     @property
     def num_mini_batches(self) -> int:
@@ -177,6 +179,7 @@ class PPOConfig(GRPOConfig):
         return self.num_iterations * self.num_mini_batches
 
     def _check_values(self):
+        check_values(TRAINING | PPO, vars(self), error=ValueError)
         for name, (held, reason) in REFUSED.items():
             if getattr(self, name) != held:
                 raise ValueError(
@@ -187,39 +190,6 @@ class PPOConfig(GRPOConfig):
                 f"A rollout of {self.steps_per_generation} micro-batches (`steps_per_generation`) can't be split into "
                 f"mini-batches of {self.gradient_accumulation_steps} (`gradient_accumulation_steps`). Set "
                 "`steps_per_generation` to a multiple of `gradient_accumulation_steps`."
-            )
-        choices = {
-            "kl_estimator": ("k1", "k2", "k3"),
-            "critic": ("head", "adapter", "model"),
-            "head_init": ("zero", "normal"),
-            "critic_dtype": (None, "float32", "bfloat16", "float16"),
-            "ref_dtype": (None, "float32", "bfloat16", "float16"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                options = ", ".join(repr(option) for option in allowed)
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}. Use one of {options}.")
-        at_least_zero = (
-            "beta",
-            "vf_coef",
-            "cliprange_value",
-            "entropy_coef",
-            "missing_eos_penalty",
-            "ptx_coef",
-            "length_penalty",
-            "critic_learning_rate",
-            "critic_warmup_steps",
-        )
-        for name in at_least_zero:
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. Set it to 0 or more.")
-        for name in ("gamma", "lam", "max_invalid_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. Set it to a number from 0 to 1.")
-        if self.ratio_threshold is not None and self.ratio_threshold <= 1:
-            raise ValueError(
-                f"`ratio_threshold` is {self.ratio_threshold}, and the ratio of an unchanged policy is 1. Set it "
-                "above 1, such as 10."
             )
         without_path = {"critic_path": None, "critic_score_head": False}
         for name, unset in without_path.items():
@@ -235,8 +205,6 @@ class PPOConfig(GRPOConfig):
                 "`missing_eos_penalty` subtracts from the score of a completion without EOS, `missing_eos_score` "
                 "replaces it. Set one of them to null."
             )
-        if self.total_episodes is not None and self.total_episodes < 1:
-            raise ValueError(f"`total_episodes` is {self.total_episodes}. Set it to 1 or more.")
 
 
 def added_fields() -> list[str]:

@@ -29,6 +29,7 @@ from ..data.tokens import end_tokens, prompt_ids, row_ids, template_kwargs, trai
 from ..data.words import names_of
 from ..dotpaths import find, not_taken, signature
 from ..errors import ConfigError
+from ..ranges import MODEL_REWARD, check_values
 from ..sizes import check_rows, sizes_of
 from .base import GIVEN, Reward
 from .http import HttpReward, tokenizer_hash
@@ -267,6 +268,8 @@ class ModelReward(Reward):
         self._members = [(name, self.model) for name in self.model.peft_config] if members else [(None, self.model)]
 
     def _set_up(self, path, calibration, head_weights, ensemble, std_coef, batch_size) -> None:
+        options = {"batch_size": batch_size, "std_coef": std_coef}
+        check_values(MODEL_REWARD, options, f"reward.{self.__name__}.")
         self.batch_size = batch_size
         self.ensemble, self.std_coef = ensemble, std_coef
         self._head_weights = self._checked_weights(head_weights, path)

@@ -5,6 +5,8 @@ from collections.abc import Collection
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..ranges import REWARD, check_values
+
 # What a reward gets besides the data's columns: of ours, and of TRL's trainers. No column may have such a name.
 GIVEN = (
     *("prompts", "completions", "completion_ids", "tokenizer"),
@@ -19,9 +21,13 @@ class Reward:
     Args:
         name (`str`): the name under which the reward is logged.
         weight (`float`): its factor in the sum of all rewards.
+
+    Raises:
+        ConfigError: for a weight that is no finite number.
     """
 
     def __init__(self, name: str, weight: float = 1.0):
+        check_values(REWARD, {"weight": weight}, f"reward.{name}.")
         self.__name__ = name
         self.weight = float(weight)
         # `{"mean", "std"}` of the reference answers' rewards, where they were measured: for `reward_norm=reference`

@@ -31,6 +31,7 @@ from ..checks.rewards import http_problems
 from ..data.forms import PASSED_ON
 from ..data.tokens import end_tokens
 from ..errors import ConfigError
+from ..ranges import HTTP_REWARD, check_values
 from .base import Reward
 
 logger = logging.getLogger(__name__)
@@ -117,9 +118,10 @@ class HttpReward(Reward):
         name: str = "http",
     ):
         super().__init__(name, weight)
-        options = {"url": url, "timeout": timeout, "retries": retries, "backoff": backoff, "batch_size": batch_size}
-        if problems := http_problems(f"reward.{name}", options | {"token_env": token_env}):
+        if problems := http_problems(f"reward.{name}", {"url": url, "token_env": token_env}):
             raise ConfigError.join(problems)
+        numbers = {"timeout": timeout, "retries": retries, "backoff": backoff, "batch_size": batch_size}
+        check_values(HTTP_REWARD, numbers, f"reward.{name}.")
         self.url, self.retries, self.backoff, self.batch_size = url, retries, backoff, batch_size
         self.timeout, self.columns = timeout, list(columns)
         headers = {"Content-Type": "application/json"}
