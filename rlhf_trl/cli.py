@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 
 import hydra
@@ -38,6 +39,7 @@ DEFAULT_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # else tokenizers warns at each fork of a data worker
     "TRL_EXPERIMENTAL_SILENCE": "1",  # ORPO lives in trl.experimental; a stage of ours is a choice already made
 }
+SECONDS_FOR_THE_FIRST_RANK = 5.0
 
 
 def main() -> None:
@@ -105,8 +107,8 @@ def _explained_here(error: BaseException) -> str | None:
 
 def _without_target(error: InstantiationException) -> str:
     """What an error says whose cause lies in the class or the function that a node of the config names."""
-    key = re.search(r"full_key: (\S+)", str(error))
-    where = f"`{key.group(1)}`: " if key else ""
+    named = re.search(r"full_key: (\S+)", str(error)) or re.search(r"target '([^']+)'", str(error))
+    where = f"`{named.group(1)}`: " if named else ""
     cause = error.__cause__
     if cause is None:
         return where + " ".join(str(error).split("\nfull_key")[0].split())
@@ -155,10 +157,20 @@ def _is_launched() -> bool:
 
 
 def _leave(message: str, status: int) -> None:
-    """Say it once, whatever the number of ranks, and exit."""
-    if os.environ.get("RANK", "0") == "0":
-        close_bars()
-        print(printable(message), file=sys.stderr, flush=True)
+    """
+    Say it once, whatever the number of ranks, and exit.
+
+    The first rank speaks for all. Another one waits until the launcher would have ended it with the first, as one that
+    fails is enough for it; if it is still there, the error is its own.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        if status != 2:
+            sys.exit(status)
+        time.sleep(SECONDS_FOR_THE_FIRST_RANK)
+        message = f"On rank {rank}: {message}"
+    close_bars()
+    print(printable(message), file=sys.stderr, flush=True)
     sys.exit(status)
 
 

@@ -140,11 +140,24 @@ def test_our_experiments_hold_no_key_that_nothing_reads(name):
     assert overrides.compose([f"experiment={name}"])[1] == []
 
 
-def test_only_the_first_rank_speaks(command, monkeypatch):
+def test_the_first_rank_speaks_for_all_that_the_launcher_ends_with_it(command, monkeypatch):
+    class Ended(Exception):
+        pass
+
+    def end(seconds):
+        raise Ended
+
     monkeypatch.setenv("RANK", "1")
-    assert command("foo=1") == (2, "", "")
-    monkeypatch.setenv("RANK", "0")
-    assert "foo" in command("foo=1")[2]
+    monkeypatch.setattr(cli.time, "sleep", end)
+    with pytest.raises(Ended):
+        command("stage=ppp")
+
+
+def test_another_rank_speaks_of_an_error_of_its_own(command, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    status, _, message = command("stage=ppp")
+    assert status == 2 and message.startswith("On rank 1: Error: `stage=ppp`")
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])

@@ -59,6 +59,8 @@ def reward(*words: str) -> list[str]:
         ("", ["reward.function.function=3"], ["`reward.function.function` is 3 and must be a dot path"]),
         ("def f(c): ...", ["+callbacks.x._target_=os.system"], ["`callbacks.x._target_`: `os.system` can't be used"]),
         ("def f(c): ...", ["+callbacks.x._target_=collections.Counter"], ["`collections.Counter` is no callback"]),
+        ("def f(c): ...", ["reward.function.weight=abc"], ["`reward.function.weight` is 'abc'"]),
+        ("def f(c): ...", ["reward.function.weight=nan"], ["`reward.function.weight` is nan"]),
         ("def f(c): ...", ["+callbacks.x.y=3"], ["`callbacks.x` has no `_target_`"]),
         ("def f(c): ...", ["callbacks=3"], ["`callbacks` is 3 and must hold keys"]),
         (
