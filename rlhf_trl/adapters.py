@@ -2,27 +2,65 @@
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .callbacks.record import read_run
 from .errors import ConfigError
-from .models import HEADS, adapter_config, adapter_weights, base_path, fingerprint, set_adapter_weights
+from .models import HEADS, adapter_config, adapter_weights, base_path, changes_base, fingerprint, set_adapter_weights
+
+
+def _of_its_own_adapters(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def answer(self, adapter_name, *args):
+        return method(self, adapter_name, *args) if adapter_name in self._adapters else {}
+
+    return answer
+
 
 POLICY, CRITIC = "default", "critic"
+REFERENCE = "ref"  # TRL's name
+# TRL's fused output layer reads `lm_head.bias`, and PEFT's wrapper of a tied one (`trainable_token_indices`) passes on
+# the weight alone
+TrainableTokensWrapper.bias = property(lambda self: self.original_module.bias)
+for method in ("adapter_state_dict", "adapter_state_dict_load_map"):
+    # PEFT 0.21 asks every wrapper for the weights of every adapter, and this one says nothing of those without tokens
+    setattr(TrainableTokensWrapper, method, _of_its_own_adapters(getattr(TrainableTokensWrapper, method)))
 
 
 def adapter_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of a model that hold adapters."""
     return [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
+
+def begin_training(model: PeftModel) -> None:
+    """Let the policy's adapter, frozen till now, be trained, and make the reference that TRL copied its start."""
+    copy_adapter(model, POLICY, REFERENCE)
+    model.peft_config[POLICY].inference_mode = False
+    set_trainable(model, roles=(POLICY, CRITIC))
+
+
+def copy_adapter(model: PeftModel, source: str, target: str) -> None:
+    """
+    Give the adapter `target`, where there is one, the weights of `source`.
+
+    TRL 1.16 copies the policy to the reference by names that hold `.default.`: without LoRA's weights of embeddings
+    and without single tokens, whose names end in `.default`.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        twin = ".".join(target if part == source else part for part in name.split("."))
+        if twin != name and twin in parameters:
+            parameters[twin].data = parameter.data.clone()
 
 
 @contextmanager
@@ -34,7 +72,9 @@ def active_adapter(layers: list[nn.Module], name: str) -> Iterator[None]:
     """
     before = [layer._active_adapter for layer in layers]
     for layer in layers:
-        layer._active_adapter = [name]
+        # A layer of tokens, alone of all, fails on an adapter that it doesn't have
+        lacking = isinstance(layer, TrainableTokensLayer) and name not in layer.token_indices
+        layer._active_adapter = [] if lacking else [name]
     try:
         yield
     finally:
@@ -96,6 +136,12 @@ def add_role(model: PeftModel, name: str, path: str | None = None) -> Tensor | N
     else:
         config = saved_adapter(path)
         check_same_base(path, model)
+        if config.bias != "none" or changes_base(config):
+            option = "bias" if config.bias != "none" else "init_lora_weights"
+            raise ConfigError(
+                f"The adapter `{path}` was trained with `{option}={getattr(config, option)}`, which changes the base "
+                "that the policy shares. Train it again without, or use `model` instead of `adapter`."
+            )
         weights = adapter_weights(path)
     heads = {key: weight for key, weight in weights.items() if key.split(".")[-2] in HEADS}
     config.task_type = model.peft_config[POLICY].task_type

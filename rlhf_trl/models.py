@@ -24,6 +24,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -61,7 +62,11 @@ logger = logging.getLogger(__name__)
 
 AUTO_CLASSES = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
 # What makes two adapters the same network; the rest of a LoraConfig is about how they begin or are trained.
-SHAPE = ("r", "lora_alpha", "use_rslora", "use_dora")
+SHAPE = ("r", "lora_alpha", "use_rslora", "use_dora", "bias")
+# Of those that may be left open, since the saved adapter has them
+OPEN = ("trainable_token_indices", "rank_pattern", "alpha_pattern")
+# Values of `init_lora_weights` that leave the base as it is, and add nothing to it at first
+NEUTRAL_INIT = (True, "gaussian", "eva", "orthogonal", "mica")
 HEADS = {"lm_head", "score", "classifier"}
 # In the folder of an ensemble of reward models
 ENSEMBLE_FILE = "ensemble.json"
@@ -266,10 +271,13 @@ def load_start(
     **options,
 ) -> tuple[PreTrainedModel | PeftModel, PeftConfig | None]:
     """
-    The model that a run starts from, ready for a TRL trainer, and the `peft_config` to give to that trainer.
+    The model that a run starts from, for a TRL trainer, and the `peft_config` to give to that trainer.
+
+    An adapter is frozen until [`~rlhf_trl.adapters.begin_training`]: on a quantized base TRL rounds what is trainable
+    to bfloat16, and neither a saved adapter nor a copy of the base's embedding would be what it was.
 
     - a full model: itself; the trainer puts a fresh adapter on it if `peft_config` is given;
-    - an adapter, `peft_config` given: the same adapter, trainable, on its unmerged base. TRL keeps a frozen copy of
+    - an adapter, `peft_config` given: the same adapter on its unmerged base. TRL keeps a frozen copy of
       it as the reference. For `SEQ_CLS` a policy's adapter gets a score head;
     - an adapter, no `peft_config`: merged into its base, written to `merge_dir` and loaded from there, so that TRL,
       which loads a reference from where the model came from, finds the merged one.
@@ -293,6 +301,8 @@ def load_start(
     """
     saved = adapter_config(path, revision)
     if saved is None:
+        if peft_config is not None:
+            peft_config.inference_mode = True
         return _load_full(path, task_type, revision=revision, heads=heads, **options), peft_config
     _refuse_reward_model(path, task_type, saved.task_type == "SEQ_CLS")
     if peft_config is None:
@@ -306,12 +316,17 @@ def load_start(
     base = _load_full(base_path(path, saved), task_type, revision=saved.revision, heads=heads, **options)
     _check_shape(path, saved, peft_config, base)
     saved.base_model_name_or_path = base.config._name_or_path
-    saved.inference_mode = False
     saved.lora_dropout = peft_config.lora_dropout
     if saved.task_type == task_type:
         if task_type == "SEQ_CLS":
             _check_heads(path, len(adapter_heads(path, revision)), len(heads or ["score"]))
-        return _with_adapter(base, path, saved, revision, trainable=True), None
+        model = _with_adapter(base, path, saved, revision)
+        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+            raise ConfigError(
+                f"The adapter `{path}` changes the output layer, and TRL's trainers read that layer's own weights. "
+                f"Write its merged model with `stage=merge model.path={path}` and start from `{path}/merged`."
+            )
+        return model, None
     return _with_score_head(base, path, saved, revision), None
 
 
@@ -592,6 +607,12 @@ def _check_shape(path: str, saved: PeftConfig, wanted: PeftConfig, base: PreTrai
             f"`{path}` is an adapter of the kind `{saved.peft_type.value}`, which a run can't go on training. "
             "Set `adapter=none` (it is merged, and everything is trained)."
         )
+    if changes_base(saved):
+        raise ConfigError(
+            f"The adapter `{path}` began with `init_lora_weights={saved.init_lora_weights}`, which changes its base, "
+            "so a second adapter can't stand on that base. Write its merged model with `stage=merge "
+            f"model.path={path}` and start from `{path}/merged`."
+        )
     differing = [
         f"`{name}` is {getattr(saved, name)} there and {getattr(wanted, name)} in `adapter.peft`"
         for name in SHAPE
@@ -603,12 +624,23 @@ def _check_shape(path: str, saved: PeftConfig, wanted: PeftConfig, base: PreTrai
         differing.append(
             f"`modules_to_save` is {saved.modules_to_save} there and {wanted.modules_to_save} in `adapter.peft`"
         )
+    differing += [
+        f"`{name}` is {getattr(saved, name)} there and {getattr(wanted, name)} in `adapter.peft`"
+        for name in OPEN
+        if getattr(wanted, name) and getattr(saved, name) != getattr(wanted, name)
+    ]
     if differing:
         raise ConfigError(
             f"The run would go on training the adapter `{path}`, but an adapter of another shape is asked for: "
             f"{'; '.join(differing)}. Set `adapter.peft` to the same, or write the adapter's merged model with "
             f"`stage=merge model.path={path}` and start from `{path}/merged`."
         )
+
+
+def changes_base(config: PeftConfig) -> bool:
+    """Whether an adapter subtracts from the base's weights what it begins with, as PiSSA and OLoRA do."""
+    init = getattr(config, "init_lora_weights", True)
+    return isinstance(init, str) and init not in NEUTRAL_INIT
 
 
 def _targets(config: LoraConfig, base: PreTrainedModel, task_type: str) -> set[str]:
@@ -627,6 +659,7 @@ def _shown(config: LoraConfig) -> str:
 def _with_score_head(base: PreTrainedModel, path: str, saved: LoraConfig, revision: str | None) -> PeftModel:
     config = copy.deepcopy(saved)
     config.task_type = "SEQ_CLS"  # PEFT adds the score head to `modules_to_save`
+    config.inference_mode = True
     config.modules_to_save = [name for name in saved.modules_to_save or [] if name not in HEADS]
     model = get_peft_model(base, config)
     head = {name: weight for name, weight in get_peft_model_state_dict(model).items() if ".score." in name}
@@ -635,11 +668,9 @@ def _with_score_head(base: PreTrainedModel, path: str, saved: LoraConfig, revisi
     return model
 
 
-def _with_adapter(
-    base: PreTrainedModel, path: str, config: PeftConfig, revision: str | None, trainable: bool = False
-) -> PeftModel:
+def _with_adapter(base: PreTrainedModel, path: str, config: PeftConfig, revision: str | None) -> PeftModel:
     config.base_model_name_or_path = base.config._name_or_path
-    config.inference_mode = not trainable
+    config.inference_mode = True
     model = get_peft_model(base, config)
     set_adapter_weights(model, adapter_weights(path, revision), "default", path)
     return model

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, DatasetDict
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
@@ -35,6 +35,7 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 
+from rlhf_trl.adapters import begin_training
 from rlhf_trl.callbacks import SaveAndStop
 from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.nonfinite import NonfiniteGuard
@@ -337,12 +338,8 @@ def make_trainer(
         disable_dropout(trainer.model)  # what TRL's own leaves on
     for reward in extra.get("reward_funcs", ()):
         reward.attach(trainer.model)
-    for name, parameter in trainer.model.named_parameters():
-        if ".ref." in name:  # TRL's copy of the starting adapter is the reference
-            parameter.requires_grad_(False)
-        elif ".score.modules_to_save." in name:
-            # On a 4-bit base TRL casts the score head to bfloat16, too coarse for differences of scores
-            parameter.data = parameter.data.float()
+    if is_peft_model(trainer.model):
+        begin_training(trainer.model)
     save_whole_checkpoints(trainer)
     never_past_the_end(trainer)
     tied_weights_are_there(trainer)

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
+from rlhf_trl.adapters import begin_training
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models import (
     adapter_config,
@@ -124,6 +125,8 @@ def test_an_adapter_start_goes_on_as_the_same_adapter(adapter, tiny_llama, tmp_p
     wanted = lora(lora_dropout=0.1)
     model, peft_config = load_start(adapter, "CAUSAL_LM", wanted, str(tmp_path / "start"), **OPTIONS)
     assert peft_config is None and model.active_adapter == "default"
+    assert not any(p.requires_grad for p in model.parameters())  # until TRL's trainer can't round it any more
+    begin_training(model)
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
     assert model.peft_config["default"].base_model_name_or_path == tiny_llama
     assert model.peft_config["default"].lora_dropout == 0.1
@@ -163,6 +166,7 @@ def test_a_policys_adapter_becomes_a_reward_models(adapter, tmp_path):
     trunk = adapter_weights(model)
     assert policy.keys() == trunk.keys()
     assert all(torch.equal(trunk[name], policy[name]) for name in trunk)
+    begin_training(model)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == trunk.keys() | {"base_model.model.score.modules_to_save.default.weight"}
     assert "score" in model.peft_config["default"].modules_to_save

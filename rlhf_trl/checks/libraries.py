@@ -17,7 +17,7 @@ from rlhf_trl.checks.sizes import size_problems
 from rlhf_trl.checks.values import at, nodes, plain, section
 from rlhf_trl.dotpaths import find, not_taken, signature
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.models import adapter_config, base_path
+from rlhf_trl.models import NEUTRAL_INIT, adapter_config, base_path
 from rlhf_trl.paths import resolve_path
 
 HEADS = ("lm_head", "embed_out", "score", "classifier")  # kept in full precision
@@ -94,10 +94,27 @@ def _trainer_arguments(cfg: DictConfig) -> list[str]:
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # what it says, it says again when the run starts
-            training_arguments(cfg.stage.args)
+            args = training_arguments(cfg.stage.args)
     except ConfigError as error:
         return [str(error)]
-    return []
+    return _adapter_beside_reference(cfg) if hasattr(args, "sync_ref_model") else []
+
+
+def _adapter_beside_reference(cfg: DictConfig) -> list[str]:
+    """What an adapter can't have where the base without it, or with a copy of it, is the reference."""
+    peft, problems = cfg.adapter.peft or {}, []
+    if peft.get("bias", "none") != "none":
+        problems.append(
+            f"`adapter.peft.bias` is {peft.bias}, and `stage={cfg.stage.name}` has a reference on the same base, "
+            "which would move with those biases. Set `adapter.peft.bias=none`, or `adapter=none`."
+        )
+    if peft.get("init_lora_weights", True) not in NEUTRAL_INIT:
+        problems.append(
+            f"`adapter.peft.init_lora_weights` is {peft.init_lora_weights}, and the reference of "
+            f"`stage={cfg.stage.name}` is the base without the adapter, which such a start isn't equal to. Remove it, "
+            "or set it to gaussian."
+        )
+    return problems
 
 
 def _unquantizable(values: dict[str, Any]) -> list[str]:

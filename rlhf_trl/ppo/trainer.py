@@ -24,7 +24,16 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.utils import RepeatSampler, get_callable_name, is_async_callable, nanstd
 
-from ..adapters import CRITIC, POLICY, adapter_layers, policy_is_active, save_policy_only, set_trainable
+from ..adapters import (
+    CRITIC,
+    POLICY,
+    REFERENCE,
+    adapter_layers,
+    copy_adapter,
+    policy_is_active,
+    save_policy_only,
+    set_trainable,
+)
 from ..data.tokens import end_tokens, remember_ends
 from ..errors import ConfigError
 from ..log_probs import quicken_log_probs
@@ -202,6 +211,7 @@ class PPOTrainer(GRPOTrainer):
             self.ref_model.to(getattr(torch, args.ref_dtype))
         if is_peft_model(self.model):
             save_policy_only(self.model)
+            copy_adapter(self.model, POLICY, REFERENCE)
         with preserved_rng_state():  # the same critic on every rank
             set_seed(args.seed)
             for func in reward_funcs:
