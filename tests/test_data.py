@@ -422,6 +422,30 @@ def test_options_that_do_not_fit(tmp_path):
     assert "which has no turns" in error(text, "prompt_completion", to_chat=True)
 
 
+def test_options_of_another_type_are_all_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", PAIRS)
+    options = {"max_samples": "many", "eval_size": float("nan"), "to_chat": "maybe", "columns": {"prompt": 5}}
+    assert error(path, kind=ConfigError, **options).splitlines() == [
+        "4 problems:",
+        "  1. `data.columns.prompt` is 5 and must be text in quotes or null.",
+        "  2. `data.to_chat` is 'maybe' and must be true or false.",
+        "  3. `data.eval_size` is nan and must be a number or null.",
+        "  4. `data.max_samples` is 'many' and must be an integer or null.",
+    ]
+    with pytest.raises(ConfigError, match="`data.name` is 2024 and must be text in quotes or null"):
+        data.load_hub("preference", 0, "user/name", name=2024)
+    with pytest.raises(ConfigError, match="`data.repeat` is 'no' and must be true or false"):
+        data.mix("preference", 0, {}, repeat="no")
+    with pytest.raises(ConfigError, match="`data.split_by=promt` isn't known"):
+        data.mix("preference", 0, {}, split_by="promt")
+
+
+def test_rows_that_are_of_no_use_say_why(tmp_path):
+    rows = [{"prompt": "q", "completion": "a", "label": False}] * 3
+    message = error(write(tmp_path / "a.jsonl", rows), "prompt_completion")
+    assert "no rows are left for `train`:" in message and "3 rows labelled false left out" in message
+
+
 def test_files_that_can_not_be_read(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     assert "holds no rows" in error(tmp_path / "empty.jsonl")
@@ -468,6 +492,20 @@ def test_a_hub_dataset_goes_through_load_dataset(monkeypatch):
     assert len(data.load_hub("preference", 0, bad_rows="drop", **options)["train"]) == 60
     with pytest.raises(DataError, match=r"\(split `none`\) can't be loaded: Unknown split .*`data=files data\.paths="):
         data.load_hub("preference", 0, split="none", **options)
+
+
+def test_folders_that_hold_no_whole_dataset(tmp_path):
+    Dataset.from_list(PAIRS).save_to_disk(tmp_path / "saved")
+    next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"no")
+    with pytest.raises(DataError, match="saved` isn't whole: .* Save it again."):
+        data.load_hub("preference", 0, str(tmp_path / "saved"))
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(DataError, match="saved` isn't whole: .*_data_files"):
+        data.load_hub("preference", 0, str(tmp_path / "saved"))
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script" / "script.py").write_text("")
+    with pytest.raises(DataError, match="can't be loaded: Dataset scripts are no longer supported"):
+        data.load_hub("preference", 0, str(tmp_path / "script"))
 
 
 def test_a_dataset_that_is_not_there(monkeypatch, tmp_path):

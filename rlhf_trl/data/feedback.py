@@ -28,7 +28,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from rlhf_trl.data.forms import as_chat, check_text_or_chat, check_turns, select_completions, type_of
 from rlhf_trl.data.read import RowError
-from rlhf_trl.data.words import names_of
+from rlhf_trl.data.words import names_of, type_problems
 from rlhf_trl.errors import ConfigError, DataError
 
 AGREEMENT = (None, "weights", "smoothing")
@@ -99,6 +99,8 @@ class Feedback(ABC):
     pairwise_rows: bool = False
 
     def __post_init__(self):
+        if wrong := type_problems(type(self), vars(self), "data.feedback"):
+            raise ConfigError.join(wrong)
         problems = [
             f"`data.feedback.columns.{name}` is no column of this form. Use one of: {names_of(self.known)}."
             for name in self.columns or {}
@@ -402,6 +404,15 @@ class Pairs(Compared):
     answers: list = field(default_factory=lambda: ["a", "b", "tie"])
     agreement: str | None = None
 
+    def __post_init__(self):
+        super().__post_init__()
+        known = {str(answer).strip().lower() for answer in self.answers}
+        if len(self.answers) not in (2, 3) or len(known) < len(self.answers):
+            raise ConfigError(
+                f"`data.feedback.answers` is {list(self.answers)}. Give what `preferred` holds for the first one, the "
+                "second one and, if there are any, a tie: three different values."
+            )
+
     def read(self, row, notes):
         prompt, completions = _texts(row, ["completion_a", "completion_b"], notes)
         preferred = 0
@@ -615,11 +626,12 @@ class Scaled(Rated):
         **options: see [`Rated`].
     """
 
-    scale: list = field(default_factory=lambda: [1, 5])
+    scale: list[float] = field(default_factory=lambda: [1, 5])
     good_above: float | None = None
     use: str = "pairs"
 
     def __post_init__(self):
+        super().__post_init__()
         if len(self.scale) != 2 or not self.scale[0] < self.scale[1]:
             raise ConfigError(f"`data.feedback.scale` is {list(self.scale)}. Give the lowest and the highest value.")
         if self.use not in ("pairs", "regression"):
@@ -631,7 +643,6 @@ class Scaled(Rated):
                 f"`data.feedback.use=regression` compares nothing, so {idle} would do nothing. Leave it out, or type "
                 "`data.feedback.use=pairs`."
             )
-        super().__post_init__()
 
     def level(self, item):
         middle = sum(self.scale) / 2 if self.good_above is None else self.good_above
@@ -748,15 +759,21 @@ class Attributes(Scaled):
 
     NEEDED = ("prompt", "completion")
 
-    dimensions: list = field(default_factory=lambda: ["helpful", "harmless", "honest", "clear"])
+    dimensions: list[str] = field(default_factory=lambda: ["helpful", "harmless", "honest", "clear"])
     weights: dict[str, float] | None = None
-    scale: list = field(default_factory=lambda: [-1, 1])
+    scale: list[float] = field(default_factory=lambda: [-1, 1])
     use: str = "regression"
 
     def __post_init__(self):
+        super().__post_init__()
         unknown = [name for name in self.weights or {} if name not in self.dimensions]
         if not self.dimensions:
             raise ConfigError("`data.feedback.dimensions` is empty. Name the columns that hold scores.")
+        if len({*self.dimensions, *self.NEEDED}) < len(self.dimensions) + len(self.NEEDED):
+            raise ConfigError(
+                f"`data.feedback.dimensions` is {list(self.dimensions)}. Name each column once, and none of "
+                f"{names_of(self.NEEDED)}."
+            )
         if unknown:
             raise ConfigError(
                 f"`data.feedback.weights` names {names_of(unknown)}, and the dimensions are "
@@ -765,7 +782,6 @@ class Attributes(Scaled):
         for name, weight in (self.weights or {}).items():
             if not weight > 0:
                 raise ConfigError(f"`data.feedback.weights.{name}` is {weight}. Set it above 0.")
-        super().__post_init__()
 
     @property
     def known(self):

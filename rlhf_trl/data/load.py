@@ -13,7 +13,7 @@ from rlhf_trl.data.feedback import Feedback
 from rlhf_trl.data.read import Row, read_file, resolve_paths, typed_row
 from rlhf_trl.data.reader import BATCH_ROWS, FeedbackReader, Problems, Reader, concatenate
 from rlhf_trl.data.splits import hold_out, leave_out, limit, part, prompt_keys
-from rlhf_trl.data.words import count_of, did_you_mean, names_of, say
+from rlhf_trl.data.words import count_of, did_you_mean, names_of, say, type_problems
 from rlhf_trl.errors import ConfigError, DataError
 
 
@@ -67,6 +67,9 @@ def load_hub(
         eval_split (`str`, *optional*): the evaluation split; without it `eval_size` is split off.
         revision (`str`, *optional*): commit, branch or tag.
     """
+    given = {"path": path, "name": name, "split": split, "eval_split": eval_split, "revision": revision}
+    if wrong := type_problems(load_hub, given, "data"):
+        raise ConfigError.join(wrong)
     splits = [split] if eval_split is None else [split, eval_split]
     loaded = [_load_split(path, name, one, revision) for one in splits]
     sources = [
@@ -115,6 +118,10 @@ def build(
     """
     from datasets import DatasetDict
 
+    typed = {"format": format, "columns": columns, "system_prompt": system_prompt, "to_chat": to_chat}
+    typed |= {"eval_size": eval_size, "max_samples": max_samples, "max_eval_samples": max_eval_samples}
+    if wrong := type_problems(build, typed, "data"):
+        raise ConfigError.join(wrong)
     check_options(form, format, messages, eval_size, split_by, bad_rows, max_samples, max_eval_samples)
     problems = Problems()
     options = {"system_prompt": system_prompt, "to_chat": to_chat, "split_by": split_by}
@@ -140,7 +147,7 @@ def build(
     notes = reader.summary()
     if problems.count:
         notes.append(f"{count_of(problems.count, 'malformed row')} left out (`bad_rows=drop`):\n{problems.text()}")
-    result = {side: _join(side, parts) for side, parts in tables.items()}
+    result = {side: _join(side, parts, notes) for side, parts in tables.items()}
     if held_out is None and eval_size:
         apart = hold_out(known, eval_size, seed, split_by)
         result = part(result["train"], keys, apart)
@@ -199,21 +206,31 @@ def describe(datasets, form: str) -> str:
     return f"data: {form}, {kind}: {', '.join(sides)}"
 
 
-def _join(side: str, tables: list):
+def _join(side: str, tables: list, notes: list[str]):
     from datasets import Dataset
 
     tables = [table for table in tables if table is not None]
     if not tables:
-        raise DataError(f"no rows are left for `{side}`. Give `data` a source with rows of use to this stage.")
+        what = "\n".join(f"  {note}" for note in notes)
+        raise DataError(
+            f"no rows are left for `{side}`:\n{what}\nGive `data` a source with rows of use to this stage."
+        )
     return Dataset(concatenate(tables))
 
 
 def _load_split(path: str, name: str | None, split: str, revision: str | None):
     from datasets import Dataset, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
 
     folder = Path(path).expanduser()
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        loaded = load_from_disk(str(folder))
+        try:
+            loaded = load_from_disk(str(folder))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"`data.path={path}` isn't whole: a data set that `save_to_disk` wrote can't be read from it "
+                f"({type(error).__name__}: {error}). Save it again."
+            ) from error
         if isinstance(loaded, Dataset):
             loaded = {"train": loaded}
         if split not in loaded:
@@ -224,7 +241,7 @@ def _load_split(path: str, name: str | None, split: str, revision: str | None):
         return loaded[split]
     try:
         return load_dataset(path, name, split=split, revision=revision)
-    except (ValueError, OSError) as error:  # not found, no network, no such configuration or split
+    except (ValueError, OSError, RuntimeError, DatasetsError) as error:  # not found, no such split, a script ...
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"`data.path={path}` (split `{split}`) can't be loaded: {first} "

@@ -7,7 +7,7 @@ from rlhf_trl.data import forms
 from rlhf_trl.data.load import describe
 from rlhf_trl.data.reader import concatenate
 from rlhf_trl.data.splits import draw, held_out_keys, leave_out, limit, prompt_keys
-from rlhf_trl.data.words import did_you_mean, names_of, say
+from rlhf_trl.data.words import did_you_mean, names_of, say, type_problems
 from rlhf_trl.errors import ConfigError, DataError
 
 
@@ -40,6 +40,12 @@ def mix(
     """
     from datasets import Dataset, DatasetDict
 
+    typed = {"weights": weights, "repeat": repeat, "max_samples": max_samples, "max_eval_samples": max_eval_samples}
+    wrong = type_problems(mix, typed, "data")
+    if split_by not in ("prompt", "row"):
+        wrong.append(f"`data.split_by={split_by}` isn't known. Type one of `prompt`, `row`.")
+    if wrong:
+        raise ConfigError.join(wrong)
     _check_weights(sources, weights)
     parts = {}
     for name, source in sources.items():
