@@ -102,6 +102,8 @@ def _explained_here(error: BaseException) -> str | None:
         return told_by_own_code(error) or _without_target(error)
     if isinstance(error, OmegaConfBaseException | HydraException):
         return " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and re.search("Connection (closed|reset) by peer", str(error)):
+        return "another rank has ended. Its own message stands above, or in its log."
     return told_by_own_code(error)
 
 
@@ -168,9 +170,12 @@ def _leave(message: str, status: int) -> None:
         if status != 2:
             sys.exit(status)
         time.sleep(SECONDS_FOR_THE_FIRST_RANK)
-        message = f"On rank {rank}: {message}"
+        message = f"\nOn rank {rank}: {message}"  # the bar that may be there is the first rank's
     close_bars()
     print(printable(message), file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        os._exit(status)  # an orderly end would wait for the other ranks, which wait for this one
     sys.exit(status)
 
 

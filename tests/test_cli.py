@@ -157,7 +157,7 @@ def test_another_rank_speaks_of_an_error_of_its_own(command, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
     status, _, message = command("stage=ppp")
-    assert status == 2 and message.startswith("On rank 1: Error: `stage=ppp`")
+    assert status == 2 and message.startswith("\nOn rank 1: Error: `stage=ppp`")
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
