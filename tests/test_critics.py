@@ -20,6 +20,7 @@ from rlhf_trl.ppo import PPOConfig
 from rlhf_trl.ppo.critic import is_critic
 from rlhf_trl.ppo.ptx import Demonstrations
 from rlhf_trl.rewards import AdapterReward, ModelReward
+from tests.helpers.architectures import save_architecture
 from tests.helpers.spies import SPY, Spy
 from tests.test_ppo import count_of_a, logged, sampled
 from tests.test_ppo_update import make_trainer, prompts
@@ -270,6 +271,36 @@ def test_ptx_adds_the_language_model_loss(path, tmp_path):
     assert losses[100.0] < before - 0.3 < losses[0.0]
     first = logged(trainer, "policy/ptx_loss")[0]
     assert first == pytest.approx(before, abs=0.6)  # the mean over two steps
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2", "bloom"])
+def test_ptx_is_a_language_models_loss_whatever_the_temperature_of_sampling(tmp_path, name, lora):
+    """Its value and gradients are those of each row alone, at temperature 1."""
+    path = save_architecture(tmp_path / "model", name)
+    rows = {"prompt": ["a b", "c d e", "f", "g h i j"], "completion": ["f g h", "i j", "k l m n o", "p"]}
+    trainer, _ = make_trainer(
+        path,
+        tmp_path,
+        temperature=0.6,
+        ptx_coef=1.0,
+        ptx_dataset=Dataset.from_dict(rows),
+        peft_config=LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False) if lora else None,
+    )
+    inputs = {"ptx_start": 0, "ptx_rows": 4, "ptx_slice": (0, 4), "mask": torch.ones(4, 1)}
+    trainer._ptx_loss(trainer.model, inputs).backward()
+    parameters = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad and "value_head" not in n}
+    gradients = {n: p.grad.clone() for n, p in parameters.items()}
+    trainer.model.zero_grad()
+    losses = []
+    for prompt, completion in trainer._demonstrations.rows:
+        logits = trainer.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        losses.append(-logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]))
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    for n, parameter in parameters.items():
+        torch.testing.assert_close(gradients[n], parameter.grad, atol=1e-5, rtol=1e-4, msg=n)
+    assert trainer._ptx_loss(trainer.model, inputs).item() == pytest.approx(loss.item(), abs=1e-5)
 
 
 def test_ptx_doesnt_depend_on_the_micro_batch(path, tmp_path):

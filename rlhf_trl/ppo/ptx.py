@@ -1,15 +1,36 @@
 """Demonstrations for PPO-ptx: a language-model loss beside PPO's (InstructGPT, arXiv 2203.02155, equation 2)."""
 
+import functools
+import types
+
 import torch
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
-from trl.trainer.utils import pad
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import add_fused_lm_head, pad
 
 from ..data.tokens import prompt_ids, row_ids, template_kwargs
 from ..errors import ConfigError
+from ..rollouts import count_positions_from_mask
 from .seeds import permutation
+
+
+def add_head_at_temperature_1(model: PreTrainedModel, cast_lm_head_to_fp32: bool) -> None:
+    """
+    Let the fused forward take `at_temperature_1=True`: a language model's loss knows no temperature of sampling, by
+    which the head that scores rollouts divides its logits.
+    """
+    of_sampling = model.forward
+    add_fused_lm_head(model, cast_lm_head_to_fp32=cast_lm_head_to_fp32)
+    count_positions_from_mask(model)
+    at_1 = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, at_temperature_1=False, **kwargs):
+        return (at_1 if at_temperature_1 else of_sampling)(*args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
 
 
 class Demonstrations:

@@ -6,6 +6,7 @@ The methods with a leading underscore override private ones of TRL 1.16; `tests/
 comparing a whole update with plain PyTorch.
 """
 
+import functools
 import logging
 import math
 import os
@@ -53,7 +54,7 @@ from .advantages import (
 )
 from .config import PPOConfig
 from .critic import VALUE_HEAD, add_critic, is_critic
-from .ptx import Demonstrations
+from .ptx import Demonstrations, add_head_at_temperature_1
 from .sampled import SampledTokens
 from .seeds import derived_seed, permutation, preserved_rng_state
 
@@ -212,6 +213,8 @@ class PPOTrainer(GRPOTrainer):
         if is_peft_model(self.model):
             save_policy_only(self.model)
             copy_adapter(self.model, POLICY, REFERENCE)
+        if ptx_dataset is not None:
+            add_head_at_temperature_1(self._policy, args.cast_lm_head_to_fp32)
         with preserved_rng_state():  # the same critic on every rank
             set_seed(args.seed)
             for func in reward_funcs:
@@ -659,7 +662,7 @@ class PPOTrainer(GRPOTrainer):
         start, end = inputs["ptx_slice"]
         batch = self._demonstrations.batch(mini_batch[start:end], inputs["mask"].device)
         logp, _, _ = super()._get_per_token_logps_and_entropies(
-            model,
+            functools.partial(model, at_temperature_1=True),
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
             batch["completion_ids"].size(1),
