@@ -38,6 +38,7 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
         if not is_rl:
             why, way = "`stage.args.disable_dropout` would undo it", f"{way}, or `stage.args.disable_dropout=false`"
         problems.append(f"`adapter.peft.lora_dropout` is {dropout}, and {why}. {way}.")
+    problems += _packing(args)
     problems += _shared_base(values, args, peft)
     problems += _controller(values, str(stage.get("name")), args)
     problems += limit_problems(section(values, "health.signs"))
@@ -70,6 +71,21 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
     problems += _precision(args)
     problems += _packages(values, args, quantization)
     return problems
+
+
+def _packing(args: dict[str, Any]) -> list[str]:
+    """What lets rows that share a sequence see each other whatever the model is; the others are tried with it."""
+    if args.get("packing_strategy") == "wrapped" and (args.get("packing") or args.get("eval_packing")):
+        return [
+            "`stage.args.packing_strategy=wrapped` cuts rows anywhere and lets those in one sequence see each other. "
+            "Set it to `bfd`, or to `bfd_split` to lose no token."
+        ]
+    if args.get("eval_packing") and not (args.get("packing") or args.get("padding_free")):
+        return [
+            "With `stage.args.eval_packing=true` alone TRL pads the packed batches, and rows in one sequence see each "
+            "other. Set `stage.args.packing=true` as well, or leave `eval_packing` out."
+        ]
+    return []
 
 
 def _shared_base(values: dict[str, Any], args: dict[str, Any], peft: Any) -> list[str]:
