@@ -20,6 +20,7 @@ from rlhf_trl.models import AUTO_CLASSES, load_tokenizer
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.run import (
     build_trainer,
+    check_prompts,
     critic_start,
     load_data,
     project_dir,
@@ -43,6 +44,7 @@ def show_plan(cfg: DictConfig) -> None:
     args = training_arguments(cfg.stage.args, **critic_start(cfg))
     tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **source(cfg))
     dataset = load_data(cfg, tokenizer)
+    check_prompts(args, len(dataset["train"]))
     rows = {name: len(part) for name, part in dataset.items()}
     lines = {
         "stage": f"{cfg.stage.name} ({cfg.stage.trainer._target_})",

@@ -138,6 +138,7 @@ def train_claimed(cfg: DictConfig) -> float | None:
     path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
     tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **source(cfg))
     dataset = load_data(cfg, tokenizer)
+    check_prompts(args, len(dataset["train"]))
     if "eval" not in dataset:
         args.eval_strategy, args.do_eval, args.eval_on_start = IntervalStrategy.NO, False, False
 
@@ -227,6 +228,23 @@ def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDic
             dataset = prepare(dataset, tokenizer)
         check_rows_fit(cfg, tokenizer, dataset)
     return dataset
+
+
+def check_prompts(args: TrainingArguments, count: int) -> None:
+    """
+    Stop a run with fewer prompts than a rollout takes: TRL drops what doesn't fill one, and would train on nothing.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: with what to lower.
+    """
+    if not hasattr(args, "generation_batch_size"):
+        return
+    needed = args.generation_batch_size // args.num_generations
+    if count < needed:
+        raise ConfigError(
+            f"There are {count} prompts, fewer than the {needed} of one rollout. Lower "
+            "`stage.args.per_device_train_batch_size` or `stage.args.steps_per_generation`, or give more prompts."
+        )
 
 
 def demonstrations(cfg: DictConfig, dataset: DatasetDict) -> Dataset:

@@ -8,6 +8,7 @@ import torch
 import transformers
 from hydra.utils import instantiate
 
+from rlhf_trl.errors import ConfigError
 from rlhf_trl.plan import show_plan
 from tests.tiny import CHAT_TEMPLATE, make_tokenizer, save_gpt2, save_model
 
@@ -160,3 +161,14 @@ def test_what_trl_refuses_is_the_dry_runs_error(compose, tmp_path):
         with pytest.raises(ValueError, match="`trl.SFTTrainer` refuses the run: .*chat template") as raised:
             run(cfg)
         assert type(raised.value).__name__ == "ConfigError"
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo", "rloo"])
+def test_fewer_prompts_than_a_rollout_is_an_error_before_anything_starts(compose, tmp_path, stage):
+    rows = [{"prompt": f"{i}"} for i in range(3)]
+    data = ["data=files", f"data.paths={write_rows(tmp_path / 'a.jsonl', rows)}", "data.to_chat=true"]
+    cfg = compose(f"stage={stage}", f"runs_dir={tmp_path}", *data, "data.eval_size=null", "+stage.args.use_cpu=true")
+    for run in (show_plan, instantiate(cfg.stage.run)):
+        with pytest.raises(ConfigError, match="There are 3 prompts, fewer than the .* one rollout. Lower `stage.args"):
+            run(cfg)
+    assert not list(tmp_path.glob("default/**/run.json"))
