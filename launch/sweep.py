@@ -29,7 +29,7 @@ from rlhf_trl.launching import (
     shown,
     state_of,
 )
-from rlhf_trl.overrides import without_sweeps
+from rlhf_trl.overrides import as_typed, without_sweeps
 
 # What the sweep reads itself; a run gets a name and a beginning of its own
 OWN_KEYS = ("sweep", "accelerate", "launch", "program", "run_name", "resume", "overwrite")
@@ -70,7 +70,7 @@ def job(cfg: DictConfig) -> float:
     """One job of the sweep: runs `train.py` with the job's overrides and returns the run's objective."""
     settings = HydraConfig.get()
     number, run_dir = settings.job.num, Path(settings.runtime.output_dir)
-    overrides = [item for item in settings.overrides.task if name_of(item) not in OWN_KEYS]
+    overrides = [item for item in as_typed(settings.overrides.task) if name_of(item) not in OWN_KEYS]
     program = list(cfg.program or launch_command(cfg.accelerate, cfg.launch))
     outcome = run_job(program, config_dirs(), overrides, f"run_name={cfg.run_name}/{number}", run_dir)
     given = dict(item.lstrip("+").partition("=")[::2] for item in overrides)

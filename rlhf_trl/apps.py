@@ -37,6 +37,7 @@ def run_app(
             What is said after Ctrl-C.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra ends every error itself, with its own words
+    sys.argv[1:] = overrides.as_meant(sys.argv[1:])
     args = get_args_parser().parse_args()
     folders = [args.config_dir] if args.config_dir else []
     try:

@@ -60,6 +60,7 @@ def main() -> None:
             )
             sys.exit(2)
     try:
+        sys.argv[1:] = overrides.as_meant(sys.argv[1:])  # for Hydra, which reads them again
         words, config_dirs = _look_at(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(run)()
     except ConfigError as error:

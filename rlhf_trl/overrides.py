@@ -15,10 +15,12 @@ from typing import Any
 import hydra
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.argument_names import arguments
+from rlhf_trl.checks.names import is_text_key
 from rlhf_trl.checks.values import flatten
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest
@@ -31,8 +33,61 @@ TWICE = re.compile(r"Multiple values for (\S+?)\. To override a value use 'overr
 GLOBAL = re.compile(r"#\s*@package\s+_global_\s*")
 # Their keys are names of the user's choice
 OPEN_NODES = {"callbacks", "columns", "kwargs", "policies", "sources", "steps", "weights"}
+TYPED: dict[str, str] = {}  # by what `as_meant` made of it
 # The group whose options are whole runs as files of differences, where it isn't `experiment`
 WHOLE_RUNS = {"pipeline": "pipeline"}
+
+
+def as_meant(argv: Sequence[str]) -> list[str]:
+    """
+    The words of a command line, with quotes around values that Hydra's grammar would read as something else than text
+    or not at all: a run called `2024` or `1_1`, a path with `=`, brackets or letters beyond ASCII, a regular
+    expression. [`as_typed`] takes them off again.
+    """
+    words = [_quoted(word) for word in argv]
+    TYPED.update({word: typed for word, typed in zip(words, argv, strict=True) if word != typed})
+    return words
+
+
+def as_typed(words: Sequence[str]) -> list[str]:
+    """The words of a command line as they were before [`as_meant`]."""
+    return [TYPED.get(word, word) for word in words]
+
+
+def _quoted(word: str) -> str:
+    key, _, value = word.partition("=")
+    names = key.lstrip("+").split("@")[0].split(".")
+    is_text = is_text_key(".".join(names))
+    override = _parsed(word)
+    if word.startswith("-") or not value or override is not None and not (is_text and _has_numbers(override)):
+        return word
+    items = re.fullmatch(r"\[([^][{}'\"]+)\]", value) if is_text else None
+    if items:
+        quoted = f"{key}=[{','.join(_quote(item.strip()) for item in items.group(1).split(','))}]"
+    elif value[0] in "[{'\"" or "${" in value:
+        return word  # it was meant as grammar
+    else:
+        quoted = f"{key}={_quote(value)}"
+    return quoted if _parsed(quoted) is not None else word
+
+
+def _quote(text: str) -> str:
+    # In quotes a backslash means itself, but before a quote
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + "\\'" * bool(found[2]), text) + "'"
+
+
+def _parsed(word: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException:
+        return None
+
+
+def _has_numbers(override: Override) -> bool:
+    if override.is_delete() or override.is_sweep_override():
+        return False
+    value = override.value()
+    return any(isinstance(item, int | float) for item in (value if isinstance(value, list) else [value]))
 
 
 def compose(
@@ -134,12 +189,14 @@ def _culprit(error: Exception, words: list[str]) -> str | None:
 def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set[str]]) -> str:
     if isinstance(error, OverrideParseException):
         homes = [group for group, options in groups.items() if word in options]
-        hint = f"Did you mean `{homes[0]}={word}`?" if homes else "Type `key=value`, with quotes around spaces."
+        name = word.partition("=")[0] if "=" in word else "key"
+        hint = f"Did you mean `{homes[0]}={word}`?" if homes else f"Type `{name}=...`, text as `'{name}=\"...\"'`."
         return f"`{word}` can't be read. {hint}"
     text, key, value = str(error), _key(word), word.partition("=")[2]
     if "requires --multirun" in text or "Ambiguous value" in text:
         listed = f"'{word.partition('=')[0]}=[{value}]'"
-        return f"`{word}` has several values, and " + SWEEP.format(word, listed) + "."
+        text = f"; text with a comma is `'{key}=\"{value}\"'`" if is_text_key(key) else ""
+        return f"`{word}` has several values, and {SWEEP.format(word, listed)}{text}."
     if match := NO_OPTION.search(text):
         option = match.group(2)
         return f"`{word}`: the group `{key}` has no option `{option}`. {did_you_mean(option, groups.get(key, ()))}"

@@ -69,6 +69,7 @@ from rlhf_trl.launching import config_dirs
 from rlhf_trl.log_probs import quicken_log_probs
 from rlhf_trl.loggers import is_first_rank
 from rlhf_trl.models import adapter_config, base_path, fingerprint, load_start, load_tokenizer, merge_adapter
+from rlhf_trl.overrides import as_typed
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.quiet import quiet
 from rlhf_trl.ranges import RULES, check_values
@@ -519,7 +520,7 @@ def source(cfg: DictConfig) -> dict[str, Any]:
 def command(cfg: DictConfig, *added: str) -> str:
     """The command of this run as one would type it, with `added` instead of how it was begun."""
     if HydraConfig.initialized():
-        given = [*config_dirs(), *HydraConfig.get().overrides.task]
+        given = [*config_dirs(), *as_typed(HydraConfig.get().overrides.task)]
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # this job alone: its name is not in what was typed
             given = [*(word for word in given if not word.startswith("run_name=")), f"run_name={cfg.run_name}"]
     else:

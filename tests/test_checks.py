@@ -373,3 +373,9 @@ def test_a_model_without_linear_layers_cannot_be_quantized(compose, tmp_path, mo
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", only_a_head)
     with pytest.raises(ConfigError, match="no linear layer"):
         check(compose("stage=sft", "adapter=qlora"))
+
+
+def test_a_word_that_is_not_true_overwrites_nothing(problems):
+    make_run("sft")
+    wrong, used = problems("stage=sft", "overwrite=no")
+    assert "`overwrite` is 'no'" in wrong and "already holds a run" in used

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from rlhf_trl import cli, overrides
 from rlhf_trl.paths import conf_dir
@@ -46,6 +47,58 @@ def test_a_mistake_is_answered_with_what_was_meant(command, tmp_path, words, exp
     assert status == 2 and message.startswith("Error: ") and "Traceback" not in message
     assert all(part in message for part in expected), message
     assert list(tmp_path.iterdir()) == []
+
+
+MEANT = [
+    ("run_name=1_1", "1_1"),
+    ("run_name=1e5", "1e5"),
+    ("model.run=2024", "2024"),
+    ("model.run=null", None),
+    ("project=true", "true"),
+    ("data.system_prompt=123", "123"),
+    ("data.columns.prompt=1", "1"),
+    ("data.paths=lr=1e-4/rows.jsonl", "lr=1e-4/rows.jsonl"),
+    ("data.paths=données.jsonl", "données.jsonl"),
+    ("data.paths=rows[1].jsonl", "rows[1].jsonl"),
+    ("data.paths=[1_1,é.jsonl]", ["1_1", "é.jsonl"]),
+    ("+stage.policies.new=2024", "2024"),
+    ("stage.policies=[2024,sft]", ["2024", "sft"]),
+    ("reward.format.kwargs.pattern=(?s)it's \\d+\\", "(?s)it's \\d+\\"),
+    ("judge.template=<|im_end|> {a}", "<|im_end|> {a}"),
+    ("seed=1_1", 11),
+    ("stage.args.beta=1e-4", 1e-4),
+]
+
+
+@pytest.mark.parametrize(("word", "value"), MEANT)
+def test_text_is_read_as_it_was_typed(word, value):
+    (meant,) = overrides.as_meant([word])
+    assert OverridesParser.create().parse_override(meant).value() == value
+    assert overrides.as_typed([meant]) == [word] and overrides.as_meant([meant]) == [meant]
+
+
+@pytest.mark.parametrize(
+    "word", ["seed=[1,", "dpo", "été=1", "-m", "--config-dir", "stage.args.beta=0.1,0.2", "run_name="]
+)
+def test_words_that_are_no_text_are_left_alone(word):
+    assert overrides.as_meant([word]) == [word]
+
+
+def test_names_that_look_like_numbers_are_names(command, tmp_path):
+    few = ["data.max_samples=16", "data.max_eval_samples=8", "stage.args.max_steps=1"]
+    status, _, message = command("stage=sft", "run_name=1_1", *few)
+    assert status == 0, message
+    record = json.loads((tmp_path / "runs/default/1_1/run.json").read_text())
+    assert record["command"].split()[2:4] == ["stage=sft", "run_name=1_1"]  # as it was typed
+    status, shown, message = command("stage=dpo", "model.run=1_1", "debug=dry_run", *few)
+    assert status == 0 and "runs/default/1_1" in shown, message
+
+
+def test_a_name_that_a_file_reads_as_a_number_is_refused(command, tmp_path):
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/mine.yaml").write_text("# @package _global_\nrun_name: 1_1\nmodel: {run: 2024}\n")
+    status, _, message = command("--config-dir", "conf", "stage=sft", "experiment=mine")
+    assert status == 2 and '`run_name: "..."`' in message and '`run: "..."`' in message, message
 
 
 def test_everything_wrong_is_said_at_once(command):

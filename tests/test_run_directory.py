@@ -230,6 +230,16 @@ def test_output_does_not_take_the_place_of_what_is_read(problems):
     assert problems(*words, "stage.output=folder/answers.jsonl") == []
 
 
+@pytest.mark.parametrize("words", [[], ["run_name=sft"], ["run_name=a/b"], ["run_name=''"]])
+def test_a_smoke_run_has_a_directory_of_its_own(compose, problems, words):
+    for name in ("sft", "a/b"):
+        make_run(name)
+    cfg = compose("stage=sft", "debug=smoke", *words)
+    name = cfg.run_name
+    assert cfg.run_dir == f"runs/default/smoke_{name}" and cfg.stage.args.output_dir == cfg.run_dir
+    assert len(problems("stage=sft", "debug=smoke", *words)) == (name == "")
+
+
 # ---- A run that overwrites another ----
 
 

@@ -10,7 +10,12 @@ from omegaconf import DictConfig
 
 from rlhf_trl.checks.batches import batch_problems, world_size
 from rlhf_trl.checks.combinations import combination_problems
-from rlhf_trl.checks.names import argument_problems, section_problems, target_problems
+from rlhf_trl.checks.names import (
+    argument_problems,
+    section_problems,
+    target_problems,
+    text_problems,
+)
 from rlhf_trl.checks.places import data_problems, model_problems, output_problems
 from rlhf_trl.checks.ranges import range_problems
 from rlhf_trl.checks.rewards import reward_problems
@@ -51,6 +56,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
         target_problems,
         argument_problems,
         range_problems,
+        text_problems,
         model_problems,
         data_problems,
         output_problems,

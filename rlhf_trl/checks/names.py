@@ -4,7 +4,7 @@ from typing import Any
 
 from rlhf_trl import dotpaths
 from rlhf_trl.argument_names import arguments
-from rlhf_trl.checks.values import at, nodes, section
+from rlhf_trl.checks.values import at, flatten, nodes, section
 from rlhf_trl.hints import did_you_mean
 
 SECTIONS = (
@@ -12,8 +12,30 @@ SECTIONS = (
     *("callbacks", "reward", "reward_norm", "combine", "critic", "kl", "judge", "health", "health.signs"),
 )
 DOT_PATHS = ("_target_", "function", "auto_class")
+# Keys of text, where what looks like a number is meant as it was typed; all below the first ones
+TEXT_NODES = {"columns", "policies", "sweeps", "tags"}
+TEXT = {
+    *("project", "run_name", "run", "policy", "stage.baseline", "stage.gold", "objective", "runs_dir", "run_dir"),
+    *("path", "paths", "eval_paths", "output", "name", "split", "eval_split", "revision", "tokenizer", "url"),
+    *("chat_template", "system_prompt", "prompt", "template", "pattern", "group", "entity"),
+}
 TYPES = {"int": int, "float": int | float, "bool": bool, "str": str}
 TYPE_NAMES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string"}
+
+
+def is_text_key(path: str) -> bool:
+    """Whether the value at a dotted path is text (or null), whatever it looks like."""
+    names = path.split(".")
+    return bool({names[-1], path} & TEXT or TEXT_NODES & set(names))
+
+
+def text_problems(values: dict[str, Any]) -> list[str]:
+    """Of text that a file's YAML reads as a number or a truth value; on the command line it stays what was typed."""
+    return [
+        f'`{path}` is {value!r}, which YAML doesn\'t read as text. Put it in quotes: `{path.split(".")[-1]}: "..."`.'
+        for path, value in flatten(values).items()
+        if isinstance(value, int | float) and is_text_key(path)
+    ]
 
 
 def section_problems(values: dict[str, Any]) -> list[str]:
@@ -69,7 +91,11 @@ def type_problem(path: str, value: Any, expected: str) -> list[str]:
         return []
     if kind == "int" and isinstance(value, float) and value.is_integer():
         return [f"`{path}` is {value!r} and must be an integer. Type `{path}={int(value)}`."]
-    return [f"`{path}` is {value!r} and must be {TYPE_NAMES[kind]}. Type `{path}=...` with such a value."]
+    way = {"bool": f"`{path}=true` or `{path}=false`", "str": f"`'{path}=\"{value}\"'`"}
+    return [
+        f"`{path}` is {value!r} and must be {TYPE_NAMES[kind]}. Type "
+        f"{way.get(kind, f'`{path}=...` with such a value')}."
+    ]
 
 
 def _choice_problem(path: str, value: Any, choices: list[str]) -> list[str]:

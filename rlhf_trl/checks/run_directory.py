@@ -42,19 +42,15 @@ def name_problems(values: dict[str, Any]) -> list[str]:
             problems.append(f"`{key}` is empty. Type `{key}=FOLDER`, or leave it out.")
     for key in ("project", "run_name"):
         name = values.get(key)
+        if isinstance(name, int | float):
+            continue  # which is said with all other text that YAML reads so
         if isinstance(name, str) and all(part.strip() not in ("", ".", "..") for part in name.split("/")):
             continue
-        if isinstance(name, str) or name is None:
-            shown = f"`{name}`, which is no folder below" if name and name.strip() else "empty, and names a folder in"
-            above = "`runs_dir`" if key == "project" else "the project's"
-            problems.append(
-                f"`{key}` is {shown} {above}. Type a name such as `{key}=mine`; parts of it may be joined by a `/`."
-            )
-        else:
-            problems.append(
-                f"`{key}` is {name!r}, which YAML reads as a number or truth value. Put the name in quotes: `{key}: "
-                '"..."`.'
-            )
+        shown = f"`{name}`, which is no folder below" if str(name or "").strip() else "empty, and names a folder in"
+        above = "`runs_dir`" if key == "project" else "the project's"
+        problems.append(
+            f"`{key}` is {shown} {above}. Type a name such as `{key}=mine`; parts of it may be joined by a `/`."
+        )
     return problems
 
 
@@ -62,7 +58,7 @@ def run_directory_problems(values: dict[str, Any]) -> list[str]:
     """A directory is used when it holds `run.json`; Hydra's `.hydra` alone says nothing."""
     if problems := name_problems(values):
         return problems
-    run_dir, resume, overwrite = Path(values["run_dir"]), values.get("resume"), values.get("overwrite")
+    run_dir, resume, overwrite = Path(values["run_dir"]), values.get("resume") is True, values.get("overwrite") is True
     if resume and overwrite:
         return ["`resume=true` goes on with a run and `overwrite=true` deletes it. Type only one of them."]
     if owner := holder(run_dir):
