@@ -93,7 +93,7 @@ def load(form, rows, held_out=None, **options):
 @pytest.mark.parametrize(("eval_size", "count"), [(0.2, 18), (10, 10)])
 @pytest.mark.parametrize(("name", "feedback", "row", "options"), CASES, ids=[case[0] for case in CASES])
 def test_every_stage_holds_the_same_prompts_out(name, feedback, row, options, eval_size, count):
-    expected = hold_out(map(prompt_key, PROMPTS), eval_size, 0)
+    expected = hold_out(map(prompt_key, PROMPTS), eval_size)
     assert len(expected) == count
     options = options | {"feedback": feedback, "eval_size": eval_size}
     rows, some = rows_of(row), PROMPTS[::2]
@@ -159,7 +159,7 @@ def test_training_rows_leave_out_the_prompts_of_evaluation_files():
 
 def test_a_mixture_keeps_what_one_source_holds_out_from_all(tmp_path):
     own, other = rows_of(FORMATS["unpaired"]), rows_of(FORMATS["prompt_completion"])
-    expected = hold_out(map(prompt_key, PROMPTS), 0.2, 0)
+    expected = hold_out(map(prompt_key, PROMPTS), 0.2)
     sources = {
         # A limit and rows labelled false leave few of the prompts that are held out in `eval`
         "own": lambda form, seed: build(form, seed, named(own), eval_size=0.2, max_eval_samples=2),

@@ -30,7 +30,7 @@ def load_files(
     Args:
         form (`str`): `prompt_completion`, `preference`, `unpaired`, `comparisons` or `prompt`: what the stage
             trains on; or `judged`: comparisons with all that is known of them, for evaluation.
-        seed (`int`): decides the split and which rows a limit keeps.
+        seed (`int`): decides which rows a limit keeps.
         paths (`str` or `list[str]`): files or globs for training, relative to the working directory.
         eval_paths (`str` or `list[str]`, *optional*): files for evaluation; without them `eval_size` is split off.
         **options: what `build` takes: `format`, `columns`, `system_prompt`, `to_chat`, `messages`, `eval_size`,
@@ -149,7 +149,7 @@ def build(
         notes.append(f"{count_of(problems.count, 'malformed row')} left out (`bad_rows=drop`):\n{problems.text()}")
     result = {side: _join(side, parts, notes) for side, parts in tables.items()}
     if held_out is None and eval_size:
-        apart = hold_out(known, eval_size, seed, split_by)
+        apart = hold_out(known, eval_size, split_by)
         result = part(result["train"], keys, apart)
         notes.append(f"eval is {len(result['eval']):,} rows of these, split by {split_by}")
     elif held_out is not None and split_by == "prompt":

@@ -1,4 +1,4 @@
-"""Splitting without leakage, also between stages, and limiting; deterministic from a seed."""
+"""Splitting without leakage, also between stages, by prompts alone; and limiting, deterministic from a seed."""
 
 import hashlib
 import json
@@ -13,15 +13,15 @@ from rlhf_trl.errors import DataError
 BATCH_ROWS = 1000
 
 
-def hold_out(keys: Iterable[Hashable], eval_size: float | int, seed: int, by: str = "prompt") -> set:
+def hold_out(keys: Iterable[Hashable], eval_size: float | int, by: str = "prompt") -> set:
     """
     The keys (see [`prompt_key`]) that are for evaluation: a share below 1 of them, or a number.
 
-    With a share, a key's side depends on `seed` and the key alone: other rows, files, stages and forms of the same
-    prompts agree on it, so the share is met about. A number takes those that a share would take first. Neither side
-    is left without a key, or it is a `DataError`.
+    With a share, a key's side depends on the key alone: other rows, files, stages, forms and seeds agree on it, so the
+    share is met about. A number takes those that a share would take first. Neither side is left without a key, or it
+    is a `DataError`.
     """
-    place = {key: _place(seed, key) for key in keys}
+    place = {key: _place(key) for key in keys}
     order = sorted(place, key=place.get)
     if eval_size < 1:
         count = min(max(1, sum(where < eval_size for where in place.values())), len(order) - 1)
@@ -37,9 +37,9 @@ def hold_out(keys: Iterable[Hashable], eval_size: float | int, seed: int, by: st
     return set(order[:count])
 
 
-def _place(seed: int, key: Hashable) -> float:
+def _place(key: Hashable) -> float:
     """Where a key lies from 0 to 1, by its hash."""
-    digest = hashlib.blake2b(f"{seed}-split-{key!r}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"split-{key!r}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64
 
 
