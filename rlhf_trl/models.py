@@ -139,6 +139,10 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(base_path(path, config), trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    ids = tokenizer("a")["input_ids"]
+    if tokenizer.eos_token_id is not None and ids[-1:] == [tokenizer.eos_token_id]:
+        # A policy would go on after its prompt's EOS, and training would have one between prompt and completion
+        tokenizer.add_bos_token, tokenizer.add_eos_token = ids[0] == tokenizer.bos_token_id, False
     remember_ends(tokenizer, _eos_token_id(path, trust_remote_code, revision))
     if chat_template is not None:
         if not Path(chat_template).is_file():

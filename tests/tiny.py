@@ -1,7 +1,7 @@
 """A tiny Llama, a tiny GPT-2 and a word-level tokenizer, made on the fly, for tests of the trainers."""
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = "a b c d e f g h i j k l m n o p".split()
@@ -16,7 +16,9 @@ def make_tokenizer(pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
     special = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
     vocab = {word: i for i, word in enumerate(special + WORDS)}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # Single letters are words, also where no space parts them: a prompt and a completion in one text keep theirs
+    letters = pre_tokenizers.Split(Regex(f"[{''.join(WORDS)}]"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), letters])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<eos>" if pad_is_eos else "<pad>",

@@ -20,7 +20,7 @@ from trl.trainer.utils import nanstd
 
 from ..checks.combinations import normalizer_problem
 from ..checks.rewards import combination_problem
-from ..data.tokens import prompt_ids, row_ids, template_kwargs
+from ..data.tokens import split_row_ids, template_kwargs
 from ..errors import ConfigError
 from ..ranges import REFERENCE_NORM, REWARD_NORM, check_values
 from ..rewards.combine import weighted_sum
@@ -363,8 +363,7 @@ class ReferenceNorm(RewardNorm, ExportableState):
         tokenizer, ids = trainer._tokenizer, []
         for row, answer in zip(rows, answers, strict=True):
             template = trainer.chat_template_kwargs | template_kwargs(row)
-            start = prompt_ids(tokenizer, row["prompt"], **template)
-            ids.append(row_ids(tokenizer, row["prompt"], answer, **template)[len(start) :])
+            ids.append(split_row_ids(tokenizer, row["prompt"], answer, **template)[1])
         rewards = self._calculate(rows, prompts, answers, ids)
         trainer._pending_metrics.clear()  # of the reward functions, about completions that were never sampled
         trainer._pending_extra_logs.clear()

@@ -59,19 +59,27 @@ def _template_ends(tokenizer, template: str, ends: tuple[int, ...]) -> list[int]
 def prompt_ids(tokenizer, prompt: str | list[dict], **template_kwargs) -> list[int]:
     """Ids of a prompt, text or chat, as GRPOTrainer gives it to the policy; `template_kwargs` are the template's."""
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
+        return tokenizer(without_bos(tokenizer, prompt))["input_ids"]
     return _render(tokenizer, prompt, tokenize=True, add_generation_prompt=True, **template_kwargs)["input_ids"]
+
+
+def without_bos(tokenizer, text: str) -> str:
+    """Return `text` (perhaps rendered with a chat template before) without the BOS that the tokenizer adds itself."""
+    bos = tokenizer.bos_token
+    if bos is None or not text.startswith(bos) or tokenizer("")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return text
+    return text.removeprefix(bos)
 
 
 def row_ids(
     tokenizer, prompt: str | list[dict], completion: str | list[dict], eos: bool = True, **template_kwargs
 ) -> list[int]:
     """
-    Ids of a prompt and its completion, as if the policy had generated it.
+    Ids of a prompt and its completion, as the policy is trained to write it.
 
-    Text: the completion's own ids up to its end. Chat: what the template adds after the generation prompt, up to and
-    with the first of the [`end_tokens`] (that of the last turn where `completion` has several). EOS is added where no
-    such token ends the completion.
+    Text: the ids of both in one, as SFT has them, up to the end. Chat: what the template adds after the generation
+    prompt, up to and with the first of the [`end_tokens`] (that of the last turn where `completion` has several). EOS
+    is added where no such token ends the completion.
 
     Args:
         eos (`bool`): `False` for a completion that was cut off: its ids end before the end token.
@@ -85,7 +93,9 @@ def row_ids(
         )
     start = prompt_ids(tokenizer, prompt, **template_kwargs)
     if isinstance(completion, str):
-        ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(without_bos(tokenizer, prompt) + completion)["input_ids"]
+        start = ids[: _common(start, ids)]
+        ids = ids[len(start) :]
     else:
         ids = _turn_ids(tokenizer, prompt, completion, start, template_kwargs)
     if isinstance(completion, str) or len(completion) > 1:
@@ -93,6 +103,38 @@ def row_ids(
     else:
         end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     return start + ids[:end] + ((ids[end : end + 1] or ends[:1]) if eos else [])
+
+
+def split_row_ids(
+    tokenizer, prompt: str | list[dict], completion: str | list[dict], **template_kwargs
+) -> tuple[list[int], list[int]]:
+    """
+    Return [`row_ids`] in two, the prompt's and the completion's, where SFT parts them: at the prompt's end or, where
+    tokens merge across it, before the first one that isn't the prompt's own.
+    """
+    ids = row_ids(tokenizer, prompt, completion, **template_kwargs)
+    length = max(1, _common(prompt_ids(tokenizer, prompt, **template_kwargs), ids))
+    return ids[:length], ids[length:]
+
+
+def written_row_ids(tokenizer, prompt: str | list[dict], written: list[int], **template_kwargs) -> list[int]:
+    """
+    Return the ids of a prompt and of what a policy with this tokenizer has written after it, as training reads them.
+
+    Those are the prompt's ids and then `written`; but where the same text has other tokens at the end of the prompt
+    (they merge across it), the text's, which are what [`row_ids`] gives.
+    """
+    start = prompt_ids(tokenizer, prompt, **template_kwargs)
+    if isinstance(prompt, str):
+        words = written[:-1] if written and written[-1] in end_tokens(tokenizer) else written
+        before, text = (
+            tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for ids in (start, start + words)
+        )
+        ids = tokenizer(text)["input_ids"]
+        if ids[: len(start)] != start and tokenizer(before)["input_ids"] == start:
+            return ids + written[len(words) :]
+    return start + written
 
 
 def _last_end(tokenizer, ids: list[int], ends: list[int]) -> int:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.callbacks.record import checkpoints, write_json
 from rlhf_trl.callbacks.samples import as_text
-from rlhf_trl.data.tokens import end_tokens, prompt_ids, row_ids, template_columns, template_kwargs
+from rlhf_trl.data.tokens import end_tokens, prompt_ids, split_row_ids, template_columns, template_kwargs
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.judge import Answers, Verdicts
 from rlhf_trl.evaluation.sampling import TokenStatistics, sample, sample_in_turns, token_statistics
@@ -357,9 +357,8 @@ def kl_statistics(own: Sequence[TokenStatistics], reference: Sequence[TokenStati
 
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int) -> float:
     """exp of the mean loss over the tokens of the rows' completions, the end token among them."""
-    starts = [prompt_ids(tokenizer, row["prompt"], **template_kwargs(row)) for row in rows]
-    whole = [row_ids(tokenizer, row["prompt"], row["completion"], **template_kwargs(row)) for row in rows]
-    ends = [ids[len(start) :] for ids, start in zip(whole, starts, strict=True)]
+    parts = [split_row_ids(tokenizer, row["prompt"], row["completion"], **template_kwargs(row)) for row in rows]
+    starts, ends = zip(*parts, strict=True)
     found = token_statistics(model, starts, ends, temperature=1.0, batch_size=batch_size)
     return float(torch.cat([row.logps for row in found]).double().mean().neg().exp())
 

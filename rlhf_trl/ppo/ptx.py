@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head, pad
 
-from ..data.tokens import prompt_ids, row_ids, template_kwargs
+from ..data.tokens import split_row_ids, template_kwargs
 from ..errors import ConfigError
 from ..rollouts import count_positions_from_mask
 from .seeds import permutation
@@ -56,9 +56,7 @@ class Demonstrations:
         self.seed, self.pad_token_id = seed, tokenizer.pad_token_id
         self.rows = []
         for row in tqdm(dataset, desc="Tokenizing demonstrations", leave=False):
-            kwargs = template_kwargs(row)
-            prompt = prompt_ids(tokenizer, row["prompt"], **kwargs)
-            self.rows.append((prompt, row_ids(tokenizer, row["prompt"], row["completion"], **kwargs)[len(prompt) :]))
+            self.rows.append(split_row_ids(tokenizer, row["prompt"], row["completion"], **template_kwargs(row)))
 
     def indices(self, start: int, n: int) -> list[int]:
         """The rows that stand at `start` to `start + n - 1` of an endless row of epochs, each dealt anew."""

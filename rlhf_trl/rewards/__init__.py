@@ -25,7 +25,7 @@ from transformers import (
 from ..calibration import read_calibration, weighted_calibration
 from ..checks.rewards import ensemble_problems
 from ..data.forms import PASSED_ON
-from ..data.tokens import end_tokens, prompt_ids, row_ids, template_kwargs, trained_template_kwargs
+from ..data.tokens import end_tokens, row_ids, template_kwargs, trained_template_kwargs, written_row_ids
 from ..data.words import names_of
 from ..dotpaths import find, not_taken, signature
 from ..errors import ConfigError
@@ -351,7 +351,7 @@ class ModelReward(Reward):
             own = self._own_kwargs(policys)
             if self._same_tokenizer and (own == policys or isinstance(prompt, str)):
                 # ids are the model's own words; decoding them and tokenizing again would lose EOS and could differ
-                rows.append(prompt_ids(self.tokenizer, prompt, **own) + list(completion_ids[i]))
+                rows.append(written_row_ids(self.tokenizer, prompt, list(completion_ids[i]), **own))
             else:
                 rows.append(row_ids(self.tokenizer, prompt, completions[i], eos=with_eos[i], **own))
         return rows
