@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from rlhf_trl.callbacks.samples import as_text
-from rlhf_trl.data.forms import check_text_or_chat
+from rlhf_trl.data.forms import check_text_or_chat, read_json_chats
 from rlhf_trl.data.read import RowError, read_file, resolve_paths
 from rlhf_trl.data.reader import Problems
 from rlhf_trl.data.tokens import end_tokens, template_kwargs
@@ -89,7 +90,7 @@ def read_prompts(source: str | list[str], limit: int | None = None) -> list[dict
     """
     if source == DEMO:
         return load_demo(form="prompt", seed=0)["eval"].to_list()[:limit]
-    rows, problems, files = [], Problems(), resolve_paths(source, "stage.prompts")
+    rows, notes, problems, files = [], Counter(), Problems(), resolve_paths(source, "stage.prompts")
     for file in files:
         for place, row in read_file(file):
             if limit is not None and len(rows) >= limit:
@@ -97,6 +98,7 @@ def read_prompts(source: str | list[str], limit: int | None = None) -> list[dict
             try:
                 if isinstance(row, RowError):
                     raise row
+                row = read_json_chats(row, notes)
                 rows.append({**row, "prompt": check_text_or_chat(row, "prompt")})
             except RowError as error:
                 problems.add(place, error)
@@ -104,6 +106,8 @@ def read_prompts(source: str | list[str], limit: int | None = None) -> list[dict
         raise DataError(f"{problems.count} rows of `stage.prompts` can't be used:\n{problems.text()}")
     if not rows:
         raise DataError(f"`stage.prompts` ({', '.join(files)}) holds no prompt. Give rows with a column `prompt`.")
+    for note, count in notes.items():
+        print(f"{note} ({count:,} rows)")
     return rows
 
 

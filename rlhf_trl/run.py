@@ -57,8 +57,16 @@ from rlhf_trl.checks.run_directory import run_directory_problems
 from rlhf_trl.checks.sizes import check_rows_fit
 from rlhf_trl.checks.values import plain
 from rlhf_trl.data import head_names
+from rlhf_trl.data.forms import is_chat
 from rlhf_trl.data.splits import leave_out, prompt_keys
-from rlhf_trl.data.tokens import end_tokens, keep_template_kwargs
+from rlhf_trl.data.tokens import (
+    end_tokens,
+    keep_one_bos,
+    keep_template_kwargs,
+    note_rows_without_end,
+    note_template_end,
+    refusals_named,
+)
 from rlhf_trl.data.words import say
 from rlhf_trl.directory import claimed, discard_old, holds_old, put_back, recover, set_aside
 from rlhf_trl.dotpaths import find
@@ -221,9 +229,13 @@ def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
 def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
     """The splits `train` and, where there is one, `eval`, in the form the stage wants."""
     with PartialState().main_process_first():
-        dataset = instantiate_data(cfg)
-        given = OmegaConf.to_container(cfg.stage.args, resolve=True).get("chat_template_kwargs")
-        dataset = keep_template_kwargs(dataset, tokenizer, given)
+        with refusals_named(tokenizer):
+            dataset = instantiate_data(cfg)
+        options = OmegaConf.to_container(cfg.stage.args, resolve=True)
+        dataset = keep_template_kwargs(dataset, tokenizer, options.get("chat_template_kwargs"))
+        dataset = keep_one_bos(dataset, tokenizer)
+        if is_chat(dataset["train"][0]):
+            note_template_end(tokenizer, options.get("eos_token"))
         if cfg.stage.prepare is not None:
             prepare = instantiate(cfg.stage.prepare)
             dataset = prepare(dataset, tokenizer)
@@ -389,6 +401,9 @@ def build_trainer(cfg: DictConfig, **objects: Any) -> Trainer:
             f"`{cfg.stage.trainer._target_}` keeps no row of the {len(objects['train_dataset']):,} for training: in "
             "none is anything left to train on after `stage.args.max_length` tokens. Set it higher."
         )
+    if hasattr(trainer.args, "eos_token"):  # SFT teaches where to stop
+        rows = [trainer.train_dataset[i] for i in range(min(32, len(trainer.train_dataset)))]
+        note_rows_without_end(trainer.data_collator(rows), trainer.processing_class)
     return trainer
 
 

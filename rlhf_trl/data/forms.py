@@ -8,10 +8,16 @@ malformed.
 
 import json
 import math
+import re
 from collections import Counter
+from collections.abc import Callable
+from contextvars import ContextVar
 
 from rlhf_trl.data.read import RowError, Struct
 
+# While rows are read for a tokenizer with a chat template: `check(messages, row)`, which raises a `RowError` if the
+# template refuses the chat. `rlhf_trl.data.tokens.refusals_named` sets it.
+CHAT_CHECK: ContextVar[Callable[[list[dict], dict], None] | None] = ContextVar("chat_check", default=None)
 # What each format needs at the least, in the order in which formats are recognized: the more telling first.
 FORMATS = {
     "preference": ("chosen", "rejected"),  # `prompt` may be missing: it is then what both have in common
@@ -54,6 +60,8 @@ PASSED_ON = ("tools", "chat_template_kwargs")
 CHATS = ("prompt", "completion", "chosen", "rejected", "messages", "completions")
 # What a row of the form `judged` holds beside its prompt and columns of its own
 JUDGED = ("completions", "better", "worse", "gap", "share", "ratings", "attributes")
+# A chat in text: JSON, or what Python prints of a list
+CHAT_AS_TEXT = re.compile(r"""\s*\[\s*\{[^{}]*["'](role|from)["']\s*:""")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -220,6 +228,25 @@ def pair_up(row: dict, answers: tuple[str, ...], notes: Counter) -> dict:
     if len(answers) == 2 and given["chosen"] == given["rejected"]:
         raise RowError("rejected", "is the same as `chosen`")
     return {"prompt": prompt, **given}
+
+
+def repeats_prompt(row: dict) -> bool:
+    """Whether text answers all begin with the row's prompt, which is text of more than one word."""
+    prompt, answers = row.get("prompt"), [row[name] for name in ("completion", "chosen", "rejected") if name in row]
+    if not isinstance(prompt, str) or len(prompt.split()) < 2 or not answers:
+        return False
+    return all(isinstance(answer, str) and answer.startswith(prompt) for answer in answers)
+
+
+def take_prompt_out(row: dict) -> dict:
+    """A row of which [`repeats_prompt`] is true with the answers alone."""
+    made = dict(row)
+    for name in ("completion", "chosen", "rejected"):
+        if name in row:
+            made[name] = row[name][len(row["prompt"]) :]
+            if not made[name].strip():
+                raise RowError(name, "is nothing but the prompt")
+    return made
 
 
 def _hold_whole_conversations(given: dict) -> bool:
@@ -417,6 +444,37 @@ def add_system_prompt(row: dict, system_prompt: str, notes: Counter) -> dict:
         return row
     notes["`system_prompt` added"] += 1
     return {**row, field: [{"role": "system", "content": system_prompt}, *row[field]]}
+
+
+def check_template(row: dict) -> None:
+    """A `RowError` if the chat template that rows are read for refuses one of the chats of a row, of any form."""
+    check = CHAT_CHECK.get()
+    if check is None or not is_chat(row):
+        return
+    start = row.get("prompt") or []
+    answers = [row[name] for name in ("messages", "completion", "chosen", "rejected") if name in row]
+    for answer in [*answers, *row.get("completions", []), []]:
+        if start + answer:
+            check(start + answer, row)
+
+
+def read_json_chats(row: dict, notes: Counter) -> dict:
+    """A row whose chats were written as JSON text, as a table of text holds them, with the chats themselves."""
+    made = dict(row)
+    for field in CHATS:
+        text = row.get(field)
+        if not isinstance(text, str) or not CHAT_AS_TEXT.match(text):
+            continue
+        try:
+            made[field] = json.loads(text)
+        except ValueError as error:
+            raise RowError(
+                field,
+                f"is text that looks like a chat and is no JSON ({error}). Write it with `json.dumps` (Python's own "
+                "notation, with single quotes, isn't JSON), or as a list",
+            ) from None
+        notes[f"`{field}`: chats written as JSON text were read as chats"] += 1
+    return made
 
 
 def is_chat(row: dict) -> bool:

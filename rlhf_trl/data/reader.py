@@ -75,6 +75,9 @@ class Reader:
         format = self._choose_format(name, found, list(mapping))
         self.sources.setdefault(format, []).append(name)
         self.unused |= dict.fromkeys(self._unused(found, mapping, format))
+        # One row may quote its prompt; where all do, as far as one can see, the answers are whole texts
+        known = [_named(row, mapping) for _, row in head if isinstance(row, dict)]
+        self.whole_texts = all(map(forms.repeats_prompt, known))
         tables, stream = [], self._convert(chain(head, rows), mapping, format)
         while batch := list(islice(stream, BATCH_ROWS)):
             tables.append(make_table(batch))
@@ -172,9 +175,13 @@ class Reader:
             try:
                 if isinstance(row, RowError):
                     raise row
-                row = _named(row, mapping)
+                row = forms.read_json_chats(_named(row, mapping), self.changes)
                 if self._is_alpaca(mapping):
                     row = forms.alpaca(row, self.changes)
+                if forms.repeats_prompt(row):
+                    done = "it is taken out of them" if self.whole_texts else "it stays there, since other rows' don't"
+                    self.changes[f"the prompt is repeated at the beginning of the answers: {done}"] += 1
+                    row = forms.take_prompt_out(row) if self.whole_texts else row
                 if "margin" in mapping:
                     row.setdefault("margin")  # all rows have one or none has: TRL looks at the first
                 made = forms.read_row(row, format, self.changes)
@@ -184,6 +191,8 @@ class Reader:
                 converted = forms.convert(made, format, self.form, self.whole_messages)
                 self._check_kind(made if not converted else converted[0], place)
                 extra = self._extra(row, place)
+                for new in converted:
+                    forms.check_template({**new, **extra})
                 if self.form == "judged":
                     extra, converted = {}, [forms.judged_of({**new, **extra}) for new in converted]
             except RowError as error:
@@ -312,13 +321,14 @@ class FeedbackReader(Reader):
                 if isinstance(row, RowError):
                     raise row
                 others = {name: value for name, value in row.items() if name not in (*mapping.values(), *forms.JUDGED)}
-                row = _named(row, mapping)
+                row = forms.read_json_chats(_named(row, mapping), self.changes)
                 made = self.feedback.read(row, self.changes)
                 if self.form == "judged":
                     made["columns"] = self._extra(others, place)
                 made = forms.to_chat(made, self.changes) if self.to_chat else made
                 made = self._add_system_prompt(made, place) if self.system_prompt else made
                 self._check_kind(made, place)
+                forms.check_template(made)
             except RowError as error:
                 root = (error.field or "").split("[")[0]
                 self.problems.add(place, error, mapping.get(root, root) + (error.field or "")[len(root) :])

@@ -10,10 +10,13 @@ import functools
 import itertools
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from jinja2 import TemplateError
 
-from rlhf_trl.data.forms import comparisons_of, is_chat, select_completions
+from rlhf_trl.data.forms import CHAT_CHECK, comparisons_of, is_chat, select_completions
+from rlhf_trl.data.read import RowError
 from rlhf_trl.data.words import count_of, say
 from rlhf_trl.errors import ConfigError, DataError
 
@@ -169,7 +172,53 @@ def _render(tokenizer, messages: list[dict], tokenize: bool, **kwargs):
     # Arrow gives every message all keys of all messages: what is null wasn't there.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     kwargs = (trained_template_kwargs(tokenizer) or {}) | kwargs
-    return tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **kwargs)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **kwargs)
+    except TemplateError as error:
+        raise TemplateRefusal(str(error), messages) from error
+
+
+class TemplateRefusal(DataError):
+    """A chat template that raises an error for a chat, with what it `said` and what can be done."""
+
+    def __init__(self, said: str, messages: list[dict]):
+        roles = [message["role"] for message in messages]
+        self.said = f"is refused by the chat template ({said.strip()}): its turns are {', '.join(roles)}. "
+        if {"system", "developer"} & set(roles):
+            self.said += (
+                "Leave out the system turn (`data.system_prompt`), or put its text into the user's first turn."
+            )
+        else:
+            self.said += "Put turns of one role in a row into one turn, or give another template."
+        super().__init__(
+            f"The chat that begins with {messages[0]['content'][:80]!r} {self.said} Another template is "
+            "`model.chat_template=FILE.jinja`."
+        )
+
+
+@contextmanager
+def refusals_named(tokenizer) -> Iterator[None]:
+    """Let readers of files name the rows that the tokenizer's chat template refuses, see [`forms.CHAT_CHECK`]."""
+    known: dict[str, str | None] = {}
+
+    def check(messages: list[dict], row: dict) -> None:
+        # Templates look at roles, and at what else a turn has, not at words: chats of one kind are rendered once
+        kwargs = template_kwargs(row)
+        kind = json.dumps([[(turn["role"], *turn) for turn in messages], kwargs])
+        if kind not in known:
+            known[kind] = None
+            try:
+                _render(tokenizer, messages, tokenize=False, add_generation_prompt=False, **kwargs)
+            except TemplateRefusal as refusal:
+                known[kind] = refusal.said
+        if known[kind] is not None:
+            raise RowError(None, known[kind])
+
+    token = CHAT_CHECK.set(check if tokenizer.chat_template is not None else None)
+    try:
+        yield
+    finally:
+        CHAT_CHECK.reset(token)
 
 
 def _common(a, b) -> int:
@@ -228,6 +277,52 @@ def keep_template_kwargs(dataset, tokenizer, given: dict | None = None):
     else:
         tokenizer.init_kwargs.pop("chat_template_kwargs", None)
     return dataset
+
+
+def keep_one_bos(dataset, tokenizer):
+    """Return a `DatasetDict` without the BOS, at the beginning of texts, that the tokenizer adds; how many is said."""
+    for side, rows in dataset.items():
+        field = next((name for name in ("prompt", "text") if name in rows.column_names), None)
+        if field is None or not isinstance(rows[0][field], str):
+            continue
+        begin = sum(without_bos(tokenizer, text) != text for text in rows[field])
+        if begin:
+            say(
+                f"data: {begin:,} of {len(rows):,} {side} rows begin with the BOS token `{tokenizer.bos_token}`, and "
+                "the tokenizer adds one: it is taken out of their text, so that it stands there once"
+            )
+            dataset[side] = rows.map(
+                lambda row, field=field: {field: without_bos(tokenizer, row[field])}, desc="Keeping one BOS"
+            )
+    return dataset
+
+
+def note_template_end(tokenizer, eos_token: str | None = None) -> None:
+    """Print which token ends generation because the chat template writes it and for no other reason."""
+    named = {tokenizer.eos_token_id, *getattr(tokenizer, "model_ends", ())}
+    for token in tokenizer.convert_ids_to_tokens([token for token in end_tokens(tokenizer) if token not in named]):
+        if token != eos_token:
+            say(
+                f"note: the chat template ends turns with `{token}`, which is neither the tokenizer's EOS "
+                f"(`{tokenizer.eos_token}`) nor in the model's generation_config.json. Here it ends generation, and a "
+                f"trained model's generation_config.json will list it; `+stage.args.eos_token='{token}'` of stage=sft "
+                "makes it the EOS."
+            )
+
+
+def note_rows_without_end(batch, tokenizer) -> None:
+    """Print that nothing which is trained in a batch of a trainer ends a turn, if so."""
+    ends = set(end_tokens(tokenizer))
+    rows = [row for _, side in _sides(batch) for row in side]
+    trained = [{token for token, counts in zip(ids, mask, strict=True) if counts} for ids, mask in rows]
+    if not any(ends & tokens for tokens in trained):
+        names = ", ".join(f"`{token}`" for token in tokenizer.convert_ids_to_tokens(list(ends))) or "none is known"
+        say(
+            f"note: no token that ends generation ({names}) is trained on in the first {count_of(len(rows), 'row')}, "
+            "so the model doesn't learn to stop. Name the token that ends its turns "
+            "(`+stage.args.eos_token=TOKEN`), give a chat template that writes the EOS after the assistant's turns "
+            "(`model.chat_template=FILE.jinja`), or raise `stage.args.max_length` if it cuts all rows."
+        )
 
 
 def template_columns(tokenizer, columns: dict[str, list], rows: int) -> dict[str, list]:
