@@ -464,7 +464,7 @@ def _load_full(
             if name in HEADS and isinstance(head, torch.nn.Linear):
                 # PEFT trains a head in float32, whatever the type of the base; the hook is copied with the layer
                 head.register_forward_pre_hook(_cast_to_weight)
-    if options.get("quantization_config") is not None:
+    if getattr(model, "is_loaded_in_4bit", False):
         _keep_trainable(model)
     return model
 
@@ -586,7 +586,7 @@ def _cast_to_weight(module: torch.nn.Linear, inputs: tuple[torch.Tensor]) -> tup
 
 def _keep_trainable(model: PreTrainedModel) -> None:
     """
-    Keeps bitsandbytes (0.50) from repacking 4-bit weights at the first evaluation on a CPU with AVX512-BF16.
+    Keeps bitsandbytes (0.50) from repacking 4-bit weights in evaluation mode on a CPU with AVX512-BF16.
 
     The packed form has no backward: training would go on with wrong gradients. It also fails on widths that are no
     multiple of 64.

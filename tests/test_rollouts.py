@@ -1,5 +1,6 @@
 """Rollouts on every architecture: positions under padding, no dropout, no setting that the stage doesn't know."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -7,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer.utils import add_fused_lm_head
 
 from rlhf_trl.callbacks.rollouts import record_rollouts
+from rlhf_trl.chat import answer
+from rlhf_trl.evaluation.sampling import generation_config, sample
 from rlhf_trl.models import load_tokenizer
+from rlhf_trl.policies import Policy
 from rlhf_trl.ppo import advantages
 from rlhf_trl.ppo import trainer as ppo_trainer
 from rlhf_trl.rollouts import count_positions_from_mask
@@ -232,3 +236,23 @@ def test_what_the_stage_sets_is_in_force_and_its_bias_is_said(tmp_path, kind, ca
     caplog.clear()
     rl_trainer(kind, path, tmp_path)
     assert "sampled with" not in caplog.text
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "adapter"])
+def test_evaluation_generate_and_chat_take_nothing_from_it_either(tmp_path, adapter):
+    path = save_architecture(tmp_path / "model", "llama")
+
+    def written() -> list[list[int]]:
+        model = AutoModelForCausalLM.from_pretrained(path)
+        if adapter:
+            model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+        tokenizer = load_tokenizer(path)
+        policy = Policy("policy", path, model.eval(), tokenizer)
+        rows = sample(policy.model, tokenizer, [[5, 6], [7, 8, 9]], 8, temperature=1.0, batch_size=2, seed=0)
+        torch.manual_seed(0)
+        given = answer(policy, "a b", [], generation_config(1.0, 8), None, io.StringIO(), stream=False)
+        return [*rows, given.ids]
+
+    plain = written()
+    own_settings(path, {name: value for settings in OWN for name, value in settings.items()})
+    assert written() == plain

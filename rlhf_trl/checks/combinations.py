@@ -31,13 +31,8 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
             f"All rewards have weight 0, so `stage={stage.get('name')}` has nothing to maximize. Set the weight of "
             f"one: `reward.{next(iter(section(values, 'reward')))}.weight=1`."
         )
-    dropout = peft.get("lora_dropout")
-    if isinstance(dropout, int | float) and dropout > 0 and (is_rl or args.get("disable_dropout")):
-        why = "in an RL stage rollout and update must see the same policy"
-        way = "Set `adapter.peft.lora_dropout=0`"
-        if not is_rl:
-            why, way = "`stage.args.disable_dropout` would undo it", f"{way}, or `stage.args.disable_dropout=false`"
-        problems.append(f"`adapter.peft.lora_dropout` is {dropout}, and {why}. {way}.")
+    problems += _noise(args, peft, is_rl)
+    problems += _generation(args)
     problems += _packing(args)
     problems += _shared_base(values, args, peft)
     problems += _controller(values, str(stage.get("name")), args)
@@ -71,6 +66,35 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
     problems += _precision(args)
     problems += _packages(values, args, quantization)
     return problems
+
+
+def _noise(args: dict[str, Any], peft: dict[str, Any], is_rl: bool) -> list[str]:
+    """What is random in training, where it would be undone or move the policy away from what is sampled."""
+    why, or_else = "in an RL stage rollout and update must see the same policy", ""
+    if not is_rl:
+        if not args.get("disable_dropout"):
+            return []
+        why, or_else = "`stage.args.disable_dropout` would undo it", ", or `stage.args.disable_dropout=false`"
+    found = {
+        "adapter.peft.lora_dropout": (peft.get("lora_dropout"), 0),
+        "stage.args.neftune_noise_alpha": (args.get("neftune_noise_alpha"), "null"),
+    }
+    return [
+        f"`{name}` is {value}, and {why}. Set `{name}={off}`{or_else}."
+        for name, (value, off) in found.items()
+        if isinstance(value, int | float) and value > 0
+    ]
+
+
+def _generation(args: dict[str, Any]) -> list[str]:
+    if args.get("use_vllm"):
+        return []
+    return [
+        f"`stage.args.generation_kwargs.{name}` has no place in a rollout: TRL asks `generate` for the ids of one "
+        "completion a prompt, up to an end token. Leave it out."
+        for name in ("num_return_sequences", "return_dict_in_generate", "stop_strings")
+        if section(args, "generation_kwargs").get(name)
+    ]
 
 
 def _packing(args: dict[str, Any]) -> list[str]:
