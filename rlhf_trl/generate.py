@@ -18,7 +18,7 @@ from rlhf_trl.data.tokens import end_tokens, template_kwargs
 from rlhf_trl.demo import load as load_demo
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.sampling import sample
-from rlhf_trl.policies import Policy, as_prompt, load_policies, score, total
+from rlhf_trl.policies import Policy, Prompt, as_prompt, load_policies, score, total
 from rlhf_trl.quiet import quiet
 from rlhf_trl.run import begin, claims_directory, end, fail, project_dir, reward_functions
 
@@ -111,6 +111,26 @@ def read_prompts(source: str | list[str], limit: int | None = None) -> list[dict
     return rows
 
 
+def as_chat(policy: Policy, to_chat: bool | None) -> bool:
+    """
+    Return whether a text becomes a user's turn for a policy; `None`: where it has a chat template.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if it should, and there is no template.
+    """
+    if to_chat and not policy.chats:
+        raise ConfigError(
+            f"`stage.to_chat=true`, and the tokenizer of `{policy.path}` has no chat template. Type "
+            "`model.chat_template=FILE.jinja`, or leave `stage.to_chat` at null: then the prompts stay texts."
+        )
+    return policy.chats if to_chat is None else to_chat
+
+
+def given_prompt(prompt: Prompt, policy: Policy, wants_chat: bool, system_prompt: str | None) -> Prompt:
+    """Return a row's prompt as the policy takes it."""
+    return as_prompt(prompt, policy, system_prompt) if wants_chat and isinstance(prompt, str) else prompt
+
+
 def completions(
     policy: Policy,
     prompts: Sequence[dict],
@@ -144,21 +164,11 @@ def completions(
     """
     ends = end_tokens(policy.tokenizer)
     rows = [{**row, "sample": i} for row in prompts for i in range(n)]
-    wants_chat = policy.chats if to_chat is None else to_chat
-    if wants_chat and not policy.chats:
-        raise ConfigError(
-            f"`stage.to_chat=true`, and the tokenizer of `{policy.path}` has no chat template. Type "
-            "`model.chat_template=FILE.jinja`, or leave `stage.to_chat` at null: then the prompts stay texts."
-        )
+    wants_chat = as_chat(policy, to_chat)
     with tqdm(total=len(rows), unit="completion") as bar:
         for number, start in enumerate(range(0, len(rows), batch_size)):
             batch = rows[start : start + batch_size]
-            given = [
-                as_prompt(row["prompt"], policy, system_prompt)
-                if wants_chat and isinstance(row["prompt"], str)
-                else row["prompt"]
-                for row in batch
-            ]
+            given = [given_prompt(row["prompt"], policy, wants_chat, system_prompt) for row in batch]
             written = sample(
                 policy.model,
                 policy.tokenizer,

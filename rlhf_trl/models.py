@@ -175,6 +175,7 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     quantization: BitsAndBytesConfig | None = None,
+    device_map: str | None = None,
 ) -> PreTrainedModel | PeftModel:
     """
     A model as it was saved: a full one, or an adapter (not trainable) on its base.
@@ -190,6 +191,8 @@ def load_model(
             As in `from_pretrained`.
         quantization (`transformers.BitsAndBytesConfig`, *optional*):
             Quantizes the weights (the base's, for an adapter) at loading.
+        device_map (`str`, *optional*):
+            As in `from_pretrained`; `meta` looks at the files and takes no memory.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if a reward model is asked to write, or the base of an adapter is gone.
@@ -199,6 +202,7 @@ def load_model(
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
         "quantization_config": quantization,
+        "device_map": device_map,
     }
     config = adapter_config(path, revision)
     if config is None:
@@ -210,7 +214,7 @@ def load_model(
 
 
 def load_reward_model(
-    path: str, dtype: str | None = None, trust_remote_code: bool = False
+    path: str, dtype: str | None = None, trust_remote_code: bool = False, device_map: str | None = None
 ) -> PreTrainedModel | PeftModel:
     """
     A trained reward model, full or an adapter on its base: one score a sequence, or one a head; the names of the heads
@@ -224,7 +228,7 @@ def load_reward_model(
         bases = {base_path(member, adapter_config(member)) for member in members}
         if len(bases) > 1:
             raise ConfigError(f"The members of the ensemble `{path}` have several bases: {', '.join(sorted(bases))}.")
-        model = load_reward_model(members[0], dtype, trust_remote_code)
+        model = load_reward_model(members[0], dtype, trust_remote_code, device_map)
         for i, member in enumerate(members[1:], 1):
             config = adapter_config(member)
             config.inference_mode = True
@@ -239,7 +243,7 @@ def load_reward_model(
         scores = config.task_type == "SEQ_CLS"
     if not scores:
         raise ConfigError(f"`{path}` is no reward model: it has no score head. Train one with `stage=reward`.")
-    return load_model(path, "SEQ_CLS", dtype or "float32", trust_remote_code=trust_remote_code)
+    return load_model(path, "SEQ_CLS", dtype or "float32", trust_remote_code=trust_remote_code, device_map=device_map)
 
 
 def ensemble_members(path: str) -> list[str]:

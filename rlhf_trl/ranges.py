@@ -186,8 +186,6 @@ RUN = {
     "stage.like_length": NONNEGATIVE,
     "stage.bins": COUNT,
     "stage.completions": "int [2, inf)",
-    "stage.port": "int [0, 65535]",
-    "stage.host": "text",
     "stage.task_type": "CAUSAL_LM|SEQ_CLS",
 }
 

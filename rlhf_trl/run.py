@@ -72,6 +72,7 @@ from rlhf_trl.directory import claimed, discard_old, holds_old, put_back, recove
 from rlhf_trl.dotpaths import find
 from rlhf_trl.dropout import disable_dropout
 from rlhf_trl.errors import ConfigError, DataError
+from rlhf_trl.hints import did_you_mean
 from rlhf_trl.inputs import inputs_of, resume_problems
 from rlhf_trl.launching import config_dirs
 from rlhf_trl.log_probs import quicken_log_probs
@@ -170,6 +171,9 @@ def train_claimed(cfg: DictConfig) -> float | None:
     end(cfg, "stopped" if interrupt.interrupted else "done", **({"reason": reasons[0]} if reasons else {}))
     if interrupt.interrupted:
         raise SystemExit(130)  # as a shell says that Ctrl-C ended a command
+    if cfg.objective is not None and cfg.objective not in metrics and "eval" in dataset:
+        measured = sorted(name for name in metrics if name.startswith("eval_"))
+        say(f"`objective` is `{cfg.objective}`, which was not measured. {did_you_mean(cfg.objective, measured)}")
     return metrics.get(cfg.objective)
 
 

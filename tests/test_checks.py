@@ -384,3 +384,20 @@ def test_a_word_that_is_not_true_overwrites_nothing(problems):
     make_run("sft")
     wrong, used = problems("stage=sft", "overwrite=no")
     assert "`overwrite` is 'no'" in wrong and "already holds a run" in used
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["stage=sft", "runs_dir=file"], ["`file/default/sft` can't be written", "`runs_dir=...`"]),
+        (["stage=sft", "runs_dir=file/deep/er"], ["can't be written"]),
+        (["stage=sft", "runs_dir=/proc/x"], ["`/proc/x/default/sft` can't be written"]),
+        (["stage=sft", f"run_name={'x' * 300}"], ["can't be written", "`run_name=...`"]),
+        (["stage=generate", "stage.output=file/out.jsonl"], ["`stage.output`: `file` can't be written"]),
+    ],
+)
+def test_folders_that_can_not_be_written(problems, overrides, parts):
+    Path("file").write_text("")
+    one(problems(*overrides), *parts)
+    assert [path.name for path in Path().iterdir()] == ["file"]
+    assert problems("stage=sft", "runs_dir=not/yet/there") == [] and not Path("not").exists()

@@ -261,12 +261,12 @@ def test_nothing_phones_home_unless_asked(command, monkeypatch):
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "0"
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "merge"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "chat"])
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(command, tmp_path, stage):
-    limits = [] if stage == "merge" else ["data.max_samples=128", "data.max_eval_samples=8"]
+    limits = [] if stage == "chat" else ["data.max_samples=128", "data.max_eval_samples=8"]
     status, shown, message = command(f"stage={stage}", "debug=dry_run", *limits)
     assert status == 0, message
-    assert "Nothing was started" in shown or ("Dry run" in shown and "128 rows for train" in shown)
+    assert "Dry run: nothing was started" in shown and ("128 rows for train" in shown) == (stage != "chat")
     if stage == "sft":
         assert "4 optimizer steps" in shown and "[[" in shown  # what is trained on
     if stage == "ppo":

@@ -21,6 +21,7 @@ STAGES = sorted(path.stem for path in CONF.glob("stage/*.yaml"))
 PIPELINES = sorted(path.stem for path in CONF.glob("pipeline/*.yaml"))
 # What a user has to say besides
 NEEDS = {
+    "stage/merge": ["model.run=sft"],  # what `model=demo` names is a full model
     "critic/adapter": ["adapter=lora"],
     "model/hf": ["model.path=organization/name"],
     "data/files": ["data.paths=pairs.jsonl"],

@@ -223,7 +223,7 @@ def test_the_record_of_a_run_says_why_it_was_stopped(train, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guard": 0.0}, "The KL guard is 0.0"),
+        ({"guard": 0.0}, "`kl.guard` is 0.0. Set it above 0"),
         ({"guard": 1.0, "guard_action": "halt"}, "`kl.guard_action` is 'halt'"),
     ],
 )

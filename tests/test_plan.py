@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 import transformers
 from hydra.utils import instantiate
+from safetensors.torch import load_file, save_file
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.plan import show_plan
@@ -172,3 +174,93 @@ def test_fewer_prompts_than_a_rollout_is_an_error_before_anything_starts(compose
         with pytest.raises(ConfigError, match="There are 3 prompts, fewer than the .* one rollout. Lower `stage.args"):
             run(cfg)
     assert not list(tmp_path.glob("default/**/run.json"))
+
+
+def copy_of(folder, place, change) -> str:
+    """A copy of a saved model whose weights are changed by `change`, a function on a dict of tensors."""
+    shutil.copytree(folder, place)
+    weights = load_file(f"{folder}/model.safetensors")
+    change(weights)
+    save_file(weights, f"{place}/model.safetensors", metadata={"format": "pt"})
+    return str(place)
+
+
+def test_weights_that_lack_something_are_seen_in_the_files(compose, tmp_path):
+    whole = save_model(tmp_path / "whole")
+    config = transformers.LlamaConfig.from_pretrained(whole)
+    config.num_labels = 1
+    torch.manual_seed(0)
+    reward = str(tmp_path / "reward")
+    transformers.LlamaForSequenceClassification(config).save_pretrained(reward)
+    make_tokenizer().save_pretrained(reward)
+    headless = copy_of(reward, tmp_path / "headless", lambda weights: weights.pop("score.weight"))
+    gap = copy_of(whole, tmp_path / "gap", lambda weights: weights.pop("model.layers.0.self_attn.q_proj.weight"))
+    cut = copy_of(whole, tmp_path / "cut", lambda weights: None)
+    content = (tmp_path / "cut/model.safetensors").read_bytes()
+    (tmp_path / "cut/model.safetensors").write_bytes(content[:-64])
+    rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a b c"}] * 8)
+    data = ["data=files", f"data.paths={rows}", "data.eval_size=null", "data.split_by=row", f"runs_dir={tmp_path}"]
+    sizes = ["stage.args.per_device_train_batch_size=8", "stage.args.steps_per_generation=1"]
+
+    def plan(model: str, scored_by: str):
+        given = ["reward=model", "reward.model.run=null", f"reward.model.path={scored_by}"]
+        show_plan(compose("stage=ppo", "model=hf", f"model.path={model}", *data, *sizes, *given))
+
+    plan(whole, reward)
+    for model, scored_by, said in (
+        (whole, headless, "lacks 1 weight of LlamaForSequenceClassification: `score.weight`"),
+        (gap, reward, "lacks 1 weight of LlamaForCausalLM: `model.layers.0.self_attn.q_proj.weight`"),
+        (cut, reward, "can't be read"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            plan(model, scored_by)
+    for stage in ("generate", "chat"):  # which train nothing
+        with pytest.raises(ConfigError, match="lacks 1 weight"):
+            show_plan(compose(f"stage={stage}", "model=hf", f"model.path={gap}", f"runs_dir={tmp_path}"))
+
+
+def test_a_stage_without_training_is_planned_by_what_it_reads(compose, tmp_path, capsys):
+    model, rows = save_gpt2(tmp_path / "model"), [{"prompt": " ".join("abcdefgh")}] * 3
+    file = write_rows(tmp_path / "prompts.jsonl", rows)
+    words = [
+        "model=hf",
+        f"model.path={model}",
+        f"stage.prompts={file}",
+        "reward=length",
+        "reward.length.kwargs.most=5",
+    ]
+
+    def plan(*more: str) -> str:
+        show_plan(compose("stage=generate", f"runs_dir={tmp_path / 'runs'}", *words, *more))
+        return capsys.readouterr().out
+
+    length = "stage.max_completion_length"
+    shown = plan(f"{length}=48")  # 8 words and their template, of 64 positions
+    assert re.search(r"prompts +3\n", shown) and re.search(rf"model +{model}\n", shown) and "length x 1.0" in shown
+    with pytest.raises(ConfigError, match="has 64 positions, and a row has 10 tokens and up to 55 generated"):
+        plan(f"{length}=55")
+    plan(f"{length}=54")
+    with pytest.raises(ConfigError, match="(?s)2 problems.*holds no prompt|2 problems.*which exists"):
+        (tmp_path / "empty.jsonl").write_text("")
+        plan(f"stage.prompts={tmp_path / 'empty.jsonl'}", f"{length}=9", f"stage.output={file}")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_server_that_is_not_there_is_said(compose, tmp_path):
+    words = ["reward=http", "reward.http.url=http://127.0.0.1:9/score"]
+    with pytest.raises(
+        ConfigError, match="The server of the reward `http` at http://127.0.0.1:9/score can't be reached"
+    ):
+        show_plan(compose("stage=generate", "stage.max_prompts=2", f"runs_dir={tmp_path}", *words))
+
+
+def test_a_disk_that_is_too_small_is_said(compose, tmp_path, monkeypatch, capsys):
+    free = 10**9
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free}))
+    few = ("data.max_samples=8", "data.max_eval_samples=2", "stage.args.per_device_train_batch_size=8")
+    cfg = compose("stage=sft", f"runs_dir={tmp_path}", *few)
+    show_plan(cfg)
+    assert "disk           1.0 GB free; the weights take 0.9 MB" in capsys.readouterr().out
+    free = 10**5
+    with pytest.raises(ConfigError, match="The trained model takes 0.9 MB, and of the disk of .* 0.1 MB are free"):
+        show_plan(cfg)

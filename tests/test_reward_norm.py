@@ -114,8 +114,8 @@ def test_clipping_comes_after_normalizing():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RewardNorm(clip=0), "The reward clip is 0"),
-        (lambda: ReferenceNorm(std=0.0), "The target std is 0.0"),
+        (lambda: RewardNorm(clip=0), "`reward_norm.clip` is 0"),
+        (lambda: ReferenceNorm(std=0.0), "`reward_norm.std` is 0.0"),
         (lambda: ReferenceNorm(rows=1), "`reward_norm.rows` is 1"),
     ],
 )

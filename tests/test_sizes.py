@@ -181,3 +181,20 @@ def test_sampling_and_scoring_stop_in_words(tmp_path):
     assert len(reward.score_ids([[5] * 64])) == 1
     with pytest.raises(ConfigError, match="`reward.score` has 64 positions, and a row has 65 tokens"):
         reward.score_ids([[5] * 65])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["adapter=lora", "adapter.peft.target_modules=[q_prj]"], ["`q_prj`", "LlamaForCausalLM", "`q_proj`"]),
+        (["adapter=lora", "adapter.peft.target_modules=[q_proj,nope]"], ["`nope`"]),
+        (["adapter=lora", "adapter.peft.modules_to_save=[lm_hed]"], ["`lm_hed`", "`lm_head`"]),
+        (["model.dtype=flot32"], ["`model.dtype` is 'flot32'", "`bfloat16`"]),
+        (["model.attn_implementation=sdp"], ["`model.attn_implementation` is 'sdp'", "`sdpa`"]),
+    ],
+)
+def test_how_a_model_is_to_be_loaded_and_trained_is_looked_at(compose, tmp_path, overrides, parts):
+    (problem,) = library_problems(compose("stage=sft", f"runs_dir={tmp_path}", *overrides))
+    assert all(part in problem for part in parts), problem
+    right = ["adapter=lora", "adapter.peft.target_modules=[q_proj,layers.0.mlp.up_proj]", "model.dtype=bfloat16"]
+    assert library_problems(compose("stage=sft", f"runs_dir={tmp_path}", *right)) == []

@@ -19,6 +19,7 @@ from rlhf_trl.checks.names import (
 from rlhf_trl.checks.places import data_problems, model_problems, output_problems
 from rlhf_trl.checks.ranges import range_problems
 from rlhf_trl.checks.rewards import reward_problems
+from rlhf_trl.checks.room import room_problems
 from rlhf_trl.checks.run_directory import run_directory_problems
 from rlhf_trl.checks.values import plain, sources
 from rlhf_trl.errors import ConfigError
@@ -64,6 +65,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
         combination_problems,
         reward_problems,
         run_directory_problems,
+        room_problems,
     ):
         problems += look(values)
     for path, source in sources(cfg).items():  # `stage.args.seed` is what was typed as `seed`

@@ -43,6 +43,10 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
         node = at(values, f"adapter.{name}")
         if node and "_target_" not in section(values, f"adapter.{name}"):
             problems.append(f"`adapter.{name}` is not used by this `adapter`. Type `adapter={option}` as well.")
+    if at(stage, "run._target_") == "rlhf_trl.run.merge":
+        folder = model_folder(section(values, "model"), values)
+        if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+            problems.append(f"`{folder}` is a full model, there is nothing to merge. Use it as it is.")
     if args and values.get("merge") is True and not peft:
         problems.append(
             "`merge=true` writes the merged model of an adapter, and `adapter=none` trains none. Leave out "

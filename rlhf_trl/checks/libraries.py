@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_trl.argument_names import arguments
@@ -17,8 +18,10 @@ from rlhf_trl.checks.sizes import size_problems
 from rlhf_trl.checks.values import at, nodes, plain, section
 from rlhf_trl.dotpaths import find, not_taken, signature
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.hints import did_you_mean
 from rlhf_trl.models import NEUTRAL_INIT, adapter_config, base_path
 from rlhf_trl.paths import resolve_path
+from rlhf_trl.sizes import empty_model
 
 HEADS = ("lm_head", "embed_out", "score", "classifier")  # kept in full precision
 
@@ -26,7 +29,14 @@ HEADS = ("lm_head", "embed_out", "score", "classifier")  # kept in full precisio
 def library_problems(cfg: DictConfig) -> list[str]:
     """Everything that can be found with the libraries imported, without loading a model."""
     values, _ = plain(cfg)
-    return [*_callables(values), *_trainer_arguments(cfg), *_unquantizable(values), *_sizes(values)]
+    return [
+        *_callables(values),
+        *_trainer_arguments(cfg),
+        *_unquantizable(values),
+        *_loading(values),
+        *_sizes(values),
+        *_adapter_layers(values),
+    ]
 
 
 def _callables(values: dict[str, Any]) -> list[str]:
@@ -134,6 +144,45 @@ def _unquantizable(values: dict[str, Any]) -> list[str]:
         f"`{path}` ({type(empty).__name__}) has no linear layer that `adapter.quantization` could quantize. "
         "Type `adapter=lora` or `adapter=none`."
     ]
+
+
+def _adapter_layers(values: dict[str, Any]) -> list[str]:
+    """Of the layers that `adapter.peft` names and the model doesn't have."""
+    peft, model = section(values, "adapter.peft"), section(values, "model")
+    if not peft or not model:
+        return []
+    path, task_type = (
+        resolve_path(model["path"], model["run"], str(project_dir(values))),
+        at(values, "stage.task_type"),
+    )
+    try:
+        empty = empty_model(path, task_type or "CAUSAL_LM", bool(model["trust_remote_code"]), model["revision"])
+    except ConfigError:
+        return []  # which is said with its sizes
+    names = [name for name, _ in empty.named_modules() if name]
+    layers = {name.rsplit(".", 1)[-1] for name, module in empty.named_modules() if not list(module.children())}
+    problems = []
+    for key in ("target_modules", "modules_to_save"):
+        given = peft.get(key) if isinstance(peft.get(key), list) else []
+        for wanted in given:
+            if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+                problems.append(
+                    f"`adapter.peft.{key}` names `{wanted}`, and `{path}` ({type(empty).__name__}) has no such layer. "
+                    f"{did_you_mean(str(wanted), {name for name in layers if not name.isdigit()})}"
+                )
+    return problems
+
+
+def _loading(values: dict[str, Any]) -> list[str]:
+    """Of how the model is to be loaded."""
+    dtype, attention = at(values, "model.dtype"), at(values, "model.attn_implementation")
+    problems = []
+    if dtype is not None and dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        problems.append(f"`model.dtype` is {dtype!r}. Use `auto`, `float32`, `bfloat16` or `float16`.")
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if attention is not None and "/" not in str(attention) and attention not in known:  # a kernel of the hub has a /
+        problems.append(f"`model.attn_implementation` is {attention!r}. {did_you_mean(str(attention), known)}")
+    return problems
 
 
 def _sizes(values: dict[str, Any]) -> list[str]:

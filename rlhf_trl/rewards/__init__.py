@@ -170,6 +170,10 @@ class FiniteReward(Reward):
         super().__init__(reward.__name__, reward.weight)
         self.reward, self.calibration = reward, reward.calibration
 
+    def check(self) -> None:
+        """See [`Reward.check`]."""
+        self.reward.check()
+
     def column_problem(self, columns: Collection[str]) -> str | None:
         """See [`Reward.column_problem`]."""
         return self.reward.column_problem(columns)

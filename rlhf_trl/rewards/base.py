@@ -36,6 +36,14 @@ class Reward:
     def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Tell the reward which tokenizer made the `completion_ids` it will be given."""
 
+    def check(self) -> None:
+        """
+        Ask what the reward needs from elsewhere whether it is there, before anything is sampled.
+
+        Raises:
+            ConfigError: if it isn't.
+        """
+
     def column_problem(self, columns: Collection[str]) -> str | None:
         """Return what the reward misses among the data's columns, and what to type; `None` if nothing."""
 

@@ -135,6 +135,16 @@ class HttpReward(Reward):
         self._ends: list[int] | None = None
         self._tokenizer: str | None = None
 
+    def check(self) -> None:
+        """See [`Reward.check`]: any answer to a request without completions will do."""
+        try:
+            self._client.get(self.url)
+        except httpx.HTTPError as error:
+            raise ConfigError(
+                f"The server of the reward `{self.__name__}` at {self.url} can't be reached ({error}). Start it, or "
+                f"set `reward.{self.__name__}.url`."
+            ) from error
+
     def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """See [`Reward.bind`]."""
         self._ends = None if tokenizer is None else end_tokens(tokenizer)

@@ -1,0 +1,51 @@
+"""Folders that can't be written, names that the file system refuses."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rlhf_trl.checks.values import at
+
+# Stages that leave no files
+WRITE_NOTHING = ("rlhf_trl.chat.chat", "rlhf_trl.serve.serve_reward")
+
+
+def room_problems(values: dict[str, Any]) -> list[str]:
+    """Of the run directory, and of a file that is written outside of it."""
+    if at(values, "stage.run._target_") in WRITE_NOTHING:
+        return []
+    run_dir, output = values.get("run_dir"), at(values, "stage.output")
+    places = {"run_dir": (run_dir, "`runs_dir=...`, `project=...` or `run_name=...`")}
+    if isinstance(output, str) and not output.startswith(f"{run_dir}/"):
+        places["stage.output"] = (os.path.dirname(output) or ".", "`stage.output=...`")
+    problems = [
+        f"`{key}`: {problem} Type another {way}."
+        for key, (folder, way) in places.items()
+        if isinstance(folder, str) and folder and (problem := folder_problem(Path(folder)))
+    ]
+    return problems
+
+
+def folder_problem(folder: Path) -> str | None:
+    """Return why nothing can be written into a folder, which need not exist, `None` where it can; leaves nothing."""
+    try:
+        parent = nearest_folder(folder)
+        longest = os.pathconf(parent, "PC_NAME_MAX")
+        if any(len(os.fsencode(name)) > longest for name in folder.parts):
+            return f"`{folder}` can't be written (a name in it has more than {longest} bytes)."
+        with tempfile.TemporaryDirectory(prefix=".rlhf_trl_", dir=parent):
+            return None
+    except OSError as error:
+        return f"`{folder}` can't be written ({error.strerror})."
+
+
+def nearest_folder(folder: Path) -> Path:
+    """Return the folder itself, or the nearest one above it that exists; an `OSError` where a file is in the way."""
+    for place in (folder, *folder.parents):
+        try:
+            place.lstat()
+        except FileNotFoundError:
+            continue
+        return place
+    return Path()
