@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -38,9 +37,9 @@ def run_app(
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra ends every error itself, with its own words
     sys.argv[1:] = overrides.as_meant(sys.argv[1:])
-    args = get_args_parser().parse_args()
-    folders = [args.config_dir] if args.config_dir else []
     try:
+        args = overrides.parsed(sys.argv[1:])
+        folders = [args.config_dir] if args.config_dir else []
         if not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion):
             cfg, found = overrides.compose(overrides.without_sweeps(args.overrides), folders, config)
             if found := found or problems(args.overrides, args.multirun, cfg):

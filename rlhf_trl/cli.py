@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
@@ -126,7 +125,7 @@ def _look_at(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     Returns the overrides and the config folders of the command line. Commands that only show something are left to
     Hydra.
     """
-    args = get_args_parser().parse_args(argv)
+    args = overrides.parsed(argv)
     config_dirs = [args.config_dir] if args.config_dir else []
     if args.multirun and _is_launched():
         raise ConfigError(

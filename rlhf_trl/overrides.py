@@ -7,13 +7,16 @@ is imported: the answer takes well under a second.
 
 import itertools
 import re
+import shlex
 import tempfile
+from argparse import Namespace
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
@@ -21,12 +24,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.argument_names import arguments
 from rlhf_trl.checks.names import is_text_key
-from rlhf_trl.checks.values import flatten
+from rlhf_trl.checks.values import at, flatten, nodes
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest
 from rlhf_trl.paths import conf_dir
 
 SWEEP = "one run takes one value. For several runs type `python launch/sweep.py -m {}`; a list is `{}`"
+# Signs that have a meaning of their own in a value, or none
+SIGNS = re.compile(r"""[^\w\s.:/@$%|?*+\\-]|[^\x00-\x7f]|[\n*]""")
 
 NO_OPTION = re.compile(r"Could not (?:find|load) '(.+)/([^/']+)'")
 TWICE = re.compile(r"Multiple values for (\S+?)\. To override a value use 'override ([^']+)'")
@@ -90,6 +95,20 @@ def _has_numbers(override: Override) -> bool:
     return any(isinstance(item, int | float) for item in (value if isinstance(value, list) else [value]))
 
 
+def parsed(argv: Sequence[str]) -> Namespace:
+    """
+    Return Hydra's options and the words of a command line.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: for an option that Hydra doesn't have: keys have no dashes.
+    """
+    args, unknown = get_args_parser().parse_known_args(argv)
+    if unknown:
+        name, _, value = unknown[0].lstrip("-").partition("=")
+        raise ConfigError(f"`{unknown[0]}` is no option. Keys have no dashes: type `{name}={value or '...'}`.")
+    return args
+
+
 def compose(
     overrides: Sequence[str], config_dirs: Sequence[str] = (), config: str = "train"
 ) -> tuple[DictConfig | None, list[str]]:
@@ -111,10 +130,13 @@ def compose(
         if not Path(folder).is_dir():
             raise ConfigError(f"`--config-dir {folder}`: there is no such folder, seen from `{Path.cwd()}`.")
     left, wrong = list(overrides), []
+    groups = _groups([str(conf_dir()), *config_dirs])
+    problems = _no_words(left, groups)
+    left = [word for word in left if word not in problems]
     group = WHOLE_RUNS.get(config, "experiment")
     files = [file for name in _options(group, left) if (file := _option_file(group, name, config_dirs))]
-    if problems := [problem for file in files if (problem := _shape_problem(file, group))]:
-        raise ConfigError.join(problems)
+    if misshapen := [problem for file in files if (problem := _shape_problem(file, group))]:
+        raise ConfigError.join(misshapen)
     while True:
         try:
             cfg = _composed(config, left, config_dirs)
@@ -125,13 +147,18 @@ def compose(
                 raise ConfigError(_without_override(error, files) or _text(error)) from error
             left.remove(word)
             wrong.append((word, error))
-    groups = _groups([str(conf_dir()), *config_dirs])
-    problems = [_explain(word, error, cfg, groups) for word, error in wrong] + _unread(left, cfg, groups)
+    lost = [word for word, error in wrong if _key(word) in groups and "Could not override" not in str(error)]
+    lost += [word for word in problems if _key(word) in groups]
+    problems |= {word: _explain(word, error, cfg, groups) for word, error in wrong}
+    idle = _unread(left, cfg, groups, config, config_dirs) | _taken_away(left, groups, config, config_dirs)
+    if idle:  # so that what follows from them isn't said too
+        left = [word for word in left if word not in idle]
+        cfg = _composed(config, left, config_dirs)
+    found = list(dict.fromkeys([*problems.values(), *idle.values()]))
     for file in files:
         choices = [word for word in left if _key(word) in groups and _key(word) != group]
-        problems += _unread_of_file(file, cfg, _without_body(file, group, config, choices, config_dirs), groups)
-    lost = any(_key(word) in groups and "Could not override" not in str(error) for word, error in wrong)
-    return None if lost else cfg, problems
+        found += _unread_of_file(file, cfg, _without_body(file, group, config, choices, config_dirs), groups)
+    return None if lost else cfg, found
 
 
 def _composed(config: str, words: Sequence[str], folders: Sequence[str | Path]) -> DictConfig:
@@ -176,6 +203,8 @@ def _culprit(error: Exception, words: list[str]) -> str | None:
     text = str(error)
     if match := TWICE.search(text):
         return next((w for w in words if w.startswith("+") and _key(w) == match.group(1)), None)
+    if "appears more than once in the final defaults list" in text:
+        return next((w for w in words if isinstance(_value(w), list) and "." not in _key(w)), None)
     if match := NO_OPTION.search(text):
         group, option = match.groups()
         return next((w for w in reversed(words) if _key(w) == group and option in w), None)
@@ -188,18 +217,18 @@ def _culprit(error: Exception, words: list[str]) -> str | None:
 
 def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set[str]]) -> str:
     if isinstance(error, OverrideParseException):
-        homes = [group for group, options in groups.items() if word in options]
-        name = word.partition("=")[0] if "=" in word else "key"
-        hint = f"Did you mean `{homes[0]}={word}`?" if homes else f"Type `{name}=...`, text as `'{name}=\"...\"'`."
-        return f"`{word}` can't be read. {hint}"
+        return _unreadable(word, groups)
     text, key, value = str(error), _key(word), word.partition("=")[2]
     if "requires --multirun" in text or "Ambiguous value" in text:
-        listed = f"'{word.partition('=')[0]}=[{value}]'"
-        text = f"; text with a comma is `'{key}=\"{value}\"'`" if is_text_key(key) else ""
-        return f"`{word}` has several values, and {SWEEP.format(word, listed)}{text}."
+        name = word.partition("=")[0]
+        ways = SWEEP.format(word, f"'{name}=[{value}]'")
+        ways += f"; text with a comma is `{_as_text(name, value)}`" if is_text_key(key) else ""
+        return f"`{word}` has several values, and {ways}."
     if match := NO_OPTION.search(text):
         option = match.group(2)
         return f"`{word}`: the group `{key}` has no option `{option}`. {did_you_mean(option, groups.get(key, ()))}"
+    if "appears more than once in the final defaults list" in text:
+        return f"`{word}`: the group `{key}` takes one option. {did_you_mean('', groups.get(key, ()))}"
     if "An item is already at" in text or TWICE.search(text):
         return f"`{word}` adds a key that is there already. Type it without the plus: `{word.lstrip('+')}`."
     if "Could not override" in text and "steps" in cfg and key.split(".")[0] in groups:
@@ -207,6 +236,28 @@ def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set
     if "Could not override" in text:
         return _group_not_read(word, cfg) if key in groups else _unknown_key(word, cfg, groups)
     return f"`{word}`: {_text(error)}"
+
+
+def _unreadable(word: str, groups: dict[str, set[str]]) -> str:
+    name, sign, value = word.partition("=")
+    homes = [group for group, options in groups.items() if word in options]
+    if homes or not sign:
+        return f"`{word}` can't be read. {f'Did you mean `{homes[0]}={word}`?' if homes else 'Type `key=value`.'}"
+    if not re.fullmatch(r"[+~]{0,2}[\w/@:-]+(\.[\w/@:-]+)*", name):
+        return f"`{word}` can't be read: `{name}` is no key. Type `key=value`."
+    if value[:1] in ("[", "{") and value.count(value[0]) != value.count({"[": "]", "{": "}"}[value[0]]):
+        return f"`{word}` can't be read: `{value[0]}` isn't closed. Close it, or as text: `{_as_text(name, value)}`."
+    found = SIGNS.search(value)
+    why = f": `{found.group()}` can't stand in bare text" if found else ""
+    return f"`{word}` can't be read{why}. Put the text in quotes within the shell's: `{_as_text(name, value)}`."
+
+
+def _as_text(name: str, value: str) -> str:
+    """A word with a value that is text, whatever it holds, as one types it in a shell."""
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        value = value[1:-1]
+    inner = value.replace('"', '\\"')
+    return shlex.quote(f'{name}="{inner}"')
 
 
 def _group_not_read(word: str, cfg: DictConfig) -> str:
@@ -219,6 +270,10 @@ def _group_not_read(word: str, cfg: DictConfig) -> str:
 def _unknown_key(word: str, cfg: DictConfig, groups: dict[str, set[str]]) -> str:
     path, _, value = word.lstrip("+~").partition("=")
     parent, node, leaf = _deepest(path, cfg)
+    if not isinstance(node, DictConfig):
+        return f"`{word}`: `{parent}` is {node!r} and holds no keys. Type `{parent}={value}`."
+    if not parent and (meant := [f"`{key}={value}`" for key in _ending_with(path, cfg)]):
+        return f"`{word}`: there is no key `{leaf}` at the top. Did you mean {' or '.join(meant)}?"
     prefix = f"{parent}." if parent else ""
     declared = {str(name) for name in node if not str(name).startswith("_")} if isinstance(node, DictConfig) else set()
     undeclared = set(arguments(str(_target(node))) or ()) - declared
@@ -233,6 +288,16 @@ def _unknown_key(word: str, cfg: DictConfig, groups: dict[str, set[str]]) -> str
     return (
         f"`{word}`: there is no key `{prefix}{leaf}`. Keys {where}: {', '.join(f'`{n}`' for n in sorted(declared))}."
     )
+
+
+def _ending_with(path: str, cfg: DictConfig) -> list[str]:
+    """Up to three keys that end with a path: of the config, and arguments that aren't listed, with their `+`."""
+    found = []
+    for parent, node in nodes(OmegaConf.to_container(cfg, resolve=False)):
+        found += [key for name in node if (key := f"{parent}.{name}").endswith(f".{path}")]
+        if path not in node and path in (arguments(str(node.get("_target_"))) or ()):
+            found.append(f"+{parent}.{path}")
+    return found[:3]
 
 
 def _target(node: Any) -> str | None:
@@ -250,15 +315,69 @@ def _deepest(path: str, cfg: DictConfig) -> tuple[str, Any, str]:
     return ".".join(names[:-1]), node, names[-1]
 
 
-def _unread(words: Sequence[str], cfg: DictConfig, groups: dict[str, set[str]]) -> list[str]:
-    """Keys added with `+` that nothing reads."""
+def _no_words(words: Sequence[str], groups: dict[str, set[str]]) -> dict[str, str]:
+    """What Hydra itself takes for a word, or ends at with a traceback, by word."""
+    problems = {}
+    for i, word in enumerate(words):
+        key, sign, value = word.partition("=")
+        if word == "=" and 0 < i < len(words) - 1:
+            problems[word] = f"There is a space around `=`. Type `{words[i - 1]}={words[i + 1]}`."
+        elif not key:
+            problems[word] = f"`{word}` has no key. Type `key=value`."
+        elif sign and key in groups and not isinstance(_value(word), str | list):
+            way = f"Type `{key}=none`." if "none" in groups[key] else "Leave it out, or choose one."
+            problems[word] = f"`{word}` names no option of the group `{key}`. {way} {did_you_mean('', groups[key])}"
+        elif sign and key in groups and ".." in value.split("/"):
+            problems[word] = f"`{word}` leads out of the group `{key}`. {did_you_mean('', groups[key])}"
+    if "=" in problems:  # the two beside it are no words either
+        at = list(words).index("=")
+        problems |= {words[at - 1]: problems["="], words[at + 1]: problems["="]}
+    return problems
+
+
+def _value(word: str) -> Any:
+    """What a word sets; text where it can't be read."""
+    override = _parsed(word)
+    return "" if override is None else override.value()
+
+
+def _unread(
+    words: Sequence[str], cfg: DictConfig, groups: dict[str, set[str]], config: str, folders: Sequence[str]
+) -> dict[str, str]:
+    """Keys added with `+` that nothing reads, by word."""
     added = {key: word for word in words if word.startswith("+") and "@" not in (key := _key(word))}
     added = {key: word for key, word in added.items() if key not in groups and not key.startswith("hydra.")}
-    return [
-        f"`{word}` adds a key that nothing reads. {hint}"
+    if any(word.startswith("++") for word in added.values()):  # which may also change what is there
+        before = _composed(config, [word for word in words if not word.startswith("++")], folders)
+        added = {key: word for key, word in added.items() if word[:2] != "++" or _first_new(key, before) is not None}
+    return {
+        word: f"`{word}` adds a key that nothing reads. {hint}"
         for key, word in added.items()
         if (hint := _hint_if_unread(key, cfg, "=...")) is not None
-    ]
+    }
+
+
+def _taken_away(
+    words: Sequence[str], groups: dict[str, set[str]], config: str, folders: Sequence[str]
+) -> dict[str, str]:
+    """Keys taken away with `~` that something reads, by word: all but entries of the user's choice and arguments."""
+    away = [word for word in words if word.startswith("~")]
+    if not away:
+        return {}
+    before = _composed(config, [word for word in words if word not in away], folders)
+    if "stage" in before and not str(OmegaConf.select(before, "stage.run._target_")).startswith("rlhf_trl."):
+        return {}  # a function of the user's own may read any key
+    values, problems = OmegaConf.to_container(before, resolve=False), {}
+    for word in away:
+        key = _key(word)
+        parent, name = key.rpartition(".")[::2]
+        given = str(at(values, key))
+        is_argument = isinstance(at(values, f"{parent}._target_"), str) and not name.startswith("_")
+        if key in groups and "none" in groups[key]:
+            problems[word] = f"`{word}` takes away a group that is read. Type `{key}=none`."
+        elif not (OPEN_NODES & set(parent.split(".")) or parent == "reward" or is_argument and "${" not in given):
+            problems[word] = f"`{word}` takes away what is read. Leave it out, or set it: `{key}=...`."
+    return problems
 
 
 def _hint_if_unread(key: str, cfg: DictConfig, value: str = "", known: Collection[str] = ()) -> str | None:

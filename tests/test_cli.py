@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,28 @@ ROOT = conf_dir().parent
         (["stage.args.beta=0.1,0.2"], ["python launch/sweep.py -m stage.args.beta=0.1,0.2", "[0.1,0.2]"]),
         (["stage.args=3"], ["`stage.args`"]),
         (["seed=[1,"], ["`seed=[1,`"]),
+        (["stage=sft", "=3"], ["`=3` has no key"]),
+        (["stage=null"], ["names no option of the group `stage`", "`ppo`"]),
+        (["logger=null"], ["`logger=none`"]),
+        (["stage=[sft,ppo]"], ["the group `stage` takes one option"]),
+        (["stage=../model/demo"], ["leads out of the group `stage`"]),
+        (["~model"], ["`~model` takes away what is read"]),
+        (["~logger"], ["`logger=none`"]),
+        (["~seed"], ["`~seed` takes away what is read", "`seed=...`"]),
+        (["stage=sft", "~stage.form"], ["`~stage.form` takes away what is read"]),
+        (["~stage.args.output_dir"], ["`~stage.args.output_dir` takes away what is read"]),
+        (["--stage", "sft"], ["Keys have no dashes: type `stage=...`"]),
+        (["--stage=sft"], ["type `stage=sft`"]),
+        (["seed.value=3"], ["`seed` is 42 and holds no keys. Type `seed=3`"]),
+        (["+seed.value=3"], ["`+seed.value=3` adds a key that nothing reads"]),
+        (["args.learning_rate=1"], ["`stage.args.learning_rate=1`"]),
+        (["learning_rate=1"], ["`stage.args.learning_rate=1`"]),
+        (["max_grad_norm=1"], ["`+stage.args.max_grad_norm=1`"]),
+        (["stage.args.learning_rate", "=", "1e-4"], ["a space around `=`. Type `stage.args.learning_rate=1e-4`"]),
+        (["++seed=abc"], ["`seed` is 'abc'"]),
+        (["++sed=1"], ["`++sed=1` adds a key that nothing reads", "`seed=...`"]),
+        (["data.x=[a,b"], ["`[` isn't closed", """`'data.x="[a,b"'`"""]),
+        (["runs_dir=a, b"], ["text with a comma is `'runs_dir=\"a, b\"'`"]),
         (["--config-dir", "nowhere"], ["`--config-dir nowhere`"]),
         (["-m", "stage.args.bta=1,2"], ["`stage.args.beta=1`"]),
     ],
@@ -99,6 +122,17 @@ def test_a_name_that_a_file_reads_as_a_number_is_refused(command, tmp_path):
     (tmp_path / "conf/experiment/mine.yaml").write_text("# @package _global_\nrun_name: 1_1\nmodel: {run: 2024}\n")
     status, _, message = command("--config-dir", "conf", "stage=sft", "experiment=mine")
     assert status == 2 and '`run_name: "..."`' in message and '`run: "..."`' in message, message
+
+
+@pytest.mark.parametrize("value", ["a=b", "it's", "[x", "a, b", 'say "x"', "~/x", "\u65e5", "{a", "#1", "a(b)"])
+def test_a_quoted_word_as_proposed_says_what_was_meant(value):
+    (word,) = shlex.split(overrides._as_text("run_name", value))
+    assert overrides.compose([word])[0].run_name == value
+
+
+def test_what_may_be_taken_away(command):
+    for words in (["stage=evaluate", "~stage.policies.dpo"], ["~stage.args.learning_rate"], ["~reward.gold"]):
+        assert overrides.compose(words)[1] == []
 
 
 def test_everything_wrong_is_said_at_once(command):

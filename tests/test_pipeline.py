@@ -89,7 +89,7 @@ def test_a_step_with_a_word_that_takes_away_is_done_at_the_second_call(tmp_path)
     [
         (["stage=sft"], ["`stage=sft` is a word for a step", """'overrides=["stage=sft"]'"""]),
         (["overrides=seed"], ["`overrides` is 'seed' and must be a list of words"]),
-        (["steps.sft=stage=sft"], ["`steps.sft=stage=sft` can't be read"]),
+        (["steps.sft=stage=sft"], ["`steps.sft` is 'stage=sft' and must be a list of words"]),
         (["pipeline=dmo"], ["`demo`"]),
         (["pipelin=demo"], ["`pipeline=demo`"]),
         (["--config-dir", "conf", "pipeline=mine"], ["`step` in `conf/pipeline/mine.yaml`", "`steps`"]),
