@@ -68,7 +68,7 @@ def read_paths(values: dict[str, Any]) -> list[tuple[str, Path]]:
 def _named_paths(values: dict[str, Any]) -> Iterator[tuple[str, Path]]:
     for key, value in texts(values):
         names = re.split(r"[.\[]", key)
-        if NOT_READ & {names[-1]} or not value:
+        if NOT_READ & {names[-1]} or names[0] == "logger" or not value:
             continue
         if RUNS & set(names):
             yield key, project_dir(values) / value
