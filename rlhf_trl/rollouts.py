@@ -28,14 +28,14 @@ from .errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
-def positions(trunk: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
-    """
-    `position_ids` (B, L) that count from 0 at the first token that isn't padding, as `generate` counts; nothing for a
-    `trunk` that takes none (its attention knows distances alone, as ALiBi).
-    """
-    if "position_ids" not in inspect.signature(type(trunk).forward).parameters:
-        return {}
-    return {"position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0)}
+def takes_positions(trunk: nn.Module) -> bool:
+    """Whether a transformer is told positions; attention of another kind knows distances alone, such as ALiBi."""
+    return "position_ids" in inspect.signature(type(trunk).forward).parameters
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Positions that count from 0 at the first token that isn't padding, as `generate` counts. (B, L) -> (B, L)."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def count_positions_from_mask(model: PreTrainedModel) -> None:
@@ -45,6 +45,8 @@ def count_positions_from_mask(model: PreTrainedModel) -> None:
     TRL passes no `position_ids`, so with left padding a model with absolute positions (GPT-2, say) would score its own
     tokens at other positions than it generated them at.
     """
+    if not takes_positions(model.base_model):
+        return
     fused_forward = model.forward
 
     @functools.wraps(type(model).forward)
@@ -52,7 +54,7 @@ def count_positions_from_mask(model: PreTrainedModel) -> None:
         if fused_lm_head:
             kwargs["fused_lm_head"] = True
             if kwargs.get("attention_mask") is not None and kwargs.get("position_ids") is None:
-                kwargs |= positions(self.base_model, kwargs["attention_mask"])
+                kwargs["position_ids"] = positions(kwargs["attention_mask"])
         return fused_forward(*args, **kwargs)
 
     model.forward = types.MethodType(forward, model)

@@ -30,7 +30,7 @@ from ..adapters import (
 )
 from ..errors import ConfigError
 from ..models import load_reward_model, load_tokenizer
-from ..rollouts import positions
+from ..rollouts import positions, takes_positions
 from .config import PPOConfig
 
 VALUE_HEAD = "value_head"
@@ -144,8 +144,8 @@ def _compute_values(policy: PreTrainedModel, trunk: Callable | None, layers: lis
 
 
 def _hidden_states(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask} | positions(trunk, attention_mask)
-    return trunk(use_cache=False, **inputs).last_hidden_state
+    told = {"position_ids": positions(attention_mask)} if takes_positions(trunk) else {}
+    return trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **told).last_hidden_state
 
 
 def _network(model: PreTrainedModel | PeftModel, args: PPOConfig) -> tuple[PreTrainedModel, Tensor | None]:
