@@ -15,6 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.apps import leave, run_app
+from rlhf_trl.checks.run_directory import name_problems
 from rlhf_trl.checks.values import plain
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.tables import comparison_text, duration, table
@@ -47,7 +48,7 @@ def problems(words: list[str], multirun: bool, cfg: DictConfig) -> list[str]:
     if not isinstance(steps, dict):
         return [f"`steps` is {steps!r} and must hold names of steps, each with a list of words."]
     lists = {"launch": values["launch"], "overrides": values["overrides"], "program": values["program"] or []}
-    return found + [
+    return (found or name_problems(values)) + [
         f"`{name}` is {given!r} and must be a list of words. Type for example `'{name}=[\"seed=1\"]'`."
         for name, given in (lists | {f"steps.{name}": given for name, given in steps.items()}).items()
         if not isinstance(given, list) or not all(isinstance(word, str) for word in given)

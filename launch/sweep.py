@@ -19,6 +19,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from rlhf_trl.apps import run_app
+from rlhf_trl.checks.run_directory import name_problems
+from rlhf_trl.checks.values import plain
 from rlhf_trl.launching import (
     BEGIN,
     config_dirs,
@@ -54,7 +56,7 @@ def problems(words: list[str], multirun: bool, cfg: DictConfig) -> list[str]:
             "for each value, each time with another `project=...` or `run_name=...`."
         ]
     several = [word for word in words if without_sweeps([word]) != [word] and name_of(word) in ONE_FOR_ALL]
-    return [
+    return name_problems(plain(cfg)[0]) + [
         f"`{word}`: a sweep has one `{name_of(word)}` for all its jobs, each of which gets a folder of its own. Give "
         "one value."
         for word in several

@@ -187,6 +187,16 @@ def test_a_step_that_still_runs_is_left_alone(tmp_path):
     assert len(calls(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("app", ["pipeline", "sweep"])
+@pytest.mark.parametrize("word", ["project=..", "project=", "runs_dir="])
+def test_names_are_one_path_below(tmp_path, app, word):
+    (tmp_path / "runs").mkdir()
+    words = ["-m", "stage=dpo", "seed=1,2"] if app == "sweep" else []
+    code, _, err = launch(app, tmp_path, *words, FAKE, word)
+    assert code == 2 and f"`{word.split('=')[0]}` is " in err and not (tmp_path / "calls.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"] and not list((tmp_path / "runs").iterdir())
+
+
 def sweep(folder: Path, *arguments: str) -> tuple[int, str, str]:
     return launch("sweep", folder, "-m", "project=mine", FAKE, *arguments)
 

@@ -37,11 +37,11 @@ FREE_KEYS = (
 def name_problems(values: dict[str, Any]) -> list[str]:
     """Of the names that make the run directory, in which things are deleted: each is one path below its parent."""
     problems = []
-    for key in ("runs_dir", "run_dir"):
-        if not values.get(key):
+    for key in [key for key in ("runs_dir", "run_dir") if key in values]:
+        if not values[key]:
             problems.append(f"`{key}` is empty. Type `{key}=FOLDER`, or leave it out.")
-    for key in ("project", "run_name"):
-        name = values.get(key)
+    for key in [key for key in ("project", "run_name") if key in values]:
+        name = values[key]
         if isinstance(name, int | float):
             continue  # which is said with all other text that YAML reads so
         if isinstance(name, str) and all(part.strip() not in ("", ".", "..") for part in name.split("/")):
