@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING
 
 from rlhf_trl.callbacks.record import METRICS_FILE
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.hints import did_you_mean
 from rlhf_trl.signs import signs_seen
 
 if TYPE_CHECKING:
     from rlhf_trl.report.plots import Drawing
 
+WANDB_MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
+WANDB_OFFLINE = "To keep the run here instead: `unset WANDB_MODE`."
 # What plain transformers or peft load, and what says how it came about; no checkpoints, no critic
 MODEL_FILES = (
     "model*.safetensors",
@@ -110,7 +113,7 @@ def wandb(
             Whether the model of the finished run is kept as an artifact: what plain `transformers` or `peft` load.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if W&B is not installed.
+        [`~rlhf_trl.errors.ConfigError`]: if W&B is not installed, or its server can't be reached.
     """
     _require("wandb")
     if not is_first_rank():
@@ -118,25 +121,29 @@ def wandb(
         return
     import wandb
 
-    mode = os.environ.get("WANDB_MODE", "offline")
+    mode = wandb_mode()
     # One line of ours replaces W&B's. The warning that would come offline is that there is no URL: TRL asks for it at
     # each checkpoint. `transformers` defines the x-axis of all metrics, `train/global_step`.
     wandb.setup(wandb.Settings(silent=True, show_warnings=mode != "offline"))
-    run = wandb.init(
-        dir=run_dir,
-        project=project,
-        name=name,
-        group=group or name.rpartition("/")[0] or None,
-        job_type=config.get("stage", {}).get("name"),
-        tags=list(tags),
-        entity=entity,
-        config=config,
-        mode=mode,
-        id=earlier_id(run_dir),
-        resume="allow",
-    )
+    try:
+        run = wandb.init(
+            dir=run_dir,
+            project=project,
+            name=name,
+            group=group or name.rpartition("/")[0] or None,
+            job_type=config.get("stage", {}).get("name"),
+            tags=list(tags),
+            entity=entity,
+            config=config,
+            mode=mode,
+            id=earlier_id(run_dir),
+            resume="allow",
+        )
+    except wandb.Error as error:
+        raise ConfigError(f"W&B can't begin a run: {error} {WANDB_OFFLINE}") from error
     here = Path(run.dir).parent
-    print(f"W&B run: {run.url or f'{here} (offline; to upload it: wandb sync {here})'}", flush=True)
+    where = run.url or f"{here} (offline; to upload it: wandb sync {here})"
+    print("W&B keeps nothing (WANDB_MODE=disabled)." if mode == "disabled" else f"W&B run: {where}", flush=True)
     failed = True
     try:
         # Tables wait there for their upload: in the run's directory and not in the user's home
@@ -149,6 +156,28 @@ def wandb(
         failed = False
     finally:
         wandb.finish(exit_code=int(failed))
+
+
+def wandb_mode() -> str:
+    """What `WANDB_MODE` says, `offline` where it isn't set."""
+    return os.environ.get("WANDB_MODE", "").lower() or "offline"
+
+
+def wandb_problem() -> str | None:
+    """What keeps W&B from taking a run as `WANDB_MODE` says. Online it asks for a key where there is a terminal."""
+    mode = wandb_mode()
+    if mode not in WANDB_MODES:
+        hint = did_you_mean(mode, WANDB_MODES) or f"Use one of: {', '.join(WANDB_MODES)}."
+        return f"The environment variable `WANDB_MODE` is `{mode}`. {hint}"
+    if mode not in ("online", "run", "shared") or not is_first_rank():
+        return None
+    import wandb
+
+    try:
+        wandb.login()
+    except wandb.Error as error:
+        return f"`logger=wandb` with `WANDB_MODE={mode}`: {error} Or set `WANDB_API_KEY`. {WANDB_OFFLINE}"
+    return None
 
 
 def summary_of(run_dir: str, objective: str | None) -> dict[str, float | str]:

@@ -14,6 +14,8 @@ from rlhf_trl.callbacks import progress_counts
 from rlhf_trl.callbacks.health import HealthMonitor
 from rlhf_trl.callbacks.samples import SampleLog
 from rlhf_trl.callbacks.sections import WandbSections, sectioned
+from rlhf_trl.checks import check
+from rlhf_trl.errors import ConfigError
 from rlhf_trl.loggers import log_images, log_summary, summary_of
 from rlhf_trl.report import plots
 from rlhf_trl.signs import SIGNS
@@ -186,3 +188,46 @@ def test_a_summary_is_of_what_was_measured(tmp_path):
 
 def test_signs_are_names_that_a_chart_can_have():
     assert all(re.fullmatch("[a-z_]+", name) for name in SIGNS)
+
+
+def test_a_disabled_run_names_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with loggers.wandb(str(tmp_path), "p/sft", {}, project="p"):
+        assert capsys.readouterr().out == "W&B keeps nothing (WANDB_MODE=disabled).\n"
+    assert not list(tmp_path.rglob("*run-*"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "says"),
+    [
+        ("onlin", "is `onlin`. Did you mean `online`"),
+        ("online", "`WANDB_API_KEY`"),
+        ("offline", ""),
+        ("disabled", ""),
+    ],
+)
+def test_what_keeps_wandb_from_taking_a_run_is_said_first(compose, tmp_path, monkeypatch, mode, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    if not says:
+        return check(compose("stage=sft", "logger=wandb"))
+    with pytest.raises(ConfigError) as raised:
+        check(compose("stage=sft", "logger=wandb"))
+    assert says in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_server_that_cannot_be_reached_is_an_error_of_the_config(tmp_path, monkeypatch):
+    import wandb
+
+    def refused(**options):
+        raise wandb.errors.CommError("Run initialization has timed out after 90.0 sec.")
+
+    monkeypatch.setattr(wandb, "init", refused)
+    with pytest.raises(
+        ConfigError, match="timed out after 90.0 sec. To keep the run here instead: `unset WANDB_MODE`"
+    ):
+        with loggers.wandb(str(tmp_path), "p/sft", {}, project="p"):
+            pass

@@ -19,6 +19,7 @@ from rlhf_trl.checks.values import at, nodes, plain, section
 from rlhf_trl.dotpaths import find, not_taken, signature
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean
+from rlhf_trl.loggers import wandb_problem
 from rlhf_trl.models import NEUTRAL_INIT, adapter_config, base_path
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.sizes import empty_model
@@ -29,7 +30,7 @@ HEADS = ("lm_head", "embed_out", "score", "classifier")  # kept in full precisio
 def library_problems(cfg: DictConfig) -> list[str]:
     """Everything that can be found with the libraries imported, without loading a model."""
     values, _ = plain(cfg)
-    return [
+    problems = [
         *_callables(values),
         *_trainer_arguments(cfg),
         *_unquantizable(values),
@@ -37,6 +38,9 @@ def library_problems(cfg: DictConfig) -> list[str]:
         *_sizes(values),
         *_adapter_layers(values),
     ]
+    if at(values, "logger.report_to") == "wandb" and (problem := wandb_problem()):
+        problems.append(problem)
+    return problems
 
 
 def _callables(values: dict[str, Any]) -> list[str]:
