@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from .callbacks.sampling import biasing_settings
-from .data.tokens import prompt_ids, template_kwargs
+from .data.tokens import end_tokens, prompt_ids, remember_ends, template_kwargs
 from .dropout import disable_dropout
 from .errors import ConfigError
 
@@ -93,6 +93,7 @@ class Rollouts:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._stop_at_every_end()
         model = self.accelerator.unwrap_model(self.model)
         self._policy = model.get_base_model() if is_peft_model(model) else model
         for scored in (self._policy, self.accelerator.unwrap_model(self.ref_model) if self.ref_model else None):
@@ -102,6 +103,18 @@ class Rollouts:
             disable_dropout(self.model)
         if self.accelerator.is_main_process:
             self._say_what_samples()
+
+    def _stop_at_every_end(self) -> None:
+        """Stop where evaluation and rewards see an end, see [`~rlhf_trl.data.tokens.end_tokens`]."""
+        asked = (self.args.generation_kwargs or {}).get("eos_token_id") or []
+        asked = [asked] if isinstance(asked, int) else asked
+        remember_ends(self._tokenizer, [*self.eos_token_ids, *asked])  # the rewards have this tokenizer
+        self.eos_token_ids = end_tokens(self._tokenizer)
+        if self.use_vllm:  # knows those of the files that it loads
+            sampling = self.vllm_generation.generation_kwargs
+            self.vllm_generation.generation_kwargs = {"stop_token_ids": self.eos_token_ids, **sampling}
+        else:
+            self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
 
     def _say_what_samples(self) -> None:
         open_settings = {} if self.use_vllm else settings_left_open(self._policy, self.generation_config)

@@ -179,3 +179,23 @@ def test_rollouts_stop_at_the_turn_end_of_the_template(tmp_path, train, kind):
         "stage.args.learning_rate=0", "stage.args.per_device_train_batch_size=8",
     )  # fmt: skip
     assert GenerationConfig.from_pretrained(run).eos_token_id == [EOS, END]
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_rollouts_end_at_every_end(tmp_path, kind):
+    """Those of the tokenizer, of the template, and what the arguments name; rewards are told the same."""
+    path, told = save_turn_model(tmp_path / "policy", [EOS]), []
+
+    def score(prompts, completions, completion_ids, **columns):
+        told.extend(zip(completion_ids, eos(completion_ids, trainer._tokenizer), strict=True))
+        return [0.0] * len(prompts)
+
+    trainer = rl_trainer(
+        kind, path, tmp_path / "out", data=Dataset.from_dict({"prompt": CHATS * 2}), reward_funcs=score,
+        max_completion_length=24, generation_kwargs={"eos_token_id": 9},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.eos_token_ids == [EOS, 9, END]
+    assert all(not {EOS, 9, END} & set(ids[:-1]) for ids, _ in told)
+    assert [ended for _, ended in told] == [float(ids[-1] in (EOS, 9, END)) for ids, _ in told]
+    assert {ids[-1] for ids, _ in told} >= {EOS, 9, END}

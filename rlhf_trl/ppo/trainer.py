@@ -35,7 +35,6 @@ from ..adapters import (
     save_policy_only,
     set_trainable,
 )
-from ..data.tokens import end_tokens, remember_ends
 from ..errors import ConfigError
 from ..log_probs import quicken_log_probs
 from ..rewards import ModelReward, Reward
@@ -200,10 +199,6 @@ class PPOTrainer(GRPOTrainer):
         finally:
             args.beta = beta
         self.beta = beta
-        remember_ends(self._tokenizer, self.eos_token_ids)  # for rewards that ask whether a completion ended
-        self.eos_token_ids = end_tokens(self._tokenizer)
-        if not self.use_vllm:
-            self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
 
         # `generate` projects the last position of its prompts, a strided view, for which torch copies the whole weight
         # of the output layer once a row: for 16 rows of SmolLM2-135M 0.9 GB and a second on a CPU.
