@@ -136,6 +136,8 @@ def test_files_that_are_wrong_as_a_whole(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{\n"data": [\n{"prompt": "a"},\n{"prompt" "b"}\n]}')
     assert problem(path) == ", line 4: None isn't valid JSON (Expecting ':' delimiter, column 11) (fatal)"
+    path.write_text('{"data": [{"prompt": "a"}],\n"data": [{"prompt": "b"}]}')
+    assert problem(path) == ", line 1: data is there twice. Give one of the two another name"
     path.write_text(json.dumps({"train": ROWS, "test": ROWS}))
     with pytest.raises(DataError, match="several lists of rows, `train`, `test`. Save each as a file of its own, and"):
         list(read_file(str(path)))

@@ -215,7 +215,7 @@ def _rows_in(path: str, value) -> list:
     The rows of a file that holds one JSON value: a list, an object with a list of rows beside other things, an object
     of columns, or one row.
     """
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or isinstance(value, _Twice):
         return value if isinstance(value, list) else [value]
     lists = [name for name, rows in value.items() if _are_objects(rows) and not _is_chat(rows)]
     if lists and not COLUMNS & value.keys():
