@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import json
 import logging
@@ -225,8 +226,10 @@ def _bound(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
+        way = "`stage.port=...`, or `stage.port=0` for any that is free."
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            way = "`stage.host=...`, such as `stage.host=127.0.0.1`."
         raise ConfigError(
-            f"`stage.host={host} stage.port={port}` can't be served: {error.strerror}. Type another "
-            "`stage.port=...`, or `stage.port=0` for any that is free."
+            f"`stage.host={host} stage.port={port}` can't be served: {error.strerror}. Type another {way}"
         ) from error
     return listener

@@ -223,7 +223,11 @@ def test_a_slow_server_and_none_at_all():
     ("options", "message"),
     [
         ({"url": "localhost:8000"}, "`reward.http.url` is 'localhost:8000'. Give the whole address"),
-        ({"url": "http://host:port/score"}, "which is no address: Invalid port"),
+        ({"url": "http://host:port/score"}, "`reward.http.url` is 'http://host:port/score'. Give the whole address"),
+        ({"url": "http://127.0.0.1:99999/x"}, "Give the whole address"),
+        ({"url": "http:///x"}, "Give the whole address"),
+        ({"url": "http://x", "columns": "gold"}, "`reward.http.columns` is 'gold' and must be a list of names"),
+        ({"url": "http://x", "columns": [3]}, "and must be a list of names. Type"),
         ({"timeout": 0}, "`reward.http.timeout` is 0. Set it above 0"),
         ({"retries": -1}, "`reward.http.retries` is -1. Set it to 0 or more"),
         ({"batch_size": 0}, "`reward.http.batch_size` is 0. Set it to 1 or more"),

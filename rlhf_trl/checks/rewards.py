@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from rlhf_trl.checks.places import ENSEMBLE_FILE, model_folder
 from rlhf_trl.checks.values import at, section
@@ -27,15 +28,27 @@ def reward_problems(values: dict[str, Any]) -> list[str]:
 
 def http_problems(key: str, options: Mapping[str, Any]) -> list[str]:
     """What is wrong with the options of a `HttpReward` that the config has at `key`, and what to type."""
-    url, token, problems = options["url"], options.get("token_env"), []
-    if url is not None and not str(url).startswith(("http://", "https://")):
+    url, token, columns, problems = options["url"], options.get("token_env"), options.get("columns"), []
+    if url is not None and not _is_address(str(url)):
         problems.append(f"`{key}.url` is {url!r}. Give the whole address: `{key}.url=http://HOST:PORT/score`.")
+    if columns and (isinstance(columns, str) or not all(isinstance(name, str) for name in columns)):
+        problems.append(
+            f"`{key}.columns` is {columns!r} and must be a list of names. Type `'{key}.columns=[answer]'`."
+        )
     if token is not None and token not in os.environ:
         problems.append(
             f"`{key}.token_env` names the environment variable `{token}`, which is not set. Type "
             f"`export {token}=...`, or `{key}.token_env=null`."
         )
     return problems
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port beyond 65535, or none that is a number
+        return False
 
 
 def ensemble_problems(key: str, options: Mapping[str, Any], single: str | None = None) -> list[str]:

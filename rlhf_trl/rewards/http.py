@@ -21,7 +21,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import httpx
@@ -32,7 +32,7 @@ from ..data.forms import PASSED_ON
 from ..data.tokens import end_tokens
 from ..errors import ConfigError
 from ..ranges import HTTP_REWARD, check_values
-from .base import Reward
+from .base import GIVEN, Reward
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class HttpReward(Reward):
         name: str = "http",
     ):
         super().__init__(name, weight)
-        if problems := http_problems(f"reward.{name}", {"url": url, "token_env": token_env}):
+        if problems := http_problems(f"reward.{name}", {"url": url, "token_env": token_env, "columns": columns}):
             raise ConfigError.join(problems)
         numbers = {"timeout": timeout, "retries": retries, "backoff": backoff, "batch_size": batch_size}
         check_values(HTTP_REWARD, numbers, f"reward.{name}.")
@@ -128,10 +128,6 @@ class HttpReward(Reward):
         if token_env is not None:
             headers["Authorization"] = f"Bearer {os.environ[token_env]}"
         self._client = httpx.Client(timeout=timeout, headers=headers)
-        try:
-            httpx.URL(url)
-        except httpx.InvalidURL as error:
-            raise ConfigError(f"`reward.{name}.url` is {url!r}, which is no address: {error}.") from error
         self._ends: list[int] | None = None
         self._tokenizer: str | None = None
 
@@ -150,6 +146,16 @@ class HttpReward(Reward):
         self._ends = None if tokenizer is None else end_tokens(tokenizer)
         self._tokenizer = None if tokenizer is None else tokenizer_hash(tokenizer)
 
+    def column_problem(self, columns: Collection[str]) -> str | None:
+        """See [`Reward.column_problem`]."""
+        missing = [name for name in self.columns if name not in columns]
+        there = ", ".join(f"`{name}`" for name in columns) or "none besides the prompt"
+        if not missing:
+            return None
+        return (
+            f"`reward.{self.__name__}.columns` names `{missing[0]}`, and the data has no such column (it has {there})."
+        )
+
     def __call__(
         self,
         prompts: list,
@@ -159,12 +165,8 @@ class HttpReward(Reward):
         **columns,
     ) -> list[float | None]:
         """What the server gives the completions, one each. `log_metric(name, value)` takes its metrics."""
-        if missing := [name for name in self.columns if name not in columns]:
-            there = ", ".join(f"`{name}`" for name, values in columns.items() if isinstance(values, list))
-            raise ConfigError(
-                f"`reward.{self.__name__}.columns` names `{missing[0]}`, and the data has no such column (it has "
-                f"{there or 'none besides the prompt'})."
-            )
+        if problem := self.column_problem([name for name in columns if name not in GIVEN]):
+            raise ConfigError(problem)
         sent = {name: columns[name] for name in (*self.columns, *PASSED_ON) if columns.get(name) is not None}
         rewards = []
         for start in range(0, len(completions), self.batch_size):
