@@ -41,6 +41,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from rlhf_trl.calibration import CALIBRATION_FILE, read_calibration
 from rlhf_trl.data.tokens import remember_ends
+from rlhf_trl.data.words import say
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.paths import resolve_path
 
@@ -139,16 +140,34 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(base_path(path, config), trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    ids = tokenizer("a")["input_ids"]
-    if tokenizer.eos_token_id is not None and ids[-1:] == [tokenizer.eos_token_id]:
-        # A policy would go on after its prompt's EOS, and training would have one between prompt and completion
-        tokenizer.add_bos_token, tokenizer.add_eos_token = ids[0] == tokenizer.bos_token_id, False
+    _let_add_no_eos(tokenizer, source)
     remember_ends(tokenizer, _eos_token_id(path, trust_remote_code, revision))
     if chat_template is not None:
         if not Path(chat_template).is_file():
             raise ConfigError(f"The chat template `{chat_template}` doesn't exist. Give a Jinja file.")
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     return tokenizer
+
+
+def _let_add_no_eos(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """A policy would go on after its prompt's EOS, and training would have one between prompt and completion."""
+
+    def ids() -> list[int]:
+        return tokenizer("a")["input_ids"]
+
+    if tokenizer.eos_token_id is None or ids()[-1:] != [tokenizer.eos_token_id]:
+        return
+    tokenizer.add_bos_token, tokenizer.add_eos_token = ids()[0] == tokenizer.bos_token_id, False
+    if ids()[-1:] == [tokenizer.eos_token_id]:
+        raise ConfigError(
+            f"The tokenizer of `{source}` adds EOS (`{tokenizer.eos_token}`) to every text, also between prompt and "
+            "completion. Set `add_eos_token` to false in its tokenizer_config.json, or name another tokenizer with "
+            "`model.tokenizer=PATH`."
+        )
+    say(
+        f"note: the tokenizer of `{source}` adds EOS (`{tokenizer.eos_token}`) to every text, also between prompt and "
+        "completion. Here it doesn't, and EOS stands where a completion ends."
+    )
 
 
 def _eos_token_id(path: str, trust_remote_code: bool, revision: str | None) -> int | list[int] | None:

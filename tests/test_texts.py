@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from rlhf_trl.data import load_files, row_ids
+from rlhf_trl.data import Rankings, load_files, row_ids
 from rlhf_trl.data.tokens import (
     keep_one_bos,
     note_rows_without_end,
@@ -83,8 +83,9 @@ def test_what_a_policy_writes_is_read_as_the_text_is_in_training(tmp_path):
 # ---- BOS and EOS that the tokenizer adds ----
 
 
-def test_a_tokenizer_that_adds_eos_adds_it_no_more(tmp_path):
+def test_a_tokenizer_that_adds_eos_adds_it_no_more(tmp_path, capsys):
     tokenizer = load_tokenizer(sentencepiece(tmp_path / "tokenizer", adds="<s> $A </s>"))
+    assert "adds EOS (`</s>`) to every text, also between prompt and completion" in capsys.readouterr().out
     assert prompt_ids(tokenizer, "Say") == [1, *tokenizer.convert_tokens_to_ids(["▁", *"Say"])]
     assert row_ids(tokenizer, "Say", " it").count(2) == 1
     (row,) = sft_trainer(tokenizer, [{"prompt": "Say", "completion": " it"}], tmp_path / "out").train_dataset
@@ -189,6 +190,16 @@ def test_a_prompt_that_all_answers_repeat_is_taken_out(tmp_path, capsys):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert load_files("preference", seed=0, paths=str(file))["train"][0]["chosen"] == "How 0? Mix."
     assert "it stays there, since other rows' don't (3 rows)" in capsys.readouterr().out
+
+
+def test_a_prompt_that_completions_of_feedback_repeat_is_said(tmp_path, capsys):
+    file = tmp_path / "rankings.jsonl"
+    rows = [
+        {"prompt": f"How {i}?", "completions": [f"How {i}? Mix.", f"How {i}? No."], "ranks": [1, 2]} for i in range(4)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    load_files("comparisons", seed=0, paths=str(file), feedback=Rankings())
+    assert "the prompt is repeated at the beginning of the completions, and stays there" in capsys.readouterr().out
 
 
 # ---- Where training teaches no end ----

@@ -233,6 +233,7 @@ def pair_up(row: dict, answers: tuple[str, ...], notes: Counter) -> dict:
 def repeats_prompt(row: dict) -> bool:
     """Whether text answers all begin with the row's prompt, which is text of more than one word."""
     prompt, answers = row.get("prompt"), [row[name] for name in ("completion", "chosen", "rejected") if name in row]
+    answers += row.get("completions") or []
     if not isinstance(prompt, str) or len(prompt.split()) < 2 or not answers:
         return False
     return all(isinstance(answer, str) and answer.startswith(prompt) for answer in answers)

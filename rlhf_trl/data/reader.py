@@ -323,6 +323,10 @@ class FeedbackReader(Reader):
                 others = {name: value for name, value in row.items() if name not in (*mapping.values(), *forms.JUDGED)}
                 row = forms.read_json_chats(_named(row, mapping), self.changes)
                 made = self.feedback.read(row, self.changes)
+                repeated = (
+                    "the prompt is repeated at the beginning of the completions, and stays there: leave it out of them"
+                )
+                self.changes[repeated] += forms.repeats_prompt(made)
                 if self.form == "judged":
                     made["columns"] = self._extra(others, place)
                 made = forms.to_chat(made, self.changes) if self.to_chat else made

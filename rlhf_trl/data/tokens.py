@@ -191,7 +191,7 @@ class TemplateRefusal(DataError):
         else:
             self.said += "Put turns of one role in a row into one turn, or give another template."
         super().__init__(
-            f"The chat that begins with {messages[0]['content'][:80]!r} {self.said} Another template is "
+            f"The chat that begins with {str(messages[0].get('content'))[:80]!r} {self.said} Another template is "
             "`model.chat_template=FILE.jinja`."
         )
 

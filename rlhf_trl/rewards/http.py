@@ -14,6 +14,7 @@ completion; and, if it likes, `"metrics": {"disagreement": 0.1}`, numbers about 
 `rewards/<name>/disagreement`.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -262,7 +263,12 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     Return a hash of a tokenizer's vocabulary, special tokens and chat template: two that agree in it make the same ids
     of the same text or chat.
     """
-    read = sorted(tokenizer.get_vocab().items()), tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template
+    return _hash(tokenizer, len(tokenizer), tokenizer.bos_token, tokenizer.eos_token, str(tokenizer.chat_template))
+
+
+@functools.lru_cache(maxsize=64)  # a server is asked for it with every request
+def _hash(tokenizer: PreTrainedTokenizerBase, size: int, *others: str | None) -> str:
+    read = sorted(tokenizer.get_vocab().items()), others
     return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
 
 
