@@ -405,7 +405,7 @@ def test_every_inherited_option_is_either_read_or_refused():
     ("options", "message"),
     [
         ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "multiple of `gradient_accumulation_steps`"),
-        ({"kl_estimator": "k4"}, "`kl_estimator` is 'k4'. Use one of 'k1', 'k2', 'k3'"),
+        ({"kl_estimator": "k4"}, "`kl_estimator` is 'k4'. There are: `k1`, `k2`, `k3`"),
         ({"critic": "none"}, "`critic` is 'none'"),
         ({"gamma": 1.5}, "`gamma` is 1.5"),
         ({"missing_eos_penalty": -1.0}, "`missing_eos_penalty` is -1.0"),
