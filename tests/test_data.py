@@ -424,18 +424,15 @@ def test_options_that_do_not_fit(tmp_path):
 
 def test_options_of_another_type_are_all_named(tmp_path):
     path = write(tmp_path / "a.jsonl", PAIRS)
-    options = {"max_samples": "many", "eval_size": float("nan"), "to_chat": "maybe", "columns": {"prompt": 5}}
-    assert error(path, kind=ConfigError, **options).splitlines() == [
-        "4 problems:",
+    assert error(path, kind=ConfigError, columns={"prompt": 5}, system_prompt=5).splitlines() == [
+        "2 problems:",
         "  1. `data.columns.prompt` is 5 and must be text in quotes or null.",
-        "  2. `data.to_chat` is 'maybe' and must be true or false.",
-        "  3. `data.eval_size` is nan and must be a number or null.",
-        "  4. `data.max_samples` is 'many' and must be an integer or null.",
+        "  2. `data.system_prompt` is 5 and must be text in quotes or null.",
     ]
     with pytest.raises(ConfigError, match="`data.name` is 2024 and must be text in quotes or null"):
         data.load_hub("preference", 0, "user/name", name=2024)
-    with pytest.raises(ConfigError, match="`data.repeat` is 'no' and must be true or false"):
-        data.mix("preference", 0, {}, repeat="no")
+    with pytest.raises(ConfigError, match="`data.weights.a` is 'x' and must be a number"):
+        data.mix("preference", 0, {}, weights={"a": "x"})
     with pytest.raises(ConfigError, match="`data.split_by=promt` isn't known"):
         data.mix("preference", 0, {}, split_by="promt")
 

@@ -118,9 +118,7 @@ def build(
     """
     from datasets import DatasetDict
 
-    typed = {"format": format, "columns": columns, "system_prompt": system_prompt, "to_chat": to_chat}
-    typed |= {"eval_size": eval_size, "max_samples": max_samples, "max_eval_samples": max_eval_samples}
-    if wrong := type_problems(build, typed, "data"):
+    if wrong := type_problems(build, {"columns": columns, "system_prompt": system_prompt}, "data"):
         raise ConfigError.join(wrong)
     check_options(form, format, messages, eval_size, split_by, bad_rows, max_samples, max_eval_samples)
     problems = Problems()

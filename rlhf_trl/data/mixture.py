@@ -40,8 +40,7 @@ def mix(
     """
     from datasets import Dataset, DatasetDict
 
-    typed = {"weights": weights, "repeat": repeat, "max_samples": max_samples, "max_eval_samples": max_eval_samples}
-    wrong = type_problems(mix, typed, "data")
+    wrong = type_problems(mix, {"weights": weights}, "data")
     if split_by not in ("prompt", "row"):
         wrong.append(f"`data.split_by={split_by}` isn't known. Type one of `prompt`, `row`.")
     if wrong:

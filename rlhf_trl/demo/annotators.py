@@ -15,7 +15,6 @@ from datasets import Dataset, DatasetDict
 from rlhf_trl.data.feedback import Feedback, Ratings
 from rlhf_trl.data.forms import comparisons_of
 from rlhf_trl.data.load import build
-from rlhf_trl.data.words import type_problems
 from rlhf_trl.demo.gold import WEIGHTS, gold_attributes, gold_reward
 from rlhf_trl.demo.world import answer, draw_prompts, prompts
 from rlhf_trl.errors import DataError
@@ -268,9 +267,6 @@ def load(
     Raises:
         `DataError`: if there is no such form, or a number of rows is below 1.
     """
-    given = {"max_samples": max_samples, "max_eval_samples": max_eval_samples, "conversational": conversational}
-    if wrong := type_problems(load, given, "data"):
-        raise DataError.join(wrong)
     if form not in FORMS:
         raise DataError(f"`form={form}` is none that the embedded world has. Use one of: {', '.join(FORMS)}.")
     for name, limit in (("max_samples", max_samples), ("max_eval_samples", max_eval_samples)):
