@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +17,18 @@ from transformers import PreTrainedModel
 
 from .callbacks.record import read_run
 from .errors import ConfigError
-from .models import HEADS, adapter_config, adapter_weights, base_path, changes_base, fingerprint, set_adapter_weights
+from .models import (
+    HEADS,
+    adapter_config,
+    adapter_weights,
+    base_path,
+    changes_base,
+    fingerprint,
+    set_adapter_weights,
+    trained_quantization,
+)
+
+logger = logging.getLogger(__name__)
 
 
 def _of_its_own_adapters(method: Callable) -> Callable:
@@ -194,6 +206,15 @@ def check_same_base(path: str, model: PeftModel) -> None:
             )
     else:
         same = ours == theirs
+    trained, here = trained_quantization(path), getattr(model.get_base_model().config, "quantization_config", None)
+    if trained is not None and (here is None or trained.to_dict() != here.to_dict()):
+        raise ConfigError(
+            f"The adapter `{path}` was trained on a quantized base, and the policy's is "
+            f"{'not quantized' if here is None else 'quantized otherwise'}. Train both on the base as it is in one of "
+            "them, such as with `adapter=qlora`."
+        )
+    if trained is None and here is not None:
+        logger.warning("The adapter `%s` was not trained on a quantized base, as the policy's is.", path)
     if not same:
         raise ConfigError(
             f"The adapter `{path}` was trained on the base `{theirs}`, and the policy's base is `{ours}`. Adapters "

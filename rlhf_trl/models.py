@@ -37,9 +37,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from rlhf_trl.calibration import CALIBRATION_FILE, read_calibration
+from rlhf_trl.callbacks.record import read_run
 from rlhf_trl.data.tokens import remember_ends
 from rlhf_trl.data.words import say
 from rlhf_trl.errors import ConfigError
@@ -209,7 +212,8 @@ def load_model(
         attn_implementation (`str`, *optional*), trust_remote_code (`bool`), revision (`str`, *optional*):
             As in `from_pretrained`.
         quantization (`transformers.BitsAndBytesConfig`, *optional*):
-            Quantizes the weights (the base's, for an adapter) at loading.
+            Quantizes the weights (the base's, for an adapter) at loading. An adapter's base is by default as it was
+            trained.
         device_map (`str`, *optional*):
             As in `from_pretrained`; `meta` looks at the files and takes no memory.
 
@@ -227,6 +231,8 @@ def load_model(
     if config is None:
         return _load_full(path, task_type, revision=revision, **options)
     _refuse_reward_model(path, task_type, config.task_type == "SEQ_CLS")
+    if device_map != "meta":  # where nothing is computed
+        options["quantization_config"] = quantization or trained_quantization(path)
     heads = adapter_heads(path, revision) if task_type == "SEQ_CLS" else None
     base = _load_full(base_path(path, config), task_type, revision=config.revision, heads=heads, **options)
     return _with_adapter(base, path, config, revision).eval()
@@ -247,6 +253,8 @@ def load_reward_model(
         bases = {base_path(member, adapter_config(member)) for member in members}
         if len(bases) > 1:
             raise ConfigError(f"The members of the ensemble `{path}` have several bases: {', '.join(sorted(bases))}.")
+        if len({str(trained_quantization(member)) for member in members}) > 1:
+            raise ConfigError(f"The members of the ensemble `{path}` were trained on differently quantized bases.")
         model = load_reward_model(members[0], dtype, trust_remote_code, device_map)
         for i, member in enumerate(members[1:], 1):
             config = adapter_config(member)
@@ -335,11 +343,16 @@ def load_start(
     if peft_config is None:
         with PartialState().main_process_first():
             # What an earlier run merged may be of another adapter, or of a base that has been trained again since
-            made_of, stamp = f"{path} {model_fingerprint(path, revision)}", Path(merge_dir, MADE_OF_FILE)
+            made_of = f"{path} {model_fingerprint(path, revision)} {trained_quantization(path)}"
+            stamp = Path(merge_dir, MADE_OF_FILE)
             if not stamp.is_file() or stamp.read_text(encoding="utf-8") != made_of:
                 merge_adapter(path, merge_dir, revision, options.get("trust_remote_code", False))
                 stamp.write_text(made_of, encoding="utf-8")
         return _load_full(merge_dir, task_type, heads=heads, **options), None
+    if options.get("device_map") != "meta":  # where nothing is computed
+        options["quantization_config"] = start_quantization(path, options.get("quantization_config"))
+        if options["quantization_config"] is not None and trained_quantization(path) is None:
+            logger.warning("The adapter `%s` goes on over a quantized base, which it was not trained on.", path)
     base = _load_full(base_path(path, saved), task_type, revision=saved.revision, heads=heads, **options)
     _check_shape(path, saved, peft_config, base)
     saved.base_model_name_or_path = base.config._name_or_path
@@ -389,9 +402,102 @@ def model_fingerprint(path: str, revision: str | None = None) -> str | None:
     return "-".join(part for part in parts if part) or None
 
 
-def merge_adapter(source: str, output_dir: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
+def trained_quantization(path: str) -> BitsAndBytesConfig | None:
+    """How the base of the adapter in the folder `path`, a run or one of its checkpoints, was quantized in training."""
+    if not Path(path).is_dir():
+        return None
+    run = Path(path).parent if Path(path).name.startswith("checkpoint-") else path
+    saved = (read_run(path) or read_run(run) or {}).get("quantization")
+    return BitsAndBytesConfig.from_dict(saved) if saved else None
+
+
+def start_quantization(path: str, wanted: BitsAndBytesConfig | None) -> BitsAndBytesConfig | None:
+    """
+    How the base of an adapter that goes on is quantized: as it was in training.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if another quantization is `wanted`.
+    """
+    trained = trained_quantization(path)
+    if trained is None or wanted is None:
+        return wanted or trained
+    there, here = trained.to_dict(), wanted.to_dict()
+    if differing := [key for key in there if here.get(key) != there[key]]:
+        raise ConfigError(
+            f"The adapter `{path}` was trained on a base quantized with `{differing[0]}={there[differing[0]]}`, and "
+            f"`adapter.quantization` has {here.get(differing[0])}. Set it to the same."
+        )
+    return trained
+
+
+def load_merged(
+    source: str,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    dequantize: bool = True,
+) -> PreTrainedModel:
+    """
+    An adapter merged into its base: a full model that computes what the adapter does on its base.
+
+    Args:
+        source (`str`):
+            Folder or hub id of the adapter.
+        dtype (`str`), trust_remote_code (`bool`), revision (`str`, *optional*):
+            As in [`load_model`].
+        dequantize (`bool`):
+            Whether the base of an adapter that was trained on a quantized one gets the weights that it had there.
+            Without, they are the unquantized ones, and the model is another than was trained.
+    """
+    config = adapter_config(source, revision)
+    scores = config.task_type == "SEQ_CLS"
+    place, heads = base_path(source, config), adapter_heads(source, revision) if scores else None
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "revision": config.revision, "heads": heads}
+    base = _load_full(place, config.task_type, **options)
+    quantization = trained_quantization(source) if dequantize else None
+    if quantization is not None:
+        _copy_dequantized(_load_full(place, config.task_type, quantization_config=quantization, **options), base)
+    embedding = base.get_input_embeddings()
+    tied = base.get_output_embeddings() is not None and base.get_output_embeddings().weight is embedding.weight
+    model = _with_adapter(base, source, config, revision)
+    if tied:  # or what is merged into the one layer would be in the other as well
+        shared = embedding.weight
+        for module in model.modules():
+            if module is not embedding and module._parameters.get("weight") is shared:
+                module.weight = torch.nn.Parameter(shared.detach().clone())
+    merged = model.merge_and_unload()
+    if tied:
+        first, last = merged.get_input_embeddings(), merged.get_output_embeddings()
+        still = torch.equal(first.weight, last.weight)
+        if still:
+            last.weight = first.weight
+        merged.config.tie_word_embeddings = merged.config.get_text_config().tie_word_embeddings = still
+        merged.all_tied_weights_keys = merged.get_expanded_tied_weights_keys(all_submodels=True)
+    return merged
+
+
+def _copy_dequantized(quantized: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Give `model` the weights that its `quantized` copy computes with."""
+    import bitsandbytes
+
+    for name, module in quantized.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt):
+            weight = dequantize_bnb_weight(module.weight, getattr(module, "state", None))
+            target = model.get_submodule(name)
+            target.weight.data.copy_(weight.T if isinstance(target, Conv1D) else weight)
+
+
+def merge_adapter(
+    source: str,
+    output_dir: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dequantize: bool = True,
+) -> None:
     """
     Writes an adapter merged into its base, with its tokenizer, as a full model. Call it on one rank.
+
+    Where the adapter changes one of two tied layers, embedding and output layer, the merged model has both.
 
     Args:
         source (`str`):
@@ -400,6 +506,8 @@ def merge_adapter(source: str, output_dir: str, revision: str | None = None, tru
             Folder to write; it appears whole or not at all.
         revision (`str`, *optional*), trust_remote_code (`bool`):
             As in `from_pretrained`.
+        dequantize (`bool`):
+            See [`load_merged`].
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if `source` is no adapter.
@@ -409,14 +517,12 @@ def merge_adapter(source: str, output_dir: str, revision: str | None = None, tru
             f"`{source}` is an ensemble of {len(members)} reward models, which don't merge into one. Merge a member: "
             f"`stage=merge model.run=null model.path={members[0]}`."
         )
-    config = adapter_config(source, revision)
-    if config is None:
+    if adapter_config(source, revision) is None:
         raise ConfigError(f"`{source}` is a full model, there is nothing to merge. Use it as it is.")
-    model = load_model(source, config.task_type, "auto", trust_remote_code=trust_remote_code, revision=revision)
+    merged = load_merged(source, "auto", trust_remote_code, revision, dequantize)
     partial = Path(f"{output_dir}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
-    merged = model.merge_and_unload()
     merged.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     merged.save_pretrained(partial)
     tokenizer.save_pretrained(partial)

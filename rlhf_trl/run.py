@@ -77,7 +77,16 @@ from rlhf_trl.inputs import inputs_of, resume_problems
 from rlhf_trl.launching import config_dirs
 from rlhf_trl.log_probs import quicken_log_probs
 from rlhf_trl.loggers import is_first_rank
-from rlhf_trl.models import adapter_config, base_path, fingerprint, load_start, load_tokenizer, merge_adapter
+from rlhf_trl.models import (
+    adapter_config,
+    base_path,
+    fingerprint,
+    load_start,
+    load_tokenizer,
+    merge_adapter,
+    start_quantization,
+    trained_quantization,
+)
 from rlhf_trl.overrides import as_typed
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.quiet import quiet
@@ -189,8 +198,12 @@ def merge(cfg: DictConfig) -> None:
     path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
     output_dir = Path(path if Path(path).is_dir() else cfg.run_dir, "merged")
     if is_first_rank():
-        merge_adapter(path, str(output_dir), **source(cfg))
+        merge_adapter(path, str(output_dir), dequantize=cfg.stage.dequantize, **source(cfg))
         print(f"Merged model: {output_dir}")
+        if trained_quantization(path) is not None and cfg.stage.dequantize:
+            print("Its base is the quantized one that the adapter was trained on, dequantized.")
+        elif trained_quantization(path) is not None:
+            print("Its base is the unquantized one, which the adapter was not trained on: it is another model.")
 
 
 def critic_start(cfg: DictConfig) -> dict[str, str]:
@@ -329,10 +342,25 @@ def begin(cfg: DictConfig, path: str, inputs: Mapping[str, Any] | None = None) -
     if state.is_main_process:
         if checkpoint:
             print(f"Going on from {checkpoint}.")
-        start_run(run_dir, stage=cfg.stage.name, command=command(cfg), model=path, inputs=inputs)
+        start_run(
+            run_dir,
+            stage=cfg.stage.name,
+            command=command(cfg),
+            model=path,
+            inputs=inputs,
+            quantization=quantization(cfg, path),
+        )
         OmegaConf.save(cfg, run_dir / "config.yaml")
     state.wait_for_everyone()
     return checkpoint
+
+
+def quantization(cfg: DictConfig, path: str) -> dict[str, Any] | None:
+    """How the base under the adapter of a run that starts from `path` is quantized; `None` where it isn't."""
+    if not (adapter := cfg.get("adapter")) or adapter.peft is None:
+        return None
+    found = start_quantization(path, instantiate(adapter.quantization))
+    return found and found.to_dict()
 
 
 def make_trainer(

@@ -58,7 +58,12 @@ def read_run(run_dir: str | os.PathLike) -> dict | None:
 
 
 def start_run(
-    run_dir: str | os.PathLike, stage: str, command: str, model: str | None, inputs: Mapping[str, Any] | None = None
+    run_dir: str | os.PathLike,
+    stage: str,
+    command: str,
+    model: str | None,
+    inputs: Mapping[str, Any] | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """
     Writes `run.json` with status `running`. Call it on rank 0, after the checks.
@@ -75,6 +80,8 @@ def start_run(
         inputs (`Mapping`, *optional*):
             What else its result depends on, see [`~rlhf_trl.inputs.inputs_of`]. A resumed run keeps those that it
             began with.
+        quantization (`Mapping`, *optional*):
+            How the base under its adapter is quantized: whoever loads the adapter loads the base so.
     """
     os.makedirs(run_dir, exist_ok=True)
     earlier = read_run(run_dir) or {}
@@ -89,6 +96,7 @@ def start_run(
         "ended": None,
         "versions": versions(),
         "inputs": {**(inputs or {}), **earlier.get("inputs", {})},
+        "quantization": quantization,
     }
     write_json(Path(run_dir, RUN_FILE), content)
 

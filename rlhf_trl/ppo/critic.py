@@ -29,7 +29,7 @@ from ..adapters import (
     recompute_with_the_same_adapter,
 )
 from ..errors import ConfigError
-from ..models import load_reward_model, load_tokenizer
+from ..models import adapter_config, load_merged, load_reward_model, load_tokenizer
 from ..rollouts import positions, takes_positions
 from .config import PPOConfig
 
@@ -153,9 +153,8 @@ def _network(model: PreTrainedModel | PeftModel, args: PPOConfig) -> tuple[PreTr
     policy = model.get_base_model() if is_peft_model(model) else model
     dtype = getattr(torch, args.critic_dtype) if args.critic_dtype else None
     if args.critic_path is not None:
-        started = load_reward_model(args.critic_path, args.critic_dtype, trust_remote_code=args.trust_remote_code)
-        if is_peft_model(started):
-            started = started.merge_and_unload()
+        load = load_merged if adapter_config(args.critic_path) is not None else load_reward_model
+        started = load(args.critic_path, args.critic_dtype or "float32", trust_remote_code=args.trust_remote_code)
         head = next(module for module in started.children() if isinstance(module, nn.Linear))
         trunk, score = started.base_model, head.weight.detach().clone()
     elif getattr(policy, "is_loaded_in_4bit", False) or getattr(policy, "is_loaded_in_8bit", False):
