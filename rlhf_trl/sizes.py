@@ -80,16 +80,17 @@ def tokenizer_problem(sizes: Sizes, tokenizer: PreTrainedTokenizerBase, remedy: 
 
     Added tokens over it are no problem by themselves (Gemma 3 has one for images): rows that hold them are.
     """
-    special = {name: getattr(tokenizer, f"{name}_id") for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    beyond = [f"its `{name}` is {i}" for name, i in special.items() if i is not None and i >= sizes.embeddings]
+    has = f"`{sizes.name}` has embeddings for {sizes.embeddings:,} ids"
     if tokenizer.vocab_size > sizes.embeddings:
-        beyond = [f"the tokenizer has {tokenizer.vocab_size:,} tokens"]
-    if not beyond:
-        return None
-    return (
-        f"`{sizes.name}` has embeddings for {sizes.embeddings:,} ids, and {beyond[0]}: the tokenizer is another "
-        f"model's. {remedy}"
-    )
+        return f"{has}, and the tokenizer has {tokenizer.vocab_size:,} tokens: it is another model's. {remedy}"
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = getattr(tokenizer, f"{name}_id")
+        if token is not None and token >= sizes.embeddings:
+            return (
+                f"{has}, and the tokenizer's `{name}` is {token:,}. Write a token that the model knows into "
+                "tokenizer_config.json, or enlarge the embedding first (`resize_token_embeddings` of Transformers)."
+            )
+    return None
 
 
 def check_rows(sizes: Sizes, rows: Sequence[Sequence[int]], more: int, remedy: str) -> None:

@@ -102,7 +102,7 @@ def test_a_tokenizer_of_another_model_is_told_from_added_tokens(tmp_path):
     tokenizer.add_tokens(["<image>"])  # which no row need hold
     assert tokenizer_problem(sizes, tokenizer, "") is None
     tokenizer.pad_token = "<image>"
-    assert "its `pad_token` is 21" in tokenizer_problem(sizes, tokenizer, "Remedy.")
+    assert "the tokenizer's `pad_token` is 21" in tokenizer_problem(sizes, tokenizer, "Remedy.")
     assert "has 21 tokens" in tokenizer_problem(sizes._replace(embeddings=20), make_tokenizer(), "Remedy.")
 
 
