@@ -22,6 +22,7 @@ from trl.trainer.utils import pad
 from rlhf_trl.calibration import calibration_of, write_calibration
 from rlhf_trl.data.tokens import head_names, keep_short_completions, tokenize_comparisons
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.held_out import EachRowOnce
 from rlhf_trl.models import score_heads
 from rlhf_trl.ranges import REWARD_MODEL, TRAINING, check_values
 
@@ -147,15 +148,24 @@ def _stages(lead: Tensor, winner: Tensor, loser: Tensor, size: int) -> Tensor:
     return torch.cat([lead.new_zeros(size, 1), rivals], dim=1).logsumexp(dim=1)
 
 
-def regression_loss(scores: Tensor, targets: Tensor) -> Tensor:
+def regression_loss(scores: Tensor, targets: Tensor, count: Tensor | None = None) -> Tensor:
     """
     Mean squared error over the targets that are given.
 
     Args:
         scores, targets (`Tensor` of shape `(N, H)`): a NaN target is a missing one: it has no loss and no gradient.
+        count (`Tensor`, *optional*): what the sum is divided by, of a batch of which these are a part.
     """
     given = ~targets.isnan()
-    return ((scores - targets.nan_to_num()) ** 2 * given).sum() / given.sum().clamp(min=1)
+    count = given.sum() if count is None else count
+    return ((scores - targets.nan_to_num()) ** 2 * given).sum() / count.clamp(min=1)
+
+
+def loss_counts(inputs: dict[str, Tensor]) -> Tensor:
+    """How many prompts of a micro-batch have comparisons, and how many targets are given; shape (2,)."""
+    prompts, targets = inputs["groups"][inputs["better"]].unique(), inputs.get("targets")
+    given = 0 if targets is None else int((~targets.isnan()).sum())
+    return torch.tensor([len(prompts), given], dtype=torch.float)
 
 
 @dataclass
@@ -252,7 +262,7 @@ class ComparisonCollator(DataCollatorMixin):
         return batch
 
 
-class RewardTrainer(trl.RewardTrainer):
+class RewardTrainer(EachRowOnce, trl.RewardTrainer):
     """
     `trl.RewardTrainer` for K-way rankings, regression and several heads.
 
@@ -322,16 +332,29 @@ class RewardTrainer(trl.RewardTrainer):
             "completion_ids", "better", "worse", "margin", "weights", "label_smoothing", "targets"
         ]  # fmt: skip
 
+    # `compute_loss` divides by what the whole batch holds: accumulation, and how rows lie on ranks, change nothing
+    loss_is_scaled_for_ga = True
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step; and how many prompts with comparisons, and targets, they have on all ranks."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = sum((loss_counts(inputs).to(device) for inputs in samples), torch.zeros(2, device=device))
+        return samples, self.accelerator.reduce(counts, reduction="sum")
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The ranking loss and the squared error of one micro-batch; records the metrics."""
         mode = "train" if self.model.training else "eval"
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         scores = outputs.logits.float()  # (N, H)
         better, worse, targets = inputs["better"], inputs["worse"], inputs.get("targets")
+        counts, ranks = num_items_in_batch, self.accelerator.num_processes
+        if counts is None:  # by itself
+            counts, ranks = loss_counts(inputs).to(scores.device), 1
+        prompts, given = counts.clamp(min=1)
         # Adding nothing keeps a gradient where a micro-batch holds ties alone
-        loss = 0.0 * scores.sum()
+        ranking = error = 0.0 * scores.sum()
         if len(better):
-            losses, compared = comparison_losses(
+            losses, _ = comparison_losses(
                 scores[:, 0],
                 better,
                 worse,
@@ -342,10 +365,15 @@ class RewardTrainer(trl.RewardTrainer):
                 self.args.center_rewards_coefficient or 0.0,
                 inputs.get("weights"),
             )
-            loss = loss + losses.sum() / compared.sum()
+            ranking = losses.sum() / prompts
         if targets is not None:
-            loss = loss + regression_loss(scores, targets)
-        if self._scores is not None:
+            error = regression_loss(scores, targets, given)
+        loss = ranks * (ranking + error)  # of which DDP takes the mean over ranks
+        batch = self.held_out_batch
+        if batch is not None:
+            compared, known = counts.tolist()
+            self.held_out_terms = {"ranking": (ranking, compared), "mse": (error, known)}
+        if self._scores is not None and not (batch.copied and self.args.process_index):
             self._scores += reference_scores(scores.detach(), inputs, self.args.calibrate_on).tolist()
         self._record(mode, scores.detach(), inputs)
         return (loss, outputs) if return_outputs else loss
@@ -358,7 +386,7 @@ class RewardTrainer(trl.RewardTrainer):
             self._total_train_tokens += int(gather(inputs["attention_mask"].sum()).sum()) // self._tp_size
         metrics["num_tokens"] = [self._total_train_tokens]
         metrics["min_reward"].append(gather(scores.min()).min().item())
-        metrics["mean_reward"].append(gather(scores.mean()).mean().item())
+        self._extend(metrics, {"mean_reward": scores.flatten()})
         metrics["max_reward"].append(gather(scores.max()).max().item())
         leads = {"": leads_of(scores, inputs)}
         if self.train_has_targets:  # the same keys on all ranks and in all micro-batches: gathering needs it
@@ -375,11 +403,16 @@ class RewardTrainer(trl.RewardTrainer):
 
     def _extend(self, metrics: dict[str, list[float]], values: dict[str, Tensor]) -> None:
         """Adds each metric's mean over all ranks as often as there are values, so that means of several are exact."""
+        batch = self.held_out_batch
         for name, each in values.items():
             total, count = self.accelerator.gather(
                 torch.stack([each.sum(), each.new_tensor(float(each.numel()))]).unsqueeze(0)
             ).sum(0)
-            if count > 0:
+            if batch is not None:
+                copies = self.accelerator.num_processes if batch.copied else 1
+                self.held_out_counts[name] = count.item() / copies
+                metrics[name].append((total / count.clamp(min=1)).item())
+            elif count > 0:
                 metrics[name] += [(total / count).item()] * int(count)
 
     @property

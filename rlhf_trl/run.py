@@ -72,6 +72,7 @@ from rlhf_trl.directory import claimed, discard_old, holds_old, put_back, recove
 from rlhf_trl.dotpaths import find
 from rlhf_trl.dropout import disable_dropout
 from rlhf_trl.errors import ConfigError, DataError
+from rlhf_trl.held_out import EachRowOnce
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.inputs import inputs_of, resume_problems
 from rlhf_trl.launching import config_dirs
@@ -399,6 +400,8 @@ def make_trainer(
     )
     if getattr(args, "disable_dropout", False):
         disable_dropout(trainer.model)  # what TRL's own leaves on
+    if not isinstance(trainer, EachRowOnce):  # of a class that isn't ours, such as TRL's own
+        trainer.__class__ = type(type(trainer).__name__, (EachRowOnce, type(trainer)), {})
     for reward in extra.get("reward_funcs", ()):
         reward.attach(trainer.model)
     if is_peft_model(trainer.model):

@@ -13,7 +13,7 @@ import trl
 from datasets import Dataset
 from hydra.utils import instantiate
 from peft import LoraConfig
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from rlhf_trl.data import tokenize_comparisons
 from rlhf_trl.errors import ConfigError
@@ -192,6 +192,49 @@ def test_pairs_have_the_losses_and_steps_of_trls_own_trainer(tmp_path, margin):
         tolerance = {"abs": 1e-6, "rel": 1e-6} if i == 0 else {"abs": 1e-3, "rel": 1e-3}
         known = [name for name in names if name in trls]
         assert {name: mine[name] for name in known} == pytest.approx({name: trls[name] for name in known}, **tolerance)
+
+
+def uneven_rows(kind: str) -> Dataset:
+    """Seven prompts of one to four completions: comparisons, or ratings of which some are missing, or both."""
+    rows = []
+    for i in range(7):
+        texts = [" ".join(WORDS[(3 * i + j + n) % 16] for n in range(1 + j)) for j in range(1 + i % 4)]
+        row = {"prompt": WORDS[i], "completions": texts, "better": [0] * (i % 4), "worse": list(range(1, 1 + i % 4))}
+        if kind != "comparisons":
+            row["targets"] = [{"score": None if (i + j) % 3 == 0 else float(i - j)} for j in range(len(texts))]
+        if kind == "targets":
+            row |= {"better": [], "worse": []}
+        rows.append(row)
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("kind", ["comparisons", "targets", "both"])
+def test_gradients_do_not_depend_on_accumulation(tmp_path, kind):
+    base = save_model(tmp_path / "base")
+    found, logged = {}, {}
+    for accumulation in (1, 2, 4):
+        options = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+        options |= {"max_steps": 1, "max_grad_norm": 1e9, "logging_steps": 1, "center_rewards_coefficient": 0.1}
+        trainer = RewardTrainer(
+            model=classifier(base),
+            args=arguments(RewardConfig, tmp_path / str(accumulation), **options),
+            train_dataset=uneven_rows(kind),
+            processing_class=AutoTokenizer.from_pretrained(base),
+        )
+        gradients = found[accumulation] = {}
+
+        class Keep(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model=None, gradients=gradients, **kwargs):
+                gradients |= {name: each.grad.clone() for name, each in model.named_parameters()}
+
+        trainer.add_callback(Keep())
+        trainer.train()
+        logged[accumulation] = trainer.state.log_history[0]["loss"]
+    assert max(each.abs().max() for each in found[1].values()) > 0.1
+    for accumulation in (2, 4):
+        for name, each in found[1].items():
+            torch.testing.assert_close(found[accumulation][name], each, atol=1e-6, rtol=1e-5)
+        assert logged[accumulation] == pytest.approx(logged[1], rel=1e-5)
 
 
 def rankings(count: int, k: int = 4) -> Dataset:

@@ -36,6 +36,7 @@ from ..adapters import (
     set_trainable,
 )
 from ..errors import ConfigError
+from ..held_out import EachRowOnce
 from ..log_probs import quicken_log_probs
 from ..rewards import ModelReward, Reward
 from ..rewards.combine import weighted_sum
@@ -115,7 +116,7 @@ class CriticWarmup(TrainerCallback):
                     parameter.grad = None
 
 
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(EachRowOnce, GRPOTrainer):
     """
     Trainer for proximal policy optimization from a learned or programmed reward (arXiv 1707.06347, 1909.08593,
     2203.02155).
@@ -237,7 +238,6 @@ class PPOTrainer(GRPOTrainer):
         self._invalid: Tensor | None = None
         self._forward_values: list[Tensor | None] = []
         self._update_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
-        self._eval_rows: dict[str, list[Tensor]] = defaultdict(list)
         if args.critic_warmup_steps:
             if self.is_deepspeed_enabled:
                 raise ConfigError("`critic_warmup_steps` is not supported with DeepSpeed. Set it to 0.")
@@ -467,8 +467,11 @@ class PPOTrainer(GRPOTrainer):
             "completions/mean_length": lengths.float(),
         }
         if mode == "eval":
+            if self.held_out_batch is not None:
+                valid[self.held_out_batch.rows :] = False  # copies of its rows stand behind them
+                self.held_out_counts |= dict.fromkeys(per_sequence, int(valid.sum()))
             for key, value in per_sequence.items():
-                self._eval_rows[key].append(value[valid])
+                self._metrics["eval"][key].append(value[valid].mean().item())
             return
 
         normalized = scores
@@ -688,14 +691,6 @@ class PPOTrainer(GRPOTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             self._prepare_inputs(inputs)
         return None, None, None
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with evaluation metrics as means over all held-out completions."""
-        if not self.model.training:
-            for key, rows in self._eval_rows.items():
-                self._metrics["eval"][key] = [torch.cat(rows).mean().item()]
-            self._eval_rows.clear()
-        super().log(logs, start_time)
 
     # ---- Checkpoints: the policy's files hold the policy alone, the critic lies beside them ----
 
