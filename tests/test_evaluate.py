@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hydra.utils import instantiate
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from rlhf_trl.errors import ConfigError, DataError
@@ -334,6 +336,44 @@ def test_best_of_n_and_reference_answers_are_the_baselines(policies):
     logps = sequence_logps(model, prompts, ends, temperature=1.0, batch_size=2)
     expected = math.exp(-logps.sum().item() / sum(map(len, ends)))
     assert found["policies"]["ppo"]["reference_perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_greedy_answers_have_rewards_and_wins_but_no_kl(policies):
+    found = evaluate_policies(named(policies), "sft", **settings(temperature=0.0, samples=4))
+    again = evaluate_policies(named(policies), "sft", **settings(temperature=0.0, seed=9))
+    assert [row["completions"] for row in found["samples"]] == [row["completions"] for row in again["samples"]]
+    entry = found["policies"]["ppo"]
+    assert math.isfinite(entry["difference"]["mean"]) and math.isfinite(entry["win_rate"]["mean"])
+    assert entry["kl"] is None and entry["entropy"] is None and found["best_of_n"] is None
+    assert "no draws from a policy" in entry["gaps"]["kl"]
+    assert "no draws from a policy" in " ".join(comparison_text(found).split())
+
+
+STAGE = ["stage=evaluate", "stage.policies={base: demo:base, sft: demo:sft}", "stage.baseline=sft", "project=test"]
+STAGE += ["data.max_eval_samples=4", "stage.max_completion_length=8", "stage.best_of_n=4"]
+
+
+def test_the_stage_evaluates_greedy_answers(compose, tmp_path):
+    cfg = compose(*STAGE, f"runs_dir={tmp_path}", "stage.temperature=0")
+    instantiate(cfg.stage.run)(cfg)
+    assert json.loads(Path(cfg.run_dir, "run.json").read_text())["status"] == "done"
+    text = (tmp_path / "test" / "report" / "report.md").read_text()
+    assert text.count("no draws from a policy") == 1 and "needs samples that differ" in text
+    assert re.search(r"\| evaluate +\| evaluate +\| done ", text)
+
+
+def test_a_page_that_fails_leaves_the_scores_and_says_failed(compose, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        assert json.loads(Path(cfg.run_dir, "run.json").read_text())["status"] == "running"
+        raise RuntimeError("no page")
+
+    monkeypatch.setattr("rlhf_trl.evaluation.evaluate.write_page", broken)
+    cfg = compose(*STAGE, f"runs_dir={tmp_path}")
+    with pytest.raises(RuntimeError, match="no page"):
+        instantiate(cfg.stage.run)(cfg)
+    record = json.loads(Path(cfg.run_dir, "run.json").read_text())
+    assert record["status"] == "failed" and "no page" in record["error"]
+    assert len(json.loads((tmp_path / "test" / "comparison.json").read_text())["samples"]) == 4
 
 
 def length_of(completions, **columns):

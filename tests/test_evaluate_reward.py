@@ -427,6 +427,36 @@ def test_the_stage_evaluates_the_embedded_worlds_gold_reward(compose, tmp_path, 
     assert cells[0][0] == "gold" and cells[0][1].startswith("0.9") and cells[1][0] == "(one rater)"
 
 
+def test_values_with_signs_of_formulas_are_shown_and_a_page_that_fails_leaves_the_scores(
+    compose, tmp_path, monkeypatch
+):
+    rows = [
+        {"prompt": f"p {i}", "chosen": "a b", "rejected": "a", "price": ["$5", "$\\frac{1}$", "_\ud800 & <b>"][i % 3]}
+        for i in range(12)
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["data=files", f"data.paths={file}", "data.eval_size=null", "data/feedback=pairs", "reward=function"]
+    words += ["reward.function.function=tests.test_evaluate_reward.by_length"]
+    words += ["stage=evaluate_reward", f"runs_dir={tmp_path}", "project=test"]
+    cfg = compose(*words)
+    instantiate(cfg.stage.run)(cfg)
+    html = Path(cfg.run_dir, "report", "index.html").read_text()
+    assert "price: $5</text>" in html and "price: $\\frac{1}$</text>" in html and "_\ufffd &amp; &lt;b&gt;" in html
+    assert json.loads(Path(cfg.run_dir, "run.json").read_text())["status"] == "done"
+
+    def broken(*args):
+        raise RuntimeError("no page")
+
+    monkeypatch.setattr("rlhf_trl.evaluation.evaluate_reward.write_page", broken)
+    cfg = compose(*words, "run_name=again")
+    with pytest.raises(RuntimeError, match="no page"):
+        instantiate(cfg.stage.run)(cfg)
+    assert json.loads(Path(cfg.run_dir, "run.json").read_text())["status"] == "failed"
+    quality = json.loads(Path(cfg.run_dir, "reward_quality.json").read_text())
+    assert quality["rewards"]["function"]["accuracy"]["mean"] == 1.0
+
+
 def test_best_of_n_of_what_a_policy_writes(compose, tmp_path):
     quality, _ = run(
         compose,
@@ -455,6 +485,9 @@ def test_a_gold_reward_that_is_not_there(compose, tmp_path):
         run(compose, tmp_path, "reward=demo", "stage.gold=truth")
     with pytest.raises(ConfigError, match="`stage.policy` writes completions that nobody has rated"):
         run(compose, tmp_path, "reward=demo", "stage.policy=demo:sft", "stage.bins=0")
+    drawn = ["reward=[demo,repetition]", "stage.gold=gold", "stage.policy=demo:sft", "stage.temperature=0"]
+    with pytest.raises(ConfigError, match="`stage.temperature` is 0"):
+        run(compose, tmp_path, *drawn)
     with pytest.raises(ConfigError, match="the only reward"):
         run(compose, tmp_path, "reward=demo", "stage.gold=gold")
     with pytest.raises(ConfigError, match="(?s)2 problems.*`stage.bins` is 0. Set it to 1 or more"):

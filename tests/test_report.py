@@ -110,6 +110,41 @@ def test_nothing_to_draw_is_drawn_empty():
     assert plots.curves([Series("loss", [1], [None])], "none", "step").startswith("<svg")
 
 
+NAMES = [
+    "$x",
+    "$\\frac{1}$ $",
+    "_x",
+    "a_b^c",
+    "\\alpha",
+    "%s {}",
+    "<b>&amp;",
+    "font-family: x; y",
+    "#0072b2 #010203",
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_and_values_are_drawn_as_they_are(name):
+    x = np.arange(1, 6.0)
+    labelled = Series(name, x, x, line=False, labels=[name] * 5)
+    drawings = [
+        plots.curves([Series(name, x, x), Series("b", x, x)], name, name, name),
+        plots.frontier([labelled, Series("b", x, x)], name, name, name),
+        plots.frontier([labelled, Series("b", np.arange(1, 20.0), np.arange(1, 20.0))], name, name, name, "log"),
+        plots.bars([name, "b"], [0.6, 0.7], [0.5, 0.6], [0.7, 0.8], name, name),
+        plots.histogram({name: x, "b": x + 1}, name, name),
+    ]
+    shown = name.replace("\ud800", "\ufffd")
+    for drawing in drawings:
+        for svg in re.split(r"(?=<svg )", drawing)[1:]:
+            root = ElementTree.fromstring(svg)
+            texts = ["".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")]
+            assert texts.count(shown) >= 2 and root.get("aria-label") == shown
+            assert not any("mathdefault" in text for text in texts)
+        assert drawing.pixels().shape[2] == 4  # its ticks too
+
+
 # ---- The report of a project ----
 
 
@@ -267,6 +302,43 @@ def test_the_quality_of_the_reward_model_is_taken_over(project):
 def test_the_stage_report_makes_it_anew(project, capsys):
     report(OmegaConf.create({"runs_dir": str(project.parent), "project": project.name}))
     assert (project / "report" / "index.html").exists() and "report/index.html" in capsys.readouterr().out
+
+
+def estimates(value, path=()) -> list[tuple]:
+    """Where in a comparison an estimate stands, or a number that can be missing."""
+    if not isinstance(value, dict | list):
+        return [path] if path[-1] in ("chosen_by", "gold", "model", "repetition", "tie_rate") else []
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    found = [path] if isinstance(value, dict) and "mean" in value else []
+    return found + [each for key, item in items for each in estimates(item, (*path, key))]
+
+
+def test_a_missing_estimate_is_a_gap_in_the_page(project):
+    """NaN is null in the file."""
+    whole = json.loads((project / "comparison.json").read_text())
+    places = estimates({key: whole[key] for key in ("policies", "best_of_n")})
+    assert len(places) > 40
+    everything = json.loads(json.dumps(whole))
+    for path in places:
+        found = json.loads(json.dumps(whole))
+        for each in (found, everything):
+            node = each
+            for key in path[:-1]:
+                node = node[key]
+            node[path[-1]] = dict.fromkeys(("mean", "low", "high")) if isinstance(node[path[-1]], dict) else None
+        (project / "comparison.json").write_text(json.dumps(found))
+        assert "nan" not in to_markdown(project_page(project)).split(), path
+    for row in everything["samples"]:
+        row["rewards"] = dict.fromkeys(row["rewards"])
+    (project / "comparison.json").write_text(json.dumps(everything))
+    assert "whether one is better is open" in write_report(project).read_text()
+
+
+def test_an_evaluation_without_runs_has_a_page(project):
+    """Of policies of the hub, say, or by a sweep, whose runs lie deeper."""
+    for name in ("ppo", "reward", "dpo"):
+        shutil.rmtree(project / name)
+    assert "ppo is better than sft" in write_report(project).read_text()
 
 
 def test_a_project_without_an_evaluation_says_how_to_make_one(tmp_path):

@@ -36,7 +36,8 @@ def write_json(path: str | os.PathLike, content: dict) -> None:
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "w", encoding="utf-8") as file:
+    # Half of a surrogate pair, which UTF-8 lacks, stands as JSON's own escape of it
+    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(_finite(content), file, indent=2, ensure_ascii=False, allow_nan=False, default=float)
         file.flush()
         os.fsync(file.fileno())

@@ -50,6 +50,11 @@ from rlhf_trl.run import (
 )
 from rlhf_trl.terminal import printable
 
+NOT_DRAWN = (
+    "At `stage.temperature=0` answers are the likeliest ones and no draws from a policy, so KL and entropy can't be "
+    "estimated from them. Type `stage.temperature=1` for these."
+)
+
 
 class Policy(NamedTuple):
     """Folder or hub id of a policy, and the name it shares with its checkpoints, or with the runs of its sweep."""
@@ -100,20 +105,20 @@ def evaluate(cfg: DictConfig) -> None:
             best_of_n_batch_size=stage.best_of_n_batch_size,
             references=reference_answers(cfg) if stage.references else None,
         )
+        write_json(Path(where, "comparison.json"), comparison)  # before anything that could go wrong with them
+        page = project_page(Path(where), ending=cfg.run_name)
+        path = write_page(page, Path(where, "report"))
+        logger = instantiate(cfg.logger.run)
+        with logger(run_dir=cfg.run_dir, name=f"{cfg.project}/{cfg.run_name}", config=OmegaConf.to_container(cfg)):
+            log_summary(summary_of(comparison))
+            log_images(page.figures())
+        if stage.show:
+            print("\n" + printable(comparison_text(comparison)))
+        print(f"\nReport: {path}")
     except BaseException as error:
         fail(cfg, error)
         raise
-    write_json(Path(where, "comparison.json"), comparison)
     end(cfg, "done")
-    page = project_page(Path(where))
-    path = write_page(page, Path(where, "report"))
-    logger = instantiate(cfg.logger.run)
-    with logger(run_dir=cfg.run_dir, name=f"{cfg.project}/{cfg.run_name}", config=OmegaConf.to_container(cfg)):
-        log_summary(summary_of(comparison))
-        log_images(page.figures())
-    if stage.show:
-        print("\n" + printable(comparison_text(comparison)))
-    print(f"\nReport: {path}")
 
 
 def summary_of(comparison: dict[str, Any]) -> dict[str, float]:
@@ -265,23 +270,25 @@ def evaluate_policies(
         texts = _as_completions(tokenizer, dataset["prompt"], written)
         scores = score(rewards, dataset, texts, written, tokenizer)
         answers[name] = Answers([as_text(text) for text in texts], {**scores, "": weighted_sum(scores, weights)})
-        own = token_statistics(model, prompts, written, **sampling)
+        own = token_statistics(model, prompts, written, **sampling) if temperature > 0 else None
         entries[name] = entry = {
             "path": policy.path,
             "family": policy.family,
             "completion_length": float(np.mean([len(ids) for ids in written])),
             "eos_rate": float(np.mean([ids[-1] in end_tokens(tokenizer) for ids in written])),
-            "entropy": float(torch.cat([row.entropy for row in own]).mean()),
+            "entropy": float(torch.cat([row.entropy for row in own]).mean()) if own else None,
             **text_statistics(answers[name].texts),
             "kl": None,
             "gaps": {},
         }
         if name == baseline:
-            if samples:
+            if samples and own:
                 many = {"temperature": temperature, "batch_size": best_of_n_batch_size or batch_size}
                 drawn = draw_many(
                     model, tokenizer, prompts, dataset, rewards, samples, max_completion_length, seed, many
                 )
+        elif own is None:
+            entry["gaps"]["kl"] = NOT_DRAWN
         elif tokenizer.get_vocab() != base_tokenizer.get_vocab():
             entry["gaps"]["kl"] = (
                 f"`{name}` has another vocabulary than the baseline `{baseline}`, so its KL to it can't be computed."

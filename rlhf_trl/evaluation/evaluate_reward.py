@@ -84,15 +84,16 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
         )
         if policy is not None:
             add_policy(quality, judged, rewards, stage.gold, policy, cfg.seed, **_sampling(stage))
+        metrics = metrics_of(quality)
+        write_json(Path(cfg.run_dir, QUALITY_FILE), quality)  # before anything that could go wrong with it
+        write_metrics(cfg.run_dir, [{"step": 0, **metrics}])
+        page = reward_page(quality, f"{cfg.project}/{cfg.run_name}", command(cfg))
+        path = write_page(page, Path(cfg.run_dir, "report"))
+        print(f"\n{printable(reward_text(quality))}\n\n{path}")
     except BaseException as error:
         fail(cfg, error)
         raise
-    metrics = metrics_of(quality)
-    write_json(Path(cfg.run_dir, QUALITY_FILE), quality)
-    write_metrics(cfg.run_dir, [{"step": 0, **metrics}])
-    page = write_page(reward_page(quality, f"{cfg.project}/{cfg.run_name}", command(cfg)), Path(cfg.run_dir, "report"))
     end(cfg, "done")
-    print(f"\n{printable(reward_text(quality))}\n\n{page}")
     if cfg.objective is not None and cfg.objective not in metrics:
         others = did_you_mean(cfg.objective, metrics)
         say(f"The objective `{cfg.objective}` was not measured, so a sweep would get nothing from this run.{others}")
@@ -119,6 +120,11 @@ def _problems(stage: DictConfig, rewards: list[str]) -> list[str]:
         problems.append(
             "`stage.policy` writes completions that nobody has rated, so best-of-n needs a gold reward to judge them. "
             "Type `stage.gold=NAME` with the name of one of `reward`, or `stage.policy=null`."
+        )
+    if stage.policy is not None and stage.temperature == 0:
+        problems.append(
+            "`stage.temperature` is 0, so `stage.policy` would write the same completion each time, and the best of "
+            "them is no choice. Set it above 0."
         )
     return problems
 

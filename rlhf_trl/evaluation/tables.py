@@ -87,7 +87,7 @@ def _notes(comparison: dict) -> list[str]:
                 f"{entry['unclear']} of {entry['judgements']} judgements of {name} named neither answer nor a tie."
             )
         notes += entry.get("gaps", {}).values()
-    return [_wrapped(note, WIDTH) for note in notes]
+    return [_wrapped(note, WIDTH) for note in dict.fromkeys(notes)]
 
 
 def _number(value: float | None) -> str:

@@ -23,6 +23,10 @@ def verdict(comparison: Comparison) -> str:
     others = _others(comparison)
     if not others:
         return f"Only the baseline `{comparison['baseline']}` was evaluated. Add a policy: `+stage.policies.NAME=...`."
+    others = {name: entry for name, entry in others.items() if entry["difference"]}
+    if not others:
+        base = comparison["baseline"]
+        return f"No policy's reward could be held beside that of `{base}`, so whether one is better is open."
     return f"{_result(comparison, others)} {_next(comparison, others)}"
 
 
@@ -86,9 +90,12 @@ def _next(comparison: Comparison, others: dict[str, dict]) -> str:
 
 def _below_best_of_n(comparison: Comparison, entry: dict) -> bool:
     curves = _curves(comparison)
-    if not curves or not entry["kl"]:
+    if not curves or not entry["kl"] or not entry["reward"]:
         return False
-    points = curves[-1]["points"]  # chosen by what the policies were trained on, where that was measured
+    # Chosen by what the policies were trained on, where that was measured
+    points = [point for point in curves[-1]["points"] if point["reward"]]
+    if not points:
+        return False
     kl = entry["kl"]["mean"]
     if not points[0]["kl"] <= kl <= points[-1]["kl"]:
         return False
@@ -99,13 +106,12 @@ def _below_best_of_n(comparison: Comparison, entry: dict) -> bool:
 def headline(comparison: Comparison) -> dict[str, str]:
     """The numbers under the verdict."""
     facts = {"held-out prompts": f"{comparison['prompts']:,}", "policies": str(len(comparison["policies"]))}
-    others = _others(comparison)
-    if others:
+    base = comparison["policies"][comparison["baseline"]]["reward"]
+    others = {name: entry for name, entry in _others(comparison).items() if entry["difference"] and entry["reward"]}
+    if others and base:
         best = max(others, key=lambda name: others[name]["difference"]["mean"])
         facts[f"reward of {best}"] = f"{others[best]['reward']['mean']:.2f}"
-        facts[f"reward of {comparison['baseline']}"] = (
-            f"{comparison['policies'][comparison['baseline']]['reward']['mean']:.2f}"
-        )
+        facts[f"reward of {comparison['baseline']}"] = f"{base['mean']:.2f}"
         if others[best]["win_rate"]:
             facts[f"wins of {best}"] = f"{others[best]['win_rate']['mean']:.0%}"
         if others[best]["kl"]:
@@ -126,9 +132,9 @@ def frontier_blocks(comparison: Comparison) -> list:
         Series(
             f"best of n by {curve['by'] or 'the reward itself'}",
             x=[point["kl"] for point in curve["points"]],
-            y=[point["reward"]["mean"] for point in curve["points"]],
-            low=[point["reward"]["low"] for point in curve["points"]],
-            high=[point["reward"]["high"] for point in curve["points"]],
+            y=[_of(point["reward"], "mean") for point in curve["points"]],
+            low=[_of(point["reward"], "low") for point in curve["points"]],
+            high=[_of(point["reward"], "high") for point in curve["points"]],
             labels=[f"n={point['n']}" if point["n"] in (4, 16, 64) else "" for point in curve["points"]],
             color=7 - i,
         )
@@ -139,14 +145,14 @@ def frontier_blocks(comparison: Comparison) -> list:
     )
     members = {family: list(names) for family, names in families}
     for i, family in enumerate(sorted(members, key=lambda family: list(shown).index(members[family][0]))):
-        names = sorted(members[family], key=lambda name: _kl(policies[name]))
+        names = sorted(members[family], key=lambda name: _kl(comparison, name))
         series.append(
             Series(
                 family,
-                x=[_kl(policies[name]) for name in names],
-                y=[policies[name]["reward"]["mean"] for name in names],
-                low=[policies[name]["reward"]["low"] for name in names],
-                high=[policies[name]["reward"]["high"] for name in names],
+                x=[_kl(comparison, name) for name in names],
+                y=[_of(policies[name]["reward"], "mean") for name in names],
+                low=[_of(policies[name]["reward"], "low") for name in names],
+                high=[_of(policies[name]["reward"], "high") for name in names],
                 line=False,
                 joined=True,
                 color=i,
@@ -164,7 +170,9 @@ def frontier_blocks(comparison: Comparison) -> list:
         )
     ]
     blocks += _parting(comparison, shown)
-    best = pareto([policies[name]["reward"]["mean"] for name in policies], [_kl(policies[name]) for name in policies])
+    best = pareto(
+        [_of(policies[name]["reward"], "mean") for name in policies], [_kl(comparison, name) for name in policies]
+    )
     proxies = _proxies(comparison)
     blocks.append(
         Table(
@@ -189,8 +197,11 @@ def frontier_blocks(comparison: Comparison) -> list:
             ),
         )
     )
-    blocks += [Gap(text) for entry in policies.values() for text in entry.get("gaps", {}).values()]
-    if not _curves(comparison):
+    gaps = [text for entry in policies.values() for text in entry.get("gaps", {}).values()]
+    blocks += [Gap(text) for text in dict.fromkeys(gaps)]
+    if not _curves(comparison) and comparison.get("temperature") == 0:
+        blocks.append(Gap("The best of n samples needs samples that differ. Type `stage.temperature=1`."))
+    elif not _curves(comparison):
         blocks.append(Gap("The best of n samples was not measured. Type `stage.best_of_n=16` with `stage=evaluate`."))
     return blocks
 
@@ -206,13 +217,13 @@ def _parting(comparison: Comparison, shown: dict[str, dict]) -> list:
             )
         ]
     series = []
-    names = sorted(shown, key=lambda name: _kl(shown[name]))
+    names = sorted(shown, key=lambda name: _kl(comparison, name))
     for i, reward in enumerate(["", *proxies]):
         title = reward or "the reward that counts"
         series.append(
             Series(
                 title,
-                x=[_kl(shown[name]) for name in names],
+                x=[_kl(comparison, name) for name in names],
                 y=[_gain(comparison, shown[name], reward) for name in names],
                 line=False,
                 hollow=bool(reward),
@@ -222,11 +233,11 @@ def _parting(comparison: Comparison, shown: dict[str, dict]) -> list:
         )
     for curve in _curves(comparison)[1:]:
         x = [point["kl"] for point in curve["points"]]
-        mean, std = _base(comparison, "")
-        y = [(point["reward"]["mean"] - mean) / std for point in curve["points"]]
+        base = _base(comparison, "")
+        y = [_scaled(_of(point["reward"], "mean"), *base) for point in curve["points"]]
         series.append(Series(f"best of n by {curve['by']}: the reward that counts", x=x, y=y, color=0))
-        mean, std = _base(comparison, curve["by"])
-        y = [(point["chosen_by"] - mean) / std for point in curve["points"]]
+        base = _base(comparison, curve["by"])
+        y = [_scaled(point["chosen_by"], *base) for point in curve["points"]]
         color = 1 + proxies.index(curve["by"])
         series.append(Series(f"best of n by {curve['by']}: {curve['by']}", x=x, y=y, hollow=True, color=color))
     base = comparison["baseline"]
@@ -400,11 +411,12 @@ def _curves(comparison: Comparison) -> list[dict]:
     return (comparison.get("best_of_n") or {}).get("curves") or []
 
 
-def _kl(entry: dict) -> float:
-    return entry["kl"]["mean"] if entry["kl"] else (0.0 if entry["difference"] is None else float("nan"))
+def _kl(comparison: Comparison, name: str) -> float:
+    kl = comparison["policies"][name]["kl"]
+    return kl["mean"] if kl else 0.0 if name == comparison["baseline"] else float("nan")
 
 
-def _base(comparison: Comparison, reward: str) -> tuple[float, float]:
+def _base(comparison: Comparison, reward: str) -> tuple[float | None, float | None]:
     """Mean and standard deviation of a reward over the baseline's answers; `""`: of the weighted sum."""
     base = comparison["policies"][comparison["baseline"]]
     if reward:
@@ -412,21 +424,29 @@ def _base(comparison: Comparison, reward: str) -> tuple[float, float]:
     else:
         values = [row["rewards"][comparison["baseline"]] for row in comparison["samples"]]
         values = [value for value in values if value is not None]
-        mean, std = float(np.mean(values)), float(np.std(values))
-    return mean, std or float("nan")
+        mean, std = (float(np.mean(values)), float(np.std(values))) if values else (None, None)
+    return mean, std
 
 
 def _gain(comparison: Comparison, entry: dict, reward: str) -> float | None:
-    mean, std = _base(comparison, reward)
-    value = entry["rewards"][reward] if reward else entry["reward"]["mean"]
-    return None if value is None or not std > 0 else (value - mean) / std
+    return _scaled(entry["rewards"][reward] if reward else _of(entry["reward"], "mean"), *_base(comparison, reward))
+
+
+def _scaled(value: float | None, mean: float | None, std: float | None) -> float | None:
+    """In standard deviations; `None` where one of the three is missing, or nothing varies."""
+    return None if value is None or mean is None or not std else (value - mean) / std
+
+
+def _of(estimate: dict | None, part: str) -> float | None:
+    """The mean, or an end of the interval, of an estimate; `None` where it could not be made."""
+    return estimate and estimate[part]
 
 
 def _interval(estimate: dict | None, form: str) -> str:
     if estimate is None:
         return ""
-    mean, low, high = (form.format(estimate[key]) for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    mean, low, high = (_number(estimate[key], form) for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]" if low and high else mean
 
 
 def _number(value: float | None, form: str) -> str:

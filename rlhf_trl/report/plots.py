@@ -7,11 +7,14 @@ a page the colors fall back to a palette after Okabe and Ito (2008) that any kin
 """
 
 import hashlib
+import html
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from rlhf_trl.report.page import FORBIDDEN
 
 PALETTE = ("#0072b2", "#d55e00", "#00845f", "#b4558c", "#b07800", "#2f8fc9", "#6b6ecf", "#7a6a53")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
@@ -19,6 +22,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 INK = "#010203"  # stands for currentColor until the SVG is written
 LARGE, SMALL = (8.0, 4.2), (3.75, 3.3)  # inches at 96 px: of a wide figure, and of any figure on a phone
 HALF = (5.0, 3.5)
+# Names and values are shown as they are: `$` begins no formula
+LITERAL = {"text.parse_math": False, "text.usetex": False}
 
 
 class Drawing(str):
@@ -29,14 +34,16 @@ class Drawing(str):
 
     def pixels(self) -> np.ndarray:
         """The figure in dark letters on white, shape `(height, width, 4)`, `uint8`."""
+        import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-        figure = _figure(self.draw, self.size, small=False)
-        figure.set_facecolor("white")
-        figure.set_dpi(150)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        return np.asarray(canvas.buffer_rgba())
+        with matplotlib.rc_context(LITERAL):  # ticks are made when they are drawn
+            figure = _figure(self.draw, self.size, small=False)
+            figure.set_facecolor("white")
+            figure.set_dpi(150)
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            return np.asarray(canvas.buffer_rgba())
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,9 @@ def curves(series: Sequence[Series], title: str, x_label: str, y_label: str = ""
             x, y, low, high = _points(one)
             color = _color(one, i)
             dash = DASHES[1] if one.hollow else DASHES[i // len(PALETTE) % len(DASHES)] if i else "-"
-            axes.plot(x, y, color=color, linestyle=dash, label=one.name, zorder=3, **_marks(one, i, color, len(x)))
+            axes.plot(
+                x, y, color=color, linestyle=dash, label=_shown(one.name), zorder=3, **_marks(one, i, color, len(x))
+            )
             if low is not None:
                 axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0, zorder=2)
         _name(axes, x_label, y_label)
@@ -112,7 +121,7 @@ def frontier(
             color = _color(one, i)
             style = _marks(one, i, color, len(x), always=True)
             # A point with its name beside it needs no legend
-            style["label"] = one.name if one.line or len(x) > 1 or not one.labels else "_"
+            style["label"] = _shown(one.name) if one.line or len(x) > 1 or not one.labels else "_"
             if one.line:
                 axes.plot(x, y, color=color, linestyle=DASHES[1] if one.hollow else "-", **style)
             else:
@@ -132,6 +141,7 @@ def frontier(
             )
         elif x_scale == "log":
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")  # matplotlib's own are formulas
             places = sorted({float(x) for one in series for x in one.x if x is not None})
             if len(places) <= 8:  # the values of a sweep
                 axes.set_xticks(places, [f"{place:g}" for place in places])
@@ -181,7 +191,7 @@ def bars(
                 axes.annotate(
                     form.format(value), (right, place), xytext=(6, 0), textcoords="offset points", va="center"
                 )
-        axes.set_yticks(places, names)
+        axes.set_yticks(places, [_text(name) for name in names])
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.18, y=0.08)
@@ -208,7 +218,7 @@ def histogram(
         for i, (name, values) in enumerate(kept.items()):
             shares = np.histogram(values, edges)[0] / len(values)
             color, dash = PALETTE[i % len(PALETTE)], DASHES[i % len(DASHES)]
-            axes.stairs(shares, edges, color=color, linewidth=1.6, linestyle=dash, label=name, zorder=3)
+            axes.stairs(shares, edges, color=color, linewidth=1.6, linestyle=dash, label=_shown(name), zorder=3)
             axes.stairs(shares, edges, color=color, alpha=0.1, fill=True, zorder=2)
             axes.axvline(values.mean(), color=color, linewidth=1.2, linestyle=dash, zorder=4)
         axes.yaxis.set_major_formatter(lambda value, place: f"{100 * value:.3g}%")
@@ -244,16 +254,28 @@ def _marks(series: Series, place: int, color: str, points: int, always: bool = F
 
 
 def _name(axes, x_label: str, y_label: str) -> None:
-    axes.set_xlabel(x_label)
+    axes.set_xlabel(_text(x_label))
     if y_label:
         # Above the axis and level: nobody tilts the head
-        axes.set_title(y_label, loc="left", fontsize=10, fontweight="normal", pad=8)
+        axes.set_title(_text(y_label), loc="left", fontsize=10, fontweight="normal", pad=8)
+
+
+def _text(text: str) -> str:
+    """A name or value that can be drawn: without what UTF-8 lacks, and short enough to leave room for the axes."""
+    text = FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", str(text))
+    return text if len(text) <= 60 else f"{text[:40]}…{text[-19:]}"
+
+
+def _shown(name: str) -> str:
+    """A name as a label: matplotlib takes one that begins with `_` for a wish to stand in no legend."""
+    return f" {_text(name)}"
 
 
 def _legend(axes) -> None:
     handles, names = axes.get_legend_handles_labels()
+    names = [name[1:] for name in names]
     first = dict(reversed(list(zip(names, handles, strict=True))))
-    shown = [name for name in dict.fromkeys(names) if not name.startswith("_")]
+    shown = list(dict.fromkeys(names))
     if len(shown) > 1:
         figure = axes.figure
         figure.legend(
@@ -283,7 +305,7 @@ def _labels(axes, points: list[tuple]) -> None:
         def note(place, x=x, y=y, text=text):
             dx, dy, ha, va = place
             options = {"xytext": (dx, dy), "textcoords": "offset points", "ha": ha, "va": va, "fontsize": 10}
-            return axes.annotate(text, (x, y), **options)
+            return axes.annotate(_text(text), (x, y), **options)
 
         def trouble(place, center=center, note=note):
             shown = note(place)
@@ -340,10 +362,10 @@ def _drawn(draw: Callable, title: str, size: tuple[float, float], name: str) -> 
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    settings = {
+    settings = LITERAL | {
         "svg.fonttype": "none",  # letters stay text, in the page's font
         # Names of clip paths must differ between the figures of a page, and not between two runs
-        "svg.hashsalt": hashlib.sha256(f"{title} {name}".encode()).hexdigest(),
+        "svg.hashsalt": hashlib.sha256(f"{title} {name}".encode(errors="replace")).hexdigest(),
     }
     with matplotlib.rc_context(settings):
         figure = _figure(draw, size, small=name == "small-screen")
@@ -389,15 +411,20 @@ def _figure(draw: Callable, size: tuple[float, float], small: bool):
 def _inline(svg: str, title: str, name: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # `axes_1` would be there once a figure
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.S)
-    svg = re.sub(r"font: [^;\"]*?(\d[\d.]*px)[^;\"]*;", r"font-size: \1;", svg)
-    svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
-    svg = svg.replace(INK, "currentColor")
-    for i, color in enumerate(PALETTE):
-        svg = svg.replace(color, f"var(--c{i}, {color})")
+    svg = re.sub("<[^>]+>", _in_page_style, svg)  # not the texts between
     head, body = svg.split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head).group()
-    label = re.sub(r"[<>&\"]", " ", title)
+    label = html.escape(FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", title))
     head = f'<svg class="{name}" {box} role="img" aria-label="{label}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return f"{head}>{body.strip()}"
+
+
+def _in_page_style(tag: re.Match) -> str:
+    text = re.sub(r'<g id="[^"]*"', "<g", tag.group())  # `axes_1` would be there once a figure
+    text = re.sub(r"font: [^;\"]*?(\d[\d.]*px)[^;\"]*;", r"font-size: \1;", text)
+    text = re.sub(r"font-family: [^;\"]*; ?", "", text)
+    text = text.replace(INK, "currentColor")
+    for i, color in enumerate(PALETTE):
+        text = text.replace(color, f"var(--c{i}, {color})")
+    return text

@@ -27,7 +27,7 @@ from rlhf_trl.report.evaluation import (
 )
 from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, Table, Text, write_page
 from rlhf_trl.report.plots import Series
-from rlhf_trl.report.records import Run, read_json, read_runs
+from rlhf_trl.report.records import Run, read_json, read_runs, without_gaps
 from rlhf_trl.report.reward_page import summary_table
 from rlhf_trl.signs import LEVELS, SIGNS, signs_seen
 
@@ -98,13 +98,16 @@ def write_report(project_dir: str | Path) -> Path:
     return write_page(project_page(project_dir), project_dir / "report")
 
 
-def project_page(project_dir: Path) -> Page:
-    """The page of a project."""
-    runs, comparison = read_runs(project_dir), read_json(project_dir / "comparison.json")
-    if not runs:
+def project_page(project_dir: Path, ending: str | None = None) -> Page:
+    """The page of a project; `ending` is the run that has done all but this page."""
+    runs, comparison = read_runs(project_dir), without_gaps(read_json(project_dir / "comparison.json"))
+    if not runs and not comparison:
         raise ConfigError(
             f"There is nothing to report: `{project_dir}` holds no run. Type `project=...` with one that does."
         )
+    for run in runs:
+        if run.name == ending:
+            run.record.update(status="done", ended=datetime.now(UTC).isoformat(timespec="seconds"))
     sections, facts = [], {}
     if comparison:
         lead = verdict(comparison)
@@ -128,7 +131,7 @@ def project_page(project_dir: Path) -> Page:
         Section("Runs", run_blocks(runs)),
     ]
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    version = runs[-1].record.get("versions", {}).get("rlhf_trl", "")
+    version = runs[-1].record.get("versions", {}).get("rlhf_trl", "") if runs else ""
     return Page(
         title=project_dir.resolve().name,
         kicker="Alignment report",

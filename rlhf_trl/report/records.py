@@ -74,6 +74,15 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def without_gaps(value: Any) -> Any:
+    """What a JSON file holds, with `None` for an estimate that has no mean: one that could not be made."""
+    if isinstance(value, dict):
+        if "mean" in value and value["mean"] is None:
+            return None
+        return {key: without_gaps(item) for key, item in value.items()}
+    return [without_gaps(item) for item in value] if isinstance(value, list) else value
+
+
 def swept_keys(jobs: list[dict]) -> list[str]:
     """The overrides in which the jobs of a sweep differ; all of them where they don't."""
     names = list(dict.fromkeys(name for job in jobs for name in job["overrides"]))

@@ -329,7 +329,7 @@ def _interval(estimate: dict, form: str = "{:.3f}") -> str:
 
 
 def _percent(estimate: dict) -> str:
-    mean, low, high = (estimate[key] for key in ("mean", "low", "high"))
+    mean, low, high = (np.nan if estimate[key] is None else estimate[key] for key in ("mean", "low", "high"))
     return f"{mean:.1%}" + ("" if low != low else f" [{low:.1%}, {high:.1%}]")
 
 
