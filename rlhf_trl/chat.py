@@ -1,6 +1,8 @@
 """Talking to policies in a terminal (`stage=chat`)."""
 
 import contextlib
+import functools
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +10,7 @@ from typing import NamedTuple, TextIO
 
 import torch
 from accelerate import PartialState
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, TextStreamer, set_seed
 from transformers.utils.logging import disable_progress_bar
@@ -20,6 +23,7 @@ from rlhf_trl.evaluation.tables import side_by_side
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.policies import Policy, Prompt, as_prompt, load_policies, score, total
 from rlhf_trl.quiet import quiet
+from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.run import project_dir, reward_functions
 from rlhf_trl.sizes import check_rows, sizes_of
 from rlhf_trl.terminal import printable
@@ -57,6 +61,7 @@ def chat(cfg: DictConfig) -> None:
             remember=stage.remember,
             always_score=stage.score,
             system_prompt=stage.system_prompt,
+            combine=instantiate(cfg.combine),
         )
 
 
@@ -81,6 +86,7 @@ def talk(
     system_prompt: str | None = None,
     lines: Iterator[str] | None = None,
     out: TextIO | None = None,
+    combine: Callable = weighted_sum,
 ) -> None:
     """
     The conversation: a prompt a line, until the lines end.
@@ -101,28 +107,31 @@ def talk(
             What stands before everything.
         lines (`Iterator[str]`, *optional*), out (`TextIO`, *optional*):
             Where prompts come from and answers go; the terminal by default.
+        combine (`Callable`):
+            Makes one of several rewards, see `rlhf_trl.rewards.combine`.
     """
     out = out or sys.stdout
     said = "one prompt a line" if len(policies) == 1 else f"one prompt a line, {len(policies)} answers side by side"
     print(f"{', '.join(policy.name for policy in policies)}: {said}; /help for more.", file=out, flush=True)
     memory: dict[str, list[dict]] = {policy.name: [] for policy in policies}
     last: list[Answer] = []
-    text = None
+    text, kept = None, False  # what was asked last; whether its turn is in the memory
+    say = functools.partial(scored, rewards=rewards, combine=combine) if rewards else None
     for line in lines if lines is not None else typed(out):
         line = line.strip()
         if not line:
             continue
         if line == "/quit":
             break
-        if line == "/again" and text is not None:
-            forget(last, memory)
-        elif line.startswith("/"):
-            command(line, last, rewards, memory, out)
+        if line.startswith("/") and (line != "/again" or text is None):
+            command(line, last, say, memory, out)
             continue
-        else:
-            text = line
+        if line != "/again":
+            text, kept = line, False
+        # The answer that another one is wanted for is forgotten when that one is there
+        before = {name: turns[:-2] if kept else turns[:] for name, turns in memory.items()}
         try:
-            last = [answer(policy, text, memory[policy.name], sampling, system_prompt, out, len(policies) == 1)
+            last = [answer(policy, text, before[policy.name], sampling, system_prompt, out, len(policies) == 1)
                     for policy in policies]  # fmt: skip
         except KeyboardInterrupt:
             print("\n(stopped)", file=out, flush=True)
@@ -130,12 +139,13 @@ def talk(
         except ConfigError as error:  # a prompt that one of them can't take
             print(printable(f"({error})"), file=out, flush=True)
             continue
-        show(last, rewards if always_score else [], out)
+        show(last, say if always_score else None, out)
         if remember:
             for given in last:
                 if given.policy.chats:
-                    turn = {"role": "user", "content": text}
-                    memory[given.policy.name] += [turn, {"role": "assistant", "content": given.text}]
+                    turn = [{"role": "user", "content": text}, {"role": "assistant", "content": given.text}]
+                    memory[given.policy.name] = before[given.policy.name] + turn
+            kept = True
 
 
 def typed(out: TextIO) -> Iterator[str]:
@@ -153,7 +163,7 @@ def typed(out: TextIO) -> Iterator[str]:
         yield line
 
 
-def command(line: str, last: list[Answer], rewards: Sequence[Callable], memory: dict, out: TextIO) -> None:
+def command(line: str, last: list[Answer], say: Callable[[Answer], str] | None, memory: dict, out: TextIO) -> None:
     """Does what a line that begins with `/` asks for."""
     word = line.split()[0]
     if word == "/new":
@@ -166,19 +176,13 @@ def command(line: str, last: list[Answer], rewards: Sequence[Callable], memory: 
         print(f"There is no {word}. {did_you_mean(word, COMMANDS)}", file=out, flush=True)
     elif not last:
         print("There is no answer yet.", file=out, flush=True)
-    elif not rewards:
+    elif say is None:
         print("There is no reward to ask. Start with reward=model, or another option of it.", file=out, flush=True)
     else:
-        scores = {given.policy.name: scored(given, rewards) for given in last}
+        scores = {given.policy.name: say(given) for given in last}
         alike = len(set(scores.values())) == 1  # such as a reward that doesn't know this prompt
         for name, said in list(scores.items())[: 1 if alike else None]:
             print(printable(f"  {'' if alike else f'{name}: '}{said}"), file=out, flush=True)
-
-
-def forget(last: list[Answer], memory: dict[str, list[dict]]) -> None:
-    """Takes the last turn out of the conversation."""
-    for given in last:
-        del memory[given.policy.name][-2:]
 
 
 @torch.inference_mode()
@@ -220,9 +224,9 @@ class Stream(TextStreamer):
         print(printable(text), file=self.out, flush=True, end="\n" if stream_end else "")
 
 
-def show(answers: list[Answer], rewards: Sequence[Callable], out: TextIO) -> None:
-    """Answers side by side (a single one has been streamed), with their scores if there are rewards."""
-    scores = {given.policy.name: scored(given, rewards) for given in answers} if rewards else {}
+def show(answers: list[Answer], say: Callable[[Answer], str] | None, out: TextIO) -> None:
+    """Answers side by side (a single one has been streamed), with what `say` says of them."""
+    scores = {given.policy.name: say(given) for given in answers} if say else {}
     if len(answers) > 1:
         titles = [name + (f" ({scores[name]})" if name in scores else "") for name in (a.policy.name for a in answers)]
         texts = {title: given.text for title, given in zip(titles, answers, strict=True)}
@@ -232,13 +236,13 @@ def show(answers: list[Answer], rewards: Sequence[Callable], out: TextIO) -> Non
             print(printable(f"  ({said})"), file=out, flush=True)
 
 
-def scored(given: Answer, rewards: Sequence[Callable]) -> str:
+def scored(given: Answer, rewards: Sequence[Callable], combine: Callable) -> str:
     """The score of an answer in words: `1.25`, or with several rewards `1.25 = 2.00 gold, -0.75 short`."""
     try:
         (values,) = score(rewards, given.policy, [given.prompt], [given.ids], columns={})
     except ConfigError as error:  # a reward that knows this prompt not: no reason to end the conversation
         return f"no score: {error}"
-    whole = total(values, rewards)
+    whole = total(values, rewards, combine)
     parts = [f"{'none' if value is None else f'{value:.2f}'} {name}" for name, value in values.items()]
-    said = "none" if whole is None else f"{whole:.2f}"
+    said = "none" if whole is None else f"{whole:.2f}" if math.isfinite(whole) else "no number"
     return said if len(parts) == 1 else f"{said}: {', '.join(parts)}"

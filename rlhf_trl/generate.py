@@ -4,9 +4,11 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from math import isinf
 from pathlib import Path
 
 from accelerate import PartialState
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
@@ -20,6 +22,8 @@ from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.sampling import sample
 from rlhf_trl.policies import Policy, Prompt, as_prompt, load_policies, score, total
 from rlhf_trl.quiet import quiet
+from rlhf_trl.rewards.combine import weighted_sum
+from rlhf_trl.rewards.http import as_json
 from rlhf_trl.run import begin, claims_directory, end, fail, project_dir, reward_functions
 
 DEMO = "demo"
@@ -61,10 +65,11 @@ def generate(cfg: DictConfig) -> None:
                 seed=cfg.seed,
                 to_chat=stage.to_chat,
                 system_prompt=stage.system_prompt,
+                combine=instantiate(cfg.combine),
             ):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
-                if row.get("reward") is not None:
+                if isinstance(row.get("reward"), float):
                     rewarded.append(row["reward"])
         os.replace(partial, output)
     except BaseException as error:
@@ -142,6 +147,7 @@ def completions(
     seed: int,
     to_chat: bool | None = None,
     system_prompt: str | None = None,
+    combine: Callable = weighted_sum,
 ) -> Iterator[dict]:
     """
     One row for each completion, `n` in a row for each prompt. The same seed and batch size give the same rows.
@@ -157,10 +163,13 @@ def completions(
             Whether a text becomes a user's turn; `None`: where the policy has a chat template.
         system_prompt (`str`, *optional*):
             What stands before every prompt that is a text.
+        combine (`Callable`):
+            Makes one of the rewards, see `rlhf_trl.rewards.combine`.
 
     Yields:
         `dict`: `prompt` and what else its row held, `completion` (text), `sample` (0 to n - 1), `tokens`, `ended`
-        (whether the end token was written), and with rewards `rewards` by name and `reward`, their weighted sum.
+        (whether the end token was written), and with rewards `rewards` by name and `reward`, their combination:
+            `None` where none applies, `"NaN"` where one is no finite number.
     """
     ends = end_tokens(policy.tokenizer)
     rows = [{**row, "sample": i} for row in prompts for i in range(n)]
@@ -192,6 +201,8 @@ def completions(
                     "ended": bool(ids) and ids[-1] in ends,
                 }
                 if rewards:
-                    out |= {"rewards": found, "reward": total(found, rewards)}
+                    named = {name: as_json(value) for name, value in found.items()}
+                    whole = total(found, rewards, combine)
+                    out |= {"rewards": named, "reward": "NaN" if whole is not None and isinf(whole) else whole}
                 yield out
             bar.update(len(batch))

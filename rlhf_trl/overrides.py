@@ -234,7 +234,9 @@ def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set
     if "Could not override" in text and "steps" in cfg and key.split(".")[0] in groups:
         return f"`{word}` is a word for a step. For all steps of a pipeline type `'overrides=[\"{word}\"]'`."
     if "Could not override" in text:
-        return _group_not_read(word, cfg) if key in groups else _unknown_key(word, cfg, groups)
+        group = key if key in groups else key.partition(".")[0]  # `combine=min`, or `combine.floor=1`
+        not_read = group in groups and group not in cfg
+        return _group_not_read(word, group, cfg, groups[group]) if not_read else _unknown_key(word, cfg, groups)
     return f"`{word}`: {_text(error)}"
 
 
@@ -260,9 +262,12 @@ def _as_text(name: str, value: str) -> str:
     return shlex.quote(f'{name}="{inner}"')
 
 
-def _group_not_read(word: str, cfg: DictConfig) -> str:
-    group, stage = _key(word), OmegaConf.select(cfg, "stage.name")
+def _group_not_read(word: str, group: str, cfg: DictConfig, options: set[str]) -> str:
+    stage = OmegaConf.select(cfg, "stage.name")
     readers = [path.stem for path in sorted(conf_dir().glob("stage/*.yaml")) if f"- /{group}:" in path.read_text()]
+    if stage in readers:
+        named = ", ".join(sorted(options))
+        return f"`{word}`: the chosen option of `{group}` has no keys. Type `{group}=...` as well: {named}."
     others = f" It is read by {', '.join(f'`stage={name}`' for name in readers)}." if readers else ""
     return f"`{word}` would do nothing: `stage={stage}` doesn't read the group `{group}`. Leave it out.{others}"
 
@@ -284,6 +289,10 @@ def _unknown_key(word: str, cfg: DictConfig, groups: dict[str, set[str]]) -> str
     if near:
         meant = [f"`{'+' * (name in undeclared)}{prefix}{name}{rest}={value}`" for name in near]
         return f"`{word}`: there is no key `{prefix}{leaf}`. Did you mean {' or '.join(meant)}?"
+    if not declared:
+        group = parent.replace(".", "/")
+        options = f" Type `{group}=...` as well: {', '.join(sorted(groups[group]))}." if group in groups else ""
+        return f"`{word}`: there is no key `{prefix}{leaf}`. `{parent}` has none here.{options}"
     where = f"in `{parent}`" if parent else "at the top"
     return (
         f"`{word}`: there is no key `{prefix}{leaf}`. Keys {where}: {', '.join(f'`{n}`' for n in sorted(declared))}."

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_trl.data.tokens import prompt_ids, template_columns
 from rlhf_trl.models import load_model, load_tokenizer
 from rlhf_trl.paths import find_policy, named_policies, resolve_path
+from rlhf_trl.rewards.combine import combined, number_of
 
 Prompt = str | list[dict[str, str]]
 
@@ -74,7 +76,7 @@ def score(
     rewards: Sequence[Callable], policy: Policy, prompts: list[Prompt], ids: list[list[int]], columns: dict[str, list]
 ) -> list[dict[str, float | None]]:
     """
-    What each reward says of completions, one dict each; `None` where it doesn't apply, or is no finite number.
+    What each reward says of completions, one dict each; `None` where it doesn't apply.
 
     Args:
         rewards (`Sequence[Callable]`): as in `rlhf_trl.rewards`.
@@ -88,14 +90,12 @@ def score(
     for reward in rewards:
         reward.bind(policy.tokenizer)
         found[reward.__name__] = reward(prompts=prompts, completions=completions, completion_ids=ids, **columns)
-    return [{name: _finite(values[i]) for name, values in found.items()} for i in range(len(ids))]
+    return [{name: values[i] for name, values in found.items()} for i in range(len(ids))]
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-def total(values: dict[str, float | None], rewards: Sequence[Callable]) -> float | None:
-    """The weighted sum of the rewards that apply, `None` where none does."""
-    there = [reward.weight * values[reward.__name__] for reward in rewards if values[reward.__name__] is not None]
-    return sum(there) if there else None
+def total(values: dict[str, float | None], rewards: Sequence[Callable], combine: Callable) -> float | None:
+    """One score of a completion's rewards; `None` where none applies, not finite where one of them is no number."""
+    if not rewards:
+        return None
+    score = combined({name: np.array([number_of(value)]) for name, value in values.items()}, rewards, combine).item()
+    return None if math.isnan(score) else score

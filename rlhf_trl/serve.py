@@ -6,7 +6,6 @@ import errno
 import ipaddress
 import json
 import logging
-import math
 import os
 import secrets
 import socket
@@ -22,7 +21,7 @@ from rlhf_trl.errors import ConfigError
 from rlhf_trl.quiet import quiet
 from rlhf_trl.rewards import ModelReward, Reward
 from rlhf_trl.rewards.base import GIVEN
-from rlhf_trl.rewards.http import tokenizer_hash
+from rlhf_trl.rewards.http import as_json, tokenizer_hash
 from rlhf_trl.run import reward_functions
 from rlhf_trl.terminal import printable
 from rlhf_trl.tracebacks import own_code
@@ -145,8 +144,6 @@ def application(reward: Reward, token: str | None = None):
                     reward.bind(reward.tokenizer if same else None)
                     given["with_eos"] = request.ended
                 values = reward(**given, completion_ids=ids, log_metric=log_metric)
-            if bad := [i for i, value in enumerate(values) if value is not None and not math.isfinite(value)]:
-                raise ConfigError(f"the reward is {values[bad[0]]} for completion {bad[0]}")
         except ConfigError as error:
             raise HTTPException(422, _sendable(error)) from error
         except torch.OutOfMemoryError as error:
@@ -157,7 +154,9 @@ def application(reward: Reward, token: str | None = None):
             said = _sendable(f"the reward `{reward.__name__}` raised {type(error).__name__}: {error}{place}")
             logger.warning("%s", said)
             raise HTTPException(422, said) from error
-        return {"rewards": values, "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)}}
+        # As text where it is no finite number: null would say that the reward doesn't apply
+        said = {name: as_json(value) for name, value in metrics.items()}
+        return {"rewards": [as_json(value) for value in values], "metrics": said}
 
     @app.exception_handler(RequestValidationError)
     def malformed(request, error: RequestValidationError) -> JSONResponse:

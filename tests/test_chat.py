@@ -23,6 +23,7 @@ from rlhf_trl.models import load_model, load_tokenizer
 from rlhf_trl.paths import named_policies, resolve_path
 from rlhf_trl.policies import Policy, as_prompt
 from rlhf_trl.rewards import FunctionReward
+from rlhf_trl.rewards.combine import minimum, product, weighted_sum
 from tests.tiny import save_model
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +144,41 @@ def test_turns_are_remembered_on_request_only(sft, questions):
         answer, with_history, with_history, "(a new conversation)", expected(sft, as_prompt(second, sft))
     ]  # fmt: skip
     assert conversation([sft], [first, second]).splitlines()[2] == expected(sft, as_prompt(second, sft))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["first", "second!", "/again", "third"],  # stopped, and asked again
+        ["first", "second", "/again!", "third"],  # answered; another answer was stopped, and the first one holds
+        ["first", "second", "/again!", "/again", "third"],
+        ["first", "second", "/again", "/again", "third"],
+    ],
+)
+def test_ctrl_c_and_again_forget_nothing_else(sft, questions, monkeypatch, lines):
+    generate, stops = sft.model.generate, [line.endswith("!") for line in lines]
+    asked = {name: question for name, question in zip(("first", "second", "third"), questions, strict=False)}
+    seen = []
+
+    def maybe(**kwargs):
+        if stops.pop(0):
+            raise KeyboardInterrupt
+        return generate(**kwargs)
+
+    monkeypatch.setattr(sft.model, "generate", maybe)
+    policy = Watched(*sft)
+    policy.seen = seen
+    conversation([policy], [asked.get(line.strip("!"), line.strip("!")) for line in lines], remember=True)
+    assert seen[-1] == [asked["first"], asked["second"], asked["third"]]
+    assert all(turns == [asked["first"], asked["second"]] for turns in seen[1:-1])
+
+
+class Watched(Policy):
+    """A policy that remembers which turns it was asked with."""
+
+    def ids(self, prompt):
+        self.seen.append([turn["content"] for turn in prompt if turn["role"] == "user"])
+        return super().ids(prompt)
 
 
 def test_a_system_prompt_stands_first(sft, tiny):
@@ -271,10 +307,28 @@ def test_text_models_go_on_with_a_text(tiny):
         list(completions(tiny, [{"prompt": "a b"}], [], 1, 1.0, 5, 2, seed=0, to_chat=True))
 
 
-def test_a_reward_that_is_no_number_is_null(tiny):
-    odd = FunctionReward(lambda completions, **_: [math.nan, math.inf], name="odd")
-    rows = list(completions(tiny, [{"prompt": "a"}], [odd], 2, 1.0, 3, 2, seed=0))
-    assert [json.loads(json.dumps(row, allow_nan=False))["reward"] for row in rows] == [None, None]
+def test_a_reward_that_is_no_number_is_told_from_one_that_does_not_apply(tiny, sft, questions):
+    odd = FunctionReward(lambda completions, **_: [math.nan, None, -math.inf][: len(completions)], name="odd")
+    one = FunctionReward(lambda completions, **_: [1.0] * len(completions), name="one")
+    rows = list(completions(tiny, [{"prompt": "a"}], [odd, one], 3, 1.0, 3, 3, seed=0))
+    rows = [json.loads(json.dumps(row, allow_nan=False)) for row in rows]
+    assert [row["rewards"]["odd"] for row in rows] == ["NaN", None, "-Infinity"]
+    assert [row["reward"] for row in rows] == ["NaN", 1.0, "NaN"]
+    assert (
+        conversation([sft], [questions[0], "/score"], [odd, one]).splitlines()[-1] == "  no number: nan odd, 1.00 one"
+    )
+
+
+def test_several_rewards_are_combined_as_in_training(tiny, sft, questions):
+    rewards = [
+        FunctionReward(lambda completions, value=value, **_: [value] * len(completions), name=name)
+        for name, value in (("two", 2.0), ("three", 3.0))
+    ]
+    for combine, expected in ((weighted_sum, 5.0), (minimum, 2.0), (product, 6.0)):
+        (row,) = completions(tiny, [{"prompt": "a"}], rewards, 1, 1.0, 3, 3, seed=0, combine=combine)
+        assert row["reward"] == expected
+        told = conversation([sft], [questions[0], "/score"], rewards, combine=combine)
+        assert told.splitlines()[-1] == f"  {expected:.2f}: 2.00 two, 3.00 three"
 
 
 def test_columns_reach_the_rewards(tiny):

@@ -197,7 +197,15 @@ def test_the_stages_read_the_group(compose, stage):
     )
     assert score.item() == -5
     with pytest.raises(ConfigCompositionException):
-        compose("stage=evaluate", "combine=min")
+        compose("stage=evaluate_reward", "combine=min")
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "generate", "chat"])
+def test_stages_that_score_what_a_policy_writes_read_it_too(compose, stage):
+    words = [f"stage={stage}", "reward=[demo,eos]", "combine=threshold"]
+    assert any("combine.constraints" in problem for problem in find_problems(compose(*words)))
+    cfg = compose(*words, "combine.constraints={eos: 1}", "combine.floor=-4")
+    assert not any("combine" in problem for problem in find_problems(cfg))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The evaluation of policies: statistics on known numbers, judges, sampling, tables."""
 
+import functools
 import itertools
 import json
 import math
@@ -23,7 +24,6 @@ from rlhf_trl.evaluation.evaluate import (
     policies_of,
     reference_answers,
     score,
-    weighted_sum,
 )
 from rlhf_trl.evaluation.judge import Answers, HTTPJudge, ModelJudge, RewardJudge, outcomes_of, verdict
 from rlhf_trl.evaluation.sampling import sample, sample_in_turns, sequence_logps, token_statistics
@@ -42,6 +42,7 @@ from rlhf_trl.evaluation.statistics import (
 from rlhf_trl.evaluation.tables import WIDTH, comparison_text, duration, side_by_side, table
 from rlhf_trl.paths import find_policy
 from rlhf_trl.rewards import FunctionReward
+from rlhf_trl.rewards.combine import combined, minimum, product, threshold, weighted_sum
 
 from .tiny import save_model
 
@@ -131,6 +132,16 @@ def test_bradley_terry_of_one_that_always_wins_is_finite():
     assert found["dpo"].mean == pytest.approx(0.0, abs=1e-6)
 
 
+def test_bradley_terry_knows_nothing_of_what_was_not_judged():
+    wins, nothing = np.ones(20), np.full(20, np.nan)
+    outcomes = {("ppo", "sft"): wins, ("dpo", "sft"): nothing, ("dpo", "kto"): wins, ("orpo", "ppo"): wins}
+    found = bradley_terry(outcomes, ["sft", "ppo", "dpo", "kto", "orpo"], "sft")
+    assert found["dpo"] is None and found["kto"] is None  # against each other only
+    assert found["orpo"].mean == pytest.approx(2 * found["ppo"].mean, abs=1e-4) and found["sft"].mean == 0.0
+    assert found["ppo"].mean == pytest.approx(math.log(20.5 / 0.5), abs=1e-4)
+    assert bradley_terry({("ppo", "sft"): nothing}, ["sft", "ppo"], "sft") == {"sft": None, "ppo": None}
+
+
 def test_the_pareto_set():
     assert pareto([1, 2, 2, 0, None], [1, 2, 3, 1, 0]) == [True, True, False, False, False]
 
@@ -179,7 +190,25 @@ def test_both_orders_together_show_the_position_bias():
 
 def test_rewards_that_do_not_apply_are_left_out_and_broken_ones_are_not_hidden():
     scores = {"a": np.array([1.0, np.nan, np.nan, np.inf]), "b": np.array([10.0, 20.0, np.nan, 0.0])}
-    np.testing.assert_array_equal(weighted_sum(scores, [2.0, 0.5]), [7.0, 10.0, np.nan, np.inf])
+    rewards = [FunctionReward(likes_a, name="a", weight=2.0), FunctionReward(likes_a, name="b", weight=0.5)]
+    for combine, expected in (
+        (weighted_sum, [7.0, 10.0, np.nan, np.inf]),
+        (minimum, [2.0, 10.0, np.nan, np.inf]),
+        (product, [10**0.5, 20**0.5, np.nan, np.inf]),
+        (functools.partial(threshold, constraints={"b": 15.0}, floor=-1.0), [-3.5, np.nan, np.nan, np.inf]),
+    ):
+        np.testing.assert_allclose(combined(scores, rewards, combine), expected)
+
+
+def test_evaluation_combines_as_training_does(policies):
+    rewards = [FunctionReward(likes_a, name="gold"), FunctionReward(length_of, name="words", weight=0.5)]
+    found = evaluate_policies(named(policies), "sft", **settings(rewards=rewards, samples=4, combine=minimum))
+    for i, row in enumerate(found["samples"]):
+        for name, text in row["completions"].items():
+            assert row["rewards"][name] == min(text.split().count("a") + i % 3, 0.5 * len(text.split()))
+    assert found["combine"] == "minimum" and found["best_of_n"]["curves"]
+    mean = np.mean([row["rewards"]["ppo"] for row in found["samples"]])
+    assert found["policies"]["ppo"]["reward"]["mean"] == pytest.approx(mean)
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +378,8 @@ def test_greedy_answers_have_rewards_and_wins_but_no_kl(policies):
     assert "no draws from a policy" in " ".join(comparison_text(found).split())
 
 
-STAGE = ["stage=evaluate", "stage.policies={base: demo:base, sft: demo:sft}", "stage.baseline=sft", "project=test"]
+STAGE = ["stage=evaluate", "~stage.policies.ppo", "~stage.policies.dpo", "stage.policies.sft=demo:sft", "project=test"]
+STAGE += ["+stage.policies.base=demo:base"]
 STAGE += ["data.max_eval_samples=4", "stage.max_completion_length=8", "stage.best_of_n=4"]
 
 

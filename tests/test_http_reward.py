@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from rlhf_trl.checks import find_problems
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.paths import conf_dir
-from rlhf_trl.rewards import FunctionReward, HttpReward, ModelReward
+from rlhf_trl.rewards import FiniteReward, FunctionReward, HttpReward, ModelReward
 from rlhf_trl.rewards.http import tokenizer_hash
 from tests.helpers.rl import TRAINERS, logged, rl_trainer
 from tests.test_rewards import ROWS, as_chat, save_reward_model
@@ -156,6 +156,7 @@ HTML = (200, "<html><body>Welcome to nginx!</body></html>", "text/html")
         ({"rewards": [1, 2]}, "gave 2 rewards for 3 completions"),
         ({"rewards": [1, "good", 3]}, 'gave "good" as reward 1 of 3'),
         ({"rewards": [1, True, 3]}, "gave true as reward 1 of 3"),
+        ({"rewards": [1, 2, "nan"]}, 'gave "nan" as reward 2 of 3'),
         ({"rewards": [1, 2, float("nan")]}, "gave NaN as reward 2 of 3"),
         ({"rewards": [1, 2, float("inf")]}, "gave Infinity as reward 2 of 3"),
         ({"rewards": [1, 2, 3], "metrics": {"std": "low"}}, 'gave {"std": "low"} as `metrics`'),
@@ -302,6 +303,28 @@ def test_heads_and_functions_are_served(tmp_path):
     with serving(FunctionReward(broken)) as url:
         with pytest.raises(ConfigError, match="answered 422 .*`broken` returned 1 values for 3 completions"):
             HttpReward(url)(**TEXTS)
+
+
+def test_what_does_not_apply_and_what_is_no_number_stay_apart(tmp_path):
+    given = [float("nan"), None, float("inf"), -float("inf"), 0.5]
+
+    def mixed(completions):
+        return given
+
+    texts = {name: [values[0]] * 5 for name, values in TEXTS.items()}
+    with serving(FunctionReward(mixed)) as url:
+        answer = HttpReward(url)._post({name: texts[name] for name in ("prompts", "completions")})
+        assert json.loads(answer.content)["rewards"] == ["NaN", None, "Infinity", "-Infinity", 0.5]
+        found = HttpReward(url)(**texts)
+    assert str(found) == str(given)
+    with serving(FunctionReward(lambda completions: [float("nan")] + [1.0] * (len(completions) - 1))) as url:
+        path = save_model(tmp_path / "policy")
+        reward = HttpReward(url, batch_size=8)
+        trainer = rl_trainer("ppo", path, tmp_path, reward_funcs=[reward], max_invalid_fraction=0.5)
+        trainer.train()
+        assert logged(trainer, "objective/invalid_rewards") == [1, 1] and logged(trainer, "objective/scores") == [1, 1]
+        with pytest.raises(ConfigError, match="The reward `http` is nan for completion 0"):
+            FiniteReward(reward)(**TEXTS)
 
 
 def test_an_ensemble_tells_its_disagreement(tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ from rlhf_trl.quiet import quiet
 from rlhf_trl.report import write_page
 from rlhf_trl.report.project import project_page
 from rlhf_trl.report.records import read_json, swept_keys
+from rlhf_trl.rewards.combine import combined, number_of, weighted_sum
 from rlhf_trl.run import (
     begin,
     claims_directory,
@@ -104,6 +105,7 @@ def evaluate(cfg: DictConfig) -> None:
             samples=stage.best_of_n,
             best_of_n_batch_size=stage.best_of_n_batch_size,
             references=reference_answers(cfg) if stage.references else None,
+            combine=instantiate(cfg.combine),
         )
         write_json(Path(where, "comparison.json"), comparison)  # before anything that could go wrong with them
         page = project_page(Path(where), ending=cfg.run_name)
@@ -224,6 +226,7 @@ def evaluate_policies(
     samples: int = 0,
     best_of_n_batch_size: int | None = None,
     references: Dataset | None = None,
+    combine: Callable = weighted_sum,
 ) -> dict:
     """
     Samples one completion a prompt from each policy, with the same prompts and seed, and compares them.
@@ -236,8 +239,7 @@ def evaluate_policies(
         dataset (`Dataset`):
             Rows with `prompt` and whatever columns the reward functions read.
         rewards (`Sequence[Callable]`):
-            Rewards as in `rlhf_trl.rewards`; a completion's reward is their weighted sum, and those of weight 0 are
-            shown beside it.
+            Rewards as in `rlhf_trl.rewards`; those of weight 0 are shown beside the reward.
         judge:
             From `rlhf_trl.evaluation.judge`.
         temperature (`float`), max_completion_length (`int`), batch_size (`int`), seed (`int`):
@@ -250,6 +252,8 @@ def evaluate_policies(
             How many of these at a time; `None`: `batch_size`.
         references (`Dataset`, *optional*):
             Rows with `prompt` and `completion` whose perplexity is measured.
+        combine (`Callable`):
+            Makes a completion's reward of all of them, see `rlhf_trl.rewards.combine`.
 
     Returns:
         `dict`: what `comparison.json` holds.
@@ -261,7 +265,6 @@ def evaluate_policies(
     answers, entries, drawn = {}, {}, None
     reference = load_policy(policies[baseline].path, dtype)
     base_tokenizer = load_tokenizer(policies[baseline].path)
-    weights = [reward.weight for reward in rewards]
     for name, policy in tqdm(policies.items(), desc="evaluating", unit="policy"):
         tokenizer = load_tokenizer(policy.path)
         model = reference if name == baseline else load_policy(policy.path, dtype)
@@ -269,7 +272,8 @@ def evaluate_policies(
         written = sample(model, tokenizer, prompts, max_completion_length, seed=seed, **sampling)
         texts = _as_completions(tokenizer, dataset["prompt"], written)
         scores = score(rewards, dataset, texts, written, tokenizer)
-        answers[name] = Answers([as_text(text) for text in texts], {**scores, "": weighted_sum(scores, weights)})
+        total = combined(scores, rewards, combine)
+        answers[name] = Answers([as_text(text) for text in texts], {**scores, "": total})
         own = token_statistics(model, prompts, written, **sampling) if temperature > 0 else None
         entries[name] = entry = {
             "path": policy.path,
@@ -285,7 +289,7 @@ def evaluate_policies(
             if samples and own:
                 many = {"temperature": temperature, "batch_size": best_of_n_batch_size or batch_size}
                 drawn = draw_many(
-                    model, tokenizer, prompts, dataset, rewards, samples, max_completion_length, seed, many
+                    model, tokenizer, prompts, dataset, rewards, samples, max_completion_length, seed, many, combine
                 )
         elif own is None:
             entry["gaps"]["kl"] = NOT_DRAWN
@@ -326,9 +330,10 @@ def evaluate_policies(
         "temperature": temperature,
         "max_completion_length": max_completion_length,
         "judge": judge.name,
+        "combine": getattr(combine, "func", combine).__name__,
         "weights": {reward.__name__: reward.weight for reward in rewards},
         "policies": entries,
-        "bradley_terry": {name: strength._asdict() for name, strength in ranking.items()},
+        "bradley_terry": {name: strength and strength._asdict() for name, strength in ranking.items()},
         "best_of_n": best_of_n_curves(drawn, rewards) if drawn else None,
         "samples": [
             {
@@ -371,7 +376,7 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows:
 
 
 def reward_statistics(answers: Answers, baseline: Answers | None, rewards: Sequence[Callable]) -> dict[str, Any]:
-    """The weighted sum with its interval, each reward, and the paired difference to the baseline."""
+    """The reward with its interval, each one that it is made of, and the paired difference to the baseline."""
     single = {reward.__name__: answers.rewards[reward.__name__] for reward in rewards}
     finite = {name: values[np.isfinite(values)] for name, values in single.items()}
     return {
@@ -412,15 +417,16 @@ def draw_many(
     max_completion_length: int,
     seed: int,
     sampling: dict[str, Any],
+    combine: Callable = weighted_sum,
 ) -> dict[str, np.ndarray]:
-    """Each reward of `samples` completions a prompt, shape (P, samples); `""` is their weighted sum."""
+    """Each reward of `samples` completions a prompt, shape (P, samples); `""` is what they are combined to."""
     rows = np.repeat(np.arange(len(dataset)), samples)
     # Others than those of the comparison: the baseline shall not be measured against itself
     starts = [prompts[row] for row in rows]
     written = sample_in_turns(model, tokenizer, starts, max_completion_length, seed=seed + 1, **sampling)
     many = dataset.select(rows)
     scores = score(rewards, many, _as_completions(tokenizer, many["prompt"], written), written, tokenizer)
-    scores[""] = weighted_sum(scores, [reward.weight for reward in rewards])
+    scores[""] = combined(scores, rewards, combine)
     return {name: values.reshape(len(dataset), samples) for name, values in scores.items()}
 
 
@@ -490,18 +496,5 @@ def score(
         values = reward(
             prompts=dataset["prompt"][:], completions=completions, completion_ids=completion_ids, **columns
         )
-        scores[reward.__name__] = np.array([_number(value) for value in values])
+        scores[reward.__name__] = np.array([number_of(value) for value in values])
     return scores
-
-
-def _number(value: float | None) -> float:
-    if value is None:
-        return np.nan
-    return float(value) if np.isfinite(value) else np.inf
-
-
-def weighted_sum(scores: dict[str, np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """Sum over the rewards that apply, shape (P,); not finite where none applies, or where one is no number."""
-    values = np.stack(list(scores.values()))
-    total = np.nansum(values * np.asarray(weights)[:, None], axis=0)
-    return np.where(np.isnan(values).all(axis=0), np.nan, total)

@@ -26,7 +26,7 @@ BRACKETS = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.I)
 
 
 class Answers(NamedTuple):
-    """What a policy wrote for each prompt: texts, and `rewards` by name, shape (P,); `""` is their weighted sum."""
+    """What a policy wrote for each prompt: texts, and `rewards` by name, shape (P,); `""` is their combination."""
 
     texts: Sequence[str]
     rewards: dict[str, np.ndarray]
@@ -59,7 +59,7 @@ class RewardJudge:
 
     Args:
         reward (`str`, *optional*):
-            Name of one of the group `reward`; `None`: their weighted sum.
+            Name of one of the group `reward`; `None`: what they are combined to.
         tie_margin (`float`):
             Rewards no further apart than this are a tie.
     """

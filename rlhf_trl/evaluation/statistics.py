@@ -194,7 +194,7 @@ def bradley_terry(
     level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
-) -> dict[str, Estimate]:
+) -> dict[str, Estimate | None]:
     """
     Strength of each policy on one scale, by its maximum likelihood (Bradley and Terry 1952; the iteration of Hunter
     2004): the probability that a beats b is sigmoid(strength a - strength b). The baseline has 0.
@@ -202,12 +202,26 @@ def bradley_terry(
     Args:
         outcomes (`dict` of pair of names to `np.ndarray` of shape `(P,)`):
             1 where the first one wins, 0.5 for a tie, 0 where the second wins, NaN where nothing was judged. Each
-            pair counts half a win for either side besides, so that one that always wins has a finite strength.
+            pair that was judged counts half a win for either side besides, so that one that always wins has a finite
+            strength.
         names (`Sequence[str]`), baseline (`str`):
             Of the policies.
         level (`float`), resamples (`int`), seed (`int`):
             See [`bootstrap_mean`]: the same prompts are drawn for all pairs.
+
+    Returns:
+        `dict`: the strength by name; `None` where no judgements lead from a policy to the baseline.
     """
+    outcomes = {pair: values for pair, values in outcomes.items() if np.isfinite(values).any()}
+    linked, more = set(), {baseline}
+    while more:
+        linked |= more
+        more = {name for pair in outcomes if linked.intersection(pair) for name in pair} - linked
+    found = dict.fromkeys(names)
+    names = [name for name in names if name in linked]
+    outcomes = {pair: values for pair, values in outcomes.items() if pair[0] in linked}
+    if not outcomes:
+        return found
     size = len(next(iter(outcomes.values())))
     draws = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=resamples)
     counts = np.concatenate([np.ones((1, size)), draws])
@@ -227,7 +241,7 @@ def bradley_terry(
             break
     strength -= strength[:, [names.index(baseline)]]
     low, high = np.quantile(strength[1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return {name: Estimate(*map(float, (strength[0, i], low[i], high[i]))) for i, name in enumerate(names)}
+    return found | {name: Estimate(*map(float, (strength[0, i], low[i], high[i]))) for i, name in enumerate(names)}
 
 
 def pareto(gain: Sequence[float | None], cost: Sequence[float | None]) -> list[bool]:

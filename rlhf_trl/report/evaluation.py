@@ -126,7 +126,9 @@ def frontier_blocks(comparison: Comparison) -> list:
     """Reward against KL: every policy, and the best of n as the curve to beat."""
     base, policies = comparison["baseline"], comparison["policies"]
     counted = [name for name, weight in comparison.get("weights", {}).items() if weight]
-    reward = f"reward ({' + '.join(counted)})" if counted else "reward"
+    kind = comparison.get("combine", "weighted_sum")
+    said = " + ".join(counted) if kind == "weighted_sum" else f"{kind}: {', '.join(counted)}"
+    reward = f"reward ({said})" if counted else "reward"
     shown = {name: entry for name, entry in policies.items() if entry["kl"] or name == base}
     series = [
         Series(
@@ -291,7 +293,7 @@ def win_blocks(comparison: Comparison) -> list:
             _share(entry.get("tie_rate")),
         ]
         row += [_share(entry.get("position_bias")), _share(entry.get("order_agreement"))] if judged else []
-        rows.append(row + ([_interval(ranking[name], "{:+.2f}")] if ranking else []))
+        rows.append(row + ([_interval(ranking.get(name), "{:+.2f}")] if ranking else []))
     note = (
         "At equal length: AlpacaEval 2's logistic regression on the difference in length (Dubois et al. 2024), "
         "without its term for the prompt."
@@ -300,6 +302,7 @@ def win_blocks(comparison: Comparison) -> list:
         note += " First wins: how often the judge names the answer it is shown first; 50 % is no position bias."
     if ranking:
         note += f" Strength: Bradley-Terry, where a beats b with probability sigmoid(a - b); {base} is 0."
+    apart = [name for name in comparison["policies"] if ranking and not ranking.get(name)]
     blocks.append(Table(headers, rows, f"The judge is {comparison.get('judge', 'the reward')}.", note=note))
     blocks += [
         Gap(
@@ -308,6 +311,10 @@ def win_blocks(comparison: Comparison) -> list:
         )
         for name, entry in unclear.items()
     ]
+    if apart:
+        blocks.append(
+            Gap(f"No judgement leads from {_names(apart)} to {base}, so the strength on {base}'s scale is unknown.")
+        )
     return blocks
 
 

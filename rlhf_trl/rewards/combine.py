@@ -6,13 +6,44 @@ from; `raw` (N, F), the same as they gave it; `weights` (F,); and `names`, F of 
 apply to a completion. Each returns (N,), NaN where no reward is left.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks.rewards import threshold_problem
 from ..errors import ConfigError
+
+
+def combined(
+    scores: Mapping[str, np.ndarray], rewards: Sequence[Callable], combine: Callable[..., Tensor]
+) -> np.ndarray:
+    """
+    The one score of each of N completions that were written outside of a training, shape (N,), float64.
+
+    Args:
+        scores (`dict[str, np.ndarray]`): what each of `rewards` says, by its name, shape (N,); NaN where it doesn't
+            apply, infinite where it is no number.
+        rewards (`Sequence[Callable]`): with `__name__` and `weight`; at least one.
+        combine (callable): one of this module.
+
+    Returns:
+        `np.ndarray`: NaN where no reward is left; infinite where one that counts is no number.
+    """
+    names = [reward.__name__ for reward in rewards]
+    raw = torch.from_numpy(np.stack([scores[name] for name in names], axis=1).astype(float))
+    weights = torch.tensor([reward.weight for reward in rewards], dtype=raw.dtype)
+    broken = (raw.isinf() & (weights != 0)).any(dim=1)
+    raw = raw.masked_fill(raw.isinf(), torch.nan)
+    return combine(raw, raw, weights, names).masked_fill(broken, torch.inf).numpy()
+
+
+def number_of(value: float | None) -> float:
+    """A reward as [`combined`] takes it: NaN for None, which doesn't apply, and infinite for what is no number."""
+    if value is None:
+        return np.nan
+    return float(value) if np.isfinite(value) else np.inf
 
 
 def weighted_sum(values: Tensor, raw: Tensor, weights: Tensor, names: Sequence[str]) -> Tensor:

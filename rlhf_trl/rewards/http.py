@@ -11,13 +11,15 @@ A request (POST) holds lists of one length, one entry a completion:
 
 The answer (status 200) is `{"rewards": [0.5, null]}`: a number, or null where the reward doesn't apply, for each
 completion; and, if it likes, `"metrics": {"disagreement": 0.1}`, numbers about the batch that are logged as
-`rewards/<name>/disagreement`.
+`rewards/<name>/disagreement`. What is no finite number, which JSON can't write as one, is a string as in the JSON of
+Protocol Buffers: `"NaN"`, `"Infinity"` or `"-Infinity"`; a trainer treats it as it treats that value of any reward.
 """
 
 import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -45,6 +47,7 @@ MAX_ANSWER = 16 * 2**20
 METRIC_NAME, MAX_METRICS = re.compile(r"[\w.-]{1,64}"), 64
 OWN_METRICS = ("mean", "std")
 SCHEMA = 'It must be `{"rewards": [...]}` with a number or null for each completion'
+NO_NUMBERS = ("NaN", "Infinity", "-Infinity")
 
 
 class Answer(NamedTuple):
@@ -103,7 +106,7 @@ class HttpReward(Reward):
 
     Raises:
         ConfigError: for a url or number that can't be; when called, if the server can't be reached, or its answer
-            isn't one finite number or null a completion.
+            isn't by the schema.
     """
 
     def __init__(
@@ -124,7 +127,7 @@ class HttpReward(Reward):
         numbers = {"timeout": timeout, "retries": retries, "backoff": backoff, "batch_size": batch_size}
         check_values(HTTP_REWARD, numbers, f"reward.{name}.")
         self.url, self.retries, self.backoff, self.batch_size = url, retries, backoff, batch_size
-        self.timeout, self.columns = timeout, list(columns)
+        self.timeout, self.columns = timeout, [columns] if isinstance(columns, str) else list(columns)
         headers = {"Content-Type": "application/json"}
         if token_env is not None:
             headers["Authorization"] = f"Bearer {os.environ[token_env]}"
@@ -240,10 +243,10 @@ class HttpReward(Reward):
         if len(values) != expected:
             raise self._error(f"gave {len(values)} rewards for {expected} completions. {SCHEMA}")
         for row, value in enumerate(values):
-            if value is not None and not _is_finite(value):
+            if value is not None and not _is_number(value):
                 raise self._error(f"gave {_short(value)} as reward {row} of {expected}. {SCHEMA}")
         metrics = content.get("metrics") or {}
-        if not isinstance(metrics, dict) or not all(_is_finite(value) for value in metrics.values()):
+        if not isinstance(metrics, dict) or not all(_is_number(value) for value in metrics.values()):
             raise self._error(f"gave {_short(metrics)} as `metrics`. They must be numbers by name")
         if taken := [name for name in metrics if name in OWN_METRICS or not METRIC_NAME.fullmatch(name)]:
             raise self._error(
@@ -252,7 +255,8 @@ class HttpReward(Reward):
             )
         if len(metrics) > MAX_METRICS:
             raise self._error(f"gave {len(metrics)} metrics. It may give {MAX_METRICS}")
-        return [None if value is None else float(value) for value in values], metrics
+        numbers = {name: float(value) for name, value in metrics.items()}
+        return [None if value is None else float(value) for value in values], numbers
 
     def _error(self, what: str) -> ConfigError:
         return ConfigError(f"The server of the reward `{self.__name__}` at {self.url} {what}.")
@@ -272,7 +276,16 @@ def _hash(tokenizer: PreTrainedTokenizerBase, size: int, *others: str | None) ->
     return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
 
 
-def _is_finite(value: Any) -> bool:
+def as_json(value: float | None) -> float | str | None:
+    """Return a reward as the schema writes it."""
+    if value is None or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return value in NO_NUMBERS
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
