@@ -567,7 +567,7 @@ def test_an_endpoint_that_is_down_or_refuses_is_one_clear_error(endpoint, monkey
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(ConfigError, match="can't be asked, after 2 tries.*`judge.url`"):
         HTTPJudge("http://127.0.0.1:9/v1", "judge", TEMPLATE, retries=1).check()
-    with pytest.raises(ConfigError, match="refused with status 404: no such model"):
+    with pytest.raises(ConfigError, match="refused with status 404: .no such model"):
         HTTPJudge(endpoint, "other", TEMPLATE).check()
     monkeypatch.delenv("NO_KEY", raising=False)
     with pytest.raises(ConfigError, match="`NO_KEY`, which is not set"):

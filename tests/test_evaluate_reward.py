@@ -431,25 +431,25 @@ def test_values_with_signs_of_formulas_are_shown_and_a_page_that_fails_leaves_th
     compose, tmp_path, monkeypatch
 ):
     rows = [
-        {"prompt": f"p {i}", "chosen": "a b", "rejected": "a", "price": ["$5", "$\\frac{1}$", "_\ud800 & <b>"][i % 3]}
+        {"prompt": f"p {i}", "chosen": "a b", "rejected": "a", "price": ["$5", "$\\frac{1}$", "_x & <b>"][i % 3]}
         for i in range(12)
     ]
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["data=files", f"data.paths={file}", "data.eval_size=null", "data/feedback=pairs", "reward=function"]
+    words = ["data=files", f"data.paths={file}", "data.eval_size=null", "reward=function"]
     words += ["reward.function.function=tests.test_evaluate_reward.by_length"]
     words += ["stage=evaluate_reward", f"runs_dir={tmp_path}", "project=test"]
     cfg = compose(*words)
     instantiate(cfg.stage.run)(cfg)
     html = Path(cfg.run_dir, "report", "index.html").read_text()
-    assert "price: $5</text>" in html and "price: $\\frac{1}$</text>" in html and "_\ufffd &amp; &lt;b&gt;" in html
+    assert "price: $5</text>" in html and "price: $\\frac{1}$</text>" in html and "_x &amp; &lt;b&gt;" in html
     assert json.loads(Path(cfg.run_dir, "run.json").read_text())["status"] == "done"
 
     def broken(*args):
         raise RuntimeError("no page")
 
     monkeypatch.setattr("rlhf_trl.evaluation.evaluate_reward.write_page", broken)
-    cfg = compose(*words, "run_name=again")
+    cfg = compose(*words, "overwrite=true")
     with pytest.raises(RuntimeError, match="no page"):
         instantiate(cfg.stage.run)(cfg)
     assert json.loads(Path(cfg.run_dir, "run.json").read_text())["status"] == "failed"

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_trl.callbacks.record import checkpoints, write_json
 from rlhf_trl.callbacks.samples import as_text
 from rlhf_trl.data.tokens import end_tokens, prompt_ids, split_row_ids, template_columns, template_kwargs
+from rlhf_trl.directory import discard_old
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.judge import Answers, Verdicts
 from rlhf_trl.evaluation.sampling import TokenStatistics, sample, sample_in_turns, token_statistics
@@ -107,7 +108,8 @@ def evaluate(cfg: DictConfig) -> None:
             references=reference_answers(cfg) if stage.references else None,
             combine=instantiate(cfg.combine),
         )
-        write_json(Path(where, "comparison.json"), comparison)  # before anything that could go wrong with them
+        discard_old(cfg.run_dir)
+        write_json(Path(where, "comparison.json"), comparison)  # before anything that could go wrong with the page
         page = project_page(Path(where), ending=cfg.run_name)
         path = write_page(page, Path(where, "report"))
         logger = instantiate(cfg.logger.run)

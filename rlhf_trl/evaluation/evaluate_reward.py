@@ -16,6 +16,7 @@ from rlhf_trl.data.feedback import key_of
 from rlhf_trl.data.forms import JUDGED, PASSED_ON
 from rlhf_trl.data.tokens import prompt_ids, template_kwargs
 from rlhf_trl.data.words import count_of, did_you_mean, names_of, say
+from rlhf_trl.directory import discard_old
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation import rewardbench
 from rlhf_trl.evaluation.evaluate import draw_many, load_policy, score
@@ -85,7 +86,8 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
         if policy is not None:
             add_policy(quality, judged, rewards, stage.gold, policy, cfg.seed, **_sampling(stage))
         metrics = metrics_of(quality)
-        write_json(Path(cfg.run_dir, QUALITY_FILE), quality)  # before anything that could go wrong with it
+        discard_old(cfg.run_dir)
+        write_json(Path(cfg.run_dir, QUALITY_FILE), quality)  # before anything that could go wrong with the page
         write_metrics(cfg.run_dir, [{"step": 0, **metrics}])
         page = reward_page(quality, f"{cfg.project}/{cfg.run_name}", command(cfg))
         path = write_page(page, Path(cfg.run_dir, "report"))
