@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from omegaconf import DictConfig
 
 from rlhf_trl.callbacks.record import missing_files
@@ -20,13 +20,13 @@ from rlhf_trl.paths import resolve_path
 ROWS_AT_ONCE = 1000
 
 
-def inputs_of(cfg: DictConfig, path: str, dataset: DatasetDict) -> dict[str, Any]:
+def inputs_of(cfg: DictConfig, path: str, dataset: Mapping[str, Dataset]) -> dict[str, Any]:
     """
     The number of ranks, a hash of the rows of each split, and fingerprints of the models that the config names: the
     start (which is the reference too), reward models, the critic's start.
 
     Args:
-        path (`str`): folder or hub id of the start. dataset (`DatasetDict`): the rows as the trainer gets them.
+        path (`str`): folder or hub id of the start. dataset (`Mapping`): the rows as the trainer gets them.
     """
     values, _ = plain(cfg)
     inputs = {"ranks": PartialState().num_processes}

@@ -162,12 +162,13 @@ def train_claimed(cfg: DictConfig) -> float | None:
     if "eval" not in dataset:
         args.eval_strategy, args.do_eval, args.eval_on_start = IntervalStrategy.NO, False, False
 
-    checkpoint = begin(cfg, path, inputs_of(cfg, path, dataset))
+    extra = {"ptx_dataset": demonstrations(cfg, dataset)} if "ptx_data" in cfg else {}
+    checkpoint = begin(cfg, path, inputs_of(cfg, path, dataset | extra))
     interrupt = Interrupt(resume_command=command(cfg, "resume=true"))
     try:
         logger = instantiate(cfg.logger.run)
         with logger(run_dir=cfg.run_dir, name=args.run_name, config=OmegaConf.to_container(cfg)):
-            trainer = make_trainer(cfg, args, path, tokenizer, dataset)
+            trainer = make_trainer(cfg, args, path, tokenizer, dataset, **extra)
             trainer.add_callback(interrupt)  # the last one, so that its message stands last
             trainer.train(resume_from_checkpoint=checkpoint)
             metrics = {} if interrupt.interrupted else finish(cfg, trainer)
@@ -365,15 +366,17 @@ def quantization(cfg: DictConfig, path: str) -> dict[str, Any] | None:
 
 
 def make_trainer(
-    cfg: DictConfig, args: TrainingArguments, path: str, tokenizer: PreTrainedTokenizerBase, dataset: DatasetDict
+    cfg: DictConfig,
+    args: TrainingArguments,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: DatasetDict,
+    **extra: Any,
 ) -> Trainer:
-    """The stage's trainer, with model, rewards and callbacks."""
-    extra = {}
+    """The stage's trainer, with model, rewards and callbacks; `extra` are further arguments of the trainer's class."""
     if "reward" in cfg:
         extra["reward_funcs"] = reward_functions(cfg, tokenizer, dataset["train"].column_names)
         args.reward_weights = [reward.weight for reward in extra["reward_funcs"]]
-    if "ptx_data" in cfg:
-        extra["ptx_dataset"] = demonstrations(cfg, dataset)
     set_seed(args.seed)  # a new score head must not depend on what was loaded before
     model, peft_config = load_start(
         path,

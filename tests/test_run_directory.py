@@ -440,6 +440,13 @@ def test_inputs_are_the_models_of_all_roles(compose, tmp_path):
     assert {key for key in before if now[key] != before[key]} == {"data (train)"}
 
 
+def test_demonstrations_beside_ppo_are_inputs(train, tmp_path):
+    words = ["stage=ppo", "+data@ptx_data=demo", "stage.args.ptx_coef=0.1", "ptx_data.max_samples=8"]
+    run_dir = Path(train(tmp_path, *words, "stage.args.max_steps=1", "data.max_samples=128"))
+    inputs = json.loads((run_dir / "run.json").read_text())["inputs"]
+    assert inputs["data (ptx_dataset)"].startswith("8 rows (hash ") and inputs["data (train)"].startswith("128 rows")
+
+
 def test_an_adapters_fingerprint_is_its_bases_too(tmp_path):
     from rlhf_trl.models import model_fingerprint
 
