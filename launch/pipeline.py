@@ -8,7 +8,6 @@ Runs the steps of a pipeline one after the other, each in a process of its own, 
 Finished steps are passed over, so the same command goes on where an earlier one ended.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -24,13 +23,13 @@ from rlhf_trl.launching import (
     config_dirs,
     launch_command,
     overrides_of,
-    read_metrics,
-    read_run,
+    results_of,
     run,
     shown,
     state_of,
 )
 from rlhf_trl.report.project import write_report
+from rlhf_trl.runs.record import COMPARISON_FILE, read_json, read_run
 from rlhf_trl.terminal import printable
 
 
@@ -126,7 +125,7 @@ def run_pipeline(
         except KeyboardInterrupt:
             print(f"\nStopped at the step `{name}`. The same command goes on with it.", file=sys.stderr)
             sys.exit(130)
-        if code != 0 or read_run(project_dir / name).get("status") != "done":
+        if code != 0 or (read_run(project_dir / name) or {}).get("status") != "done":
             status = f"failed (exit status {code})" if code else "ended without being done"
             print(
                 f"\nThe step `{name}` {status}; its own message stands above. When it is mended, the same command "
@@ -148,7 +147,7 @@ def _states(project_dir: Path, wanted: dict[str, list[str]]) -> dict[str, str]:
     """State of each step's directory. A step made before an earlier one was made again counts as `changed` too."""
     states, earlier = {}, ""
     for name, overrides in wanted.items():
-        record = read_run(project_dir / name)
+        record = read_run(project_dir / name) or {}
         states[name] = state_of(project_dir / name, overrides)
         if states[name] in ("done", "resumable") and record["started"] < earlier:
             states[name] = "changed"
@@ -182,16 +181,16 @@ def result(project_dir: Path, steps: list[str]) -> str:
     """The table of the steps, and below it the comparison of the policies where one was made."""
     rows = [_row(project_dir / name, name) for name in steps]
     parts = [table(["step", "time", "metric", "start", "end"], rows)]
-    comparison = project_dir / "comparison.json"
-    if comparison.exists():
-        parts.append(printable(comparison_text(json.loads(comparison.read_text(encoding="utf-8")))))
+    comparison = read_json(project_dir / COMPARISON_FILE)
+    if comparison:
+        parts.append(printable(comparison_text(comparison)))
     return "\n\n".join(
         [*parts, f"Report: {project_dir / 'report' / 'index.html'}\nRuns and comparison: {project_dir}"]
     )
 
 
 def _row(run_dir: Path, name: str) -> list[str]:
-    measured = read_metrics(run_dir)
+    measured = results_of(run_dir)
     ends = ["" if value is None else f"{value:.3f}" for value in (measured["start"], measured["end"])]
     return [name, duration(measured["seconds"]), measured["objective"] or "", *ends]
 

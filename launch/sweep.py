@@ -25,13 +25,13 @@ from rlhf_trl.launching import (
     BEGIN,
     config_dirs,
     launch_command,
-    read_metrics,
-    read_run,
+    results_of,
     run,
     shown,
     state_of,
 )
 from rlhf_trl.overrides import as_typed, without_sweeps
+from rlhf_trl.runs.record import read_run
 
 # What the sweep reads itself; a run gets a name and a beginning of its own
 OWN_KEYS = ("sweep", "accelerate", "launch", "program", "run_name", "resume", "overwrite")
@@ -102,7 +102,7 @@ def run_job(program: list[str], config_dirs: list[str], overrides: list[str], ru
         command = [*program, *config_dirs, *overrides, run_name, *BEGIN.get(state, [])]
         print(shown(command), flush=True)
         code = run(command, log=log)
-        if code != 0 or read_run(run_dir).get("status") != "done":
+        if code != 0 or (read_run(run_dir) or {}).get("status") != "done":
             return {
                 "status": "failed",
                 "seconds": time.time() - begun,
@@ -112,7 +112,7 @@ def run_job(program: list[str], config_dirs: list[str], overrides: list[str], ru
                 "message": what_it_said(log) or f"exit status {code}",
                 "log": str(log),
             }
-    measured = read_metrics(run_dir)
+    measured = results_of(run_dir)
     return {
         "status": "done",
         "seconds": measured["seconds"],

@@ -15,7 +15,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .callbacks.record import read_run
 from .errors import ConfigError
 from .models import (
     HEADS,
@@ -27,6 +26,7 @@ from .models import (
     set_adapter_weights,
     trained_quantization,
 )
+from .runs.record import read_run
 
 logger = logging.getLogger(__name__)
 

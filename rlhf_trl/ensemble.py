@@ -17,14 +17,14 @@ from torch import Tensor
 
 from rlhf_trl import run
 from rlhf_trl.calibration import calibration_of, write_calibration
-from rlhf_trl.callbacks.record import METRICS_FILE, last_checkpoint, read_run, write_json, write_metrics
-from rlhf_trl.checks.values import read_json
+from rlhf_trl.callbacks.record import last_checkpoint
 from rlhf_trl.data import head_names
 from rlhf_trl.directory import discard_old
 from rlhf_trl.models import ENSEMBLE_FILE, load_tokenizer
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.reward_model import CALIBRATION_COMPLETIONS, ComparisonCollator, leads_of, reference_scores
 from rlhf_trl.rewards import ModelReward
+from rlhf_trl.runs.record import read_metrics, read_run, write_json, write_metrics
 
 ROWS_AT_ONCE = 64
 
@@ -107,7 +107,7 @@ def finish(cfg: DictConfig, folders: list[Path]) -> dict[str, float]:
     reward = ModelReward(cfg.run_dir, head_weights=dict.fromkeys(heads, 1.0) if len(heads) > 1 else None)
     references, found = score(reward, dataset[split], calibrate_on)
     if split == "eval":
-        metrics = mean_of([read_json(folder / METRICS_FILE)["eval"] for folder in folders])
+        metrics = mean_of([read_metrics(folder)["eval"] for folder in folders])
         if "eval_accuracy" in metrics:
             metrics["eval_member_accuracy"] = metrics["eval_accuracy"]
         metrics |= found

@@ -12,7 +12,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from omegaconf import DictConfig
 
-from rlhf_trl.callbacks.record import missing_files
 from rlhf_trl.checks.values import at, nodes, plain
 from rlhf_trl.models import model_fingerprint
 from rlhf_trl.paths import resolve_path
@@ -56,25 +55,19 @@ def rows_fingerprint(rows: Dataset) -> str:
     return f"{len(rows)} rows (hash {digest.hexdigest()[:12]})"
 
 
-def resume_problems(run_dir: Path, checkpoint: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def resume_problems(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
-    What keeps a run from going on as it began: inputs that have changed, or files that its checkpoint lacks.
+    What keeps a run from going on as it began: inputs that have changed.
 
     Args:
-        checkpoint (`str`): folder of the checkpoint. before, now (`Mapping`): inputs, those recorded and today's.
+        before, now (`Mapping`): inputs, those recorded and today's.
     """
     changed = [
         f"`{key}` was {before[key]} and is {now[key]}" for key in before if key in now and before[key] != now[key]
     ]
-    problems = []
-    if changed:
-        problems.append(
-            f"The run in `{run_dir}` can't be resumed, since what it depends on has changed: {'; '.join(changed)}. "
-            "Give it what it began with, or start again with another `run_name=...` or `overwrite=true`."
-        )
-    if missing := missing_files(checkpoint):
-        problems.append(
-            f"The checkpoint `{checkpoint}` isn't whole: {', '.join(f'`{name}`' for name in missing)} is gone or of "
-            "another size. Put it back, or delete the checkpoint to go on from the one before."
-        )
-    return problems
+    if not changed:
+        return []
+    return [
+        f"The run in `{run_dir}` can't be resumed, since what it depends on has changed: {'; '.join(changed)}. "
+        "Give it what it began with, or start again with another `run_name=...` or `overwrite=true`."
+    ]

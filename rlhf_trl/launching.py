@@ -1,6 +1,5 @@
 """How one `train.py` is started in a process of its own: what `launch/pipeline.py` and `launch/sweep.py` share."""
 
-import json
 import os
 import runpy
 import shlex
@@ -18,6 +17,7 @@ import yaml
 from rlhf_trl.directory import holder, under_way
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.paths import conf_dir
+from rlhf_trl.runs.record import read_metrics, read_run
 
 # By this interpreter, whether or not its scripts are on the path; quiet, so that an error of train.py stands last
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
@@ -133,12 +133,6 @@ def _copy(stream, log: Path) -> None:
             sys.stdout.buffer.flush()
 
 
-def read_run(run_dir: str | os.PathLike) -> dict:
-    """The content of `run.json`; nothing where no run was started. (That of `callbacks.record` needs torch.)"""
-    path = Path(run_dir, "run.json")
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
 def state_of(run_dir: str | os.PathLike, overrides: Sequence[str]) -> str:
     """
     What a run directory holds, seen by somebody about to run `overrides` in it: `new` (nothing), `done`, `resumable`
@@ -148,7 +142,7 @@ def state_of(run_dir: str | os.PathLike, overrides: Sequence[str]) -> str:
         [`~rlhf_trl.errors.ConfigError`]: if a run is under way in it.
     """
     record = read_run(run_dir)
-    if not record:
+    if record is None:
         return "new"
     if owner := holder(run_dir):
         raise ConfigError(under_way(run_dir, owner))
@@ -170,13 +164,12 @@ def overrides_of(command: str) -> list[str]:
     return sorted(part for part in parts if part.split("=")[0] not in ("resume", "overwrite"))
 
 
-def read_metrics(run_dir: str | os.PathLike) -> dict:
+def results_of(run_dir: str | os.PathLike) -> dict:
     """
     What a finished run measured: `objective` (its name), `start` and `end` (its first and last value, `None` where it
     was not measured), `eval` (the last value of each metric of the evaluation), `seconds`.
     """
-    record, path = read_run(run_dir), Path(run_dir, "metrics.json")
-    measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"eval": {}, "history": []}
+    record, measured = read_run(run_dir), read_metrics(run_dir) or {"eval": {}, "history": []}
     name = yaml.safe_load(Path(run_dir, "config.yaml").read_text(encoding="utf-8")).get("objective")
     values = [entry[name] for entry in measured["history"] if entry.get(name) is not None] or [None]
     seconds = (datetime.fromisoformat(record["ended"]) - datetime.fromisoformat(record["started"])).total_seconds()

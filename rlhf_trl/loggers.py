@@ -6,7 +6,6 @@ configuration can name any of them. The trainer's `report_to` adds the callback 
 """
 
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -15,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_trl.callbacks.record import METRICS_FILE
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean
+from rlhf_trl.runs.record import read_metrics
 from rlhf_trl.signs import signs_seen
 
 if TYPE_CHECKING:
@@ -187,10 +186,10 @@ def summary_of(run_dir: str, objective: str | None) -> dict[str, float | str]:
     Args:
         run_dir (`str`): directory of the run. objective (`str`, *optional*): name of the metric that counts.
     """
-    path = Path(run_dir, METRICS_FILE)
-    if not path.exists():
+    metrics = read_metrics(run_dir)
+    if metrics is None:
         return {}
-    history = json.loads(path.read_text(encoding="utf-8"))["history"]
+    history = metrics["history"]
     found = {}
     values = [entry[objective] for entry in history if entry.get(objective) is not None]
     if values:

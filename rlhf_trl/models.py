@@ -42,11 +42,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from rlhf_trl.calibration import CALIBRATION_FILE, read_calibration
-from rlhf_trl.callbacks.record import read_run
 from rlhf_trl.data.tokens import remember_ends
 from rlhf_trl.data.words import say
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.paths import resolve_path
+from rlhf_trl.runs.record import read_run
 
 __all__ = [
     "adapter_config",

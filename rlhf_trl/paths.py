@@ -1,12 +1,12 @@
 """Where a model is: the embedded checkpoints, earlier runs, local folders and the hub. Imports nothing heavy."""
 
 import functools
-import json
 import os
 import re
 from pathlib import Path
 
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.runs.record import read_run
 
 DEMO = "demo:"
 PACKAGE = Path(__file__).resolve().parent
@@ -87,7 +87,7 @@ def _finished_run(run: str, project_dir: str) -> str:
         raise ConfigError(
             f"There is no run `{run}` in `{project_dir}`. Make it first with `{command}`, or name another by `run=`."
         )
-    status = json.loads(record.read_text(encoding="utf-8"))["status"]
+    status = read_run(run_dir)["status"]
     if status != "done":
         raise ConfigError(
             f"The run `{run}` in `{project_dir}` is not finished (its status is `{status}`). "

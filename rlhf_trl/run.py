@@ -42,14 +42,11 @@ from rlhf_trl.callbacks.nonfinite import NonfiniteGuard
 from rlhf_trl.callbacks.progress import ProgressLine
 from rlhf_trl.callbacks.record import (
     RunRecord,
-    finish_run,
     last_checkpoint,
+    last_whole_checkpoint,
     never_past_the_end,
-    read_run,
     save_whole_checkpoints,
-    start_run,
     tied_weights_are_there,
-    write_metrics,
 )
 from rlhf_trl.callbacks.samples import SampleLog
 from rlhf_trl.callbacks.unrewarded import UnrewardedGuard
@@ -94,6 +91,7 @@ from rlhf_trl.quiet import quiet
 from rlhf_trl.ranges import RULES, check_values
 from rlhf_trl.rewards import ModelReward
 from rlhf_trl.rewards.base import GIVEN
+from rlhf_trl.runs.record import finish_run, read_run, start_run, write_metrics
 
 
 def claims_directory(stage: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
@@ -332,17 +330,23 @@ def begin(cfg: DictConfig, path: str, inputs: Mapping[str, Any] | None = None) -
         [`~rlhf_trl.errors.ConfigError`]: if a resumed run depends on something that has changed since.
     """
     state, run_dir = PartialState(), Path(cfg.run_dir)
-    checkpoint, problems = last_checkpoint(run_dir) if cfg.resume else None, []
+    checkpoint, damaged = last_whole_checkpoint(run_dir) if cfg.resume else (None, {})
+    lacking = [f"`{path}` isn't whole ({', '.join(files)} missing or cut off)" for path, files in damaged.items()]
+    problems = []
     state.wait_for_everyone()  # no rank may look at the directory after rank 0 has changed it
     if state.is_main_process:
         record = read_run(run_dir)
         if checkpoint:
-            problems = resume_problems(run_dir, checkpoint, record.get("inputs", {}), inputs or {})
+            problems = resume_problems(run_dir, record.get("inputs", {}), inputs or {})
+        elif lacking:
+            problems = [f"No checkpoint can be resumed: {'; '.join(lacking)}. Start again: `overwrite=true`."]
         elif record is not None and not cfg.resume:
             set_aside(run_dir)
     raise_everywhere(problems)
     if state.is_main_process:
         if checkpoint:
+            for text in lacking:
+                print(f"{text}, so the one before it is taken.")
             print(f"Going on from {checkpoint}.")
         start_run(
             run_dir,

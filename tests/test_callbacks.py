@@ -19,18 +19,13 @@ from rlhf_trl.callbacks import record, steps_per_rollout
 from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.progress import choose_columns, format_number, metrics_line
 from rlhf_trl.callbacks.record import (
-    METRICS_FILE,
     checkpoints,
-    finish_run,
     last_checkpoint,
-    read_run,
     rotate,
-    start_run,
     tied_weights_are_there,
-    write_json,
-    write_metrics,
 )
 from rlhf_trl.callbacks.samples import SAMPLES_FILE, as_text
+from rlhf_trl.runs.record import METRICS_FILE, finish_run, read_run, start_run, write_json, write_metrics
 from tests.helpers.watching import add_callbacks, count_cats, grpo, sft
 
 ROOT = Path(__file__).parents[1]

@@ -244,7 +244,7 @@ def test_policies_are_named_by_a_list_or_a_mapping(compose, tmp_path):
     assert named_policies({"old": "sft"}) == {"old": "sft"}
     for run_name in ("sft", "ppo"):
         (tmp_path / "p" / run_name).mkdir(parents=True)
-        (tmp_path / "p" / run_name / "run.json").write_text('{"status": "done"}')
+        (tmp_path / "p" / run_name / "run.json").write_text('{"stage": "sft", "status": "done"}')
     where = ["stage=chat", f"runs_dir={tmp_path}", "project=p"]
     for given in ("[sft,ppo]", "{old: sft, new: ppo}", "[demo:sft]"):
         assert find_problems(compose(*where, f"stage.policies={given}")) == []

@@ -204,7 +204,9 @@ def test_the_config_has_the_defaults_and_can_switch_it_off(compose, stage):
     made = instantiate(cfg.health)
     assert made.func is HealthMonitor and made.keywords["signs"] == all_limits()
     assert find_problems(compose(f"stage={stage}", "health=none")) == []
-    assert any("`health.window` is 0" in problem for problem in find_problems(compose(f"stage={stage}", "health.window=0")))
+    assert any(
+        "`health.window` is 0" in problem for problem in find_problems(compose(f"stage={stage}", "health.window=0"))
+    )
     assert "health" not in compose("stage=sft")
 
 

@@ -84,7 +84,7 @@ def test_overrides_are_read_back_from_a_recorded_command():
 )
 def test_state_of_a_run_directory(tmp_path, status, checkpoint, overrides, state):
     assert state_of(tmp_path, overrides) == "new"
-    record = {"status": status, "command": "accelerate launch train.py stage=sft", "pid": 2**22 + 1}
+    record = {"stage": "sft", "status": status, "command": "accelerate launch train.py stage=sft", "pid": 2**22 + 1}
     (tmp_path / "run.json").write_text(json.dumps(record))
     if checkpoint:
         (tmp_path / "checkpoint-3").mkdir()

@@ -228,7 +228,7 @@ def test_a_failed_job_is_reported_and_does_not_hide_the_others(tmp_path):
 
 def test_a_mixed_sweep_shows_what_worked_and_what_did_not(tmp_path):
     (tmp_path / "runs/mine/ppo_sweep/0").mkdir(parents=True)
-    foreign = {"status": "done", "command": "accelerate launch train.py stage=sft", "pid": 1}
+    foreign = {"stage": "sft", "status": "done", "command": "accelerate launch train.py stage=sft", "pid": 1}
     (tmp_path / "runs/mine/ppo_sweep/0/run.json").write_text(json.dumps(foreign))
     code, out, _ = sweep(tmp_path, "stage=ppo", "stage.args.beta=0.02,0.1")
     assert code == 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -371,7 +372,7 @@ def change_ranks(folder):
 def lose(name):
     def change(folder):
         (folder / "test/sft/checkpoint-2" / name).unlink()
-        return f"checkpoint-2` isn't whole: `{name}`"
+        return rf"No checkpoint can be resumed: `.*checkpoint-2` isn't whole \({name} missing or cut off\)"
 
     return change
 
@@ -379,7 +380,7 @@ def lose(name):
 def cut(name):
     def change(folder):
         os.truncate(folder / "test/sft/checkpoint-2" / name, 100)
-        return f"checkpoint-2` isn't whole: `{name}`"
+        return rf"No checkpoint can be resumed: `.*checkpoint-2` isn't whole \({name} missing or cut off\)"
 
     return change
 
@@ -406,6 +407,30 @@ def test_a_resume_notices_what_has_changed(train, stopped, monkeypatch, change):
         with pytest.raises(ConfigError, match=says):
             train(stopped, *resumable(stopped), "resume=true")
         assert files_of(stopped) == before
+    finally:
+        shutil.rmtree(stopped)
+        saved.rename(stopped)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "no state"])
+def test_a_resume_falls_back_to_the_checkpoint_before_a_damaged_one(train, stopped, monkeypatch, capsys, damage):
+    monkeypatch.setattr(Crash, "at", None)
+    saved = shutil.copytree(stopped, stopped.with_name("saved"), dirs_exist_ok=True)
+    run_dir = stopped / "test/sft"
+    if damage == "empty":
+        (run_dir / "checkpoint-9").mkdir()
+    else:
+        shutil.copytree(run_dir / "checkpoint-2", run_dir / "checkpoint-9")
+    if damage == "cut":
+        os.truncate(run_dir / "checkpoint-9/optimizer.pt", 100)
+    if damage == "no state":
+        (run_dir / "checkpoint-9/trainer_state.json").unlink()
+    try:
+        train(stopped, *resumable(stopped), "resume=true")
+        assert json.loads((run_dir / "run.json").read_text())["status"] == "done"
+        out = capsys.readouterr().out
+        assert re.search(r"checkpoint-9` isn't whole \(.* missing or cut off\), so the one before it is taken", out)
+        assert re.search(r"Going on from .*checkpoint-2\.", out)
     finally:
         shutil.rmtree(stopped)
         saved.rename(stopped)

@@ -179,7 +179,7 @@ def test_a_summary_is_of_what_was_measured(tmp_path):
         {"step": 0, "eval_loss": 2.0}, {"step": 1, "health/level": 2, "health/kl_high": 2, "health/template": 1},
         {"step": 2, "eval_loss": None}, {"step": 2, "health/level": 0},
     ]  # fmt: skip
-    (tmp_path / "metrics.json").write_text(json.dumps({"history": history}))
+    (tmp_path / "metrics.json").write_text(json.dumps({"eval": {}, "history": history}))
     assert summary_of(str(tmp_path), "eval_loss") == {
         "objective": 2.0, "objective_name": "eval_loss", "health/worst": 2, "health/signs": "kl_high template"
     }  # fmt: skip

@@ -1,153 +1,24 @@
-"""What a run directory tells about its run: `run.json`, `metrics.json`, and checkpoints that are whole."""
+"""Checkpoints that are whole, and `metrics.json` kept up to date."""
 
 import functools
-import importlib.metadata
-import json
 import math
 import os
-import platform
 import shutil
 import time
-from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from rlhf_trl.directory import discard_old
+from rlhf_trl.runs.record import read_json, write_json, write_metrics
 
-RUN_FILE = "run.json"
-METRICS_FILE = "metrics.json"
 # In a checkpoint: the sizes of its files
 FILES_FILE = "files.json"
 # Where a checkpoint is written until it is whole
 UNFINISHED = ".unfinished"
 # A long history is not written again at each of many log steps
 SECONDS_BETWEEN_WRITES = 5.0
-PACKAGES = ("rlhf_trl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "hydra-core", "bitsandbytes")
-
-
-def write_json(path: str | os.PathLike, content: dict) -> None:
-    """
-    Writes a JSON file that is there whole or not at all, whenever the process is killed.
-
-    Numbers that JSON lacks (NaN, infinity) become `null`.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    # Half of a surrogate pair, which UTF-8 lacks, stands as JSON's own escape of it
-    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
-        json.dump(_finite(content), file, indent=2, ensure_ascii=False, allow_nan=False, default=float)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_run(run_dir: str | os.PathLike) -> dict | None:
-    """The content of `run.json`, or `None` where no run was started in `run_dir`."""
-    path = Path(run_dir, RUN_FILE)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def start_run(
-    run_dir: str | os.PathLike,
-    stage: str,
-    command: str,
-    model: str | None,
-    inputs: Mapping[str, Any] | None = None,
-    quantization: Mapping[str, Any] | None = None,
-) -> None:
-    """
-    Writes `run.json` with status `running`. Call it on rank 0, after the checks.
-
-    Args:
-        run_dir (`str`):
-            Directory of the run; made if need be.
-        stage (`str`):
-            Name of the stage.
-        command (`str`):
-            The command that starts this run, as one would type it.
-        model (`str`, *optional*):
-            Path or hub id of the model that the run starts from.
-        inputs (`Mapping`, *optional*):
-            What else its result depends on, see [`~rlhf_trl.inputs.inputs_of`]. A resumed run keeps those that it
-            began with.
-        quantization (`Mapping`, *optional*):
-            How the base under its adapter is quantized: whoever loads the adapter loads the base so.
-    """
-    os.makedirs(run_dir, exist_ok=True)
-    earlier = read_run(run_dir) or {}
-    content = {
-        "stage": stage,
-        "command": command,
-        "status": "running",
-        "model": model,
-        "pid": os.getpid(),
-        # A resumed run keeps the time of its first start
-        "started": earlier.get("started", _now()),
-        "ended": None,
-        "versions": versions(),
-        "inputs": {**(inputs or {}), **earlier.get("inputs", {})},
-        "quantization": quantization,
-    }
-    write_json(Path(run_dir, RUN_FILE), content)
-
-
-def finish_run(run_dir: str | os.PathLike, status: str, **extra) -> None:
-    """
-    Writes how a run ended into its `run.json`. Call it on rank 0, after everything else has been written.
-
-    Args:
-        run_dir (`str`):
-            Directory of the run.
-        status (`str`):
-            `done`, `stopped` (by a signal; it can be resumed) or `failed`.
-        **extra:
-            What else is worth keeping, such as `error`.
-    """
-    write_json(Path(run_dir, RUN_FILE), {**read_run(run_dir), "status": status, "ended": _now(), **extra})
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # optional, or run from a checkout
-    return found
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def write_metrics(run_dir: str | os.PathLike, history: list[dict]) -> None:
-    """
-    Writes `metrics.json`: `{"train": {...}, "eval": {...}, "history": [...]}`, the last value of each metric and all.
-
-    Args:
-        run_dir (`str`):
-            Directory of the run.
-        history (`list[dict]`):
-            `trainer.state.log_history`: one dict a call of `Trainer.log`, with its `step`. Those of evaluations have
-            keys that begin with `eval_`.
-    """
-    last = {"train": {}, "eval": {}}
-    for entry in history:
-        evaluation = any(key.startswith("eval_") for key in entry)
-        last["eval" if evaluation else "train"].update(entry)
-    write_json(Path(run_dir, METRICS_FILE), {**last, "history": history})
 
 
 def checkpoints(run_dir: str | os.PathLike) -> list[Path]:
@@ -162,6 +33,23 @@ def last_checkpoint(run_dir: str | os.PathLike) -> str | None:
     """Path of the newest checkpoint, or `None`. What a killed run left half written has another name."""
     found = checkpoints(run_dir)
     return str(found[-1]) if found else None
+
+
+def last_whole_checkpoint(run_dir: str | os.PathLike) -> tuple[str | None, dict[str, list[str]]]:
+    """
+    Return the newest checkpoint of which no file is missing or cut off, and what those after it lack.
+
+    Returns:
+        `tuple`: path of the checkpoint, `None` where there is none; for each damaged one after it, the newest first,
+        its path and the names of the files.
+    """
+    damaged = {}
+    for path in reversed(checkpoints(run_dir)):
+        missing = missing_files(path)
+        if not missing:
+            return str(path), damaged
+        damaged[str(path)] = missing
+    return None, damaged
 
 
 def save_whole_checkpoints(trainer) -> None:
@@ -256,11 +144,10 @@ def missing_files(checkpoint: str | os.PathLike) -> list[str]:
 
     The trainer goes on without a missing optimizer, scheduler or random state, and says nothing.
     """
-    path = Path(checkpoint, FILES_FILE)
-    if not path.exists():
-        return []
     there = _sizes(Path(checkpoint))
-    written = json.loads(path.read_text(encoding="utf-8"))
+    if not {FILES_FILE, TRAINER_STATE_NAME} & there.keys():
+        return [TRAINER_STATE_NAME]  # none of it was written
+    written = read_json(Path(checkpoint, FILES_FILE)) or {TRAINER_STATE_NAME: there.get(TRAINER_STATE_NAME)}
     return [name for name, size in written.items() if there.get(name) != size]
 
 

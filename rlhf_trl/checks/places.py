@@ -12,6 +12,7 @@ from rlhf_trl.data.read import resolve_paths
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest
 from rlhf_trl.paths import DEMO, PACKAGE, is_run_name, named_policies, run_command
+from rlhf_trl.runs.record import read_run
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 ENSEMBLE_FILE = "ensemble.json"  # of reward models, where a reward is asked for
@@ -123,17 +124,20 @@ def _model(key: str, node: dict[str, Any], values: dict[str, Any], task_type: st
 
 def _earlier_run(key: str, run: str, values: dict[str, Any]) -> list[str]:
     folder, command = project_dir(values) / run, run_command(run, str(project_dir(values)))
-    record = read_json(folder / "run.json")
+    try:
+        record = read_run(folder)
+    except ConfigError as error:
+        return [f"`{key}` is `{run}`, whose record is damaged: {error}"]
     if record is None:
         others = [path.parent.name for path in folder.parent.glob("*/run.json")]
         hint = f" {did_you_mean(run, others)}" if nearest(run, others) else ""
         return [
             f"`{key}` is `{run}`, and there is no such run in `{folder.parent}`.{hint} Make it first: `{command}`."
         ]
-    if record.get("status") != "done":
+    if record["status"] != "done":
         command = record.get("command") or command
         return [
-            f"`{key}` is `{run}`, and that run is not finished (its status is `{record.get('status')}`). "
+            f"`{key}` is `{run}`, and that run is not finished (its status is `{record['status']}`). "
             f"Finish it first: `{command} resume=true`."
         ]
     return []

@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 from rlhf_trl.checks.places import read_paths
 from rlhf_trl.checks.values import at, flatten, plain, read_json
 from rlhf_trl.directory import holder, under_way
+from rlhf_trl.runs.record import RUN_FILE
 
-RUN_FILE = "run.json"
 # Files that a run would write its own over
 MODELS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "checkpoint-*/")
 
@@ -65,7 +65,8 @@ def run_directory_problems(values: dict[str, Any]) -> list[str]:
         return [under_way(run_dir, owner)]
     record = read_json(run_dir / RUN_FILE)
     if foreign := _foreign(run_dir, record):
-        return [f"`{run_dir}` {foreign}, so it is no run's. Type another `run_name=...`."]
+        remedy = ", or delete the folder if it is a damaged run of yours" if RUN_FILE in foreign else ""
+        return [f"`{run_dir}` {foreign}, so it is no run's. Type another `run_name=...`{remedy}."]
     if record is None:
         return [f"`{run_dir}` holds no run, so there is nothing to resume. Leave out `resume=true`."] if resume else []
     status = record["status"]

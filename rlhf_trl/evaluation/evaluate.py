@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_trl.callbacks.record import checkpoints, write_json
+from rlhf_trl.callbacks.record import checkpoints
 from rlhf_trl.callbacks.samples import as_text
 from rlhf_trl.data.tokens import end_tokens, prompt_ids, split_row_ids, template_columns, template_kwargs
 from rlhf_trl.directory import discard_old
@@ -38,7 +38,7 @@ from rlhf_trl.paths import find_policy, named_policies
 from rlhf_trl.quiet import quiet
 from rlhf_trl.report import write_page
 from rlhf_trl.report.project import project_page
-from rlhf_trl.report.records import read_json, swept_keys
+from rlhf_trl.report.records import swept_keys
 from rlhf_trl.rewards.combine import combined, number_of, weighted_sum
 from rlhf_trl.run import (
     begin,
@@ -50,6 +50,7 @@ from rlhf_trl.run import (
     project_dir,
     reward_functions,
 )
+from rlhf_trl.runs.record import COMPARISON_FILE, SWEEP_FILE, read_json, read_metrics, write_json
 from rlhf_trl.terminal import printable
 
 NOT_DRAWN = (
@@ -109,7 +110,7 @@ def evaluate(cfg: DictConfig) -> None:
             combine=instantiate(cfg.combine),
         )
         discard_old(cfg.run_dir)
-        write_json(Path(where, "comparison.json"), comparison)  # before anything that could go wrong with the page
+        write_json(Path(where, COMPARISON_FILE), comparison)  # before anything that could go wrong with the page
         page = project_page(Path(where), ending=cfg.run_name)
         path = write_page(page, Path(where, "report"))
         logger = instantiate(cfg.logger.run)
@@ -147,7 +148,7 @@ def policies_of(
     """
     found = {name: Policy(find_policy(place, project_dir), name) for name, place in places.items()}
     for name, policy in list(found.items()) if with_checkpoints else ():
-        metrics = read_json(Path(policy.path, "metrics.json")) or {"history": []}
+        metrics = read_metrics(policy.path) or {"history": []}
         last = max((entry.get("step", 0) for entry in metrics["history"]), default=0)
         for path in checkpoints(policy.path):
             step = int(path.name.split("-")[1])
@@ -166,7 +167,7 @@ def sweep_runs(folder: Path) -> dict[str, str]:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if there is no sweep, or no run of it is done.
     """
-    jobs = read_json(folder / "sweep.json") or []
+    jobs = read_json(folder / SWEEP_FILE) or []
     done = [job for job in jobs if job["status"] == "done"]
     if not done:
         raise ConfigError(

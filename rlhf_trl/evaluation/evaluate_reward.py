@@ -10,7 +10,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_trl.callbacks.record import write_json, write_metrics
 from rlhf_trl.callbacks.samples import as_text
 from rlhf_trl.data.feedback import key_of
 from rlhf_trl.data.forms import JUDGED, PASSED_ON
@@ -41,9 +40,9 @@ from rlhf_trl.report import write_page
 from rlhf_trl.report.reward_page import reward_page, reward_text
 from rlhf_trl.rewards import ModelReward
 from rlhf_trl.run import begin, claims_directory, command, end, fail, instantiate_data, project_dir, reward_functions
+from rlhf_trl.runs.record import QUALITY_FILE, write_json, write_metrics
 from rlhf_trl.terminal import printable
 
-QUALITY_FILE = "reward_quality.json"
 # A column that was not asked for parts comparisons if it has so many different values
 FEWEST_VALUES, MOST_VALUES = 2, 20
 MISTAKES = 5

@@ -1,6 +1,5 @@
 """The table at the end of a sweep: parameters against metrics."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from omegaconf import DictConfig
 from rlhf_trl.evaluation.tables import WIDTH, duration, table
 from rlhf_trl.report.records import metric_names, swept_keys
 from rlhf_trl.report.sweep import write_sweep_report
+from rlhf_trl.runs.record import SWEEP_FILE, read_json, write_json
 
 
 class SweepReport(Callback):
@@ -31,10 +31,10 @@ class SweepReport(Callback):
         """
         folder = Path(config.hydra.sweep.dir)
         paths = [path for path in _records(folder) if self.earlier.get(path) != path.stat().st_mtime_ns]
-        jobs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        (folder / "sweep.json").write_text(json.dumps(jobs, indent=2), encoding="utf-8")
+        jobs = [read_json(path) for path in paths]
+        write_json(folder / SWEEP_FILE, jobs)
         page = write_sweep_report(folder)
-        print("\n" + report(jobs) + f"\n\n{folder / 'sweep.json'}\nReport: {page}", flush=True)
+        print("\n" + report(jobs) + f"\n\n{folder / SWEEP_FILE}\nReport: {page}", flush=True)
         if any(job["status"] == "failed" for job in jobs):
             sys.exit(1)
 

@@ -27,8 +27,9 @@ from rlhf_trl.report.evaluation import (
 )
 from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, Table, Text, write_page
 from rlhf_trl.report.plots import Series
-from rlhf_trl.report.records import Run, read_json, read_runs, without_gaps
+from rlhf_trl.report.records import Run, read_runs, without_gaps
 from rlhf_trl.report.reward_page import summary_table
+from rlhf_trl.runs.record import COMPARISON_FILE, QUALITY_FILE, read_json
 from rlhf_trl.signs import LEVELS, SIGNS, signs_seen
 
 # Training curves: the title of a figure, how to read it, and its metrics by their name in the legend. What a run
@@ -100,7 +101,7 @@ def write_report(project_dir: str | Path) -> Path:
 
 def project_page(project_dir: Path, ending: str | None = None) -> Page:
     """The page of a project; `ending` is the run that has done all but this page."""
-    runs, comparison = read_runs(project_dir), without_gaps(read_json(project_dir / "comparison.json"))
+    runs, comparison = read_runs(project_dir), without_gaps(read_json(project_dir / COMPARISON_FILE))
     if not runs and not comparison:
         raise ConfigError(
             f"There is nothing to report: `{project_dir}` holds no run. Type `project=...` with one that does."
@@ -210,7 +211,7 @@ def reward_model_blocks(runs: Sequence[Run], project: str) -> list:
             blocks.append(Table(headers, rows, f"Training of the reward model `{run.name}`."))
     measured = [run for run in runs if run.record["stage"] == "evaluate_reward"]
     for run in measured:
-        quality = read_json(run.folder / "reward_quality.json")
+        quality = read_json(run.folder / QUALITY_FILE)
         if quality:
             blocks += [
                 Text(f"`{run.name}` (all of it: `{run.folder / 'report' / 'index.html'}`)"),

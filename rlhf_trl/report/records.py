@@ -1,12 +1,13 @@
 """What runs left on disk, read without importing torch."""
 
-import json
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from rlhf_trl.runs import record
 
 NOT_OF_INTEREST = ("_runtime", "_per_second", "epoch", "step", "num_tokens")
 # What a run pays with: the first of these that was measured, else its time
@@ -56,9 +57,9 @@ def read_run(folder: Path) -> Run:
     config = folder / "config.yaml"
     return Run(
         name=folder.name,
-        record=read_json(folder / "run.json"),
+        record=record.read_run(folder),
         config=yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {},
-        metrics=read_json(folder / "metrics.json"),
+        metrics=record.read_metrics(folder),
         folder=folder,
     )
 
@@ -67,11 +68,6 @@ def read_runs(project_dir: Path) -> list[Run]:
     """The runs of a project, by the time they were started."""
     runs = [read_run(path.parent) for path in project_dir.glob("*/run.json")]
     return sorted(runs, key=lambda run: run.record["started"])
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file, `None` where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def without_gaps(value: Any) -> Any:

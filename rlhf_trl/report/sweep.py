@@ -9,7 +9,8 @@ from rlhf_trl.evaluation.tables import duration
 from rlhf_trl.report import plots
 from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, Table, Text, write_page
 from rlhf_trl.report.plots import Series
-from rlhf_trl.report.records import COSTS, metric_names, read_json, read_run, swept_keys
+from rlhf_trl.report.records import COSTS, metric_names, read_run, swept_keys
+from rlhf_trl.runs import record
 
 METRICS_SHOWN = 5  # beside the parameters; the others are a click away
 
@@ -21,7 +22,7 @@ def write_sweep_report(folder: str | Path) -> Path:
 
 def sweep_page(folder: Path) -> Page:
     """The page of a sweep."""
-    jobs = read_json(folder / "sweep.json") or []
+    jobs = record.read_json(folder / record.SWEEP_FILE) or []
     done = [job for job in jobs if job["status"] == "done"]
     failed = [job for job in jobs if job["status"] != "done"]
     keys, metrics = swept_keys(jobs), metric_names(jobs)
@@ -143,7 +144,7 @@ def _curves(folder: Path, jobs, keys, objective) -> list:
     series = []
     for job in jobs if objective else ():
         run_dir = folder / str(job["number"])
-        steps, values = read_run(run_dir).curve(objective) if (run_dir / "run.json").exists() else ([], [])
+        steps, values = read_run(run_dir).curve(objective) if (run_dir / record.RUN_FILE).exists() else ([], [])
         if len(steps) > 1:
             series.append(Series(_label(job, keys), steps, values))
     if not series:
@@ -157,10 +158,10 @@ def _curves(folder: Path, jobs, keys, objective) -> list:
 def _details(folder: Path, job) -> Details:
     run_dir = folder / str(job["number"])
     config = run_dir / "config.yaml"
-    record = read_json(run_dir / "run.json") or {}
+    begun = record.read_run(run_dir) or {}
     body = config.read_text(encoding="utf-8") if config.exists() else ""
     return Details(
-        f"job {job['number']}", [Code(record.get("command", "")), Code(body)] if record else [Text(job["log"])]
+        f"job {job['number']}", [Code(begun.get("command", "")), Code(body)] if begun else [Text(job["log"])]
     )
 
 

@@ -23,8 +23,9 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.progress import ProgressLine
-from rlhf_trl.callbacks.record import RunRecord, finish_run, last_checkpoint, save_whole_checkpoints, start_run
+from rlhf_trl.callbacks.record import RunRecord, last_checkpoint, save_whole_checkpoints
 from rlhf_trl.callbacks.samples import SampleLog
+from rlhf_trl.runs.record import finish_run, start_run
 
 WORDS = "<pad> <eos> the cat dog sat ran on a mat red blue".split()
 TEXTS = ["the cat sat on a mat", "the dog ran on a mat", "a red dog sat", "a blue cat ran"]
