@@ -206,12 +206,3 @@ def test_integers_of_any_size_are_exact(tmp_path):
     rows = [{"prompt": f"{i}", "answer": i} for i in range(1200)] + [{"prompt": "last", "answer": 2**64}]
     path.write_text("\n".join(map(json.dumps, rows)))
     assert data.load_files("prompt", 0, str(path))["train"].to_list() == rows
-
-
-def test_columns_of_the_names_of_what_reward_functions_get_are_left_out(tmp_path, capsys):
-    path = tmp_path / "a.jsonl"
-    path.write_text(
-        json.dumps({"prompt": "a", "completions": ["x"], "completion_ids": [1], "prompts": 1, "answer": "y"})
-    )
-    assert data.load_files("prompt", 0, str(path))["train"].to_list() == [{"prompt": "a", "answer": "y"}]
-    assert "columns left out: completions, completion_ids, prompts" in capsys.readouterr().out

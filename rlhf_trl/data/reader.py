@@ -14,9 +14,8 @@ from rlhf_trl.errors import DataError
 BATCH_ROWS = 1000
 SHOWN_PROBLEMS = 5
 # In the form `prompt`, all other columns go to the reward functions but these: TRL tells chat from text by any of
-# them, or gives reward functions something else of that name.
-FOREIGN = ("completion", "chosen", "rejected", "messages", "text", "prompts", "completions", "completion_ids")
-FOREIGN += ("environments", "trainer_state", "log_extra", "log_metric")
+# them.
+FOREIGN = ("completion", "chosen", "rejected", "messages", "text")
 # What stands for a column that a row doesn't have, where it isn't null: TRL passes this one on with `**`.
 ABSENT = {"chat_template_kwargs": {}}
 # In the form `judged` comparisons are parted by the other columns. These two are of the comparison itself.
