@@ -28,6 +28,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -58,6 +59,7 @@ __all__ = [
     "load_start",
     "load_tokenizer",
     "merge_adapter",
+    "model_config",
     "model_fingerprint",
     "resolve_path",
 ]
@@ -105,6 +107,34 @@ def base_path(path: str, config: PeftConfig) -> str:
             f"into `base_model_name_or_path` of `{path}/adapter_config.json`."
         )
     return base
+
+
+def model_config(path: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+    """
+    The config of a full model.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if there is none that Transformers knows, or it is not of a decoder-only
+            language model: all stages read and write from left to right.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+    except (OSError, ValueError) as error:
+        remedy = "Give the folder of a model, or a hub id."
+        if "trust_remote_code" in str(error):
+            remedy = "It has code of its own: read it, and set `trust_remote_code` to true where you trust it."
+        raise ConfigError(
+            f"The model `{path}` can't be loaded ({' '.join(str(error).split())[:200]}). {remedy}"
+        ) from error
+    encodes = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if getattr(config, "is_encoder_decoder", False) or encodes and not decodes:
+        kind = "encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "encoder-only"
+        raise ConfigError(
+            f"`{path}` is an {kind} model (`{config.model_type}`), and all stages take decoder-only ones, which read "
+            "and write from left to right: give one such as Llama, Qwen or GPT-2."
+        )
+    return config
 
 
 def load_tokenizer(
@@ -264,7 +294,7 @@ def load_reward_model(
         return model.eval()
     config = adapter_config(path)
     if config is None:
-        architectures = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).architectures or [""]
+        architectures = model_config(path, trust_remote_code).architectures or [""]
         scores = "SequenceClassification" in architectures[0]
     else:
         scores = config.task_type == "SEQ_CLS"
@@ -571,7 +601,7 @@ def _load_full(
     heads: Sequence[str] | None = None,
     **options,
 ):
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+    config = model_config(path, trust_remote_code, revision)
     architecture = (config.architectures or [""])[0]
     _refuse_reward_model(path, task_type, "SequenceClassification" in architecture)
     if revision is not None and not Path(path).is_dir():

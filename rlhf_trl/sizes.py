@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.models import AUTO_CLASSES, adapter_config, base_path, ensemble_members
+from rlhf_trl.models import AUTO_CLASSES, adapter_config, base_path, ensemble_members, model_config
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def empty_model(
     path = next(iter(ensemble_members(path)), path)
     if (adapter := adapter_config(path, revision)) is not None:
         path, revision = base_path(path, adapter), adapter.revision
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+    config = model_config(path, trust_remote_code, revision)
     try:
         with torch.device("meta"):
             return AUTO_CLASSES[task_type].from_config(config, trust_remote_code=trust_remote_code)

@@ -1,11 +1,14 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 from rlhf_trl.adapters import begin_training
+from rlhf_trl.checks import check
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models import (
     adapter_config,
@@ -15,9 +18,12 @@ from rlhf_trl.models import (
     load_start,
     load_tokenizer,
     merge_adapter,
+    model_config,
 )
 from rlhf_trl.paths import resolve_path
+from tests.helpers.architectures import ARCHITECTURES, save_architecture
 from tests.helpers.spies import logits
+from tests.tiny import make_tokenizer
 
 OPTIONS = {"dtype": "float32"}
 
@@ -208,3 +214,55 @@ def test_a_merged_reward_model_has_the_adapters_scores(adapter, tmp_path):
 def test_a_full_model_has_nothing_to_merge(tiny_llama, tmp_path):
     with pytest.raises(ConfigError, match="nothing to merge"):
         merge_adapter(tiny_llama, str(tmp_path / "merged"))
+
+
+# ---- Kinds of models ----
+
+SMALL = {
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+ENCODERS = {
+    "encoder-decoder": [
+        transformers.T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2),
+        transformers.BartConfig(vocab_size=30, d_model=16, encoder_layers=1, decoder_layers=1),
+    ],
+    "encoder-only": [
+        transformers.BertConfig(**SMALL),
+        transformers.RobertaConfig(**SMALL),
+        transformers.DistilBertConfig(vocab_size=30, dim=16, n_layers=1, n_heads=2),
+    ],
+}
+
+
+@pytest.mark.parametrize(("kind", "config"), [(kind, config) for kind in ENCODERS for config in ENCODERS[kind]])
+def test_what_is_no_decoder_is_refused_by_its_config_alone(compose, tmp_path, kind, config):
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    config.save_pretrained(tmp_path / "model")  # and no weights
+    path, runs = str(tmp_path / "model"), f"runs_dir={tmp_path}"
+    said = f"is an {kind} model \\(`{config.model_type}`\\)"
+    for load in (load_model, lambda path: load_start(path, "SEQ_CLS", None, "", **OPTIONS), load_reward_model):
+        with pytest.raises(ConfigError, match=said):
+            load(path)
+    ours = ("model=hf", f"model.path={path}")
+    reward = ("reward=model", "reward.model.run=null", f"reward.model.path={path}")
+    words = [[f"stage={stage}", *ours] for stage in ("sft", "dpo", "ppo", "reward", "generate", "chat")]
+    words += [["stage=ppo", *reward], ["stage=evaluate_reward", *reward], ["stage=sft", *ours, "adapter=qlora"]]
+    words += [["stage=evaluate", "~stage.policies.ppo", "stage.policies.sft=demo:sft", f"stage.policies.dpo={path}"]]
+    for given in words:
+        with pytest.raises(ConfigError, match=said):
+            check(compose(*given, runs))
+
+
+def test_decoders_and_what_is_no_model(tiny_llama, tmp_path):
+    for name in ARCHITECTURES:
+        model_config(save_architecture(tmp_path / name, name))
+    transformers.BertConfig(**SMALL, is_decoder=True).save_pretrained(tmp_path / "decoder")
+    assert model_config(str(tmp_path / "decoder")).is_decoder
+    for text in ("{", '{"hidden_size": 16}', '{"model_type": "frobnicator"}'):
+        Path(tiny_llama, "config.json").write_text(text)
+        with pytest.raises(ConfigError, match="can't be loaded .*Give the folder of a model"):
+            load_model(tiny_llama)

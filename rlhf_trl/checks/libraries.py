@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from transformers import TrainerCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
@@ -20,7 +20,7 @@ from rlhf_trl.dotpaths import find, not_taken, signature
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.loggers import wandb_problem
-from rlhf_trl.models import NEUTRAL_INIT, adapter_config, base_path
+from rlhf_trl.models import NEUTRAL_INIT
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.sizes import empty_model
 
@@ -135,12 +135,11 @@ def _unquantizable(values: dict[str, Any]) -> list[str]:
     if not at(values, "adapter.quantization"):
         return []
     model = values["model"]
-    path = resolve_path(model["path"], model["run"], str(project_dir(values)))
-    adapter, trust = adapter_config(path, model["revision"]), {"trust_remote_code": bool(model["trust_remote_code"])}
-    config = AutoConfig.from_pretrained(base_path(path, adapter) if adapter else path, **trust)
-    scores = values["stage"]["task_type"] == "SEQ_CLS"
-    with torch.device("meta"):
-        empty = (AutoModelForSequenceClassification if scores else AutoModelForCausalLM).from_config(config, **trust)
+    path, trusted = resolve_path(model["path"], model["run"], str(project_dir(values))), model["trust_remote_code"]
+    try:
+        empty = empty_model(path, values["stage"]["task_type"], bool(trusted), model["revision"])
+    except ConfigError:
+        return []  # which is said with its sizes
     linear = [name for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
     if any(name.rsplit(".", 1)[-1] not in HEADS for name in linear):
         return []
