@@ -43,7 +43,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from rlhf_trl.calibration import CALIBRATION_FILE, read_calibration
-from rlhf_trl.data.tokens import remember_ends
+from rlhf_trl.data.tokens import end_tokens, remember_ends
 from rlhf_trl.data.words import say
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.paths import resolve_path
@@ -554,6 +554,8 @@ def merge_adapter(
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
     merged.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if merged.can_generate():  # an adapter's folder has no generation_config; a trained full model's lists them
+        merged.generation_config.eos_token_id = end_tokens(tokenizer) or None
     merged.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     if Path(source, CALIBRATION_FILE).is_file():  # merging doesn't change a score

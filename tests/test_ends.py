@@ -11,7 +11,7 @@ from rlhf_trl.data import row_ids, tokenize_comparisons
 from rlhf_trl.data.tokens import end_tokens, prompt_ids
 from rlhf_trl.evaluation.sampling import sample, sample_in_turns
 from rlhf_trl.generate import completions
-from rlhf_trl.models import load_tokenizer
+from rlhf_trl.models import load_tokenizer, merge_adapter
 from rlhf_trl.policies import Policy
 from rlhf_trl.reward_model import RewardConfig, RewardTrainer
 from rlhf_trl.rewards import HttpReward, ModelReward
@@ -74,9 +74,13 @@ def test_ids_are_found_without_a_generation_config_and_below_an_adapter(tmp_path
     from peft import LoraConfig, get_peft_model
 
     path = save_turn_model(tmp_path / "base", [EOS, 9])
-    adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(path), LoraConfig(target_modules=["q_proj"]))
+    adapter = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(path), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
     adapter.save_pretrained(tmp_path / "adapter")
     assert end_tokens(load_tokenizer(str(tmp_path / "adapter"))) == [EOS, 9, END]
+    merge_adapter(str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == [EOS, 9, END]
     (tmp_path / "base" / "generation_config.json").unlink()
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"eos_token_id": [EOS, 8]}))
