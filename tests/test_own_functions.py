@@ -61,6 +61,8 @@ def reward(*words: str) -> list[str]:
         ("def f(c): ...", ["+callbacks.x._target_=collections.Counter"], ["`collections.Counter` is no callback"]),
         ("def f(c): ...", ["reward.function.weight=abc"], ["`reward.function.weight` is 'abc'"]),
         ("def f(c): ...", ["reward.function.weight=nan"], ["`reward.function.weight` is nan"]),
+        ("def f(c): ...", ["stage.run._target_=os.getcwd"], ["`os.getcwd` can't be called with the config"]),
+        ("def f(c): ...", ["stage.run._partial_=false"], ["`stage.run` needs `_partial_: true`"]),
         ("def f(c): ...", ["+callbacks.x.y=3"], ["`callbacks.x` has no `_target_`"]),
         ("def f(c): ...", ["callbacks=3"], ["`callbacks` is 3 and must hold keys"]),
         (
@@ -74,12 +76,13 @@ def reward(*words: str) -> list[str]:
 def test_a_dry_run_says_what_is_wrong(own, command, source, words, parts):
     own(source)
     status, _, message = command(*reward(*words), "debug=dry_run")
-    assert status == 2 and message.startswith("Error: ") and "Traceback" not in message
+    assert status == 2 and "\nError: " in f"\n{message}" and "Traceback" not in message
+    message = message[message.index("Error: ") :]
     assert len(message.splitlines()) == 1 and "Error in call to target" not in message
     assert all(part in message for part in parts), message
 
 
-@pytest.mark.parametrize("column", ["completions", "tokenizer"])
+@pytest.mark.parametrize("column", ["log_metric", "tokenizer"])
 def test_a_column_can_not_have_the_name_of_what_a_reward_is_given(own, command, tmp_path, column):
     own("def f(completions): return [0.0] * len(completions)")
     rows = [json.dumps({"prompt": f"Question {i}?", column: "x"}) for i in range(64)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import io
 from typing import Any
 
@@ -56,6 +57,8 @@ def _callables(values: dict[str, Any]) -> list[str]:
                 continue
             if key == "_target_" and arguments(node[key]) is None:
                 problems += _signature(path, node, found)
+            if key == "_target_" and path == "stage.run":
+                problems += _stage(path, node, found)
             if key == "_target_" and path.startswith("callbacks."):
                 problems += _callback(path, node, found)
     return problems or _reward_functions(values)
@@ -73,6 +76,15 @@ def _reward_functions(values: dict[str, Any]) -> list[str]:
             except ConfigError as error:
                 problems.append(str(error))
     return problems
+
+
+def _stage(path: str, node: dict[str, Any], found: functools.partial) -> list[str]:
+    """Of a stage of the user's own: what can't be called with the config."""
+    try:
+        inspect.signature(found).bind({})
+    except TypeError as error:
+        return [f"`{path}._target_`: `{node['_target_']}` can't be called with the config ({error}). Let it take one."]
+    return [] if node.get("_partial_") is True else [f"`{path}` needs `_partial_: true`: it gets the config."]
 
 
 def _callback(path: str, node: dict[str, Any], found: functools.partial) -> list[str]:
