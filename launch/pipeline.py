@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from rlhf_trl.runs.record import COMPARISON_FILE, read_json, read_run
 
 from rlhf_trl.apps import leave, run_app
 from rlhf_trl.checks.run_directory import name_problems
@@ -29,7 +30,6 @@ from rlhf_trl.launching import (
     state_of,
 )
 from rlhf_trl.report.project import write_report
-from rlhf_trl.runs.record import COMPARISON_FILE, read_json, read_run
 from rlhf_trl.terminal import printable
 
 

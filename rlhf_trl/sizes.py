@@ -57,7 +57,7 @@ def empty_model(
     Return the model at `path` (of an adapter: its base; of an ensemble: its members') without weights.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if the base of an adapter is gone, or its kind of model can't do this.
+        [`~rlhf_trl.errors.ConfigError`]: if its config can't be read, or its kind of model can't do this.
     """
     path = next(iter(ensemble_members(path)), path)
     if (adapter := adapter_config(path, revision)) is not None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -72,6 +73,28 @@ def test_a_table_of_positions_is_found_where_the_model_ends_at_it(tmp_path, name
         assert sizes.positions == POSITIONS
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda text: text[:-9], "can't be loaded .*not a valid JSON"),
+        (lambda text: text.replace('"gpt2"', '"gpt9"'), "can't be loaded .*`gpt9`"),
+        (
+            lambda text: json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}),
+            "has code of its own.*`trust_remote_code`",
+        ),
+    ],
+    ids=["broken", "unknown", "own-code"],
+)
+def test_a_config_that_can_not_be_used_is_named(compose, tmp_path, change, said):
+    save_gpt2(tmp_path / "m")
+    (tmp_path / "m/code.py").write_text("class Config: ...\n")
+    file = tmp_path / "m/config.json"
+    file.write_text(change(file.read_text()))
+    cfg = compose("stage=sft", "model=hf", f"model.path={tmp_path / 'm'}", f"runs_dir={tmp_path}")
+    (problem,) = library_problems(cfg)
+    assert re.search(said, problem), problem
+
+
 def test_an_encoder_decoder_is_named(tmp_path):
     transformers.T5Config(vocab_size=32, d_model=16, d_ff=16, num_layers=1, num_heads=2).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"encoder-decoder model \(`t5`\)"):
@@ -117,6 +140,7 @@ def config_of(compose, tmp_path, stage, model, rows, *overrides):
 def test_rollouts_beyond_the_positions_are_refused_before_the_model_loads(compose, tmp_path, monkeypatch, stage):
     monkeypatch.setattr("rlhf_trl.run.load_start", lambda *_, **__: pytest.fail("the model is loaded"))
     group = ["reward=length", "reward.length.kwargs.most=5"] + ["stage.args.num_generations=2"] * (stage != "ppo")
+    group += ["stage.args.steps_per_generation=1"]
     rows = [{"prompt": " ".join("abcdefghij"[: 2 + i])} for i in range(8)]  # up to 9 tokens
     cfg = config_of(
         compose, tmp_path, stage, save_gpt2(tmp_path / "m"), rows, *group, "stage.args.max_completion_length=56"

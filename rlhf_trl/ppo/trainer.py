@@ -41,6 +41,7 @@ from ..log_probs import quicken_log_probs
 from ..rewards import ModelReward, Reward
 from ..rewards.combine import weighted_sum
 from ..rollouts import GRPOTrainer
+from ..sizes import check_rows, sizes_of
 from .advantages import (
     explained_variance,
     gae,
@@ -227,6 +228,9 @@ class PPOTrainer(EachRowOnce, GRPOTrainer):
         self._demonstrations = (
             None if ptx_dataset is None else Demonstrations(ptx_dataset, self._tokenizer, seed=args.seed)
         )
+        if self._demonstrations is not None:
+            whole = [prompt + completion for prompt, completion in self._demonstrations.rows]
+            check_rows(sizes_of(self._policy), whole, 0, "Leave the longest rows of `ptx_data` out.")
         self._adapter_layers = adapter_layers(self._policy)
         head = getattr(self._policy, VALUE_HEAD) if args.critic == "head" else None
         self._sampled = SampledTokens(self._policy, self.temperature, head) if self._sampling_serves() else None
