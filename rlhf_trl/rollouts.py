@@ -24,6 +24,7 @@ from .callbacks.sampling import biasing_settings
 from .data.tokens import end_tokens, prompt_ids, remember_ends, template_kwargs
 from .dropout import disable_dropout
 from .errors import ConfigError
+from .held_out import EachRowOnce
 
 logger = logging.getLogger(__name__)
 
@@ -161,9 +162,9 @@ class Rollouts:
             return super()._generate_single_turn(*args, **kwargs)
 
 
-class GRPOTrainer(Rollouts, trl.GRPOTrainer):
-    """`trl.GRPOTrainer` with [`Rollouts`]."""
+class GRPOTrainer(Rollouts, EachRowOnce, trl.GRPOTrainer):
+    """`trl.GRPOTrainer` with [`Rollouts`] and [`~rlhf_trl.held_out.EachRowOnce`]."""
 
 
-class RLOOTrainer(Rollouts, trl.RLOOTrainer):
-    """`trl.RLOOTrainer` with [`Rollouts`]."""
+class RLOOTrainer(Rollouts, EachRowOnce, trl.RLOOTrainer):
+    """`trl.RLOOTrainer` with [`Rollouts`] and [`~rlhf_trl.held_out.EachRowOnce`]."""

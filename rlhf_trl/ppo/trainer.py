@@ -36,7 +36,6 @@ from ..adapters import (
     set_trainable,
 )
 from ..errors import ConfigError
-from ..held_out import EachRowOnce
 from ..log_probs import quicken_log_probs
 from ..rewards import ModelReward, Reward
 from ..rewards.combine import weighted_sum
@@ -117,7 +116,7 @@ class CriticWarmup(TrainerCallback):
                     parameter.grad = None
 
 
-class PPOTrainer(EachRowOnce, GRPOTrainer):
+class PPOTrainer(GRPOTrainer):
     """
     Trainer for proximal policy optimization from a learned or programmed reward (arXiv 1707.06347, 1909.08593,
     2203.02155).
