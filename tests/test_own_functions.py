@@ -82,7 +82,7 @@ def test_a_dry_run_says_what_is_wrong(own, command, source, words, parts):
     assert all(part in message for part in parts), message
 
 
-@pytest.mark.parametrize("column", ["log_metric", "tokenizer"])
+@pytest.mark.parametrize("column", ["completions", "tokenizer"])
 def test_a_column_can_not_have_the_name_of_what_a_reward_is_given(own, command, tmp_path, column):
     own("def f(completions): return [0.0] * len(completions)")
     rows = [json.dumps({"prompt": f"Question {i}?", column: "x"}) for i in range(64)]
