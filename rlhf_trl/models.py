@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import (
     LoraConfig,
     LoraModel,
@@ -85,7 +86,13 @@ def adapter_config(path: str, revision: str | None = None) -> PeftConfig | None:
     missing = Path(path).is_absolute() and not Path(path).is_dir()  # which the hub would call a malformed id
     if missing or find_adapter_config_file(path, revision=revision) is None:
         return None
-    return PeftConfig.from_pretrained(path, revision=revision)
+    try:
+        return PeftConfig.from_pretrained(path, revision=revision)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"`adapter_config.json` of the adapter `{path}` can't be read ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). Copy or download it again."
+        ) from error
 
 
 def base_path(path: str, config: PeftConfig) -> str:
@@ -98,6 +105,11 @@ def base_path(path: str, config: PeftConfig) -> str:
         [`~rlhf_trl.errors.ConfigError`]: if the base was a folder that is gone.
     """
     base = config.base_model_name_or_path
+    if not isinstance(base, str) or not base:
+        raise ConfigError(
+            f"The adapter `{path}` doesn't say what its base model is. Write its folder or hub id into "
+            f"`base_model_name_or_path` of `{path}/adapter_config.json`."
+        )
     for folder in (Path(base), Path(path, base)):
         if folder.is_dir():
             return str(folder.resolve())
@@ -167,6 +179,8 @@ def load_tokenizer(
     except (OSError, ValueError) as error:
         config = adapter_config(source, revision) if name is None else None
         if config is None:
+            if name is None:
+                model_config(path, trust_remote_code, revision)  # which says so where the model itself is wrong
             raise ConfigError(
                 f"No tokenizer can be loaded from `{source}` ({error}). Set `model.tokenizer`."
             ) from error
@@ -178,7 +192,12 @@ def load_tokenizer(
     if chat_template is not None:
         if not Path(chat_template).is_file():
             raise ConfigError(f"The chat template `{chat_template}` doesn't exist. Give a Jinja file.")
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"The chat template `{chat_template}` is not UTF-8 ({error}). Save it as UTF-8."
+            ) from error
     return tokenizer
 
 
@@ -710,7 +729,7 @@ def _readable(path: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, HFValidationError) as error:
         raise ConfigError(
             f"The weights of `{path}` can't be read ({' '.join(str(error).split())[:200]}). Copy or download the "
             "folder again."

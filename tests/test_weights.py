@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlhf_trl.checks import check
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models import load_model, load_reward_model, load_start, load_tokenizer
 from rlhf_trl.ppo.config import PPOConfig
@@ -236,3 +237,40 @@ def test_a_member_of_an_ensemble_without_its_head_is_named(tiny_llama, tmp_path)
     )
     with pytest.raises(ConfigError, match=r"member_1` doesn't fit.*score\.weight"):
         load_reward_model(str(tmp_path / "ensemble"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda file: file.write_text("{"), r"adapter_config\.json` of the adapter .* can't be read"),
+        (lambda file: edit(file, peft_type="FROB"), r"adapter_config\.json` of the adapter .* can't be read"),
+        (lambda file: edit(file, base_model_name_or_path=None), "doesn't say what its base model is"),
+        (lambda file: edit(file, base_model_name_or_path="no/such"), "The model `no/such` can't be loaded"),
+        (lambda file: file.with_name("adapter_model.safetensors").unlink(), "can't be read"),
+    ],
+    ids=["broken", "unknown kind", "no base", "base of the hub", "no weights"],
+)
+def test_a_broken_adapter_is_one_message(tiny_llama, tmp_path, change, said):
+    adapter = save_adapter(tiny_llama, tmp_path / "adapter")
+    change(Path(adapter, "adapter_config.json"))
+    with pytest.raises(ConfigError, match=said):
+        load_model(adapter)
+
+
+def edit(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_a_broken_config_is_not_the_tokenizers_fault(tiny_llama):
+    Path(tiny_llama, "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=f"The model `{tiny_llama}` can't be loaded"):
+        load_tokenizer(tiny_llama)
+
+
+def test_a_template_in_another_encoding_and_a_revision_of_a_folder(compose, tiny_llama, tmp_path):
+    (tmp_path / "latin1.jinja").write_bytes("é".encode("latin1"))
+    with pytest.raises(ConfigError, match="is not UTF-8"):
+        load_tokenizer(tiny_llama, chat_template=str(tmp_path / "latin1.jinja"))
+    words = ["stage=sft", "model=hf", f"model.path={tiny_llama}", "model.revision=v9", f"runs_dir={tmp_path}"]
+    with pytest.raises(ConfigError, match="`model.revision` is v9, and .* is a folder of this machine"):
+        check(compose(*words))

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -194,6 +195,14 @@ def _loading(values: dict[str, Any]) -> list[str]:
     problems = []
     if dtype is not None and dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         problems.append(f"`model.dtype` is {dtype!r}. Use `auto`, `float32`, `bfloat16` or `float16`.")
+    model = section(values, "model")
+    if model.get("revision") is not None and model.get("run") is None:
+        path = resolve_path(model["path"], None, "")
+        if Path(path).is_dir():
+            problems.append(
+                f"`model.revision` is {model['revision']}, and `{path}` is a folder of this machine, which has no "
+                "revisions. Set `model.revision=null`, or give the hub id as `model.path`."
+            )
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if attention is not None and "/" not in str(attention) and attention not in known:  # a kernel of the hub has a /
         problems.append(f"`model.attn_implementation` is {attention!r}. {did_you_mean(str(attention), known)}")
