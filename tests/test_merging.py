@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rlhf_trl.runs.record import write_json
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models import load_merged, load_model, load_reward_model, load_start, merge_adapter, trained_quantization
 from rlhf_trl.rewards import ModelReward
+from rlhf_trl.runs.record import write_json
 from tests.helpers.architectures import ARCHITECTURES, save_architecture
 from tests.helpers.spies import IDS, SPY, Spy, logits
 from tests.test_references import LAYERS, config, kinds, save_adapter
@@ -47,7 +47,7 @@ def test_a_merged_model_is_the_adapter_on_its_base(tmp_path, name):
 def quantized_run(path: str, **options) -> BitsAndBytesConfig:
     """Record in the folder of an adapter that its base was quantized."""
     quantization = BitsAndBytesConfig(**NF4 | options)
-    write_json(Path(path, "run.json"), {"status": "done", "quantization": quantization.to_dict()})
+    write_json(Path(path, "run.json"), {"stage": "sft", "status": "done", "quantization": quantization.to_dict()})
     return quantization
 
 

@@ -72,7 +72,7 @@ def test_a_run_that_is_missing_or_unfinished_is_an_error_with_the_command(tmp_pa
     monkeypatch.chdir(tmp_path)
     if status:
         (tmp_path / "runs/demo/sft").mkdir(parents=True)
-        (tmp_path / "runs/demo/sft/run.json").write_text(json.dumps({"status": status}))
+        (tmp_path / "runs/demo/sft/run.json").write_text(json.dumps({"stage": "sft", "status": status}))
     with pytest.raises(ConfigError) as error:
         resolve_path("demo:sft", "sft", "runs/demo")
     assert command in str(error.value)
@@ -80,7 +80,7 @@ def test_a_run_that_is_missing_or_unfinished_is_an_error_with_the_command(tmp_pa
 
 def test_a_finished_run_wins_over_the_path(tmp_path):
     (tmp_path / "demo/sft").mkdir(parents=True)
-    (tmp_path / "demo/sft/run.json").write_text('{"status": "done"}')
+    (tmp_path / "demo/sft/run.json").write_text('{"stage": "sft", "status": "done"}')
     assert resolve_path("demo:sft", "sft", f"{tmp_path}/demo") == str(tmp_path / "demo/sft")
 
 
