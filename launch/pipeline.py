@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from rlhf_trl.runs.record import COMPARISON_FILE, read_json, read_run
 
 from rlhf_trl.apps import leave, run_app
 from rlhf_trl.checks.run_directory import name_problems
@@ -30,6 +29,7 @@ from rlhf_trl.launching import (
     state_of,
 )
 from rlhf_trl.report.project import write_report
+from rlhf_trl.runs.record import COMPARISON_FILE, read_json, read_run
 from rlhf_trl.terminal import printable
 
 

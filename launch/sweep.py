@@ -17,7 +17,6 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rlhf_trl.runs.record import read_run
 
 from rlhf_trl.apps import run_app
 from rlhf_trl.checks.run_directory import name_problems
@@ -32,6 +31,7 @@ from rlhf_trl.launching import (
     state_of,
 )
 from rlhf_trl.overrides import as_typed, without_sweeps
+from rlhf_trl.runs.record import read_run
 
 # What the sweep reads itself; a run gets a name and a beginning of its own
 OWN_KEYS = ("sweep", "accelerate", "launch", "program", "run_name", "resume", "overwrite")

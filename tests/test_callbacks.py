@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from rlhf_trl.runs.record import METRICS_FILE, finish_run, read_run, start_run, write_json, write_metrics
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState
 
 from rlhf_trl.callbacks import record, steps_per_rollout
@@ -26,6 +25,7 @@ from rlhf_trl.callbacks.record import (
     tied_weights_are_there,
 )
 from rlhf_trl.callbacks.samples import SAMPLES_FILE, as_text
+from rlhf_trl.runs.record import METRICS_FILE, finish_run, read_run, start_run, write_json, write_metrics
 from tests.helpers.watching import add_callbacks, count_cats, grpo, sft
 
 ROOT = Path(__file__).parents[1]

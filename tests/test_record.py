@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from rlhf_trl.runs.record import read_json, read_metrics, read_run, start_run, write_metrics
 
 from rlhf_trl.checks.places import model_problems
 from rlhf_trl.errors import ConfigError
@@ -14,6 +13,7 @@ from rlhf_trl.launching import results_of, state_of
 from rlhf_trl.loggers import summary_of
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.report.project import project_page
+from rlhf_trl.runs.record import read_json, read_metrics, read_run, start_run, write_metrics
 
 DAMAGED = ("", "{", "[]", "3", '{"status": "do', '{"a": "\n"}', "\x00" * 40, "[" * 100_000)
 

@@ -66,8 +66,8 @@ def read_json(path: str | os.PathLike) -> Any:
     Return the content of a JSON file that a run has left, `None` where there is none.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if the file can't be read, is no JSON, or lacks what every such file holds. The
-            message says what to do about it.
+        [`~rlhf_trl.errors.ConfigError`]: if the file can't be read, is no JSON, or lacks what every such file holds;
+            the message says what to do about it.
     """
     path = Path(path)
     if not path.exists():

@@ -10,7 +10,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import torch
 from datasets import Dataset
-from rlhf_trl.runs.record import finish_run, start_run
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -26,6 +25,7 @@ from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.progress import ProgressLine
 from rlhf_trl.callbacks.record import RunRecord, last_checkpoint, save_whole_checkpoints
 from rlhf_trl.callbacks.samples import SampleLog
+from rlhf_trl.runs.record import finish_run, start_run
 
 WORDS = "<pad> <eos> the cat dog sat ran on a mat red blue".split()
 TEXTS = ["the cat sat on a mat", "the dog ran on a mat", "a red dog sat", "a blue cat ran"]
