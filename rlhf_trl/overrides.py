@@ -394,8 +394,9 @@ def _hint_if_unread(key: str, cfg: DictConfig, value: str = "", known: Collectio
     What was meant by a key that the config didn't have before; `None` if something may read it, as those beside or
     below a `_target_`, which are checked with its arguments.
     """
-    if "stage" in cfg and not str(OmegaConf.select(cfg, "stage.run._target_")).startswith("rlhf_trl."):
-        return None  # a function of the user's own may read any key
+    own_function = "stage" in cfg and not str(OmegaConf.select(cfg, "stage.run._target_")).startswith("rlhf_trl.")
+    if own_function or cfg.get("program"):
+        return None  # a function or program of the user's own may read any key
     names = key.split(".")
     parents = [".".join(names[:i]) for i in range(1, len(names))]
     if OPEN_NODES & set(names[:-1]) or any(_target(OmegaConf.select(cfg, parent)) for parent in parents):
