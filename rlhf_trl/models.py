@@ -129,6 +129,8 @@ def model_config(path: str, trust_remote_code: bool = False, revision: str | Non
         [`~rlhf_trl.errors.ConfigError`]: if there is none that Transformers knows, or it is not of a decoder-only
             language model: all stages read and write from left to right.
     """
+    if Path(path).is_absolute() and not Path(path).is_dir():  # which the hub would call a malformed id
+        raise ConfigError(f"The model folder `{path}` doesn't exist. Give an existing folder or a hub id.")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ import pytest
 from rlhf_trl import argument_names, dotpaths
 from rlhf_trl.checks import check, find_problems
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.sizes import empty_model
 
 
 @pytest.fixture
@@ -373,11 +374,15 @@ def test_a_model_without_linear_layers_cannot_be_quantized(compose, tmp_path, mo
     check(compose("stage=sft", "adapter=qlora"))
 
     def only_a_head(config, **kwargs):
-        return torch.nn.Sequential(torch.nn.Embedding(8, 4))
+        model = torch.nn.Sequential(torch.nn.Embedding(config.vocab_size, 4))
+        model.config, model.name_or_path = config, "only a head"
+        return model
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", only_a_head)
+    empty_model.cache_clear()
     with pytest.raises(ConfigError, match="no linear layer"):
         check(compose("stage=sft", "adapter=qlora"))
+    empty_model.cache_clear()
 
 
 def test_a_word_that_is_not_true_overwrites_nothing(problems):

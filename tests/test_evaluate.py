@@ -582,7 +582,7 @@ def test_checkpoints_and_sweeps_are_policies_too(tmp_path):
         for folder in [tmp_path / name, *(tmp_path / name / f"checkpoint-{step}" for step in steps)]:
             folder.mkdir()
         (tmp_path / name / "run.json").write_text('{"status": "done"}')
-        (tmp_path / name / "metrics.json").write_text('{"history": [{"step": 8}]}')
+        (tmp_path / name / "metrics.json").write_text('{"eval": {}, "history": [{"step": 8}]}')
     sweep = tmp_path / "dpo_sweep"
     sweep.mkdir()
     jobs = [

@@ -23,7 +23,7 @@ SWEEP_FILE = "sweep.json"
 PACKAGES = ("rlhf_trl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "hydra-core", "bitsandbytes")
 # What every such file holds
 HELD = {
-    RUN_FILE: {"stage": str, "status": str},
+    RUN_FILE: {"status": str},
     METRICS_FILE: {"eval": dict, "history": list},
     COMPARISON_FILE: {"baseline": str, "policies": dict, "samples": list},
     QUALITY_FILE: {"rewards": dict},
