@@ -26,7 +26,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -181,6 +181,10 @@ def load_tokenizer(
     except (OSError, ValueError) as error:
         config = adapter_config(source, revision) if name is None else None
         if config is None:
+            if broken := _broken_json(source):
+                raise ConfigError(
+                    f"`{broken}` is no JSON ({error}). Copy or download the folder again, or set `model.tokenizer`."
+                ) from error
             if name is None:
                 model_config(path, trust_remote_code, revision)  # which says so where the model itself is wrong
             raise ConfigError(
@@ -201,6 +205,16 @@ def load_tokenizer(
                 f"The chat template `{chat_template}` is not UTF-8 ({error}). Save it as UTF-8."
             ) from error
     return tokenizer
+
+
+def _broken_json(folder: str) -> Path | None:
+    """The file of a local model that keeps its tokenizer or config from being loaded."""
+    for path in sorted(Path(folder).glob("*.json")) if Path(folder).is_dir() else ():
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return path
+    return None
 
 
 def _let_add_no_eos(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
@@ -733,9 +747,20 @@ def _readable(path: str) -> Iterator[None]:
         yield
     except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, HFValidationError) as error:
         raise ConfigError(
-            f"The weights of `{path}` can't be read ({' '.join(str(error).split())[:200]}). Copy or download the "
-            "folder again."
+            f"The weights of `{_broken_weights(path) or path}` can't be read ({' '.join(str(error).split())[:200]}). "
+            "Copy or download the folder again."
         ) from error
+
+
+def _broken_weights(folder: str) -> Path | None:
+    """The safetensors file of a local model that can't be opened, if there is one."""
+    for path in sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else ():
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError):
+            return path
+    return None
 
 
 def _check_finite(path: str, weights: Iterator[tuple[str, Tensor]]) -> None:

@@ -97,7 +97,12 @@ REWARD_NORM = {"clip": f"{POSITIVE}?"}
 MOVING_NORM = REWARD_NORM | {"shift_mean": "bool"}
 REFERENCE_NORM = REWARD_NORM | {"rows": "int [2, inf)", "mean": f"{NUMBER}?", "std": f"{POSITIVE}?"}
 REWARD = {"weight": NUMBER}
-MODEL_REWARD = REWARD | {"batch_size": COUNT, "std_coef": NONNEGATIVE, "trust_remote_code": "bool"}
+MODEL_REWARD = REWARD | {
+    "batch_size": COUNT,
+    "std_coef": NONNEGATIVE,
+    "trust_remote_code": "bool",
+    "dtype": "auto|float32|bfloat16|float16?",
+}
 HTTP_REWARD = REWARD | {"timeout": POSITIVE, "retries": "int [0, inf)", "backoff": NONNEGATIVE, "batch_size": COUNT}
 LIMITS = {"max_samples": f"{COUNT}?", "max_eval_samples": f"{COUNT}?"}
 ROWS = LIMITS | {"eval_size": f"{POSITIVE}?", "to_chat": "bool"}
@@ -186,6 +191,7 @@ RUN = {
     "stage.like_length": NONNEGATIVE,
     "stage.bins": COUNT,
     "stage.completions": "int [2, inf)",
+    "stage.gaps_above": "numbers?",
     "stage.task_type": "CAUSAL_LM|SEQ_CLS",
 }
 
@@ -199,6 +205,9 @@ def problem_of(key: str, value: Any, rule: str) -> str | None:
         wrong = None if isinstance(value, bool) else f"and must be true or false. Set `{key}=true` or `{key}=false`."
     elif rule == "text":
         wrong = None if isinstance(value, str) else f"and must be a text. Set `{key}=...`."
+    elif rule == "numbers":
+        whole = isinstance(value, list) and all(_outside(each, NUMBER) is None for each in value)
+        wrong = None if whole else f"and must be a list of numbers. Set `{key}=[1,2]`."
     elif rule[-1] not in ")]":
         choices = rule.split("|")
         unknown = [each for each in (value if isinstance(value, list) else [value]) if each not in choices]

@@ -57,6 +57,8 @@ from rlhf_trl.data import head_names
 from rlhf_trl.data.forms import is_chat
 from rlhf_trl.data.splits import leave_out, prompt_keys
 from rlhf_trl.data.tokens import (
+    check_template_answers,
+    check_template_syntax,
     end_tokens,
     keep_one_bos,
     keep_template_kwargs,
@@ -245,13 +247,17 @@ def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
 
 def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
     """The splits `train` and, where there is one, `eval`, in the form the stage wants."""
+    template_source = cfg.model.chat_template or tokenizer.name_or_path
     with PartialState().main_process_first():
+        if tokenizer.chat_template is not None:
+            check_template_syntax(tokenizer, template_source)
         with refusals_named(tokenizer):
             dataset = instantiate_data(cfg)
         options = OmegaConf.to_container(cfg.stage.args, resolve=True)
         dataset = keep_template_kwargs(dataset, tokenizer, options.get("chat_template_kwargs"))
         dataset = keep_one_bos(dataset, tokenizer)
-        if is_chat(dataset["train"][0]):
+        if is_chat(dataset["train"][0]) and tokenizer.chat_template is not None:
+            check_template_answers(tokenizer, template_source)
             note_template_end(tokenizer, options.get("eos_token"))
         if cfg.stage.prepare is not None:
             prepare = instantiate(cfg.stage.prepare)

@@ -38,6 +38,12 @@ def model_problems(values: dict[str, Any]) -> list[str]:
     if judge.get("path") is not None:
         problems += _model("judge", {**judge, "run": None}, values, "CAUSAL_LM")
     named = named_policies(at(values, "stage.policies") or {})
+    baseline = at(values, "stage.baseline")
+    if baseline is not None and baseline not in named:
+        problems.append(
+            f"`stage.baseline` is `{baseline}`, which `stage.policies` doesn't have (it has "
+            f"{', '.join(named) or 'none'}). Set it to one of them, or add it: `+stage.policies.{baseline}=...`."
+        )
     policies = {f"stage.policies.{name}": place for name, place in named.items()}
     for key, place in {**policies, "stage.policy": at(values, "stage.policy")}.items():
         if isinstance(place, str) and is_run_name(place, str(project_dir(values))):

@@ -455,7 +455,7 @@ def check_template(row: dict) -> None:
     start = row.get("prompt") or []
     answers = [row[name] for name in ("messages", "completion", "chosen", "rejected") if name in row]
     for answer in [*answers, *row.get("completions", []), []]:
-        if start + answer:
+        if isinstance(answer, list) and start + answer:  # a column of that name may hold anything beside prompts
             check(start + answer, row)
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from rlhf_trl.data.forms import CHAT_CHECK, comparisons_of, is_chat, select_completions
 from rlhf_trl.data.read import RowError
@@ -166,8 +166,9 @@ def _turn_ids(tokenizer, prompt: list[dict], completion: list[dict], start: list
 def _render(tokenizer, messages: list[dict], tokenize: bool, **kwargs):
     if tokenizer.chat_template is None:
         raise ConfigError(
-            "the data holds chat messages, but the tokenizer has no chat template. "
-            "Type `model.chat_template=FILE.jinja`, or give data whose prompts are text."
+            f"the data holds chat messages, but the tokenizer of `{tokenizer.name_or_path}` has no chat template. "
+            "Type `model.chat_template=FILE.jinja` (a reward model's is saved with its tokenizer), or give data "
+            "whose prompts are text."
         )
     # Arrow gives every message all keys of all messages: what is null wasn't there.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
@@ -308,6 +309,54 @@ def note_template_end(tokenizer, eos_token: str | None = None) -> None:
                 f"trained model's generation_config.json will list it; `+stage.args.eos_token='{token}'` of stage=sft "
                 "makes it the EOS."
             )
+
+
+def check_template_syntax(tokenizer, source: str) -> None:
+    """
+    Stop at a chat template that is no Jinja template.
+
+    Args:
+        source (`str`): where the template comes from, for the message.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: with the line.
+    """
+    try:
+        _rendered_answer(tokenizer, "Hello")
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"The chat template of `{source}` is no Jinja template: {error}, line {error.lineno}. Fix it, or give "
+            "another with `model.chat_template=FILE.jinja`."
+        ) from error
+    except TemplateError:
+        pass  # it refuses this chat; whether it refuses those of the data is told where they are rendered
+
+
+def check_template_answers(tokenizer, source: str) -> None:
+    """
+    Stop at a chat template that doesn't write what the assistant says: every answer would be the same.
+
+    Args:
+        source (`str`): where the template comes from, for the message.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if it doesn't.
+    """
+    words = "Words that stand in no template"
+    try:
+        text = _rendered_answer(tokenizer, words)
+    except TemplateError:
+        return
+    if words not in text:
+        raise ConfigError(
+            f"The chat template of `{source}` leaves out what the assistant says, so nothing could be learned from "
+            "any answer. Give another with `model.chat_template=FILE.jinja`."
+        )
+
+
+def _rendered_answer(tokenizer, words: str) -> str:
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": words}]
+    return tokenizer.apply_chat_template(chat, tokenize=False)
 
 
 def note_rows_without_end(batch, tokenizer) -> None:

@@ -306,6 +306,12 @@ class ModelReward(Reward):
                 f"{names_of(self.heads)}."
             )
         weights = dict.fromkeys(self.heads, 1.0) if weights is None else weights
+        if wrong := {head: value for head, value in weights.items() if not isinstance(value, int | float)}:
+            head, value = next(iter(wrong.items()))
+            raise ConfigError(
+                f"`reward.{self.__name__}.head_weights.{head}` is {value!r} and must be a number. Type for example "
+                f"`'{typed}'`."
+            )
         return torch.tensor([float(weights.get(head, 0.0)) for head in self.heads])
 
     def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
