@@ -746,9 +746,12 @@ def _readable(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, HFValidationError) as error:
+        why, remedy = " ".join(str(error).split())[:200], "Copy or download the folder again."
+        if isinstance(error, pickle.UnpicklingError):
+            why = "a pickle that is damaged, or that holds more than weights and could run code"
+            remedy = "Give the model as safetensors."
         raise ConfigError(
-            f"The weights of `{_broken_weights(path) or path}` can't be read ({' '.join(str(error).split())[:200]}). "
-            "Copy or download the folder again."
+            f"The weights of `{_broken_weights(path) or path}` can't be read ({why}). {remedy}"
         ) from error
 
 
@@ -760,7 +763,7 @@ def _broken_weights(folder: str) -> Path | None:
                 pass
         except (OSError, SafetensorError):
             return path
-    return None
+    return next(iter(sorted(Path(folder).glob("*.bin"))), None)
 
 
 def _check_finite(path: str, weights: Iterator[tuple[str, Tensor]]) -> None:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from rlhf_trl.checks import find_problems
@@ -48,6 +49,25 @@ def test_the_broken_file_of_weights_is_named(tmp_path, size):
         file.truncate(size)
     with pytest.raises(ConfigError, match=r"weights of `.*model/model.safetensors` can't be read"):
         load_model(str(path))
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    path = Path(save_model(tmp_path / "model"))
+    (path / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Touch(tmp_path / "touched")}, path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"weights of `.*pytorch_model.bin` can't be read \(a pickle .* run code\)"):
+        load_model(str(path))
+    assert not (tmp_path / "touched").exists()
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 def test_a_baseline_that_is_not_evaluated_is_said_before_anything_runs(compose, tmp_path):
