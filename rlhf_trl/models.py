@@ -208,8 +208,8 @@ def load_tokenizer(
 
 
 def _broken_json(folder: str) -> Path | None:
-    """The file of a local model that keeps its tokenizer or config from being loaded."""
-    for path in sorted(Path(folder).glob("*.json")) if Path(folder).is_dir() else ():
+    """The file that keeps the tokenizer of a local model from being loaded, if it is one of the tokenizer's."""
+    for path in sorted(Path(folder).glob("*token*.json")) if Path(folder).is_dir() else ():
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -750,9 +750,8 @@ def _readable(path: str) -> Iterator[None]:
         if isinstance(error, pickle.UnpicklingError):
             why = "a pickle that is damaged, or that holds more than weights and could run code"
             remedy = "Give the model as safetensors."
-        raise ConfigError(
-            f"The weights of `{_broken_weights(path) or path}` can't be read ({why}). {remedy}"
-        ) from error
+        where = _broken_weights(path) or path
+        raise ConfigError(f"The weights of `{where}` can't be read ({why}). {remedy}") from error
 
 
 def _broken_weights(folder: str) -> Path | None:

@@ -33,7 +33,7 @@ def test_a_template_that_is_no_jinja_is_named_with_its_line(train, tmp_path):
         train(tmp_path, "stage=sft", f"model.chat_template={file}", *TWO_STEPS)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_the_broken_file_of_a_tokenizer_is_named(tmp_path, name):
     path = save_model(tmp_path / "model")
     Path(path, name).write_text("{")
