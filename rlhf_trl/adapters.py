@@ -26,7 +26,6 @@ from .models import (
     set_adapter_weights,
     trained_quantization,
 )
-from .runs.record import read_run
 
 logger = logging.getLogger(__name__)
 
@@ -197,13 +196,8 @@ def check_same_base(path: str, model: PeftModel) -> None:
     """
     ours = model.get_base_model().config._name_or_path
     theirs = base_path(path, adapter_config(path))
-    trained_on = (read_run(path) or {}).get("base_fingerprint") if Path(path).is_dir() else None
     if Path(ours).is_dir() and Path(theirs).is_dir():
         same = Path(ours).resolve() == Path(theirs).resolve() or fingerprint(ours) == fingerprint(theirs)
-        if same and trained_on is not None and trained_on != fingerprint(ours):
-            raise ConfigError(
-                f"The adapter `{path}` was trained on `{theirs}`, whose weights have changed since. Train it again."
-            )
     else:
         same = ours == theirs
     trained, here = trained_quantization(path), getattr(model.get_base_model().config, "quantization_config", None)

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_trl import overrides
 from rlhf_trl.checks import check, find_problems
 from rlhf_trl.cpu import keep_freed_memory
-from rlhf_trl.errors import ConfigError, DivergedError
+from rlhf_trl.errors import ConfigError, DivergedError, disk_is_full
 from rlhf_trl.paths import conf_dir
 from rlhf_trl.quiet import quiet
 from rlhf_trl.terminal import AboveBars, close_bars, printable
@@ -89,6 +89,12 @@ def run(cfg: DictConfig) -> float | None:
     except (ConfigError, DivergedError) as error:  # here, because Hydra would print the overrides in front of it
         _leave(f"Error: {error}", 2)
     except BaseException as error:
+        if disk_is_full(error):
+            _leave(
+                f"Error: There is no room left on the disk of `{cfg.run_dir}`. Make room, and resume the run with "
+                "`resume=true`, or start again with `overwrite=true` where it has no checkpoint yet.",
+                2,
+            )
         if told := _explained_here(error):
             _leave(f"Error: {told}", 2)
         raise

@@ -1,5 +1,6 @@
 """Errors that are the user's to fix: shown as a message, without a traceback."""
 
+import errno
 from collections.abc import Sequence
 
 
@@ -26,3 +27,14 @@ class DataError(ConfigError):
 
 class DivergedError(RuntimeError):
     """A training whose weights or gradients became NaN or infinite. The message says since when, and what to set."""
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that there is no room left on a disk."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error) or "PytorchStreamWriter failed writing" in str(error):
+            return True  # of safetensors and of torch, which have errors of their own
+        error = error.__cause__ or error.__context__
+    return False

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -102,7 +103,8 @@ def base_path(path: str, config: PeftConfig) -> str:
     A relative folder is looked for where the user stands, as PEFT does, and then beside the adapter.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if the base was a folder that is gone.
+        [`~rlhf_trl.errors.ConfigError`]: if the base was a folder that is gone, or whose weights are others than those
+            that a run's adapter was trained on.
     """
     base = config.base_model_name_or_path
     if not isinstance(base, str) or not base:
@@ -112,6 +114,12 @@ def base_path(path: str, config: PeftConfig) -> str:
         )
     for folder in (Path(base), Path(path, base)):
         if folder.is_dir():
+            trained_on = _record(path).get("base_fingerprint")
+            if trained_on is not None and trained_on != fingerprint(str(folder)):
+                raise ConfigError(
+                    f"The adapter `{path}` was trained on `{folder.resolve()}`, whose weights have changed since. "
+                    "Train it again."
+                )
             return str(folder.resolve())
     if Path(base).is_absolute() or base.startswith("."):
         raise ConfigError(
@@ -469,11 +477,16 @@ def model_fingerprint(path: str, revision: str | None = None) -> str | None:
 
 def trained_quantization(path: str) -> BitsAndBytesConfig | None:
     """How the base of the adapter in the folder `path`, a run or one of its checkpoints, was quantized in training."""
-    if not Path(path).is_dir():
-        return None
-    run = Path(path).parent if Path(path).name.startswith("checkpoint-") else path
-    saved = (read_run(path) or read_run(run) or {}).get("quantization")
+    saved = _record(path).get("quantization")
     return BitsAndBytesConfig.from_dict(saved) if saved else None
+
+
+def _record(path: str) -> dict[str, Any]:
+    """`run.json` of the run that is the folder `path`, or of which it is a checkpoint; nothing where there is none."""
+    if not Path(path).is_dir():
+        return {}
+    run = Path(path).parent if Path(path).name.startswith("checkpoint-") else path
+    return read_run(path) or read_run(run) or {}
 
 
 def start_quantization(path: str, wanted: BitsAndBytesConfig | None) -> BitsAndBytesConfig | None:

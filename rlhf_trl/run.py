@@ -41,6 +41,7 @@ from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.nonfinite import NonfiniteGuard
 from rlhf_trl.callbacks.progress import ProgressLine
 from rlhf_trl.callbacks.record import (
+    UNFINISHED,
     RunRecord,
     last_checkpoint,
     last_whole_checkpoint,
@@ -70,7 +71,7 @@ from rlhf_trl.data.words import say
 from rlhf_trl.directory import claimed, discard_old, holds_old, put_back, recover, set_aside
 from rlhf_trl.dotpaths import find
 from rlhf_trl.dropout import disable_dropout
-from rlhf_trl.errors import ConfigError, DataError
+from rlhf_trl.errors import ConfigError, DataError, disk_is_full
 from rlhf_trl.held_out import EachRowOnce
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.inputs import inputs_of, resume_problems
@@ -563,6 +564,8 @@ def fail(cfg: DictConfig, error: BaseException) -> None:
     if is_wrong or holds_old(cfg.run_dir):
         put_back(cfg.run_dir)
     else:
+        if disk_is_full(error):  # room for the record: what was half written is of no use
+            shutil.rmtree(Path(cfg.run_dir, UNFINISHED), ignore_errors=True)
         end(
             cfg,
             "stopped" if isinstance(error, KeyboardInterrupt) else "failed",

@@ -385,8 +385,10 @@ def test_an_adapter_on_a_base_that_has_changed_since_is_refused(tmp_path):
     Path(reward, "run.json").write_text(json.dumps({"status": "done", "base_fingerprint": fingerprint(str(base))}))
     one_base(base, tmp_path, reward_funcs=AdapterReward(reward), critic_path=reward)
     save_model(tmp_path / "base", seed=1)
-    message = refused(base, tmp_path, reward_funcs=AdapterReward(reward), critic="head", critic_path=None)
-    assert "weights have changed since" in message
+    for load in (AdapterReward, ModelReward):
+        with pytest.raises(ConfigError, match="weights have changed since"):
+            load(reward)
+    assert "weights have changed since" in refused(base, tmp_path, reward_funcs=count_of_a, critic_path=reward)
 
 
 def test_wrong_starts_of_a_critic_are_refused(path, tmp_path):

@@ -1,5 +1,6 @@
 """The life of a run directory: who may write into it, and what is never deleted with it."""
 
+import errno
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 
 from rlhf_trl import directory
 from rlhf_trl.checks import find_problems
-from rlhf_trl.errors import ConfigError
+from rlhf_trl.errors import ConfigError, disk_is_full
 from rlhf_trl.paths import conf_dir
 from tests.helpers.spies import CRASH, Crash
 from tests.tiny import save_model
@@ -436,6 +437,18 @@ def test_a_resume_falls_back_to_the_checkpoint_before_a_damaged_one(train, stopp
         saved.rename(stopped)
 
 
+def test_a_run_without_its_config_can_not_be_resumed(train, stopped, monkeypatch):
+    monkeypatch.setattr(Crash, "at", None)
+    config = stopped / "test/sft/config.yaml"
+    content = config.read_text()
+    config.unlink()
+    try:
+        with pytest.raises(ConfigError, match="has no `config.yaml`, so nothing says what the run began with"):
+            train(stopped, *resumable(stopped), "resume=true", "stage.args.learning_rate=9")
+    finally:
+        config.write_text(content)
+
+
 def test_a_resume_of_the_same_goes_on(train, stopped, monkeypatch):
     monkeypatch.setattr(Crash, "at", None)
     run_dir = Path(train(stopped, *resumable(stopped), "resume=true"))
@@ -486,3 +499,39 @@ def test_an_adapters_fingerprint_is_its_bases_too(tmp_path):
     (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"others")
     found.append(model_fingerprint(str(tmp_path / "adapter")))
     assert len(set(found)) == 3
+
+
+def test_the_name_of_the_page_is_no_runs(problems):
+    assert any("`run_name` is `report`" in text for text in problems("stage=sft", "run_name=report"))
+
+
+def test_an_output_takes_no_files_place_in_a_model(problems):
+    sft = make_run("sft")
+    (sft / "config.json").write_text("{}")
+    words = ("stage=generate", "model.run=sft", "reward=none", "overwrite=true")
+    found = problems(*words, f"stage.output={sft}/config.json")
+    assert any("which the command reads itself (`model.run`)" in text for text in found)
+    assert not any("stage.output" in text for text in problems(*words, f"stage.output={sft}/completions.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:603] . PytorchStreamWriter failed writing file data/0"),
+        ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_leaves_a_record_and_one_message(train, tmp_path, monkeypatch, error):
+    def full(*args, **kwargs):
+        (Path(tmp_path) / "test/sft/.unfinished").mkdir(exist_ok=True)
+        raise error
+
+    from transformers import PreTrainedModel
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(type(error)) as raised:
+        train(tmp_path, "stage=sft", "stage.args.save_steps=2")
+    assert disk_is_full(raised.value) and not disk_is_full(ValueError("no"))
+    record = json.loads((tmp_path / "test/sft/run.json").read_text())
+    assert record["status"] == "failed" and not (tmp_path / "test/sft/.unfinished").exists()

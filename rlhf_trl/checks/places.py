@@ -93,10 +93,11 @@ def output_problems(values: dict[str, Any]) -> list[str]:
         return [
             f"`stage.output` is the folder `{output}`. Name a file in it: `stage.output={output}/completions.jsonl`."
         ]
+    target = Path(output).resolve()
     return [
         f"`stage.output` is `{output}`, which the command reads itself (`{key}`). Name another file."
         for key, path in read_paths(values)
-        if path.resolve() == Path(output).resolve()
+        if target == path.resolve() or target.exists() and target.is_relative_to(path.resolve())
     ][:1]
 
 

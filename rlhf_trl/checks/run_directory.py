@@ -44,6 +44,9 @@ def name_problems(values: dict[str, Any]) -> list[str]:
         name = values[key]
         if isinstance(name, int | float):
             continue  # which is said with all other text that YAML reads so
+        if key == "run_name" and name == "report":
+            problems.append("`run_name` is `report`, the folder of the project's page. Set another `run_name=...`.")
+            continue
         if isinstance(name, str) and all(part.strip() not in ("", ".", "..") for part in name.split("/")):
             continue
         shown = f"`{name}`, which is no folder below" if str(name or "").strip() else "empty, and names a folder in"
@@ -145,7 +148,10 @@ def resume_changes(run_dir: Path, values: dict[str, Any]) -> list[str]:
         values (`dict`): the config now, see [`~rlhf_trl.checks.values.plain`].
     """
     if not (run_dir / "config.yaml").is_file():
-        return []
+        return [
+            f"`{run_dir}` has no `config.yaml`, so nothing says what the run began with, and it can't be resumed. Put "
+            "the file back, or start again: `overwrite=true`."
+        ]
     before, now = flatten(plain(OmegaConf.load(run_dir / "config.yaml"))[0]), flatten(values)
     changed = [
         f"`{key}` was {before.get(key, 'not set')} and is {now.get(key, 'not set')}"
