@@ -406,3 +406,22 @@ def test_folders_that_can_not_be_written(problems, overrides, parts):
     one(problems(*overrides), *parts)
     assert [path.name for path in Path().iterdir()] == ["file"]
     assert problems("stage=sft", "runs_dir=not/yet/there") == [] and not Path("not").exists()
+
+
+@pytest.mark.parametrize(("offline", "token", "says"), [("1", "x", "HF_HUB_OFFLINE"), ("", None, "hf auth login")])
+def test_a_push_to_the_hub_needs_a_login(compose, tmp_path, monkeypatch, offline, token, says):
+    from rlhf_trl.checks import libraries
+
+    monkeypatch.setattr(libraries, "is_offline_mode", lambda: bool(offline))
+    monkeypatch.setattr(libraries, "get_token", lambda: token)
+    with pytest.raises(ConfigError, match=f"`stage.args.push_to_hub=true` writes to the hub.*{says}"):
+        check(compose("stage=sft", "+stage.args.push_to_hub=true", f"runs_dir={tmp_path}"))
+
+
+def test_wandb_is_asked_for_its_login_however_it_is_named(compose, tmp_path, monkeypatch):
+    from rlhf_trl.checks import libraries
+
+    monkeypatch.setattr(libraries, "wandb_problem", lambda: "no key")
+    for words in (["logger=wandb"], ["stage.args.report_to=wandb"], ["stage.args.report_to=[wandb]"]):
+        with pytest.raises(ConfigError, match="no key"):
+            check(compose("stage=sft", *words, f"runs_dir={tmp_path}"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_token, is_offline_mode
 from omegaconf import DictConfig, OmegaConf
 from transformers import TrainerCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -40,9 +41,20 @@ def library_problems(cfg: DictConfig) -> list[str]:
         *_sizes(values),
         *_adapter_layers(values),
     ]
-    if at(values, "logger.report_to") == "wandb" and (problem := wandb_problem()):
-        problems.append(problem)
+    if "wandb" in (at(values, "stage.args.report_to") or at(values, "logger.report_to") or ()):
+        problems += [problem] if (problem := wandb_problem()) else []
+    if at(values, "stage.args.push_to_hub") is True:
+        problems += _hub_login()
     return problems
+
+
+def _hub_login() -> list[str]:
+    why = "`stage.args.push_to_hub=true` writes to the hub"
+    if is_offline_mode():
+        return [f"{why}, and `HF_HUB_OFFLINE` keeps it from being reached. Unset that variable, or leave this out."]
+    if get_token() is None:
+        return [f"{why}, and nobody is logged in. Log in with `hf auth login`, or set `HF_TOKEN`."]
+    return []
 
 
 def _callables(values: dict[str, Any]) -> list[str]:
