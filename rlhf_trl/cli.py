@@ -47,7 +47,10 @@ def main() -> None:
         os.environ.setdefault(name, value)
     # Hydra trims tracebacks and turns every error into exit status 1; here unexpected errors keep all of theirs
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.path.append(os.getcwd())  # for functions of the user's own, where `rlhf-trl` is the program
+    try:
+        sys.path.append(os.getcwd())  # for functions of the user's own, where `rlhf-trl` is the program
+    except FileNotFoundError:
+        _leave("Error: The working directory was deleted. Change to one that exists: `cd ...`.", 2)
     quiet()
     keep_freed_memory()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):

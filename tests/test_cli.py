@@ -342,3 +342,14 @@ def test_a_multirun_on_one_device_gives_each_job_a_directory(command, tmp_path):
     assert [job.parent.name for job in jobs] == ["0", "1"] and not Path("runs/default/dpo").exists()
     for number, job in enumerate(jobs):  # the recorded command runs this job alone, in its own directory
         assert json.loads(job.read_text())["command"].endswith(f"0.{number + 1} run_name=dpo_sweep/{number}")
+
+
+def test_a_deleted_working_directory_is_said(tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2 and "The working directory was deleted" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
