@@ -41,8 +41,10 @@ def library_problems(cfg: DictConfig) -> list[str]:
         *_sizes(values),
         *_adapter_layers(values),
     ]
-    if "wandb" in (at(values, "stage.args.report_to") or at(values, "logger.report_to") or ()):
+    if at(values, "logger.report_to") == "wandb":
         problems += [problem] if (problem := wandb_problem()) else []
+    elif "wandb" in (at(values, "stage.args.report_to") or ()):
+        problems.append("`stage.args.report_to` names wandb, which `logger` opens and closes. Set `logger=wandb`.")
     if at(values, "stage.args.push_to_hub") is True:
         problems += _hub_login()
     return problems

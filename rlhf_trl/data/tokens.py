@@ -501,7 +501,7 @@ def _lengths(tokenizer, row: dict) -> tuple[int, int]:
 def _whole_rows(tokenizer, row: dict) -> list[list[int]]:
     """Ids of what a trainer reads of a row: of a pair both sides; of a mere prompt, that."""
     kwargs = template_kwargs(row)
-    if "completion_ids" in row:
+    if "completion_ids" in row and "length" in row:  # of `tokenize_comparisons`; a column of that name may be anything
         return row["completion_ids"]
     if "messages" in row:
         return [_render(tokenizer, row["messages"], tokenize=True, **kwargs)["input_ids"]]
@@ -619,7 +619,7 @@ def _rows(batch, prefix: str = "") -> list[tuple[list[int], list[bool]]]:
 
 def render_sample(tokenizer, row: dict) -> str:
     """A row of which nothing is marked, as text: what the policy goes on from, or what a reward model scores."""
-    if "completion_ids" in row:
+    if "completion_ids" in row and "length" in row:
         return "\n".join(_judged(tokenizer, row, i) for i in range(len(row["completion_ids"])))
     ids = prompt_ids(tokenizer, row["prompt"], **template_kwargs(row))
     return f"{_decode(tokenizer, ids)}\n({len(ids)} tokens, from which the policy goes on)"
