@@ -294,7 +294,7 @@ def test_missing_packages_are_named(problems, monkeypatch):
     one(problems("logger=wandb"), "`logger=wandb`", "pip install 'rlhf-trl[wandb]'")
 
 
-def test_a_used_run_directory(problems):
+def test_a_used_run_directory(problems, compose):
     folder = make_run("ppo", "stopped")
     one(problems(), "`resume=true`", "`run_name=...`", "`overwrite=true`")
     assert problems("overwrite=true") == [] == problems("run_name=other")
@@ -302,6 +302,8 @@ def test_a_used_run_directory(problems):
     (folder / ".unfinished/checkpoint-5").mkdir(parents=True)  # killed while writing it
     one(problems("resume=true"), "no checkpoint")
     (folder / "checkpoint-5").mkdir()
+    one(problems("resume=true"), "no `config.yaml`", "`overwrite=true`")
+    OmegaConf.save(compose(), folder / "config.yaml", resolve=True)
     assert problems("resume=true") == []
     make_run("ppo", "done")
     one(problems("resume=true"), "finished", "nothing to resume")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.models import load_model, merge_adapter
+from rlhf_trl.models import fingerprint, load_model, merge_adapter
 from rlhf_trl.paths import conf_dir
 from rlhf_trl.run import training_arguments
 from tests.helpers.spies import CRASH, SPY, Crash, Spy, logits
@@ -361,6 +361,10 @@ def test_a_run_starts_from_what_it_says(train, sft_lora, tmp_path, leftover):
         (project / "before/start").rename(project / "full/start")
         state = load_file(base / "model.safetensors")
         save_file({k: 1.1 * v for k, v in state.items()}, base / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ConfigError, match="whose weights have changed since. Train it again"):
+            train(tmp_path, *still, "model.run=second")
+        again = record(project / "second") | {"base_fingerprint": fingerprint(str(base))}  # as if the adapter was, too
+        (project / "second/run.json").write_text(json.dumps(again))
     run_dir = train(tmp_path, *still, "model.run=second")
     merge_adapter(str(project / "second"), str(tmp_path / "merged"))
     assert same(weights(run_dir), weights(tmp_path / "merged"))

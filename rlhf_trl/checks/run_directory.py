@@ -44,7 +44,7 @@ def name_problems(values: dict[str, Any]) -> list[str]:
         name = values[key]
         if isinstance(name, int | float):
             continue  # which is said with all other text that YAML reads so
-        if key == "run_name" and name == "report":
+        if key == "run_name" and name == "report" != at(values, "stage.name"):
             problems.append("`run_name` is `report`, the folder of the project's page. Set another `run_name=...`.")
             continue
         if isinstance(name, str) and all(part.strip() not in ("", ".", "..") for part in name.split("/")):
@@ -136,7 +136,7 @@ def _resume_problems(run_dir: Path, status: str, values: dict[str, Any]) -> list
         problems.append(
             f"`{run_dir}` holds no checkpoint, so there is nothing to resume. Start again: `overwrite=true`."
         )
-    return problems + resume_changes(run_dir, values)
+    return problems or resume_changes(run_dir, values)
 
 
 def resume_changes(run_dir: Path, values: dict[str, Any]) -> list[str]:
