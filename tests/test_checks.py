@@ -295,6 +295,8 @@ def test_missing_packages_are_named(problems, monkeypatch):
 
 
 def test_a_used_run_directory(problems, compose):
+    from omegaconf import OmegaConf
+
     folder = make_run("ppo", "stopped")
     one(problems(), "`resume=true`", "`run_name=...`", "`overwrite=true`")
     assert problems("overwrite=true") == [] == problems("run_name=other")
