@@ -5,6 +5,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.rewards import shaping
 from rlhf_trl.rewards.shaping import length, pattern
 from tests.tiny import make_tokenizer
 
@@ -59,3 +60,10 @@ def test_repetition(compose):
     assert reward(prompts=["a"] * 3, completions=["a"] * 3, completion_ids=ids) == [0.0, -0.75, 0.0]
     with pytest.raises(InstantiationException, match="max_penalty 2 should not be positive"):
         reward_of(compose, "repetition", "reward.repetition.function.max_penalty=2")
+
+
+def test_a_pattern_that_would_take_for_ever_is_an_error(monkeypatch):
+    monkeypatch.setattr(shaping, "SECONDS_TO_MATCH", 0.2)
+    with pytest.raises(ConfigError, match="took more than 0.2 seconds on one completion"):
+        shaping.pattern(["a" * 60 + "#b"], pattern="(.+)+#")
+    assert shaping.pattern(["a#", "a"], pattern="(.+)+#") == [1, 0]

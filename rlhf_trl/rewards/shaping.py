@@ -3,13 +3,15 @@ Rewards for the shape of a completion, for `reward=length|format|eos` (`reward=r
 `trl.rewards.get_repetition_penalty_reward`). Each returns one number a completion.
 """
 
-import re
-
+import regex
 from transformers import PreTrainedTokenizerBase
 
 from ..callbacks.samples import as_text
 from ..data.tokens import end_tokens
 from ..errors import ConfigError
+
+# On one completion: a repetition inside of a repetition may take for ever. Python's `re` knows no limit
+SECONDS_TO_MATCH = 10.0
 
 
 def length(completion_ids: list[list[int]], most: int | None = None, least: int = 0, margin: int = 1) -> list[float]:
@@ -37,23 +39,29 @@ def length(completion_ids: list[list[int]], most: int | None = None, least: int 
 
 def pattern(completions: list, pattern: str, whole: bool = True) -> list[float]:
     """
-    1 for a completion whose text matches a regular expression (Python's `re`), else 0.
+    1 for a completion whose text matches a regular expression (of the package `regex`, which takes Python's `re`).
 
     Args:
         whole (`bool`): the whole text must match, else a part of it is enough. A dot matches line breaks with `(?s)`
             in front.
 
     Raises:
-        ConfigError: if it is no regular expression.
+        ConfigError: if it is no regular expression, or matching takes more than ten seconds.
     """
     try:
-        match = re.compile(pattern).fullmatch if whole else re.compile(pattern).search
-    except re.error as error:
+        match = regex.compile(pattern).fullmatch if whole else regex.compile(pattern).search
+    except regex.error as error:
         raise ConfigError(
             f"The pattern {pattern!r} of the reward `format` is no regular expression: {error}. Mend "
             "`reward.format.kwargs.pattern`; a backslash before a bracket takes it literally."
         ) from error
-    return [float(match(as_text(completion)) is not None) for completion in completions]
+    try:
+        return [float(match(as_text(completion), timeout=SECONDS_TO_MATCH) is not None) for completion in completions]
+    except TimeoutError as error:
+        raise ConfigError(
+            f"The pattern {pattern!r} of the reward `format` took more than {SECONDS_TO_MATCH} seconds on one "
+            "completion. Write it without a repetition inside of a repetition, such as `(.+)+`."
+        ) from error
 
 
 def eos(completion_ids: list[list[int]], tokenizer: PreTrainedTokenizerBase | None) -> list[float]:
