@@ -153,13 +153,18 @@ def test_classes_refuse_the_same_in_python(tmp_path):
             make()
 
 
-def test_the_smaller_of_both_budgets_counts(tmp_path):
+def test_the_smaller_of_both_budgets_counts(tmp_path, capsys):
     def steps(**budget) -> int:
         sizes = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 3}
         return PPOConfig(output_dir=str(tmp_path), bf16=False, **sizes, **budget).max_steps
 
-    assert steps(total_episodes=17) == 18  # 3 rollouts of 8, in 3 epochs of 2 mini-batches
+    assert (
+        steps(total_episodes=17) == 18 and not capsys.readouterr().out
+    )  # 3 rollouts of 8, in 3 epochs of 2 mini-batches
     assert steps(total_episodes=17, max_steps=2) == 2
+    assert (
+        "`total_episodes=17` is 18 optimizer steps and `max_steps` is 2: the smaller counts" in capsys.readouterr().out
+    )
     assert steps(total_episodes=17, max_steps=100) == 18
 
 

@@ -166,6 +166,11 @@ class PPOConfig(GRPOConfig):
         self._check_values()
         if self.total_episodes is not None:
             steps = math.ceil(self.total_episodes / self.generation_batch_size) * self.steps_per_rollout
+            if self.max_steps > 0 and self.max_steps != steps and self.process_index == 0:
+                print(
+                    f"`total_episodes={self.total_episodes}` is {steps} optimizer steps and `max_steps` is "
+                    f"{self.max_steps}: the smaller counts."
+                )
             self.max_steps = min(steps, self.max_steps) if self.max_steps > 0 else steps
 
     @property
