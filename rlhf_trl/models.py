@@ -46,7 +46,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from rlhf_trl.calibration import CALIBRATION_FILE, read_calibration
 from rlhf_trl.data.tokens import end_tokens, remember_ends
-from rlhf_trl.data.words import say
+from rlhf_trl.data.words import count_of, say
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.runs.record import read_run
@@ -709,7 +709,7 @@ def load_weights(auto_class: type, path: str, new_head: bool = False, **options)
         key, there, wanted = mismatched[0]
         labels = model.config.num_labels
         text = (
-            f"{_counted(len(mismatched), 'weight')} of `{path}` {'has' if len(mismatched) == 1 else 'have'} another "
+            f"{count_of(len(mismatched), 'weight')} of `{path}` {'has' if len(mismatched) == 1 else 'have'} another "
             f"shape than its config.json says: `{key}` is {_shape(there)}, and {_shape(wanted)} is expected."
         )
         if wanted[0] == labels != there[0] and not key.startswith(f"{model.base_model_prefix}."):
@@ -719,7 +719,7 @@ def load_weights(auto_class: type, path: str, new_head: bool = False, **options)
             )
         raise ConfigError(text)
     if missing:
-        text = f"`{path}` lacks {_counted(len(missing), 'weight')} of {type(model).__name__}: {_first(missing)}. "
+        text = f"`{path}` lacks {count_of(len(missing), 'weight')} of {type(model).__name__}: {_first(missing)}. "
         if unexpected:
             text += f"Its files hold {_first(unexpected)} instead, which have no place there. "
         raise ConfigError(f"{text}Rename what has another name, or give a folder that holds the whole model.")
@@ -727,7 +727,7 @@ def load_weights(auto_class: type, path: str, new_head: bool = False, **options)
         logger.warning(
             "`%s` holds %s that %s has no place for and that stay unused: %s.",
             path,
-            _counted(len(unexpected), "weight"),
+            count_of(len(unexpected), "weight"),
             type(model).__name__,
             _first(unexpected),
         )
@@ -792,10 +792,6 @@ def _check_finite(path: str, weights: Iterator[tuple[str, Tensor]]) -> None:
 
 def _first(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names[:3]) + (" ..." if len(names) > 3 else "")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -950,8 +946,8 @@ def set_adapter_weights(model: PeftModel, weights: dict[str, Tensor], name: str,
             and id(parameters[key]) not in filled
         ]
     if lacking or unexpected:
-        said = [f"{_counted(len(lacking), 'weight')} missing from its files ({_first(lacking)})"] * bool(lacking)
-        said += [f"{_counted(len(unexpected), 'weight')} without a place ({_first(unexpected)})"] * bool(unexpected)
+        said = [f"{count_of(len(lacking), 'weight')} missing from its files ({_first(lacking)})"] * bool(lacking)
+        said += [f"{count_of(len(unexpected), 'weight')} without a place ({_first(unexpected)})"] * bool(unexpected)
         raise ConfigError(
             f"The adapter `{path}` doesn't fit the base `{base}`: {' and '.join(said)}. Give the base that it was "
             "trained on, or train it again."

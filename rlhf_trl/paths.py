@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from rlhf_trl.errors import ConfigError
@@ -77,6 +78,17 @@ def named_policies(policies: dict[str, str] | list[str]) -> dict[str, str]:
     short = [re.split("[/:]", str(place).rstrip("/"))[-1] for place in policies]
     unique = len(set(short)) == len(short)
     return {name if unique else str(place): str(place) for name, place in zip(short, policies, strict=True)}
+
+
+def baseline_problem(baseline: str, policies: Iterable[str]) -> str | None:
+    """What is wrong with the baseline of a comparison of `policies`, by name; `None` where nothing is."""
+    names = list(policies)
+    if baseline in names:
+        return None
+    return (
+        f"`stage.baseline` is `{baseline}`, which `stage.policies` doesn't have (it has "
+        f"{', '.join(names) or 'none'}). Set it to one of them, or add it: `+stage.policies.{baseline}=...`."
+    )
 
 
 def _finished_run(run: str, project_dir: str) -> str:

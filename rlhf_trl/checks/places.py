@@ -11,7 +11,7 @@ from rlhf_trl.checks.values import at, nodes, read_json, section, texts
 from rlhf_trl.data.read import resolve_paths
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest
-from rlhf_trl.paths import DEMO, PACKAGE, is_run_name, named_policies, run_command
+from rlhf_trl.paths import DEMO, PACKAGE, baseline_problem, is_run_name, named_policies, run_command
 from rlhf_trl.runs.record import read_run
 
 MODEL_FILES = ("config.json", "adapter_config.json")
@@ -39,11 +39,8 @@ def model_problems(values: dict[str, Any]) -> list[str]:
         problems += _model("judge", {**judge, "run": None}, values, "CAUSAL_LM")
     named = named_policies(at(values, "stage.policies") or {})
     baseline = at(values, "stage.baseline")
-    if baseline is not None and baseline not in named:
-        problems.append(
-            f"`stage.baseline` is `{baseline}`, which `stage.policies` doesn't have (it has "
-            f"{', '.join(named) or 'none'}). Set it to one of them, or add it: `+stage.policies.{baseline}=...`."
-        )
+    if baseline is not None and (problem := baseline_problem(baseline, named)):
+        problems.append(problem)
     policies = {f"stage.policies.{name}": place for name, place in named.items()}
     for key, place in {**policies, "stage.policy": at(values, "stage.policy")}.items():
         if isinstance(place, str) and is_run_name(place, str(project_dir(values))):

@@ -34,7 +34,7 @@ from rlhf_trl.evaluation.statistics import (
 from rlhf_trl.evaluation.tables import comparison_text
 from rlhf_trl.loggers import log_images, log_summary
 from rlhf_trl.models import load_model, load_tokenizer
-from rlhf_trl.paths import find_policy, named_policies
+from rlhf_trl.paths import baseline_problem, find_policy, named_policies
 from rlhf_trl.quiet import quiet
 from rlhf_trl.report import write_page
 from rlhf_trl.report.project import project_page
@@ -79,11 +79,8 @@ def evaluate(cfg: DictConfig) -> None:
     quiet()
     stage, where = cfg.stage, project_dir(cfg)
     named = named_policies(OmegaConf.to_container(stage.policies))
-    if stage.baseline not in named:
-        raise ConfigError(
-            f"`stage.baseline` is `{stage.baseline}`, which `stage.policies` doesn't have (it has "
-            f"{', '.join(named)}). Set it to one of them, or add it: `+stage.policies.{stage.baseline}=...`."
-        )
+    if problem := baseline_problem(stage.baseline, named):
+        raise ConfigError(problem)
     policies = policies_of(named, stage.checkpoints, stage.sweeps, where)
     base = policies[stage.baseline].path
     begin(cfg, base)
