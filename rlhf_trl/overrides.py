@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.argument_names import arguments
 from rlhf_trl.checks.names import is_text_key
+from rlhf_trl.checks.renamed import renamed_key, renamed_problem
 from rlhf_trl.checks.values import at, flatten, nodes
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest
@@ -219,6 +220,8 @@ def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set
     if isinstance(error, OverrideParseException):
         return _unreadable(word, groups)
     text, key, value = str(error), _key(word), word.partition("=")[2]
+    if problem := _renamed(word, key):
+        return problem
     if "requires --multirun" in text or "Ambiguous value" in text:
         name = word.partition("=")[0]
         ways = SWEEP.format(word, f"'{name}=[{value}]'")
@@ -238,6 +241,17 @@ def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set
         not_read = group in groups and group not in cfg
         return _group_not_read(word, group, cfg, groups[group]) if not_read else _unknown_key(word, cfg, groups)
     return f"`{word}`: {_text(error)}"
+
+
+def _renamed(word: str, key: str) -> str | None:
+    """Return the problem of a word with the former name of a key, `None` for any other."""
+    if not (names := renamed_key(key)):
+        return None
+    old, new = names
+    if new is None:
+        return f"`{word}`: {renamed_problem(old, new)}"
+    typed = "~" * word.startswith("~") + new + word.lstrip("+~").removeprefix(old)
+    return f"`{word}`: `{old}` was renamed to `{new}`. Type `{typed}`."
 
 
 def _unreadable(word: str, groups: dict[str, set[str]]) -> str:
@@ -359,10 +373,11 @@ def _unread(
     if any(word.startswith("++") for word in added.values()):  # which may also change what is there
         before = _composed(config, [word for word in words if not word.startswith("++")], folders)
         added = {key: word for key, word in added.items() if word[:2] != "++" or _first_new(key, before) is not None}
-    return {
+    renamed = {word: problem for key, word in added.items() if (problem := _renamed(word, key))}
+    return renamed | {
         word: f"`{word}` adds a key that nothing reads. {hint}"
         for key, word in added.items()
-        if (hint := _hint_if_unread(key, cfg, "=...")) is not None
+        if word not in renamed and (hint := _hint_if_unread(key, cfg, "=...")) is not None
     }
 
 
@@ -471,7 +486,8 @@ def _unread_of_file(file: Path, cfg: DictConfig, before: DictConfig, groups: dic
     content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     for key in ("defaults", "hydra", "dry_run"):
         content.pop(key, None)
-    keys = dict.fromkeys(_first_new(key, before) for key in flatten(content))
+    # Of a former name the checks of the composed config tell
+    keys = dict.fromkeys(_first_new(key, before) for key in flatten(content) if not renamed_key(key))
     return [
         f"`{key}` in `{file}` is a key that nothing reads. {hint}"
         for key in keys

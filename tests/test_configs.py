@@ -1,5 +1,7 @@
 """Every file in conf/ composes and passes the checks, and every command in the README and in conf/ can be typed."""
 
+import fnmatch
+import functools
 import json
 import re
 import shlex
@@ -8,11 +10,13 @@ from pathlib import Path
 import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 
 from rlhf_trl import overrides
 from rlhf_trl.checks import find_problems
 from rlhf_trl.checks.libraries import _callables
-from rlhf_trl.checks.values import plain
+from rlhf_trl.checks.renamed import RENAMED_KEYS, renamed_key
+from rlhf_trl.checks.values import nodes, plain
 from rlhf_trl.paths import conf_dir
 
 CONF = conf_dir()
@@ -77,13 +81,57 @@ def reader_of(group: str) -> list[str]:
     return [f"stage={'ppo' if 'ppo' in readers else readers[0]}"] if readers else []
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.split("/")[0] not in ("pipeline", "sweep")])
-def test_every_option_composes_and_passes_the_checks(file):
+def words_of(file: str) -> list[str]:
+    """Return the words that choose an option, with a stage that reads its group."""
     group, option = file.rsplit("/", 1)
     first = [] if group in ("stage", "experiment") else reader_of(group)
     if file == "reward/none":  # what learns from a reward needs one
         first = ["stage=generate"]
-    assert problems_of(*first, f"{group}={option}", *NEEDS.get(file, [])) == []
+    return [*first, f"{group}={option}", *NEEDS.get(file, [])]
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.split("/")[0] not in ("pipeline", "sweep")])
+def test_every_option_composes_and_passes_the_checks(file):
+    assert problems_of(*words_of(file)) == []
+
+
+@functools.cache
+def every_config() -> list[tuple[str, dict]]:
+    """Return the composed config of every file as nested dicts, by the file's name."""
+    found = [("train", composed("train")), ("sweep", composed("sweep")), ("pipeline", composed("pipeline"))]
+    for file in FILES:
+        group, option = file.rsplit("/", 1)
+        if group == "sweep":
+            continue
+        found.append(
+            (
+                file,
+                composed("pipeline", f"pipeline={option}")
+                if group == "pipeline"
+                else composed("train", *words_of(file)),
+            )
+        )
+    return [(name, OmegaConf.to_container(cfg)) for name, cfg in found]
+
+
+@functools.cache
+def every_key() -> set[str]:
+    """Return the dotted path of every key of every config."""
+    return {
+        f"{path}.{key}".removeprefix(".")
+        for _, values in every_config()
+        for path, node in nodes(values)
+        for key in node
+    }
+
+
+def test_no_key_of_ours_has_a_former_name():
+    assert [key for key in every_key() if renamed_key(key)] == []
+
+
+@pytest.mark.parametrize("new", [new for new in RENAMED_KEYS.values() if new])
+def test_every_new_name_of_a_renamed_key_is_a_key(new):
+    assert fnmatch.filter(every_key(), new)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -18,6 +18,7 @@ from rlhf_trl.checks.names import (
 )
 from rlhf_trl.checks.places import data_problems, model_problems, output_problems
 from rlhf_trl.checks.ranges import range_problems
+from rlhf_trl.checks.renamed import renamed_problems
 from rlhf_trl.checks.rewards import reward_problems
 from rlhf_trl.checks.room import room_problems
 from rlhf_trl.checks.run_directory import run_directory_problems
@@ -54,6 +55,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
     values, problems = plain(cfg)
     for look in (
         section_problems,
+        renamed_problems,
         target_problems,
         argument_problems,
         range_problems,

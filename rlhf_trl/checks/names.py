@@ -4,6 +4,7 @@ from typing import Any
 
 from rlhf_trl import dotpaths
 from rlhf_trl.argument_names import arguments
+from rlhf_trl.checks.renamed import dot_path_problem, renamed_key, renamed_problem
 from rlhf_trl.checks.values import at, flatten, nodes, section
 from rlhf_trl.hints import did_you_mean
 
@@ -11,7 +12,7 @@ SECTIONS = (
     *("stage", "stage.args", "model", "data", "callbacks", "adapter", "adapter.peft", "adapter.quantization"),
     *("callbacks", "reward", "reward_norm", "combine", "critic", "kl", "judge", "health", "health.signs"),
 )
-DOT_PATHS = ("_target_", "function", "auto_class")
+DOT_PATHS = ("_target_", "function")
 # Keys of text, where what looks like a number is meant as it was typed; all below the first ones
 TEXT_NODES = {"columns", "policies", "sweeps", "tags"}
 TEXT = {
@@ -45,7 +46,7 @@ def section_problems(values: dict[str, Any]) -> list[str]:
 
 
 def target_problems(values: dict[str, Any]) -> list[str]:
-    """Of all `_target_`, `function` and `auto_class`."""
+    """Return the problems of all `_target_` and `function`."""
     callbacks = section(values, "callbacks")
     problems = [
         f"`callbacks.{name}` has no `_target_`. Type `+callbacks.{name}._target_=my_module.MyCallback`."
@@ -56,7 +57,9 @@ def target_problems(values: dict[str, Any]) -> list[str]:
         for key in DOT_PATHS:
             if "_target_" in node and isinstance(node.get(key), int | float):
                 problems.append(f"`{path}.{key}` is {node[key]!r} and must be a dot path such as `my_module.my_name`.")
-            if isinstance(node.get(key), str) and (problem := dotpaths.problem(node[key])):
+            if isinstance(node.get(key), str) and (
+                problem := dot_path_problem(node[key]) or dotpaths.problem(node[key])
+            ):
                 problems.append(f"`{path}.{key}`: {problem}")
     return problems
 
@@ -75,7 +78,9 @@ def argument_problems(values: dict[str, Any]) -> list[str]:
 
 
 def unknown_argument(path: str, key: str, node: dict[str, Any], known: Any) -> str:
-    """The problem of a key that the node's target doesn't take."""
+    """Return the problem of a key that the node's target doesn't take."""
+    if names := renamed_key(f"{path}.{key}"):
+        return renamed_problem(*names)
     hint = did_you_mean(key, known)
     return f"`{path}.{key}` is no argument of `{node['_target_']}`. {hint or 'Leave it out.'}"
 

@@ -1,0 +1,56 @@
+"""
+Former names of config keys and of dot paths.
+
+Whoever renames a key that a config may set, or moves what a `_target_` may name, adds a row to one of the two tables.
+A config or a command line that still has the old name ends in an error that names the new one: [`renamed_problems`]
+looks at the composed config, `overrides` at the command line. `tests/test_configs.py` and `tests/test_renamed.py` hold
+that every new name exists and no old one does.
+"""
+
+import re
+from typing import Any
+
+from rlhf_trl.checks.values import at, flatten
+
+# Old key: new key, with all keys below it; `*` stands for one name. None: the key is gone, and nothing is in its place
+RENAMED_KEYS: dict[str, str | None] = {
+    "stage.auto_class": None,
+}
+# Old dot path: new dot path, of a class, a function, or a module with everything in it
+RENAMED_DOT_PATHS: dict[str, str] = {}
+
+
+def renamed_key(path: str) -> tuple[str, str | None] | None:
+    """
+    Return the old and the new name of a key, or of the key above it that was renamed; `None` if no row has it. The new
+    name is `None` for a key that is gone.
+    """
+    for old, new in RENAMED_KEYS.items():
+        pattern = re.escape(old).replace(re.escape("*"), "([^.]+)")
+        if found := re.match(rf"{pattern}(?=\.|$)", path):
+            for name in found.groups() if new else ():
+                new = new.replace("*", name, 1)
+            return found[0], new
+    return None
+
+
+def renamed_problems(values: dict[str, Any]) -> list[str]:
+    """Return the problem of each key of the config that has another name now, or none."""
+    found = dict(names for path in flatten(values) if (names := renamed_key(path)))
+    own = not str(at(values, "stage.run._target_")).startswith("rlhf_trl.")  # which may read any key
+    return [renamed_problem(old, new) for old, new in found.items() if new or not own]
+
+
+def renamed_problem(old: str, new: str | None) -> str:
+    """Return the problem of a key by its old and its new name."""
+    if new is None:
+        return f"`{old}` was removed: nothing reads it. Remove it."
+    return f"`{old}` was renamed to `{new}`. Use the new name."
+
+
+def dot_path_problem(path: str) -> str | None:
+    """Return the problem of a dot path that has another name now, or `None` for one that is in no row."""
+    for old, new in sorted(RENAMED_DOT_PATHS.items(), key=lambda row: -len(row[0])):
+        if path == old or path.startswith(f"{old}."):
+            return f"`{path}` was moved. Use `{new}{path.removeprefix(old)}`."
+    return None
