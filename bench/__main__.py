@@ -247,7 +247,7 @@ tokens, without gradient checkpointing. No one samples EOS or padding (`suppress
 config), so each completion has full length and nothing is padded. TRL 1.12's critic is always a network of its own,
 started from the reward model and trained in full as in its example script, under LoRA too; it runs all mini-batches
 but takes one optimizer step an epoch, whatever `num_mini_batches` says. Ours has the allocator's thresholds that
-train.py sets (`rlhf_trl.cpu.keep_freed_memory`); the others have glibc's own. The bare loop is plain PyTorch
+train.py sets (`rlhf_trl.patches.malloc`); the others have glibc's own. The bare loop is plain PyTorch
 (`bench/bare.py`): the same arithmetic, no metrics, nothing around it. In float32 all three take the policy's old
 log-probabilities from the passes that sampled; in bfloat16 ours and the bare loop compute them anew.
 """

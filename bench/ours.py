@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from bench.setting import LORA, Meter, Setting, contend
 from rlhf_trl import rewards
-from rlhf_trl.cpu import keep_freed_memory
+from rlhf_trl.patches.malloc import keep_freed_memory
 from rlhf_trl.ppo import PPOConfig, PPOTrainer
 
 

@@ -1,19 +1,13 @@
 """Several roles as adapters on one base: policy, reference, critic and reward in a single `PeftModel`."""
 
 import copy
-import functools
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .errors import ConfigError
 from .models import (
@@ -26,26 +20,13 @@ from .models import (
     set_adapter_weights,
     trained_quantization,
 )
+from .patches.peft import repair_token_wrappers
 
 logger = logging.getLogger(__name__)
 
 
-def _of_its_own_adapters(method: Callable) -> Callable:
-    @functools.wraps(method)
-    def answer(self, adapter_name, *args):
-        return method(self, adapter_name, *args) if adapter_name in self._adapters else {}
-
-    return answer
-
-
 POLICY, CRITIC = "default", "critic"
 REFERENCE = "ref"  # TRL's name
-# TRL's fused output layer reads `lm_head.bias`, and PEFT's wrapper of a tied one (`trainable_token_indices`) passes on
-# the weight alone
-TrainableTokensWrapper.bias = property(lambda self: self.original_module.bias)
-for method in ("adapter_state_dict", "adapter_state_dict_load_map"):
-    # PEFT 0.21 asks every wrapper for the weights of every adapter, and this one says nothing of those without tokens
-    setattr(TrainableTokensWrapper, method, _of_its_own_adapters(getattr(TrainableTokensWrapper, method)))
 
 
 def adapter_layers(model: nn.Module) -> list[nn.Module]:
@@ -55,6 +36,7 @@ def adapter_layers(model: nn.Module) -> list[nn.Module]:
 
 def begin_training(model: PeftModel) -> None:
     """Let the policy's adapter, frozen till now, be trained, and make the reference that TRL copied its start."""
+    repair_token_wrappers(model)
     copy_adapter(model, POLICY, REFERENCE)
     model.peft_config[POLICY].inference_mode = False
     set_trainable(model, roles=(POLICY, CRITIC))
@@ -74,55 +56,9 @@ def copy_adapter(model: PeftModel, source: str, target: str) -> None:
             parameters[twin].data = parameter.data.clone()
 
 
-@contextmanager
-def active_adapter(layers: list[nn.Module], name: str) -> Iterator[None]:
-    """
-    Compute with the adapter `name` of `layers` alone.
-
-    Unlike PEFT's `set_adapter` this leaves `requires_grad` as it is, so that several adapters can be trained in turn.
-    """
-    before = [layer._active_adapter for layer in layers]
-    for layer in layers:
-        # A layer of tokens, alone of all, fails on an adapter that it doesn't have
-        lacking = isinstance(layer, TrainableTokensLayer) and name not in layer.token_indices
-        layer._active_adapter = [] if lacking else [name]
-    try:
-        yield
-    finally:
-        for layer, names in zip(layers, before, strict=True):
-            layer._active_adapter = names
-
-
 def policy_is_active(layers: list[nn.Module]) -> bool:
     """Whether a forward now computes the policy: true without adapters, and false for a reference made of them."""
     return not layers or not layers[0].disable_adapters and list(layers[0].active_adapters) == [POLICY]
-
-
-def recompute_with_the_same_adapter(model: PreTrainedModel, layers: list[nn.Module]) -> None:
-    """
-    Make gradient checkpointing recompute each layer under the adapter of its first pass.
-
-    The recomputation happens in the backward, when another adapter may be active: without this its gradients would be
-    those of another network. Needs `use_reentrant=False`, the default of transformers.
-    """
-    set_checkpointing = model._set_gradient_checkpointing
-
-    def contexts():
-        return nullcontext(), active_adapter(layers, layers[0].active_adapters[0])
-
-    @functools.wraps(set_checkpointing)
-    def with_contexts(enable=True, gradient_checkpointing_func=torch.utils.checkpoint.checkpoint, **kwargs):
-        if enable:
-            gradient_checkpointing_func = functools.partial(gradient_checkpointing_func, context_fn=contexts)
-        set_checkpointing(enable=enable, gradient_checkpointing_func=gradient_checkpointing_func, **kwargs)
-
-    model._set_gradient_checkpointing = with_contexts
-
-
-def save_policy_only(model: PeftModel) -> None:
-    """Make `save_pretrained` write the policy's adapter and no other role's."""
-    if not isinstance(model.save_pretrained, functools.partial):
-        model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=[POLICY])
 
 
 def add_role(model: PeftModel, name: str, path: str | None = None) -> Tensor | None:
@@ -141,6 +77,7 @@ def add_role(model: PeftModel, name: str, path: str | None = None) -> Tensor | N
     Raises:
         ConfigError: if `path` is no LoRA adapter, or one of another base.
     """
+    repair_token_wrappers(model)
     if path is None:
         config = copy.deepcopy(model.peft_config[POLICY])
         weights = get_peft_model_state_dict(model, adapter_name=POLICY)

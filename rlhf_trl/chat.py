@@ -21,8 +21,8 @@ from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.sampling import TOO_LONG, generation_config
 from rlhf_trl.evaluation.tables import side_by_side
 from rlhf_trl.hints import did_you_mean
+from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.policies import Policy, Prompt, as_prompt, load_policies, score, total
-from rlhf_trl.quiet import quiet
 from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.run import project_dir, reward_functions
 from rlhf_trl.sizes import check_rows, sizes_of
@@ -45,7 +45,7 @@ def chat(cfg: DictConfig) -> None:
         [`~rlhf_trl.errors.ConfigError`]: if a policy or a reward model is missing.
     """
     OmegaConf.resolve(cfg)
-    quiet()
+    filter_warnings()
     if not PartialState().is_main_process:
         return  # one rank has the terminal
     disable_progress_bar()  # of loading weights

@@ -22,10 +22,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_trl import overrides
 from rlhf_trl.checks import check, find_problems
-from rlhf_trl.cpu import keep_freed_memory
 from rlhf_trl.errors import ConfigError, DivergedError, disk_is_full
+from rlhf_trl.patches.malloc import keep_freed_memory
+from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.paths import conf_dir
-from rlhf_trl.quiet import quiet
 from rlhf_trl.terminal import AboveBars, close_bars, printable
 from rlhf_trl.tracebacks import told_by_own_code
 
@@ -51,7 +51,7 @@ def main() -> None:
         sys.path.append(os.getcwd())  # for functions of the user's own, where `rlhf-trl` is the program
     except FileNotFoundError:
         _leave("Error: The working directory was deleted. Change to one that exists: `cd ...`.", 2)
-    quiet()
+    filter_warnings()
     keep_freed_memory()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         if not os.environ.get(name, "0").isdecimal():

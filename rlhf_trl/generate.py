@@ -20,8 +20,8 @@ from rlhf_trl.data.tokens import end_tokens, template_kwargs
 from rlhf_trl.demo import load as load_demo
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.sampling import sample
+from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.policies import Policy, Prompt, as_prompt, load_policies, score, total
-from rlhf_trl.quiet import quiet
 from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.rewards.http import as_json
 from rlhf_trl.run import begin, claims_directory, end, fail, project_dir, reward_functions
@@ -38,7 +38,7 @@ def generate(cfg: DictConfig) -> None:
         [`~rlhf_trl.errors.ConfigError`]: if there are no prompts, a row has none, or the output exists.
     """
     OmegaConf.resolve(cfg)
-    quiet()
+    filter_warnings()
     stage, output = cfg.stage, Path(cfg.stage.output)
     prompts = read_prompts(stage.prompts, stage.max_prompts)
     if output.exists() and not cfg.overwrite:

@@ -48,6 +48,8 @@ from rlhf_trl.calibration import CALIBRATION_FILE, read_calibration
 from rlhf_trl.data.tokens import end_tokens, remember_ends
 from rlhf_trl.data.words import count_of, say
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.patches.bitsandbytes import keep_trainable
+from rlhf_trl.patches.warnings import no_load_report
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.runs.record import read_run
 
@@ -674,7 +676,7 @@ def _load_full(
                 # PEFT trains a head in float32, whatever the type of the base; the hook is copied with the layer
                 head.register_forward_pre_hook(_cast_to_weight)
     if getattr(model, "is_loaded_in_4bit", False):
-        _keep_trainable(model)
+        keep_trainable(model)
     return model
 
 
@@ -696,7 +698,7 @@ def load_weights(auto_class: type, path: str, new_head: bool = False, **options)
         [`~rlhf_trl.errors.ConfigError`]: if weights are missing, have another shape than `config.json` says, aren't
             finite, or can't be read.
     """
-    with _no_load_report(), _readable(path):
+    with no_load_report(), _readable(path):
         # Sizes are ignored only here: what doesn't fit is named below
         model, found = auto_class.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -733,21 +735,6 @@ def load_weights(auto_class: type, path: str, new_head: bool = False, **options)
         )
     _check_finite(path, model.named_parameters())
     return model
-
-
-@contextmanager
-def _no_load_report() -> Iterator[None]:
-    """Without transformers' table of weights: what matters of it is an error, or said in a line."""
-
-    def drop(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    transformers_logger = logging.getLogger("transformers.modeling_utils")
-    transformers_logger.addFilter(drop)
-    try:
-        yield
-    finally:
-        transformers_logger.removeFilter(drop)
 
 
 @contextmanager
@@ -800,20 +787,6 @@ def _shape(shape: Sequence[int]) -> str:
 
 def _cast_to_weight(module: torch.nn.Linear, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
     return (inputs[0].to(module.weight.dtype),)
-
-
-def _keep_trainable(model: PreTrainedModel) -> None:
-    """
-    Keeps bitsandbytes (0.50) from repacking 4-bit weights in evaluation mode on a CPU with AVX512-BF16.
-
-    The packed form has no backward: training would go on with wrong gradients. It also fails on widths that are no
-    multiple of 64.
-    """
-    import bitsandbytes
-
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _refuse_reward_model(path: str, task_type: str, is_reward_model: bool) -> None:

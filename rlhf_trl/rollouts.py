@@ -22,9 +22,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .callbacks.sampling import biasing_settings
 from .data.tokens import end_tokens, prompt_ids, remember_ends, template_kwargs
-from .dropout import disable_dropout
 from .errors import ConfigError
 from .held_out import EachRowOnce
+from .patches.dropout import disable_dropout
+from .patches.log_probs import speed_up_log_probs
+from .patches.peft import repair_token_wrappers
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +101,9 @@ class Rollouts:
         self._policy = model.get_base_model() if is_peft_model(model) else model
         for scored in (self._policy, self.accelerator.unwrap_model(self.ref_model) if self.ref_model else None):
             if scored is not None:
+                speed_up_log_probs(scored)
                 count_positions_from_mask(scored)
+        repair_token_wrappers(self._policy)
         if self.args.disable_dropout:
             disable_dropout(self.model)
         if self.accelerator.is_main_process:

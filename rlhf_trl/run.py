@@ -70,13 +70,11 @@ from rlhf_trl.data.tokens import (
 from rlhf_trl.data.words import say
 from rlhf_trl.directory import claimed, discard_old, holds_old, put_back, recover, set_aside
 from rlhf_trl.dotpaths import find
-from rlhf_trl.dropout import disable_dropout
 from rlhf_trl.errors import ConfigError, DataError, disk_is_full
 from rlhf_trl.held_out import EachRowOnce
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.inputs import inputs_of, resume_problems
 from rlhf_trl.launching import config_dirs
-from rlhf_trl.log_probs import quicken_log_probs
 from rlhf_trl.loggers import is_first_rank
 from rlhf_trl.models import (
     adapter_config,
@@ -89,11 +87,14 @@ from rlhf_trl.models import (
     trained_quantization,
 )
 from rlhf_trl.overrides import as_typed
+from rlhf_trl.patches.dropout import disable_dropout
+from rlhf_trl.patches.log_probs import speed_up_log_probs
+from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.paths import resolve_path
-from rlhf_trl.quiet import quiet
 from rlhf_trl.ranges import RULES, check_values
 from rlhf_trl.rewards import ModelReward
 from rlhf_trl.rewards.base import GIVEN
+from rlhf_trl.rollouts import Rollouts
 from rlhf_trl.runs.record import finish_run, read_run, start_run, write_metrics
 
 
@@ -152,8 +153,7 @@ def train(cfg: DictConfig) -> float | None:
 def train_claimed(cfg: DictConfig) -> float | None:
     """[`train`] in a directory that is claimed already, such as that of a member of an ensemble."""
     OmegaConf.resolve(cfg)
-    quiet()
-    quicken_log_probs()
+    filter_warnings()
     set_seed(cfg.seed)
     args = training_arguments(cfg.stage.args, **critic_start(cfg))
     path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
@@ -197,7 +197,7 @@ def merge(cfg: DictConfig) -> None:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if it is no adapter, or a run that is missing or not finished.
     """
-    quiet()
+    filter_warnings()
     path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
     output_dir = Path(path if Path(path).is_dir() else cfg.run_dir, "merged")
     if is_first_rank():
@@ -416,6 +416,10 @@ def make_trainer(
         disable_dropout(trainer.model)  # what TRL's own leaves on
     if not isinstance(trainer, EachRowOnce):  # of a class that isn't ours, such as TRL's own
         trainer.__class__ = type(type(trainer).__name__, (EachRowOnce, type(trainer)), {})
+    if not isinstance(trainer, Rollouts):
+        for scored in (trainer.model, getattr(trainer, "ref_model", None)):
+            if scored is not None:
+                speed_up_log_probs(scored.get_base_model() if is_peft_model(scored) else scored)
     for reward in extra.get("reward_funcs", ()):
         reward.attach(trainer.model)
     if is_peft_model(trainer.model):

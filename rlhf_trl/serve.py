@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, model_validator
 
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.quiet import quiet
+from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.rewards import ModelReward, Reward
 from rlhf_trl.rewards.base import GIVEN
 from rlhf_trl.rewards.http import as_json, tokenizer_hash
@@ -67,7 +67,7 @@ def serve_reward(cfg: DictConfig) -> None:
     import uvicorn
 
     OmegaConf.resolve(cfg)
-    quiet()
+    filter_warnings()
     if not PartialState().is_main_process:
         return
     token = os.environ[cfg.stage.token_env] if cfg.stage.token_env else None

@@ -3,31 +3,22 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from trl.kernels import ChunkedLogProbFunction
 from trl.trainer import utils
 
-from rlhf_trl import log_probs
+from rlhf_trl.patches import log_probs
 from tests.tiny import save_model
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 POSITIONS, WIDTH, VOCABULARY = 40, 12, 30
 
 
-@pytest.fixture
-def stock(monkeypatch):
-    """TRL as it comes: what other tests have patched is taken back, and put back after the test."""
-    patched = utils._ChunkedLogProbFunction
-    if hasattr(patched, "original"):
-        monkeypatch.setattr(utils, "_ChunkedLogProbFunction", patched.original)
-        monkeypatch.setattr(utils, "_use_triton", utils._use_triton.on_gpus)
-    else:  # undone after the test
-        monkeypatch.setattr(utils, "_ChunkedLogProbFunction", patched)
-        monkeypatch.setattr(utils, "_use_triton", utils._use_triton)
-    return utils._ChunkedLogProbFunction
-
-
-def log_probs_and_gradients(path):
+def log_probs_and_gradients(path, fast=False):
     model = AutoModelForCausalLM.from_pretrained(path)
     utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    if fast:
+        log_probs.speed_up_log_probs(model)
+        log_probs.speed_up_log_probs(model)  # a second call changes nothing
     ids = torch.arange(24).reshape(2, 12) % 20
     labels = ids.clone()
     labels[:, :7] = -100
@@ -37,22 +28,24 @@ def log_probs_and_gradients(path):
     return output, [p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("most_logits", [0, log_probs.MOST_LOGITS])
-def test_only_labelled_positions_are_scored_and_the_numbers_stay(tmp_path, monkeypatch, stock, most_logits):
+@pytest.mark.parametrize("max_logits", [0, log_probs.MAX_LOGITS])
+def test_only_labelled_positions_are_scored_and_the_numbers_stay(tmp_path, monkeypatch, max_logits):
     path = save_model(tmp_path / "model")
     before, gradients_before = log_probs_and_gradients(path)
     tiled, kept = [], []
-    tiles, whole = stock.apply, log_probs._log_probs_of_kept_logits
-    monkeypatch.setattr(stock, "apply", lambda hidden, *rest: tiled.append(len(hidden)) or tiles(hidden, *rest))
+    tiles, whole = ChunkedLogProbFunction.apply, log_probs._log_probs_of_kept_logits
+    monkeypatch.setattr(
+        ChunkedLogProbFunction, "apply", lambda hidden, *rest: tiled.append(len(hidden)) or tiles(hidden, *rest)
+    )
     monkeypatch.setattr(
         log_probs, "_log_probs_of_kept_logits", lambda hidden, *rest: kept.append(len(hidden)) or whole(hidden, *rest)
     )
-    monkeypatch.setattr(log_probs, "MOST_LOGITS", most_logits)
-    log_probs.quicken_log_probs()
-    log_probs.quicken_log_probs()  # a second call changes nothing
-    after, gradients = log_probs_and_gradients(path)
-    assert (kept if most_logits else tiled) == [5 + 2]
-    assert not (tiled if most_logits else kept)
+    monkeypatch.setattr(log_probs, "MAX_LOGITS", max_logits)
+    originals = utils._use_triton, utils._ChunkedLogProbFunction
+    after, gradients = log_probs_and_gradients(path, fast=True)
+    assert (utils._use_triton, utils._ChunkedLogProbFunction) == originals
+    assert (kept if max_logits else tiled) == [5 + 2]
+    assert not (tiled if max_logits else kept)
     for name in ("loss", "log_probs", "entropy"):
         torch.testing.assert_close(after[name], before[name])
     for one, other in zip(gradients, gradients_before, strict=True):
@@ -71,7 +64,7 @@ def test_only_labelled_positions_are_scored_and_the_numbers_stay(tmp_path, monke
     ],
     ids=str,
 )
-def test_kept_logits_give_what_the_tiles_give(options, stock):
+def test_kept_logits_give_what_the_tiles_give(options):
     dtype, outputs = options.get("dtype", torch.float32), options.get("outputs", OUTPUTS)
     generator = torch.Generator().manual_seed(0)
 
@@ -93,7 +86,7 @@ def test_kept_logits_give_what_the_tiles_give(options, stock):
 
     def tiles(hidden, weight, bias, targets, settings):
         temperature, *rest = settings
-        return stock.apply(hidden, weight, bias, targets, temperature, 7, *rest)
+        return ChunkedLogProbFunction.apply(hidden, weight, bias, targets, temperature, 7, *rest)
 
     def kept(hidden, weight, bias, targets, settings):
         return log_probs._log_probs_of_kept_logits(hidden, weight, bias, targets, *settings)

@@ -34,8 +34,8 @@ from rlhf_trl.evaluation.statistics import (
 from rlhf_trl.evaluation.tables import comparison_text
 from rlhf_trl.loggers import log_images, log_summary
 from rlhf_trl.models import load_model, load_tokenizer
+from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.paths import baseline_problem, find_policy, named_policies
-from rlhf_trl.quiet import quiet
 from rlhf_trl.report import write_page
 from rlhf_trl.report.project import project_page
 from rlhf_trl.report.records import swept_keys
@@ -76,7 +76,7 @@ def evaluate(cfg: DictConfig) -> None:
             be asked.
     """
     OmegaConf.resolve(cfg)
-    quiet()
+    filter_warnings()
     stage, where = cfg.stage, project_dir(cfg)
     named = named_policies(OmegaConf.to_container(stage.policies))
     if problem := baseline_problem(stage.baseline, named):

@@ -34,8 +34,8 @@ from rlhf_trl.evaluation.reward_quality import (
 )
 from rlhf_trl.evaluation.statistics import pearson, spearman
 from rlhf_trl.models import load_tokenizer
+from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.paths import find_policy
-from rlhf_trl.quiet import quiet
 from rlhf_trl.report import write_page
 from rlhf_trl.report.reward_page import reward_page, reward_text
 from rlhf_trl.rewards import ModelReward
@@ -62,7 +62,7 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
             named for slices isn't there, or a reward gives no finite score.
     """
     OmegaConf.resolve(cfg)
-    quiet()
+    filter_warnings()
     stage = cfg.stage
     if problems := _problems(stage, list(cfg.reward)):
         raise ConfigError.join(problems)

@@ -22,14 +22,13 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ..adapters import (
     CRITIC,
-    active_adapter,
     adapter_layers,
     add_role,
     policy_is_active,
-    recompute_with_the_same_adapter,
 )
 from ..errors import ConfigError
 from ..models import adapter_config, load_merged, load_reward_model, load_tokenizer
+from ..patches.peft import active_adapter, recompute_with_the_same_adapter
 from ..rollouts import positions, takes_positions
 from .config import PPOConfig
 

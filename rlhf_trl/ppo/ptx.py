@@ -12,6 +12,7 @@ from trl.trainer.utils import add_fused_lm_head, pad
 
 from ..data.tokens import split_row_ids, template_kwargs
 from ..errors import ConfigError
+from ..patches.log_probs import speed_up_log_probs
 from ..rollouts import count_positions_from_mask
 from .seeds import permutation
 
@@ -23,6 +24,7 @@ def add_head_at_temperature_1(model: PreTrainedModel, cast_lm_head_to_fp32: bool
     """
     of_sampling = model.forward
     add_fused_lm_head(model, cast_lm_head_to_fp32=cast_lm_head_to_fp32)
+    speed_up_log_probs(model)
     count_positions_from_mask(model)
     at_1 = model.forward
 

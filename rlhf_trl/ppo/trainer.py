@@ -32,11 +32,10 @@ from ..adapters import (
     adapter_layers,
     copy_adapter,
     policy_is_active,
-    save_policy_only,
     set_trainable,
 )
 from ..errors import ConfigError
-from ..log_probs import quicken_log_probs
+from ..patches.peft import save_only
 from ..rewards import ModelReward, Reward
 from ..rewards.combine import weighted_sum
 from ..rollouts import GRPOTrainer
@@ -185,7 +184,6 @@ class PPOTrainer(GRPOTrainer):
         _check_dataset(train_dataset, args)
         _check_adapter_dropout(model, kwargs.get("peft_config"), args)
 
-        quicken_log_probs()
         # GRPOTrainer keeps no reference at beta 0; PPO always measures KL.
         beta, args.beta = args.beta, args.beta or 1.0
         try:
@@ -207,7 +205,7 @@ class PPOTrainer(GRPOTrainer):
         if self.ref_model is not None and args.ref_dtype is not None:
             self.ref_model.to(getattr(torch, args.ref_dtype))
         if is_peft_model(self.model):
-            save_policy_only(self.model)
+            save_only(self.model, [POLICY])
             copy_adapter(self.model, POLICY, REFERENCE)
         if ptx_dataset is not None:
             add_head_at_temperature_1(self._policy, args.cast_lm_head_to_fp32)

@@ -29,6 +29,7 @@ from ..data.tokens import end_tokens, row_ids, template_kwargs, trained_template
 from ..data.words import names_of
 from ..dotpaths import find, not_taken, signature
 from ..errors import ConfigError
+from ..patches.peft import active_adapter, save_only
 from ..ranges import MODEL_REWARD, check_values
 from ..sizes import check_rows, sizes_of
 from .base import GIVEN, Reward
@@ -393,8 +394,6 @@ class ModelReward(Reward):
 
     def head_scores(self, rows: list[list[int]]) -> Tensor:
         """What each head of each member says of token rows, shape `(members, rows, heads)`."""
-        from ..adapters import active_adapter
-
         scores = []
         for adapter, model in self._members:
             with active_adapter(self._layers, adapter):
@@ -460,7 +459,7 @@ class AdapterReward(ModelReward):
         Raises:
             ConfigError: if the policy has no adapter, or the reward's was trained on another base.
         """
-        from ..adapters import adapter_layers, add_role, save_policy_only
+        from ..adapters import POLICY, adapter_layers, add_role
 
         if self._members:
             return
@@ -486,7 +485,7 @@ class AdapterReward(ModelReward):
                 if adapter in name.split("."):
                     parameter.requires_grad_(False)
             self._members.append((adapter, _classifier_on(base, score, self.tokenizer.pad_token_id)))
-        save_policy_only(policy)
+        save_only(policy, [POLICY])
         self._layers = adapter_layers(base)
 
     def head_scores(self, rows: list[list[int]]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Dropout switched off for a whole training run, on every architecture."""
+"""Transformers: dropout disabled for a whole training run, on every architecture."""
 
 import functools
 import types
@@ -12,13 +12,21 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 def disable_dropout(model: PreTrainedModel | PeftModel) -> None:
     """
-    Keep all modules below `model` in evaluation mode, whatever `model.train()` is told; `model.training` says what it
-    was told. A second call changes nothing.
+    Keep all modules below `model` in evaluation mode, whatever `model.train()` is told.
 
-    TRL's `disable_dropout_in_model` sets the probability of `nn.Dropout` modules to 0. That misses dropout by
-    functions (`nn.functional.dropout(p=self.dropout, training=self.training)` of OPT, XGLM, BioGPT, Falcon, ...), the
-    attention's, layers that are skipped at random (`layerdrop`) and the noise of routers. They all ask
-    `self.training`. What is added below `model` later, such as a critic, is covered as well.
+    `model.training` still says what it was told. A second call changes nothing.
+
+    TRL's `disable_dropout_in_model` sets the probability of `nn.Dropout` modules to 0. That misses functional dropout
+    (`nn.functional.dropout(p=self.dropout, training=self.training)` of OPT, XGLM, BioGPT, Falcon, ...), the dropout of
+    attention, randomly skipped layers (`layerdrop`) and router noise. All of these ask `self.training`. Modules added
+    below `model` later, such as a critic, are covered as well.
+
+    Seen in: TRL 1.16, transformers 5.23.
+    Test: `test_other_stages_train_without_dropout`.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            Model to train, with or without adapters.
     """
     policy = model.get_base_model() if is_peft_model(model) else model
     if "train" in vars(policy):
@@ -29,7 +37,7 @@ def disable_dropout(model: PreTrainedModel | PeftModel) -> None:
         self.training = mode
         for child in self.children():
             child.train(False)
-        _let_layers_checkpoint(self)
+        _mark_checkpointed_layers(self)
         return self
 
     @functools.wraps(set_checkpointing)
@@ -38,22 +46,22 @@ def disable_dropout(model: PreTrainedModel | PeftModel) -> None:
             checkpoint = kwargs["gradient_checkpointing_func"]
             kwargs["gradient_checkpointing_func"] = functools.partial(_checkpoint_in_eval, checkpoint)
         set_checkpointing(*args, **kwargs)
-        _let_layers_checkpoint(policy)
+        _mark_checkpointed_layers(policy)
 
     policy.train = types.MethodType(train, policy)
     policy._set_gradient_checkpointing = set_gradient_checkpointing
     policy.train(policy.training)
 
 
-def _let_layers_checkpoint(model: PreTrainedModel) -> None:
-    """Layers checkpoint in training mode alone, so those that shall are in it, but for their forward."""
+def _mark_checkpointed_layers(model: PreTrainedModel) -> None:
+    """Set training mode on the layers to checkpoint: `GradientCheckpointingLayer` checkpoints in no other mode."""
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.training = model.training and layer.gradient_checkpointing
 
 
 def _checkpoint_in_eval(checkpoint: Callable, forward: functools.partial, *args, **kwargs):
-    """Checkpoint the forward of a layer, `forward.args[0]`, in evaluation mode, also where the backward repeats it."""
+    """Checkpoint the forward of a layer, `forward.args[0]`, in evaluation mode, recomputation included."""
     layer = forward.args[0]
 
     def in_eval(*args):

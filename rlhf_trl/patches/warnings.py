@@ -1,0 +1,87 @@
+"""Library messages that a user can do nothing about, each with its reason. All other warnings are shown."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# (start of the message, category, reason)
+WARNINGS = (
+    ("`gradient_checkpointing` is deprecated", FutureWarning, "TRL 1.16 sets it in each of its configs"),
+    ("`is_gradient_checkpointing` is deprecated", FutureWarning, "TRL 1.16 reads it around each generation"),
+    ("`gradient_checkpointing_enable` is deprecated", FutureWarning, "TRL 1.16 calls it around each generation"),
+    ("`gradient_checkpointing_disable` is deprecated", FutureWarning, "TRL 1.16 calls it around each generation"),
+    (
+        "'pin_memory' argument is set as true but no accelerator",
+        UserWarning,
+        "the Trainer's default; no harm on a CPU",
+    ),
+)
+# (logger, start of the message, reason)
+LOGS = (
+    (
+        "bitsandbytes.backends.cpu.ops",
+        "Failed to load CPU gemm_4bit_forward",
+        "an optional faster kernel; logged at every import of PEFT, whether or not anything is quantized",
+    ),
+    ("httpx", "HTTP Request: ", "one line per request, of rewards over HTTP and of the hub's files"),
+)
+
+
+def filter_warnings() -> None:
+    """
+    Filter `WARNINGS` and `LOGS` in the whole process.
+
+    Call it before the libraries are imported: some warn at once.
+
+    Seen in: TRL 1.16, transformers 5.23, torch 2.13, bitsandbytes 0.50.
+    Test: `test_library_messages_that_help_nobody_are_dropped_and_others_stay`.
+    """
+    for message, category, _ in WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
+    for name, message, _ in LOGS:
+        logging.getLogger(name).addFilter(DropPrefix(message))
+
+
+class DropPrefix:
+    """
+    Log filter that drops records that begin with a prefix. Equal ones count as one.
+
+    Args:
+        prefix (`str`):
+            Start of the messages to drop.
+    """
+
+    def __init__(self, prefix: str):
+        self.prefix = prefix
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DropPrefix) and other.prefix == self.prefix
+
+    __hash__ = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record is logged."""
+        return not record.getMessage().startswith(self.prefix)
+
+
+@contextmanager
+def no_load_report() -> Iterator[None]:
+    """
+    Drop transformers' table of missing and unexpected weights while a model loads.
+
+    `load_weights` raises an error or logs one line for what matters of it.
+
+    Seen in: transformers 5.23.
+    Test: `test_the_load_report_is_dropped_while_a_model_loads`.
+    """
+
+    def drop(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    transformers_logger = logging.getLogger("transformers.modeling_utils")
+    transformers_logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        transformers_logger.removeFilter(drop)

@@ -1,0 +1,82 @@
+"""Patches of libraries: documented, tested, and without effect on anyone else in the process."""
+
+import ast
+import logging
+import platform
+import re
+import warnings
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+from torch import nn
+
+import rlhf_trl
+from rlhf_trl.patches.bitsandbytes import keep_trainable
+from rlhf_trl.patches.malloc import keep_freed_memory
+from rlhf_trl.patches.warnings import LOGS, WARNINGS, filter_warnings, no_load_report
+
+PATCHES = Path(rlhf_trl.__file__).parent / "patches"
+TESTS = Path(__file__).parent
+
+
+def public_patches() -> list:
+    found = []
+    for file in sorted(PATCHES.glob("*.py")):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                found.append(pytest.param(ast.get_docstring(node) or "", id=f"{file.stem}.{node.name}"))
+    return found
+
+
+# Parts of a patch above them, and a value that patches use
+PARTS = ("repair_token_wrappers", "DropPrefix")
+
+
+@pytest.mark.parametrize("docstring", [p for p in public_patches() if not p.id.endswith(PARTS)])
+def test_a_patch_names_its_version_and_a_test_that_exists(docstring):
+    assert re.search(r"^Seen in: .*\d", docstring, re.MULTILINE)
+    names = re.search(r"^Test: (.+)\.$", docstring, re.MULTILINE).group(1)
+    defined = "\n".join(file.read_text() for file in TESTS.rglob("test_*.py"))
+    for name in re.findall(r"`(\w+)`", names):
+        assert f"def {name}(" in defined
+
+
+def test_library_messages_that_help_nobody_are_dropped_and_others_stay(caplog):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        filter_warnings()
+        filter_warnings()
+        for message, category, _ in WARNINGS:
+            warnings.warn(f"{message} and more", category, stacklevel=1)
+        warnings.warn("Another one", FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["Another one"]
+    for name, message, _ in LOGS:
+        library = logging.getLogger(name)
+        assert len(library.filters) == len(set(map(id, library.filters)))
+        library.warning("%s 1", message)
+        library.warning("Another message")
+    assert [record.message for record in caplog.records] == ["Another message"] * len(LOGS)
+
+
+def test_the_load_report_is_dropped_while_a_model_loads(caplog):
+    library = logging.getLogger("transformers.modeling_utils")
+    for context, count in ((no_load_report(), 0), (warnings.catch_warnings(), 1)):
+        with context:
+            library.warning("LlamaForCausalLM LOAD REPORT from: x")
+        assert len(caplog.records) == count
+
+
+def test_4bit_weights_are_never_repacked():
+    model = nn.Sequential(bitsandbytes.nn.Linear4bit(8, 8), nn.Linear(8, 8))
+    model[0].support_avx512bf16_for_cpu = True  # as on a CPU that has it
+    keep_trainable(model)
+    assert model[0].support_avx512bf16_for_cpu is False
+
+
+def test_freed_memory_is_kept_unless_the_user_says_otherwise(monkeypatch):
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    assert not keep_freed_memory()
