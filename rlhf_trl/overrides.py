@@ -26,6 +26,7 @@ from rlhf_trl.argument_names import arguments
 from rlhf_trl.checks.names import is_text_key
 from rlhf_trl.checks.renamed import renamed_key, renamed_problem
 from rlhf_trl.checks.values import at, flatten, nodes
+from rlhf_trl.config_groups import BASE, WHOLE_RUNS, help_text, option_groups
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest
 from rlhf_trl.paths import conf_dir
@@ -34,14 +35,12 @@ SWEEP = "one run takes one value. For several runs type `python launch/sweep.py 
 # Signs that have a meaning of their own in a value, or none
 SIGNS = re.compile(r"""[^\w\s.:/@$%|?*+\\-]|[^\x00-\x7f]|[\n*]""")
 
-NO_OPTION = re.compile(r"Could not (?:find|load) '(.+)/([^/']+)'")
+NO_OPTION = re.compile(r"Could not (?:find|load) '(.+)'")
 TWICE = re.compile(r"Multiple values for (\S+?)\. To override a value use 'override ([^']+)'")
 GLOBAL = re.compile(r"#\s*@package\s+_global_\s*")
 # Their keys are names of the user's choice
 OPEN_NODES = {"callbacks", "columns", "kwargs", "policies", "sources", "steps", "weights"}
 TYPED: dict[str, str] = {}  # by what `as_meant` made of it
-# The group whose options are whole runs as files of differences, where it isn't `experiment`
-WHOLE_RUNS = {"pipeline": "pipeline"}
 
 
 def as_meant(argv: Sequence[str]) -> list[str]:
@@ -98,7 +97,7 @@ def _has_numbers(override: Override) -> bool:
 
 def parsed(argv: Sequence[str]) -> Namespace:
     """
-    Return Hydra's options and the words of a command line.
+    Return Hydra's options and the words of a command line. `--help` shows the groups of its config folder beside ours.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: for an option that Hydra doesn't have: keys have no dashes.
@@ -107,6 +106,8 @@ def parsed(argv: Sequence[str]) -> Namespace:
     if unknown:
         name, _, value = unknown[0].lstrip("-").partition("=")
         raise ConfigError(f"`{unknown[0]}` is no option. Keys have no dashes: type `{name}={value or '...'}`.")
+    folders = [str(conf_dir()), *([args.config_dir] if args.config_dir else [])]
+    OmegaConf.register_new_resolver("rlhf_trl.help", lambda: help_text(folders), replace=True)  # hydra.help.template
     return args
 
 
@@ -131,10 +132,10 @@ def compose(
         if not Path(folder).is_dir():
             raise ConfigError(f"`--config-dir {folder}`: there is no such folder, seen from `{Path.cwd()}`.")
     left, wrong = list(overrides), []
-    groups = _groups([str(conf_dir()), *config_dirs])
+    groups = option_groups([str(conf_dir()), *config_dirs])
     problems = _no_words(left, groups)
     left = [word for word in left if word not in problems]
-    group = WHOLE_RUNS.get(config, "experiment")
+    group = WHOLE_RUNS[config]
     files = [file for name in _options(group, left) if (file := _option_file(group, name, config_dirs))]
     if misshapen := [problem for file in files if (problem := _shape_problem(file, group))]:
         raise ConfigError.join(misshapen)
@@ -207,8 +208,8 @@ def _culprit(error: Exception, words: list[str]) -> str | None:
     if "appears more than once in the final defaults list" in text:
         return next((w for w in words if isinstance(_value(w), list) and "." not in _key(w)), None)
     if match := NO_OPTION.search(text):
-        group, option = match.groups()
-        return next((w for w in reversed(words) if _key(w) == group and option in w), None)
+        path = match.group(1)
+        return next((w for w in reversed(words) if (key := _key(w)) and path.removeprefix(f"{key}/") in w), None)
     quoted = re.findall(r"'([^']+)'", text) + re.findall(r"Error merging override (\S+)", text)
     quoted += [name.split("=")[0] for name in quoted]
     by_word = [w for w in words if w in quoted or any(f"'{w}'" in line for line in text.splitlines())]
@@ -228,8 +229,10 @@ def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set
         ways += f"; text with a comma is `{_as_text(name, value)}`" if is_text_key(key) else ""
         return f"`{word}` has several values, and {ways}."
     if match := NO_OPTION.search(text):
-        option = match.group(2)
-        return f"`{word}`: the group `{key}` has no option `{option}`. {did_you_mean(option, groups.get(key, ()))}"
+        option = match.group(1).removeprefix(f"{key}/")
+        return (
+            f"`{word}`: the group `{key}` has no option `{option}`. {_option_meant(word, option, groups.get(key, ()))}"
+        )
     if "appears more than once in the final defaults list" in text:
         return f"`{word}`: the group `{key}` takes one option. {did_you_mean('', groups.get(key, ()))}"
     if "An item is already at" in text or TWICE.search(text):
@@ -241,6 +244,13 @@ def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set
         not_read = group in groups and group not in cfg
         return _group_not_read(word, group, cfg, groups[group]) if not_read else _unknown_key(word, cfg, groups)
     return f"`{word}`: {_text(error)}"
+
+
+def _option_meant(word: str, option: str, options: Collection[str]) -> str:
+    for name in options:
+        if re.split("[/_-]", name) == re.split("[/_-]", option):  # `reviews_tiny_sft`
+            return f"Type `{word.replace(option, name)}`."
+    return did_you_mean(option, options)
 
 
 def _renamed(word: str, key: str) -> str | None:
@@ -352,6 +362,10 @@ def _no_words(words: Sequence[str], groups: dict[str, set[str]]) -> dict[str, st
             problems[word] = f"`{word}` names no option of the group `{key}`. {way} {did_you_mean('', groups[key])}"
         elif sign and key in groups and ".." in value.split("/"):
             problems[word] = f"`{word}` leads out of the group `{key}`. {did_you_mean('', groups[key])}"
+        elif sign and key in groups and value.startswith(f"{BASE}/"):
+            problems[word] = (
+                f"`{word}` is a base file, not an option of the group `{key}`. {did_you_mean('', groups[key])}"
+            )
     if "=" in problems:  # the two beside it are no words either
         at = list(words).index("=")
         problems |= {words[at - 1]: problems["="], words[at + 1]: problems["="]}
@@ -501,12 +515,3 @@ def _first_new(key: str, cfg: DictConfig) -> str | None:
     if not isinstance(node, DictConfig) or name in node.keys():  # `in node` leaves out those without a value
         return None
     return f"{parent}.{name}" if parent else name
-
-
-def _groups(folders: Sequence[str]) -> dict[str, set[str]]:
-    """The options of each group in the config folders."""
-    groups: dict[str, set[str]] = {}
-    for folder in folders:
-        for path in Path(folder).glob("*/**/*.yaml"):
-            groups.setdefault(str(path.parent.relative_to(folder)), set()).add(path.stem)
-    return groups

@@ -17,12 +17,14 @@ from rlhf_trl.checks import find_problems
 from rlhf_trl.checks.libraries import _callables
 from rlhf_trl.checks.renamed import RENAMED_KEYS, renamed_key
 from rlhf_trl.checks.values import nodes, plain
+from rlhf_trl.config_groups import help_text, option_groups
 from rlhf_trl.paths import conf_dir
 
 CONF = conf_dir()
-FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("*/**/*.yaml"))
-STAGES = sorted(path.stem for path in CONF.glob("stage/*.yaml"))
-PIPELINES = sorted(path.stem for path in CONF.glob("pipeline/*.yaml"))
+GROUPS = option_groups([str(CONF)])
+OPTIONS = sorted((group, option) for group, options in GROUPS.items() for option in options)
+STAGES = sorted(GROUPS["stage"])
+PIPELINES = sorted(GROUPS["pipeline"])
 # What a user has to say besides
 NEEDS = {
     "stage/merge": ["model.run=sft"],  # what `model=demo` names is a full model
@@ -81,36 +83,38 @@ def reader_of(group: str) -> list[str]:
     return [f"stage={'ppo' if 'ppo' in readers else readers[0]}"] if readers else []
 
 
-def words_of(file: str) -> list[str]:
+def words_of(group: str, option: str) -> list[str]:
     """Return the words that choose an option, with a stage that reads its group."""
-    group, option = file.rsplit("/", 1)
     first = [] if group in ("stage", "experiment") else reader_of(group)
-    if file == "reward/none":  # what learns from a reward needs one
+    if (group, option) == ("reward", "none"):  # what learns from a reward needs one
         first = ["stage=generate"]
-    return [*first, f"{group}={option}", *NEEDS.get(file, [])]
+    return [*first, f"{group}={option}", *NEEDS.get(f"{group}/{option}", [])]
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.split("/")[0] not in ("pipeline", "sweep")])
-def test_every_option_composes_and_passes_the_checks(file):
-    assert problems_of(*words_of(file)) == []
+@pytest.mark.parametrize(("group", "option"), [name for name in OPTIONS if name[0] not in ("pipeline", "sweep")])
+def test_every_option_composes_and_passes_the_checks(group, option):
+    assert problems_of(*words_of(group, option)) == []
+
+
+def test_a_base_file_is_no_option():
+    assert (
+        STAGES
+        and not [stage for stage in STAGES if "_base" in stage]
+        and not any("_base" in group for group in GROUPS)
+    )
+    (problem,) = problems_of("stage=_base/offline")
+    assert "`stage=_base/offline` is a base file" in problem and "`dpo`" in problem
+    assert "_base" not in help_text([str(CONF)])
 
 
 @functools.cache
 def every_config() -> list[tuple[str, dict]]:
-    """Return the composed config of every file as nested dicts, by the file's name."""
-    found = [("train", composed("train")), ("sweep", composed("sweep")), ("pipeline", composed("pipeline"))]
-    for file in FILES:
-        group, option = file.rsplit("/", 1)
-        if group == "sweep":
-            continue
-        found.append(
-            (
-                file,
-                composed("pipeline", f"pipeline={option}")
-                if group == "pipeline"
-                else composed("train", *words_of(file)),
-            )
-        )
+    """Return the composed config of every option as nested dicts, by its name."""
+    found = [(name, composed(name)) for name in ("train", "sweep", "pipeline")]
+    for group, option in OPTIONS:
+        name = "pipeline" if group == "pipeline" else "train"
+        words = [f"pipeline={option}"] if group == "pipeline" else words_of(group, option)
+        found += [(f"{group}={option}", composed(name, *words))] if group != "sweep" else []
     return [(name, OmegaConf.to_container(cfg)) for name, cfg in found]
 
 

@@ -1,10 +1,9 @@
 """Splits: which prompts are held out depends on the prompts alone, in every stage, format and form of feedback."""
 
 import json
-from pathlib import Path
 
 import pytest
-import yaml
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from rlhf_trl import data
@@ -12,13 +11,12 @@ from rlhf_trl.data import forms
 from rlhf_trl.data.load import build
 from rlhf_trl.data.splits import held_out_keys, hold_out, prompt_key, prompt_keys
 from rlhf_trl.errors import DataError
+from rlhf_trl.paths import conf_dir
 from rlhf_trl.run import demonstrations
 
-STAGES = {
-    path.stem: stage["form"]
-    for path in sorted((Path(__file__).parents[1] / "conf" / "stage").glob("*.yaml"))
-    if "form" in (stage := yaml.safe_load(path.read_text())["stage"])
-}
+with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    CONFIGS = {path.stem: compose("train", [f"stage={path.stem}"]) for path in sorted(conf_dir().glob("stage/*.yaml"))}
+STAGES = {name: cfg.stage.form for name, cfg in CONFIGS.items() if "form" in cfg.stage}
 SYSTEM = {"role": "system", "content": "Be brief."}
 PROMPTS = [f"What is {i}?" for i in range(100)]
 
