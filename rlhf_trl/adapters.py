@@ -58,7 +58,7 @@ def copy_adapter(model: PeftModel, source: str, target: str) -> None:
 
 def policy_is_active(layers: list[nn.Module]) -> bool:
     """Whether a forward now computes the policy: true without adapters, and false for a reference made of them."""
-    return not layers or not layers[0].disable_adapters and list(layers[0].active_adapters) == [POLICY]
+    return not layers or (not layers[0].disable_adapters and list(layers[0].active_adapters) == [POLICY])
 
 
 def add_role(model: PeftModel, name: str, path: str | None = None) -> Tensor | None:

@@ -147,6 +147,6 @@ def discard_old(run_dir: str | os.PathLike) -> None:
 def recover(run_dir: str | os.PathLike) -> None:
     """Settle what a killed process has left half done: the old run is put back unless the new one has a checkpoint."""
     has_begun = any(Path(run_dir).glob("checkpoint-*/")) or any(Path(run_dir).glob("member_*/checkpoint-*/"))
-    if Path(run_dir, OLD).exists() and not has_begun or Path(run_dir, MOVING).exists():
+    if (Path(run_dir, OLD).exists() and not has_begun) or Path(run_dir, MOVING).exists():
         put_back(run_dir)
     discard_old(run_dir)

@@ -277,9 +277,7 @@ def pooled(figures: dict[str, list[Figure]]) -> dict[str, float]:
     for key, each in figures.items():
         last = key.rsplit("/", 1)[-1].removeprefix("eval_")
         known = [one for one in each if one.count > 0]
-        if last == "num_tokens":
-            found[key] = each[-1].value
-        elif not known:
+        if last == "num_tokens" or not known:
             found[key] = each[-1].value
         elif last.startswith("min_") or last == "min" or last.endswith("_min"):
             found[key] = min(one.value for one in known)

@@ -160,7 +160,7 @@ BEGIN = {"new": [], "resumable": ["resume=true"], "unfinished": ["overwrite=true
 
 def overrides_of(command: str) -> list[str]:
     """The overrides in a command as `run.json` records it, sorted, without `resume` and `overwrite`."""
-    parts = [part for part in shlex.split(command) if part.startswith("~") or "=" in part and part[0] != "-"]
+    parts = [part for part in shlex.split(command) if part.startswith("~") or ("=" in part and part[0] != "-")]
     return sorted(part for part in parts if part.split("=")[0] not in ("resume", "overwrite"))
 
 

@@ -152,7 +152,7 @@ def model_config(path: str, trust_remote_code: bool = False, revision: str | Non
         ) from error
     encodes = type(config) in MODEL_FOR_MASKED_LM_MAPPING
     decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    if getattr(config, "is_encoder_decoder", False) or encodes and not decodes:
+    if getattr(config, "is_encoder_decoder", False) or (encodes and not decodes):
         kind = "encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "encoder-only"
         raise ConfigError(
             f"`{path}` is an {kind} model (`{config.model_type}`), and all stages take decoder-only ones, which read "
@@ -914,7 +914,7 @@ def set_adapter_weights(model: PeftModel, weights: dict[str, Tensor], name: str,
         lacking = [
             key
             for key in found.missing_keys
-            if (name in key.split(".") or biases and key.endswith(biases))
+            if (name in key.split(".") or (biases and key.endswith(biases)))
             and key in parameters
             and id(parameters[key]) not in filled
         ]

@@ -64,7 +64,7 @@ def _quoted(word: str) -> str:
     names = key.lstrip("+").split("@")[0].split(".")
     is_text = is_text_key(".".join(names))
     override = _parsed(word)
-    if word.startswith("-") or not value or override is not None and not (is_text and _has_numbers(override)):
+    if word.startswith("-") or not value or (override is not None and not (is_text and _has_numbers(override))):
         return word
     items = re.fullmatch(r"\[([^][{}'\"]+)\]", value) if is_text else None
     if items:
@@ -413,7 +413,7 @@ def _taken_away(
         is_argument = isinstance(at(values, f"{parent}._target_"), str) and not name.startswith("_")
         if key in groups and "none" in groups[key]:
             problems[word] = f"`{word}` takes away a group that is read. Type `{key}=none`."
-        elif not (OPEN_NODES & set(parent.split(".")) or parent == "reward" or is_argument and "${" not in given):
+        elif not (OPEN_NODES & set(parent.split(".")) or parent == "reward" or (is_argument and "${" not in given)):
             problems[word] = f"`{word}` takes away what is read. Leave it out, or set it: `{key}=...`."
     return problems
 

@@ -225,9 +225,9 @@ def _outside(value: Any, rule: str) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         return f"and must be {'an integer' if whole else 'a number'}. Set it {words}."
     low, high = float(low), float(high)
-    above = value > low or opens == "[" and value == low
-    below = value < high or closes == "]" and value == high
-    if math.isfinite(value) and above and below or unset and value == -1:
+    above = value > low or (opens == "[" and value == low)
+    below = value < high or (closes == "]" and value == high)
+    if (math.isfinite(value) and above and below) or (unset and value == -1):
         return None
     return f". Set it {words}." if math.isfinite(value) else f". Set it to a finite number{_and(words)}."
 

@@ -212,7 +212,7 @@ def merge(cfg: DictConfig) -> None:
 def critic_start(cfg: DictConfig) -> dict[str, str]:
     """The argument that says which reward model the critic starts from, where it starts from one."""
     critic = cfg.get("critic")
-    if not critic or critic.run is None and critic.path is None:
+    if not critic or (critic.run is None and critic.path is None):
         return {}
     return {"critic_path": resolve_path(critic.path, critic.run, project_dir(cfg))}
 

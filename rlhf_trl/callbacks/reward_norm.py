@@ -371,7 +371,7 @@ class ReferenceNorm(RewardNorm, ExportableState):
 
 
 def _as_answer(answer: str | list[dict] | None, prompt: str | list[dict], column: str) -> str | list[dict]:
-    if not answer or not isinstance(answer, str | list) or isinstance(answer, list) and isinstance(prompt, str):
+    if not answer or not isinstance(answer, str | list) or (isinstance(answer, list) and isinstance(prompt, str)):
         raise ConfigError(
             f"`reward_norm.column={column}` holds {answer!r} for the prompt {str(prompt)[:100]!r}. It must hold text, "
             "or messages where prompts are chats."

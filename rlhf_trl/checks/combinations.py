@@ -219,7 +219,7 @@ def _quantization(values: dict[str, Any], peft: Any, quantization: Any) -> list[
 
 def _precision(args: dict[str, Any]) -> list[str]:
     asked = [name for name in ("bf16", "fp16") if args.get(name) is True]
-    if not asked or args.get("use_cpu") is True and asked == ["bf16"] or _may_have_accelerator():
+    if not asked or (args.get("use_cpu") is True and asked == ["bf16"]) or _may_have_accelerator():
         return []
     out = {
         "bf16": "Type `stage.args.bf16=false`, or `+stage.args.use_cpu=true` to compute in bfloat16 on the CPU.",

@@ -94,7 +94,7 @@ def output_problems(values: dict[str, Any]) -> list[str]:
     return [
         f"`stage.output` is `{output}`, which the command reads itself (`{key}`). Name another file."
         for key, path in read_paths(values)
-        if target == path.resolve() or target.exists() and target.is_relative_to(path.resolve())
+        if target == path.resolve() or (target.exists() and target.is_relative_to(path.resolve()))
     ][:1]
 
 
@@ -197,8 +197,8 @@ def _task_type(key: str, folder: Path, wanted: str) -> list[str]:
         ]
     adapter, config = (read_json(folder / name) or {} for name in reversed(MODEL_FILES))
     architecture = str((config.get("architectures") or [""])[0])
-    is_reward_model = "SEQ_CLS" == adapter.get("task_type") or "SequenceClassification" in architecture
-    is_policy = "CAUSAL_LM" == adapter.get("task_type") or "CausalLM" in architecture
+    is_reward_model = adapter.get("task_type") == "SEQ_CLS" or "SequenceClassification" in architecture
+    is_policy = adapter.get("task_type") == "CAUSAL_LM" or "CausalLM" in architecture
     if wanted == "CAUSAL_LM" and is_reward_model:
         return [
             f"`{key}` is `{folder}`, a reward model, which can't write text. Start from a policy: `model.run=sft`."

@@ -248,7 +248,7 @@ def pareto(gain: Sequence[float | None], cost: Sequence[float | None]) -> list[b
     """Of each point whether no other one has at least its gain at no more cost, and is better in one of the two."""
     points = [(np.nan if g is None else g, np.nan if c is None else c) for g, c in zip(gain, cost, strict=True)]
     return [
-        bool(np.isfinite(g + c)) and not any(G >= g and C <= c and (G > g or C < c) for G, C in points)
+        bool(np.isfinite(g + c)) and not any(g <= G and c >= C and (g < G or c > C) for G, C in points)
         for g, c in points
     ]
 

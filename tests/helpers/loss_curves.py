@@ -1,8 +1,8 @@
 """
 Loss curves of the training stages on the embedded model: ten steps of each, a step of PPO being a rollout.
 
-`python -m tests.helpers.loss_curves` writes those of the code as it is to tests/integration/loss_curves.json. Run it only
-where a change is meant to change the numbers, and say in the commit why they change.
+`python -m tests.helpers.loss_curves` writes those of the code as it is to tests/integration/loss_curves.json. Run it
+only where a change is meant to change the numbers, and say in the commit why.
 """
 
 import json
