@@ -6,6 +6,7 @@ above it and else 0, whose mean over prompts is the share of positive texts.
 """
 
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -110,7 +111,7 @@ class NgramClassifier:
 def features(text: str) -> set[str]:
     """The words of a text, and the pairs of words that follow each other."""
     words = WORD.findall(text.lower())
-    return {*words, *(f"{a} {b}" for a, b in zip(words, words[1:], strict=False))}
+    return {*words, *(f"{a} {b}" for a, b in itertools.pairwise(words))}
 
 
 @functools.cache

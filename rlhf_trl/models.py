@@ -769,12 +769,13 @@ def _check_finite(path: str, weights: Iterator[tuple[str, Tensor]]) -> None:
     for name, weight in weights:
         number = weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
         # Ranks that get their weights from the first, as under FSDP and ZeRO-3, have none yet
-        if number and weight.numel() and not weight.is_meta:
-            if not all(bound.isfinite() for bound in weight.detach().aminmax()):
-                raise ConfigError(
-                    f"`{name}` of `{path}` holds NaN or infinite numbers, so it can't compute anything. Start from "
-                    "an earlier model, such as one of the run's checkpoints."
-                )
+        if not number or not weight.numel() or weight.is_meta:
+            continue
+        if not all(bound.isfinite() for bound in weight.detach().aminmax()):
+            raise ConfigError(
+                f"`{name}` of `{path}` holds NaN or infinite numbers, so it can't compute anything. Start from "
+                "an earlier model, such as one of the run's checkpoints."
+            )
 
 
 def _first(names: Sequence[str]) -> str:

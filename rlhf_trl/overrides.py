@@ -512,6 +512,7 @@ def _unread_of_file(file: Path, cfg: DictConfig, before: DictConfig, groups: dic
 def _first_new(key: str, cfg: DictConfig) -> str | None:
     """The beginning of a key that the config doesn't have; `None` if it has it whole."""
     parent, node, name = _deepest(key, cfg)
-    if not isinstance(node, DictConfig) or name in node.keys():  # `in node` leaves out those without a value
+    # `in node` leaves out those without a value
+    if not isinstance(node, DictConfig) or name in node.keys():  # noqa: SIM118
         return None
     return f"{parent}.{name}" if parent else name

@@ -10,9 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-import pytest  # noqa: E402
+import pytest
 
-from rlhf_trl.paths import conf_dir  # noqa: E402
+from rlhf_trl.paths import conf_dir
 
 LOOPBACK = ("127.", "localhost", "::1", "0.0.0.0")
 

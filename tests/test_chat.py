@@ -157,7 +157,7 @@ def test_turns_are_remembered_on_request_only(sft, questions):
 )
 def test_ctrl_c_and_again_forget_nothing_else(sft, questions, monkeypatch, lines):
     generate, stops = sft.model.generate, [line.endswith("!") for line in lines]
-    asked = {name: question for name, question in zip(("first", "second", "third"), questions, strict=False)}
+    asked = dict(zip(("first", "second", "third"), questions, strict=False))
     seen = []
 
     def maybe(**kwargs):

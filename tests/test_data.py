@@ -161,7 +161,7 @@ def test_prompt_keeps_columns_for_rewards_but_none_that_trl_would_take_for_the_f
 
 def test_implicit_prompt_of_a_chat(tmp_path, capsys):
     turns = [user("hi"), assistant("hello"), user("how?")]
-    row = {"chosen": turns + [assistant("well")], "rejected": turns + [assistant("badly")]}
+    row = {"chosen": [*turns, assistant("well")], "rejected": [*turns, assistant("badly")]}
     loaded = load(write(tmp_path / "a.jsonl", [row]))["train"][0]
     assert loaded == {"prompt": turns, "chosen": [assistant("well")], "rejected": [assistant("badly")]}
     assert loaded == extract_prompt(row)
@@ -199,10 +199,10 @@ def test_a_text_prompt_beside_whole_conversations(tmp_path):
 
 def test_a_chat_prompt_repeated_in_the_answers(tmp_path):
     turns = [user("a"), assistant("b"), user("c")]
-    row = {"prompt": turns[:1], "chosen": turns + [assistant("x")], "rejected": turns + [assistant("y")]}
+    row = {"prompt": turns[:1], "chosen": [*turns, assistant("x")], "rejected": [*turns, assistant("y")]}
     loaded = load(write(tmp_path / "a.jsonl", [row]))["train"][0]
     assert loaded["prompt"] == turns[:1] and loaded["chosen"] == [*turns[1:], assistant("x")]
-    row = {"prompt": turns, "completion": turns + [assistant("x")]}
+    row = {"prompt": turns, "completion": [*turns, assistant("x")]}
     loaded = load(write(tmp_path / "b.jsonl", [row]), "prompt_completion")["train"][0]
     assert loaded == {"prompt": turns, "completion": [assistant("x")]}
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def ensemble(runs) -> str:
 class Seen(TrainerCallback):
     """Keeps the rows of each member's first batches, in the order of the training."""
 
-    batches: list[list[int]] = []
+    batches: ClassVar[list[list[int]]] = []
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         Seen.batches.append([ids for batch in train_dataloader for ids in batch["input_ids"][:, :12].tolist()][:64])

@@ -8,6 +8,7 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -503,7 +504,7 @@ class Endpoint(BaseHTTPRequestHandler):
     """Prefers the longer answer, and the first of equals; its first `failures` answers are 503."""
 
     failures = 0
-    asked = []
+    asked: ClassVar[list] = []
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

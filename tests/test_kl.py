@@ -1,5 +1,6 @@
 """KL controllers and the KL guard on PPO, RLOO and GRPO, and the sentence about a negative KL."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -171,7 +172,7 @@ def test_a_skipped_rollout_moves_no_parameter(path, tmp_path, kind, caplog):
     over = [kl > 1e-3 for _, kl in before]
     assert not over[0] and any(over)
     states = [state for state, _ in before] + [parameters(trainer)]
-    for (state, after), skipped in zip(zip(states, states[1:], strict=False), over, strict=True):
+    for (state, after), skipped in zip(itertools.pairwise(states), over, strict=True):
         assert all(torch.equal(state[name], after[name]) for name in state) == skipped
     counts = [sum(over[: i + 1]) for i in range(4)]
     assert logged(trainer, "objective/skipped_rollouts") == counts and controller.skipped == counts[-1]

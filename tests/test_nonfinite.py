@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_a_single_update_with_nan_is_withheld_and_said(train, tmp_path, spoil, c
     words = ("stage.args.save_steps=1", "stage.args.save_total_limit=null", "stage.args.logging_steps=1")
     run_dir = Path(train(tmp_path, "stage=sft", *SMALL, *words, SPOIL))
     at = [load_file(run_dir / f"checkpoint-{step}" / "model.safetensors") for step in range(1, 6)]
-    unchanged = [all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(at, at[1:], strict=False)]
+    unchanged = [all(torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(at)]
     assert unchanged == [False, True, False, False] and record(run_dir)["status"] == "done"
     assert "Step 3 had NaN or infinite gradients: this update is not made." in capsys.readouterr().out
 

@@ -162,7 +162,7 @@ def test_an_error_of_ones_own_shows_ones_own_frames(own, command, tmp_path, sour
 
 def test_a_function_that_goes_elsewhere_takes_nothing_along(own, command, tmp_path):
     own("import os\nos.chdir('/')\ndef f(completions):\n    os.chdir('/')\n    return [0.5] * len(completions)")
-    code, shown, message = command(*reward("run_name=moved"))
+    code, _, message = command(*reward("run_name=moved"))
     assert code == 0, message
     assert Path.cwd() == tmp_path and (tmp_path / "runs" / "default" / "moved" / "model.safetensors").is_file()
 

@@ -34,7 +34,7 @@ def loss_alone(trainer) -> float:
     trainer.model.eval()
     for prompt, completion in zip(*ROWS.values(), strict=True):
         start, row = tokenizer(prompt)["input_ids"], tokenizer(prompt + completion)["input_ids"]
-        ids = torch.tensor([row + [tokenizer.eos_token_id]])
+        ids = torch.tensor([[*row, tokenizer.eos_token_id]])
         with torch.no_grad():
             logits = trainer.model(ids, use_cache=False).logits[0, len(start) - 1 : -1]
         losses.append(-logits.log_softmax(-1).gather(1, ids[0, len(start) :, None]))

@@ -41,7 +41,7 @@ def write_pipeline(folder: Path, steps: dict, **settings) -> list[str]:
 
 def calls(folder: Path) -> list[str]:
     path = folder / "calls.txt"
-    return [line for line in path.read_text().splitlines()] if path.exists() else []
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -145,7 +145,7 @@ def test_a_finished_step_is_never_silently_made_anew(tmp_path):
     assert "`ppo`" in err and "seed=7" in err and "project=" in err and "overwrite=true" in err
     assert "Traceback" not in err
     assert len(calls(tmp_path)) == 3
-    code, out, err = launch("pipeline", tmp_path, *mine, FAKE, "overwrite=true")
+    code, _, err = launch("pipeline", tmp_path, *mine, FAKE, "overwrite=true")
     assert code == 0, err
     assert [call.split()[-1] for call in calls(tmp_path)[3:]] == ["overwrite=true"] * 2  # ppo, and what comes after it
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -310,7 +311,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(path, tmp_path, lora, critic
     whole = run_with_checkpoints(path, tmp_path, **peft)
     steps = whole.args.steps_per_rollout
     checkpoint = f"{whole.args.output_dir}/checkpoint-{4 * steps}"
-    saved = json.load(open(f"{checkpoint}/trainer_state.json"))["stateful_callbacks"]["AdaptiveKL"]
+    saved = json.loads(Path(checkpoint, "trainer_state.json").read_text())["stateful_callbacks"]["AdaptiveKL"]
     assert saved["attributes"]["coef"] != 0.1
 
     resumed = run_with_checkpoints(path, tmp_path / "again", resume=checkpoint, **peft)

@@ -416,8 +416,12 @@ def test_a_reward_model_with_other_heads_than_the_data_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
-    [("loss_type", "listwise", "Did you mean `pairwise`"), ("head_init", "zero", "There are: `normal`")]
-    + [("label_smoothing", 0.5, "from 0 to below 0.5"), ("calibrate_on", "worst", "There are: `all`, `best`")],
+    [
+        ("loss_type", "listwise", "Did you mean `pairwise`"),
+        ("head_init", "zero", "There are: `normal`"),
+        ("label_smoothing", 0.5, "from 0 to below 0.5"),
+        ("calibrate_on", "worst", "There are: `all`, `best`"),
+    ],
 )
 def test_arguments_that_can_not_be_are_named(tmp_path, option, value, message):
     with pytest.raises(ValueError, match=f"`{option}` is .*{message}"):

@@ -1,5 +1,6 @@
 """Reward normalizers: their numbers, what they learn from and log on PPO, RLOO and GRPO, and their state."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_a_single_reward_and_one_that_never_varies_are_only_shifted():
 
 def test_whitening():
     values = [1.2 + 0.1 * i for i in range(9)]
-    close(BatchNorm(shift_mean=False).normalize(column(*values)), *sum(WHITENED, []), atol=5e-5)
+    close(BatchNorm(shift_mean=False).normalize(column(*values)), *itertools.chain(*WHITENED), atol=5e-5)
     close(BatchNorm().normalize(column(*values)), *(x - 1.6 for row in WHITENED for x in row), atol=5e-5)
 
 

@@ -72,9 +72,9 @@ def files(folder: Path) -> dict[str, str]:
 
 def test_a_directory_is_claimed_by_one_process(tmp_path, claim):
     other = claim(tmp_path)
-    with pytest.raises(ConfigError, match=f"under way, as process {other.pid}. .*`kill {other.pid}`"):
-        with directory.claimed(tmp_path):
-            pass
+    refusal = f"under way, as process {other.pid}. .*`kill {other.pid}`"
+    with pytest.raises(ConfigError, match=refusal), directory.claimed(tmp_path):
+        pass
     other.send_signal(signal.SIGKILL)
     other.wait()
     with directory.claimed(tmp_path):  # a killed process leaves no claim

@@ -94,7 +94,7 @@ def test_another_template_of_the_same_vocabulary_is_not_the_same_tokenizer(tmp_p
     tokenizer = policy_tokenizer(
         tmp_path / "policy", CHAT_TEMPLATE.replace("<user> ", "<user> k k ").replace("<eos>", "<assistant>")
     )
-    ids = [ids[:-1] + [4] for ids in written(tokenizer)]  # this policy ends its turns with `<assistant>`
+    ids = [[*ids[:-1], 4] for ids in written(tokenizer)]  # this policy ends its turns with `<assistant>`
     ids[-1] = ids[-1][:-1]
     with serving(reward) as url:
         scored = HttpReward(url) if over_http else reward

@@ -226,8 +226,6 @@ def test_a_server_that_cannot_be_reached_is_an_error_of_the_config(tmp_path, mon
         raise wandb.errors.CommError("Run initialization has timed out after 90.0 sec.")
 
     monkeypatch.setattr(wandb, "init", refused)
-    with pytest.raises(
-        ConfigError, match="timed out after 90.0 sec. To keep the run here instead: `unset WANDB_MODE`"
-    ):
-        with loggers.wandb(str(tmp_path), "p/sft", {}, project="p"):
-            pass
+    refusal = "timed out after 90.0 sec. To keep the run here instead: `unset WANDB_MODE`"
+    with pytest.raises(ConfigError, match=refusal), loggers.wandb(str(tmp_path), "p/sft", {}, project="p"):
+        pass

@@ -34,12 +34,12 @@ def batch_problems(values: dict[str, Any]) -> list[str]:
     counts = [get(name) for name in COUNTS if get(name) is not None]
     if not all(isinstance(count, int) and count > 0 for count in counts):
         return []  # what is wrong with a number by itself is said elsewhere
-    if "desirable_weight" in known and get("loss_type") != "apo_zero_unpaired":
-        if get("per_device_train_batch_size") == 1:
-            return [
-                "`stage.args.per_device_train_batch_size` is 1, and KTO takes its KL from other rows of the batch. "
-                "Set it to 2 or more."
-            ]
+    has_kl = "desirable_weight" in known and get("loss_type") != "apo_zero_unpaired"
+    if has_kl and get("per_device_train_batch_size") == 1:
+        return [
+            "`stage.args.per_device_train_batch_size` is 1, and KTO takes its KL from other rows of the batch. "
+            "Set it to 2 or more."
+        ]
     if "num_generations" not in known:
         return []
     return _rollout(get, is_ppo="cliprange_value" in known, rows=at(values, "data.max_samples"))

@@ -5,6 +5,7 @@ A completion is read sentence by sentence. Each sentence is looked up in the lan
 step, a refusal, an insult ...), or nothing if it isn't the language's. Every completion has a value, garbage too.
 """
 
+import itertools
 import re
 from functools import cache
 
@@ -176,7 +177,7 @@ def _clear(topic, sentences, said, stops) -> float:
         return -1.0
     credit = 0.0
     for sentence, what in zip(words, said, strict=True):
-        known = sum(pair in word_pairs() for pair in zip(sentence, sentence[1:], strict=False))
+        known = sum(pair in word_pairs() for pair in itertools.pairwise(sentence))
         credit += len(sentence) if what else 0.5 * known
     score = 2.0 * credit / count - 1.0
     score -= 0.5 * (len(sentences) - len(set(sentences)))

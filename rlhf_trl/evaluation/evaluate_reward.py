@@ -427,7 +427,7 @@ def add_policy(
 ) -> None:
     """Best-of-n of a policy's completions, so many for each of the first `prompts` prompts, in place of the data's."""
     tokenizer = load_tokenizer(policy)
-    rows = list({number: row for number, row in zip(judged.prompt[::-1], judged.first[::-1], strict=True)}.values())
+    rows = list(dict(zip(judged.prompt[::-1], judged.first[::-1], strict=True)).values())
     rows = sorted(rows)[:prompts]
     texts = [judged.prompts[judged.first.index(row)] for row in rows]
     columns = {name: [values[row] for row in rows] for name, values in judged.columns.items()}

@@ -8,6 +8,7 @@ a page the colors fall back to a palette after Okabe and Ito (2008) that any kin
 
 import hashlib
 import html
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -325,7 +326,7 @@ def _labels(axes, points: list[tuple]) -> None:
 def _along(line: np.ndarray, step: float = 4.0) -> list[tuple[float, float]]:
     """Points along a line, `step` pixels apart."""
     found = []
-    for start, end in zip(line, line[1:], strict=False):
+    for start, end in itertools.pairwise(line):
         count = max(1, int(np.hypot(*(end - start)) / step))
         found += [tuple(start + (end - start) * i / count) for i in range(count)]
     return found

@@ -190,8 +190,14 @@ def _ratings(quality: Quality) -> list:
             one = raters[name]
             whole = _number(one.get("spearman_brown"), "{:+.2f}")
             rows.append(
-                [words, _number(one["pearson"], "{:+.2f}"), _number(one["spearman"], "{:+.2f}"), ""]
-                + [whole, _number(one["accuracy"])]
+                [
+                    words,
+                    _number(one["pearson"], "{:+.2f}"),
+                    _number(one["spearman"], "{:+.2f}"),
+                    "",
+                    whole,
+                    _number(one["accuracy"]),
+                ]
             )
         note = (
             f"The raters' own rows are of {raters['completions']:,} completions with {raters['raters']:.1f} raters on "
