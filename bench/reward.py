@@ -49,18 +49,18 @@ class Recipe:
 
 RECIPES = {
     "smollm2": Recipe(
-        {"sft": ["experiment=reviews_smollm2_sft"]},
-        ["experiment=reviews_smollm2_ratings"],
+        {"sft": ["experiment=reviews/smollm2/sft"]},
+        ["experiment=reviews/smollm2/ratings"],
         16,
-        ["experiment=reviews_smollm2_quality"],
+        ["experiment=reviews/smollm2/quality"],
         "accuracy_gap_above_1",
         "bfloat16",
     ),
     "tiny": Recipe(
-        {"init": ["experiment=reviews_tiny_init"], "sft": ["experiment=reviews_tiny_sft"]},
-        ["experiment=reviews_tiny_ratings"],
+        {"init": ["experiment=reviews/tiny/init"], "sft": ["experiment=reviews/tiny/sft"]},
+        ["experiment=reviews/tiny/ratings"],
         64,
-        ["experiment=reviews_tiny_quality"],
+        ["experiment=reviews/tiny/quality"],
         "accuracy_gap_above_1",
     ),
     "demo": Recipe(

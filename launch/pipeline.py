@@ -2,7 +2,7 @@
 Runs the steps of a pipeline one after the other, each in a process of its own, and shows what came out.
 
     python launch/pipeline.py                         # the embedded demo
-    python launch/pipeline.py pipeline=reviews_tiny   # a file of conf/pipeline
+    python launch/pipeline.py pipeline=reviews/tiny   # a file of conf/pipeline
     python launch/pipeline.py project=mine            # the same steps once more, beside the first
 
 Finished steps are passed over, so the same command goes on where an earlier one ended.

@@ -11,6 +11,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from rlhf_trl import cli, overrides
+from rlhf_trl.config_groups import option_groups
 from rlhf_trl.paths import conf_dir
 
 ROOT = conf_dir().parent
@@ -28,7 +29,9 @@ ROOT = conf_dir().parent
         (["stage=ppp"], ["`ppo`"]),
         (["model=dmeo"], ["`demo`"]),
         (["reward=[demo,modle]"], ["`modle`", "`model`"]),
-        (["experiment=nope"], ["`experiment=nope`"]),
+        (["experiment=nope"], ["`experiment=nope`", "`reviews/tiny/sft`"]),
+        (["experiment=reviews_tiny_sft"], ["Type `experiment=reviews/tiny/sft`."]),
+        (["experiment=reviews/tiny/stf"], ["no option `reviews/tiny/stf`. Did you mean `reviews/tiny/sft`"]),
         (["stage=sft", "reward=model"], ["`stage=sft` doesn't read the group `reward`", "`stage=ppo`"]),
         (["stage=sft", "reward_norm.clip=1"], ["`stage=sft` doesn't read the group `reward_norm`", "`stage=ppo`"]),
         (["critic.path=x"], ["the chosen option of `critic` has no keys. Type `critic=...` as well: adapter, head"]),
@@ -225,7 +228,7 @@ def test_an_experiment_file_may_add_what_a_command_line_may(command, tmp_path):
     assert status == 2 and message.startswith("Error: `sed=x`")
 
 
-@pytest.mark.parametrize("name", [file.stem for file in (conf_dir() / "experiment").glob("*.yaml")])
+@pytest.mark.parametrize("name", sorted(option_groups([str(conf_dir())])["experiment"]))
 def test_our_experiments_hold_no_key_that_nothing_reads(name):
     assert overrides.compose([f"experiment={name}"])[1] == []
 

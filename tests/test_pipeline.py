@@ -91,6 +91,7 @@ def test_a_step_with_a_word_that_takes_away_is_done_at_the_second_call(tmp_path)
         (["overrides=seed"], ["`overrides` is 'seed' and must be a list of words"]),
         (["steps.sft=stage=sft"], ["`steps.sft` is 'stage=sft' and must be a list of words"]),
         (["pipeline=dmo"], ["`demo`"]),
+        (["pipeline=reviews_tiny"], ["Type `pipeline=reviews/tiny`."]),
         (["pipelin=demo"], ["`pipeline=demo`"]),
         (["--config-dir", "conf", "pipeline=mine"], ["`step` in `conf/pipeline/mine.yaml`", "`steps`"]),
         (["-m"], ["Leave out `-m`"]),

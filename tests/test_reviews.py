@@ -169,7 +169,7 @@ def test_word_tokenizer():
 
 
 def test_init_makes_a_run_that_training_starts_from(composed):
-    cfg = composed("experiment=reviews_tiny_init", "stage.tokenizer.vocab_size=20")
+    cfg = composed("experiment=reviews/tiny/init", "stage.tokenizer.vocab_size=20")
     instantiate(cfg.stage.run)(cfg)
     run = Path(cfg.run_dir)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)
@@ -177,7 +177,7 @@ def test_init_makes_a_run_that_training_starts_from(composed):
     assert model.config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
     assert json.loads((run / "run.json").read_text())["status"] == "done"
     few = ["stage.args.max_steps=4", "data.max_eval_samples=8", "stage.args.per_device_train_batch_size=8"]
-    cfg = composed("experiment=reviews_tiny_sft", *few)
+    cfg = composed("experiment=reviews/tiny/sft", *few)
     instantiate(cfg.stage.run)(cfg)
     history = json.loads(Path(cfg.run_dir, "metrics.json").read_text())["history"]
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
@@ -225,7 +225,7 @@ def test_the_same_comparisons_as_rankings_and_as_pairs(folder):
 
 
 def test_rewards_are_evaluated_on_the_fixed_pairs(composed, capsys):
-    cfg = composed("experiment=reviews_tiny_quality", "reward=sentiment", "reward.sentiment.kwargs.threshold=null")
+    cfg = composed("experiment=reviews/tiny/quality", "reward=sentiment", "reward.sentiment.kwargs.threshold=null")
     instantiate(cfg.stage.run)(cfg)
     metrics = json.loads(Path(cfg.run_dir, "metrics.json").read_text())["eval"]
     assert metrics["eval_sentiment/accuracy_gap_above_2"] > 0.9
@@ -249,7 +249,7 @@ def test_gguf_names_what_is_wrong_with_its_folders(tmp_path):
 @pytest.mark.skipif("RLHF_TRL_REVIEWS" not in os.environ, reason="RLHF_TRL_REVIEWS names no data")
 def test_tiny_pipeline_learns_from_people(tmp_path):
     pipeline = conf_dir().parent / "launch" / "pipeline.py"
-    command = [sys.executable, str(pipeline), "pipeline=reviews_tiny", f"runs_dir={tmp_path}"]
+    command = [sys.executable, str(pipeline), "pipeline=reviews/tiny", f"runs_dir={tmp_path}"]
     subprocess.run(command, check=True, cwd=conf_dir().parent)
     runs = tmp_path / "reviews_tiny"
     measured = {name: json.loads((runs / name / "metrics.json").read_text()) for name in ("sft", "quality")}
