@@ -16,7 +16,7 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from rlhf_trl.callbacks.samples import as_text
-from rlhf_trl.data.tokens import end_tokens
+from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.sampling import TOO_LONG, generation_config
 from rlhf_trl.evaluation.tables import side_by_side

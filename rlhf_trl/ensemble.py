@@ -18,7 +18,7 @@ from torch import Tensor
 from rlhf_trl import run
 from rlhf_trl.calibration import calibration_of, write_calibration
 from rlhf_trl.callbacks.record import last_checkpoint
-from rlhf_trl.data import head_names
+from rlhf_trl.data.lengths import head_names
 from rlhf_trl.directory import discard_old
 from rlhf_trl.models import ENSEMBLE_FILE, load_tokenizer
 from rlhf_trl.paths import resolve_path

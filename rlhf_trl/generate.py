@@ -13,11 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from rlhf_trl.callbacks.samples import as_text
-from rlhf_trl.data.forms import check_text_or_chat, read_json_chats
-from rlhf_trl.data.read import RowError, read_file, resolve_paths
-from rlhf_trl.data.reader import Problems
-from rlhf_trl.data.tokens import end_tokens, template_kwargs
-from rlhf_trl.demo import load as load_demo
+from rlhf_trl.data.chat_template import template_kwargs
+from rlhf_trl.data.messages import check_text_or_chat, read_json_chats
+from rlhf_trl.data.rows import Problems, RowError
+from rlhf_trl.data.sources.files import read_file, resolve_paths
+from rlhf_trl.data.tokenize import end_tokens
+from rlhf_trl.demo.annotators import load as load_demo
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.sampling import sample
 from rlhf_trl.patches.warnings import filter_warnings

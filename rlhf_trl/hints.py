@@ -1,7 +1,17 @@
-"""What a misspelt word was meant to be."""
+"""Parts of messages: suggestions for misspelt words, lists of names, counts."""
 
 import difflib
 from collections.abc import Iterable
+
+
+def names_of(names: Iterable[str]) -> str:
+    """`a`, `b`, `c`."""
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def count_of(number: int, noun: str) -> str:
+    """1 row, 1,000 rows."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def nearest(word: str, candidates: Iterable[str]) -> list[str]:
@@ -9,12 +19,27 @@ def nearest(word: str, candidates: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(word, list(candidates), n=3, cutoff=0.6)
 
 
-def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """A sentence with the nearest candidates, or with all of them when none is near and they are few; else nothing."""
+def did_you_mean(word: str, candidates: Iterable[str], listed: bool = False) -> str:
+    """
+    Return a sentence with the nearest candidates or, when none is near and they are few, with all of them.
+
+    Args:
+        word (`str`): the word that isn't known.
+        candidates (`Iterable[str]`): the known ones.
+        listed (`bool`, *optional*, defaults to `False`): whether the message lists the candidates itself.
+
+    Returns:
+        `str`: the sentence, or an empty string.
+    """
     candidates = sorted(candidates)
     near = nearest(word, candidates)
     if near:
         return "Did you mean " + " or ".join(f"`{name}`" for name in near) + "?"
-    if 0 < len(candidates) <= 30:
+    if not listed and 0 < len(candidates) <= 30:
         return "There are: " + ", ".join(f"`{name}`" for name in candidates) + "."
     return ""
+
+
+def sentences(*parts: str) -> str:
+    """Join the sentences of a message, without empty ones."""
+    return " ".join(part for part in parts if part)

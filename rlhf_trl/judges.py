@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from math import exp
 
-from rlhf_trl.data.reviews import Row, read
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.tasks.reviews.data import Row, read
 
 WORD = re.compile(r"[a-z0-9']+|[!?]")
 
@@ -29,12 +29,12 @@ def sentiment(
 ) -> list[float]:
     """
     Probability that people find a text positive: a classifier on words and pairs of words (`NgramClassifier`), fitted
-    to the ratings of the product reviews and of the share of movie sentences that `rlhf_trl.data.reviews.load` keeps
+    to the ratings of the product reviews and of the share of movie sentences that `rlhf_trl.tasks.reviews.load` keeps
     out of training. It shares no sentence with policies or reward models, if `path` and `judge_share` are the same.
 
     Args:
         prompts, completions (`list[str]`): Texts, one each a row.
-        path (`str`): See `rlhf_trl.data.reviews.load`.
+        path (`str`): See `rlhf_trl.tasks.reviews.load`.
         judge_share (`float`): Likewise.
         prompt (`str`): The fixed prompt, which is no part of the text to judge.
         threshold (`float`, *optional*): Return 1 above it and else 0, instead of the probability.

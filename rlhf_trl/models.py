@@ -45,13 +45,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from rlhf_trl.calibration import CALIBRATION_FILE, read_calibration
-from rlhf_trl.data.tokens import end_tokens, remember_ends
-from rlhf_trl.data.words import count_of, say
+from rlhf_trl.data.tokenize import end_tokens, remember_ends
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.hints import count_of
 from rlhf_trl.patches.bitsandbytes import keep_trainable
 from rlhf_trl.patches.warnings import no_load_report
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.runs.record import read_run
+from rlhf_trl.terminal import say
 
 __all__ = [
     "adapter_config",
@@ -170,7 +171,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """
     The tokenizer of a model, with a padding token (the end token where it has none of its own). It knows which tokens
-    end the model's turns, see [`~rlhf_trl.data.tokens.end_tokens`].
+    end the model's turns, see [`~rlhf_trl.data.tokenize.end_tokens`].
 
     Args:
         path (`str`):

@@ -20,22 +20,16 @@ from transformers.utils import logging
 from rlhf_trl.callbacks import steps_per_rollout
 from rlhf_trl.checks.room import nearest_folder
 from rlhf_trl.checks.sizes import Model, models_of
-from rlhf_trl.data import count_trained, head_names, render_batch, render_sample
-from rlhf_trl.data.tokens import template_kwargs
+from rlhf_trl.data.chat_template import template_kwargs
+from rlhf_trl.data.lengths import head_names
+from rlhf_trl.data.preview import count_trained, render_batch, render_sample
 from rlhf_trl.ensemble import member_seeds
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.evaluate import held_out, reference_answers
 from rlhf_trl.evaluation.evaluate_reward import rows_of
 from rlhf_trl.evaluation.sampling import TOO_LONG
 from rlhf_trl.generate import as_chat, given_prompt, read_prompts
-from rlhf_trl.models import (
-    AUTO_CLASSES,
-    adapter_config,
-    load_model,
-    load_reward_model,
-    load_start,
-    load_tokenizer,
-)
+from rlhf_trl.models import AUTO_CLASSES, adapter_config, load_model, load_reward_model, load_start, load_tokenizer
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.policies import Policy
 from rlhf_trl.run import (

@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_trl.data.tokens import prompt_ids, template_columns
+from rlhf_trl.data.chat_template import template_columns
+from rlhf_trl.data.tokenize import prompt_ids
 from rlhf_trl.models import load_model, load_tokenizer
 from rlhf_trl.paths import find_policy, named_policies, resolve_path
 from rlhf_trl.rewards.combine import combined, number_of

@@ -156,7 +156,7 @@ RULES: dict[str, dict[str, str]] = {
     "rlhf_trl.data.load_files": ROWS,
     "rlhf_trl.data.load_hub": ROWS,
     "rlhf_trl.data.mix": LIMITS | {"repeat": "bool"},
-    "rlhf_trl.data.reviews.load": LIMITS
+    "rlhf_trl.tasks.reviews.load": LIMITS
     | {"prompt_words": COUNT, "rounds": COUNT, "min_gap": NONNEGATIVE, "judge_share": SHARE},
     "rlhf_trl.data.filter_prompts": {"max_prompt_length": f"{COUNT}?"},
     "rlhf_trl.evaluation.judge.RewardJudge": {"tie_margin": NONNEGATIVE},

@@ -20,7 +20,7 @@ from transformers.data.data_collator import DataCollatorMixin
 from trl.trainer.utils import pad
 
 from rlhf_trl.calibration import calibration_of, write_calibration
-from rlhf_trl.data.tokens import head_names, keep_short_completions, tokenize_comparisons
+from rlhf_trl.data.lengths import head_names, keep_short_completions, tokenize_comparisons
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.held_out import EachRowOnce
 from rlhf_trl.models import score_heads

@@ -20,8 +20,10 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from rlhf_trl.data.chat_template import template_kwargs
+from rlhf_trl.data.tokenize import end_tokens, prompt_ids, remember_ends
+
 from .callbacks.sampling import biasing_settings
-from .data.tokens import end_tokens, prompt_ids, remember_ends, template_kwargs
 from .errors import ConfigError
 from .held_out import EachRowOnce
 from .patches.dropout import disable_dropout
@@ -110,7 +112,7 @@ class Rollouts:
             self._say_what_samples()
 
     def _stop_at_every_end(self) -> None:
-        """Stop where evaluation and rewards see an end, see [`~rlhf_trl.data.tokens.end_tokens`]."""
+        """Stop where evaluation and rewards see an end, see [`~rlhf_trl.data.tokenize.end_tokens`]."""
         asked = (self.args.generation_kwargs or {}).get("eos_token_id") or []
         asked = [asked] if isinstance(asked, int) else asked
         remember_ends(self._tokenizer, [*self.eos_token_ids, *asked])  # the rewards have this tokenizer

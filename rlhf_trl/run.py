@@ -54,20 +54,17 @@ from rlhf_trl.callbacks.unrewarded import UnrewardedGuard
 from rlhf_trl.checks.run_directory import run_directory_problems
 from rlhf_trl.checks.sizes import check_rows_fit
 from rlhf_trl.checks.values import plain
-from rlhf_trl.data import head_names
-from rlhf_trl.data.forms import is_chat
-from rlhf_trl.data.splits import leave_out, prompt_keys
-from rlhf_trl.data.tokens import (
+from rlhf_trl.data.chat_template import (
     check_template_answers,
     check_template_syntax,
-    end_tokens,
-    keep_one_bos,
     keep_template_kwargs,
-    note_rows_without_end,
-    note_template_end,
     refusals_named,
 )
-from rlhf_trl.data.words import say
+from rlhf_trl.data.lengths import head_names, keep_one_bos
+from rlhf_trl.data.messages import is_chat
+from rlhf_trl.data.preview import note_rows_without_end
+from rlhf_trl.data.splits import leave_out, prompt_keys
+from rlhf_trl.data.tokenize import end_tokens, note_template_end
 from rlhf_trl.directory import claimed, discard_old, holds_old, put_back, recover, set_aside
 from rlhf_trl.dotpaths import find
 from rlhf_trl.errors import ConfigError, DataError, disk_is_full
@@ -96,6 +93,7 @@ from rlhf_trl.rewards import ModelReward
 from rlhf_trl.rewards.base import GIVEN
 from rlhf_trl.rollouts import Rollouts
 from rlhf_trl.runs.record import finish_run, read_run, start_run, write_metrics
+from rlhf_trl.terminal import say
 
 
 def claims_directory(stage: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:

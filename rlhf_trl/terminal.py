@@ -1,5 +1,6 @@
 """What is written to a terminal: nothing that steers it, and nothing behind a progress bar. Imports nothing heavy."""
 
+import os
 import re
 from typing import TextIO
 
@@ -12,6 +13,12 @@ STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 def printable(text: str) -> str:
     """Return a text that others wrote (a prompt, a completion, a server's answer) as it may stand in a terminal."""
     return STEERING.sub(lambda found: repr(found.group())[1:-1], text)
+
+
+def say(text: str) -> None:
+    """Print a text on the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(text), flush=True)
 
 
 def close_bars() -> None:

@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from trl import GRPOTrainer, extract_prompt
 
 from rlhf_trl import data
-from rlhf_trl.data.forms import shared_prompt
-from rlhf_trl.data.load import build
-from rlhf_trl.data.mixture import mixture_counts
-from rlhf_trl.data.read import resolve_paths
+from rlhf_trl.data.build import build
+from rlhf_trl.data.formats import shared_prompt
+from rlhf_trl.data.sources.files import resolve_paths
+from rlhf_trl.data.sources.mixture import mixture_counts
 from rlhf_trl.data.splits import prompt_keys
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.reward_model import RewardConfig, RewardTrainer

@@ -7,14 +7,15 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
-from rlhf_trl.data import row_ids, tokenize_comparisons
-from rlhf_trl.data.tokens import end_tokens, prompt_ids
+from rlhf_trl.data.lengths import tokenize_comparisons
+from rlhf_trl.data.tokenize import end_tokens, prompt_ids, row_ids
 from rlhf_trl.evaluation.sampling import sample, sample_in_turns
 from rlhf_trl.generate import completions
 from rlhf_trl.models import load_tokenizer, merge_adapter
 from rlhf_trl.policies import Policy
 from rlhf_trl.reward_model import RewardConfig, RewardTrainer
-from rlhf_trl.rewards import HttpReward, ModelReward
+from rlhf_trl.rewards import ModelReward
+from rlhf_trl.rewards.http import HttpReward
 from rlhf_trl.rewards.shaping import eos
 from tests.helpers.rl import TRAINERS, rl_trainer
 from tests.tiny import CHAT_TEMPLATE, make_tokenizer, save_model

@@ -13,8 +13,10 @@ from datasets import Dataset
 from hydra.utils import instantiate
 
 from rlhf_trl.checks import find_problems
-from rlhf_trl.data import Attributes, Pairs, Rankings, Ratings, load_files, mix
-from rlhf_trl.demo import load
+from rlhf_trl.data.feedback.base import Attributes, Pairs, Rankings, Ratings
+from rlhf_trl.data.sources.files import load_files
+from rlhf_trl.data.sources.mixture import mix
+from rlhf_trl.demo.annotators import load
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation import rewardbench
 from rlhf_trl.evaluation.evaluate_reward import measure, metrics_of, read_judged, slices_of
@@ -35,8 +37,7 @@ from rlhf_trl.evaluation.statistics import bootstrap_share, pearson, ranks, spea
 from rlhf_trl.report.page import to_html
 from rlhf_trl.report.reward_page import reward_page, reward_text, summary_table
 from rlhf_trl.rewards import FunctionReward, ModelReward
-
-from .tiny import make_tokenizer
+from tests.tiny import make_tokenizer
 
 NAN = np.nan
 
@@ -448,7 +449,7 @@ def test_values_with_signs_of_formulas_are_shown_and_a_page_that_fails_leaves_th
     def broken(*args):
         raise RuntimeError("no page")
 
-    monkeypatch.setattr("rlhf_trl.evaluation.evaluate_reward.write_page", broken)
+    monkeypatch.setattr("rlhf_trl.report.page.write_page", broken)
     cfg = compose(*words, "overwrite=true")
     with pytest.raises(RuntimeError, match="no page"):
         instantiate(cfg.stage.run)(cfg)

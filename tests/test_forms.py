@@ -13,8 +13,8 @@ from hydra import initialize_config_dir
 from hydra.utils import get_class, instantiate
 
 from rlhf_trl import data
-from rlhf_trl.data.feedback import Feedback, key_of
-from rlhf_trl.data.load import build
+from rlhf_trl.data.build import build
+from rlhf_trl.data.feedback.base import Feedback, key_of
 from rlhf_trl.errors import ConfigError, DataError
 
 CONF = Path(__file__).parents[1] / "conf/data/feedback"

@@ -13,10 +13,11 @@ from hydra.utils import instantiate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_trl import gguf, judges
-from rlhf_trl.data import Ratings, reviews
+from rlhf_trl.data.feedback.base import Ratings
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.paths import conf_dir
 from rlhf_trl.scratch import word_tokenizer
+from rlhf_trl.tasks.reviews import data as reviews
 
 GOOD, BAD = ["lovely", "warm", "clever"], ["dull", "cold", "clumsy"]
 THINGS = ["film", "plot", "cast", "score", "ending", "script", "hero", "scene"]

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
-from rlhf_trl.data import tokenize_comparisons
+from rlhf_trl.data.lengths import tokenize_comparisons
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models import load_reward_model, load_start, merge_adapter, score_heads
 from rlhf_trl.reward_model import (

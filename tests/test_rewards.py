@@ -8,8 +8,8 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_trl.data import tokenize_comparisons
-from rlhf_trl.ppo import PPOTrainer
+from rlhf_trl.data.lengths import tokenize_comparisons
+from rlhf_trl.ppo.trainer import PPOTrainer
 from rlhf_trl.reward_model import RewardConfig, RewardTrainer
 from rlhf_trl.rewards import FiniteReward, FunctionReward, ModelReward
 from tests.test_ppo import logged, sampled

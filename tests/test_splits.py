@@ -7,8 +7,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from rlhf_trl import data
-from rlhf_trl.data import forms
-from rlhf_trl.data.load import build
+from rlhf_trl.data.build import build
+from rlhf_trl.data.dataset_types import SOURCES
+from rlhf_trl.data.formats import formats_in
 from rlhf_trl.data.splits import held_out_keys, hold_out, prompt_key, prompt_keys
 from rlhf_trl.errors import DataError
 from rlhf_trl.paths import conf_dir
@@ -96,7 +97,7 @@ def test_every_stage_holds_the_same_prompts_out(name, feedback, row, options, ev
     options = options | {"feedback": feedback, "eval_size": eval_size}
     rows, some = rows_of(row), PROMPTS[::2]
     last = next(key for key in reversed(rows[0]) if key != "prompt")
-    served = {form for form in STAGES.values() if feedback or {*forms.SOURCES[form]} & {*forms.formats_in(rows[0])}}
+    served = {form for form in STAGES.values() if feedback or {*SOURCES[form]} & {*formats_in(rows[0])}}
     for form in served:
         loaded = load(form, rows, max_samples=60, max_eval_samples=8, **options)
         assert held_out_keys(loaded) == expected, form

@@ -5,14 +5,16 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Json
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_trl.data import row_ids, tokenize_comparisons
-from rlhf_trl.data.tokens import keep_template_kwargs, prompt_ids
+from rlhf_trl.data.chat_template import keep_template_kwargs
+from rlhf_trl.data.lengths import tokenize_comparisons
+from rlhf_trl.data.tokenize import prompt_ids, row_ids
 from rlhf_trl.evaluation.evaluate import score
 from rlhf_trl.generate import completions
 from rlhf_trl.models import load_tokenizer
 from rlhf_trl.policies import Policy
 from rlhf_trl.policies import score as score_of_policy
-from rlhf_trl.rewards import HttpReward, ModelReward
+from rlhf_trl.rewards import ModelReward
+from rlhf_trl.rewards.http import HttpReward
 from tests.helpers.rl import TRAINERS, rl_trainer
 from tests.test_http_reward import serving
 from tests.tiny import CHAT_TEMPLATE, save_model

@@ -8,16 +8,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from rlhf_trl.data import Rankings, load_files, row_ids
-from rlhf_trl.data.tokens import (
-    keep_one_bos,
-    note_rows_without_end,
-    note_template_end,
-    prompt_ids,
-    refusals_named,
-    split_row_ids,
-    written_row_ids,
-)
+from rlhf_trl.data.chat_template import refusals_named
+from rlhf_trl.data.feedback.base import Rankings
+from rlhf_trl.data.lengths import keep_one_bos
+from rlhf_trl.data.preview import note_rows_without_end
+from rlhf_trl.data.sources.files import load_files
+from rlhf_trl.data.tokenize import note_template_end, prompt_ids, row_ids, split_row_ids, written_row_ids
 from rlhf_trl.errors import DataError
 from rlhf_trl.models import load_tokenizer
 from tests.test_ends import turn_tokenizer

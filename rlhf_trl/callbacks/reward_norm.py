@@ -18,9 +18,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from trl.trainer.utils import nanstd
 
+from rlhf_trl.data.chat_template import template_kwargs
+from rlhf_trl.data.tokenize import split_row_ids
+
 from ..checks.combinations import normalizer_problem
 from ..checks.rewards import combination_problem
-from ..data.tokens import split_row_ids, template_kwargs
 from ..errors import ConfigError
 from ..ranges import REFERENCE_NORM, REWARD_NORM, check_values
 from ..rewards.combine import weighted_sum

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.checks.values import at, nodes, read_json, section, texts
-from rlhf_trl.data.read import resolve_paths
+from rlhf_trl.data.sources.files import resolve_paths
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest
 from rlhf_trl.paths import DEMO, PACKAGE, baseline_problem, is_run_name, named_policies, run_command
@@ -231,7 +231,7 @@ def data_problems(values: dict[str, Any]) -> list[str]:
         for key in ("paths", "eval_paths"):
             if node.get("_target_") == "rlhf_trl.data.load_files" and node.get(key) is not None:
                 problems += _files(f"{path}.{key}", node[key])
-        if node.get("_target_") == "rlhf_trl.data.reviews.load" and node.get("path"):
+        if node.get("_target_") == "rlhf_trl.tasks.reviews.load" and node.get("path"):
             folder = Path(node["path"]).expanduser()
             problems += (
                 [] if folder.is_dir() else [f"`{path}.path` is `{folder}`, which is no folder. {_beside(folder)}"]

@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_trl.checks.values import at, section
-from rlhf_trl.data import measure
+from rlhf_trl.data.lengths import measure
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models import ensemble_members, load_tokenizer
 from rlhf_trl.paths import find_policy, named_policies, resolve_path

@@ -1,20 +1,11 @@
-"""Data: sources (files, hub, mixtures), what their rows become for a stage, and how rows become token ids."""
+"""Datasets: sources, conversion to the dataset type of a stage, and tokenization."""
 
+from rlhf_trl.data.build import build, describe
 from rlhf_trl.data.feedback import Attributes, Edits, Pairs, Rankings, Ratings, Thumbs
-from rlhf_trl.data.load import build, describe, load_files, load_hub
-from rlhf_trl.data.mixture import mix
-from rlhf_trl.data.tokens import (
-    count_trained,
-    filter_prompts,
-    head_names,
-    measure,
-    prompt_ids,
-    render_batch,
-    render_sample,
-    report_cut_rows,
-    row_ids,
-    tokenize_comparisons,
-)
+from rlhf_trl.data.lengths import filter_prompts, head_names, measure, report_cut_rows, tokenize_comparisons
+from rlhf_trl.data.preview import count_trained, render_batch, render_sample
+from rlhf_trl.data.sources import load_files, load_hub, mix
+from rlhf_trl.data.tokenize import prompt_ids, row_ids
 
 __all__ = [
     "Attributes",

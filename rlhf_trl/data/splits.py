@@ -6,9 +6,9 @@ import random
 import unicodedata
 from collections.abc import Hashable, Iterable
 
-from rlhf_trl.data.forms import prompt_of
-from rlhf_trl.data.words import count_of
+from rlhf_trl.data.formats import prompt_of
 from rlhf_trl.errors import DataError
+from rlhf_trl.hints import count_of
 
 BATCH_ROWS = 1000
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from datasets import Dataset, DatasetDict
 
-from rlhf_trl.data.feedback import Feedback, Ratings
-from rlhf_trl.data.forms import comparisons_of
-from rlhf_trl.data.load import build
+from rlhf_trl.data.build import build
+from rlhf_trl.data.dataset_types import comparisons_of
+from rlhf_trl.data.feedback.base import Feedback, Ratings
 from rlhf_trl.demo.gold import WEIGHTS, gold_attributes, gold_reward
 from rlhf_trl.demo.world import answer, draw_prompts, prompts
 from rlhf_trl.errors import DataError

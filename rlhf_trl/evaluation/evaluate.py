@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.callbacks.record import checkpoints
 from rlhf_trl.callbacks.samples import as_text
-from rlhf_trl.data.tokens import end_tokens, prompt_ids, split_row_ids, template_columns, template_kwargs
+from rlhf_trl.data.chat_template import template_columns, template_kwargs
+from rlhf_trl.data.tokenize import end_tokens, prompt_ids, split_row_ids
 from rlhf_trl.directory import discard_old
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.judge import Answers, Verdicts

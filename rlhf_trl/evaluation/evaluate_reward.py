@@ -11,10 +11,11 @@ from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.callbacks.samples import as_text
-from rlhf_trl.data.feedback import key_of
-from rlhf_trl.data.forms import JUDGED, PASSED_ON
-from rlhf_trl.data.tokens import prompt_ids, template_kwargs
-from rlhf_trl.data.words import count_of, did_you_mean, names_of, say
+from rlhf_trl.data.chat_template import template_kwargs
+from rlhf_trl.data.dataset_types import JUDGED
+from rlhf_trl.data.feedback.base import key_of
+from rlhf_trl.data.formats import PASSED_ON
+from rlhf_trl.data.tokenize import prompt_ids
 from rlhf_trl.directory import discard_old
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation import rewardbench
@@ -33,6 +34,7 @@ from rlhf_trl.evaluation.reward_quality import (
     within,
 )
 from rlhf_trl.evaluation.statistics import pearson, spearman
+from rlhf_trl.hints import count_of, did_you_mean, names_of
 from rlhf_trl.models import load_tokenizer
 from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.paths import find_policy
@@ -41,7 +43,7 @@ from rlhf_trl.report.reward_page import reward_page, reward_text
 from rlhf_trl.rewards import ModelReward
 from rlhf_trl.run import begin, claims_directory, command, end, fail, instantiate_data, project_dir, reward_functions
 from rlhf_trl.runs.record import QUALITY_FILE, write_json, write_metrics
-from rlhf_trl.terminal import printable
+from rlhf_trl.terminal import printable, say
 
 # A column that was not asked for parts comparisons if it has so many different values
 FEWEST_VALUES, MOST_VALUES = 2, 20

@@ -205,7 +205,7 @@ class ModelJudge(TextJudge):
         """See [`TextJudge`]."""
         from accelerate import PartialState
 
-        from rlhf_trl.data.tokens import prompt_ids
+        from rlhf_trl.data.tokenize import prompt_ids
         from rlhf_trl.evaluation.sampling import sample
         from rlhf_trl.models import load_model, load_tokenizer
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-from rlhf_trl.data.tokens import end_tokens
+from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.sizes import check_rows, sizes_of
 
 TOO_LONG = "Set `stage.max_completion_length` lower, or leave the longest prompts out."

@@ -10,7 +10,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head, pad
 
-from ..data.tokens import split_row_ids, template_kwargs
+from rlhf_trl.data.chat_template import template_kwargs
+from rlhf_trl.data.tokenize import split_row_ids
+
 from ..errors import ConfigError
 from ..patches.log_probs import speed_up_log_probs
 from ..rollouts import count_positions_from_mask

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_trl.data.words import count_of
 from rlhf_trl.evaluation.tables import table
+from rlhf_trl.hints import count_of
 from rlhf_trl.report import plots
 from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, SideBySide, Table, Text
 from rlhf_trl.report.plots import Series

@@ -22,11 +22,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rlhf_trl.data.chat_template import template_kwargs, trained_template_kwargs
+from rlhf_trl.data.formats import PASSED_ON
+from rlhf_trl.data.tokenize import end_tokens, row_ids, written_row_ids
+from rlhf_trl.hints import names_of
+
 from ..calibration import read_calibration, weighted_calibration
 from ..checks.rewards import ensemble_problems
-from ..data.forms import PASSED_ON
-from ..data.tokens import end_tokens, row_ids, template_kwargs, trained_template_kwargs, written_row_ids
-from ..data.words import names_of
 from ..dotpaths import find, not_taken, signature
 from ..errors import ConfigError
 from ..patches.peft import active_adapter, save_only
@@ -214,7 +216,7 @@ class ModelReward(Reward):
     It reads what its own training read. With the policy's tokenizer (see `bind`) it scores the generated ids
     themselves, the end token included if and only if it was generated; where vocabulary, special tokens, chat template
     or the arguments of the template are others, the text built as in its own training
-    (`rlhf_trl.data.tokens.row_ids`). So a completion scores what RewardTrainer gives the same row.
+    (`rlhf_trl.data.tokenize.row_ids`). So a completion scores what RewardTrainer gives the same row.
 
     Args:
         path (`str` or `PreTrainedModel`): directory, hub id, or a loaded model whose config names its tokenizer.

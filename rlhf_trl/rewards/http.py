@@ -30,9 +30,10 @@ from typing import Any, NamedTuple
 import httpx
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_trl.data.formats import PASSED_ON
+from rlhf_trl.data.tokenize import end_tokens
+
 from ..checks.rewards import http_problems
-from ..data.forms import PASSED_ON
-from ..data.tokens import end_tokens
 from ..errors import ConfigError
 from ..ranges import HTTP_REWARD, check_values
 from .base import GIVEN, Reward

@@ -6,9 +6,9 @@ Rewards for the shape of a completion, for `reward=length|format|eos` (`reward=r
 import regex
 from transformers import PreTrainedTokenizerBase
 
-from ..callbacks.samples import as_text
-from ..data.tokens import end_tokens
-from ..errors import ConfigError
+from rlhf_trl.callbacks.samples import as_text
+from rlhf_trl.data.tokenize import end_tokens
+from rlhf_trl.errors import ConfigError
 
 # On one completion: a repetition inside of a repetition may take for ever. Python's `re` knows no limit
 SECONDS_TO_MATCH = 10.0
@@ -66,7 +66,7 @@ def pattern(completions: list, pattern: str, whole: bool = True) -> list[float]:
 
 def eos(completion_ids: list[list[int]], tokenizer: PreTrainedTokenizerBase | None) -> list[float]:
     """
-    1 for a completion that ends by itself, with one of the policy's [`~rlhf_trl.data.tokens.end_tokens`], 0 for one
+    1 for a completion that ends by itself, with one of the policy's [`~rlhf_trl.data.tokenize.end_tokens`], 0 for one
     that was cut off.
 
     Raises:

@@ -11,40 +11,50 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain, islice
 from json.decoder import WHITESPACE
 from pathlib import Path
 
-from rlhf_trl.data.words import names_of, say
+from rlhf_trl.data.build import build
+from rlhf_trl.data.rows import Row, RowError, ending, typed_row
 from rlhf_trl.errors import DataError
+from rlhf_trl.hints import names_of
+from rlhf_trl.terminal import say
+
+
+def load_files(
+    form: str,
+    seed: int,
+    paths: str | list[str],
+    eval_paths: str | list[str] | None = None,
+    **options,
+):
+    """
+    A `DatasetDict` from local files: .jsonl, .json, .csv, .tsv, .parquet; all but the last also as .gz.
+
+    Args:
+        form (`str`): `prompt_completion`, `preference`, `unpaired`, `comparisons` or `prompt`: what the stage
+            trains on; or `judged`: comparisons with all that is known of them, for evaluation.
+        seed (`int`): decides which rows a limit keeps.
+        paths (`str` or `list[str]`): files or globs for training, relative to the working directory.
+        eval_paths (`str` or `list[str]`, *optional*): files for evaluation; without them `eval_size` is split off.
+        **options: what `build` takes: `format`, `columns`, `system_prompt`, `to_chat`, `messages`, `eval_size`,
+            `split_by`, `bad_rows`, `max_samples`, `max_eval_samples`, `feedback`.
+
+    Raises:
+        `DataError`: one that lists every malformed row's file, line and field; or that says which column is missing.
+    """
+    train = [(path, read_file(path)) for path in resolve_paths(paths)]
+    held_out = None
+    if eval_paths is not None:
+        held_out = [(path, read_file(path)) for path in resolve_paths(eval_paths, "data.eval_paths")]
+    return build(form, seed, train, held_out, **options)
+
 
 # A JSON object with one of these is a row, whatever lists it holds.
 COLUMNS = {"prompt", "completion", "chosen", "rejected", "messages", "conversations", "text", "instruction"}
 DEEPEST = 100  # objects and lists in each other
-
-
-class RowError(Exception):
-    """
-    What is wrong with one row: the field (or `None` for the row as a whole) and one sentence about it.
-
-    `fatal` where it keeps the rest of the file from being read: leaving the row out would lose rows uncounted.
-    """
-
-    def __init__(self, field: str | None, what: str, fatal: bool = False):
-        super().__init__(what)
-        self.field, self.what, self.fatal = field, what, fatal
-
-
-class Struct(dict):
-    """
-    An object of a file with typed columns (parquet, a dataset), which holds null for every field that other rows have
-    and it doesn't.
-    """
-
-
-# A row as it is read: where it stands ("pairs.jsonl, line 3"), and its columns or what kept it from being read.
-Row = tuple[str, dict | RowError]
 
 
 def resolve_paths(paths: str | list[str], key: str = "data.paths") -> list[str]:
@@ -93,10 +103,6 @@ def read_file(path: str) -> Iterator[Row]:
         yield from READERS[ending(path)](path)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         yield path, RowError(None, f"is a damaged gzip file ({error})", fatal=True)
-
-
-def ending(path: str) -> str:
-    return Path(path.removesuffix(".gz")).suffix.lower()
 
 
 def _open(path: str):
@@ -320,23 +326,6 @@ def _read_parquet(path: str) -> Iterator[Row]:
                 yield f"{path}, row {number}", typed_row(row, features, json.loads)
     except (pa.ArrowInvalid, OSError) as error:
         yield path, RowError(None, f"can't be read as parquet ({error})", fatal=True)
-
-
-def typed_row(row: dict, features: dict, decode: Callable = lambda value: value) -> Struct:
-    """`row` with a [`Struct`] for each object whose type in `features` has fields; `decode` reads columns of JSON."""
-    return Struct({name: _typed(value, features[name], decode) for name, value in row.items()})
-
-
-def _typed(value, feature, decode: Callable):
-    if value is None:
-        return None
-    if isinstance(feature, dict):
-        return typed_row(value, feature, decode)
-    if type(feature).__name__ == "Json":
-        return decode(value)
-    if hasattr(feature, "feature") and isinstance(value, list):
-        return [_typed(item, feature.feature, decode) for item in value]
-    return value
 
 
 READERS = {

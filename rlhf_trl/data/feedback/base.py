@@ -26,10 +26,12 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, ClassVar, NamedTuple
 
-from rlhf_trl.data.forms import as_chat, check_text_or_chat, check_turns, select_completions, type_of
-from rlhf_trl.data.read import RowError
-from rlhf_trl.data.words import names_of, type_problems
+from rlhf_trl.data.dataset_types import select_completions
+from rlhf_trl.data.messages import as_chat, check_text_or_chat, check_turns
+from rlhf_trl.data.rows import RowError, type_of
+from rlhf_trl.data.validation import type_problems
 from rlhf_trl.errors import ConfigError, DataError
+from rlhf_trl.hints import names_of
 
 AGREEMENT = (None, "weights", "smoothing")
 UP = {"true": True, "1": True, "1.0": True, "up": True, "\N{THUMBS UP SIGN}": True}
@@ -847,7 +849,7 @@ def _compared(row: dict, prompt, completions: list, wins: list[Win], ties: list)
 
 
 def _texts(row: dict, fields: list[str], notes: Counter) -> tuple[Any, list]:
-    """The checked prompt and completions of a row, all text or all chat, as in `forms.pair_up`."""
+    """The checked prompt and completions of a row, all text or all chat, as in `pair_up`."""
     prompt = check_text_or_chat(row, "prompt")
     given = {field: check_text_or_chat(row, field) for field in fields}
     if isinstance(prompt, list) or any(isinstance(value, list) for value in given.values()):

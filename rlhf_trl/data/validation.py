@@ -1,36 +1,9 @@
-"""Small parts of messages: lists of names, counts, suggestions, values of the wrong type; and printing once."""
+"""Types of options, checked against the annotations of the function that takes them."""
 
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
-
-from rlhf_trl.hints import nearest
-from rlhf_trl.terminal import printable
-
-
-def say(text: str) -> None:
-    """Print on the first rank only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(printable(text), flush=True)
-
-
-def names_of(names: Iterable[str]) -> str:
-    """`a`, `b`, `c`."""
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def count_of(number: int, noun: str) -> str:
-    """1 row, 1,000 rows."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The sentence "Did you mean `x`?", after a space, where a known name is near; else nothing."""
-    near = nearest(name, known)
-    return f" Did you mean `{near[0]}`?" if near else ""
-
 
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text in quotes", list: "a list"}
 TYPE_NAMES |= {dict: "names and values", NoneType: "null"}

@@ -5,77 +5,21 @@ Each gives a `DatasetDict` with `train` and, unless there is none, `eval`, in th
 row is checked, nothing is left out without being counted and said.
 """
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 
-from rlhf_trl.data import forms
-from rlhf_trl.data.feedback import Feedback
-from rlhf_trl.data.read import Row, read_file, resolve_paths, typed_row
-from rlhf_trl.data.reader import BATCH_ROWS, FeedbackReader, Problems, Reader, concatenate
+from rlhf_trl.data.dataset_types import SOURCES
+from rlhf_trl.data.feedback.base import Feedback
+from rlhf_trl.data.feedback.reader import FeedbackReader
+from rlhf_trl.data.formats import FORMATS
+from rlhf_trl.data.messages import is_chat
+from rlhf_trl.data.reader import Reader
+from rlhf_trl.data.rows import Problems, Row
 from rlhf_trl.data.splits import hold_out, leave_out, limit, part, prompt_keys
-from rlhf_trl.data.words import count_of, did_you_mean, names_of, say, type_problems
+from rlhf_trl.data.tables import concatenate
+from rlhf_trl.data.validation import type_problems
 from rlhf_trl.errors import ConfigError, DataError
-
-
-def load_files(
-    form: str,
-    seed: int,
-    paths: str | list[str],
-    eval_paths: str | list[str] | None = None,
-    **options,
-):
-    """
-    A `DatasetDict` from local files: .jsonl, .json, .csv, .tsv, .parquet; all but the last also as .gz.
-
-    Args:
-        form (`str`): `prompt_completion`, `preference`, `unpaired`, `comparisons` or `prompt`: what the stage
-            trains on; or `judged`: comparisons with all that is known of them, for evaluation.
-        seed (`int`): decides which rows a limit keeps.
-        paths (`str` or `list[str]`): files or globs for training, relative to the working directory.
-        eval_paths (`str` or `list[str]`, *optional*): files for evaluation; without them `eval_size` is split off.
-        **options: what `build` takes: `format`, `columns`, `system_prompt`, `to_chat`, `messages`, `eval_size`,
-            `split_by`, `bad_rows`, `max_samples`, `max_eval_samples`, `feedback`.
-
-    Raises:
-        `DataError`: one that lists every malformed row's file, line and field; or that says which column is missing.
-    """
-    train = [(path, read_file(path)) for path in resolve_paths(paths)]
-    held_out = None
-    if eval_paths is not None:
-        held_out = [(path, read_file(path)) for path in resolve_paths(eval_paths, "data.eval_paths")]
-    return build(form, seed, train, held_out, **options)
-
-
-def load_hub(
-    form: str,
-    seed: int,
-    path: str,
-    name: str | None = None,
-    split: str = "train",
-    eval_split: str | None = None,
-    revision: str | None = None,
-    **options,
-):
-    """
-    A `DatasetDict` from a dataset of the Hugging Face hub, or from a folder that `save_to_disk` wrote.
-
-    Args:
-        form, seed, **options: as in `load_files`.
-        path (`str`): the hub's name (`trl-lib/ultrafeedback_binarized`) or a local folder.
-        name (`str`, *optional*): the dataset's configuration.
-        split (`str`): the training split; `train[:1000]` works too for a hub dataset.
-        eval_split (`str`, *optional*): the evaluation split; without it `eval_size` is split off.
-        revision (`str`, *optional*): commit, branch or tag.
-    """
-    given = {"path": path, "name": name, "split": split, "eval_split": eval_split, "revision": revision}
-    if wrong := type_problems(load_hub, given, "data"):
-        raise ConfigError.join(wrong)
-    splits = [split] if eval_split is None else [split, eval_split]
-    loaded = [_load_split(path, name, one, revision) for one in splits]
-    sources = [
-        [(f"{path} ({one})", _dataset_rows(f"{path} ({one})", ds))] for one, ds in zip(splits, loaded, strict=True)
-    ]
-    return build(form, seed, sources[0], sources[1] if eval_split is not None else None, **options)
+from rlhf_trl.hints import count_of, did_you_mean, names_of, sentences
+from rlhf_trl.terminal import say
 
 
 def build(
@@ -101,7 +45,7 @@ def build(
 
     Args:
         train, held_out: (name, rows) of each source; `held_out` is for evaluation, `None` splits some off `train`.
-        format (`str`, *optional*): what the rows hold (a key of `forms.FORMATS`); `None` recognizes it by the columns.
+        format (`str`, *optional*): what the rows hold (a key of `FORMATS`); `None` recognizes it by the columns.
         columns (`dict`, *optional*): our name of a column -> the file's, `{"prompt": "question"}`.
         system_prompt (`str`, *optional*): a system turn before every chat that has none.
         to_chat (`bool`): text prompts become user turns, text answers assistant turns.
@@ -173,15 +117,18 @@ def build(
 def check_options(form, format, messages, eval_size, split_by, bad_rows, max_samples, max_eval_samples) -> None:
     """Raise one `ConfigError` with every option of `build` whose value isn't one it takes."""
     choices = [
-        ("form", form, tuple(forms.SOURCES)),
-        ("data.format", format, (None, *forms.FORMATS)),
+        ("form", form, tuple(SOURCES)),
+        ("data.format", format, (None, *FORMATS)),
         ("data.messages", messages, ("last_turn", "whole")),
         ("data.split_by", split_by, ("prompt", "row")),
         ("data.bad_rows", bad_rows, ("error", "drop")),
     ]
     problems = [
-        f"`{key}={value}` isn't known.{did_you_mean(str(value), [c for c in known if c])} "
-        f"Type one of {names_of([c for c in known if c])}."
+        sentences(
+            f"`{key}={value}` isn't known.",
+            did_you_mean(str(value), filter(None, known), listed=True),
+            f"Set it to one of {names_of(filter(None, known))}.",
+        )
         for key, value, known in choices
         if value not in known
     ]
@@ -196,7 +143,7 @@ def check_options(form, format, messages, eval_size, split_by, bad_rows, max_sam
 
 def describe(datasets, form: str) -> str:
     """One line on a loaded `DatasetDict`: form, chat or text, and the rows and prompts of each side."""
-    kind = "chat" if forms.is_chat(datasets["train"][0]) else "text"
+    kind = "chat" if is_chat(datasets["train"][0]) else "text"
     sides = [
         f"{side} {count_of(len(dataset), 'row')} ({count_of(len(set(prompt_keys(dataset))), 'prompt')})"
         for side, dataset in datasets.items()
@@ -214,43 +161,3 @@ def _join(side: str, tables: list, notes: list[str]):
             f"no rows are left for `{side}`:\n{what}\nGive `data` a source with rows of use to this stage."
         )
     return Dataset(concatenate(tables))
-
-
-def _load_split(path: str, name: str | None, split: str, revision: str | None):
-    from datasets import Dataset, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetsError
-
-    folder = Path(path).expanduser()
-    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        try:
-            loaded = load_from_disk(str(folder))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"`data.path={path}` isn't whole: a data set that `save_to_disk` wrote can't be read from it "
-                f"({type(error).__name__}: {error}). Save it again."
-            ) from error
-        if isinstance(loaded, Dataset):
-            loaded = {"train": loaded}
-        if split not in loaded:
-            raise DataError(
-                f"`data.split={split}`: {path} has the splits {names_of(loaded)}."
-                f"{did_you_mean(split, loaded)} Type `data.split=NAME` (or `data.eval_split=NAME`) with one of these."
-            )
-        return loaded[split]
-    try:
-        return load_dataset(path, name, split=split, revision=revision)
-    except (ValueError, OSError, RuntimeError, DatasetsError) as error:  # not found, no such split, a script ...
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"`data.path={path}` (split `{split}`) can't be loaded: {first} "
-            "Check `data.path`, `data.name` and `data.split`; for files type `data=files data.paths=[FILE,...]`."
-        ) from error
-
-
-def _dataset_rows(label: str, dataset) -> Iterator[Row]:
-    number = 0
-    for batch in dataset.with_format(None).iter(BATCH_ROWS):
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            row = dict(zip(batch, values, strict=True))
-            yield f"{label}, row {number}", typed_row(row, dataset.features)

@@ -3,12 +3,14 @@
 import random
 from collections.abc import Callable
 
-from rlhf_trl.data import forms
-from rlhf_trl.data.load import describe
-from rlhf_trl.data.reader import concatenate
+from rlhf_trl.data.build import describe
+from rlhf_trl.data.formats import kind_of
 from rlhf_trl.data.splits import draw, held_out_keys, leave_out, limit, prompt_keys
-from rlhf_trl.data.words import did_you_mean, names_of, say, type_problems
+from rlhf_trl.data.tables import concatenate
+from rlhf_trl.data.validation import type_problems
 from rlhf_trl.errors import ConfigError, DataError
+from rlhf_trl.hints import did_you_mean, names_of, sentences
+from rlhf_trl.terminal import say
 
 
 def mix(
@@ -111,7 +113,11 @@ def _check_weights(sources: dict, weights: dict[str, float] | None) -> None:
     if weights is None:
         return
     problems = [
-        f"`data.weights.{name}` names no source.{did_you_mean(name, sources)} The sources are {names_of(sources)}."
+        sentences(
+            f"`data.weights.{name}` names no source.",
+            did_you_mean(name, sources, listed=True),
+            f"The sources are {names_of(sources)}.",
+        )
         for name in weights
         if name not in sources
     ]
@@ -129,7 +135,7 @@ def _check_weights(sources: dict, weights: dict[str, float] | None) -> None:
 
 def _check_alike(parts: dict) -> None:
     """TRL takes all rows for what the first one is, so a `DataError` where the sources hold rows of several kinds."""
-    kinds = {name: forms.kind_of(part["train"][0]) for name, part in parts.items()}
+    kinds = {name: kind_of(part["train"][0]) for name, part in parts.items()}
     if len(set(kinds.values())) > 1:
         listed = "; ".join(f"`{name}`: {kind}" for name, kind in kinds.items())
         raise DataError(

@@ -25,10 +25,11 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple
 
-from rlhf_trl.data.feedback import Feedback, share_of
-from rlhf_trl.data.forms import comparisons_of
-from rlhf_trl.data.load import build
-from rlhf_trl.data.read import RowError, read_file
+from rlhf_trl.data.build import build
+from rlhf_trl.data.dataset_types import comparisons_of
+from rlhf_trl.data.feedback.base import Feedback, share_of
+from rlhf_trl.data.rows import RowError
+from rlhf_trl.data.sources.files import read_file
 from rlhf_trl.errors import DataError
 
 ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"

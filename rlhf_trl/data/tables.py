@@ -1,0 +1,85 @@
+"""Rows as Arrow tables."""
+
+import json
+from collections.abc import Container
+
+from rlhf_trl.errors import DataError
+
+
+def needs_json(value) -> bool:
+    """
+    Whether Arrow has no type for a value: an object that isn't a plain `role` and `content` has parts that those of
+    other rows haven't, and an integer may have more than 64 bits.
+    """
+    if isinstance(value, list):
+        return any(map(needs_json, value))
+    if isinstance(value, int):
+        return not -(2**63) <= value < 2**63
+    return isinstance(value, dict) and not (
+        value.keys() == {"role", "content"} and all(isinstance(item, str) for item in value.values())
+    )
+
+
+BATCH_ROWS = 1000
+# What stands for a column that a row doesn't have, where it isn't null: TRL passes this one on with `**`.
+ABSENT = {"chat_template_kwargs": {}}
+
+
+def make_table(rows: list[tuple[str, dict]], of_objects: Container[str] | None = None):
+    """
+    (place, row)s as an Arrow table. A column with objects of any fields becomes a column of JSON: Arrow's own objects
+    all have the same fields, and null in those that a row doesn't have, which templates would render. So does one with
+    integers of more than 64 bits. `of_objects` names the columns that may be such ones, if not all.
+    """
+    import pyarrow as pa
+
+    columns = {}
+    for key in dict.fromkeys(key for _, row in rows for key in row):
+        values = [row.get(key, ABSENT.get(key)) for _, row in rows]
+        json_column = (of_objects is None or key in of_objects) and any(map(needs_json, values))
+        columns[key] = _as_json(values) if json_column else as_array(key, values, rows)
+    return pa.table(columns)
+
+
+def concatenate(tables: list):
+    """Arrow tables one below the other, null where one lacks a column; a `DataError` where types clash."""
+    import pyarrow as pa
+
+    names = {name for table in tables for name in table.column_names if table.schema.field(name).type == pa.json_()}
+    tables = [table.replace_schema_metadata(None) for table in tables]
+    for name in names:
+        for i, table in enumerate(tables):
+            at = table.schema.get_field_index(name)
+            values = table[name].to_pylist() if at >= 0 else [ABSENT.get(name)] * len(table)
+            if at < 0:
+                tables[i] = table.append_column(name, _as_json(values))
+            elif table.schema.field(name).type != pa.json_():
+                tables[i] = table.set_column(at, name, _as_json(values))
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(f"a column holds values of several types ({error}). Give it one type in every row.") from None
+
+
+def _as_json(values: list):
+    import datasets.features.features
+    import datasets.utils.json
+    import pyarrow as pa
+
+    # Columns of JSON go through pandas' parser (datasets 5.2), which reads 55.290184 as 55.290183999999996 and writes
+    # ten digits. Python's is exact.
+    for module in (datasets.features.features, datasets.utils.json):
+        module.ujson_loads, module.ujson_dumps = json.loads, json.dumps
+    texts = pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
+    return pa.ExtensionArray.from_storage(pa.json_(), texts)
+
+
+def as_array(key: str, values: list, batch: list[tuple[str, dict]]):
+    import pyarrow as pa
+
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(
+            f"{batch[0][0]} and the rows after it: `{key}` holds values of several types ({error}). Give it one."
+        ) from None

@@ -1,0 +1,1 @@
+"""Examples outside the core: tasks with data and rewards of their own."""
