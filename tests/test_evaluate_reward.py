@@ -449,7 +449,7 @@ def test_values_with_signs_of_formulas_are_shown_and_a_page_that_fails_leaves_th
     def broken(*args):
         raise RuntimeError("no page")
 
-    monkeypatch.setattr("rlhf_trl.report.page.write_page", broken)
+    monkeypatch.setattr("rlhf_trl.evaluation.evaluate_reward.write_page", broken)
     cfg = compose(*words, "overwrite=true")
     with pytest.raises(RuntimeError, match="no page"):
         instantiate(cfg.stage.run)(cfg)

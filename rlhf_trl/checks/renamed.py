@@ -17,7 +17,12 @@ RENAMED_KEYS: dict[str, str | None] = {
     "stage.auto_class": None,
 }
 # Old dot path: new dot path, of a class, a function, or a module with everything in it
-RENAMED_DOT_PATHS: dict[str, str] = {}
+RENAMED_DOT_PATHS: dict[str, str] = {
+    "rlhf_trl.data.load": "rlhf_trl.data",
+    "rlhf_trl.data.mixture": "rlhf_trl.data",
+    "rlhf_trl.data.reviews": "rlhf_trl.tasks.reviews",
+    "rlhf_trl.data.tokens": "rlhf_trl.data",
+}
 
 
 def renamed_key(path: str) -> tuple[str, str | None] | None:

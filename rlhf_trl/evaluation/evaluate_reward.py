@@ -99,7 +99,7 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
     end(cfg, "done")
     if cfg.objective is not None and cfg.objective not in metrics:
         others = did_you_mean(cfg.objective, metrics)
-        say(f"The objective `{cfg.objective}` was not measured, so a sweep would get nothing from this run.{others}")
+        say(f"The objective `{cfg.objective}` was not measured, so a sweep would get nothing from this run. {others}")
     return metrics.get(cfg.objective)
 
 
