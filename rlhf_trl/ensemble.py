@@ -17,13 +17,13 @@ from torch import Tensor
 
 from rlhf_trl import run
 from rlhf_trl.calibration import calibration_of, write_calibration
-from rlhf_trl.callbacks.record import last_checkpoint
 from rlhf_trl.data.lengths import head_names
 from rlhf_trl.directory import discard_old
 from rlhf_trl.models import ENSEMBLE_FILE, load_tokenizer
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.reward_model import CALIBRATION_COMPLETIONS, ComparisonCollator, leads_of, reference_scores
 from rlhf_trl.rewards import ModelReward
+from rlhf_trl.runs.checkpoints import last_checkpoint
 from rlhf_trl.runs.record import read_metrics, read_run, write_json, write_metrics
 
 ROWS_AT_ONCE = 64

@@ -7,13 +7,14 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from .errors import ConfigError
+from .trainers.base import TrainerMixin
 
 LENGTH = 4  # tokens of a row of the trial
 # Of the largest logit. Of the same shapes the same logits come, to the bit but for a router that groups tokens
 TOLERANCE = 1e-3
 
 
-class SFTTrainer(trl.SFTTrainer):
+class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     """`trl.SFTTrainer` that doesn't train where rows of one sequence see each other, see [`SeparateRows`]."""
 
     def __init__(self, *args, **kwargs):

@@ -22,9 +22,9 @@ from trl.trainer.utils import pad
 from rlhf_trl.calibration import calibration_of, write_calibration
 from rlhf_trl.data.lengths import head_names, keep_short_completions, tokenize_comparisons
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.held_out import EachRowOnce
 from rlhf_trl.models import score_heads
 from rlhf_trl.ranges import REWARD_MODEL, TRAINING, check_values
+from rlhf_trl.trainers.base import TrainerMixin
 
 KINDS = ("pairwise", "plackett_luce")
 # The most completions that the calibration of a saved model is measured on
@@ -262,7 +262,7 @@ class ComparisonCollator(DataCollatorMixin):
         return batch
 
 
-class RewardTrainer(EachRowOnce, trl.RewardTrainer):
+class RewardTrainer(TrainerMixin, trl.RewardTrainer):
     """
     `trl.RewardTrainer` for K-way rankings, regression and several heads.
 

@@ -25,10 +25,7 @@ from rlhf_trl.data.tokenize import end_tokens, prompt_ids, remember_ends
 
 from .callbacks.sampling import biasing_settings
 from .errors import ConfigError
-from .held_out import EachRowOnce
-from .patches.dropout import disable_dropout
-from .patches.log_probs import speed_up_log_probs
-from .patches.peft import repair_token_wrappers
+from .trainers.base import TrainerMixin
 
 logger = logging.getLogger(__name__)
 
@@ -103,11 +100,7 @@ class Rollouts:
         self._policy = model.get_base_model() if is_peft_model(model) else model
         for scored in (self._policy, self.accelerator.unwrap_model(self.ref_model) if self.ref_model else None):
             if scored is not None:
-                speed_up_log_probs(scored)
                 count_positions_from_mask(scored)
-        repair_token_wrappers(self._policy)
-        if self.args.disable_dropout:
-            disable_dropout(self.model)
         if self.accelerator.is_main_process:
             self._say_what_samples()
 
@@ -168,9 +161,9 @@ class Rollouts:
             return super()._generate_single_turn(*args, **kwargs)
 
 
-class GRPOTrainer(Rollouts, EachRowOnce, trl.GRPOTrainer):
-    """`trl.GRPOTrainer` with [`Rollouts`] and [`~rlhf_trl.held_out.EachRowOnce`]."""
+class GRPOTrainer(Rollouts, TrainerMixin, trl.GRPOTrainer):
+    """`trl.GRPOTrainer` with [`Rollouts`] and [`~rlhf_trl.trainers.base.TrainerMixin`]."""
 
 
-class RLOOTrainer(Rollouts, EachRowOnce, trl.RLOOTrainer):
-    """`trl.RLOOTrainer` with [`Rollouts`] and [`~rlhf_trl.held_out.EachRowOnce`]."""
+class RLOOTrainer(Rollouts, TrainerMixin, trl.RLOOTrainer):
+    """`trl.RLOOTrainer` with [`Rollouts`] and [`~rlhf_trl.trainers.base.TrainerMixin`]."""

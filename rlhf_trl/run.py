@@ -40,15 +40,7 @@ from rlhf_trl.callbacks import SaveAndStop
 from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.nonfinite import NonfiniteGuard
 from rlhf_trl.callbacks.progress import ProgressLine
-from rlhf_trl.callbacks.record import (
-    UNFINISHED,
-    RunRecord,
-    last_checkpoint,
-    last_whole_checkpoint,
-    never_past_the_end,
-    save_whole_checkpoints,
-    tied_weights_are_there,
-)
+from rlhf_trl.callbacks.record import RunRecord
 from rlhf_trl.callbacks.samples import SampleLog
 from rlhf_trl.callbacks.unrewarded import UnrewardedGuard
 from rlhf_trl.checks.run_directory import run_directory_problems
@@ -68,7 +60,6 @@ from rlhf_trl.data.tokenize import end_tokens, note_template_end
 from rlhf_trl.directory import claimed, discard_old, holds_old, put_back, recover, set_aside
 from rlhf_trl.dotpaths import find
 from rlhf_trl.errors import ConfigError, DataError, disk_is_full
-from rlhf_trl.held_out import EachRowOnce
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.inputs import inputs_of, resume_problems
 from rlhf_trl.launching import config_dirs
@@ -84,16 +75,15 @@ from rlhf_trl.models import (
     trained_quantization,
 )
 from rlhf_trl.overrides import as_typed
-from rlhf_trl.patches.dropout import disable_dropout
-from rlhf_trl.patches.log_probs import speed_up_log_probs
 from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.paths import resolve_path
 from rlhf_trl.ranges import RULES, check_values
 from rlhf_trl.rewards import ModelReward
 from rlhf_trl.rewards.base import GIVEN
-from rlhf_trl.rollouts import Rollouts
+from rlhf_trl.runs.checkpoints import clear_unfinished, last_checkpoint, last_whole_checkpoint
 from rlhf_trl.runs.record import finish_run, read_run, start_run, write_metrics
 from rlhf_trl.terminal import say
+from rlhf_trl.trainers.base import extended
 
 
 def claims_directory(stage: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
@@ -410,21 +400,10 @@ def make_trainer(
         peft_config=peft_config,
         **extra,
     )
-    if getattr(args, "disable_dropout", False):
-        disable_dropout(trainer.model)  # what TRL's own leaves on
-    if not isinstance(trainer, EachRowOnce):  # of a class that isn't ours, such as TRL's own
-        trainer.__class__ = type(type(trainer).__name__, (EachRowOnce, type(trainer)), {})
-    if not isinstance(trainer, Rollouts):
-        for scored in (trainer.model, getattr(trainer, "ref_model", None)):
-            if scored is not None:
-                speed_up_log_probs(scored.get_base_model() if is_peft_model(scored) else scored)
     for reward in extra.get("reward_funcs", ()):
         reward.attach(trainer.model)
     if is_peft_model(trainer.model):
         begin_training(trainer.model)
-    save_whole_checkpoints(trainer)
-    never_past_the_end(trainer)
-    tied_weights_are_there(trainer)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     for callback in callbacks(cfg, trainer):
@@ -434,13 +413,22 @@ def make_trainer(
 
 def build_trainer(cfg: DictConfig, **objects: Any) -> Trainer:
     """
-    The object that `cfg.stage.trainer` names, made of `objects`; its dataset is prepared as it will be trained on.
+    Make the trainer that `cfg.stage.trainer` names. Its dataset is prepared as it will be trained on.
+
+    Where its class, such as one of TRL's own, isn't a [`~rlhf_trl.trainers.base.TrainerMixin`], a subclass of it is.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if TRL refuses the arguments or the rows, or leaves none.
+        [`~rlhf_trl.errors.ConfigError`]: if it is no class of trainers, or TRL refuses the arguments or the rows, or
+            leaves none.
     """
+    named = instantiate(cfg.stage.trainer)
+    if not (isinstance(named.func, type) and issubclass(named.func, Trainer)):
+        raise ConfigError(
+            f"`stage.trainer` names `{cfg.stage.trainer._target_}`, which is no class of trainers. Name a subclass of "
+            "`transformers.Trainer`, such as one of TRL's."
+        )
     try:
-        trainer = instantiate(cfg.stage.trainer)(**objects)
+        trainer = extended(named.func)(*named.args, **named.keywords, **objects)
     except Exception as error:
         frame = traceback.walk_tb(error.__traceback__)
         *_, (last, _) = frame
@@ -567,7 +555,7 @@ def fail(cfg: DictConfig, error: BaseException) -> None:
         put_back(cfg.run_dir)
     else:
         if disk_is_full(error):  # room for the record: what was half written is of no use
-            shutil.rmtree(Path(cfg.run_dir, UNFINISHED), ignore_errors=True)
+            clear_unfinished(cfg.run_dir)
         end(
             cfg,
             "stopped" if isinstance(error, KeyboardInterrupt) else "failed",

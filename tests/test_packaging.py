@@ -110,7 +110,7 @@ def check_installed(script: list[str], pipeline: list[str], folder: Path, enviro
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert "trl.DPOTrainer" in run(*script, "--cfg", "job", "stage=dpo")
+    assert "rlhf_trl.trainers.DPOTrainer" in run(*script, "--cfg", "job", "stage=dpo")
     assert "paths: my.jsonl" in run(*script, "--config-dir", "my_conf", "--cfg", "job", "stage=sft", "data=mine")
     assert "stage=evaluate" in run(*pipeline, "--cfg", "job")
     out = run(*pipeline, "project=p", f"program=[{sys.executable},{ROOT / 'tests/helpers/fake_train.py'}]")

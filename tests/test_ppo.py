@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig
 
 from rlhf_trl.callbacks.kl import AdaptiveKL, LinearKL
-from rlhf_trl.callbacks.record import save_whole_checkpoints
 from rlhf_trl.callbacks.reward_norm import RewardNorm, RunningNorm
 from rlhf_trl.ppo import PPOConfig
 from rlhf_trl.ppo.config import REFUSED, added_fields
@@ -513,7 +512,6 @@ def test_the_best_checkpoint_by_the_raw_score_is_kept_and_loaded(path, tmp_path,
         load_best_model_at_end=True,
         **peft,
     )
-    save_whole_checkpoints(trainer)
     trainer.train()
     assert logged(trainer, "eval_objective/scores") == [1.0, 3.0, 2.0, 0.0]
     best = f"{trainer.args.output_dir}/checkpoint-2"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_trl.callbacks.record import last_checkpoint
+from rlhf_trl.runs.checkpoints import last_checkpoint
 from tests.test_critics import save_reward_model
 from tests.tiny import save_model
 
@@ -25,7 +25,7 @@ import sys
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import set_seed
-from rlhf_trl.callbacks.record import last_checkpoint, save_whole_checkpoints
+from rlhf_trl.runs.checkpoints import last_checkpoint
 from rlhf_trl.rewards import AdapterReward
 from tests.test_critics import LORA
 from tests.test_ppo_update import make_trainer, prompts
@@ -43,7 +43,6 @@ trainer, _ = make_trainer(
     num_train_epochs=int(epochs),
     **(lora if critic == "adapter" else {}),
 )
-save_whole_checkpoints(trainer)
 assert trainer.accelerator.num_processes == ranks
 trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir) if resume == "resume" else None)
 trainer.save_model()

@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_trl.callbacks.record import checkpoints
 from rlhf_trl.callbacks.samples import as_text
 from rlhf_trl.data.chat_template import template_columns, template_kwargs
 from rlhf_trl.data.tokenize import end_tokens, prompt_ids, split_row_ids
@@ -51,6 +50,7 @@ from rlhf_trl.run import (
     project_dir,
     reward_functions,
 )
+from rlhf_trl.runs.checkpoints import checkpoints
 from rlhf_trl.runs.record import COMPARISON_FILE, SWEEP_FILE, read_json, read_metrics, write_json
 from rlhf_trl.terminal import printable
 

@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import torch
+import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -19,13 +20,24 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
 )
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import GRPOConfig, SFTConfig
 
 from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.progress import ProgressLine
-from rlhf_trl.callbacks.record import RunRecord, last_checkpoint, save_whole_checkpoints
+from rlhf_trl.callbacks.record import RunRecord
 from rlhf_trl.callbacks.samples import SampleLog
+from rlhf_trl.runs.checkpoints import last_checkpoint
 from rlhf_trl.runs.record import finish_run, start_run
+from rlhf_trl.trainers.checkpoints import CompleteCheckpoints
+
+
+class SFTTrainer(CompleteCheckpoints, trl.SFTTrainer):
+    """As `rlhf_trl.run` makes them, but for the evaluation."""
+
+
+class GRPOTrainer(CompleteCheckpoints, trl.GRPOTrainer):
+    """As `rlhf_trl.run` makes them, but for rollouts and evaluation."""
+
 
 WORDS = "<pad> <eos> the cat dog sat ran on a mat red blue".split()
 TEXTS = ["the cat sat on a mat", "the dog ran on a mat", "a red dog sat", "a blue cat ran"]
@@ -48,7 +60,6 @@ def add_callbacks(trainer, run_dir):
     """As `rlhf_trl.run` does; returns the one that knows of an interruption."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    save_whole_checkpoints(trainer)
     interrupt = Interrupt("accelerate launch train.py stage=sft resume=true")
     for callback in (ProgressLine(), RunRecord(str(run_dir)), interrupt):
         trainer.add_callback(callback)

@@ -1,0 +1,52 @@
+"""What all trainers of the package share, and the trainers that add nothing else to TRL's."""
+
+import trl
+from accelerate.utils import is_peft_model
+
+from rlhf_trl.held_out import EachRowOnce
+from rlhf_trl.patches.dropout import disable_dropout
+from rlhf_trl.patches.log_probs import speed_up_log_probs
+from rlhf_trl.patches.peft import repair_token_wrappers
+from rlhf_trl.trainers.checkpoints import CompleteCheckpoints
+
+
+class TrainerMixin(CompleteCheckpoints, EachRowOnce):
+    """
+    Mixin for trainers of TRL: [`CompleteCheckpoints`], [`~rlhf_trl.held_out.EachRowOnce`], and patched models.
+
+    With `args.disable_dropout`, dropout is disabled on every architecture, see
+    [`~rlhf_trl.patches.dropout.disable_dropout`].
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._patch_models()
+
+    def _patch_models(self) -> None:
+        for model in (self.model, getattr(self, "ref_model", None)):
+            if model is not None:
+                model = self.accelerator.unwrap_model(model)
+                speed_up_log_probs(model.get_base_model() if is_peft_model(model) else model)
+        repair_token_wrappers(self.model)
+        if getattr(self.args, "disable_dropout", False):
+            disable_dropout(self.model)
+
+    def _precompute_ref_logps(self, *args, **kwargs):
+        """Of DPO and KTO, which call it before their constructors end."""
+        repair_token_wrappers(self.model)
+        return super()._precompute_ref_logps(*args, **kwargs)
+
+
+def extended(trainer_class: type) -> type:
+    """Return a class of trainers with [`TrainerMixin`]: the class itself, or a subclass of it with the same name."""
+    if issubclass(trainer_class, TrainerMixin):
+        return trainer_class
+    return type(trainer_class.__name__, (TrainerMixin, trainer_class), {"__doc__": trainer_class.__doc__})
+
+
+class DPOTrainer(TrainerMixin, trl.DPOTrainer):
+    """`trl.DPOTrainer` with [`TrainerMixin`]."""
+
+
+class KTOTrainer(TrainerMixin, trl.KTOTrainer):
+    """`trl.KTOTrainer` with [`TrainerMixin`]."""

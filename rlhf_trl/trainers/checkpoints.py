@@ -1,0 +1,58 @@
+"""Complete checkpoints: each appears when all of it is on the disk, and a resumed run is the uninterrupted one."""
+
+from pathlib import Path
+
+from rlhf_trl.runs.checkpoints import STATE_FILE, UNFINISHED, clear_unfinished, publish
+
+
+class CompleteCheckpoints:
+    """
+    Mixin for `transformers.Trainer` that changes how it writes checkpoints and resumes from them.
+
+    It overrides these private methods (transformers 5.23):
+
+    - `_save_checkpoint`, `_get_output_dir`: all ranks write into a folder of another name, which is renamed as the
+      last act. The Trainer writes under the final name, so that a killed run leaves half a checkpoint to resume from.
+    - `_run_epoch`: the Trainer compares with `max_steps` after a step only, so that a run killed during its final
+      evaluation would train one step too many after resuming, unless the last step ends an epoch.
+    - `_issue_warnings_after_load`: a checkpoint holds tied weights once, and the Trainer calls the other name missing.
+    """
+
+    _checkpoints_dir: str | None = None
+
+    def _get_output_dir(self, trial=None) -> str:
+        return self._checkpoints_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        args, state, wait = self.args, self.state, self.accelerator.wait_for_everyone
+        run_dir = Path(args.output_dir)
+        unfinished, name = run_dir / UNFINISHED, f"checkpoint-{state.global_step}"
+        if args.should_save:
+            clear_unfinished(run_dir)
+        wait()
+        self._checkpoints_dir = str(unfinished)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._checkpoints_dir = None
+        wait()
+        best_so_far = state.best_model_checkpoint == str(unfinished / name)
+        if best_so_far:
+            state.best_model_checkpoint = str(run_dir / name)
+        if args.should_save:
+            if best_so_far:
+                state.save_to_json(str(unfinished / name / STATE_FILE))
+            publish(run_dir, name, args.save_total_limit, state.best_model_checkpoint)
+        wait()
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _issue_warnings_after_load(self, load_result):
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        pairs = {**tied, **{source: name for name, source in tied.items()}}
+        missing = [key for key in load_result.missing_keys if pairs.get(key, key) in load_result.missing_keys]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))

@@ -1,0 +1,9 @@
+"""ORPO, in a module of its own: TRL warns of its experimental trainers when they are imported."""
+
+from trl.experimental import orpo
+
+from rlhf_trl.trainers.base import TrainerMixin
+
+
+class ORPOTrainer(TrainerMixin, orpo.ORPOTrainer):
+    """`trl.experimental.orpo.ORPOTrainer` with [`~rlhf_trl.trainers.base.TrainerMixin`]."""
