@@ -2,8 +2,12 @@
 
 import ast
 import logging
+import os
 import platform
 import re
+import subprocess
+import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -15,6 +19,7 @@ import rlhf_trl
 from rlhf_trl.patches.bitsandbytes import keep_trainable
 from rlhf_trl.patches.malloc import keep_freed_memory
 from rlhf_trl.patches.warnings import LOGS, WARNINGS, filter_warnings, no_load_report
+from tests.helpers.library_identity import changes, members
 
 PATCHES = Path(rlhf_trl.__file__).parent / "patches"
 TESTS = Path(__file__).parent
@@ -80,3 +85,28 @@ def test_freed_memory_is_kept_unless_the_user_says_otherwise(monkeypatch):
     assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
     assert not keep_freed_memory()
+
+
+def test_the_libraries_stay_as_they_are_for_everything_else_in_the_process(tmp_path):
+    """No function, class or method is another one after an import and a run; plain trainers give the same numbers."""
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+    command = [sys.executable, "-m", "tests.helpers.library_identity", str(tmp_path)]
+    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_changed_library_is_seen():
+    class Layer:
+        def forward(self):
+            """As it comes."""
+
+    library = types.ModuleType("library")
+    library.Layer, library.head = Layer, lambda: 0
+
+    def snapshot():
+        return {"sys": members(library), "library.Layer": members(Layer)}
+
+    before = snapshot()
+    assert changes(before, snapshot()) == []
+    library.head, Layer.forward, Layer.bias = lambda: 1, lambda self: 1, property(lambda self: None)
+    assert changes(before, snapshot()) == ["sys.head", "library.Layer.forward", "library.Layer.bias"]
