@@ -1,7 +1,7 @@
 """
-Compare the libraries before and after rlhf_trl is imported and has run. As a program: `library_identity.py FOLDER`.
+Compare the libraries before and after rlhf_trl is imported and has run: `library_identity.py FOLDER`.
 
-Exits with an error if any function, class or method of a library is another object than before, or if plain trainers of
+Exits with an error if a function, class or method of a library is another object than before, or if plain trainers of
 TRL give other numbers.
 """
 
@@ -86,7 +86,14 @@ def run(path: str, folder: str) -> None:
 
     from rlhf_trl.paths import conf_dir
 
-    words = [f"runs_dir={folder}/runs", "stage=ppo", "model=hf", f"model.path={path}", "adapter=lora", "critic=adapter"]
+    words = [
+        f"runs_dir={folder}/runs",
+        "stage=ppo",
+        "model=hf",
+        f"model.path={path}",
+        "adapter=lora",
+        "critic=adapter",
+    ]
     words += ["data.max_samples=64", "data.max_eval_samples=4", "stage.args.max_steps=4", "reward=function"]
     words += ["reward.function.function=tests.helpers.held_out.score"]
     words += ["+adapter.peft.trainable_token_indices=[5,6]", "stage.args.max_completion_length=4"]
