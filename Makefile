@@ -50,4 +50,4 @@ bench: $(READY) ## our PPO, TRL 1.12's and a bare loop: speed and memory in benc
 	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python -m bench
 
 checkpoints: $(READY) ## make the embedded checkpoints again
-	$(BIN)/python -m rlhf_trl.demo.build
+	$(BIN)/python -m rlhf_trl.tasks.demo.build

@@ -1,3 +1,3 @@
-from rlhf_trl.cli import main
+from rlhf_trl.cli.main import main
 
 main()

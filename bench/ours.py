@@ -9,9 +9,9 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, GenerationConfig
 
 from bench.setting import LORA, Meter, Setting, contend
-from rlhf_trl import rewards
 from rlhf_trl.patches.malloc import keep_freed_memory
 from rlhf_trl.ppo import PPOConfig, PPOTrainer
+from rlhf_trl.rewards import model as rewards
 
 
 def train(setting: Setting, options: dict, meter: Meter) -> PPOTrainer:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
+from rlhf_trl.cli.launcher import BEGIN, launch_command, run, shown, state_of
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.evaluation.tables import duration, table
-from rlhf_trl.launching import BEGIN, launch_command, run, shown, state_of
+from rlhf_trl.report.text import duration, table
 
 ACCURACY, DIFFERENCE, RATIO = 0.88, 0.01, 0.6  # what is aimed at
 FORMS = ("rankings", "pairs")

@@ -13,22 +13,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_trl.apps import leave, run_app
-from rlhf_trl.checks.run_directory import name_problems
-from rlhf_trl.checks.values import plain
+from rlhf_trl.cli.app import leave, run_app
+from rlhf_trl.cli.launcher import BEGIN, launch_command, overrides_of, results_of, run, shown, state_of
+from rlhf_trl.config.command_line import config_dirs
+from rlhf_trl.config.values import plain
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.evaluation.tables import comparison_text, duration, table
-from rlhf_trl.launching import (
-    BEGIN,
-    config_dirs,
-    launch_command,
-    overrides_of,
-    results_of,
-    run,
-    shown,
-    state_of,
-)
 from rlhf_trl.report.project import write_report
+from rlhf_trl.report.text import comparison_text, duration, table
+from rlhf_trl.runs.conflicts import name_problems
 from rlhf_trl.runs.record import COMPARISON_FILE, read_json, read_run
 from rlhf_trl.terminal import printable
 

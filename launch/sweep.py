@@ -18,19 +18,12 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from rlhf_trl.apps import run_app
-from rlhf_trl.checks.run_directory import name_problems
-from rlhf_trl.checks.values import plain
-from rlhf_trl.launching import (
-    BEGIN,
-    config_dirs,
-    launch_command,
-    results_of,
-    run,
-    shown,
-    state_of,
-)
-from rlhf_trl.overrides import as_typed, without_sweeps
+from rlhf_trl.cli.app import run_app
+from rlhf_trl.cli.launcher import BEGIN, launch_command, results_of, run, shown, state_of
+from rlhf_trl.cli.overrides import without_sweeps
+from rlhf_trl.config.command_line import as_typed, config_dirs
+from rlhf_trl.config.values import plain
+from rlhf_trl.runs.conflicts import name_problems
 from rlhf_trl.runs.record import read_run
 
 # What the sweep reads itself; a run gets a name and a beginning of its own

@@ -12,7 +12,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 
-from rlhf_trl.paths import conf_dir
+from rlhf_trl.runs.paths import conf_dir
 
 LOOPBACK = ("127.", "localhost", "::1", "0.0.0.0")
 
@@ -62,7 +62,7 @@ def train(compose):
 @pytest.fixture
 def tiny_llama(tmp_path):
     """Folder of a Llama with random weights and its word-level tokenizer."""
-    from tests.tiny import save_model
+    from tests.helpers.tiny import save_model
 
     return save_model(tmp_path / "llama")
 
@@ -70,7 +70,7 @@ def tiny_llama(tmp_path):
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
     """`command(*words)` runs the command line in an empty folder: (exit status, what it printed, its errors)."""
-    from rlhf_trl import cli
+    from rlhf_trl.cli import main as cli
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # so that it is as before afterwards

@@ -1,8 +1,8 @@
 """
 A health monitor for PPO, RLOO and GRPO: it watches what is logged and names signs of trouble, each with what to turn.
 
-What the signs are is in [`rlhf_trl.signs`]. Nothing is computed but statistics of texts and numbers that are there
-already: no forward, no generation.
+What the signs are is in [`rlhf_trl.health.signs`]. Nothing is computed but statistics of texts and numbers that are
+there already: no forward, no generation.
 """
 
 import math
@@ -11,14 +11,17 @@ from collections.abc import Mapping
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from ..ranges import HEALTH, check_values
-from ..signs import BASELINE, LEVELS, SIGNS, WINDOW, Series, all_limits, judge, rollout_measures, signs_seen
-from ..terminal import printable
-from . import any_rank, steps_per_rollout
-from .nonfinite import NonfiniteGuard
-from .rollouts import record_rollouts
-from .samples import as_text, newest_row, rows_after
-from .sampling import standard_error
+from rlhf_trl.callbacks.base import steps_per_rollout
+from rlhf_trl.callbacks.nonfinite import NonfiniteGuard
+from rlhf_trl.callbacks.rollouts import record_rollouts
+from rlhf_trl.callbacks.samples import newest_row, rows_after
+from rlhf_trl.config.ranges import HEALTH, check_values
+from rlhf_trl.data.messages import as_text
+from rlhf_trl.health.signs import BASELINE, LEVELS, SIGNS, WINDOW, Series, all_limits, judge, signs_seen
+from rlhf_trl.health.text_statistics import rollout_measures
+from rlhf_trl.runs.ranks import any_rank
+from rlhf_trl.terminal import printable
+from rlhf_trl.trainers.sampling import standard_error
 
 STOP = LEVELS.index("stop")
 

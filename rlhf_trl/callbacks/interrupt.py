@@ -5,7 +5,8 @@ import signal
 import threading
 import time
 
-from rlhf_trl.callbacks import SaveAndStop, any_rank, steps_per_rollout
+from rlhf_trl.callbacks.base import SaveAndStop, steps_per_rollout
+from rlhf_trl.runs.ranks import any_rank
 
 # Some senders signal twice: `timeout` first the process and then its group, launchers on top of the terminal
 SECONDS_OF_ONE_PRESS = 1.0

@@ -12,11 +12,11 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..errors import ConfigError
-from ..ranges import ADAPTIVE_KL, FINAL_KL, KL, ROLLOUTS, check_values
-from . import SaveAndStop, steps_per_rollout
-from .rollouts import record_rollouts
-from .sampling import is_negative, sampling_differences, standard_error
+from rlhf_trl.callbacks.base import SaveAndStop, steps_per_rollout
+from rlhf_trl.callbacks.rollouts import record_rollouts
+from rlhf_trl.config.ranges import ADAPTIVE_KL, FINAL_KL, KL, ROLLOUTS, check_values
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.trainers.sampling import is_negative, sampling_differences, standard_error
 
 logger = logging.getLogger(__name__)
 

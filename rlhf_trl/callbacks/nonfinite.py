@@ -8,8 +8,9 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import Trainer
 
-from ..errors import DivergedError
-from . import SaveAndStop, any_rank
+from rlhf_trl.callbacks.base import SaveAndStop
+from rlhf_trl.errors import DivergedError
+from rlhf_trl.runs.ranks import any_rank
 
 # Updates, or lines of the log, in a row. A single one may be one bad batch, and nothing but that update is lost.
 PATIENCE = 3

@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback
 from transformers.trainer_utils import has_length
 
-from rlhf_trl.signs import verdict
+from rlhf_trl.health.signs import verdict
 from rlhf_trl.terminal import printable
 
 # What to show of a log step: {logged name: label}, one table a trainer, under a name that tells the trainer. All that

@@ -5,7 +5,7 @@ import time
 
 from transformers import TrainerCallback
 
-from rlhf_trl.directory import discard_old
+from rlhf_trl.runs.directory import discard_old
 from rlhf_trl.runs.record import write_metrics
 
 # A long history is not written again at each of many log steps

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from . import steps_per_rollout
+from rlhf_trl.callbacks.base import steps_per_rollout
 
 
 def record_rollouts(trainer: Trainer) -> bool:

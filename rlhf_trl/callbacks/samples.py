@@ -3,31 +3,15 @@
 import json
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
-from rlhf_trl.callbacks import progress_counts, steps_per_rollout
+from rlhf_trl.callbacks.base import progress_counts, steps_per_rollout
+from rlhf_trl.data.messages import as_text
 
 SAMPLES_FILE = "samples.jsonl"
-
-
-def as_text(value: str | Sequence[dict]) -> str:
-    """A prompt or a completion as one text: messages as `role: content`, a single answer as its content."""
-    if isinstance(value, str):
-        return value
-    contents = [(message["role"], _content(message.get("content"))) for message in value]
-    if len(contents) == 1 and contents[0][0] == "assistant":
-        return contents[0][1]
-    return "\n".join(f"{role}: {content}" for role, content in contents)
-
-
-def _content(content) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    return " ".join(part.get("text", f"[{part['type']}]") for part in content)
 
 
 # The trainers' deques have no counter. But each reward in them is an object of its own: identity tells new rows.

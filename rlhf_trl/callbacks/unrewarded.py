@@ -4,7 +4,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
-from ..errors import ConfigError
+from rlhf_trl.errors import ConfigError
 
 # Rollouts in a row. A single one may hold only prompts of a kind that no reward is for.
 PATIENCE = 3

@@ -10,20 +10,15 @@ from omegaconf import DictConfig
 
 from rlhf_trl.checks.batches import batch_problems, world_size
 from rlhf_trl.checks.combinations import combination_problems
-from rlhf_trl.checks.names import (
-    argument_problems,
-    section_problems,
-    target_problems,
-    text_problems,
-)
+from rlhf_trl.checks.names import argument_problems, section_problems, target_problems, text_problems
 from rlhf_trl.checks.places import data_problems, model_problems, output_problems
 from rlhf_trl.checks.ranges import range_problems
 from rlhf_trl.checks.renamed import renamed_problems
 from rlhf_trl.checks.rewards import reward_problems
 from rlhf_trl.checks.room import room_problems
-from rlhf_trl.checks.run_directory import run_directory_problems
-from rlhf_trl.checks.values import plain, sources
+from rlhf_trl.config.values import plain, sources
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.runs.conflicts import run_directory_problems
 
 __all__ = ["check", "find_problems"]
 

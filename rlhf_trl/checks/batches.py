@@ -5,8 +5,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from rlhf_trl.argument_names import arguments
-from rlhf_trl.checks.values import at, section
+from rlhf_trl.config.argument_names import arguments
+from rlhf_trl.config.values import at, section
 
 PPO_MINI_BATCHES = 4  # PPOConfig's own number where neither steps_per_generation nor generation_batch_size is set
 COUNTS = (

@@ -3,14 +3,14 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_trl.checks.batches import world_size
 from rlhf_trl.checks.places import model_folder
-from rlhf_trl.checks.values import at, read_json, section
-from rlhf_trl.signs import limit_problems
+from rlhf_trl.config.values import at, read_json, section
+from rlhf_trl.health.signs import limit_problems
+from rlhf_trl.rewards.options import normalizer_problem
 
 DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"  # what `accelerate launch` sets to "true"
 
@@ -43,7 +43,7 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
         node = at(values, f"adapter.{name}")
         if node and "_target_" not in section(values, f"adapter.{name}"):
             problems.append(f"`adapter.{name}` is not used by this `adapter`. Type `adapter={option}` as well.")
-    if at(stage, "run._target_") == "rlhf_trl.run.merge":
+    if at(stage, "run._target_") == "rlhf_trl.stages.merge.merge":
         folder = model_folder(section(values, "model"), values)
         if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
             problems.append(f"`{folder}` is a full model, there is nothing to merge. Use it as it is.")
@@ -155,25 +155,6 @@ def _shards_parameters() -> bool:
     return zero3 or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def normalizer_problem(args: Mapping[str, Any]) -> str | None:
-    """What in a trainer's arguments would cancel a reward normalizer, and what to set; `None` where nothing does."""
-    if args.get("scale_rewards") in ("group", "batch", True):
-        cause, way = f"scale_rewards={args['scale_rewards']}", "scale_rewards=none"
-        what = "divides the advantages by the std of their rewards, whatever scale these have"
-    elif args.get("multi_objective_aggregation") == "normalize_then_sum":
-        cause, way = "multi_objective_aggregation=normalize_then_sum", "multi_objective_aggregation=sum_then_normalize"
-        what = "normalizes every reward function over a prompt's completions"
-    elif args.get("normalize_advantages") and args.get("beta") == 0:
-        cause, way = "normalize_advantages=true", "normalize_advantages=false"
-        what = "with `stage.args.beta=0` brings advantages to std 1, whatever scale the rewards have"
-    else:
-        return None
-    return (
-        f"A reward normalizer would be cancelled: `stage.args.{cause}` {what}. Set `stage.args.{way}`, or type "
-        "`reward_norm=none`."
-    )
-
-
 def _controller(values: dict[str, Any], stage: str, args: dict[str, Any]) -> list[str]:
     controller = str(at(values, "kl._target_") or "FixedKL").rsplit(".", 1)[-1]
     guard, problems = at(values, "kl.guard"), []
@@ -246,7 +227,7 @@ def _packages(values: dict[str, Any], args: dict[str, Any], quantization: Any) -
         wanted["vllm"] = "`stage.args.use_vllm=true`"
     if quantization:
         wanted["bitsandbytes"] = "`adapter.quantization`"
-    if at(values, "stage.run._target_") == "rlhf_trl.serve.serve_reward":
+    if at(values, "stage.run._target_") == "rlhf_trl.stages.serve_reward.serve_reward":
         wanted |= dict.fromkeys(("fastapi", "uvicorn"), "`stage=serve_reward`")
     extras = {name: name for name in wanted} | {"bitsandbytes": "qlora", "fastapi": "serve", "uvicorn": "serve"}
     return [

@@ -14,18 +14,18 @@ from transformers import TrainerCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_trl.argument_names import arguments
+from rlhf_trl.callbacks.loggers import wandb_problem
 from rlhf_trl.checks.names import DOT_PATHS
-from rlhf_trl.checks.places import project_dir
 from rlhf_trl.checks.sizes import size_problems
-from rlhf_trl.checks.values import at, nodes, plain, section
-from rlhf_trl.dotpaths import find, not_taken, signature
+from rlhf_trl.config.argument_names import arguments
+from rlhf_trl.config.dotpaths import find, not_taken, signature
+from rlhf_trl.config.values import at, nodes, plain, section
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean
-from rlhf_trl.loggers import wandb_problem
-from rlhf_trl.models import NEUTRAL_INIT
-from rlhf_trl.paths import resolve_path
-from rlhf_trl.sizes import empty_model
+from rlhf_trl.models.adapters import NEUTRAL_INIT
+from rlhf_trl.models.sizes import empty_model
+from rlhf_trl.runs.conflicts import project_dir
+from rlhf_trl.runs.paths import resolve_path
 
 HEADS = ("lm_head", "embed_out", "score", "classifier")  # kept in full precision
 
@@ -81,7 +81,7 @@ def _callables(values: dict[str, Any]) -> list[str]:
 
 def _reward_functions(values: dict[str, Any]) -> list[str]:
     """Of the arguments of reward functions, which their own signatures tell."""
-    from rlhf_trl.run import instantiated
+    from rlhf_trl.build import instantiated
 
     problems = []
     for name, node in section(values, "reward").items():
@@ -131,7 +131,7 @@ def _signature(path: str, node: dict[str, Any], found: functools.partial) -> lis
 def _trainer_arguments(cfg: DictConfig) -> list[str]:
     if "args" not in cfg.stage:
         return []
-    from rlhf_trl.run import training_arguments
+    from rlhf_trl.build import training_arguments
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # what it says, it says again when the run starts

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from rlhf_trl import dotpaths
-from rlhf_trl.argument_names import arguments
 from rlhf_trl.checks.renamed import dot_path_problem, renamed_key, renamed_problem
-from rlhf_trl.checks.values import at, flatten, nodes, section
+from rlhf_trl.config import dotpaths
+from rlhf_trl.config.argument_names import arguments
+from rlhf_trl.config.command_line import is_text_key
+from rlhf_trl.config.values import at, flatten, nodes, section
 from rlhf_trl.hints import did_you_mean
 
 SECTIONS = (
@@ -13,21 +14,8 @@ SECTIONS = (
     *("callbacks", "reward", "reward_norm", "combine", "critic", "kl", "judge", "health", "health.signs"),
 )
 DOT_PATHS = ("_target_", "function")
-# Keys of text, where what looks like a number is meant as it was typed; all below the first ones
-TEXT_NODES = {"columns", "policies", "sweeps", "tags"}
-TEXT = {
-    *("project", "run_name", "run", "policy", "stage.baseline", "stage.gold", "objective", "runs_dir", "run_dir"),
-    *("path", "paths", "eval_paths", "output", "name", "split", "eval_split", "revision", "tokenizer", "url"),
-    *("chat_template", "system_prompt", "prompt", "template", "pattern", "group", "entity"),
-}
 TYPES = {"int": int, "float": int | float, "bool": bool, "str": str}
 TYPE_NAMES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string"}
-
-
-def is_text_key(path: str) -> bool:
-    """Whether the value at a dotted path is text (or null), whatever it looks like."""
-    names = path.split(".")
-    return bool({names[-1], path} & TEXT or TEXT_NODES & set(names))
 
 
 def text_problems(values: dict[str, Any]) -> list[str]:
@@ -86,7 +74,7 @@ def unknown_argument(path: str, key: str, node: dict[str, Any], known: Any) -> s
 
 
 def type_problem(path: str, value: Any, expected: str) -> list[str]:
-    """The problem of a value that isn't of the type that [`~rlhf_trl.argument_names.arguments`] tells."""
+    """The problem of a value that isn't of the type that [`~rlhf_trl.config.argument_names.arguments`] tells."""
     kind = expected.removesuffix("?")
     if not kind or value is None:
         return []

@@ -1,21 +1,25 @@
 """Models, earlier runs and data that are not where the config says."""
 
-import glob
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.checks.values import at, nodes, read_json, section, texts
+from rlhf_trl.config.values import at, nodes, read_json, section
 from rlhf_trl.data.sources.files import resolve_paths
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest
-from rlhf_trl.paths import DEMO, PACKAGE, baseline_problem, is_run_name, named_policies, run_command
+from rlhf_trl.runs.conflicts import MODEL_FILES, project_dir, read_paths
+from rlhf_trl.runs.paths import (
+    DEMO,
+    ENSEMBLE_FILE,
+    PACKAGE,
+    baseline_problem,
+    is_run_name,
+    named_policies,
+    run_command,
+)
 from rlhf_trl.runs.record import read_run
-
-MODEL_FILES = ("config.json", "adapter_config.json")
-ENSEMBLE_FILE = "ensemble.json"  # of reward models, where a reward is asked for
 
 
 def model_problems(values: dict[str, Any]) -> list[str]:
@@ -48,39 +52,6 @@ def model_problems(values: dict[str, Any]) -> list[str]:
     return problems
 
 
-# Keys that name what is written, or nothing on the disk
-NOT_READ = {"run_dir", "runs_dir", "output_dir", "logging_dir", "output", "run_name", "name", "project", "starts_from"}
-RUNS = {"run", "policy", "policies", "sweeps"}
-GLOBS = {"paths", "eval_paths", "prompts"}
-
-
-def read_paths(values: dict[str, Any]) -> list[tuple[str, Path]]:
-    """
-    Every file and folder that the command reads, with the key that names it: whatever text of the config is the path
-    of something that exists, the runs of the project that it names, and of adapters and ensembles what they stand on.
-    """
-    found = [(key, path) for key, path in _named_paths(values) if os.path.exists(path)]
-    for key, path in found:  # which grows
-        adapter, ensemble = (read_json(path / name) or {} for name in (MODEL_FILES[1], ENSEMBLE_FILE))
-        more = [path / str(name) for name in ensemble.get("members") or []]
-        if base := adapter.get("base_model_name_or_path"):
-            more += [Path(base), path / base]
-        found += [(key, each) for each in more if os.path.exists(each) and (key, each) not in found]
-    return found
-
-
-def _named_paths(values: dict[str, Any]) -> Iterator[tuple[str, Path]]:
-    for key, value in texts(values):
-        names = re.split(r"[.\[]", key)
-        if NOT_READ & {names[-1]} or names[0] == "logger" or not value:
-            continue
-        if RUNS & set(names):
-            yield key, project_dir(values) / value
-        yield key, Path(value).expanduser()
-        if GLOBS & set(names):
-            yield from ((key, Path(match)) for match in glob.glob(os.path.expanduser(value), recursive=True))
-
-
 def output_problems(values: dict[str, Any]) -> list[str]:
     """Of a file that is written outside the run directory: it must not take the place of what is read."""
     output = at(values, "stage.output")
@@ -96,11 +67,6 @@ def output_problems(values: dict[str, Any]) -> list[str]:
         for key, path in read_paths(values)
         if target == path.resolve() or (target.exists() and target.is_relative_to(path.resolve()))
     ][:1]
-
-
-def project_dir(values: dict[str, Any]) -> Path:
-    """The directory with all runs of the project."""
-    return Path(str(values.get("runs_dir") or "runs"), str(values.get("project") or ""))
 
 
 def model_folder(node: dict[str, Any], values: dict[str, Any]) -> Path:
@@ -231,7 +197,7 @@ def data_problems(values: dict[str, Any]) -> list[str]:
         for key in ("paths", "eval_paths"):
             if node.get("_target_") == "rlhf_trl.data.load_files" and node.get(key) is not None:
                 problems += _files(f"{path}.{key}", node[key])
-        if node.get("_target_") == "rlhf_trl.tasks.reviews.load" and node.get("path"):
+        if node.get("_target_") == "rlhf_trl.tasks.reviews.data.load" and node.get("path"):
             folder = Path(node["path"]).expanduser()
             problems += (
                 [] if folder.is_dir() else [f"`{path}.path` is `{folder}`, which is no folder. {_beside(folder)}"]

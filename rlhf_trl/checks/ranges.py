@@ -1,11 +1,11 @@
-"""Values that the table of `rlhf_trl.ranges` doesn't allow, wherever the config has them."""
+"""Values that the table of `rlhf_trl.config.ranges` doesn't allow, wherever the config has them."""
 
 from typing import Any
 
-from rlhf_trl.argument_names import arguments
 from rlhf_trl.checks.names import type_problem
-from rlhf_trl.checks.values import at, nodes, section
-from rlhf_trl.ranges import RULES, RUN, problem_of
+from rlhf_trl.config.argument_names import arguments
+from rlhf_trl.config.ranges import RULES, RUN, problem_of
+from rlhf_trl.config.values import at, nodes, section
 
 
 def range_problems(values: dict[str, Any]) -> list[str]:

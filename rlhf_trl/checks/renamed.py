@@ -10,7 +10,7 @@ that every new name exists and no old one does.
 import re
 from typing import Any
 
-from rlhf_trl.checks.values import at, flatten
+from rlhf_trl.config.values import at, flatten
 
 # Old key: new key, with all keys below it; `*` stands for one name. None: the key is gone, and nothing is in its place
 RENAMED_KEYS: dict[str, str | None] = {

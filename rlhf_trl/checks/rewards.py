@@ -1,15 +1,13 @@
 """Rewards: options that can't be, combinations of several, ensembles, and what is served."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
-from rlhf_trl.checks.places import ENSEMBLE_FILE, model_folder
-from rlhf_trl.checks.values import at, section
-from rlhf_trl.hints import did_you_mean
-
-ENSEMBLES = ("mean", "min", "mean_minus_std")
+from rlhf_trl.checks.places import model_folder
+from rlhf_trl.config.values import at, section
+from rlhf_trl.rewards.options import combination_problem, ensemble_problems, http_problems, threshold_problem
+from rlhf_trl.runs.paths import ENSEMBLE_FILE
 
 
 def reward_problems(values: dict[str, Any]) -> list[str]:
@@ -24,49 +22,6 @@ def reward_problems(values: dict[str, Any]) -> list[str]:
             single = folder.is_dir() and not (folder / ENSEMBLE_FILE).is_file()
             problems += ensemble_problems(f"reward.{name}", node, str(folder) if single else None)
     return problems
-
-
-def http_problems(key: str, options: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the options of a `HttpReward` that the config has at `key`, and what to type."""
-    url, token, columns, problems = options["url"], options.get("token_env"), options.get("columns"), []
-    if url is not None and not _is_address(str(url)):
-        problems.append(f"`{key}.url` is {url!r}. Give the whole address: `{key}.url=http://HOST:PORT/score`.")
-    if columns and (isinstance(columns, str) or not all(isinstance(name, str) for name in columns)):
-        problems.append(
-            f"`{key}.columns` is {columns!r} and must be a list of names. Type `'{key}.columns=[answer]'`."
-        )
-    if token is not None and token not in os.environ:
-        problems.append(
-            f"`{key}.token_env` names the environment variable `{token}`, which is not set. Type "
-            f"`export {token}=...`, or `{key}.token_env=null`."
-        )
-    return problems
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port beyond 65535, or none that is a number
-        return False
-
-
-def ensemble_problems(key: str, options: Mapping[str, Any], single: str | None = None) -> list[str]:
-    """
-    What is wrong with how a reward at `key` takes the scores of an ensemble, and what to type.
-
-    Args:
-        single (`str`, *optional*): where the reward model is, if it is no ensemble.
-    """
-    kind = options["ensemble"]
-    if kind not in ENSEMBLES:
-        return [f"`{key}.ensemble` is {kind!r}. Use one of: {', '.join(ENSEMBLES)}."]
-    if kind != "mean" and single is not None:
-        return [
-            f"`{key}.ensemble` is `{kind}`, and `{single}` is a single reward model. Leave it out, or train an "
-            "ensemble: `stage=reward adapter=lora stage.members=4`."
-        ]
-    return []
 
 
 def _members(values: dict[str, Any]) -> list[str]:
@@ -90,12 +45,12 @@ def _members(values: dict[str, Any]) -> list[str]:
 def _without_policy(values: dict[str, Any], rewards: dict[str, dict[str, Any]]) -> list[str]:
     """Of rewards in a stage that trains no policy, and of one that is to be served."""
     stage, problems = section(values, "stage"), []
-    if at(stage, "run._target_") == "rlhf_trl.serve.serve_reward" and len(rewards) != 1:
+    if at(stage, "run._target_") == "rlhf_trl.stages.serve_reward.serve_reward" and len(rewards) != 1:
         problems.append(
             f"`stage=serve_reward` serves one reward, and `reward` has {len(rewards)} "
             f"({', '.join(rewards) or 'none'}). Start a server for each, with a `stage.port` of its own."
         )
-    if at(stage, "run._target_") == "rlhf_trl.serve.serve_reward":
+    if at(stage, "run._target_") == "rlhf_trl.stages.serve_reward.serve_reward":
         problems += _server(stage)
     adapters = any(str(node.get("_target_")).endswith(".AdapterReward") for node in rewards.values())
     if adapters and not stage.get("args"):
@@ -139,33 +94,3 @@ def _combination(values: dict[str, Any], names: Sequence[str]) -> list[str]:
             "`reward_norm=none`, or another `combine`."
         )
     return problems
-
-
-def combination_problem(args: Mapping[str, Any]) -> str | None:
-    """What in a trainer's arguments leaves no single score to combine rewards to; `None` where nothing does."""
-    if args.get("multi_objective_aggregation") != "normalize_then_sum":
-        return None
-    return (
-        "`stage.args.multi_objective_aggregation=normalize_then_sum` normalizes every reward function over a prompt's "
-        "completions and sums them. Set it to `sum_then_normalize`, or type `combine=sum`."
-    )
-
-
-def threshold_problem(constraints: Mapping[str, float] | None, names: Sequence[str]) -> str | None:
-    """What is wrong with the constraints on rewards of these names, and what to type; `None` if nothing."""
-    example = f"Type for example `'combine.constraints={{{names[-1] if names else 'NAME'}: 0.5}}'`."
-    if constraints and not isinstance(constraints, Mapping):
-        return f"`combine.constraints` is {constraints!r} and must name rewards. {example}"
-    if not constraints:
-        return f"`combine=threshold` needs to know which rewards are constraints, and how high each must be. {example}"
-    for name, least in constraints.items():
-        if name not in names:
-            return f"`combine.constraints` names `{name}`, and there is no such reward. {did_you_mean(name, names)}"
-        if isinstance(least, bool) or not isinstance(least, int | float):
-            return f"`combine.constraints.{name}` is {least!r} and must be a number. {example}"
-    if len(constraints) == len(names):
-        return (
-            "`combine.constraints` names all rewards, so there is none that counts once they are satisfied. Add one "
-            "to `reward`, such as `'reward=[demo,format]'`, or take one out of `combine.constraints`."
-        )
-    return None

@@ -5,10 +5,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.checks.values import at
+from rlhf_trl.config.values import at
 
 # Stages that leave no files
-WRITE_NOTHING = ("rlhf_trl.chat.chat", "rlhf_trl.serve.serve_reward")
+WRITE_NOTHING = ("rlhf_trl.stages.chat.chat", "rlhf_trl.stages.serve_reward.serve_reward")
 
 
 def room_problems(values: dict[str, Any]) -> list[str]:

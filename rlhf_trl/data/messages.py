@@ -1,12 +1,29 @@
-"""Text and chat messages: checks, conversions, and the system prompt."""
+"""Prompts and completions as text, whether they are text or messages."""
 
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 
 from rlhf_trl.data.rows import RowError, Struct, type_of
+
+
+def as_text(value: str | Sequence[dict]) -> str:
+    """A prompt or a completion as one text: messages as `role: content`, a single answer as its content."""
+    if isinstance(value, str):
+        return value
+    contents = [(message["role"], _content(message.get("content"))) for message in value]
+    if len(contents) == 1 and contents[0][0] == "assistant":
+        return contents[0][1]
+    return "\n".join(f"{role}: {content}" for role, content in contents)
+
+
+def _content(content) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return " ".join(part.get("text", f"[{part['type']}]") for part in content)
+
 
 # While rows are read for a tokenizer with a chat template: `check(messages, row)`, which raises a `RowError` if the
 # template refuses the chat. `rlhf_trl.data.chat_template.refusals_named` sets it.

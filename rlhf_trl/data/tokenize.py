@@ -20,8 +20,8 @@ def end_tokens(tokenizer) -> list[int]:
     Return the ids of the tokens that end a turn: generation stops at the first of them, everywhere.
 
     These are the tokenizer's EOS, the ids that the model's generation_config lists (which a tokenizer of
-    [`~rlhf_trl.models.load_tokenizer`] knows, see [`remember_ends`]), and the token that ends an assistant's turn in
-    the chat template, if none of those does.
+    [`~rlhf_trl.models.tokenizers.load_tokenizer`] knows, see [`remember_ends`]), and the token that ends an
+    assistant's turn in the chat template, if none of those does.
     """
     ends = dict.fromkeys([tokenizer.eos_token_id, *getattr(tokenizer, "model_ends", ())])
     ends.pop(None, None)

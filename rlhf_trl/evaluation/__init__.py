@@ -1,1 +1,1 @@
-"""What a trained policy is worth: comparisons on held-out prompts, their statistics and tables."""
+"""Evaluation of policies and rewards on held-out prompts."""

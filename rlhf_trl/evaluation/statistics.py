@@ -244,15 +244,6 @@ def bradley_terry(
     return found | {name: Estimate(*map(float, (strength[0, i], low[i], high[i]))) for i, name in enumerate(names)}
 
 
-def pareto(gain: Sequence[float | None], cost: Sequence[float | None]) -> list[bool]:
-    """Of each point whether no other one has at least its gain at no more cost, and is better in one of the two."""
-    points = [(np.nan if g is None else g, np.nan if c is None else c) for g, c in zip(gain, cost, strict=True)]
-    return [
-        bool(np.isfinite(g + c)) and not any(g <= G and c >= C and (g < G or c > C) for G, C in points)
-        for g, c in points
-    ]
-
-
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """Different n-grams of words over all n-grams of all texts together (Li et al. 2016, arXiv 1510.03055)."""
     grams = [gram for text in texts for gram in _ngrams(text, n)]

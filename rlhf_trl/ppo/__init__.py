@@ -1,6 +1,6 @@
 """PPO on TRL's engine: `PPOTrainer`, `PPOConfig`, and the pure functions in `rlhf_trl.ppo.advantages`."""
 
-from .config import PPOConfig
-from .trainer import PPOTrainer
+from rlhf_trl.ppo.config import PPOConfig
+from rlhf_trl.ppo.trainer import PPOTrainer
 
 __all__ = ["PPOConfig", "PPOTrainer"]

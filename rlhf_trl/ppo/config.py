@@ -6,7 +6,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from rlhf_trl.ranges import PPO, TRAINING, check_values
+from rlhf_trl.config.ranges import PPO, TRAINING, check_values
 
 # Inherited options that would do nothing, or something else than their name says, in a per-token PPO. Each is held to
 # GRPOConfig's default (or the value PPO fixes) and refused otherwise, with the reason.

@@ -20,17 +20,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ..adapters import (
-    CRITIC,
-    adapter_layers,
-    add_role,
-    policy_is_active,
-)
-from ..errors import ConfigError
-from ..models import adapter_config, load_merged, load_reward_model, load_tokenizer
-from ..patches.peft import active_adapter, recompute_with_the_same_adapter
-from ..rollouts import positions, takes_positions
-from .config import PPOConfig
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.models.adapters import adapter_config
+from rlhf_trl.models.loading import load_reward_model
+from rlhf_trl.models.merging import load_merged
+from rlhf_trl.models.roles import CRITIC, adapter_layers, add_role, policy_is_active
+from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.patches.peft import active_adapter, recompute_with_the_same_adapter
+from rlhf_trl.ppo.config import PPOConfig
+from rlhf_trl.trainers.rollouts import positions, takes_positions
 
 VALUE_HEAD = "value_head"
 

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from trl.trainer.utils import RepeatSampler, get_callable_name, is_async_callable, nanstd
 
-from ..adapters import (
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.models.roles import (
     CRITIC,
     POLICY,
     REFERENCE,
@@ -34,13 +35,9 @@ from ..adapters import (
     policy_is_active,
     set_trainable,
 )
-from ..errors import ConfigError
-from ..patches.peft import save_only
-from ..rewards import ModelReward, Reward
-from ..rewards.combine import weighted_sum
-from ..rollouts import GRPOTrainer
-from ..sizes import check_rows, sizes_of
-from .advantages import (
+from rlhf_trl.models.sizes import check_rows, sizes_of
+from rlhf_trl.patches.peft import save_only
+from rlhf_trl.ppo.advantages import (
     explained_variance,
     gae,
     kl_estimate,
@@ -51,11 +48,15 @@ from .advantages import (
     token_rewards,
     value_losses,
 )
-from .config import PPOConfig
-from .critic import VALUE_HEAD, add_critic, is_critic
-from .ptx import Demonstrations, add_head_at_temperature_1
-from .sampled import SampledTokens
-from .seeds import derived_seed, permutation, preserved_rng_state
+from rlhf_trl.ppo.config import PPOConfig
+from rlhf_trl.ppo.critic import VALUE_HEAD, add_critic, is_critic
+from rlhf_trl.ppo.ptx import Demonstrations, add_head_at_temperature_1
+from rlhf_trl.ppo.sampled import SampledTokens
+from rlhf_trl.ppo.seeds import derived_seed, permutation, preserved_rng_state
+from rlhf_trl.rewards.base import Reward
+from rlhf_trl.rewards.combine import weighted_sum
+from rlhf_trl.rewards.model import ModelReward
+from rlhf_trl.trainers.rollouts import GRPOTrainer
 
 logger = logging.getLogger(__name__)
 

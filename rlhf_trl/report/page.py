@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlhf_trl.evaluation.tables import WIDTH, side_by_side
+from rlhf_trl.report.text import WIDTH, side_by_side
 
 TEMPLATES = Path(__file__).parent
 # What HTML and XML don't allow, and halves of a surrogate pair, which can't be written as UTF-8

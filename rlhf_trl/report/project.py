@@ -11,12 +11,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
-from omegaconf import DictConfig
 
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.evaluation.tables import duration
+from rlhf_trl.health.signs import LEVELS, SIGNS, signs_seen
 from rlhf_trl.report import plots
-from rlhf_trl.report.evaluation import (
+from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, Table, Text, write_page
+from rlhf_trl.report.plots import Series
+from rlhf_trl.report.policies import (
     answer_blocks,
     cost_blocks,
     distribution_blocks,
@@ -25,12 +26,10 @@ from rlhf_trl.report.evaluation import (
     verdict,
     win_blocks,
 )
-from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, Table, Text, write_page
-from rlhf_trl.report.plots import Series
 from rlhf_trl.report.records import Run, read_runs, without_gaps
-from rlhf_trl.report.reward_page import summary_table
+from rlhf_trl.report.rewards import summary_table
+from rlhf_trl.report.text import duration
 from rlhf_trl.runs.record import COMPARISON_FILE, QUALITY_FILE, read_json
-from rlhf_trl.signs import LEVELS, SIGNS, signs_seen
 
 # Training curves: the title of a figure, how to read it, and its metrics by their name in the legend. What a run
 # didn't log is left out, and of several with one title the first is shown.
@@ -73,19 +72,6 @@ CURVES = (
     ("loss", "Training far below held out is overfitting.", {"training": "loss", "held out": "eval_loss"}),
 )
 RL_ONLY_NOISE = "objective/kl"  # where it is logged, the loss of a policy gradient says nothing
-
-
-def report(cfg: DictConfig) -> None:
-    """
-    `stage=report`: makes the report of `cfg.project` anew.
-
-    Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if the project has no run.
-    """
-    from accelerate import PartialState
-
-    if PartialState().is_main_process:
-        print(f"Report: {write_report(Path(cfg.runs_dir, cfg.project))}")
 
 
 def write_report(project_dir: str | Path) -> Path:

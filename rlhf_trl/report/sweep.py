@@ -4,12 +4,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.evaluation.statistics import pareto
-from rlhf_trl.evaluation.tables import duration
 from rlhf_trl.report import plots
 from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, Table, Text, write_page
+from rlhf_trl.report.pareto import pareto
 from rlhf_trl.report.plots import Series
 from rlhf_trl.report.records import COSTS, metric_names, read_run, swept_keys
+from rlhf_trl.report.text import duration
 from rlhf_trl.runs import record
 
 METRICS_SHOWN = 5  # beside the parameters; the others are a click away

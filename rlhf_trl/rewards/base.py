@@ -5,7 +5,7 @@ from collections.abc import Collection
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..ranges import REWARD, check_values
+from rlhf_trl.config.ranges import REWARD, check_values
 
 # What a reward gets besides the data's columns: of ours, and of TRL's trainers. No column may have such a name.
 GIVEN = (

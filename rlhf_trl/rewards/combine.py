@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks.rewards import threshold_problem
-from ..errors import ConfigError
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.rewards.options import threshold_problem
 
 
 def combined(

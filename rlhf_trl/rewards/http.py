@@ -30,13 +30,12 @@ from typing import Any, NamedTuple
 import httpx
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_trl.config.ranges import HTTP_REWARD, check_values
 from rlhf_trl.data.formats import PASSED_ON
 from rlhf_trl.data.tokenize import end_tokens
-
-from ..checks.rewards import http_problems
-from ..errors import ConfigError
-from ..ranges import HTTP_REWARD, check_values
-from .base import GIVEN, Reward
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.rewards.base import GIVEN, Reward
+from rlhf_trl.rewards.options import http_problems
 
 logger = logging.getLogger(__name__)
 

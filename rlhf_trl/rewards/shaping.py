@@ -6,7 +6,7 @@ Rewards for the shape of a completion, for `reward=length|format|eos` (`reward=r
 import regex
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_trl.callbacks.samples import as_text
+from rlhf_trl.data.messages import as_text
 from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError
 

@@ -129,8 +129,8 @@ def start_run(
         model (`str`, *optional*):
             Path or hub id of the model that the run starts from.
         inputs (`Mapping`, *optional*):
-            What else its result depends on, see [`~rlhf_trl.inputs.inputs_of`]. A resumed run keeps those that it
-            began with.
+            What else its result depends on, see [`~rlhf_trl.stages.inputs.inputs_of`]. A resumed run keeps those that
+            it began with.
         quantization (`Mapping`, *optional*):
             How the base under its adapter is quantized: whoever loads the adapter loads the base so.
     """

@@ -1,1 +1,1 @@
-"""Examples outside the core: tasks with data and rewards of their own."""
+"""Tasks that ship with the package: examples, which nothing else here imports."""

@@ -1,5 +1,7 @@
-"""TRL's trainers with complete checkpoints, exact evaluation, and models patched for training."""
+"""TRL's trainers as the stages run them."""
 
 from rlhf_trl.trainers.base import DPOTrainer, KTOTrainer
+from rlhf_trl.trainers.packing import SFTTrainer
+from rlhf_trl.trainers.rollouts import GRPOTrainer, RLOOTrainer
 
-__all__ = ["DPOTrainer", "KTOTrainer"]
+__all__ = ["DPOTrainer", "GRPOTrainer", "KTOTrainer", "RLOOTrainer", "SFTTrainer"]

@@ -3,16 +3,17 @@
 import trl
 from accelerate.utils import is_peft_model
 
-from rlhf_trl.held_out import EachRowOnce
 from rlhf_trl.patches.dropout import disable_dropout
 from rlhf_trl.patches.log_probs import speed_up_log_probs
 from rlhf_trl.patches.peft import repair_token_wrappers
 from rlhf_trl.trainers.checkpoints import CompleteCheckpoints
+from rlhf_trl.trainers.held_out import EachRowOnce
 
 
 class TrainerMixin(CompleteCheckpoints, EachRowOnce):
     """
-    Mixin for trainers of TRL: [`CompleteCheckpoints`], [`~rlhf_trl.held_out.EachRowOnce`], and patched models.
+    Mixin for trainers of TRL: [`CompleteCheckpoints`], [`~rlhf_trl.trainers.held_out.EachRowOnce`], and patched
+    models.
 
     With `args.disable_dropout`, dropout is disabled on every architecture, see
     [`~rlhf_trl.patches.dropout.disable_dropout`].

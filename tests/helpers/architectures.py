@@ -4,7 +4,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.tiny import make_tokenizer
+from tests.helpers.tiny import make_tokenizer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 GATED = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2, "initializer_range": 0.3}

@@ -13,7 +13,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rlhf_trl.directory import claimed
+from rlhf_trl.runs.directory import claimed
 
 given = dict(item.lstrip("+").split("=", 1) for item in sys.argv[1:] if "=" in item)
 run_dir = Path(given.get("runs_dir", "runs"), given.get("project", "default"), given.get("run_name", given["stage"]))

@@ -12,10 +12,10 @@ from datasets import Dataset
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from rlhf_trl import run
-from rlhf_trl.models import load_tokenizer
-from rlhf_trl.paths import conf_dir
-from tests.tiny import WORDS
+from rlhf_trl import build as run
+from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.runs.paths import conf_dir
+from tests.helpers.tiny import WORDS
 
 ROWS = 11
 SEED = 2  # by which the mean log-ratio in KTO's loss is above 0

@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny import save_model
+from tests.helpers.tiny import save_model
 
 LIBRARIES = ("trl", "transformers", "peft", "accelerate", "datasets")
 # Grow while a library runs: caches, registries and lazily imported names
@@ -84,7 +84,7 @@ def run(path: str, folder: str) -> None:
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
 
-    from rlhf_trl.paths import conf_dir
+    from rlhf_trl.runs.paths import conf_dir
 
     words = [
         f"runs_dir={folder}/runs",

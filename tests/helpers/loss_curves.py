@@ -12,7 +12,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from rlhf_trl.paths import conf_dir
+from rlhf_trl.runs.paths import conf_dir
 from rlhf_trl.runs.record import METRICS_FILE
 
 STORED = Path(__file__).parents[1] / "integration" / "loss_curves.json"

@@ -5,8 +5,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, RLOOConfig
 
 from rlhf_trl.ppo import PPOConfig, PPOTrainer
-from rlhf_trl.rollouts import GRPOTrainer, RLOOTrainer
-from tests.test_ppo_update import prompts
+from rlhf_trl.trainers.rollouts import GRPOTrainer, RLOOTrainer
+from tests.helpers.ppo import prompts
 
 TRAINERS = {
     "ppo": (PPOTrainer, PPOConfig, {"num_generations": 2, "head_init": "normal"}),

@@ -32,11 +32,11 @@ from rlhf_trl.trainers.checkpoints import CompleteCheckpoints
 
 
 class SFTTrainer(CompleteCheckpoints, trl.SFTTrainer):
-    """As `rlhf_trl.run` makes them, but for the evaluation."""
+    """As `rlhf_trl.build` makes them, but for the evaluation."""
 
 
 class GRPOTrainer(CompleteCheckpoints, trl.GRPOTrainer):
-    """As `rlhf_trl.run` makes them, but for rollouts and evaluation."""
+    """As `rlhf_trl.build` makes them, but for rollouts and evaluation."""
 
 
 WORDS = "<pad> <eos> the cat dog sat ran on a mat red blue".split()
@@ -57,7 +57,7 @@ def tiny_model():
 
 
 def add_callbacks(trainer, run_dir):
-    """As `rlhf_trl.run` does; returns the one that knows of an interruption."""
+    """As `rlhf_trl.build` does; returns the one that knows of an interruption."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     interrupt = Interrupt("accelerate launch train.py stage=sft resume=true")

@@ -12,7 +12,7 @@ to 29 people from -4 (most negative) to 4 (most positive). The data is not part 
 The task is controlled sentiment generation. The sentences have no prompt of their own, so they follow one fixed
 prompt: preference pairs are two sentences under it, and a policy is asked to go on from it and the first words of a
 sentence. Test sentences are only ever in the `eval` split. A share of the training sentences is kept out of every
-form, for the classifier that judges the policies (`rlhf_trl.judges.sentiment`).
+form, for the classifier that judges the policies (`rlhf_trl.tasks.reviews.judges.sentiment`).
 """
 
 import hashlib

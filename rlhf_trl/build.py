@@ -1,0 +1,453 @@
+"""
+Objects from config nodes: arguments, data, rewards, models, trainers and callbacks.
+
+Beside `stages/` the only code that sees the whole config.
+"""
+
+import functools
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import is_peft_model
+from datasets import Dataset, DatasetDict
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import is_torch_bf16_gpu_available
+
+from rlhf_trl.callbacks.nonfinite import NonfiniteGuard
+from rlhf_trl.callbacks.progress import ProgressLine
+from rlhf_trl.callbacks.record import RunRecord
+from rlhf_trl.callbacks.samples import SampleLog
+from rlhf_trl.callbacks.unrewarded import UnrewardedGuard
+from rlhf_trl.config.dotpaths import find
+from rlhf_trl.config.ranges import RULES, check_values
+from rlhf_trl.config.values import at, section
+from rlhf_trl.data.chat_template import (
+    check_template_answers,
+    check_template_syntax,
+    keep_template_kwargs,
+    refusals_named,
+)
+from rlhf_trl.data.lengths import head_names, keep_one_bos, measure
+from rlhf_trl.data.messages import is_chat
+from rlhf_trl.data.preview import note_rows_without_end
+from rlhf_trl.data.splits import leave_out, prompt_keys
+from rlhf_trl.data.tokenize import end_tokens, note_template_end
+from rlhf_trl.errors import ConfigError, DataError
+from rlhf_trl.evaluation.policies import Policy
+from rlhf_trl.models.loading import load_model
+from rlhf_trl.models.policy import load_start
+from rlhf_trl.models.roles import begin_training
+from rlhf_trl.models.sizes import Sizes, empty_model, id_problem, length_problem, sizes_of
+from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.rewards.base import GIVEN
+from rlhf_trl.rewards.model import ModelReward
+from rlhf_trl.runs.paths import ensemble_members, find_policy, named_policies, resolve_path
+from rlhf_trl.terminal import say
+from rlhf_trl.trainers.base import extended
+
+
+class Model(NamedTuple):
+    """
+    A model that the config names.
+
+    Attributes:
+        key (`str`): where it is named.
+        path (`str`), tokenizer (`str`, *optional*): folder or hub id; that of another tokenizer than its own.
+        writes (`bool`): whether it generates completions.
+    """
+
+    key: str
+    path: str
+    task_type: str = "CAUSAL_LM"
+    tokenizer: str | None = None
+    writes: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+    def sizes(self) -> Sizes:
+        """Return its sizes."""
+        return sizes_of(empty_model(self.path, self.task_type, self.trust_remote_code, self.revision), self.path)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer that it is used with."""
+        path = next(iter(ensemble_members(self.path)), self.path)
+        return load_tokenizer(path, self.tokenizer, None, self.trust_remote_code, self.revision)
+
+
+def models_of(values: dict[str, Any], project_dir: str) -> list[Model]:
+    """Return every model that the config names: the policy or policies, rewards, critic and judge."""
+    found, stage, model = [], section(values, "stage"), section(values, "model")
+    trusted = bool(model.get("trust_remote_code"))
+    places = named_policies(stage.get("policies") or {})
+    if stage.get("policy") is not None:
+        places = {"policy": stage["policy"]}
+    if model and not places:
+        path = resolve_path(model["path"], model["run"], project_dir)
+        task_type = stage.get("task_type") or "CAUSAL_LM"
+        writes = stage.get("form", "prompt") == "prompt"
+        options = {"trust_remote_code": trusted, "revision": model["revision"]}
+        found.append(Model("model", path, task_type, model["tokenizer"], writes, **options))
+    for name, place in places.items():
+        key = "stage.policy" if stage.get("policy") is not None else f"stage.policies.{name}"
+        found.append(Model(key, find_policy(place, project_dir), writes=True, trust_remote_code=trusted))
+    for name, node in section(values, "reward").items():
+        if isinstance(node, dict) and {"run", "path"} <= node.keys():
+            path = resolve_path(node["path"], node["run"], project_dir)
+            found.append(
+                Model(f"reward.{name}", path, "SEQ_CLS", trust_remote_code=bool(node.get("trust_remote_code")))
+            )
+    critic = section(values, "critic")
+    if critic.get("run") is not None or critic.get("path") is not None:
+        found.append(Model("critic", resolve_path(critic["path"], critic["run"], project_dir), "SEQ_CLS"))
+    if at(values, "judge.path") is not None:
+        found.append(Model("judge", resolve_path(values["judge"]["path"], None, project_dir)))
+    return found
+
+
+def check_rows_fit(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, dataset: DatasetDict) -> None:
+    """
+    Stop a run whose rows are longer than its models' positions, or hold ids that they have no embedding for. Rows are
+    measured only where that could be.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: with what to set.
+    """
+    values, args = OmegaConf.to_container(cfg, resolve=True), cfg.stage.args
+    project_dir = f"{cfg.runs_dir}/{cfg.project}"
+    vocabulary = tokenizer.get_vocab()
+    # A model with another tokenizer (a reward model's) gets other ids: it measures its rows itself
+    sizes = [
+        model.sizes()
+        for model in models_of(values, project_dir)
+        if model.key in ("model", "critic") or model.load_tokenizer().get_vocab() == vocabulary
+    ]
+    generates = cfg.stage.form == "prompt"
+    more = (args.max_completion_length or 0) if generates else 0
+    limit = at(values, "stage.prepare.max_prompt_length") if generates else args.get("max_length")
+    positions = min((each.positions for each in sizes if each.positions is not None), default=None)
+    too_long = positions is not None and (limit is None or limit + more > positions)
+    if not too_long and len(tokenizer) <= min(each.embeddings for each in sizes):
+        return
+    longest, largest = measure(dataset, tokenizer, limit)
+    if not generates and args.get("packing") and args.get("packing_strategy") == "wrapped":
+        longest = limit or longest
+    for each in sizes:
+        room = (each.positions or 0) - longest
+        if not generates:
+            remedy = f"Set `stage.args.max_length={each.positions}`."
+        elif room > 0:
+            remedy = (
+                f"Set `stage.args.max_completion_length={room}`, or leave the longest prompts out with "
+                "`stage.prepare.max_prompt_length=...`."
+            )
+        else:
+            remedy = f"Leave long prompts out: `stage.prepare.max_prompt_length={max(each.positions - more, 1)}`."
+        if problem := length_problem(each, longest, more, remedy) or id_problem(each, largest):
+            raise ConfigError(problem)
+
+
+def load_policies(cfg: DictConfig, project_dir: str) -> list[Policy]:
+    """
+    The policies of `cfg.stage.policies`, or the one that `cfg.model` names; loaded as `cfg.model` says.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if one is missing, is not finished, or writes no text.
+    """
+    places = OmegaConf.to_container(cfg.stage).get("policies")
+    if places:
+        paths = {name: find_policy(place, project_dir) for name, place in named_policies(places).items()}
+    else:
+        paths = {cfg.model.run or cfg.model.path: resolve_path(cfg.model.path, cfg.model.run, project_dir)}
+    policies = []
+    for name, path in paths.items():
+        source = {"trust_remote_code": cfg.model.trust_remote_code}
+        source["revision"] = None if places else cfg.model.revision
+        tokenizer = load_tokenizer(path, None if places else cfg.model.tokenizer, cfg.model.chat_template, **source)
+        options = {"dtype": cfg.model.dtype, "attn_implementation": cfg.model.attn_implementation, **source}
+        model = load_model(path, **options).eval().to(PartialState().device)
+        policies.append(Policy(name, path, model, tokenizer))
+    return policies
+
+
+def critic_start(cfg: DictConfig) -> dict[str, str]:
+    """The argument that says which reward model the critic starts from, where it starts from one."""
+    critic = cfg.get("critic")
+    if not critic or (critic.run is None and critic.path is None):
+        return {}
+    return {"critic_path": resolve_path(critic.path, critic.run, project_dir(cfg))}
+
+
+def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
+    """
+    The trainer's arguments; `bf16` left open becomes what the device can do.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if TRL's dataclass refuses a value, or bf16 is asked for where there is none.
+    """
+    values = OmegaConf.to_container(node, resolve=True) | resolved
+    supported = is_torch_bf16_gpu_available() and not values.get("use_cpu")
+    if values.get("bf16") and not supported and not values.get("use_cpu"):
+        raise ConfigError(
+            "`stage.args.bf16=true` asks for bfloat16, which this machine has no accelerator for. Set "
+            "`stage.args.bf16=false`, or `+stage.args.use_cpu=true` to compute in bfloat16 on the CPU."
+        )
+    if values.get("bf16") is None and not values.get("fp16"):
+        values["bf16"] = supported
+    values.setdefault("logging_nan_inf_filter", False)  # it would show a loss of NaN as the mean of those before
+    if not torch.accelerator.is_available():
+        values.setdefault("use_cpu", True)  # without it each of several CPU ranks would train by itself
+    check_values(RULES.get(values["_target_"], {}), values, "stage.args.")
+    try:
+        args = instantiate(values)
+    except InstantiationException as error:
+        raise ConfigError(f"`stage.args` is refused by `{node._target_}`: {error.__cause__ or error}") from error
+    if node.get("bf16") is None and not args.bf16 and not args.fp16 and args.process_index == 0:
+        print("bf16 is off: this machine has no accelerator with bfloat16, so training is in float32.")
+    return args
+
+
+def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
+    """The splits `train` and, where there is one, `eval`, in the form the stage wants."""
+    template_source = cfg.model.chat_template or tokenizer.name_or_path
+    with PartialState().main_process_first():
+        if tokenizer.chat_template is not None:
+            check_template_syntax(tokenizer, template_source)
+        with refusals_named(tokenizer):
+            dataset = instantiate_data(cfg)
+        options = OmegaConf.to_container(cfg.stage.args, resolve=True)
+        dataset = keep_template_kwargs(dataset, tokenizer, options.get("chat_template_kwargs"))
+        dataset = keep_one_bos(dataset, tokenizer)
+        if is_chat(dataset["train"][0]) and tokenizer.chat_template is not None:
+            check_template_answers(tokenizer, template_source)
+            note_template_end(tokenizer, options.get("eos_token"))
+        if cfg.stage.prepare is not None:
+            prepare = instantiate(cfg.stage.prepare)
+            dataset = prepare(dataset, tokenizer)
+        check_rows_fit(cfg, tokenizer, dataset)
+    return dataset
+
+
+def check_prompts(args: TrainingArguments, count: int) -> None:
+    """
+    Stop a run with fewer prompts than a rollout takes: TRL drops what doesn't fill one, and would train on nothing.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: with what to lower.
+    """
+    if not hasattr(args, "generation_batch_size"):
+        return
+    needed = args.generation_batch_size // args.num_generations
+    if count < needed:
+        raise ConfigError(
+            f"There are {count} prompts, fewer than the {needed} of one rollout. Lower "
+            "`stage.args.per_device_train_batch_size` or `stage.args.steps_per_generation`, or give more prompts."
+        )
+
+
+def demonstrations(cfg: DictConfig, dataset: DatasetDict) -> Dataset:
+    """The training rows of `ptx_data`, but for those whose prompt is held out in `dataset`."""
+    rows = instantiated(cfg.ptx_data)(form="prompt_completion", seed=cfg.seed)["train"]
+    if "eval" not in dataset or cfg.data.get("split_by") == "row":
+        return rows
+    notes = []
+    rows = leave_out("ptx_data", rows, prompt_keys(rows), set(prompt_keys(dataset["eval"])), notes)
+    for note in notes:
+        say(note)
+    return rows
+
+
+def instantiate_data(cfg: DictConfig, form: str | None = None) -> DatasetDict:
+    """
+    The rows of `cfg.data` in the form that the stage wants, or in another one.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: of an option of `data.feedback`, or of the rows.
+    """
+    return instantiated(cfg.data)(form=form or cfg.stage.form, seed=cfg.seed)
+
+
+def instantiated(node: DictConfig, **options):
+    """
+    What a node of the config makes; Hydra's wrapping of an error that is about the config is taken off.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: of one of its options.
+    """
+    try:
+        return instantiate(node, **options)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from error
+        raise
+
+
+def make_trainer(
+    cfg: DictConfig,
+    args: TrainingArguments,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: DatasetDict,
+    **extra: Any,
+) -> Trainer:
+    """The stage's trainer, with model, rewards and callbacks; `extra` are further arguments of the trainer's class."""
+    if "reward" in cfg:
+        extra["reward_funcs"] = reward_functions(cfg, tokenizer, dataset["train"].column_names)
+        args.reward_weights = [reward.weight for reward in extra["reward_funcs"]]
+    set_seed(args.seed)  # a new score head must not depend on what was loaded before
+    model, peft_config = load_start(
+        path,
+        cfg.stage.task_type,
+        instantiate(cfg.adapter.peft),
+        merge_dir=f"{cfg.run_dir}/start",
+        heads=head_names(dataset["train"]),
+        dtype=cfg.model.dtype,
+        attn_implementation=cfg.model.attn_implementation,
+        quantization_config=instantiate(cfg.adapter.quantization),
+        **source(cfg),
+    )
+    if model.can_generate():  # TRL's rollouts stop there, and so does whoever loads what is saved
+        model.generation_config.eos_token_id = end_tokens(tokenizer) or None
+    trainer = build_trainer(
+        cfg,
+        model=model,
+        args=args,
+        train_dataset=dataset["train"],
+        eval_dataset=dataset.get("eval"),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        **extra,
+    )
+    for reward in extra.get("reward_funcs", ()):
+        reward.attach(trainer.model)
+    if is_peft_model(trainer.model):
+        begin_training(trainer.model)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    for callback in callbacks(cfg, trainer):
+        trainer.add_callback(callback)
+    return trainer
+
+
+def build_trainer(cfg: DictConfig, **objects: Any) -> Trainer:
+    """
+    Make the trainer that `cfg.stage.trainer` names. Its dataset is prepared as it will be trained on.
+
+    Where its class, such as one of TRL's own, isn't a [`~rlhf_trl.trainers.base.TrainerMixin`], a subclass of it is.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if it is no class of trainers, or TRL refuses the arguments or the rows, or
+            leaves none.
+    """
+    named = instantiate(cfg.stage.trainer)
+    if not (isinstance(named.func, type) and issubclass(named.func, Trainer)):
+        raise ConfigError(
+            f"`stage.trainer` names `{cfg.stage.trainer._target_}`, which is no class of trainers. Name a subclass of "
+            "`transformers.Trainer`, such as one of TRL's."
+        )
+    try:
+        trainer = extended(named.func)(*named.args, **named.keywords, **objects)
+    except Exception as error:
+        frame = traceback.walk_tb(error.__traceback__)
+        *_, (last, _) = frame
+        if isinstance(error, ConfigError) or not last.f_globals.get("__name__", "").startswith("trl."):
+            raise
+        raise ConfigError(f"`{cfg.stage.trainer._target_}` refuses the run: {error}") from error
+    if len(trainer.train_dataset) == 0:
+        raise DataError(
+            f"`{cfg.stage.trainer._target_}` keeps no row of the {len(objects['train_dataset']):,} for training: in "
+            "none is anything left to train on after `stage.args.max_length` tokens. Set it higher."
+        )
+    if hasattr(trainer.args, "eos_token"):  # SFT teaches where to stop
+        rows = [trainer.train_dataset[i] for i in range(min(32, len(trainer.train_dataset)))]
+        note_rows_without_end(trainer.data_collator(rows), trainer.processing_class)
+    return trainer
+
+
+def reward_functions(
+    cfg: DictConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    columns: Sequence[str] | None = None,
+    models: bool = True,
+) -> list[Callable]:
+    """
+    The rewards of the group `reward`, under the names they have there; runs become paths.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the policy's.
+        columns (`Sequence[str]`, *optional*): those of the data, where the rewards are given any.
+        models (`bool`): whether rewards that load a model are made too.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: of an option of a reward, or of a column that one misses or can't be given.
+    """
+    rewards = []
+    for name, node in cfg.reward.items():
+        options = {"name": name}
+        kind = find(node._target_).func
+        if not models and isinstance(kind, type) and issubclass(kind, ModelReward):
+            continue
+        if "run" in node:
+            options["path"] = resolve_path(node.path, node.run, project_dir(cfg))
+            node = OmegaConf.masked_copy(node, [key for key in node if key != "run"])
+        reward = instantiated(node, **options)
+        reward.bind(tokenizer)
+        rewards.append(instantiate(cfg.stage.wrap_reward)(reward) if cfg.stage.wrap_reward else reward)
+    problems = [reward.column_problem(columns) for reward in rewards] if columns is not None else []
+    if rewards and (taken := [name for name in columns or () if name in GIVEN]):
+        problems.append(
+            f"The data has a column `{taken[0]}`, a name under which each reward gets something else. Rename it in "
+            "the data."
+        )
+    if problems := [problem for problem in problems if problem]:
+        raise ConfigError.join(problems)
+    return rewards
+
+
+def callbacks(cfg: DictConfig, trainer: Trainer) -> Iterator[TrainerCallback]:
+    """What watches and steers the run: always the record and the progress line, and what the config names."""
+    if "reward" in cfg:
+        yield UnrewardedGuard(trainer)  # before a normalizer changes what the rewards are
+    if "reward_norm" in cfg:
+        yield instantiate(cfg.reward_norm)(trainer=trainer, combine=instantiate(cfg.combine))
+    if not cfg.get("health"):  # the health monitor is such a guard
+        yield NonfiniteGuard(trainer)
+    for node in (cfg.get("kl"), cfg.get("health"), cfg.logger.get("callback")):
+        if node:  # health=none is empty
+            yield instantiate(node)(trainer=trainer)
+    for name, node in cfg.callbacks.items():
+        callback = instantiated(node)
+        callback = callback(trainer=trainer) if isinstance(callback, functools.partial) else callback
+        if not isinstance(callback, TrainerCallback):
+            raise ConfigError(
+                f"`callbacks.{name}` makes {type(callback).__name__}, which is no `transformers.TrainerCallback`. Let "
+                f"`{node._target_}` be a subclass of it, or return one."
+            )
+        yield callback
+    if "reward" in cfg:
+        yield SampleLog(trainer, cfg.run_dir)
+    yield ProgressLine()
+    yield RunRecord(cfg.run_dir)
+
+
+def project_dir(cfg: DictConfig) -> str:
+    """The folder of the project's runs."""
+    return f"{cfg.runs_dir}/{cfg.project}"
+
+
+def source(cfg: DictConfig) -> dict[str, Any]:
+    """What every loading from the hub needs to know besides the path."""
+    return {"trust_remote_code": cfg.model.trust_remote_code, "revision": cfg.model.revision}

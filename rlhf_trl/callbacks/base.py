@@ -1,0 +1,68 @@
+"""What watches and steers a training run: `transformers.TrainerCallback`s, each useful on its own."""
+
+import math
+
+from transformers import TrainerCallback, TrainerControl, TrainingArguments
+
+
+def steps_per_rollout(args: TrainingArguments) -> int:
+    """
+    Optimizer steps after which the next rollout begins: only there is nothing half done, so only there a run may stop.
+
+    Args:
+        args (`transformers.TrainingArguments`):
+            Arguments of any trainer. Those that generate (`PPOConfig`, `trl.GRPOConfig`, `trl.RLOOConfig`) count
+            `steps_per_generation` in micro-batches and repeat each rollout `num_iterations` times.
+
+    Returns:
+        `int`: at least 1; 1 for trainers without rollouts.
+    """
+    if not hasattr(args, "steps_per_generation"):
+        return 1
+    micro_batches = args.steps_per_generation * args.num_iterations
+    # The least common multiple: TRL lets a rollout end in the middle of an optimizer step
+    return math.lcm(micro_batches, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
+
+
+def progress_counts(args: TrainingArguments, step: int) -> dict[str, int]:
+    """
+    How far a run is at an optimizer step, for the x-axis of its metrics.
+
+    Returns:
+        `dict[str, int]`: `train/global_step`; for trainers that generate also `train/rollout` and `train/episodes`,
+        the rollouts begun so far and their completions.
+    """
+    counts = {"train/global_step": step}
+    if hasattr(args, "steps_per_generation"):
+        micro_batches = step * args.gradient_accumulation_steps
+        counts["train/rollout"] = math.ceil(micro_batches / (args.steps_per_generation * args.num_iterations))
+        counts["train/episodes"] = counts["train/rollout"] * args.generation_batch_size
+    return counts
+
+
+class SaveAndStop(TrainerCallback):
+    """
+    A callback that can end the training after the step it is at, with a checkpoint whatever `save_strategy` is.
+
+    Attributes:
+        reason (`str` or `None`): why it ended the training, for the run's record.
+    """
+
+    reason: str | None = None
+    stopped_at: int | None = None  # step
+    _saved: int | None = None  # step of the last checkpoint
+
+    def stop(self, step: int, control: TrainerControl) -> None:
+        """Save and stop. Call it in `on_step_end`, or in the `on_log` that follows."""
+        self.stopped_at = step
+        control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self._saved = state.global_step
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped_at == state.global_step:
+            # The epoch has not ended, and what has been saved needn't be saved again; `save_strategy=best` may have
+            # kept it from being saved at all
+            control.should_evaluate = False
+            control.should_save = self._saved != state.global_step

@@ -1,0 +1,1 @@
+"""Command lines: the run of a stage, its dry run, pipelines and sweeps."""

@@ -1,0 +1,5 @@
+"""`python -m rlhf_trl.cli`, which does what `train.py` does."""
+
+from rlhf_trl.cli.main import main
+
+main()

@@ -1,0 +1,176 @@
+"""How one `train.py` is started in a process of its own: what `launch/pipeline.py` and `launch/sweep.py` share."""
+
+import os
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+import yaml
+
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.runs.directory import holder, under_way
+from rlhf_trl.runs.paths import conf_dir
+from rlhf_trl.runs.record import read_metrics, read_run
+
+# By this interpreter, whether or not its scripts are on the path; quiet, so that an error of train.py stands last
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+
+
+def launch_dir() -> Path:
+    """The folder with `pipeline.py`, `sweep.py` and `accelerate/`, which stands beside `conf`."""
+    return conf_dir().parent / "launch"
+
+
+def pipeline() -> None:
+    """Console script `rlhf-trl-pipeline`."""
+    runpy.run_path(str(launch_dir() / "pipeline.py"), run_name="__main__")
+
+
+def sweep() -> None:
+    """Console script `rlhf-trl-sweep`."""
+    runpy.run_path(str(launch_dir() / "sweep.py"), run_name="__main__")
+
+
+def launch_command(accelerate: str | None = None, options: Sequence[str] = ()) -> list[str]:
+    """
+    The `accelerate launch ... train.py` that a step's overrides are appended to.
+
+    Args:
+        accelerate (`str`, *optional*):
+            Name of a file in `launch/accelerate` (`cpu`, `ddp`, `zero3` ...) or the path of another accelerate
+            configuration. Without it accelerate takes its own default.
+        options (`Sequence[str]`):
+            Further options of `accelerate launch`.
+    """
+    command = [*ACCELERATE]
+    if accelerate:
+        ours = launch_dir() / "accelerate" / f"{accelerate}.yaml"
+        command += ["--config_file", _short(ours) if ours.exists() else accelerate]
+    script = conf_dir().parent / "train.py"  # only a clone has it
+    return [*command, *options, *([_short(script)] if script.exists() else ["-m", "rlhf_trl.cli.main"])]
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command as one would type it."""
+    command = list(command)
+    if command[: len(ACCELERATE)] == ACCELERATE:
+        command[: len(ACCELERATE)] = ["accelerate", "launch"]
+    return shlex.join(command)
+
+
+def run(command: Sequence[str], log: Path | None = None) -> int:
+    """
+    Runs a command to its end and returns its exit status.
+
+    The command gets a session of its own, so that a terminal's Ctrl-C reaches us alone. The first one (or SIGTERM,
+    SIGHUP) is handed to the training processes, which finish their step and save; the second kills them all.
+
+    Args:
+        command (`Sequence[str]`):
+            Program and arguments.
+        log (`Path`, *optional*):
+            File that gets a copy of the output. Without it the command writes to our own output, as it is.
+
+    Raises:
+        KeyboardInterrupt: when a signal ended the command.
+    """
+    pipe = subprocess.PIPE if log else None
+    child = subprocess.Popen(command, start_new_session=True, stdout=pipe, stderr=subprocess.STDOUT if log else None)
+    signals = []
+
+    def hand_on(number, frame):
+        signals.append(number)
+        # At first not the launcher: accelerate and torchrun answer a signal by killing the ranks they wait for.
+        # In the end not by group: torchrun gives each rank a session of its own.
+        for process in _tree(child.pid) if len(signals) > 1 else _workers(child.pid):
+            process.send_signal(signal.SIGKILL if len(signals) > 1 else signal.SIGINT)
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():  # signals are a matter of the main thread
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            previous[number] = signal.signal(number, hand_on)
+    try:
+        if log:
+            _copy(child.stdout, log)
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if signals:
+        raise KeyboardInterrupt
+    return code
+
+
+def _workers(pid: int) -> list:
+    """The training processes: the children of the launcher, or the process itself where it launches nothing."""
+    launcher, children = psutil.Process(pid), psutil.Process(pid).children()
+    return children or [launcher]
+
+
+def _tree(pid: int) -> list:
+    launcher = psutil.Process(pid)
+    return [launcher, *launcher.children(recursive=True)]
+
+
+def _copy(stream, log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as file:
+        while chunk := os.read(stream.fileno(), 65536):
+            file.write(chunk)
+            file.flush()
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+
+
+def state_of(run_dir: str | os.PathLike, overrides: Sequence[str]) -> str:
+    """
+    What a run directory holds, seen by somebody about to run `overrides` in it: `new` (nothing), `done`, `resumable`
+    (not done, but with a checkpoint), `unfinished`, or `changed` (done or with a checkpoint, by other ones).
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if a run is under way in it.
+    """
+    record = read_run(run_dir)
+    if record is None:
+        return "new"
+    if owner := holder(run_dir):
+        raise ConfigError(under_way(run_dir, owner))
+    done = record["status"] == "done"
+    if not done and not any(Path(run_dir).glob("checkpoint-*/")):
+        return "unfinished"
+    if overrides_of(record["command"]) != sorted(overrides):
+        return "changed"
+    return "done" if done else "resumable"
+
+
+# What to add to a run's overrides, by the state of its directory. There is nothing to lose in an unfinished one.
+BEGIN = {"new": [], "resumable": ["resume=true"], "unfinished": ["overwrite=true"]}
+
+
+def overrides_of(command: str) -> list[str]:
+    """The overrides in a command as `run.json` records it, sorted, without `resume` and `overwrite`."""
+    parts = [part for part in shlex.split(command) if part.startswith("~") or ("=" in part and part[0] != "-")]
+    return sorted(part for part in parts if part.split("=")[0] not in ("resume", "overwrite"))
+
+
+def results_of(run_dir: str | os.PathLike) -> dict:
+    """
+    What a finished run measured: `objective` (its name), `start` and `end` (its first and last value, `None` where it
+    was not measured), `eval` (the last value of each metric of the evaluation), `seconds`.
+    """
+    record, measured = read_run(run_dir), read_metrics(run_dir) or {"eval": {}, "history": []}
+    name = yaml.safe_load(Path(run_dir, "config.yaml").read_text(encoding="utf-8")).get("objective")
+    values = [entry[name] for entry in measured["history"] if entry.get(name) is not None] or [None]
+    seconds = (datetime.fromisoformat(record["ended"]) - datetime.fromisoformat(record["started"])).total_seconds()
+    return {"objective": name, "start": values[0], "end": values[-1], "eval": measured["eval"], "seconds": seconds}

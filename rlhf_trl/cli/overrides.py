@@ -1,0 +1,462 @@
+"""
+What is wrong with a command line: every override that doesn't fit the config, and what was meant.
+
+Hydra stops at the first one and knows neither TRL's arguments nor what a misspelt word was meant to be. Nothing heavy
+is imported: the answer takes well under a second.
+"""
+
+import itertools
+import re
+import shlex
+import tempfile
+from argparse import Namespace
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_trl.checks.renamed import renamed_key, renamed_problem
+from rlhf_trl.config.argument_names import arguments
+from rlhf_trl.config.command_line import SIGNS, is_text_key, parse_override
+from rlhf_trl.config.groups import BASE, WHOLE_RUNS, help_text, option_groups
+from rlhf_trl.config.values import at, flatten, nodes
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.hints import did_you_mean, nearest
+from rlhf_trl.runs.paths import conf_dir
+
+SWEEP = "one run takes one value. For several runs type `python launch/sweep.py -m {}`; a list is `{}`"
+
+NO_OPTION = re.compile(r"Could not (?:find|load) '(.+)'")
+TWICE = re.compile(r"Multiple values for (\S+?)\. To override a value use 'override ([^']+)'")
+GLOBAL = re.compile(r"#\s*@package\s+_global_\s*")
+# Their keys are names of the user's choice
+OPEN_NODES = {"callbacks", "columns", "kwargs", "policies", "sources", "steps", "weights"}
+
+
+def parsed(argv: Sequence[str]) -> Namespace:
+    """
+    Return Hydra's options and the words of a command line. `--help` shows the groups of its config folder beside ours.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: for an option that Hydra doesn't have: keys have no dashes.
+    """
+    args, unknown = get_args_parser().parse_known_args(argv)
+    if unknown:
+        name, _, value = unknown[0].lstrip("-").partition("=")
+        raise ConfigError(f"`{unknown[0]}` is no option. Keys have no dashes: type `{name}={value or '...'}`.")
+    folders = [str(conf_dir()), *([args.config_dir] if args.config_dir else [])]
+    OmegaConf.register_new_resolver("rlhf_trl.help", lambda: help_text(folders), replace=True)  # hydra.help.template
+    return args
+
+
+def compose(
+    overrides: Sequence[str], config_dirs: Sequence[str] = (), config: str = "train"
+) -> tuple[DictConfig | None, list[str]]:
+    """
+    The config of a command line without the overrides that don't fit, and the problem of each of these.
+
+    There is no config (`None`) if one of these chooses an option of a group that is read: without it the others may
+    not mean the same.
+
+    Args:
+        overrides (`Sequence[str]`): words such as `stage=ppo` and `+stage.args.x=1`.
+        config_dirs (`Sequence[str]`): folders with options of the user's own, beside ours.
+        config (`str`): what is composed: `train`, `sweep` or `pipeline`.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the config files themselves can't be composed.
+    """
+    for folder in config_dirs:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"`--config-dir {folder}`: there is no such folder, seen from `{Path.cwd()}`.")
+    left, wrong = list(overrides), []
+    groups = option_groups([str(conf_dir()), *config_dirs])
+    problems = _no_words(left, groups)
+    left = [word for word in left if word not in problems]
+    group = WHOLE_RUNS[config]
+    files = [file for name in _options(group, left) if (file := _option_file(group, name, config_dirs))]
+    if misshapen := [problem for file in files if (problem := _shape_problem(file, group))]:
+        raise ConfigError.join(misshapen)
+    while True:
+        try:
+            cfg = _composed(config, left, config_dirs)
+            break
+        except (HydraException, yaml.YAMLError) as error:
+            word = _culprit(error, left)
+            if word is None:
+                raise ConfigError(_without_override(error, files) or _text(error)) from error
+            left.remove(word)
+            wrong.append((word, error))
+    lost = [word for word, error in wrong if _key(word) in groups and "Could not override" not in str(error)]
+    lost += [word for word in problems if _key(word) in groups]
+    problems |= {word: _explain(word, error, cfg, groups) for word, error in wrong}
+    idle = _unread(left, cfg, groups, config, config_dirs) | _taken_away(left, groups, config, config_dirs)
+    if idle:  # so that what follows from them isn't said too
+        left = [word for word in left if word not in idle]
+        cfg = _composed(config, left, config_dirs)
+    found = list(dict.fromkeys([*problems.values(), *idle.values()]))
+    for file in files:
+        choices = [word for word in left if _key(word) in groups and _key(word) != group]
+        found += _unread_of_file(file, cfg, _without_body(file, group, config, choices, config_dirs), groups)
+    return None if lost else cfg, found
+
+
+def _composed(config: str, words: Sequence[str], folders: Sequence[str | Path]) -> DictConfig:
+    search = ",".join(f"file://{Path(folder).resolve()}" for folder in folders)
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return hydra.compose(config, [*([f"hydra.searchpath=[{search}]"] if folders else []), *words])
+
+
+def without_sweeps(words: Sequence[str]) -> list[str]:
+    """The overrides of a multirun's first job, roughly: of several values the first."""
+    return [_first(word) for word in words]
+
+
+def _first(word: str) -> str:
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException:
+        return word
+    if not override.is_sweep_override():
+        return word
+    is_range = override.is_interval_sweep()
+    return f"{word.partition('=')[0]}={override.value().start if is_range else next(override.sweep_string_iterator())}"
+
+
+def _text(error: Exception) -> str:
+    cause = f" {error.__cause__}" if error.__cause__ else ""
+    return " ".join(f"{error}{cause}".split("\nConfig search path:")[0].split())
+
+
+def _key(word: str) -> str:
+    """`stage.args.beta` of `+stage.args.beta=1`; what can't be read has none."""
+    try:
+        return OverridesParser.create().parse_override(word).key_or_group
+    except HydraException:
+        return ""
+
+
+def _culprit(error: Exception, words: list[str]) -> str | None:
+    """The override that an error of Hydra's is about."""
+    if isinstance(error, OverrideParseException):
+        return error.override if error.override in words else None
+    text = str(error)
+    if match := TWICE.search(text):
+        return next((w for w in words if w.startswith("+") and _key(w) == match.group(1)), None)
+    if "appears more than once in the final defaults list" in text:
+        return next((w for w in words if isinstance(_value(w), list) and "." not in _key(w)), None)
+    if match := NO_OPTION.search(text):
+        path = match.group(1)
+        return next((w for w in reversed(words) if (key := _key(w)) and path.removeprefix(f"{key}/") in w), None)
+    quoted = re.findall(r"'([^']+)'", text) + re.findall(r"Error merging override (\S+)", text)
+    quoted += [name.split("=")[0] for name in quoted]
+    by_word = [w for w in words if w in quoted or any(f"'{w}'" in line for line in text.splitlines())]
+    by_key = [w for w in words if _key(w) in quoted]
+    return next(iter([*by_word, *by_key]), None)
+
+
+def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set[str]]) -> str:
+    if isinstance(error, OverrideParseException):
+        return _unreadable(word, groups)
+    text, key, value = str(error), _key(word), word.partition("=")[2]
+    if problem := _renamed(word, key):
+        return problem
+    if "requires --multirun" in text or "Ambiguous value" in text:
+        name = word.partition("=")[0]
+        ways = SWEEP.format(word, f"'{name}=[{value}]'")
+        ways += f"; text with a comma is `{_as_text(name, value)}`" if is_text_key(key) else ""
+        return f"`{word}` has several values, and {ways}."
+    if match := NO_OPTION.search(text):
+        option = match.group(1).removeprefix(f"{key}/")
+        return (
+            f"`{word}`: the group `{key}` has no option `{option}`. {_option_meant(word, option, groups.get(key, ()))}"
+        )
+    if "appears more than once in the final defaults list" in text:
+        return f"`{word}`: the group `{key}` takes one option. {did_you_mean('', groups.get(key, ()))}"
+    if "An item is already at" in text or TWICE.search(text):
+        return f"`{word}` adds a key that is there already. Type it without the plus: `{word.lstrip('+')}`."
+    if "Could not override" in text and "steps" in cfg and key.split(".")[0] in groups:
+        return f"`{word}` is a word for a step. For all steps of a pipeline type `'overrides=[\"{word}\"]'`."
+    if "Could not override" in text:
+        group = key if key in groups else key.partition(".")[0]  # `combine=min`, or `combine.floor=1`
+        not_read = group in groups and group not in cfg
+        return _group_not_read(word, group, cfg, groups[group]) if not_read else _unknown_key(word, cfg, groups)
+    return f"`{word}`: {_text(error)}"
+
+
+def _option_meant(word: str, option: str, options: Collection[str]) -> str:
+    for name in options:
+        if re.split("[/_-]", name) == re.split("[/_-]", option):  # `reviews_tiny_sft`
+            return f"Type `{word.replace(option, name)}`."
+    return did_you_mean(option, options)
+
+
+def _renamed(word: str, key: str) -> str | None:
+    """Return the problem of a word with the former name of a key, `None` for any other."""
+    if not (names := renamed_key(key)):
+        return None
+    old, new = names
+    if new is None:
+        return f"`{word}`: {renamed_problem(old, new)}"
+    typed = "~" * word.startswith("~") + new + word.lstrip("+~").removeprefix(old)
+    return f"`{word}`: `{old}` was renamed to `{new}`. Type `{typed}`."
+
+
+def _unreadable(word: str, groups: dict[str, set[str]]) -> str:
+    name, sign, value = word.partition("=")
+    homes = [group for group, options in groups.items() if word in options]
+    if homes or not sign:
+        return f"`{word}` can't be read. {f'Did you mean `{homes[0]}={word}`?' if homes else 'Type `key=value`.'}"
+    if not re.fullmatch(r"[+~]{0,2}[\w/@:-]+(\.[\w/@:-]+)*", name):
+        return f"`{word}` can't be read: `{name}` is no key. Type `key=value`."
+    if value[:1] in ("[", "{") and value.count(value[0]) != value.count({"[": "]", "{": "}"}[value[0]]):
+        return f"`{word}` can't be read: `{value[0]}` isn't closed. Close it, or as text: `{_as_text(name, value)}`."
+    found = SIGNS.search(value)
+    why = f": `{found.group()}` can't stand in bare text" if found else ""
+    return f"`{word}` can't be read{why}. Put the text in quotes within the shell's: `{_as_text(name, value)}`."
+
+
+def _as_text(name: str, value: str) -> str:
+    """A word with a value that is text, whatever it holds, as one types it in a shell."""
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        value = value[1:-1]
+    inner = value.replace('"', '\\"')
+    return shlex.quote(f'{name}="{inner}"')
+
+
+def _group_not_read(word: str, group: str, cfg: DictConfig, options: set[str]) -> str:
+    stage = OmegaConf.select(cfg, "stage.name")
+    readers = [path.stem for path in sorted(conf_dir().glob("stage/*.yaml")) if f"- /{group}:" in path.read_text()]
+    if stage in readers:
+        named = ", ".join(sorted(options))
+        return f"`{word}`: the chosen option of `{group}` has no keys. Type `{group}=...` as well: {named}."
+    others = f" It is read by {', '.join(f'`stage={name}`' for name in readers)}." if readers else ""
+    return f"`{word}` would do nothing: `stage={stage}` doesn't read the group `{group}`. Leave it out.{others}"
+
+
+def _unknown_key(word: str, cfg: DictConfig, groups: dict[str, set[str]]) -> str:
+    path, _, value = word.lstrip("+~").partition("=")
+    parent, node, leaf = _deepest(path, cfg)
+    if not isinstance(node, DictConfig):
+        return f"`{word}`: `{parent}` is {node!r} and holds no keys. Type `{parent}={value}`."
+    if not parent and (meant := [f"`{key}={value}`" for key in _ending_with(path, cfg)]):
+        return f"`{word}`: there is no key `{leaf}` at the top. Did you mean {' or '.join(meant)}?"
+    prefix = f"{parent}." if parent else ""
+    declared = {str(name) for name in node if not str(name).startswith("_")} if isinstance(node, DictConfig) else set()
+    undeclared = set(arguments(str(_target(node))) or ()) - declared
+    if f"{prefix}{leaf}" == path and leaf in undeclared:
+        return f"`{word}`: `{leaf}` is an argument of `{_target(node)}` that isn't listed. Type `+{path}={value}`."
+    rest = path.removeprefix(f"{prefix}{leaf}")
+    near = nearest(leaf, declared | undeclared | (set() if parent else groups.keys()))
+    if near:
+        meant = [f"`{'+' * (name in undeclared)}{prefix}{name}{rest}={value}`" for name in near]
+        return f"`{word}`: there is no key `{prefix}{leaf}`. Did you mean {' or '.join(meant)}?"
+    if not declared:
+        group = parent.replace(".", "/")
+        options = f" Type `{group}=...` as well: {', '.join(sorted(groups[group]))}." if group in groups else ""
+        return f"`{word}`: there is no key `{prefix}{leaf}`. `{parent}` has none here.{options}"
+    where = f"in `{parent}`" if parent else "at the top"
+    return (
+        f"`{word}`: there is no key `{prefix}{leaf}`. Keys {where}: {', '.join(f'`{n}`' for n in sorted(declared))}."
+    )
+
+
+def _ending_with(path: str, cfg: DictConfig) -> list[str]:
+    """Up to three keys that end with a path: of the config, and arguments that aren't listed, with their `+`."""
+    found = []
+    for parent, node in nodes(OmegaConf.to_container(cfg, resolve=False)):
+        found += [key for name in node if (key := f"{parent}.{name}").endswith(f".{path}")]
+        if path not in node and path in (arguments(str(node.get("_target_"))) or ()):
+            found.append(f"+{parent}.{path}")
+    return found[:3]
+
+
+def _target(node: Any) -> str | None:
+    return node.get("_target_") if isinstance(node, DictConfig) else None
+
+
+def _deepest(path: str, cfg: DictConfig) -> tuple[str, Any, str]:
+    """The last node on a path that exists (its path and itself), and the name that it doesn't have."""
+    names, node = path.split("."), cfg
+    for i, name in enumerate(names):
+        if not isinstance(node, DictConfig) or name not in node or OmegaConf.is_missing(node, name):
+            return ".".join(names[:i]), node, name
+        if i + 1 < len(names):
+            node = node[name]
+    return ".".join(names[:-1]), node, names[-1]
+
+
+def _no_words(words: Sequence[str], groups: dict[str, set[str]]) -> dict[str, str]:
+    """What Hydra itself takes for a word, or ends at with a traceback, by word."""
+    problems = {}
+    for i, word in enumerate(words):
+        key, sign, value = word.partition("=")
+        if word == "=" and 0 < i < len(words) - 1:
+            problems[word] = f"There is a space around `=`. Type `{words[i - 1]}={words[i + 1]}`."
+        elif not key:
+            problems[word] = f"`{word}` has no key. Type `key=value`."
+        elif sign and key in groups and not isinstance(_value(word), str | list):
+            way = f"Type `{key}=none`." if "none" in groups[key] else "Leave it out, or choose one."
+            problems[word] = f"`{word}` names no option of the group `{key}`. {way} {did_you_mean('', groups[key])}"
+        elif sign and key in groups and ".." in value.split("/"):
+            problems[word] = f"`{word}` leads out of the group `{key}`. {did_you_mean('', groups[key])}"
+        elif sign and key in groups and value.startswith(f"{BASE}/"):
+            problems[word] = (
+                f"`{word}` is a base file, not an option of the group `{key}`. {did_you_mean('', groups[key])}"
+            )
+    if "=" in problems:  # the two beside it are no words either
+        at = list(words).index("=")
+        problems |= {words[at - 1]: problems["="], words[at + 1]: problems["="]}
+    return problems
+
+
+def _value(word: str) -> Any:
+    """What a word sets; text where it can't be read."""
+    override = parse_override(word)
+    return "" if override is None else override.value()
+
+
+def _unread(
+    words: Sequence[str], cfg: DictConfig, groups: dict[str, set[str]], config: str, folders: Sequence[str]
+) -> dict[str, str]:
+    """Keys added with `+` that nothing reads, by word."""
+    added = {key: word for word in words if word.startswith("+") and "@" not in (key := _key(word))}
+    added = {key: word for key, word in added.items() if key not in groups and not key.startswith("hydra.")}
+    if any(word.startswith("++") for word in added.values()):  # which may also change what is there
+        before = _composed(config, [word for word in words if not word.startswith("++")], folders)
+        added = {key: word for key, word in added.items() if word[:2] != "++" or _first_new(key, before) is not None}
+    renamed = {word: problem for key, word in added.items() if (problem := _renamed(word, key))}
+    return renamed | {
+        word: f"`{word}` adds a key that nothing reads. {hint}"
+        for key, word in added.items()
+        if word not in renamed and (hint := _hint_if_unread(key, cfg, "=...")) is not None
+    }
+
+
+def _taken_away(
+    words: Sequence[str], groups: dict[str, set[str]], config: str, folders: Sequence[str]
+) -> dict[str, str]:
+    """Keys taken away with `~` that something reads, by word: all but entries of the user's choice and arguments."""
+    away = [word for word in words if word.startswith("~")]
+    if not away:
+        return {}
+    before = _composed(config, [word for word in words if word not in away], folders)
+    if "stage" in before and not str(OmegaConf.select(before, "stage.run._target_")).startswith("rlhf_trl."):
+        return {}  # a function of the user's own may read any key
+    values, problems = OmegaConf.to_container(before, resolve=False), {}
+    for word in away:
+        key = _key(word)
+        parent, name = key.rpartition(".")[::2]
+        given = str(at(values, key))
+        is_argument = isinstance(at(values, f"{parent}._target_"), str) and not name.startswith("_")
+        if key in groups and "none" in groups[key]:
+            problems[word] = f"`{word}` takes away a group that is read. Type `{key}=none`."
+        elif not (OPEN_NODES & set(parent.split(".")) or parent == "reward" or (is_argument and "${" not in given)):
+            problems[word] = f"`{word}` takes away what is read. Leave it out, or set it: `{key}=...`."
+    return problems
+
+
+def _hint_if_unread(key: str, cfg: DictConfig, value: str = "", known: Collection[str] = ()) -> str | None:
+    """
+    What was meant by a key that the config didn't have before; `None` if something may read it, as those beside or
+    below a `_target_`, which are checked with its arguments.
+    """
+    own_function = "stage" in cfg and not str(OmegaConf.select(cfg, "stage.run._target_")).startswith("rlhf_trl.")
+    if own_function or cfg.get("program"):
+        return None  # a function or program of the user's own may read any key
+    names = key.split(".")
+    parents = [".".join(names[:i]) for i in range(1, len(names))]
+    if OPEN_NODES & set(names[:-1]) or any(_target(OmegaConf.select(cfg, parent)) for parent in parents):
+        return None
+    if parents == ["reward"] and _target(OmegaConf.select(cfg, key)):
+        return None  # one more reward, of which a group has as many as one likes
+    node = OmegaConf.select(cfg, parents[-1]) if parents else cfg
+    others = {*known, *(str(name) for name in node)} - {names[-1]} if isinstance(node, DictConfig) else set()
+    meant = [f"`{'.'.join([*names[:-1], name])}{value}`" for name in nearest(names[-1], others)]
+    return f"Did you mean {' or '.join(meant)}?" if meant else "Leave it out."
+
+
+def _options(group: str, words: Sequence[str]) -> list[str]:
+    """The options of a group that a command line chooses."""
+    chosen: list[str] = []
+    for word in words:
+        if _key(word) == group:
+            value = OverridesParser.create().parse_override(word).value()
+            chosen = [str(name) for name in (value if isinstance(value, list) else [value]) if name is not None]
+    return chosen
+
+
+def _option_file(group: str, name: str, folders: Sequence[str]) -> Path | None:
+    files = [Path(folder, group, f"{name.removesuffix('.yaml')}.yaml") for folder in [conf_dir(), *folders]]
+    return next((file for file in files if file.is_file()), None)
+
+
+def _shape_problem(file: Path, group: str) -> str | None:
+    """Why a file of a whole run would do nothing."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        content = yaml.safe_load("\n".join(lines))
+    except yaml.MarkedYAMLError as error:
+        return f"`{file}`, line {error.problem_mark.line + 1}, is no YAML: {error.problem}."
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return f"`{file}` can't be read: {' '.join(str(error).split())}."
+    if content is not None and not isinstance(content, dict):
+        kind = "a list" if isinstance(content, list) else f"`{str(content)[:40]}`"
+        return f"`{file}` must hold keys, such as `seed: 3`, and holds {kind}."
+    comments = itertools.takewhile(lambda line: not line.strip() or line.lstrip().startswith("#"), lines)
+    if content and not any(GLOBAL.fullmatch(line.strip()) for line in comments):
+        return (
+            f"`{file}` has no line `# @package _global_`, so that its keys would stand below `{group}`, where nothing "
+            "reads them. Put that line at its top."
+        )
+    return None
+
+
+def _without_override(error: Exception, files: Sequence[Path]) -> str | None:
+    """Of a `defaults` list that chooses an option anew."""
+    if not (match := TWICE.search(str(error))) or not files:
+        return None
+    group, _, option = match.group(2).partition(": ")
+    return (
+        f"`{files[-1]}` chooses an option of `{group}` beside the one that is there. Write in its `defaults`: "
+        f"`- override /{group}: {option}`."
+    )
+
+
+def _without_body(file: Path, group: str, config: str, choices: Sequence[str], folders: Sequence[str]) -> DictConfig:
+    """The config with the same options, and of a whole run's file its `defaults` alone."""
+    with tempfile.TemporaryDirectory() as bare:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        text = yaml.safe_dump({"defaults": content.get("defaults", [])})
+        Path(bare, group).mkdir()
+        Path(bare, group, "bare.yaml").write_text(f"# @package _global_\n{text}", encoding="utf-8")
+        return _composed(config, [*choices, f"{group}=bare"], [*folders, bare])
+
+
+def _unread_of_file(file: Path, cfg: DictConfig, before: DictConfig, groups: dict[str, set[str]]) -> list[str]:
+    """Keys of a whole run's file that nothing reads: as on the command line, where each of them would need a `+`."""
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    for key in ("defaults", "hydra", "dry_run"):
+        content.pop(key, None)
+    # Of a former name the checks of the composed config tell
+    keys = dict.fromkeys(_first_new(key, before) for key in flatten(content) if not renamed_key(key))
+    return [
+        f"`{key}` in `{file}` is a key that nothing reads. {hint}"
+        for key in keys
+        if key is not None and (hint := _hint_if_unread(key, cfg, known=groups if "." not in key else ())) is not None
+    ]
+
+
+def _first_new(key: str, cfg: DictConfig) -> str | None:
+    """The beginning of a key that the config doesn't have; `None` if it has it whole."""
+    parent, node, name = _deepest(key, cfg)
+    # `in node` leaves out those without a value
+    if not isinstance(node, DictConfig) or name in node.keys():  # noqa: SIM118
+        return None
+    return f"{parent}.{name}" if parent else name

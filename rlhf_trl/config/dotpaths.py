@@ -1,0 +1,160 @@
+"""
+What a dot path such as `trl.DPOConfig` or `my_rewards.brevity` leads to.
+
+[`problem`] tells whether it leads to anything, without importing: modules are found as files and their names read from
+the syntax tree. What can't be decided so (names made at run time) counts as present; [`find`], which imports, tells
+later.
+"""
+
+import ast
+import contextlib
+import functools
+import importlib.machinery
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+import hydra.utils
+from hydra.errors import InstantiationException
+
+from rlhf_trl.errors import ConfigError, own_code
+from rlhf_trl.hints import did_you_mean, nearest
+
+
+def problem(path: str) -> str | None:
+    """Why nothing is to be found at `path` (a sentence or two), or `None` where something may be."""
+    head, *rest = path.split(".")
+    if not head.isidentifier() or not rest:
+        return f"`{path}` is no dot path. Write it as `module.name`, without `.py` and slashes."
+    try:
+        spec = importlib.util.find_spec(head)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        return (
+            f"There is no module `{head}` for `{path}`. Install it, or start in the folder that holds `{head}.py` "
+            "(or put that folder on PYTHONPATH)."
+        )
+    module, names = _follow(spec, rest)
+    if module is None:
+        return None
+    if not names:
+        return f"`{path}` is a module. Name the function or class in it."
+    try:
+        known = _names(module)
+    except SyntaxError as error:
+        return f"`{path}` can't be imported: {syntax_problem(error)}. Fix that line."
+    except (OSError, ValueError) as error:
+        return f"`{path}` can't be imported: `{module}` can't be read as UTF-8 text ({error})."
+    if known is None or names[0] in known:
+        return None
+    below = {p.stem for p in module.parent.iterdir()} if module.name == "__init__.py" else set()
+    dotted = ".".join([head, *rest[: len(rest) - len(names)]])
+    public = {name for name in known | below if not name.startswith("_")}
+    return f"`{dotted}` has no `{names[0]}`. {did_you_mean(names[0], public)}".rstrip()
+
+
+def find(path: str) -> functools.partial:
+    """
+    Return what is at a dot path, as a partial without arguments, by the rule that Hydra has for a `_target_`: what
+    could run any code or delete files (`os.system`, `shutil.rmtree`) is refused, however it is named.
+
+    Raises:
+        ConfigError: if it can't be imported, isn't callable or is refused.
+    """
+    try:
+        with contextlib.chdir(os.curdir):  # and back: a module may go elsewhere when it is imported
+            return hydra.utils.instantiate({"_target_": path, "_partial_": True})
+    except SystemExit as error:
+        raise ConfigError(f"`{path}` can't be imported: its module ends the program (`sys.exit()`).") from error
+    except InstantiationException as error:
+        if error.__cause__ is None:  # not callable, or refused
+            said = " ".join(str(error).split())
+            raise ConfigError(f"`{path}` can't be used: {said.rstrip('.')}. Name a function of yours.") from error
+        cause = error.__cause__
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, SyntaxError):
+            raise ConfigError(f"`{path}` can't be imported: {syntax_problem(cause)}. Fix that line.") from error
+        where = f" ({place})" if (place := own_code(cause)) else ""
+        raise ConfigError(f"`{path}` can't be imported: {type(cause).__name__}: {cause}{where}.") from error
+
+
+def syntax_problem(error: SyntaxError) -> str:
+    """Return file, line and reason."""
+    return f"`{error.filename}`, line {error.lineno}: {error.msg}"
+
+
+def signature(function: Callable) -> list[inspect.Parameter]:
+    """
+    Return the parameters of a callable.
+
+    Raises:
+        ConfigError: for one that has no signature, as some of C.
+    """
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"The arguments of {function!r} can't be told: {error}. Name a Python function.") from error
+
+
+def not_taken(function: Callable, names: Collection[str], strict: bool = False, given: Collection[str] = ()) -> dict:
+    """
+    Return those of the argument `names` that a callable doesn't take, each with a hint at what was meant.
+
+    Args:
+        strict (`bool`): whether one with `**kwargs`, which takes any name, is yet not to take one that looks like a
+            name in its signature: a reward function has them for the data's columns, and would go on with a default.
+        given (`Collection[str]`): arguments that are passed besides, and so can't have been meant.
+    """
+    parameters = signature(function)
+    own = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - set(given)
+    unknown = [name for name in names if name not in own]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        unknown = [name for name in unknown if strict and nearest(name, own - set(names))]
+    return {name: did_you_mean(name, own) or "Leave it out." for name in unknown}
+
+
+def _follow(spec: importlib.machinery.ModuleSpec, rest: list[str]) -> tuple[Path | None, list[str]]:
+    """The source file of the innermost module along the path (`None`: not readable as source) and the names left."""
+    module = Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    for i, name in enumerate(rest):
+        package = next((f / name for f in folders if (f / name / "__init__.py").is_file()), None)
+        source = next((f / f"{name}.py" for f in folders if (f / f"{name}.py").is_file()), None)
+        if package is not None:
+            module, folders = package / "__init__.py", [package]
+        elif source is not None:
+            return source, rest[i + 1 :]
+        elif any(any(f.glob(f"{name}.*{suffix}")) for f in folders for suffix in (".so", ".pyd")):
+            return None, []
+        else:
+            return module, rest[i:]
+    return module, []
+
+
+def _names(module: Path) -> set[str] | None:
+    """The names a module defines at its top level; `None` where some are made at run time."""
+    names: set[str] = set()
+    for node in _top_level(ast.parse(module.read_text(encoding="utf-8"), filename=str(module)).body):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names.update(alias.asname or alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            if "sys.modules[__name__]" in ast.unparse(node):
+                names.add("*")  # a lazy module
+            names.update(n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+    return None if {"*", "__getattr__"} & names else names
+
+
+def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements of a module's top level, those inside `if`, `try` and `with` included."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If | ast.Try | ast.With):
+            blocks = [getattr(node, field, []) for field in ("body", "orelse", "finalbody")]
+            blocks += [handler.body for handler in getattr(node, "handlers", [])]
+            yield from _top_level([statement for block in blocks for statement in block])

@@ -1,6 +1,0 @@
-"""The embedded world: a tiny model and a synthetic instruction task whose true reward is known."""
-
-from rlhf_trl.demo.annotators import load
-from rlhf_trl.demo.gold import gold_attributes, gold_reward
-
-__all__ = ["gold_attributes", "gold_reward", "load"]

@@ -1,0 +1,167 @@
+"""What a policy writes for given prompts, and how likely that is under it and under others."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+from rlhf_trl.data.tokenize import end_tokens
+from rlhf_trl.models.sizes import check_rows, sizes_of
+
+TOO_LONG = "Set `stage.max_completion_length` lower, or leave the longest prompts out."
+
+
+def generation_config(temperature: float, max_completion_length: int) -> dict[str, Any]:
+    """Sampling from the whole distribution; at temperature 0 each token is the likeliest one."""
+    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    return {**(drawing if temperature > 0 else {"do_sample": False}), "max_new_tokens": max_completion_length}
+
+
+@torch.inference_mode()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_completion_length: int,
+    temperature: float,
+    batch_size: int,
+    seed: int,
+) -> list[list[int]]:
+    """
+    One completion a prompt, from the policy's whole distribution (no top-k, top-p or repetition penalty).
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]), tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The policy.
+        prompts (`Sequence[list[int]]`):
+            Token ids.
+        max_completion_length (`int`):
+            Tokens.
+        temperature (`float`):
+            Logits are divided by it; at 0 each token is the likeliest one.
+        batch_size (`int`):
+            Prompts at a time.
+        seed (`int`):
+            Set before the first batch: the same policy, prompts and seed give the same completions.
+
+    Returns:
+        `list[list[int]]`: token ids, up to the end token and with it where it was written.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if prompts and completions are longer than the policy's positions.
+    """
+    sizes = sizes_of(model)
+    check_rows(sizes, prompts, max_completion_length, TOO_LONG)
+    set_seed(seed)
+    ends, pad = end_tokens(tokenizer), tokenizer.pad_token_id
+    # The model's own generation config would fill what is left unset here
+    model.generation_config = GenerationConfig(
+        **generation_config(temperature, max_completion_length), eos_token_id=ends, pad_token_id=pad
+    )
+    completions = []
+    for batch in _batches(prompts, batch_size):
+        width = max(len(ids) for ids in batch)
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=model.device)
+        # From the lengths: the pad token may well be the end token, and stand in a prompt
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
+        written = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
+        completions += [_to_the_end(row, ends) for row in written]
+    check_rows(sizes, [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)], 0, TOO_LONG)
+    return completions
+
+
+def _to_the_end(ids: list[int], ends: list[int]) -> list[int]:
+    """`ids` up to the first end token and with it."""
+    return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def sample_in_turns(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_completion_length: int,
+    temperature: float,
+    batch_size: int,
+    seed: int,
+) -> list[list[int]]:
+    """
+    As [`sample`], from the same distribution by other draws, for many completions: after every quarter of the length
+    (16 tokens at least) those that have ended leave, so that a batch doesn't wait for its longest.
+    """
+    step, ends = max(16, -(-max_completion_length // 4)), end_tokens(tokenizer)
+    completions, going = [[] for _ in prompts], list(range(len(prompts)))
+    for turn, done in enumerate(range(0, max_completion_length, step)):
+        if not going:
+            break
+        starts = [prompts[row] + completions[row] for row in going]
+        length = min(step, max_completion_length - done)
+        more = sample(model, tokenizer, starts, length, temperature, batch_size, seed=seed + turn)
+        for row, ids in zip(going, more, strict=True):
+            completions[row] += ids
+        going = [row for row in going if completions[row][-1] not in ends]
+    return completions
+
+
+class TokenStatistics(NamedTuple):
+    """Of each token of a completion, in nats: shape (T,) each."""
+
+    logps: Tensor
+    entropy: Tensor
+
+
+@torch.inference_mode()
+def token_statistics(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    completions: Sequence[list[int]],
+    temperature: float,
+    batch_size: int,
+) -> list[TokenStatistics]:
+    """
+    Log-probability of each token of each completion after its prompt, and the entropy of what could have stood there.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The policy that judges.
+        prompts (`Sequence[list[int]]`), completions (`Sequence[list[int]]`):
+            Token ids, one completion a prompt, each of at least one token.
+        temperature (`float`):
+            Logits are divided by it, as they were in sampling.
+        batch_size (`int`):
+            Rows at a time.
+    """
+    found = []
+    rows = list(zip(prompts, completions, strict=True))
+    check_rows(sizes_of(model), [[*prompt, *completion] for prompt, completion in rows], 0, TOO_LONG)
+    for batch in _batches(rows, batch_size):
+        width = max(len(prompt) + len(completion) for prompt, completion in batch)
+        ids = torch.zeros((len(batch), width), dtype=torch.long)
+        mask, counts = torch.zeros_like(ids), torch.zeros_like(ids)
+        for i, (prompt, completion) in enumerate(batch):
+            end = len(prompt) + len(completion)
+            ids[i, :end] = torch.tensor(prompt + completion)
+            mask[i, :end] = 1
+            counts[i, len(prompt) : end] = 1
+        ids, mask, counts = (tensor.to(model.device) for tensor in (ids, mask, counts))
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        # Of the completions' tokens only: what else is there can be most of it
+        kept = counts[:, 1:].bool()
+        logits = logits[kept].float() / temperature
+        logps = selective_log_softmax(logits, ids[:, 1:][kept]).cpu()
+        entropy = entropy_from_logits(logits).cpu()
+        lengths = [len(completion) for _, completion in batch]
+        found += map(TokenStatistics, logps.split(lengths), entropy.split(lengths))
+    return found
+
+
+def sequence_logps(model: PreTrainedModel, prompts, completions, temperature: float, batch_size: int) -> Tensor:
+    """Log-probability of each whole completion after its prompt, in nats, shape (P,); see [`token_statistics`]."""
+    rows = token_statistics(model, prompts, completions, temperature, batch_size)
+    return torch.stack([row.logps.sum() for row in rows])
+
+
+def _batches(rows: Sequence, size: int) -> Iterator[Sequence]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))

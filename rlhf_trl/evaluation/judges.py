@@ -1,0 +1,333 @@
+"""
+Who wins between two policies' answers: the group `judge`.
+
+A judge's `compare(prompts, policy, baseline)` takes texts and the [`Answers`] of two policies and returns
+[`Verdicts`].
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.runs.paths import resolve_path
+
+# A verdict and nothing else: a sentence that begins with the article "A" is none
+VERDICT = re.compile(
+    r"(?:(?:final )?(?:answer|verdict|winner|response)\s*(?:is)?\W*)?(A|B|C|tie)(?: (?:is better|wins))?", re.I
+)
+BRACKETS = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.I)
+
+
+class Answers(NamedTuple):
+    """What a policy wrote for each prompt: texts, and `rewards` by name, shape (P,); `""` is their combination."""
+
+    texts: Sequence[str]
+    rewards: dict[str, np.ndarray]
+
+
+class Verdicts(NamedTuple):
+    """
+    Outcomes of a comparison.
+
+    Attributes:
+        outcomes: shape (P,): 1 where the policy wins, 0.5 for a tie, 0 where the baseline wins; NaN where the judge
+            gave no verdict.
+        unclear: how many judgements named neither answer nor a tie.
+        judgements: how many there were.
+        first: of the verdicts that name a winner, the share that names the answer shown first (0.5: no position
+            bias); `None` where the judge sees no order.
+        agreement: share of prompts on which both orders have the same winner; `None` likewise.
+    """
+
+    outcomes: np.ndarray
+    unclear: int = 0
+    judgements: int = 0
+    first: float | None = None
+    agreement: float | None = None
+
+
+class RewardJudge:
+    """
+    The answer with the higher reward wins.
+
+    Args:
+        reward (`str`, *optional*):
+            Name of one of the group `reward`; `None`: what they are combined to.
+        tie_margin (`float`):
+            Rewards no further apart than this are a tie.
+    """
+
+    all_pairs = True  # the rewards are there already
+
+    def __init__(self, reward: str | None = None, tie_margin: float = 0.0):
+        self.reward, self.tie_margin = reward or "", tie_margin
+        self.name = f"the reward `{reward}`" if reward else "the reward"
+
+    def check(self) -> None:
+        """Nothing can be missing that the config's checks don't see."""
+
+    def compare(self, prompts: Sequence[str], policy: Answers, baseline: Answers) -> Verdicts:
+        """See the module."""
+        if self.reward not in policy.rewards:
+            names = ", ".join(f"`{name}`" for name in policy.rewards if name)
+            raise ConfigError(
+                f"`judge.reward` is `{self.reward}`, and the group `reward` has {names}. Set one of them."
+            )
+        one, other = policy.rewards[self.reward], baseline.rewards[self.reward]
+        with np.errstate(invalid="ignore"):
+            gap = one - other
+        outcomes = np.where(np.abs(gap) <= self.tie_margin, 0.5, (gap > 0).astype(float))
+        valid = np.isfinite(one) & np.isfinite(other)
+        return Verdicts(np.where(valid, outcomes, np.nan), int((~valid).sum()), len(outcomes))
+
+
+class TextJudge:
+    """
+    Asks somebody who reads both answers, each pair in both orders.
+
+    Args:
+        template (`str`):
+            What is asked, with `{prompt}`, `{a}` and `{b}`.
+        all_pairs (`bool`):
+            Judge all pairs of policies; else each against the baseline.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the template lacks one of the three.
+    """
+
+    name = "a judge"
+
+    def __init__(self, template: str, all_pairs: bool = False):
+        missing = [key for key in ("{prompt}", "{a}", "{b}") if key not in template]
+        if missing:
+            raise ConfigError(f"`judge.template` has no `{missing[0]}`, so the judge wouldn't see it. Put it in.")
+        self.template, self.all_pairs = template, all_pairs
+
+    def check(self) -> None:
+        """
+        Called before policies are sampled.
+
+        Raises:
+            [`~rlhf_trl.errors.ConfigError`]: if nobody is there to ask.
+        """
+
+    def ask(self, questions: Sequence[str]) -> list[str]:
+        """One reply a question."""
+        raise NotImplementedError
+
+    def compare(self, prompts: Sequence[str], policy: Answers, baseline: Answers) -> Verdicts:
+        """See the module. A prompt counts if both orders have a verdict; its outcome is their mean."""
+        questions = [
+            self.question(prompt, *order)
+            for prompt, one, other in zip(prompts, policy.texts, baseline.texts, strict=True)
+            for order in ((one, other), (other, one))
+        ]
+        # Many prompts have equal answers from two policies: those need no judge, and are asked for once
+        distinct = list(dict.fromkeys(questions))
+        replies = dict(zip(distinct, self.ask(distinct), strict=True))
+        return outcomes_of([verdict(replies[question]) for question in questions])
+
+    def question(self, prompt: str, a: str, b: str) -> str:
+        """The filled template. Braces in the texts are left alone."""
+        parts = {"{prompt}": prompt, "{a}": a, "{b}": b}
+        return re.sub(r"\{(?:prompt|a|b)\}", lambda match: parts[match.group()], self.template)
+
+
+def verdict(reply: str) -> str | None:
+    """`A`, `B` or `tie` in a judge's reply, `None` if it says none or several: counted, not guessed."""
+    found = {match.upper() for match in BRACKETS.findall(reply)}
+    if not found:
+        lines = [line for line in reply.splitlines() if line.strip()]
+        ends = {re.sub(r"^\W+|\W+$", "", line) for line in (lines[:1] + lines[-1:])}
+        found = {match.group(1).upper() for end in ends if (match := VERDICT.fullmatch(end))}
+    if len(found) != 1:
+        return None
+    only = found.pop()
+    return "tie" if only in ("C", "TIE") else only
+
+
+def outcomes_of(verdicts: Sequence[str | None]) -> Verdicts:
+    """
+    The verdicts of both orders put together.
+
+    Args:
+        verdicts (`Sequence[str | None]`):
+            Two a prompt: with the policy's answer as A, then as B.
+    """
+    worth = {"A": (1.0, 0.0), "B": (0.0, 1.0), "tie": (0.5, 0.5), None: (np.nan, np.nan)}
+    orders = np.array([worth[one][place % 2] for place, one in enumerate(verdicts)]).reshape(-1, 2)
+    named = [one for one in verdicts if one in ("A", "B")]
+    both = orders[np.isfinite(orders).all(axis=1)]
+    return Verdicts(
+        outcomes=orders.mean(axis=1),
+        unclear=sum(one is None for one in verdicts),
+        judgements=len(verdicts),
+        first=float(np.mean([one == "A" for one in named])) if named else None,
+        agreement=float((both[:, 0] == both[:, 1]).mean()) if len(both) else None,
+    )
+
+
+class ModelJudge(TextJudge):
+    """
+    A language model on this machine, which replies greedily.
+
+    Args:
+        path (`str`):
+            Folder or hub id.
+        template (`str`), all_pairs (`bool`):
+            See [`TextJudge`]; as a user's turn where the model has a chat template.
+        max_new_tokens (`int`), batch_size (`int`), dtype (`str`):
+            Of its replies.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        template: str,
+        all_pairs: bool = False,
+        max_new_tokens: int = 16,
+        batch_size: int = 8,
+        dtype: str = "auto",
+    ):
+        super().__init__(template, all_pairs)
+        self.path = resolve_path(path, None, "")
+        self.max_new_tokens, self.batch_size, self.dtype = max_new_tokens, batch_size, dtype
+        self.name = f"the language model `{path}`, in both orders"
+
+    def ask(self, questions: Sequence[str]) -> list[str]:
+        """See [`TextJudge`]."""
+        from accelerate import PartialState
+
+        from rlhf_trl.data.tokenize import prompt_ids
+        from rlhf_trl.evaluation.generation import sample
+        from rlhf_trl.models.loading import load_model
+        from rlhf_trl.models.tokenizers import load_tokenizer
+
+        tokenizer = load_tokenizer(self.path)
+        model = load_model(self.path, dtype=self.dtype).eval().to(PartialState().device)
+        chat = tokenizer.chat_template is not None
+        asked = [[{"role": "user", "content": question}] if chat else question for question in questions]
+        ids = [prompt_ids(tokenizer, one) for one in asked]
+        replies = sample(
+            model, tokenizer, ids, self.max_new_tokens, temperature=0.0, batch_size=self.batch_size, seed=0
+        )
+        return tokenizer.batch_decode(replies, skip_special_tokens=True)
+
+
+class HTTPJudge(TextJudge):
+    """
+    A model behind an OpenAI-compatible endpoint: `POST <url>/chat/completions`.
+
+    Args:
+        url (`str`):
+            Such as `http://localhost:8000/v1`.
+        model (`str`):
+            Its name there.
+        template (`str`), all_pairs (`bool`):
+            See [`TextJudge`].
+        api_key_env (`str`, *optional*):
+            Environment variable with the key.
+        timeout (`float`):
+            Seconds until a reply is complete.
+        retries (`int`):
+            More tries after a broken connection, a timeout, status 429 or 5xx, with pauses of 1, 2, 4 ... seconds.
+        concurrency (`int`):
+            Questions under way at a time.
+        max_tokens (`int`):
+            Of a reply.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        template: str,
+        all_pairs: bool = False,
+        api_key_env: str | None = None,
+        timeout: float = 60.0,
+        retries: int = 3,
+        concurrency: int = 8,
+        max_tokens: int = 16,
+    ):
+        super().__init__(template, all_pairs)
+        self.url, self.model, self.timeout, self.retries = url.rstrip("/"), model, timeout, retries
+        self.concurrency, self.max_tokens = concurrency, max_tokens
+        self.name = f"`{model}` at {url}, in both orders"
+        self.headers = {}
+        if api_key_env is not None:
+            if not os.environ.get(api_key_env):
+                raise ConfigError(
+                    f"`judge.api_key_env` names the environment variable `{api_key_env}`, which is not set. "
+                    f"`export {api_key_env}=...`, or set `judge.api_key_env=null`."
+                )
+            self.headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
+
+    def check(self) -> None:
+        """See [`TextJudge`]: one question, so that a wrong address or key doesn't cost the sampling."""
+        self.ask([self.question("1 + 1 =", "2", "3")])
+
+    def ask(self, questions: Sequence[str]) -> list[str]:
+        """See [`TextJudge`]."""
+        import httpx
+
+        headers = {"Content-Type": "application/json", **self.headers}
+        with (
+            httpx.Client(timeout=self.timeout, headers=headers) as client,
+            ThreadPoolExecutor(self.concurrency) as pool,
+        ):
+            futures = [pool.submit(self._reply, client, question) for question in questions]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # what one question met, all would
+                raise
+
+    def _reply(self, client, question: str) -> str:
+        import httpx
+
+        from rlhf_trl.rewards.http import TooLongError, post
+
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        }
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(min(2 ** (attempt - 1), 30))
+            try:
+                answer = post(client, f"{self.url}/chat/completions", json.dumps(body), self.timeout)
+            except TooLongError:
+                raise ConfigError(f"The judge at `{self.url}` answers without end. Correct `judge.url`.") from None
+            except httpx.HTTPError as error:
+                problem = f"{type(error).__name__}: {error}"
+                continue
+            except httpx.InvalidURL as error:
+                raise ConfigError(f"`judge.url` is `{self.url}`, which is no address ({error}).") from None
+            if answer.status == 429 or answer.status >= 500:
+                problem = f"it answered {answer.status}: {answer}"
+                continue
+            if answer.status != 200:
+                raise ConfigError(
+                    f"The judge at `{self.url}` refused with status {answer.status}: {answer}. Check `judge.url`, "
+                    "`judge.model` and `judge.api_key_env`."
+                )
+            try:
+                return json.loads(answer.content)["choices"][0]["message"]["content"] or ""
+            except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+                raise ConfigError(
+                    f"The judge at `{self.url}` doesn't answer as an OpenAI-compatible endpoint does: {answer}. Give "
+                    "the address up to and with `/v1`."
+                ) from None
+        raise ConfigError(
+            f"The judge at `{self.url}` can't be asked, after {self.retries + 1} tries ({problem}). Start it, mend "
+            "`judge.url`, or raise `judge.timeout` or `judge.retries`; `judge=reward` needs none."
+        )

@@ -1,0 +1,1 @@
+"""Signs of trouble in a run, as pure functions of what it logs."""

@@ -1,0 +1,404 @@
+"""
+Signs of trouble in an RLHF run, as pure functions of what a trainer logs. Imports nothing heavy.
+
+A sign is a number that is compared with three limits (note, warn, stop). [`rlhf_trl.callbacks.health`] measures and
+tells; what isn't logged by the trainers themselves is made from a rollout's texts by [`rollout_measures`].
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, median
+from typing import NamedTuple
+
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.hints import did_you_mean
+
+LEVELS = ("ok", "note", "warn", "stop")
+BASELINE, WINDOW = 4, 3
+# Log steps whose gradient norms the newest one is compared with
+GRADIENTS = 20
+
+
+class Series:
+    """
+    The values of each metric in the order they were logged. None, NaN and infinite ones are left out.
+
+    Args:
+        baseline (`int`): values at the start that later ones are compared with.
+        window (`int`): newest values that are averaged.
+        watched (`Sequence[str]`): names of reward functions that nothing is learned from.
+    """
+
+    def __init__(self, baseline: int = BASELINE, window: int = WINDOW, watched: Sequence[str] = ()):
+        self.baseline, self.window = baseline, window
+        self.watched = list(watched)
+        self._values: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, logs: Mapping[str, float | None]) -> None:
+        """Add a call of `Trainer.log`."""
+        for name, value in logs.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                self._values[name].append(float(value))
+
+    def values(self, *names: str) -> list[float]:
+        """Those of the first of `names` that was logged."""
+        return next((self._values[name] for name in names if name in self._values), [])
+
+    def stems(self, start: str, end: str) -> list[str]:
+        """Names that begin with `start` and end with `end`, without that end."""
+        return [name.removesuffix(end) for name in self._values if name.startswith(start) and name.endswith(end)]
+
+    def recent(self, *names: str) -> float | None:
+        """Mean of the newest `window` values, `None` until there are as many besides the baseline."""
+        values = self.values(*names)
+        return fmean(values[-self.window :]) if len(values) >= self.baseline + self.window else None
+
+    def start(self, *names: str) -> float:
+        """Mean of the first `baseline` values."""
+        return fmean(self.values(*names)[: self.baseline])
+
+    def rise(self, *names: str) -> float | None:
+        """How far the newest values are above the first ones."""
+        recent = self.recent(*names)
+        return None if recent is None else recent - self.start(*names)
+
+
+KL = ("objective/kl",)
+SCORE = ("objective/scores", "reward")
+SCORE_STD = ("objective/scores_std", "reward_std")
+ENTROPY = ("policy/entropy", "entropy")
+CLIPPED = ("policy/clipfrac", "clip_ratio/region_mean")
+LENGTH = ("completions/mean_length",)
+
+
+def _negative(series: Series) -> float | None:
+    kl, error = series.recent(*KL), series.recent("objective/kl_standard_error")
+    return None if kl is None or error is None else -kl / max(error, 1e-3)
+
+
+def _growth(series: Series) -> float | None:
+    kl, values = series.recent(*KL), series.values(*KL)
+    before = values[: -series.window][-series.window :]
+    return None if kl is None or fmean(before) <= 0 else kl / fmean(before)
+
+
+def _entropy(series: Series) -> float | None:
+    now = series.recent(*ENTROPY)
+    return None if now is None or series.start(*ENTROPY) <= 0 else now / series.start(*ENTROPY)
+
+
+def _over_optimization(series: Series) -> float | None:
+    drops = []
+    for prefix in ("", "eval_"):
+        scores = series.values(*(f"{prefix}{name}" for name in SCORE))
+        for name in series.watched:
+            stem = f"{prefix}rewards/{name}"
+            drops.append(_drop(series, series.values(f"{stem}/mean"), f"{stem}/std", scores))
+        for stem in series.stems(f"{prefix}rewards/", "/disagreement"):
+            means, spread = series.values(f"{stem}/mean"), series.values(f"{stem}/disagreement")
+            count = min(len(means), len(spread))
+            least = [m - s for m, s in zip(means[-count:], spread[-count:], strict=True)] if count else []
+            drops.append(_drop(series, least, f"{stem}/std", scores))
+    return max((drop for drop in drops if drop is not None), default=None)
+
+
+def _drop(series: Series, watched: Sequence[float], std: str, scores: Sequence[float]) -> float | None:
+    """By how many of its standard deviations a watched reward is below its best, if the score has risen since."""
+    spread, count, window = series.recent(std), min(len(watched), len(scores)), series.window
+    if not spread or count < series.baseline + window:
+        return None
+    # Both are logged together: the newest values belong to the same log steps
+    watched, scores = watched[-count:], scores[-count:]
+    means = [fmean(watched[i : i + window]) for i in range(count - window + 1)]
+    best = max(range(len(means)), key=means.__getitem__)
+    if fmean(scores[-window:]) <= fmean(scores[best : best + window]):
+        return 0.0
+    return (means[best] - means[-1]) / spread
+
+
+def _explained(series: Series) -> float | None:
+    std, scores = series.recent(*SCORE_STD), series.recent(*SCORE)
+    # Of a constant reward there is nothing to explain
+    constant = std is not None and scores is not None and std <= 1e-6 * max(1.0, abs(scores))
+    return None if constant else series.recent("value/explained_variance")
+
+
+def _fall(series: Series) -> float | None:
+    rise, std = series.rise(*SCORE), series.recent(*SCORE_STD)
+    if rise is None or std is None:
+        return None
+    # The std of the start counts as well: a policy that has collapsed has none of its own
+    std = max(std, series.start(*SCORE_STD))
+    return -rise / std if std > 0 else None
+
+
+def _length(series: Series) -> float | None:
+    now = series.recent(*LENGTH)
+    if now is None:
+        return None
+    factor = now / max(series.start(*LENGTH), 1e-9)
+    return max(factor, 1 / max(factor, 1e-9))
+
+
+def _length_correlation(series: Series) -> float | None:
+    correlation = series.recent("objective/length_correlation")
+    return None if correlation is None else abs(correlation)
+
+
+def _eos(series: Series) -> float | None:
+    if series.values("completions/eos_rate"):
+        return series.recent("completions/eos_rate")
+    cut = series.recent("completions/clipped_ratio")
+    return None if cut is None else 1 - cut
+
+
+def _spike(series: Series) -> float | None:
+    norms = series.values("grad_norm")
+    if len(norms) < series.baseline + series.window:
+        return None
+    usual = median(norms[:-1][-GRADIENTS:])
+    return norms[-1] / usual if usual > 0 else None
+
+
+class Sign(NamedTuple):
+    """What is measured, what its value means in words, and what to turn."""
+
+    measure: Callable[[Series], float | None]  # None: can't be said (yet)
+    says: str  # `{value}` is the measure
+    turn: str
+    limits: dict[str, float | None]  # from which value on, by level; None: never
+    falls: bool = False  # whether low values are the bad ones
+    when: tuple[tuple[str, ...], float] | None = None  # only while the recent mean of a metric is at least this
+
+
+SIGNS: dict[str, Sign] = {
+    "nan": Sign(
+        lambda series: (series.values("health/nonfinite_updates") or [None])[-1],
+        "{value:.0f} updates had NaN or infinite gradients; they were left out",
+        "Lower `stage.args.learning_rate`, or look for rewards out of all scale (`reward_norm=running`)",
+        {"note": None, "warn": None, "stop": 1},
+    ),
+    "kl_high": Sign(
+        lambda series: series.recent(*KL),
+        "the KL to the reference is {value:.3g} nats a sequence",
+        "Raise `stage.args.beta`, hold it with `kl=adaptive kl.target=6`, or lower `stage.args.learning_rate`",
+        {"note": 15.0, "warn": 30.0, "stop": None},
+    ),
+    "kl_growing": Sign(
+        _growth,
+        "the KL to the reference has become {value:.2g} times what it was some log steps ago",
+        "Raise `stage.args.beta`, or stop in time with `kl.guard`",
+        {"note": 1.3, "warn": 2.0, "stop": None},
+        when=(KL, 10.0),
+    ),
+    "kl_negative": Sign(
+        _negative,
+        "the KL to the reference is {value:.2g} standard errors below 0, which no KL can be",
+        "Sample from what is scored: no `top_k`, `top_p` or `repetition_penalty`",
+        {"note": None, "warn": 3.0, "stop": None},
+    ),
+    "entropy_collapse": Sign(
+        _entropy,
+        "the policy's entropy is {value:.0%} of what it was",
+        "Raise `stage.args.beta` or `+stage.args.entropy_coef`, or lower `stage.args.learning_rate`",
+        {"note": 0.3, "warn": 0.15, "stop": None},
+        falls=True,
+    ),
+    "clip_fraction": Sign(
+        lambda series: series.recent(*CLIPPED),
+        "{value:.0%} of the tokens are clipped: updates are too large",
+        "Lower `stage.args.learning_rate` or `stage.args.num_iterations`",
+        {"note": 0.3, "warn": 0.5, "stop": None},
+    ),
+    "critic_blind": Sign(
+        _explained,
+        "the critic explains {value:.0%} of the returns' variance",
+        "Raise `stage.args.critic_learning_rate` or `stage.args.cliprange_value`, or start it from the reward model "
+        "(`critic=model critic.run=reward`)",
+        {"note": 0.05, "warn": -0.2, "stop": None},
+        falls=True,
+    ),
+    "over_optimization": Sign(
+        _over_optimization,
+        "the reward rises, and a watched reward (or an ensemble's lower end) is {value:.2g} standard deviations below "
+        "its best",
+        "Raise `stage.args.beta`, stop earlier, or train the reward model on this policy's completions",
+        {"note": 0.3, "warn": 0.6, "stop": None},
+    ),
+    "reward_falling": Sign(
+        _fall,
+        "the reward is {value:.2g} standard deviations below its start",
+        "Lower `stage.args.learning_rate`",
+        {"note": 0.3, "warn": 0.6, "stop": None},
+    ),
+    "reward_flat": Sign(
+        lambda series: series.recent("objective/most_common_score"),
+        "{value:.0%} of the completions have one and the same reward: there is little to learn from",
+        "Look at samples.jsonl: a solved or impossible task, or a reward that is cut off (`reward_norm.clip`)",
+        {"note": 0.9, "warn": 0.98, "stop": None},
+    ),
+    "length_drift": Sign(
+        _length,
+        "completions have become {value:.2g} times as long, or as short, as they were",
+        "Set `stage.args.length_penalty` (ppo), mend a reward that pays for length, or raise `stage.args.beta`",
+        {"note": 1.6, "warn": 2.0, "stop": None},
+    ),
+    "length_reward": Sign(
+        _length_correlation,
+        "reward and length of a completion correlate by {value:.2f}",
+        "Train the reward model on pairs of like length, or set `stage.args.length_penalty` (ppo)",
+        {"note": 0.7, "warn": 0.85, "stop": None},
+    ),
+    "repetition": Sign(
+        lambda series: series.rise("completions/repetition"),
+        "{value:.0%} more of a completion's word triples are repeated than at the start",
+        "Raise `stage.args.beta`, or take it from the reward by a function of your own (`reward=[...,function]`)",
+        {"note": 0.1, "warn": 0.25, "stop": None},
+    ),
+    "template": Sign(
+        lambda series: series.rise("completions/similarity"),
+        "answers to different prompts share {value:.0%} more of their word triples than at the start",
+        "Raise `stage.args.beta` or `stage.args.temperature`; see in samples.jsonl what the reward pays for",
+        {"note": 0.1, "warn": 0.25, "stop": None},
+    ),
+    "eos_missing": Sign(
+        _eos,
+        "only {value:.0%} of the completions come to an end",
+        "Raise `stage.args.max_completion_length`, or set `stage.args.missing_eos_penalty` (ppo)",
+        {"note": 0.8, "warn": 0.5, "stop": None},
+        falls=True,
+    ),
+    "gradient_spike": Sign(
+        _spike,
+        "the gradient norm is {value:.3g} times its usual value",
+        "Lower `stage.args.learning_rate` or `+stage.args.max_grad_norm`, or lengthen `stage.args.warmup_steps`",
+        {"note": 10.0, "warn": 50.0, "stop": None},
+    ),
+}
+
+
+class Finding(NamedTuple):
+    """What a sign says at a log step."""
+
+    level: int  # index of LEVELS
+    value: float
+    text: str  # what it is, its limit, and what to turn
+
+
+def judge(series: Series, limits: Mapping[str, Mapping[str, float | None]]) -> dict[str, Finding]:
+    """
+    The signs that can be judged by what was logged so far, whatever their level.
+
+    Args:
+        series ([`Series`]): what was logged.
+        limits (`dict`): `{sign: {"note": ..., "warn": ..., "stop": ...}}`, see [`all_limits`].
+    """
+    found = {}
+    for name, sign in SIGNS.items():
+        value = sign.measure(series)
+        if value is None or not math.isfinite(value):
+            continue
+        level = _level(value, limits[name], sign.falls)
+        if sign.when is not None and (series.recent(*sign.when[0]) or 0.0) < sign.when[1]:
+            level = 0
+        limit = limits[name][LEVELS[level]] if level else None
+        text = f"{sign.says.format(value=value)} ({LEVELS[level]} from {limit:g}). {sign.turn}." if level else ""
+        found[name] = Finding(level, value, text)
+    return found
+
+
+def _level(value: float, limits: Mapping[str, float | None], falls: bool) -> int:
+    reached = [
+        level
+        for level, name in enumerate(LEVELS)
+        if name in limits and limits[name] is not None and (value <= limits[name] if falls else value >= limits[name])
+    ]
+    return max(reached, default=0)
+
+
+def all_limits(changed: Mapping[str, Mapping[str, float | None]] | None = None) -> dict[str, dict[str, float | None]]:
+    """
+    The limits of every sign: the defaults, with those in `changed` instead.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: with all problems of `changed`.
+    """
+    if problems := limit_problems(changed or {}):
+        raise ConfigError.join(problems)
+    return {name: sign.limits | dict((changed or {}).get(name, {})) for name, sign in SIGNS.items()}
+
+
+def limit_problems(changed: Mapping[str, Mapping[str, float | None]], key: str = "health.signs") -> list[str]:
+    """Unknown signs and levels, values that are no numbers, and limits that contradict each other."""
+    problems = []
+    for name, given in changed.items():
+        if name not in SIGNS:
+            problems.append(f"`{key}.{name}` is no sign. {did_you_mean(name, SIGNS)}")
+            continue
+        if not isinstance(given, Mapping):
+            problems.append(f"`{key}.{name}` is {given!r}. Type `{key}.{name}.warn=...`, with a number or null.")
+            continue
+        unknown = [level for level in given if level not in LEVELS[1:]]
+        wrong = [v for k, v in given.items() if k not in unknown and v is not None and not _is_number(v)]
+        problems += [f"`{key}.{name}.{level}` is no level. Use note, warn and stop." for level in unknown]
+        problems += [f"`{key}.{name}` has the limit {value!r}. Use a number, or null for never." for value in wrong]
+        if unknown or wrong:
+            continue
+        merged = SIGNS[name].limits | dict(given)
+        there = [(level, merged[level]) for level in LEVELS[1:] if merged[level] is not None]
+        ordered = sorted(there, key=lambda item: item[1], reverse=SIGNS[name].falls)
+        if [value for _, value in ordered] != [value for _, value in there]:
+            shown = ", ".join(f"{level} {value:g}" for level, value in there)
+            worse = "lower" if SIGNS[name].falls else "higher"
+            problems.append(
+                f"`{key}.{name}` has the limits {shown}, and this sign is worse the {worse} it is. Order them from "
+                "note to stop, or set some to null."
+            )
+    return problems
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def verdict(logs: Mapping[str, float | None]) -> str:
+    """
+    A cell for a line of metrics: `health ok`, or the worst level with its signs, such as `health warn kl_high`.
+
+    Args:
+        logs (`dict`): what was logged, with `health/level` and `health/<sign>`; nothing is said where they lack.
+    """
+    if logs.get("health/level") is None:
+        return ""
+    level = int(logs["health/level"])
+    shown = [name for name in SIGNS if level and logs.get(f"health/{name}") == level]
+    more = sum(1 for name in SIGNS if 0 < (logs.get(f"health/{name}") or 0) < level)
+    return " ".join(["health", LEVELS[level], *shown, *([f"+{more}"] if more else [])])
+
+
+class Seen(NamedTuple):
+    """A sign that showed in a run."""
+
+    sign: str
+    level: int
+    first: int  # optimizer steps at which it was logged first and last
+    last: int
+    count: int  # log steps
+
+
+def signs_seen(history: Sequence[Mapping[str, float | None]]) -> list[Seen]:
+    """
+    The signs that showed in a run, the worst first.
+
+    Args:
+        history (`list[dict]`): `trainer.state.log_history`, or `history` of a run's `metrics.json`.
+    """
+    seen = []
+    for name in SIGNS:
+        entries = [entry for entry in history if (entry.get(f"health/{name}") or 0) > 0]
+        if entries:
+            steps = [int(entry["step"]) for entry in entries]
+            level = max(int(entry[f"health/{name}"]) for entry in entries)
+            seen.append(Seen(name, level, min(steps), max(steps), len(entries)))
+    return sorted(seen, key=lambda found: -found.level)

@@ -1,0 +1,191 @@
+"""Models from folders and the hub."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.models.adapters import (
+    HEADS,
+    adapter_config,
+    adapter_heads,
+    adapter_weights,
+    base_path,
+    cast_to_weight,
+    check_heads,
+    set_adapter_weights,
+    with_adapter,
+)
+from rlhf_trl.models.quantization import trained_quantization
+from rlhf_trl.models.weights import load_weights
+from rlhf_trl.patches.bitsandbytes import keep_trainable
+from rlhf_trl.runs.paths import ensemble_members
+
+AUTO_CLASSES = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
+
+
+def model_config(path: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+    """
+    The config of a full model.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if there is none that Transformers knows, or it is not of a decoder-only
+            language model: all stages read and write from left to right.
+    """
+    if Path(path).is_absolute() and not Path(path).is_dir():  # which the hub would call a malformed id
+        raise ConfigError(f"The model folder `{path}` doesn't exist. Give an existing folder or a hub id.")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+    except (OSError, ValueError) as error:
+        remedy = "Give the folder of a model, or a hub id."
+        if "trust_remote_code" in str(error):
+            remedy = "It has code of its own: read it, and set `trust_remote_code` to true where you trust it."
+        raise ConfigError(
+            f"The model `{path}` can't be loaded ({' '.join(str(error).split())[:200]}). {remedy}"
+        ) from error
+    encodes = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if getattr(config, "is_encoder_decoder", False) or (encodes and not decodes):
+        kind = "encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "encoder-only"
+        raise ConfigError(
+            f"`{path}` is an {kind} model (`{config.model_type}`), and all stages take decoder-only ones, which read "
+            "and write from left to right: give one such as Llama, Qwen or GPT-2."
+        )
+    return config
+
+
+def load_model(
+    path: str,
+    task_type: str = "CAUSAL_LM",
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    quantization: BitsAndBytesConfig | None = None,
+    device_map: str | None = None,
+) -> PreTrainedModel | PeftModel:
+    """
+    A model as it was saved: a full one, or an adapter (not trainable) on its base.
+
+    Args:
+        path (`str`):
+            Folder or hub id.
+        task_type (`str`):
+            `CAUSAL_LM`, or `SEQ_CLS` for one score a sequence.
+        dtype (`str`):
+            Type of the weights (of the base's, for an adapter): `float32`, `bfloat16`, `auto` (as saved) ...
+        attn_implementation (`str`, *optional*), trust_remote_code (`bool`), revision (`str`, *optional*):
+            As in `from_pretrained`.
+        quantization (`transformers.BitsAndBytesConfig`, *optional*):
+            Quantizes the weights (the base's, for an adapter) at loading. An adapter's base is by default as it was
+            trained.
+        device_map (`str`, *optional*):
+            As in `from_pretrained`; `meta` looks at the files and takes no memory.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if a reward model is asked to write, or the base of an adapter is gone.
+    """
+    options = {
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+        "quantization_config": quantization,
+        "device_map": device_map,
+    }
+    config = adapter_config(path, revision)
+    if config is None:
+        return load_full(path, task_type, revision=revision, **options)
+    refuse_reward_model(path, task_type, config.task_type == "SEQ_CLS")
+    if device_map != "meta":  # where nothing is computed
+        options["quantization_config"] = quantization or trained_quantization(path)
+    heads = adapter_heads(path, revision) if task_type == "SEQ_CLS" else None
+    base = load_full(base_path(path, config), task_type, revision=config.revision, heads=heads, **options)
+    return with_adapter(base, path, config, revision).eval()
+
+
+def load_reward_model(
+    path: str, dtype: str | None = None, trust_remote_code: bool = False, device_map: str | None = None
+) -> PreTrainedModel | PeftModel:
+    """
+    A trained reward model, full or an adapter on its base: one score a sequence, or one a head; the names of the heads
+    are in `config.id2label`. An ensemble is one base with an adapter for each member.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the model has no trained score head, or the members of an ensemble don't
+            share a base.
+    """
+    if members := ensemble_members(path):
+        bases = {base_path(member, adapter_config(member)) for member in members}
+        if len(bases) > 1:
+            raise ConfigError(f"The members of the ensemble `{path}` have several bases: {', '.join(sorted(bases))}.")
+        if len({str(trained_quantization(member)) for member in members}) > 1:
+            raise ConfigError(f"The members of the ensemble `{path}` were trained on differently quantized bases.")
+        model = load_reward_model(members[0], dtype, trust_remote_code, device_map)
+        for i, member in enumerate(members[1:], 1):
+            config = adapter_config(member)
+            config.inference_mode = True
+            model.add_adapter(f"member_{i}", config)
+            set_adapter_weights(model, adapter_weights(member), f"member_{i}", member)
+        return model.eval()
+    config = adapter_config(path)
+    if config is None:
+        architectures = model_config(path, trust_remote_code).architectures or [""]
+        scores = "SequenceClassification" in architectures[0]
+    else:
+        scores = config.task_type == "SEQ_CLS"
+    if not scores:
+        raise ConfigError(f"`{path}` is no reward model: it has no score head. Train one with `stage=reward`.")
+    return load_model(path, "SEQ_CLS", dtype or "float32", trust_remote_code=trust_remote_code, device_map=device_map)
+
+
+def load_full(
+    path: str,
+    task_type: str,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    heads: Sequence[str] | None = None,
+    **options,
+):
+    config = model_config(path, trust_remote_code, revision)
+    architecture = (config.architectures or [""])[0]
+    refuse_reward_model(path, task_type, "SequenceClassification" in architecture)
+    if revision is not None and not Path(path).is_dir():
+        # TRL loads the reference by the model's path alone: the path must already mean this revision
+        from huggingface_hub import snapshot_download
+
+        path, revision = snapshot_download(path, revision=revision), None
+    is_scored = "SequenceClassification" in architecture
+    if task_type == "SEQ_CLS" and not is_scored:
+        names = list(heads or ["score"])
+        options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    model = load_weights(
+        AUTO_CLASSES[task_type], path, new_head=not is_scored, trust_remote_code=trust_remote_code, **options
+    )
+    if task_type == "SEQ_CLS":
+        if heads is not None:
+            check_heads(path, model.config.num_labels, len(heads))
+        for name, head in model.named_children():
+            if name in HEADS and isinstance(head, torch.nn.Linear):
+                # PEFT trains a head in float32, whatever the type of the base; the hook is copied with the layer
+                head.register_forward_pre_hook(cast_to_weight)
+    if getattr(model, "is_loaded_in_4bit", False):
+        keep_trainable(model)
+    return model
+
+
+def refuse_reward_model(path: str, task_type: str, is_reward_model: bool) -> None:
+    if is_reward_model and task_type == "CAUSAL_LM":
+        raise ConfigError(
+            f"`{path}` is a reward model and can't write text. Start from a policy: `model.run=sft`, or its path."
+        )

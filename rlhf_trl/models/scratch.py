@@ -1,0 +1,64 @@
+"""A small language model from nothing: a word-level tokenizer fitted to texts and random weights (`stage=init`)."""
+
+from collections.abc import Iterable, Iterator
+
+from rlhf_trl.errors import DataError
+
+# A word with its apostrophes, or a run of punctuation, each with the space before it: the tokens of a text are put
+# together as they are, so decoding needs no rule, and a prompt's tokens are the same whatever completion follows.
+WORD = r" ?\w+(?:'\w+)*| ?[^\w\s]+|\s+"
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
+
+
+def word_tokenizer(texts: Iterable[str], vocab_size: int = 8192, min_frequency: int = 2, lowercase: bool = True):
+    """
+    A word-level `PreTrainedTokenizerFast` of the words in `texts`; rarer words become `<unk>`, which has no text.
+
+    A word and the same word after a space are two entries, as in byte-level BPE.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    pad, eos, unk = SPECIAL_TOKENS
+    tokenizer = Tokenizer(models.WordLevel(unk_token=unk))
+    if lowercase:
+        tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=list(SPECIAL_TOKENS), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, unk_token=unk)
+
+
+def random_model(config, tokenizer, seed: int):
+    """A causal language model of `config` (`PreTrainedConfig`) with random weights, sized for the tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config.vocab_size = len(tokenizer)
+    config.pad_token_id, config.eos_token_id, config.bos_token_id = (
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+        None,
+    )
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def texts_of(rows: Iterable[dict]) -> Iterator[str]:
+    """
+    Prompt and completion of each row as one text.
+
+    Raises:
+        `DataError`: a row holds chat messages: a word-level tokenizer has no chat template.
+    """
+    for number, row in enumerate(rows, 1):
+        for column in ("prompt", "completion"):
+            if not isinstance(row[column], str):
+                raise DataError(
+                    f"row {number}: `{column}` is a chat, and a new model knows only text. Give data with text, for "
+                    "example `data=reviews`, or `data.conversational=false` with the embedded data."
+                )
+        yield row["prompt"] + row["completion"]

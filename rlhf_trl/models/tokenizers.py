@@ -1,0 +1,115 @@
+"""Tokenizers as a model's training had them."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from rlhf_trl.data.tokenize import remember_ends
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.models.adapters import adapter_config, base_path
+from rlhf_trl.models.loading import model_config
+from rlhf_trl.terminal import say
+
+
+def load_tokenizer(
+    path: str,
+    name: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a model, with a padding token (the end token where it has none of its own). It knows which tokens
+    end the model's turns, see [`~rlhf_trl.data.tokenize.end_tokens`].
+
+    Args:
+        path (`str`):
+            The model's folder or hub id; for an adapter without tokenizer files, its base's is taken.
+        name (`str`, *optional*):
+            Folder or hub id of another tokenizer.
+        chat_template (`str`, *optional*):
+            File with a Jinja template that replaces the tokenizer's own.
+        trust_remote_code (`bool`), revision (`str`, *optional*):
+            As for the model.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if there is no tokenizer, or no such template.
+    """
+    source = name or path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
+    except (OSError, ValueError) as error:
+        config = adapter_config(source, revision) if name is None else None
+        if config is None:
+            if broken := _broken_json(source):
+                raise ConfigError(
+                    f"`{broken}` is no JSON ({error}). Copy or download the folder again, or set `model.tokenizer`."
+                ) from error
+            if name is None:
+                model_config(path, trust_remote_code, revision)  # which says so where the model itself is wrong
+            raise ConfigError(
+                f"No tokenizer can be loaded from `{source}` ({error}). Set `model.tokenizer`."
+            ) from error
+        tokenizer = AutoTokenizer.from_pretrained(base_path(path, config), trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    _let_add_no_eos(tokenizer, source)
+    remember_ends(tokenizer, _eos_token_id(path, trust_remote_code, revision))
+    if chat_template is not None:
+        if not Path(chat_template).is_file():
+            raise ConfigError(f"The chat template `{chat_template}` doesn't exist. Give a Jinja file.")
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"The chat template `{chat_template}` is not UTF-8 ({error}). Save it as UTF-8."
+            ) from error
+    return tokenizer
+
+
+def _broken_json(folder: str) -> Path | None:
+    """The file that keeps the tokenizer of a local model from being loaded, if it is one of the tokenizer's."""
+    for path in sorted(Path(folder).glob("*token*.json")) if Path(folder).is_dir() else ():
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return path
+    return None
+
+
+def _let_add_no_eos(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """A policy would go on after its prompt's EOS, and training would have one between prompt and completion."""
+
+    def ids() -> list[int]:
+        return tokenizer("a")["input_ids"]
+
+    if tokenizer.eos_token_id is None or ids()[-1:] != [tokenizer.eos_token_id]:
+        return
+    tokenizer.add_bos_token, tokenizer.add_eos_token = ids()[0] == tokenizer.bos_token_id, False
+    if ids()[-1:] == [tokenizer.eos_token_id]:
+        raise ConfigError(
+            f"The tokenizer of `{source}` adds EOS (`{tokenizer.eos_token}`) to every text, also between prompt and "
+            "completion. Set `add_eos_token` to false in its tokenizer_config.json, or name another tokenizer with "
+            "`model.tokenizer=PATH`."
+        )
+    say(
+        f"note: the tokenizer of `{source}` adds EOS (`{tokenizer.eos_token}`) to every text, also between prompt and "
+        "completion. Here it doesn't, and EOS stands where a completion ends."
+    )
+
+
+def _eos_token_id(path: str, trust_remote_code: bool, revision: str | None) -> int | list[int] | None:
+    """`eos_token_id` of a model's generation config, as `from_pretrained` makes it; of an adapter's base."""
+    config = adapter_config(path, revision)
+    if config is not None:
+        path, revision = base_path(path, config), config.revision
+    for file in ("generation_config.json", "config.json"):
+        try:
+            values, _ = PreTrainedConfig.get_config_dict(path, revision=revision, _configuration_file=file)
+        except OSError:  # a file that isn't there
+            continue
+        ids = values.get("eos_token_id", values.get("text_config", {}).get("eos_token_id"))
+        if ids is not None:
+            return ids
+    return None

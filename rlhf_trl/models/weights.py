@@ -1,0 +1,125 @@
+"""Weights that load whole or not at all, and fingerprints of them."""
+
+import logging
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.hints import count_of
+from rlhf_trl.patches.warnings import no_load_report
+
+logger = logging.getLogger(__name__)
+
+
+def load_weights(auto_class: type, path: str, new_head: bool = False, **options) -> PreTrainedModel:
+    """
+    Load a full model, each of whose weights is in its files.
+
+    Args:
+        auto_class (`type`):
+            Such as `transformers.AutoModelForCausalLM`.
+        path (`str`):
+            Folder or hub id.
+        new_head (`bool`):
+            Whether a classifier may get a new head, and leave the one of the files, since they are a policy's.
+        **options:
+            As in `from_pretrained`.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if weights are missing, have another shape than `config.json` says, aren't
+            finite, or can't be read.
+    """
+    with no_load_report(), readable(path):
+        # Sizes are ignored only here: what doesn't fit is named below
+        model, found = auto_class.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if new_head and auto_class is AutoModelForSequenceClassification:
+        trunk = f"{model.base_model_prefix}."
+        missing, unexpected = ([key for key in keys if key.startswith(trunk)] for keys in (missing, unexpected))
+    if mismatched := sorted(found["mismatched_keys"]):
+        key, there, wanted = mismatched[0]
+        labels = model.config.num_labels
+        text = (
+            f"{count_of(len(mismatched), 'weight')} of `{path}` {'has' if len(mismatched) == 1 else 'have'} another "
+            f"shape than its config.json says: `{key}` is {_shape(there)}, and {_shape(wanted)} is expected."
+        )
+        if wanted[0] == labels != there[0] and not key.startswith(f"{model.base_model_prefix}."):
+            text += (
+                f" `num_labels` is {labels} there (2 where config.json doesn't name it). "
+                f'Write `"num_labels": {there[0]}` into `{path}/config.json`.'
+            )
+        raise ConfigError(text)
+    if missing:
+        text = f"`{path}` lacks {count_of(len(missing), 'weight')} of {type(model).__name__}: {first_of(missing)}. "
+        if unexpected:
+            text += f"Its files hold {first_of(unexpected)} instead, which have no place there. "
+        raise ConfigError(f"{text}Rename what has another name, or give a folder that holds the whole model.")
+    if unexpected:
+        logger.warning(
+            "`%s` holds %s that %s has no place for and that stay unused: %s.",
+            path,
+            count_of(len(unexpected), "weight"),
+            type(model).__name__,
+            first_of(unexpected),
+        )
+    check_finite(path, model.named_parameters())
+    return model
+
+
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if files of weights are missing or damaged.
+    """
+    try:
+        yield
+    except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, HFValidationError) as error:
+        why, remedy = " ".join(str(error).split())[:200], "Copy or download the folder again."
+        if isinstance(error, pickle.UnpicklingError):
+            why = "a pickle that is damaged, or that holds more than weights and could run code"
+            remedy = "Give the model as safetensors."
+        where = _broken_weights(path) or path
+        raise ConfigError(f"The weights of `{where}` can't be read ({why}). {remedy}") from error
+
+
+def _broken_weights(folder: str) -> Path | None:
+    """The safetensors file of a local model that can't be opened, if there is one."""
+    for path in sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else ():
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError):
+            return path
+    return next(iter(sorted(Path(folder).glob("*.bin"))), None)
+
+
+def check_finite(path: str, weights: Iterator[tuple[str, Tensor]]) -> None:
+    for name, weight in weights:
+        number = weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        # Ranks that get their weights from the first, as under FSDP and ZeRO-3, have none yet
+        if not number or not weight.numel() or weight.is_meta:
+            continue
+        if not all(bound.isfinite() for bound in weight.detach().aminmax()):
+            raise ConfigError(
+                f"`{name}` of `{path}` holds NaN or infinite numbers, so it can't compute anything. Start from "
+                "an earlier model, such as one of the run's checkpoints."
+            )
+
+
+def first_of(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,70 @@
+"""Batches of comparisons."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.data.data_collator import DataCollatorMixin
+from trl.trainer.utils import pad
+
+
+@dataclass
+class ComparisonCollator(DataCollatorMixin):
+    """
+    Rows (each a prompt with `completion_ids` and what is known of them) as tensors, completions one below the other.
+
+    - `input_ids`, `attention_mask`, `(N, T)`: padded on the right to the longest completion of the micro-batch;
+    - `groups`, `(N,)`: the number of the row;
+    - `better`, `worse`, `(M,)`: indices of completions; `margin`, `weights`, `label_smoothing`, `(M,)`, where rows
+      bring them;
+    - `targets`, `(N, H)`: NaN where there is none; only if some row has any.
+
+    Args:
+        pad_token_id (`int`): id to pad with.
+        heads (`Sequence[str]`): order of the heads in `targets`.
+        label_smoothing (`float`): of comparisons that don't bring their own.
+        pad_to_multiple_of (`int`, *optional*): as in `trl.trainer.utils.pad`.
+    """
+
+    pad_token_id: int
+    heads: Sequence[str] = ()
+    label_smoothing: float = 0.0
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The batch of these rows."""
+        ids = [torch.tensor(completion) for row in examples for completion in row["completion_ids"]]
+        counts = torch.tensor([len(row["completion_ids"]) for row in examples])
+        starts = counts.cumsum(0) - counts
+        batch = {
+            name: pad(
+                values,
+                padding_value=padding,
+                padding_side="right",
+                pad_to_multiple_of=self.pad_to_multiple_of,
+            )
+            for name, values, padding in (
+                ("input_ids", ids, self.pad_token_id),
+                ("attention_mask", [torch.ones_like(row) for row in ids], 0),
+            )
+        }
+        batch["groups"] = torch.repeat_interleave(torch.arange(len(examples)), counts)
+        for side in ("better", "worse"):
+            places = [int(start) + i for row, start in zip(examples, starts, strict=True) for i in row.get(side) or []]
+            batch[side] = torch.tensor(places, dtype=torch.long)
+        for name, default in (("margin", 0.0), ("weights", 1.0), ("label_smoothing", self.label_smoothing)):
+            if any(row.get(name) for row in examples):
+                filled = [row.get(name) or [default] * len(row.get("better") or []) for row in examples]
+                batch[name] = torch.tensor([value for values in filled for value in values], dtype=torch.float)
+        if any(row.get("targets") for row in examples):
+            batch["targets"] = torch.tensor(
+                [
+                    [torch.nan if given[head] is None else given[head] for head in self.heads]
+                    for row in examples
+                    for given in row.get("targets") or [dict.fromkeys(self.heads)] * len(row["completion_ids"])
+                ]
+            )
+        return batch

@@ -1,0 +1,1 @@
+"""The stages: one module for each way to run an option of conf/stage."""

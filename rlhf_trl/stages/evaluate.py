@@ -1,0 +1,173 @@
+"""Comparison of policies on held-out prompts (`stage=evaluate`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_trl.build import instantiate_data, instantiated, project_dir, reward_functions
+from rlhf_trl.callbacks.loggers import log_images, log_summary
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.evaluation.comparison import Policy, evaluate_policies
+from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.patches.warnings import filter_warnings
+from rlhf_trl.report.page import write_page
+from rlhf_trl.report.project import project_page
+from rlhf_trl.report.records import swept_keys
+from rlhf_trl.report.text import comparison_text
+from rlhf_trl.runs.checkpoints import checkpoints
+from rlhf_trl.runs.directory import discard_old
+from rlhf_trl.runs.paths import baseline_problem, find_policy, named_policies
+from rlhf_trl.runs.record import COMPARISON_FILE, SWEEP_FILE, read_json, read_metrics, write_json
+from rlhf_trl.stages.base import begin, claims_directory, end, fail
+from rlhf_trl.terminal import printable
+
+
+@claims_directory
+def evaluate(cfg: DictConfig) -> None:
+    """
+    Compares the policies of `cfg.stage`, writes `comparison.json` and the report beside their runs, prints the tables.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if a policy is missing, the data has no held-out prompts, or the judge can't
+            be asked.
+    """
+    OmegaConf.resolve(cfg)
+    filter_warnings()
+    stage, where = cfg.stage, project_dir(cfg)
+    named = named_policies(OmegaConf.to_container(stage.policies))
+    if problem := baseline_problem(stage.baseline, named):
+        raise ConfigError(problem)
+    policies = policies_of(named, stage.checkpoints, stage.sweeps, where)
+    base = policies[stage.baseline].path
+    begin(cfg, base)
+    if not PartialState().is_main_process:
+        return  # one rank samples and writes
+    try:
+        judge = instantiated(cfg.judge)
+        judge.check()
+        dataset = held_out(instantiate_data(cfg))
+        comparison = evaluate_policies(
+            policies,
+            stage.baseline,
+            dataset=dataset,
+            rewards=reward_functions(cfg, load_tokenizer(base), dataset.column_names),
+            judge=judge,
+            temperature=stage.temperature,
+            max_completion_length=stage.max_completion_length,
+            batch_size=stage.batch_size,
+            dtype=stage.dtype,
+            seed=cfg.seed,
+            samples=stage.best_of_n,
+            best_of_n_batch_size=stage.best_of_n_batch_size,
+            references=reference_answers(cfg) if stage.references else None,
+            combine=instantiate(cfg.combine),
+        )
+        discard_old(cfg.run_dir)
+        write_json(Path(where, COMPARISON_FILE), comparison)  # before anything that could go wrong with the page
+        page = project_page(Path(where), ending=cfg.run_name)
+        path = write_page(page, Path(where, "report"))
+        logger = instantiate(cfg.logger.run)
+        with logger(run_dir=cfg.run_dir, name=f"{cfg.project}/{cfg.run_name}", config=OmegaConf.to_container(cfg)):
+            log_summary(summary_of(comparison))
+            log_images(page.figures())
+        if stage.show:
+            print("\n" + printable(comparison_text(comparison)))
+        print(f"\nReport: {path}")
+    except BaseException as error:
+        fail(cfg, error)
+        raise
+    end(cfg, "done")
+
+
+def summary_of(comparison: dict[str, Any]) -> dict[str, float]:
+    """What evaluations can be sorted by in a table of runs: `{policy}/{measure}`; what wasn't measured is left out."""
+    found = {}
+    for name, entry in comparison["policies"].items():
+        for measure in ("reward", "difference", "win_rate", "kl"):
+            if entry.get(measure):
+                found[f"{name}/{measure}"] = entry[measure]["mean"]
+    return found
+
+
+def policies_of(
+    places: dict[str, str], with_checkpoints: bool, sweeps: Sequence[str], project_dir: str
+) -> dict[str, Policy]:
+    """
+    Every policy to evaluate: those named, on request the checkpoints of those that are runs (`ppo@96`), and the done
+    runs of sweeps (`ppo beta=0.1`).
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if one is missing.
+    """
+    found = {name: Policy(find_policy(place, project_dir), name) for name, place in places.items()}
+    for name, policy in list(found.items()) if with_checkpoints else ():
+        metrics = read_metrics(policy.path) or {"history": []}
+        last = max((entry.get("step", 0) for entry in metrics["history"]), default=0)
+        for path in checkpoints(policy.path):
+            step = int(path.name.split("-")[1])
+            if step != last:  # that one is the run's result
+                found[f"{name}@{step}"] = Policy(str(path), name)
+    for sweep in sweeps:
+        for label, path in sweep_runs(Path(project_dir, sweep)).items():
+            found[label] = Policy(path, sweep)
+    return found
+
+
+def sweep_runs(folder: Path) -> dict[str, str]:
+    """
+    Name and directory of each done run of a sweep; the name has what its jobs differ in.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if there is no sweep, or no run of it is done.
+    """
+    jobs = read_json(folder / SWEEP_FILE) or []
+    done = [job for job in jobs if job["status"] == "done"]
+    if not done:
+        raise ConfigError(
+            f"`stage.sweeps` names `{folder.name}`, and there is no sweep with finished runs in `{folder}`. Make it "
+            f"with `python launch/sweep.py -m stage=... project={folder.parent.name} ...`, or leave it out."
+        )
+    keys = swept_keys(jobs)
+    title = folder.name.removesuffix("_sweep")
+    return {
+        " ".join([title, *(f"{key.rsplit('.', 1)[-1]}={job['overrides'].get(key, '')}" for key in keys)]): str(
+            (folder / str(job["number"])).resolve()
+        )
+        for job in done
+    }
+
+
+def held_out(datasets: dict[str, Dataset]) -> Dataset:
+    """
+    The eval split.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if there is none, or nothing in it.
+    """
+    dataset = datasets.get("eval")
+    if dataset is None or len(dataset) == 0:
+        raise ConfigError(
+            "An evaluation needs held-out prompts, and the data has no `eval` split with rows in it. Give `data` one."
+        )
+    return dataset
+
+
+def reference_answers(cfg: DictConfig) -> Dataset:
+    """
+    The held-out rows of the data with answers of its own, `prompt` and `completion`.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the data has no answers.
+    """
+    try:
+        return held_out(instantiate_data(cfg, form="prompt_completion"))
+    except ConfigError as error:
+        raise ConfigError(
+            f"`stage.references=true` measures the perplexity of the data's own answers, and it has none: {error} Set "
+            "`stage.references=false`."
+        ) from error

@@ -1,0 +1,209 @@
+"""Completions of many prompts, with their rewards, into a file (`stage=generate`)."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from math import isinf
+from pathlib import Path
+
+from accelerate import PartialState
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from rlhf_trl.build import load_policies, project_dir, reward_functions
+from rlhf_trl.data.chat_template import template_kwargs
+from rlhf_trl.data.messages import as_text, check_text_or_chat, read_json_chats
+from rlhf_trl.data.rows import Problems, RowError
+from rlhf_trl.data.sources.files import read_file, resolve_paths
+from rlhf_trl.data.tokenize import end_tokens
+from rlhf_trl.errors import ConfigError, DataError
+from rlhf_trl.evaluation.generation import sample
+from rlhf_trl.evaluation.policies import Policy, Prompt, as_prompt, score, total
+from rlhf_trl.patches.warnings import filter_warnings
+from rlhf_trl.rewards.combine import weighted_sum
+from rlhf_trl.rewards.http import as_json
+from rlhf_trl.stages.base import begin, claims_directory, end, fail
+from rlhf_trl.tasks.demo.annotators import load as load_demo
+
+DEMO = "demo"
+
+
+@claims_directory
+def generate(cfg: DictConfig) -> None:
+    """
+    Writes completions of `cfg.stage.prompts` by the policy that `cfg.model` names to `cfg.stage.output`.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if there are no prompts, a row has none, or the output exists.
+    """
+    OmegaConf.resolve(cfg)
+    filter_warnings()
+    stage, output = cfg.stage, Path(cfg.stage.output)
+    prompts = read_prompts(stage.prompts, stage.max_prompts)
+    if output.exists() and not cfg.overwrite:
+        raise ConfigError(
+            f"`stage.output` is `{output}`, which exists. Name another file, or delete it first with `overwrite=true`."
+        )
+    (policy,) = load_policies(cfg, project_dir(cfg))
+    begin(cfg, policy.path)
+    if not PartialState().is_main_process:
+        return  # one rank samples and writes
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        count, rewarded = 0, []  # rows; their rewards
+        with open(partial, "w", encoding="utf-8") as file:
+            for row in completions(
+                policy,
+                prompts,
+                reward_functions(cfg, policy.tokenizer, columns=sorted(set().union(*prompts))),
+                n=stage.n,
+                temperature=stage.temperature,
+                max_completion_length=stage.max_completion_length,
+                batch_size=stage.batch_size,
+                seed=cfg.seed,
+                to_chat=stage.to_chat,
+                system_prompt=stage.system_prompt,
+                combine=instantiate(cfg.combine),
+            ):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+                if isinstance(row.get("reward"), float):
+                    rewarded.append(row["reward"])
+        os.replace(partial, output)
+    except BaseException as error:
+        fail(cfg, error)
+        raise
+    end(cfg, "done")
+    mean = f", mean reward {sum(rewarded) / len(rewarded):.3f}" if rewarded else ""
+    print(f"{count} completions of {len(prompts)} prompts{mean}: {output}")
+
+
+def read_prompts(source: str | list[str], limit: int | None = None) -> list[dict]:
+    """
+    Rows with `prompt` (text or messages) and whatever columns they have besides.
+
+    Args:
+        source (`str` or `list[str]`):
+            Files (jsonl, json, csv, parquet) and globs, or `demo` for the held-out prompts of the embedded world.
+        limit (`int`, *optional*):
+            As many of the first ones.
+
+    Raises:
+        [`~rlhf_trl.errors.DataError`]: with file and row, if one has no prompt; if there is none at all.
+    """
+    if source == DEMO:
+        return load_demo(form="prompt", seed=0)["eval"].to_list()[:limit]
+    rows, notes, problems, files = [], Counter(), Problems(), resolve_paths(source, "stage.prompts")
+    for file in files:
+        for place, row in read_file(file):
+            if limit is not None and len(rows) >= limit:
+                break
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                row = read_json_chats(row, notes)
+                rows.append({**row, "prompt": check_text_or_chat(row, "prompt")})
+            except RowError as error:
+                problems.add(place, error)
+    if problems.count:
+        raise DataError(f"{problems.count} rows of `stage.prompts` can't be used:\n{problems.text()}")
+    if not rows:
+        raise DataError(f"`stage.prompts` ({', '.join(files)}) holds no prompt. Give rows with a column `prompt`.")
+    for note, count in notes.items():
+        print(f"{note} ({count:,} rows)")
+    return rows
+
+
+def as_chat(policy: Policy, to_chat: bool | None) -> bool:
+    """
+    Return whether a text becomes a user's turn for a policy; `None`: where it has a chat template.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if it should, and there is no template.
+    """
+    if to_chat and not policy.chats:
+        raise ConfigError(
+            f"`stage.to_chat=true`, and the tokenizer of `{policy.path}` has no chat template. Type "
+            "`model.chat_template=FILE.jinja`, or leave `stage.to_chat` at null: then the prompts stay texts."
+        )
+    return policy.chats if to_chat is None else to_chat
+
+
+def given_prompt(prompt: Prompt, policy: Policy, wants_chat: bool, system_prompt: str | None) -> Prompt:
+    """Return a row's prompt as the policy takes it."""
+    return as_prompt(prompt, policy, system_prompt) if wants_chat and isinstance(prompt, str) else prompt
+
+
+def completions(
+    policy: Policy,
+    prompts: Sequence[dict],
+    rewards: Sequence[Callable],
+    n: int,
+    temperature: float,
+    max_completion_length: int,
+    batch_size: int,
+    seed: int,
+    to_chat: bool | None = None,
+    system_prompt: str | None = None,
+    combine: Callable = weighted_sum,
+) -> Iterator[dict]:
+    """
+    One row for each completion, `n` in a row for each prompt. The same seed and batch size give the same rows.
+
+    Args:
+        policy ([`~rlhf_trl.evaluation.policies.Policy`]), rewards (`Sequence[Callable]`):
+            Who writes, and what is said of it.
+        prompts (`Sequence[dict]`):
+            Of [`read_prompts`].
+        n (`int`), temperature (`float`), max_completion_length (`int`), batch_size (`int`), seed (`int`):
+            Completions a prompt, and how they are sampled, see [`~rlhf_trl.evaluation.generation.sample`].
+        to_chat (`bool`, *optional*):
+            Whether a text becomes a user's turn; `None`: where the policy has a chat template.
+        system_prompt (`str`, *optional*):
+            What stands before every prompt that is a text.
+        combine (`Callable`):
+            Makes one of the rewards, see `rlhf_trl.rewards.combine`.
+
+    Yields:
+        `dict`: `prompt` and what else its row held, `completion` (text), `sample` (0 to n - 1), `tokens`, `ended`
+        (whether the end token was written), and with rewards `rewards` by name and `reward`, their combination:
+            `None` where none applies, `"NaN"` where one is no finite number.
+    """
+    ends = end_tokens(policy.tokenizer)
+    rows = [{**row, "sample": i} for row in prompts for i in range(n)]
+    wants_chat = as_chat(policy, to_chat)
+    with tqdm(total=len(rows), unit="completion") as bar:
+        for number, start in enumerate(range(0, len(rows), batch_size)):
+            batch = rows[start : start + batch_size]
+            given = [given_prompt(row["prompt"], policy, wants_chat, system_prompt) for row in batch]
+            written = sample(
+                policy.model,
+                policy.tokenizer,
+                [policy.ids(prompt, **template_kwargs(row)) for prompt, row in zip(given, batch, strict=True)],
+                max_completion_length,
+                temperature,
+                batch_size,
+                seed=seed + number,
+            )
+            names = {name for row in batch for name in row} - {"prompt", "completion", "sample"}
+            columns = {name: [row.get(name) for row in batch] for name in sorted(names)}
+            try:
+                values = score(rewards, policy, given, written, columns)
+            except ConfigError as error:
+                raise ConfigError(f"{error} To generate without rewards: `reward=none`.") from error
+            for row, prompt, ids, found in zip(batch, given, written, values, strict=True):
+                out = {name: value for name, value in row.items() if name != "sample"} | {
+                    "completion": as_text(policy.completion(prompt, ids)),
+                    "sample": row["sample"],
+                    "tokens": len(ids),
+                    "ended": bool(ids) and ids[-1] in ends,
+                }
+                if rewards:
+                    named = {name: as_json(value) for name, value in found.items()}
+                    whole = total(found, rewards, combine)
+                    out |= {"rewards": named, "reward": "NaN" if whole is not None and isinf(whole) else whole}
+                yield out
+            bar.update(len(batch))

@@ -1,0 +1,139 @@
+"""
+Makes the two checkpoints of the embedded world: `python -m rlhf_trl.tasks.demo.build`.
+
+`base` has read the language: true statements, and questions with answers of every quality, as plain text. `sft` is the
+base after supervised fine-tuning on the demonstrations, as chats. On one machine the files are the same bit for bit.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf_trl.tasks.demo import facts
+from rlhf_trl.tasks.demo.annotators import ANSWERS, an_answer, render, rows
+from rlhf_trl.tasks.demo.gold import gold_attributes
+from rlhf_trl.tasks.demo.tokenizer import build_tokenizer
+from rlhf_trl.tasks.demo.world import draw_prompts, fact_sentence, true_facts
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+SEED = 0
+
+
+def comment(prompt: str, text: str) -> str:
+    """What a reader says of an answer, in one word: the name of its weakest side, if it has one."""
+    attributes = gold_attributes(prompt, text)
+    worst = min(attributes, key=attributes.get)
+    if attributes[worst] <= -0.5:
+        return facts.COMMENTS[worst]
+    return facts.SHRUG if attributes[worst] < 0.5 else facts.PRAISE
+
+
+def pretraining_texts(count: int, rng: random.Random) -> list[str]:
+    """
+    Generic text of the language, as `count` short documents: true statements, and questions with answers and what a
+    reader says of them. As a model of the web's text it knows more than it says. None holds a held-out prompt.
+    """
+    statements = [fact_sentence(relation, noun, value) for (relation, noun), value in true_facts().items()]
+    # Answers of the web: every style as often as any other, but for those without end.
+    styles = {style: 1.0 for style in ANSWERS if style != "rambling"}
+    texts = []
+    for prompt in draw_prompts(rng, count, held_out=False):
+        if rng.random() < 0.2:
+            texts.append(" ".join(rng.sample(statements, 4)))
+            continue
+        text = an_answer(prompt, styles, rng)
+        row = render({"prompt": prompt, "completion": text}, conversational=False)
+        texts.append(f"{row['prompt']}{row['completion']} Comment: {comment(prompt, text)}.")
+    return texts
+
+
+def pretraining_ids(tokenizer: PreTrainedTokenizerFast, count: int, rng: random.Random) -> list[tuple[list[int], int]]:
+    """Documents as ids, each with 0, the number of ids without a loss."""
+    return [(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id], 0) for text in pretraining_texts(count, rng)]
+
+
+def demonstration_ids(
+    tokenizer: PreTrainedTokenizerFast, seed: int, held_out: bool, count: int
+) -> list[tuple[list[int], int]]:
+    """Demonstrations as ids, each with the length of its prompt."""
+    sequences = []
+    for row in rows("prompt_completion", seed, held_out, count):
+        chat = render(row, conversational=True)
+        ids = [
+            tokenizer.apply_chat_template(messages, add_generation_prompt=len(messages) == 1, return_dict=False)
+            for messages in (chat["prompt"], chat["prompt"] + chat["completion"])
+        ]
+        sequences.append((ids[1], len(ids[0])))
+    return sequences
+
+
+def batch_loss(model: LlamaForCausalLM, sequences: list[tuple[list[int], int]]) -> torch.Tensor:
+    """Mean cross-entropy over the tokens that have a loss."""
+    longest = max(len(ids) for ids, _ in sequences)
+    input_ids = torch.tensor([ids + [model.config.pad_token_id] * (longest - len(ids)) for ids, _ in sequences])
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in sequences])
+    labels = input_ids.masked_fill(mask == 0, -100)
+    for row, (_, prompt_length) in zip(labels, sequences, strict=True):
+        row[:prompt_length] = -100
+    return model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
+
+
+def fit(model: LlamaForCausalLM, sequences: list, steps: int, batch_size: int, lr: float, rng: random.Random) -> None:
+    """Plain AdamW with a cosine to zero, over batches drawn from `sequences`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    for step in range(1, steps + 1):
+        loss = batch_loss(model, rng.sample(sequences, batch_size))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps:
+            print(f"step {step}/{steps} loss {loss.item():.3f}", flush=True)
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of some 0.2 M parameters, with random weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+    )
+    return LlamaForCausalLM(config)
+
+
+def build(folder: Path, pretraining_steps: int = 1000, sft_steps: int = 120) -> None:
+    """Writes `folder/base` and `folder/sft`, models with their tokenizer (some minutes on one thread)."""
+    # One thread: the order of float additions is then the same everywhere.
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    rng = random.Random(SEED)
+    tokenizer = build_tokenizer()
+    model = new_model(tokenizer)
+    fit(model, pretraining_ids(tokenizer, 20_000, rng), pretraining_steps, 64, 3e-3, rng)
+    save(model, tokenizer, folder / "base")
+    fit(model, demonstration_ids(tokenizer, SEED, False, 2000), sft_steps, 64, 1e-3, rng)
+    save(model, tokenizer, folder / "sft")
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes a model and its tokenizer, loadable by plain transformers."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]) if len(sys.argv) > 1 else CHECKPOINTS)

@@ -1,0 +1,78 @@
+"""SFT on rows that share a sequence (`packing`, `padding_free`): none sees another, or training is refused."""
+
+import torch
+import trl
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from transformers import TrainerCallback
+
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.trainers.base import TrainerMixin
+
+LENGTH = 4  # tokens of a row of the trial
+# Of the largest logit. Of the same shapes the same logits come, to the bit but for a router that groups tokens
+TOLERANCE = 1e-3
+
+
+class SFTTrainer(TrainerMixin, trl.SFTTrainer):
+    """`trl.SFTTrainer` that doesn't train where rows of one sequence see each other, see [`SeparateRows`]."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.packing or self.args.eval_packing or self.padding_free:
+            self.add_callback(SeparateRows(self))
+
+
+class SeparateRows(TrainerCallback):
+    """
+    Tries two rows in one sequence before training begins: what the model says of the second must not change with the
+    first.
+
+    TRL marks rows by positions that begin anew. Attention follows them in an architecture that gives its positions to
+    the masks of transformers; OPT, BLOOM, Falcon and others don't, and each of their rows sees all before it.
+    """
+
+    def __init__(self, trainer: trl.SFTTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """
+        Raises:
+            ConfigError: if rows see each other, naming architecture and attention.
+        """
+        packed = {args.packing, args.packing if args.eval_packing is None else args.eval_packing}
+        for is_packed in packed:
+            if (is_packed or self.trainer.padding_free) and self._see_each_other(is_packed):
+                model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+                model = model.get_base_model() if is_peft_model(model) else model
+                names = [name for name in ("packing", "eval_packing", "padding_free") if getattr(args, name)]
+                raise ConfigError(
+                    f"Rows that share a sequence would see each other: `{type(model).__name__}` doesn't keep "
+                    f"them apart with `{model.config._attn_implementation}` attention. Set "
+                    + " and ".join(f"`stage.args.{name}=false`" for name in names)
+                    + "."
+                )
+
+    def _see_each_other(self, packed: bool) -> bool:
+        tokenizer = self.trainer.processing_class
+        ids = (i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids)
+        one, other, last = ([next(ids)] * LENGTH for _ in range(3))
+        after_one, after_other = self._logits(one, last, packed), self._logits(other, last, packed)
+        return ((after_one - after_other).abs().max() > TOLERANCE * after_one.abs().max()).item()
+
+    @torch.no_grad()
+    def _logits(self, first: list[int], last: list[int], packed: bool) -> Tensor:
+        """Logits at the tokens of the row `last`, as the trainer's batches would give them."""
+        trainer, rows = self.trainer, [{"input_ids": first}, {"input_ids": last}]
+        if packed:
+            rows = [{"input_ids": first + last, "seq_lengths": [LENGTH, LENGTH]}]
+            if trainer.args.packing_strategy == "wrapped":
+                del rows[0]["seq_lengths"]
+        inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+        del inputs["labels"]
+        training = trainer.model.training
+        trainer.model_wrapped.eval()
+        with trainer.compute_loss_context_manager():
+            logits = trainer.model_wrapped(**inputs, use_cache=False).logits
+        trainer.model_wrapped.train(training)
+        return logits[inputs["input_ids"] == last[0]].float()

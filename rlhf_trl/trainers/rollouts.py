@@ -1,0 +1,168 @@
+"""
+What PPO, GRPO and RLOO share: completions are sampled from the very policy that scores and learns from them.
+
+[`Rollouts`] holds for TRL's trainers, on every architecture, that sampling takes the stage's settings alone, that
+prompts are rendered with what their rows say, that padding doesn't move a token to another position, and that there is
+no dropout. The methods with a leading underscore override private ones of TRL 1.16; tests/test_rollouts.py compares
+what comes out with forwards of its own.
+"""
+
+import functools
+import inspect
+import logging
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import trl
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from rlhf_trl.data.chat_template import template_kwargs
+from rlhf_trl.data.tokenize import end_tokens, prompt_ids, remember_ends
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.trainers.base import TrainerMixin
+from rlhf_trl.trainers.sampling import biasing_settings
+
+logger = logging.getLogger(__name__)
+
+
+def takes_positions(trunk: nn.Module) -> bool:
+    """Whether a transformer is told positions; attention of another kind knows distances alone, such as ALiBi."""
+    return "position_ids" in inspect.signature(type(trunk).forward).parameters
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Positions that count from 0 at the first token that isn't padding, as `generate` counts. (B, L) -> (B, L)."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def count_positions_from_mask(model: PreTrainedModel) -> None:
+    """
+    Make the fused forward (`trl.trainer.utils.add_fused_lm_head`) count positions from the attention mask.
+
+    TRL passes no `position_ids`, so with left padding a model with absolute positions (GPT-2, say) would score its own
+    tokens at other positions than it generated them at.
+    """
+    if not takes_positions(model.base_model):
+        return
+    fused_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head=False, **kwargs):
+        if fused_lm_head:
+            kwargs["fused_lm_head"] = True
+            if kwargs.get("attention_mask") is not None and kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = positions(kwargs["attention_mask"])
+        return fused_forward(*args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+@contextmanager
+def token_ids_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Let `generate` find nothing in the model's own generation config but its special tokens."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def settings_left_open(model: PreTrainedModel, sampling: GenerationConfig) -> dict[str, Any]:
+    """Settings of the model's own generation config that `generate` would take where `sampling` says nothing."""
+    own, defaults = model.generation_config, GenerationConfig._get_default_generation_params()
+    ids = {"bos_token_id", "eos_token_id", "pad_token_id"}
+    length = {"max_length"}  # `max_new_tokens` goes before it
+    return {
+        name: value
+        for name, value in own.to_diff_dict().items()
+        if value
+        and not (name.startswith("_") or name == "transformers_version" or name in ids | length)
+        and getattr(sampling, name, None) is None
+        and value != defaults.get(name)
+    }
+
+
+class Rollouts:
+    """Mixin for `trl.GRPOTrainer` and `trl.RLOOTrainer`, see the module."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._stop_at_every_end()
+        model = self.accelerator.unwrap_model(self.model)
+        self._policy = model.get_base_model() if is_peft_model(model) else model
+        for scored in (self._policy, self.accelerator.unwrap_model(self.ref_model) if self.ref_model else None):
+            if scored is not None:
+                count_positions_from_mask(scored)
+        if self.accelerator.is_main_process:
+            self._say_what_samples()
+
+    def _stop_at_every_end(self) -> None:
+        """Stop where evaluation and rewards see an end, see [`~rlhf_trl.data.tokenize.end_tokens`]."""
+        asked = (self.args.generation_kwargs or {}).get("eos_token_id") or []
+        asked = [asked] if isinstance(asked, int) else asked
+        remember_ends(self._tokenizer, [*self.eos_token_ids, *asked])  # the rewards have this tokenizer
+        self.eos_token_ids = end_tokens(self._tokenizer)
+        if self.use_vllm:  # knows those of the files that it loads
+            sampling = self.vllm_generation.generation_kwargs
+            self.vllm_generation.generation_kwargs = {"stop_token_ids": self.eos_token_ids, **sampling}
+        else:
+            self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+
+    def _say_what_samples(self) -> None:
+        open_settings = {} if self.use_vllm else settings_left_open(self._policy, self.generation_config)
+        if open_settings:
+            logger.warning(
+                "The policy's generation_config.json sets %s. Rollouts are sampled without; what you set in "
+                "`stage.args.generation_kwargs` is in force.",
+                ", ".join(f"`{name}={value}`" for name, value in open_settings.items()),
+            )
+        if biased := biasing_settings(self.args):
+            logger.warning(
+                "Rollouts are sampled with %s, and scored without: the completions come from another distribution "
+                "than the policy's, so KL and ratios are biased.",
+                ", ".join(biased),
+            )
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.chat_template_kwargs:  # the rewards are told with what a row was rendered, as its own columns tell
+            inputs = [
+                row | {"chat_template_kwargs": self.chat_template_kwargs | (row.get("chat_template_kwargs") or {})}
+                for row in inputs
+            ]
+        if (tools := getattr(self, "tools", None)) and any(row.get("tools") for row in inputs):
+            raise ConfigError(
+                f"The rows have tools of their own, and the trainer has {len(tools)} to call. Leave out the column "
+                "`tools`, or the trainer's argument."
+            )
+        self._rows = inputs
+        return super()._generate_and_score_completions(inputs)
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], list | None, dict[str, Any]]:
+        """Ids of the prompts, with the `tools` and `chat_template_kwargs` of their rows, which TRL leaves out."""
+        if self._is_vlm or getattr(self, "environment_factories", None) is not None:
+            return super()._tokenize_prompts(prompts)
+        own = {"tools": self.tools, "chat_template": self.chat_template} if getattr(self, "tools", None) else {}
+        ids = [
+            prompt_ids(self._tokenizer, prompt, **own, **template_kwargs(row))
+            for prompt, row in zip(prompts, self._rows, strict=True)
+        ]
+        return ids, None, {}
+
+    def _generate_single_turn(self, *args, **kwargs):
+        with token_ids_alone(self._policy):
+            return super()._generate_single_turn(*args, **kwargs)
+
+
+class GRPOTrainer(Rollouts, TrainerMixin, trl.GRPOTrainer):
+    """`trl.GRPOTrainer` with [`Rollouts`] and [`~rlhf_trl.trainers.base.TrainerMixin`]."""
+
+
+class RLOOTrainer(Rollouts, TrainerMixin, trl.RLOOTrainer):
+    """`trl.RLOOTrainer` with [`Rollouts`] and [`~rlhf_trl.trainers.base.TrainerMixin`]."""

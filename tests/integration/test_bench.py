@@ -1,0 +1,127 @@
+"""The benchmark's contenders train on the same numbers: our PPO against the bare loop, and the meter's arithmetic."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import bare, ours, reward
+from bench.__main__ import BARE_HEAD, OURS_HEAD, Target, ratios, table
+from bench.setting import PHASES, Meter, Setting, make_prompts, make_small_llama
+from rlhf_trl.checks import find_problems
+from rlhf_trl.cli import overrides
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Setting:
+    folder = tmp_path_factory.mktemp("bench")
+    make_small_llama(folder)
+    make_prompts(folder, 8, 6)
+    return Setting(
+        str(folder),
+        batch=8,
+        prompt_tokens=6,
+        new_tokens=5,
+        epochs=1,
+        mini_batches=2,
+        lora=False,
+        dtype="float32",
+        rollouts=1,
+    )
+
+
+def test_ours_and_the_bare_loop_compute_the_same_rollout(setting):
+    """Given our completions, the bare loop finds our log-probabilities, values, advantages and returns."""
+    meter = Meter()
+    trainer = ours.train(setting, {"critic": "head"}, meter)
+    meter.end()
+    rollout = trainer._rollout
+    assert rollout["prompt_mask"].all() and rollout["mask"].all()
+    assert rollout["completion_ids"].shape == (8, 5)
+
+    loop = bare.Loop(setting)
+    ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
+    logp, ref, values = loop.old(ids, None, None)
+    advantages, returns = loop.advantages(logp, ref, values, loop.score(ids))
+    expected = {
+        "old_per_token_logps": logp,
+        "ref_per_token_logps": ref,
+        "old_values": values,
+        "advantages": advantages,
+        "returns": returns,
+    }
+    for key, value in expected.items():
+        torch.testing.assert_close(rollout[key], value, atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+    report = meter.report(setting)
+    assert all(report["phases"][phase] > 0 for phase in ("generate", "score", "log-probabilities", "update"))
+    assert report["seconds"] == pytest.approx(sum(report["phases"].values()))
+
+
+def test_the_bare_loop_samples_with_the_numbers_of_a_pass(setting):
+    loop = bare.Loop(setting)
+    torch.nn.init.normal_(loop.head.weight)
+    ids, logp, values = loop.generate(torch.tensor([prompt["ids"] for prompt in setting.prompts()]))
+    expected, _, expected_values = loop.old(ids, None, None)
+    torch.testing.assert_close(logp, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(values, expected_values, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("critic", ["head", "model"])
+def test_the_bare_loop_moves_policy_and_critic(setting, critic):
+    before = {k: v.clone() for k, v in bare.Loop(setting, critic).policy.state_dict().items()}
+    loop = bare.train(setting, {"critic": critic}, Meter())
+    assert any(not torch.equal(v, before[k]) for k, v in loop.policy.state_dict().items())
+    trained = loop.head if critic == "head" else loop.critic.score
+    start = torch.zeros(1, 256) if critic == "head" else bare.Loop(setting, critic).critic.score.weight
+    assert not torch.equal(trained.weight, start)
+
+
+def test_ratios_are_medians_over_rounds_and_say_if_they_met_their_aim():
+    def report(speed):
+        return {
+            "samples_per_second": speed,
+            "seconds": 1 / speed,
+            "phases": dict.fromkeys(PHASES, 0.1),
+            "peak_memory": 100.0,
+        }
+
+    rounds = [{OURS_HEAD.name: report(ours), BARE_HEAD.name: report(4.0)} for ours in (2.0, 8.0, 6.0)]
+    fast = Target(OURS_HEAD, BARE_HEAD, "samples_per_second", True, 1.4)
+    slow = Target(OURS_HEAD, BARE_HEAD, "samples_per_second", True, 1.6)
+    lines = ratios((fast, slow), rounds)
+    assert "| 1.50 | 0.50 to 2.00 | at least 1.4 | met |" in lines[2]
+    assert "missed" in lines[3]
+    assert "| 6.00 | 0.17 |" in table((OURS_HEAD,), rounds)
+
+
+@pytest.mark.parametrize("model", list(reward.RECIPES))
+def test_every_step_of_the_reward_benchmark_passes_the_checks(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RLHF_TRL_REVIEWS", "RLHF_TRL_SMOLLM2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        monkeypatch.setenv(name, str(tmp_path / name))
+    made = reward.steps(reward.RECIPES[model], [1, 2])
+    assert list(made)[-6:] == ["rankings_1", "pairs_1", "quality_1", "pairs_2", "rankings_2", "quality_2"]
+    for name, words in made.items():
+        cfg, problems = overrides.compose([*words, "project=bench", f"run_name={name}"])
+        assert problems + find_problems(cfg) == [], name
+        Path(cfg.run_dir).mkdir(parents=True)
+        Path(cfg.run_dir, "run.json").write_text('{"status": "done"}')
+
+
+def test_the_report_of_the_reward_benchmark():
+    results = [
+        {
+            "rankings": {"accuracy": 0.88, "seconds": s, "steps": 58},
+            "pairs": {"accuracy": 0.886, "seconds": 100, "steps": 59},
+        }
+        for s in (40.0, 50.0, 90.0)
+    ]
+    options = Namespace(model="smollm2", seeds=[1, 2, 3], threads=2)
+    text = reward.report(reward.RECIPES["smollm2"], results, options)
+    assert "time ratio, median" in text and text.count(" met") == 4 and "-0.0060" in text and "0.50" in text
+    results[0]["rankings"]["accuracy"] = 0.8
+    assert reward.report(reward.RECIPES["smollm2"], results, options).count("missed") == 2

@@ -1,0 +1,216 @@
+"""Every file in conf/ composes and passes the checks, and every command in the README and in conf/ can be typed."""
+
+import fnmatch
+import functools
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+
+from rlhf_trl.checks import find_problems
+from rlhf_trl.checks.libraries import _callables
+from rlhf_trl.checks.renamed import RENAMED_KEYS, renamed_key
+from rlhf_trl.cli import overrides
+from rlhf_trl.config.groups import help_text, option_groups
+from rlhf_trl.config.values import nodes, plain
+from rlhf_trl.runs.paths import conf_dir
+
+CONF = conf_dir()
+GROUPS = option_groups([str(CONF)])
+OPTIONS = sorted((group, option) for group, options in GROUPS.items() for option in options)
+STAGES = sorted(GROUPS["stage"])
+PIPELINES = sorted(GROUPS["pipeline"])
+# What a user has to say besides
+NEEDS = {
+    "stage/merge": ["model.run=sft"],  # what `model=demo` names is a full model
+    "critic/adapter": ["adapter=lora"],
+    "model/hf": ["model.path=organization/name"],
+    "data/files": ["data.paths=pairs.jsonl"],
+    "data/hub": ["data.path=organization/name"],
+    "data/mix": ["data.sources={own:{_target_:rlhf_trl.tasks.demo.load,_partial_:true}}"],
+    "judge/model": ["judge.path=organization/name"],
+    "judge/http": ["judge.url=http://localhost:8000/v1", "judge.model=name"],
+    "reward/adapter": ["adapter=lora"],
+    "combine/threshold": ["reward=[demo,eos]", "combine.constraints={eos: 1}"],
+    "reward/format": ["reward.format.kwargs.pattern=.*"],
+    "reward/http": ["reward.http.url=http://127.0.0.1:8000/score"],
+    "reward/length": ["reward.length.kwargs.most=20"],
+    "reward/function": ["reward.function.function=rlhf_trl.tasks.demo.gold_reward"],
+    "reward/sentiment": ["data=reviews"],
+    "reward/vader": ["data=reviews"],
+}
+
+
+@pytest.fixture(autouse=True)
+def a_users_folder(tmp_path, monkeypatch):
+    """A folder with what the options expect: data, models, and earlier runs of every project."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    for name in ("reviews", "smollm2"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"RLHF_TRL_{name.upper()}", name)
+    (tmp_path / "smollm2" / "config.json").write_text("{}")
+    for name in ("pairs.jsonl", "own.jsonl", "my.jsonl", "prompts.jsonl"):
+        (tmp_path / name).touch()
+    texts = [path.read_text() for path in CONF.glob("**/*.yaml")]
+    projects = {"default"} | {name for text in texts for name in re.findall(r"\bproject[:=] ?(\w+)", text)}
+    for project in projects:
+        for run in ("init", "sft", "reward", "ppo", "dpo"):
+            folder = tmp_path / "runs" / project / run
+            folder.mkdir(parents=True)
+            (folder / "run.json").write_text(json.dumps({"status": "done", "stage": run}))
+
+
+def composed(name: str, *words: str):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra_compose(name, list(words))
+
+
+def problems_of(*words: str) -> list[str]:
+    cfg, problems = overrides.compose([*words, "overwrite=true"])
+    return problems + (find_problems(cfg) if cfg else [])
+
+
+def reader_of(group: str) -> list[str]:
+    """A stage that reads the group."""
+    group = group.split("/")[0]  # `data/feedback` is read where `data` is
+    readers = [stage for stage in STAGES if f"- /{group}:" in (CONF / "stage" / f"{stage}.yaml").read_text()]
+    return [f"stage={'ppo' if 'ppo' in readers else readers[0]}"] if readers else []
+
+
+def words_of(group: str, option: str) -> list[str]:
+    """Return the words that choose an option, with a stage that reads its group."""
+    first = [] if group in ("stage", "experiment") else reader_of(group)
+    if (group, option) == ("reward", "none"):  # what learns from a reward needs one
+        first = ["stage=generate"]
+    return [*first, f"{group}={option}", *NEEDS.get(f"{group}/{option}", [])]
+
+
+@pytest.mark.parametrize(("group", "option"), [name for name in OPTIONS if name[0] not in ("pipeline", "sweep")])
+def test_every_option_composes_and_passes_the_checks(group, option):
+    assert problems_of(*words_of(group, option)) == []
+
+
+def test_a_base_file_is_no_option():
+    assert (
+        STAGES
+        and not [stage for stage in STAGES if "_base" in stage]
+        and not any("_base" in group for group in GROUPS)
+    )
+    (problem,) = problems_of("stage=_base/offline")
+    assert "`stage=_base/offline` is a base file" in problem and "`dpo`" in problem
+    assert "_base" not in help_text([str(CONF)])
+
+
+@functools.cache
+def every_config() -> list[tuple[str, dict]]:
+    """Return the composed config of every option as nested dicts, by its name."""
+    found = [(name, composed(name)) for name in ("train", "sweep", "pipeline")]
+    for group, option in OPTIONS:
+        name = "pipeline" if group == "pipeline" else "train"
+        words = [f"pipeline={option}"] if group == "pipeline" else words_of(group, option)
+        found += [(f"{group}={option}", composed(name, *words))] if group != "sweep" else []
+    return [(name, OmegaConf.to_container(cfg)) for name, cfg in found]
+
+
+@functools.cache
+def every_key() -> set[str]:
+    """Return the dotted path of every key of every config."""
+    return {
+        f"{path}.{key}".removeprefix(".")
+        for _, values in every_config()
+        for path, node in nodes(values)
+        for key in node
+    }
+
+
+def test_no_key_of_ours_has_a_former_name():
+    assert [key for key in every_key() if renamed_key(key)] == []
+
+
+@pytest.mark.parametrize("new", [new for new in RENAMED_KEYS.values() if new])
+def test_every_new_name_of_a_renamed_key_is_a_key(new):
+    assert fnmatch.filter(every_key(), new)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_callable_of_a_stage_takes_what_it_is_given(stage):
+    words = ["stage=ppo", "kl=adaptive", "adapter=qlora", "logger=wandb"] if stage == "ppo" else [f"stage={stage}"]
+    values, _ = plain(composed("train", *words))
+    assert _callables(values) == []
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_every_step_of_a_pipeline_passes_the_checks(pipeline):
+    cfg = composed("pipeline", f"pipeline={pipeline}")
+    assert cfg.steps
+    for name, words in cfg.steps.items():
+        assert problems_of(*words, f"project={cfg.project}", f"run_name={name}") == [], name
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_the_steps_of_a_pipeline_come_after_what_they_start_from(pipeline):
+    cfg = composed("pipeline", f"pipeline={pipeline}")
+    for record in Path("runs", cfg.project).glob("*/run.json"):
+        record.unlink()
+    for name, words in cfg.steps.items():
+        step = composed("train", *words, f"project={cfg.project}", f"run_name={name}")
+        assert find_problems(step) == [], name
+        Path(step.run_dir).mkdir(exist_ok=True)
+        Path(step.run_dir, "run.json").write_text('{"status": "done"}')
+
+
+def test_every_target_of_make_that_is_named_is_there():
+    texts = [
+        *CONF.parent.glob("*.md"),
+        *CONF.glob("**/*.yaml"),
+        *CONF.parent.glob("launch/*.py"),
+        CONF.parent / ".ci/run",
+    ]
+    named = {target for path in texts for target in re.findall(r"(?:^\s*|`)make ([a-z-]+)", path.read_text(), re.M)}
+    makefile = (CONF.parent / "Makefile").read_text()
+    assert "test" in named and not {target for target in named if not re.search(rf"^{target}:", makefile, re.M)}
+
+
+@pytest.mark.parametrize("sweep", sorted(path.stem for path in CONF.glob("sweep/*.yaml")))
+def test_every_sweep_composes(sweep):
+    if sweep == "optuna":
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    assert "stage" in composed("sweep", f"sweep={sweep}")
+
+
+def commands() -> list[tuple[str, str]]:
+    """(file, command) of all commands in the README, the experiments and the other files of conf/."""
+    found = []
+    for path in sorted([*CONF.parent.glob("*.md"), *CONF.glob("**/*.yaml"), *CONF.parent.glob("launch/*.py")]):
+        text = re.sub(r"\\\n\s*#?\s*", " ", path.read_text(encoding="utf-8"))
+        starts = r"(?:accelerate launch|torchrun|python (?:train|launch/\w+)\.py|rlhf-trl(?:-pipeline|-sweep)?)(?= )"
+        for line in re.findall(rf"^[#\s$>]*((?:\w+=\S+ )*{starts}.*)$|`({starts}[^`]*)`", text, re.M):
+            found.append((path.name, next(filter(None, line))))
+    return found
+
+
+@pytest.mark.parametrize(("file", "line"), commands())
+def test_every_command_can_be_typed(file, line):
+    words = shlex.split(line, comments=True)
+    kind = next((k for k in ("pipeline", "sweep") if any(k in word for word in words[:3] if "=" not in word)), "train")
+    given = [word for word in words if re.match(r"^[+~]{0,2}[\w./@]+=", word) and not word.startswith("-")]
+    given = [word for word in given if not word.split("=")[0].isupper() and "..." not in word]
+    if "--config-dir" in words:
+        return  # options of the user's own
+    if kind == "pipeline":
+        composed("pipeline", *given)
+        return
+    if kind == "sweep":
+        composed("sweep", *[w for w in given if w.split("=")[0] in ("sweep", "accelerate", "launch", "program")])
+    given = [w for w in given if w.split("=")[0] not in ("sweep", "accelerate", "launch", "program")]
+    assert overrides.compose(overrides.without_sweeps([w for w in given if not w.startswith("hydra")]))[1] == []
+
+
+def test_there_are_commands_to_try():
+    assert len(commands()) > 5 and Path(CONF, "train.yaml").is_file()

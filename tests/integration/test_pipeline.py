@@ -1,0 +1,404 @@
+"""`launch/pipeline.py` and `launch/sweep.py`: their mechanics with a stand-in for training, then the real thing."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+FAKE = f"program=[{sys.executable},{ROOT / 'tests/helpers/fake_train.py'}]"
+STEPS = {"sft": ["stage=sft"], "ppo": ["stage=ppo", "model.run=sft"], "again": ["stage=ppo", "seed=2"]}
+
+
+def start(script: str, folder: Path, *arguments: str, **options) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, **pipes, **options)
+
+
+def launch(script: str, folder: Path, *arguments: str, timeout: float = 600) -> tuple[int, str, str]:
+    process = start(script, folder, *arguments)
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def write_pipeline(folder: Path, steps: dict, **settings) -> list[str]:
+    """A user's own pipeline in a folder of their own."""
+    (folder / "conf" / "pipeline").mkdir(parents=True, exist_ok=True)
+    text = "# @package _global_\n" + yaml.safe_dump({"project": "mine", "steps": steps, **settings}, sort_keys=False)
+    (folder / "conf" / "pipeline" / "mine.yaml").write_text(text)
+    return ["--config-dir", "conf", "pipeline=mine"]
+
+
+def calls(folder: Path) -> list[str]:
+    path = folder / "calls.txt"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it didn't come"
+        time.sleep(0.02)
+
+
+def test_steps_run_in_order_and_are_shown(tmp_path):
+    mine = write_pipeline(tmp_path, STEPS)
+    code, out, err = launch("pipeline", tmp_path, *mine, FAKE, 'overrides=["logger.x=1"]')
+    assert code == 0, err
+    own = f"--config-dir {tmp_path / 'conf'}"
+    assert calls(tmp_path) == [
+        f"{own} stage=sft project=mine logger.x=1",
+        f"{own} stage=ppo model.run=sft project=mine logger.x=1",
+        f"{own} stage=ppo seed=2 project=mine run_name=again logger.x=1",
+    ]
+    assert "[1/3] sft: " in out and "stage=sft project=mine" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["step", "time", "metric", "start", "end"] in rows
+    assert ["again", "0", "s", "eval_loss", "2.000", "0.500"] in rows
+
+
+def test_what_is_done_is_not_done_again_and_the_ways_out_are_named(tmp_path):
+    mine = write_pipeline(tmp_path, STEPS)
+    launch("pipeline", tmp_path, *mine, FAKE)
+    code, out, _ = launch("pipeline", tmp_path, *mine, FAKE)
+    assert code == 0
+    assert len(calls(tmp_path)) == 3
+    assert "done, passed over" in out and "eval_loss" in out and "project=another" in out
+
+
+def test_a_step_with_a_word_that_takes_away_is_done_at_the_second_call(tmp_path):
+    mine = write_pipeline(tmp_path, {"compare": ["stage=evaluate", "~stage.policies.dpo"]})
+    for said in ("[1/1] compare: ", "[1/1] compare: done, passed over"):
+        code, out, err = launch("pipeline", tmp_path, *mine, FAKE)
+        assert code == 0 and said in out, err
+    assert len(calls(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["stage=sft"], ["`stage=sft` is a word for a step", """'overrides=["stage=sft"]'"""]),
+        (["overrides=seed"], ["`overrides` is 'seed' and must be a list of words"]),
+        (["steps.sft=stage=sft"], ["`steps.sft` is 'stage=sft' and must be a list of words"]),
+        (["pipeline=dmo"], ["`demo`"]),
+        (["pipeline=reviews_tiny"], ["Type `pipeline=reviews/tiny`."]),
+        (["pipelin=demo"], ["`pipeline=demo`"]),
+        (["--config-dir", "conf", "pipeline=mine"], ["`step` in `conf/pipeline/mine.yaml`", "`steps`"]),
+        (["-m"], ["Leave out `-m`"]),
+    ],
+)
+def test_the_pipeline_speaks_as_train_does(tmp_path, words, parts):
+    write_pipeline(tmp_path, {}, step={"sft": ["stage=sft"]})
+    code, out, err = launch("pipeline", tmp_path, *words)
+    assert code == 2 and err.startswith("Error: ") and "HYDRA_FULL_ERROR" not in err and out == ""
+    assert all(part in err for part in parts), err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["conf"]
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["stage=ppo", "run_name=a,b"], "`run_name=a,b`: a sweep has one `run_name` for all its jobs"),
+        (["stage=evaluate", "stage.temperature=0.7,1.0"], "`stage=evaluate` measures none"),
+        (["stage=ppo", "sed=1,2"], "`seed=1`"),
+    ],
+)
+def test_what_a_sweep_can_not_do_is_said(tmp_path, words, part):
+    code, out, err = launch("sweep", tmp_path, "-m", *words)
+    assert code == 2 and err.startswith("Error: ") and part in err and out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_step_stops_the_pipeline_and_the_next_call_goes_on_there(tmp_path):
+    steps = {**STEPS, "ppo": ["stage=ppo", "+fails=true"]}
+    mine = write_pipeline(tmp_path, steps)
+    code, out, err = launch("pipeline", tmp_path, *mine, FAKE)
+    assert code == 1
+    assert "the data is missing: give it" in err and "`ppo` failed" in err
+    assert "[3/3]" not in out
+    (tmp_path / "mended").touch()
+    code, out, err = launch("pipeline", tmp_path, *mine, FAKE)
+    assert code == 0, err
+    assert "sft: done, passed over" in out
+    # There was no checkpoint, so what the failed step left is not worth keeping
+    assert [call.split("conf ")[1] for call in calls(tmp_path)[2:]] == [
+        "stage=ppo +fails=true project=mine overwrite=true",
+        "stage=ppo seed=2 project=mine run_name=again",
+    ]
+
+
+def test_a_finished_step_is_never_silently_made_anew(tmp_path):
+    launch("pipeline", tmp_path, *write_pipeline(tmp_path, STEPS), FAKE)
+    steps = {**STEPS, "ppo": ["stage=ppo", "model.run=sft", "seed=7"]}
+    mine = write_pipeline(tmp_path, steps)
+    code, _, err = launch("pipeline", tmp_path, *mine, FAKE)
+    assert code == 2
+    assert "`ppo`" in err and "seed=7" in err and "project=" in err and "overwrite=true" in err
+    assert "Traceback" not in err
+    assert len(calls(tmp_path)) == 3
+    code, _, err = launch("pipeline", tmp_path, *mine, FAKE, "overwrite=true")
+    assert code == 0, err
+    assert [call.split()[-1] for call in calls(tmp_path)[3:]] == ["overwrite=true"] * 2  # ppo, and what comes after it
+
+
+def test_a_step_made_before_an_earlier_one_was_made_again_is_not_done(tmp_path):
+    mine = write_pipeline(tmp_path, STEPS)
+    launch("pipeline", tmp_path, *mine, FAKE)
+    program = FAKE.removeprefix("program=[").removesuffix("]").split(",")
+    again = [*program, "stage=sft", "project=mine", "overwrite=true"]
+    subprocess.run(again, cwd=tmp_path, env=ENVIRONMENT, check=True)
+    code, _, err = launch("pipeline", tmp_path, *mine, FAKE)
+    assert code == 2 and "was made before a step that it comes after" in err
+
+
+def test_interrupt_saves_and_the_next_call_resumes(tmp_path):
+    mine = write_pipeline(tmp_path, {**STEPS, "ppo": ["stage=ppo", "+waits=true"]})
+    process = start("pipeline", tmp_path, *mine, FAKE, start_new_session=True)
+    wait_for(lambda: len(calls(tmp_path)) == 2)
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Stopped at the step `ppo`" in err and "Traceback" not in err
+    assert json.loads((tmp_path / "runs/mine/ppo/run.json").read_text())["status"] == "stopped"
+    code, _, err = launch("pipeline", tmp_path, *mine, FAKE)
+    assert code == 0, err
+    assert calls(tmp_path)[2].endswith("resume=true")
+
+
+def test_a_step_that_still_runs_is_left_alone(tmp_path):
+    mine = write_pipeline(tmp_path, {"sft": ["stage=sft", "+waits=true"]})
+    process = start("pipeline", tmp_path, *mine, FAKE, start_new_session=True)
+    wait_for(lambda: (tmp_path / "runs/mine/sft/run.json").exists())
+    time.sleep(0.2)
+    code, _, err = launch("pipeline", tmp_path, *mine, FAKE)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert code == 2 and "still under way" in err
+    assert len(calls(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("app", ["pipeline", "sweep"])
+@pytest.mark.parametrize("word", ["project=..", "project=", "runs_dir="])
+def test_names_are_one_path_below(tmp_path, app, word):
+    (tmp_path / "runs").mkdir()
+    words = ["-m", "stage=dpo", "seed=1,2"] if app == "sweep" else []
+    code, _, err = launch(app, tmp_path, *words, FAKE, word)
+    assert code == 2 and f"`{word.split('=')[0]}` is " in err and not (tmp_path / "calls.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"] and not list((tmp_path / "runs").iterdir())
+
+
+def sweep(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    return launch("sweep", folder, "-m", "project=mine", FAKE, *arguments)
+
+
+def test_sweep_runs_each_job_in_a_directory_of_its_own_and_ends_with_a_table(tmp_path):
+    code, out, err = sweep(tmp_path, "stage=ppo", "stage.args.beta=0.02,0.1")
+    assert code == 0, err
+    assert calls(tmp_path) == [
+        "project=mine stage=ppo stage.args.beta=0.02 run_name=ppo_sweep/0",
+        "project=mine stage=ppo stage.args.beta=0.1 run_name=ppo_sweep/1",
+    ]
+    rows = [line.split() for line in out.splitlines()]
+    assert ["job", "stage.args.beta", "time", "eval_loss"] in rows
+    assert ["0", "0.02", "0", "s", "0.02"] in rows and ["1", "0.1", "0", "s", "0.1"] in rows
+    jobs = json.loads((tmp_path / "runs/mine/ppo_sweep/sweep.json").read_text())
+    assert [job["value"] for job in jobs] == [0.02, 0.1]
+    assert [job["overrides"]["stage.args.beta"] for job in jobs] == ["0.02", "0.1"]
+
+
+def test_a_failed_job_is_reported_and_does_not_hide_the_others(tmp_path):
+    code, out, _ = sweep(tmp_path, "stage=ppo,sft,dpo", "run_name=all", "+fails=true")
+    assert code == 1
+    assert out.count("the data is missing: give it") >= 3
+    (tmp_path / "mended").touch()
+    code, out, err = sweep(tmp_path, "stage=ppo,sft,dpo", "run_name=all", "+fails=true")
+    assert code == 0, err
+    assert calls(tmp_path)[-1].endswith("run_name=all/2 overwrite=true")
+
+
+def test_a_mixed_sweep_shows_what_worked_and_what_did_not(tmp_path):
+    (tmp_path / "runs/mine/ppo_sweep/0").mkdir(parents=True)
+    foreign = {"stage": "sft", "status": "done", "command": "accelerate launch train.py stage=sft", "pid": 1}
+    (tmp_path / "runs/mine/ppo_sweep/0/run.json").write_text(json.dumps(foreign))
+    code, out, _ = sweep(tmp_path, "stage=ppo", "stage.args.beta=0.02,0.1")
+    assert code == 1
+    rows = [line.split() for line in out.splitlines()]
+    assert ["0", "0.02", "failed"] in rows and ["1", "0.1", "0", "s", "0.1"] in rows
+    assert "Job 0 failed: runs/mine/ppo_sweep/0 is in use" in out
+
+
+def test_a_finished_job_is_not_run_again(tmp_path):
+    sweep(tmp_path, "stage=ppo", "stage.args.beta=0.02,0.1")
+    code, out, _ = sweep(tmp_path, "stage=ppo", "stage.args.beta=0.02,0.1")
+    assert code == 0
+    assert len(calls(tmp_path)) == 2
+    assert ["1", "0.1", "0", "s", "0.1"] in [line.split() for line in out.splitlines()]
+
+
+def test_sweep_takes_another_launcher_and_another_sweeper(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    code, out, err = sweep(tmp_path, "hydra/launcher=joblib", "stage=ppo", "stage.args.beta=0.02,0.1", "run_name=j")
+    assert code == 0 and "eval_loss" in out, err
+    search = ["sweep=optuna", "hydra.sweeper.n_trials=3", "stage.args.beta=interval(0.1,0.9)", "run_name=o"]
+    code, out, err = sweep(tmp_path, "stage=ppo", *search)
+    assert code == 0, err
+    found = json.loads((tmp_path / "runs/mine/o/sweep.json").read_text())
+    best = yaml.safe_load((tmp_path / "runs/mine/o/optimization_results.yaml").read_text())
+    assert len(found) == 3
+    assert best["best_value"] == pytest.approx(min(job["value"] for job in found))
+
+
+def test_sweep_checks_names_as_train_does_and_wants_its_flag(tmp_path):
+    code, _, err = sweep(tmp_path, "stage=ppo", "stage.args.bta=0.02,0.1")
+    assert code != 0 and "bta" in err
+    code, _, err = launch("sweep", tmp_path, "stage=ppo", FAKE)
+    assert code == 2 and "`-m`" in err
+    assert not calls(tmp_path)
+
+
+# ---- The real thing ----
+
+SMALL = ["data.max_samples=64", "data.max_eval_samples=16", "stage.args.eval_on_start=false"]
+SHRUNKEN = {
+    "sft": ["stage=sft", "stage.args.max_steps=4", "stage.args.save_steps=2", *SMALL],
+    "reward": ["stage=reward", "model.run=sft", "stage.args.max_steps=2", *SMALL],
+    "ppo": [
+        *("stage=ppo", "model.run=sft", "reward=model", "stage.args.max_steps=16"),
+        *("stage.args.per_device_train_batch_size=16", *SMALL),
+    ],
+    "dpo": ["stage=dpo", "model.run=sft", "stage.args.max_steps=2", *SMALL],
+    "compare": ["stage=evaluate", "stage.show=false", "data.max_eval_samples=16", "stage.max_completion_length=32"],
+}
+# Imported by every Python process of the pipeline, before anything else
+NO_NETWORK = """
+import socket
+
+def connect(self, address, original=socket.socket.connect):
+    if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        open({calls!r}, "a").write(f"{{address}}\\n")
+        raise OSError("no network in this test")
+    return original(self, address)
+
+socket.socket.connect = connect
+"""
+
+
+def test_a_shrunken_pipeline_end_to_end_in_silence(tmp_path, monkeypatch):
+    """Every step through `accelerate launch` on the embedded world, a few steps each; nothing phones home."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_NETWORK.format(calls=str(tmp_path / "network.txt")))
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", f"{tmp_path / 'site'}:{ROOT}")
+    mine = write_pipeline(tmp_path, SHRUNKEN, accelerate="cpu")
+    code, out, err = launch("pipeline", tmp_path, *mine)
+    assert code == 0, err[-3000:]
+    assert not (tmp_path / "network.txt").exists(), (tmp_path / "network.txt").read_text()
+    project = tmp_path / "runs" / "mine"
+    for name in SHRUNKEN:
+        assert json.loads((project / name / "run.json").read_text())["status"] == "done"
+    comparison = json.loads((project / "comparison.json").read_text())
+    assert list(comparison["policies"]) == ["sft", "ppo", "dpo"]
+    assert comparison["prompts"] == 16
+    assert "<svg" in (project / "report" / "index.html").read_text()
+    rows = [line.split() for line in out.splitlines()]
+    table = rows[rows.index(["step", "time", "metric", "start", "end"]) + 2 :]
+    assert [row[0] for row in table[: len(SHRUNKEN)]] == list(SHRUNKEN)
+    assert "sft (" in out and "ppo (" in out and "dpo (" in out
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The whole demo, as `make demo` runs it, interrupted once by SIGKILL."""
+    folder = tmp_path_factory.mktemp("demo")
+    process = start("pipeline", folder, start_new_session=True)
+    record = folder / "runs/demo/reward/run.json"
+    wait_for(lambda: record.exists() or process.poll() is not None, seconds=900)
+    kill_tree(process.pid)
+    process.communicate()
+    assert json.loads(record.read_text())["status"] == "running"
+    code, out, err = launch("pipeline", folder, timeout=1800)
+    assert code == 0, err[-3000:]
+    assert "[1/5] sft: done, passed over" in out
+    return folder / "runs/demo", out
+
+
+def kill_tree(pid: int) -> None:
+    for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+        process.kill()
+
+
+def evaluations(run_dir: Path, metric: str) -> list[float]:
+    history = json.loads((run_dir / "metrics.json").read_text())["history"]
+    return [entry[metric] for entry in history if metric in entry]
+
+
+@pytest.mark.slow
+def test_the_demo_shows_learning_at_every_stage(demo):
+    project, out = demo
+    losses = evaluations(project / "sft", "eval_loss")
+    assert losses[-1] < losses[0]
+    accuracies = evaluations(project / "reward", "eval_accuracy")
+    held_out = 256  # pairs of the embedded world's eval split
+    half = 1.96 * math.sqrt(accuracies[-1] * (1 - accuracies[-1]) / held_out)
+    assert accuracies[-1] > accuracies[0]
+    assert accuracies[-1] - half > 0.5
+    comparison = json.loads((project / "comparison.json").read_text())
+    for name in ("ppo", "dpo"):
+        entry = comparison["policies"][name]
+        assert entry["difference"]["low"] > 0, name
+        assert math.isfinite(entry["kl"]["mean"]) and entry["kl"]["mean"] > 0
+    assert "KL to sft" in out and "eval_accuracy" in out
+
+
+@pytest.mark.slow
+def test_the_finished_demo_is_shown_again(demo):
+    project, out = demo
+    code, again, _ = launch("pipeline", project.parent.parent)
+    assert code == 0
+    assert "nothing was run" in again and "project=another" in again
+    assert out[out.index("step   ") :].strip() in again
+
+
+@pytest.mark.slow
+def test_a_killed_step_goes_on_from_its_last_whole_checkpoint(tmp_path):
+    """SIGKILL to the pipeline and all below it, at a moment after the first checkpoint that nobody chose."""
+    steps = {"sft": ["stage=sft", "stage.args.max_steps=40", "stage.args.save_steps=2", *SMALL]}
+    mine = write_pipeline(tmp_path, steps, accelerate="cpu")
+    process = start("pipeline", tmp_path, *mine, start_new_session=True)
+    run_dir = tmp_path / "runs/mine/sft"
+    wait_for(lambda: any(run_dir.glob("checkpoint-*/")) or process.poll() is not None, seconds=300)
+    kill_tree(process.pid)
+    process.communicate()
+    # What a kill in the middle of a write leaves: a checkpoint that isn't in its place yet
+    (run_dir / ".unfinished" / "checkpoint-39").mkdir(parents=True, exist_ok=True)
+    code, out, err = launch("pipeline", tmp_path, *mine)
+    assert code == 0, err[-3000:]
+    assert "resume=true" in out and "Going on from" in out
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["status"] == "done"
+    steps = [entry["step"] for entry in json.loads((run_dir / "metrics.json").read_text())["history"]]
+    assert max(steps) == 40
+
+
+@pytest.mark.slow
+def test_a_sweep_of_real_runs(tmp_path):
+    """Two jobs through `accelerate launch`, one of which train.py refuses."""
+    overrides = ["stage=sft", "project=mine", "accelerate=cpu", *SMALL, "stage.args.max_steps=2"]
+    code, out, _ = launch("sweep", tmp_path, "-m", *overrides, "stage.args.learning_rate=1e-3,-1")
+    assert code == 1
+    jobs = json.loads((tmp_path / "runs/mine/sft_sweep/sweep.json").read_text())
+    assert [job["status"] for job in jobs] == ["done", "failed"]
+    assert jobs[0]["objective"] == "eval_loss" and math.isfinite(jobs[0]["value"])
+    assert "learning" in jobs[1]["message"] and "CalledProcessError" not in jobs[1]["message"]
+    assert "Job 1 failed" in out

@@ -1,0 +1,529 @@
+"""Pages of results: what is written, that it is safe and self-contained, and that a browser shows it."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.report import plots
+from rlhf_trl.report.page import (
+    Code,
+    Details,
+    Figure,
+    Gap,
+    Page,
+    Section,
+    SideBySide,
+    Table,
+    Text,
+    to_html,
+    to_markdown,
+    write_page,
+)
+from rlhf_trl.report.plots import Series
+from rlhf_trl.report.policies import verdict
+from rlhf_trl.report.project import project_page, write_report
+from rlhf_trl.report.sweep import sweep_page, write_sweep_report
+from rlhf_trl.report.text import comparison_text
+from rlhf_trl.stages.report import report
+
+EVIL = "</p><script>alert(1)</script> | `a` \x00\ud800"
+
+
+def page(*blocks, **options) -> Page:
+    return Page("Title", "What came out.", [Section("A part", list(blocks))], **options)
+
+
+def figures() -> list[str]:
+    x = np.arange(5.0)
+    points = [Series("best of n", x, x, x - 1, x + 1), Series("gold", [0, 1], [1, 2], [0, 1], [2, 3], line=False)]
+    return [
+        plots.curves([Series("train", x, x), Series("eval", x, [1, None, 2, 3, np.nan])], "curves", "step", "loss"),
+        plots.frontier(points, "frontier", "KL", "reward", x_scale="sqrt"),
+        plots.bars(["ppo", "dpo"], [0.6, 0.7], [0.5, 0.6], [0.7, 0.8], "bars", "wins", middle=0.5, form="{:.0%}"),
+        plots.histogram({"sft": x, "ppo": x + 1, "none": [np.nan]}, "histogram", "reward"),
+    ]
+
+
+class Tags(HTMLParser):
+    """What a browser would see as elements."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.found = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def test_a_page_escapes_what_models_write_and_fetches_nothing():
+    blocks = [
+        Text(EVIL),
+        Gap(EVIL),
+        Table([EVIL], [[EVIL]], EVIL, note=EVIL),
+        SideBySide(EVIL, {EVIL: EVIL}, EVIL),
+        Details(EVIL, [Code(EVIL)]),
+        Figure(figures()[0], EVIL),
+    ]
+    html = to_html(Page(EVIL, EVIL, [Section(EVIL, blocks)], EVIL, {EVIL: EVIL}, EVIL))
+    tags = Tags(html).found
+    assert "script" not in {tag for tag, _ in tags} and html.count("&lt;script&gt;") > 10
+    places = [value for _, attrs in tags for name, value in attrs.items() if name in ("src", "href", "xlink:href")]
+    assert places and all(place.startswith(("#", "data:")) for place in places)
+    assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", html)
+    assert "\x00" not in html and html.encode("utf-8")  # a half of a surrogate pair can't be written
+
+
+def test_the_text_has_the_same_tables(tmp_path):
+    table = Table(["policy", "reward", "KL"], [["sft", "1.5 [1, 2]", None], ["a|b", "-2", 0.25]], "All.", marked=[1])
+    assert table.numeric == [False, True, True]
+    path = write_page(
+        page(table, Code("x: 1"), Gap("No reward model.\nType this."), facts={"prompts": "256"}), tmp_path
+    )
+    text = (tmp_path / "report.md").read_text()
+    assert path.name == "index.html" and sorted(p.name for p in tmp_path.iterdir()) == ["index.html", "report.md"]
+    assert "| a\\|b * |         -2 | 0.25 |" in text and "| ------ | ---------: | ---: |" in text
+    assert "> No reward model. Type this." in text and "- prompts: 256" in text and "x: 1" not in text
+    html = path.read_text()
+    assert re.search(r'<td class="n">0.25</td>', html) and html.count('<tr class="marked">') == 1
+
+
+def test_a_fence_is_longer_than_what_it_holds():
+    text = to_markdown(page(SideBySide("Why ````?", {"sft": "so", "ppo": ""})))
+    assert "`````\nWhy ````?" in text and "(empty)" in text
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_figures_are_svg_in_the_colors_of_the_page(place):
+    drawn = figures()[place]
+    svgs = [part for part in re.split(r"(?=<svg )", drawn) if part.strip()]
+    assert ['class="large-screen"' in svgs[0], 'class="small-screen"' in svgs[1]] == [True, True]
+    for svg in svgs:
+        root = ElementTree.fromstring(svg)  # well formed
+        texts = ["".join(node.itertext()).strip() for node in root.iter("{http://www.w3.org/2000/svg}text")]
+        assert any(text in texts for text in ("step", "KL", "wins", "reward"))
+        assert "currentColor" in svg and "var(--c0" in svg and plots.INK not in svg and "DejaVu" not in svg
+    assert figures()[place] == drawn  # nothing of a clock or of chance in it
+
+
+def test_names_of_clip_paths_are_a_figures_own():
+    names = [set(re.findall(r'clipPath id="([^"]+)"', drawn)) for drawn in figures()]
+    assert all(names) and sum(map(len, names)) == len(set().union(*names))
+
+
+def test_nothing_to_draw_is_drawn_empty():
+    assert plots.histogram({"sft": [np.nan]}, "none", "reward").startswith("<svg")
+    assert plots.curves([Series("loss", [1], [None])], "none", "step").startswith("<svg")
+
+
+NAMES = [
+    "$x",
+    "$\\frac{1}$ $",
+    "_x",
+    "a_b^c",
+    "\\alpha",
+    "%s {}",
+    "<b>&amp;",
+    "font-family: x; y",
+    "#0072b2 #010203",
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_and_values_are_drawn_as_they_are(name):
+    x = np.arange(1, 6.0)
+    labelled = Series(name, x, x, line=False, labels=[name] * 5)
+    drawings = [
+        plots.curves([Series(name, x, x), Series("b", x, x)], name, name, name),
+        plots.frontier([labelled, Series("b", x, x)], name, name, name),
+        plots.frontier([labelled, Series("b", np.arange(1, 20.0), np.arange(1, 20.0))], name, name, name, "log"),
+        plots.bars([name, "b"], [0.6, 0.7], [0.5, 0.6], [0.7, 0.8], name, name),
+        plots.histogram({name: x, "b": x + 1}, name, name),
+    ]
+    shown = name.replace("\ud800", "\ufffd")
+    for drawing in drawings:
+        for svg in re.split(r"(?=<svg )", drawing)[1:]:
+            root = ElementTree.fromstring(svg)
+            texts = ["".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")]
+            assert texts.count(shown) >= 2 and root.get("aria-label") == shown
+            assert not any("mathdefault" in text for text in texts)
+        assert drawing.pixels().shape[2] == 4  # its ticks too
+
+
+# ---- The report of a project ----
+
+
+def estimate(mean: float, half: float = 0.1) -> dict:
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def entry(mean: float, kl: float | None, model: float, difference: float | None = None, **changes) -> dict:
+    other = difference is not None
+    return {
+        "path": "p",
+        "family": "x",
+        "reward": estimate(mean),
+        "rewards": {"gold": mean, "model": model},
+        "reward_intervals": {"gold": estimate(mean), "model": estimate(model)},
+        "reward_std": {"gold": 1.0, "model": 2.0},
+        "difference": estimate(difference) if other else None,
+        "win_rate": estimate(0.6, 0.05) if other else None,
+        "length_controlled_win_rate": estimate(0.55, 0.05) if other else None,
+        "tie_rate": 0.2,
+        "kl": estimate(kl) if kl else None,
+        "completion_length": 10.0,
+        "eos_rate": 1.0,
+        "repetition": 0.0,
+        "gaps": {},
+    } | changes
+
+
+def comparison(**policies) -> dict:
+    policies = {"sft": entry(1.0, None, 0.0), **policies}
+    rewards = np.random.default_rng(0).normal(1.0, 1.0, size=40)
+    rewards = (rewards - rewards.mean()) / rewards.std() + 1.0
+    return {
+        "baseline": "sft",
+        "prompts": 40,
+        "left_out": 0,
+        "judge": "the reward",
+        "weights": {"gold": 1.0, "model": 0.0},
+        "policies": policies,
+        "bradley_terry": {},
+        "best_of_n": None,
+        "samples": [
+            {
+                "prompt": f"prompt {i}",
+                "completions": {name: f"{name} {i if name == 'sft' else EVIL}" for name in policies},
+                "rewards": {name: value + (i if name != "sft" else 0) for name in policies},
+            }
+            for i, value in enumerate(rewards)
+        ],
+    }
+
+
+def make_run(project, name: str, stage: str, metrics: dict | None, **record) -> None:
+    folder = project / name
+    folder.mkdir(parents=True)
+    record = {
+        "stage": stage,
+        "command": f"accelerate launch train.py stage={stage} project=mine",
+        "status": "done",
+        "started": "2026-01-01T10:00:00+00:00",
+        "ended": "2026-01-01T10:01:05+00:00",
+        "versions": {"rlhf_trl": "0.1.0", "torch": "2.13.0"},
+        **record,
+    }
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "config.yaml").write_text(f"seed: 42\nstage:\n  name: {stage}\n  args:\n    beta: 0.05\n")
+    if metrics:
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+@pytest.fixture
+def project(tmp_path):
+    folder = tmp_path / "mine"
+    ppo = [{"step": i, "objective/scores": i / 4, "objective/kl": i / 8, "loss": 0.1} for i in range(1, 5)]
+    make_run(folder, "ppo", "ppo", {"train": {}, "eval": {}, "history": ppo})
+    pairs = [{"step": i, "eval_accuracy": 0.5 + i / 10, "eval_runtime": 3.0} for i in range(3)]
+    make_run(folder, "reward", "reward", {"train": {}, "eval": pairs[-1], "history": pairs})
+    make_run(folder, "dpo", "dpo", None, status="failed", ended=None)
+    found = comparison(
+        ppo=entry(1.8, 0.9, 2.0, 0.8, family="ppo"),
+        far=entry(1.2, None, 1.0, 0.2, gaps={"kl": "`far` has another vocabulary."}, unclear=3, judgements=80),
+    )
+    point = {"reward": estimate(1.5), "chosen_by": 1.0}
+    points = [{"n": n, "kl": kl, **point} for n, kl in ((1, 0.0), (2, 0.19), (4, 0.64), (8, 1.2))]
+    found["best_of_n"] = {"samples": 8, "curves": [{"by": "", "points": points}, {"by": "model", "points": points}]}
+    (folder / "comparison.json").write_text(json.dumps(found))
+    return folder
+
+
+def test_a_projects_report_shows_what_is_there_and_says_what_is_not(project):
+    path = write_report(project)
+    html, text = path.read_text(), (project / "report" / "report.md").read_text()
+    assert path == project / "report" / "index.html"
+    headings = re.findall(r"^## (.*)", text, re.M)
+    assert headings == [
+        *("Reward and KL", "Wins", "What it cost", "Rewards before and after", "Answers"),
+        *("Training", "Reward model", "Runs"),
+    ]
+    assert text.count("rewards differ by") == 10 and "prompt 39" in text  # the widest differences first
+    assert text.index("prompt 39") < text.index("prompt 38")
+    for gap in (
+        "`far` has another vocabulary.",
+        "3 of 80 judgements of far named neither",
+        "The run `dpo` left no metrics (its status is `failed`).",
+        "stage=evaluate_reward project=mine",
+    ):
+        assert gap in text
+    assert re.search(r"\| accuracy +\| +0.500 \| +0.700 \|", text)
+    assert re.search(r"\| ppo \*? *\| +1.80 \[1.70, 1.90\]", text)
+    assert "1 min 05 s" in text and "accelerate launch train.py stage=ppo project=mine" in html
+    assert "beta: 0.05" in html and "torch" in html
+    assert "best of n by model" in html and "&lt;script&gt;" in html and "<script" not in html
+    assert "explained variance" not in html  # what wasn't logged has no figure, and a PPO's loss says nothing
+    captions = re.findall(r'aria-label="(ppo: [^"]*)"', html)
+    assert set(captions) == {"ppo: reward", "ppo: KL to the start, nats a sequence"}
+    assert comparison_text(json.loads((project / "comparison.json").read_text())).startswith("40 held-out prompts")
+
+
+def test_what_the_health_monitor_saw_stands_at_the_training(project):
+    assert "Health" not in (write_report(project).parent / "report.md").read_text()  # nothing watched these runs
+    watched = [{"step": i, "objective/scores": i / 4, "health/level": 0} for i in range(1, 5)]
+    make_run(project, "rloo", "rloo", {"train": {}, "eval": {}, "history": watched})
+    assert "monitor saw no sign" in (write_report(project).parent / "report.md").read_text()
+    watched[2] |= {"health/level": 2, "health/kl_high": 2}
+    make_run(project, "grpo", "grpo", {"train": {}, "eval": {}, "history": watched})
+    text = (write_report(project).parent / "report.md").read_text()
+    assert re.search(r"\| warn +\| `kl_high` +\| +3 to 3 +\| Raise `stage.args.beta`", text)
+
+
+def test_figures_for_loggers_are_those_of_the_page(project):
+    found = project_page(project).figures()
+    assert {"report/Reward and KL 1", "report/Wins 1", "report/Training 1"} <= found.keys()
+    html = write_report(project).read_text()
+    assert all(drawing.split("\n")[-1].strip() in html for drawing in found.values())
+
+
+def test_the_quality_of_the_reward_model_is_taken_over(project):
+    make_run(project, "evaluate_reward", "evaluate_reward", None)
+    assert "The run `evaluate_reward` left no results" in to_markdown(project_page(project))
+    accuracy = {"mean": 0.71, "low": 0.65, "high": 0.77}
+    reward = {
+        "accuracy": accuracy,
+        "slices": [{"slice": "like length", "n": 9, "accuracy": accuracy}],
+        "calibration": {"ece": 0.031, "bins": []},
+        "length": {"spearman": 0.2},
+        "ratings": None,
+        "completions_without_score": 0,
+    }
+    quality = {"rewards": {"model": reward}, "raters": None}
+    (project / "evaluate_reward" / "reward_quality.json").write_text(json.dumps(quality))
+    text = to_markdown(project_page(project))
+    assert re.search(r"\| model +\| 0.710 .*\| +0.031 \|", text) and "were not measured" not in text
+
+
+def test_the_stage_report_makes_it_anew(project, capsys):
+    report(OmegaConf.create({"runs_dir": str(project.parent), "project": project.name}))
+    assert (project / "report" / "index.html").exists() and "report/index.html" in capsys.readouterr().out
+
+
+def estimates(value, path=()) -> list[tuple]:
+    """Where in a comparison an estimate stands, or a number that can be missing."""
+    if not isinstance(value, dict | list):
+        return [path] if path[-1] in ("chosen_by", "gold", "model", "repetition", "tie_rate") else []
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    found = [path] if isinstance(value, dict) and "mean" in value else []
+    return found + [each for key, item in items for each in estimates(item, (*path, key))]
+
+
+def test_a_missing_estimate_is_a_gap_in_the_page(project):
+    """NaN is null in the file."""
+    whole = json.loads((project / "comparison.json").read_text())
+    places = estimates({key: whole[key] for key in ("policies", "best_of_n")})
+    assert len(places) > 40
+    everything = json.loads(json.dumps(whole))
+    for path in places:
+        found = json.loads(json.dumps(whole))
+        for each in (found, everything):
+            node = each
+            for key in path[:-1]:
+                node = node[key]
+            node[path[-1]] = dict.fromkeys(("mean", "low", "high")) if isinstance(node[path[-1]], dict) else None
+        (project / "comparison.json").write_text(json.dumps(found))
+        assert "nan" not in to_markdown(project_page(project)).split(), path
+    for row in everything["samples"]:
+        row["rewards"] = dict.fromkeys(row["rewards"])
+    (project / "comparison.json").write_text(json.dumps(everything))
+    assert "whether one is better is open" in write_report(project).read_text()
+
+
+def test_an_evaluation_without_runs_has_a_page(project):
+    """Of policies of the hub, say, or by a sweep, whose runs lie deeper."""
+    for name in ("ppo", "reward", "dpo"):
+        shutil.rmtree(project / name)
+    assert "better than sft on 40" in write_report(project).read_text()
+
+
+def test_a_project_without_an_evaluation_says_how_to_make_one(tmp_path):
+    make_run(tmp_path / "mine", "sft", "sft", None)
+    page_ = project_page(tmp_path / "mine")
+    assert "stage=evaluate project=mine" in page_.lead
+    assert "`sft` left no metrics" in to_markdown(page_)
+    with pytest.raises(ConfigError, match="holds no run"):
+        write_report(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("policies", "parts"),
+    [
+        ({"ppo": entry(1.8, 0.9, 2.0, 0.8)}, ["ppo is better than sft on 40", "+0.80 [+0.70, +0.90]", "KL of 0.90"]),
+        ({"ppo": entry(1.05, 0.9, 0.0, 0.05)}, ["No policy is better than sft", "ppo comes nearest"]),
+        ({"ppo": entry(0.5, 0.9, 0.0, -0.5)}, ["No policy is better", "ppo is worse"]),
+        ({"ppo": entry(1.1, 9.0, 4.0, 0.1)}, ["over-optimized", "+2.0 standard deviations by `model`", "beta"]),
+        ({"ppo": entry(1.8, 0.9, 2.0, 0.8, eos_rate=0.5)}, ["ends 50% of its answers", "missing_eos_penalty"]),
+        ({"ppo": entry(1.8, 0.9, 2.0, 0.8, completion_length=30.0)}, ["3.0 times as long", "length_penalty"]),
+        ({"ppo": entry(1.8, 0.9, 2.0, 0.8, repetition=0.4)}, ["repeats itself"]),
+        ({"a": entry(1.8, 0.9, 2.0, 0.8), "b": entry(2.0, None, 2.0, 1.0)}, ["a and b are better", "b most"]),
+        ({}, ["Only the baseline `sft`"]),
+    ],
+)
+def test_the_verdict_names_what_came_out_and_what_to_turn(policies, parts):
+    text = verdict(comparison(**policies))
+    assert all(part in text for part in parts), text
+    assert len(re.findall(r"[.](?: |$)", text)) == 2  # two sentences
+
+
+def test_below_the_best_of_n_is_said():
+    found = comparison(ppo=entry(1.5, 0.9, 0.5, 0.5))
+    points = [{"n": n, "kl": kl, "reward": estimate(2.0 + kl), "chosen_by": 1} for n, kl in ((1, 0.0), (8, 1.2))]
+    found["best_of_n"] = {"samples": 8, "curves": [{"by": "model", "points": points}]}
+    assert "ppo is below what the best of n samples of sft by `model` gets" in verdict(found)
+    found["policies"]["ppo"]["kl"] = estimate(5.0)  # beyond what n samples reach: nothing to hold it against
+    assert "best of n" not in verdict(found)
+
+
+# ---- The report of a sweep ----
+
+
+def jobs() -> list[dict]:
+    made = [
+        {
+            "number": i,
+            "overrides": {"stage": "ppo", "stage.args.beta": beta, "kl": kind},
+            "status": "done",
+            "seconds": 65.0,
+            "objective": "eval_objective/scores",
+            "value": value,
+            "eval": {"eval_objective/scores": value, "eval_objective/kl": cost, "eval_runtime": 1.0},
+            "message": None,
+            "log": "log",
+        }
+        for i, (beta, kind, value, cost) in enumerate(
+            [("0.02", "fixed", 2.0, 9.0), ("0.1", "fixed", 1.5, 2.0), ("0.5", "adaptive", 1.0, 4.0)]
+        )
+    ]
+    failed = {"status": "failed", "value": None, "eval": {}, "message": "out of memory", "objective": None}
+    return [*made, {**made[0], "number": 3, **failed}]
+
+
+def test_a_sweeps_report_marks_the_pareto_set(tmp_path):
+    (tmp_path / "sweep.json").write_text(json.dumps(jobs()))
+    for job in jobs()[:3]:
+        history = [{"step": step, "eval_objective/scores": step * job["value"]} for step in range(3)]
+        make_run(tmp_path, str(job["number"]), "ppo", {"train": {}, "eval": {}, "history": history})
+    path = write_sweep_report(tmp_path)
+    text, html = (tmp_path / "report" / "report.md").read_text(), path.read_text()
+    marked = re.findall(r"^\| (\d) \*", text, re.M)
+    assert marked == ["0", "1"]  # job 2 has less reward for more KL than job 1
+    assert "Highest `eval_objective/scores`: 2 with beta=0.02, kl=fixed" in text and "1 of 4 jobs failed" in text
+    assert "Job 3 failed: out of memory" in text and "eval_runtime" not in text
+    assert 'aria-label="curves of eval_objective/scores"' in html and 'aria-label="beta"' in html
+
+
+def test_a_sweep_for_the_lowest_loss(tmp_path):
+    made = [{**job, "objective": "eval_loss", "eval": {"eval_loss": job["value"]}} for job in jobs()[:3]]
+    (tmp_path / "sweep.json").write_text(json.dumps(made))
+    assert sweep_page(tmp_path).lead.startswith("Lowest `eval_loss`: 1 with beta=0.5, kl=adaptive.")
+
+
+def test_a_sweep_that_failed_has_a_report_too(tmp_path):
+    (tmp_path / "sweep.json").write_text(json.dumps(jobs()[3:]))
+    assert "None of the 1 jobs" in sweep_page(tmp_path).lead
+
+
+# ---- In a browser ----
+
+PROBE = """
+<script>
+const wide = [...document.querySelectorAll('body *')].filter(node => {
+  const clipped = node.closest('.table, pre, svg');
+  return (!clipped || clipped === node) && node.getBoundingClientRect().right > innerWidth + 1;
+});
+document.title = JSON.stringify({
+  width: innerWidth,
+  scroll: document.documentElement.scrollWidth,
+  wide: wide.map(node => node.tagName + '.' + node.className),
+  shown: [...document.querySelectorAll('figure svg')].filter(node => node.getBoundingClientRect().height > 50).length,
+  figures: document.querySelectorAll('figure').length,
+  paper: getComputedStyle(document.body).backgroundColor,
+});
+</script>
+"""
+
+
+def browse(tmp_path, html: str, *options: str) -> tuple[str, str]:
+    """The page after it was rendered, and what the browser's console said."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on PATH (Debian: `apt-get install chromium`)")
+    (tmp_path / "page.html").write_text(html)
+    command = [
+        *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
+        *(
+            "--disable-component-update",
+            "--disable-sync",
+            "--no-first-run",
+            "--hide-scrollbars",
+            "--enable-logging=stderr",
+        ),
+        *(f"--user-data-dir={tmp_path / 'browser'}", *options, (tmp_path / "page.html").as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+
+def look(tmp_path, html: str, width: int, *options: str) -> tuple[dict, str]:
+    """
+    What `PROBE` finds in a window of a given width, and what the console said. Headless Chromium has 500 px at
+    least, so the page is looked at in a frame inside of it.
+    """
+    html = html.replace("</body>", PROBE.replace("document.title =", "parent.document.title =") + "</body>")
+    srcdoc = html.replace("&", "&amp;").replace("'", "&#39;")
+    frame = (
+        f"<!doctype html><body style='margin:0'><iframe width={width} height=800 style='border:0' srcdoc='{srcdoc}'>"
+    )
+    dom, console = browse(
+        tmp_path, frame + "</iframe>", "--dump-dom", f"--window-size={max(500, width)},800", *options
+    )
+    return json.loads(re.search(r"<title>(.*?)</title>", dom, re.S).group(1).replace("&quot;", '"')), console
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_shows_the_report_on_a_phone_and_on_a_desk(project, tmp_path, dark):
+    html = write_report(project).read_text()
+    figures = html.count("<figure")
+    assert figures >= 6
+    for width in (390, 1280):
+        found, console = look(tmp_path, html, width, *(["--blink-settings=preferredColorScheme=0"] if dark else []))
+        assert console == ""
+        assert found["width"] == width and found["scroll"] <= width and found["wide"] == []
+        assert found["shown"] == found["figures"] == figures  # one of the two sizes of each
+        assert found["paper"] == ("rgb(20, 23, 28)" if dark else "rgb(255, 255, 255)")
+
+
+@pytest.mark.slow
+def test_the_browser_would_tell_what_is_wrong(tmp_path):
+    body = "<div class=broad style='width: 600px'>wide</div><script>console.error('broken')</script>"
+    found, console = look(tmp_path, f"<!doctype html><body>{body}</body>", 390)
+    assert found["scroll"] > 390 and found["wide"] == ["DIV.broad"] and "broken" in console
+
+
+@pytest.mark.slow
+def test_a_browser_prints_the_report(project, tmp_path):
+    html = write_report(project).read_text()
+    browse(tmp_path, html, f"--print-to-pdf={tmp_path / 'report.pdf'}", "--no-pdf-header-footer")
+    pdf = (tmp_path / "report.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and len(re.findall(rb"/Type /Page\b", pdf)) >= 3

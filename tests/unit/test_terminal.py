@@ -1,0 +1,42 @@
+"""What reaches a terminal: no control characters of others, and no message behind a progress bar."""
+
+import io
+import logging
+
+from tqdm import tqdm
+
+from rlhf_trl.callbacks.progress import ProgressLine
+from rlhf_trl.stages.chat import Stream
+from rlhf_trl.terminal import AboveBars, close_bars, printable
+from tests.helpers.tiny import make_tokenizer
+
+
+def test_control_characters_are_shown_and_not_obeyed():
+    wiped = "a\x1b[2Jb\rc\x07\x9b31m\u202ed\x00"
+    assert printable(wiped) == r"a\x1b[2Jb\rc\x07\x9b31m\u202ed\x00"
+    assert printable("a\tb\nc\u00e9 \u4f60 \U0001f600") == "a\tb\nc\u00e9 \u4f60 \U0001f600"
+
+
+def test_a_streamed_answer_steers_no_terminal():
+    out = io.StringIO()
+    Stream(make_tokenizer(), out).on_finalized_text("a\x1b]0;title\x07", stream_end=True)
+    assert out.getvalue() == r"a\x1b]0;title\x07" + "\n"
+
+
+def test_a_line_of_metrics_steers_no_terminal(capsys):
+    class State:
+        is_world_process_zero, global_step, max_steps = True, 1, 2
+
+    ProgressLine().on_log(None, State, None, logs={"loss": 1.0, "grad_norm": "\x1b[2J"})
+    assert "\\x1b[2J" in capsys.readouterr().out
+
+
+def test_messages_stand_on_a_line_of_their_own():
+    out = io.StringIO()
+    bar = tqdm(total=2, file=out)
+    handler = logging.StreamHandler(AboveBars(out))
+    handler.emit(logging.LogRecord("name", logging.WARNING, "", 0, "a warning", None, None))
+    assert "\ra warning\n" in out.getvalue()
+    assert not bar.disable
+    close_bars()
+    assert out.getvalue().endswith("\n") and not tqdm._instances
