@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from bench.setting import LORA, Meter, Setting, contend
 from rlhf_trl.patches.malloc import keep_freed_memory
 from rlhf_trl.ppo import PPOConfig, PPOTrainer
-from rlhf_trl.rewards import model as rewards
+from rlhf_trl.rewards import AdapterReward, ModelReward
 
 
 def train(setting: Setting, options: dict, meter: Meter) -> PPOTrainer:
@@ -42,9 +42,9 @@ def train(setting: Setting, options: dict, meter: Meter) -> PPOTrainer:
         **start[critic],
     )
     if on_base:
-        reward = rewards.AdapterReward(setting.reward_adapter, batch_size=setting.mini_batch)
+        reward = AdapterReward(setting.reward_adapter, batch_size=setting.mini_batch)
     else:
-        reward = rewards.ModelReward(setting.reward, dtype=setting.dtype, batch_size=setting.mini_batch)
+        reward = ModelReward(setting.reward, dtype=setting.dtype, batch_size=setting.mini_batch)
     trainer = PPOTrainer(
         setting.policy,
         reward_funcs=reward,
@@ -58,7 +58,7 @@ def train(setting: Setting, options: dict, meter: Meter) -> PPOTrainer:
     return trainer
 
 
-def _time_phases(trainer: PPOTrainer, reward: rewards.ModelReward, meter: Meter):
+def _time_phases(trainer: PPOTrainer, reward: ModelReward, meter: Meter):
     """What runs outside of a rollout is its optimization."""
     make_rollout, forward = trainer._generate_and_score_completions, trainer._get_per_token_logps_and_entropies
 

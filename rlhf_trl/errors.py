@@ -8,8 +8,6 @@ from functools import cache
 from pathlib import Path
 from types import FrameType
 
-from rlhf_trl.runs.paths import PACKAGE
-
 
 class ConfigError(ValueError):
     """
@@ -47,6 +45,7 @@ def disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
+PACKAGE = Path(__file__).resolve().parent
 STDLIB = sysconfig.get_path("stdlib")
 
 

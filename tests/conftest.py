@@ -1,4 +1,4 @@
-"""Tests run offline, on the CPU, with models of a second: the embedded world, or `tests.tiny`."""
+"""Tests run offline, on the CPU, with models of a second: the embedded world, or `tests.helpers.tiny`."""
 
 import os
 import socket

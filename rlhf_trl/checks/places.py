@@ -75,7 +75,7 @@ def model_folder(node: dict[str, Any], values: dict[str, Any]) -> Path:
     if run is not None:
         return project_dir(values) / str(run)
     if path.startswith(DEMO):
-        return PACKAGE / "demo" / "checkpoints" / path.removeprefix(DEMO)
+        return PACKAGE / "tasks" / "demo" / "checkpoints" / path.removeprefix(DEMO)
     return Path(path).expanduser()
 
 

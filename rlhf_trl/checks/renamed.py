@@ -3,8 +3,8 @@ Former names of config keys and of dot paths.
 
 Whoever renames a key that a config may set, or moves what a `_target_` may name, adds a row to one of the two tables.
 A config or a command line that still has the old name ends in an error that names the new one: [`renamed_problems`]
-looks at the composed config, `overrides` at the command line. `tests/test_configs.py` and `tests/test_renamed.py` hold
-that every new name exists and no old one does.
+looks at the composed config, `overrides` at the command line. `tests/integration/test_configs.py` and
+`tests/unit/checks/test_renamed.py` hold that every new name exists and no old one does.
 """
 
 import re
@@ -18,10 +18,33 @@ RENAMED_KEYS: dict[str, str | None] = {
 }
 # Old dot path: new dot path, of a class, a function, or a module with everything in it
 RENAMED_DOT_PATHS: dict[str, str] = {
+    "rlhf_trl.callbacks.sections.WandbSections": "rlhf_trl.callbacks.wandb_sections.WandbSections",
+    "rlhf_trl.chat.chat": "rlhf_trl.stages.chat.chat",
     "rlhf_trl.data.load": "rlhf_trl.data",
     "rlhf_trl.data.mixture": "rlhf_trl.data",
     "rlhf_trl.data.reviews": "rlhf_trl.tasks.reviews",
     "rlhf_trl.data.tokens": "rlhf_trl.data",
+    "rlhf_trl.demo": "rlhf_trl.tasks.demo",
+    "rlhf_trl.ensemble.train": "rlhf_trl.stages.reward.train",
+    "rlhf_trl.evaluation.evaluate.evaluate": "rlhf_trl.stages.evaluate.evaluate",
+    "rlhf_trl.evaluation.evaluate_reward.evaluate_reward": "rlhf_trl.stages.evaluate_reward.evaluate_reward",
+    "rlhf_trl.evaluation.judge": "rlhf_trl.evaluation.judges",
+    "rlhf_trl.evaluation.sweep_report.SweepReport": "rlhf_trl.cli.sweep_report.SweepReport",
+    "rlhf_trl.generate.generate": "rlhf_trl.stages.generate.generate",
+    "rlhf_trl.gguf": "rlhf_trl.models.gguf",
+    "rlhf_trl.judges": "rlhf_trl.tasks.reviews.judges",
+    "rlhf_trl.loggers": "rlhf_trl.callbacks.loggers",
+    "rlhf_trl.packing.SFTTrainer": "rlhf_trl.trainers.SFTTrainer",
+    "rlhf_trl.report.project.report": "rlhf_trl.stages.report.report",
+    "rlhf_trl.reward_model.RewardConfig": "rlhf_trl.reward_modeling.RewardConfig",
+    "rlhf_trl.reward_model.RewardTrainer": "rlhf_trl.reward_modeling.RewardTrainer",
+    "rlhf_trl.rollouts.GRPOTrainer": "rlhf_trl.trainers.GRPOTrainer",
+    "rlhf_trl.rollouts.RLOOTrainer": "rlhf_trl.trainers.RLOOTrainer",
+    "rlhf_trl.run.merge": "rlhf_trl.stages.merge.merge",
+    "rlhf_trl.run.train": "rlhf_trl.stages.train.train",
+    "rlhf_trl.scratch.init": "rlhf_trl.stages.init.init",
+    "rlhf_trl.scratch.word_tokenizer": "rlhf_trl.models.scratch.word_tokenizer",
+    "rlhf_trl.serve.serve_reward": "rlhf_trl.stages.serve_reward.serve_reward",
 }
 
 

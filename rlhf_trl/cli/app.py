@@ -9,7 +9,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_trl.cli import overrides
+from rlhf_trl.cli.overrides import compose, parsed, without_sweeps
+from rlhf_trl.config.command_line import as_meant
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.paths import conf_dir
 
@@ -36,12 +37,12 @@ def run_app(
             What is said after Ctrl-C.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra ends every error itself, with its own words
-    sys.argv[1:] = overrides.as_meant(sys.argv[1:])
+    sys.argv[1:] = as_meant(sys.argv[1:])
     try:
-        args = overrides.parsed(sys.argv[1:])
+        args = parsed(sys.argv[1:])
         folders = [args.config_dir] if args.config_dir else []
         if not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion):
-            cfg, found = overrides.compose(overrides.without_sweeps(args.overrides), folders, config)
+            cfg, found = compose(without_sweeps(args.overrides), folders, config)
             if found := found or problems(args.overrides, args.multirun, cfg):
                 raise ConfigError.join(found)
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config)(task)()

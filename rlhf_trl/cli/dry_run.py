@@ -47,7 +47,7 @@ from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.runs.paths import resolve_path
 from rlhf_trl.stages.evaluate import held_out, reference_answers
 from rlhf_trl.stages.evaluate_reward import rows_of
-from rlhf_trl.stages.generate import as_chat, given_prompt, read_prompts
+from rlhf_trl.stages.generate import as_chat, given_prompt, prompts_of
 from rlhf_trl.stages.reward import member_seeds
 from rlhf_trl.terminal import printable
 
@@ -144,8 +144,8 @@ def plan_without_training(cfg: DictConfig) -> dict[str, str]:
             _look_at(model)
     rows: list[dict] = []
     with collected():
-        if "prompts" in stage and not isinstance(stage.prompts, int):
-            rows = read_prompts(stage.prompts, stage.max_prompts)
+        if "max_prompts" in stage:
+            rows = prompts_of(cfg)
             lines["prompts"] = f"{len(rows):,}"
         elif "data" in cfg:
             dataset = instantiate_data(cfg)

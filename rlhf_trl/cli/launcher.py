@@ -1,7 +1,6 @@
 """How one `train.py` is started in a process of its own: what `launch/pipeline.py` and `launch/sweep.py` share."""
 
 import os
-import runpy
 import shlex
 import signal
 import subprocess
@@ -24,18 +23,8 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
 
 
 def launch_dir() -> Path:
-    """The folder with `pipeline.py`, `sweep.py` and `accelerate/`, which stands beside `conf`."""
+    """The folder with `accelerate/`, which stands beside `conf`."""
     return conf_dir().parent / "launch"
-
-
-def pipeline() -> None:
-    """Console script `rlhf-trl-pipeline`."""
-    runpy.run_path(str(launch_dir() / "pipeline.py"), run_name="__main__")
-
-
-def sweep() -> None:
-    """Console script `rlhf-trl-sweep`."""
-    runpy.run_path(str(launch_dir() / "sweep.py"), run_name="__main__")
 
 
 def launch_command(accelerate: str | None = None, options: Sequence[str] = ()) -> list[str]:
@@ -54,7 +43,7 @@ def launch_command(accelerate: str | None = None, options: Sequence[str] = ()) -
         ours = launch_dir() / "accelerate" / f"{accelerate}.yaml"
         command += ["--config_file", _short(ours) if ours.exists() else accelerate]
     script = conf_dir().parent / "train.py"  # only a clone has it
-    return [*command, *options, *([_short(script)] if script.exists() else ["-m", "rlhf_trl.cli.main"])]
+    return [*command, *options, *([_short(script)] if script.exists() else ["-m", "rlhf_trl.cli"])]
 
 
 def _short(path: Path) -> str:

@@ -21,7 +21,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_trl.checks import check, find_problems
-from rlhf_trl.cli import overrides
+from rlhf_trl.cli.overrides import compose, parsed, without_sweeps
+from rlhf_trl.config.command_line import as_meant
 from rlhf_trl.errors import ConfigError, DivergedError, disk_is_full, told_by_own_code
 from rlhf_trl.patches.malloc import keep_freed_memory
 from rlhf_trl.patches.warnings import filter_warnings
@@ -61,7 +62,7 @@ def main() -> None:
             )
             sys.exit(2)
     try:
-        sys.argv[1:] = overrides.as_meant(sys.argv[1:])  # for Hydra, which reads them again
+        sys.argv[1:] = as_meant(sys.argv[1:])  # for Hydra, which reads them again
         words, config_dirs = _look_at(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(run)()
     except ConfigError as error:
@@ -133,7 +134,7 @@ def _look_at(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     Returns the overrides and the config folders of the command line. Commands that only show something are left to
     Hydra.
     """
-    args = overrides.parsed(argv)
+    args = parsed(argv)
     config_dirs = [args.config_dir] if args.config_dir else []
     if args.multirun and _is_launched():
         raise ConfigError(
@@ -142,8 +143,8 @@ def _look_at(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         )
     shows = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
     if not (shows or args.experimental_rerun or args.config_name or args.config_path):
-        words = overrides.without_sweeps(args.overrides) if args.multirun else args.overrides
-        cfg, problems = overrides.compose(words, config_dirs)
+        words = without_sweeps(args.overrides) if args.multirun else args.overrides
+        cfg, problems = compose(words, config_dirs)
         if cfg and not args.multirun:  # its jobs are checked one by one
             problems += find_problems(cfg)
         if problems:
@@ -154,7 +155,7 @@ def _look_at(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _explained(error: Exception, words: Sequence[str], config_dirs: Sequence[str]) -> str:
     """What the overrides' problems are; where they have none, what Hydra says."""
     if isinstance(error, HydraException):
-        _, problems = overrides.compose(overrides.without_sweeps(words), config_dirs)
+        _, problems = compose(without_sweeps(words), config_dirs)
         if problems:
             return str(ConfigError.join(problems))
     lines = str(error).splitlines()

@@ -147,7 +147,8 @@ def _names(module: Path) -> set[str] | None:
             if "sys.modules[__name__]" in ast.unparse(node):
                 names.add("*")  # a lazy module
             names.update(n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
-    return None if {"*", "__getattr__"} & names else names
+    lazy = "__getattr__" in names and "__all__" not in names  # PEP 562; with `__all__` its names are known
+    return None if "*" in names or lazy else names
 
 
 def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:

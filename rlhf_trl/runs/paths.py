@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from rlhf_trl.errors import ConfigError
+from rlhf_trl.errors import PACKAGE, ConfigError
 from rlhf_trl.runs.record import read_run
 
 # In the folder of an ensemble of reward models
@@ -38,7 +38,6 @@ def ensemble_members(path: str) -> list[str]:
 
 
 DEMO = "demo:"
-PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def resolve_path(path: str | None, run: str | None, project_dir: str) -> str:
@@ -64,7 +63,7 @@ def resolve_path(path: str | None, run: str | None, project_dir: str) -> str:
     if path is None:
         raise ConfigError("No model is named. Give its folder or hub id as `path`, or an earlier run as `run`.")
     if path.startswith(DEMO):
-        embedded = PACKAGE / "demo" / "checkpoints" / path.removeprefix(DEMO)
+        embedded = PACKAGE / "tasks" / "demo" / "checkpoints" / path.removeprefix(DEMO)
         if not embedded.is_dir():
             raise ConfigError(f"There is no embedded checkpoint `{path}` ({embedded}). Use `demo:base` or `demo:sft`.")
         return str(embedded)

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from rlhf_trl.build import load_policies, project_dir, reward_functions
+from rlhf_trl.build import instantiate_data, load_policies, project_dir, reward_functions
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.messages import as_text, check_text_or_chat, read_json_chats
 from rlhf_trl.data.rows import Problems, RowError
@@ -25,9 +25,7 @@ from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.rewards.http import as_json
 from rlhf_trl.stages.base import begin, claims_directory, end, fail
-from rlhf_trl.tasks.demo.annotators import load as load_demo
-
-DEMO = "demo"
+from rlhf_trl.stages.evaluate import held_out
 
 
 @claims_directory
@@ -41,7 +39,7 @@ def generate(cfg: DictConfig) -> None:
     OmegaConf.resolve(cfg)
     filter_warnings()
     stage, output = cfg.stage, Path(cfg.stage.output)
-    prompts = read_prompts(stage.prompts, stage.max_prompts)
+    prompts = prompts_of(cfg)
     if output.exists() and not cfg.overwrite:
         raise ConfigError(
             f"`stage.output` is `{output}`, which exists. Name another file, or delete it first with `overwrite=true`."
@@ -81,21 +79,31 @@ def generate(cfg: DictConfig) -> None:
     print(f"{count} completions of {len(prompts)} prompts{mean}: {output}")
 
 
+def prompts_of(cfg: DictConfig) -> list[dict]:
+    """
+    Return the rows to complete: those of the files `cfg.stage.prompts`, or the held-out prompts of `cfg.data`.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if there are none, or a row has no prompt.
+    """
+    if cfg.stage.prompts is not None:
+        return read_prompts(cfg.stage.prompts, cfg.stage.max_prompts)
+    return held_out(instantiate_data(cfg, "prompt")).to_list()[: cfg.stage.max_prompts]
+
+
 def read_prompts(source: str | list[str], limit: int | None = None) -> list[dict]:
     """
     Rows with `prompt` (text or messages) and whatever columns they have besides.
 
     Args:
         source (`str` or `list[str]`):
-            Files (jsonl, json, csv, parquet) and globs, or `demo` for the held-out prompts of the embedded world.
+            Files (jsonl, json, csv, parquet) and globs.
         limit (`int`, *optional*):
             As many of the first ones.
 
     Raises:
         [`~rlhf_trl.errors.DataError`]: with file and row, if one has no prompt; if there is none at all.
     """
-    if source == DEMO:
-        return load_demo(form="prompt", seed=0)["eval"].to_list()[:limit]
     rows, notes, problems, files = [], Counter(), Problems(), resolve_paths(source, "stage.prompts")
     for file in files:
         for place, row in read_file(file):

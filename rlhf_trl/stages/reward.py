@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_trl import build as run
+from rlhf_trl.build import load_data, project_dir
 from rlhf_trl.data.lengths import head_names
 from rlhf_trl.models.calibration import calibration_of, write_calibration
 from rlhf_trl.models.tokenizers import load_tokenizer
@@ -22,9 +22,11 @@ from rlhf_trl.runs.checkpoints import last_checkpoint
 from rlhf_trl.runs.directory import discard_old
 from rlhf_trl.runs.paths import ENSEMBLE_FILE, resolve_path
 from rlhf_trl.runs.record import read_metrics, read_run, write_json, write_metrics
+from rlhf_trl.stages.base import begin, claims_directory, end, fail
+from rlhf_trl.stages.train import train_claimed
 
 
-@run.claims_directory
+@claims_directory
 def train(cfg: DictConfig) -> float | None:
     """
     Trains a reward model, or `cfg.stage.members` of them as an ensemble.
@@ -38,10 +40,10 @@ def train(cfg: DictConfig) -> float | None:
         `float` or `None`: as [`~rlhf_trl.stages.train.train`].
     """
     if cfg.stage.members == 1:
-        return run.train_claimed(cfg)
+        return train_claimed(cfg)
     OmegaConf.resolve(cfg)
     members = [member_config(cfg, i, seed) for i, seed in enumerate(member_seeds(cfg))]
-    run.begin(cfg, resolve_path(cfg.model.path, cfg.model.run, run.project_dir(cfg)))
+    begin(cfg, resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg)))
     try:
         for i, member in enumerate(members):
             if cfg.resume and (read_run(member.run_dir) or {}).get("status") == "done":
@@ -49,7 +51,7 @@ def train(cfg: DictConfig) -> float | None:
             if PartialState().is_main_process:
                 print(f"\nMember {i + 1} of {len(members)}: {member.run_dir}")
             member.resume = cfg.resume and last_checkpoint(member.run_dir) is not None
-            run.train_claimed(member)
+            train_claimed(member)
             if PartialState().is_main_process:
                 discard_old(cfg.run_dir)
             gc.collect()  # trainers are in reference cycles, and the next one needs their memory
@@ -58,14 +60,14 @@ def train(cfg: DictConfig) -> float | None:
         metrics = finish(cfg, [Path(member.run_dir) for member in members])
     except BaseException as error:
         if isinstance(error, SystemExit):  # of a member, after Ctrl-C
-            run.end(cfg, "stopped")
+            end(cfg, "stopped")
         elif any(has_begun(member.run_dir) for member in members):
             stopped = isinstance(error, KeyboardInterrupt)
-            run.end(cfg, "stopped" if stopped else "failed", error=f"{type(error).__name__}: {error}")
+            end(cfg, "stopped" if stopped else "failed", error=f"{type(error).__name__}: {error}")
         else:
-            run.fail(cfg, error)
+            fail(cfg, error)
         raise
-    run.end(cfg, "done")
+    end(cfg, "done")
     return metrics.get(cfg.objective)
 
 
@@ -96,7 +98,7 @@ def finish(cfg: DictConfig, folders: list[Path]) -> dict[str, float]:
     if state.is_main_process:
         write_json(Path(cfg.run_dir, ENSEMBLE_FILE), {"members": [folder.name for folder in folders]})
     state.wait_for_everyone()
-    dataset = run.load_data(cfg, load_tokenizer(str(folders[0])))
+    dataset = load_data(cfg, load_tokenizer(str(folders[0])))
     split = "eval" if "eval" in dataset else "train"
     heads = head_names(dataset["train"]) or []
     reward = ModelReward(cfg.run_dir, head_weights=dict.fromkeys(heads, 1.0) if len(heads) > 1 else None)

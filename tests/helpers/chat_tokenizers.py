@@ -35,7 +35,7 @@ PAD, EOS, UNK, USER, ASSISTANT, END = range(6)
 
 
 def turn_tokenizer():
-    """`tests.tiny`'s tokenizer with `<end>`, the token that its template writes at the end of an assistant's turn."""
+    """Return the tokenizer of `tests.helpers.tiny` with `<end>`, which ends an assistant's turn."""
     tokenizer = make_tokenizer()
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     vocab = backend["model"]["vocab"]
@@ -46,3 +46,6 @@ def turn_tokenizer():
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<eos>", "<end> ")
     assert tokenizer.convert_tokens_to_ids(["<pad>", "<eos>", "<assistant>", "<end>", "a"]) == [PAD, EOS, 4, END, 6]
     return tokenizer
+
+
+PAD, EOS, UNK, USER, ASSISTANT, END = range(6)

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from rlhf_trl import build as run
+from rlhf_trl.build import load_data, make_trainer, training_arguments
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.runs.paths import conf_dir
 from tests.helpers.tiny import WORDS
@@ -94,9 +95,9 @@ def trainer_of(stage: str, model: str, folder: Path, batch_size: int, *words: st
             datasets[split] = Dataset.from_list(rows)
         dataset = instantiate(cfg.stage.prepare)(datasets, tokenizer)
     else:
-        dataset = run.load_data(cfg, tokenizer)
-    args = run.training_arguments(cfg.stage.args)
-    trainer = run.make_trainer(cfg, args, model, tokenizer, dataset)
+        dataset = load_data(cfg, tokenizer)
+    args = training_arguments(cfg.stage.args)
+    trainer = make_trainer(cfg, args, model, tokenizer, dataset)
     if rl:
         ids = deterministic
         trainer._generate_single_turn = ids if name == "rloo" else lambda *args: (ids(*args), None)
@@ -119,4 +120,4 @@ def figures(stage: str, model: str, folder: Path, batch_size: int) -> dict[str, 
 if __name__ == "__main__":
     model, out, size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     found = {stage: figures(stage, model, out, size) for stage in sys.argv[4:] or STAGES}
-    Path(out, f"figures_{run.PartialState().process_index}.json").write_text(json.dumps(found))
+    Path(out, f"figures_{PartialState().process_index}.json").write_text(json.dumps(found))

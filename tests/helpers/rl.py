@@ -1,4 +1,4 @@
-"""PPO, RLOO and GRPO trainers alike, on `tests.tiny`, for tests of what works with all three."""
+"""PPO, RLOO and GRPO trainers alike, on `tests.helpers.tiny`, for tests of what works with all three."""
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -18,7 +18,7 @@ import torch
 from rlhf_trl.callbacks.kl import AdaptiveKL
 from rlhf_trl.callbacks.reward_norm import ReferenceNorm, RunningNorm
 from tests.helpers.rl import TRAINERS, count_of_a, logged, rl_trainer
-from tests.test_ppo_update import prompts
+from tests.helpers.ppo import prompts
 
 path, out, ranks = sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3])
 

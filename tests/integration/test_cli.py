@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from rlhf_trl.cli import main as cli
 from rlhf_trl.cli import overrides
+from rlhf_trl.config.command_line import as_meant, as_typed
 from rlhf_trl.config.groups import option_groups
 from rlhf_trl.runs.paths import conf_dir
 
@@ -102,16 +103,16 @@ MEANT = [
 
 @pytest.mark.parametrize(("word", "value"), MEANT)
 def test_text_is_read_as_it_was_typed(word, value):
-    (meant,) = overrides.as_meant([word])
+    (meant,) = as_meant([word])
     assert OverridesParser.create().parse_override(meant).value() == value
-    assert overrides.as_typed([meant]) == [word] and overrides.as_meant([meant]) == [meant]
+    assert as_typed([meant]) == [word] and as_meant([meant]) == [meant]
 
 
 @pytest.mark.parametrize(
     "word", ["seed=[1,", "dpo", "été=1", "-m", "--config-dir", "stage.args.beta=0.1,0.2", "run_name="]
 )
 def test_words_that_are_no_text_are_left_alone(word):
-    assert overrides.as_meant([word]) == [word]
+    assert as_meant([word]) == [word]
 
 
 def test_names_that_look_like_numbers_are_names(command, tmp_path):

@@ -110,7 +110,7 @@ Path("saved").touch()
 """
 OURS = """
 import sys
-from rlhf_trl.launching import run
+from rlhf_trl.cli.launcher import run
 try:
     run([sys.executable, "launcher.py", "worker.py", *sys.argv[1:]])
 except KeyboardInterrupt:

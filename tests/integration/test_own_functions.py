@@ -182,4 +182,4 @@ def test_a_path_follows_the_rule_of_targets():
     with pytest.raises(ConfigError, match="`shutil.rmtree` can't be used: Target 'shutil.rmtree'"):
         find("shutil.rmtree")
     assert find("math.sqrt")(4) == 2.0
-    assert problem("tests.test_own_functions.own") is None
+    assert problem("tests.integration.test_own_functions.own") is None

@@ -83,7 +83,7 @@ def test_the_wheel_has_what_the_clone_has(wheel):
         assert files and not missing
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rlhf_trl").rglob("*.py")}
     assert modules <= names
-    assert {"rlhf_trl/py.typed", "rlhf_trl/demo/checkpoints/base/model.safetensors"} <= names
+    assert {"rlhf_trl/py.typed", "rlhf_trl/tasks/demo/checkpoints/base/model.safetensors"} <= names
     assert not [name for name in names if name.startswith(("tests", "runs", "train.py"))]
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
     scripts = zipfile.ZipFile(wheel).read(entry_points).decode()
@@ -122,13 +122,13 @@ def test_the_wheel_works_without_the_clone(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}
     pipeline = [sys.executable, "-c", "from rlhf_trl.cli.launcher import pipeline; pipeline()"]
-    check_installed([sys.executable, "-m", "rlhf_trl.cli.main"], pipeline, user_folder(tmp_path / "home"), environment)
+    check_installed([sys.executable, "-m", "rlhf_trl.cli"], pipeline, user_folder(tmp_path / "home"), environment)
     command = "from rlhf_trl.cli.launcher import launch_command, shown; print(shown(launch_command('cpu')))"
     out = subprocess.run(
         [sys.executable, "-c", command], cwd=tmp_path / "home", env=environment, capture_output=True, text=True
     ).stdout
     site = tmp_path / "site/rlhf_trl/launch/accelerate/cpu.yaml"
-    assert out.strip() == f"accelerate launch --config_file {site} -m rlhf_trl.cli.main"
+    assert out.strip() == f"accelerate launch --config_file {site} -m rlhf_trl.cli"
 
 
 @pytest.mark.slow

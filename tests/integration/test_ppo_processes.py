@@ -27,8 +27,8 @@ from peft import LoraConfig
 from transformers import set_seed
 from rlhf_trl.runs.checkpoints import last_checkpoint
 from rlhf_trl.rewards import AdapterReward
-from tests.test_critics import LORA
-from tests.test_ppo_update import make_trainer, prompts
+from tests.helpers.ppo import LORA
+from tests.helpers.ppo import make_trainer, prompts
 path, reward, out, ranks, critic, epochs, resume = sys.argv[1:]
 out, ranks = pathlib.Path(out), int(ranks)
 set_seed(0)

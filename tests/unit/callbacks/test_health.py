@@ -472,7 +472,7 @@ import pathlib
 import sys
 from rlhf_trl.callbacks.health import HealthMonitor
 from tests.helpers.rl import rl_trainer
-from tests.test_ppo_update import prompts
+from tests.helpers.ppo import prompts
 
 path, out = sys.argv[1], pathlib.Path(sys.argv[2])
 found = {}

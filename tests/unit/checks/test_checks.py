@@ -85,7 +85,7 @@ def test_arguments(problems, overrides, parts):
         ("os.path.join", None),
         ("math.sqrt", None),
         ("rlhf_trl.rewards.FunctionReward", None),
-        ("rlhf_trl.rewards.model.FunctionRewrd", "Did you mean `FunctionReward`"),
+        ("rlhf_trl.rewards.FunctionRewrd", "Did you mean `FunctionReward`"),
         ("rlhf_trl.errors", "is a module"),
         ("no_such_module.x", "no module `no_such_module`"),
         ("my/file.py", "is no dot path"),

@@ -439,7 +439,7 @@ def test_values_with_signs_of_formulas_are_shown_and_a_page_that_fails_leaves_th
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["data=files", f"data.paths={file}", "data.eval_size=null", "reward=function"]
-    words += ["reward.function.function=tests.test_evaluate_reward.by_length"]
+    words += ["reward.function.function=tests.unit.evaluation.test_evaluate_reward.by_length"]
     words += ["stage=evaluate_reward", f"runs_dir={tmp_path}", "project=test"]
     cfg = compose(*words)
     instantiate(cfg.stage.run)(cfg)
@@ -464,7 +464,7 @@ def test_best_of_n_of_what_a_policy_writes(compose, tmp_path):
         compose,
         tmp_path,
         "reward=[demo,function]",
-        "reward.function.function=tests.test_evaluate_reward.by_chat_length",
+        "reward.function.function=tests.unit.evaluation.test_evaluate_reward.by_chat_length",
         "stage.gold=gold",
         "stage.policy=demo:sft",
         "stage.prompts=4",
@@ -509,7 +509,7 @@ def test_a_file_in_the_format_of_rewardbench_gives_its_sections(compose, tmp_pat
     ]
     words = ["data=files", f"data.paths={write(tmp_path / 'rewardbench.jsonl', rows)}", "data.eval_size=null"]
     words += ["data.to_chat=true", "reward=function"]
-    words += ["reward.function.function=tests.test_evaluate_reward.by_chat_length"]
+    words += ["reward.function.function=tests.unit.evaluation.test_evaluate_reward.by_chat_length"]
     quality, _ = run(compose, tmp_path, *words)
     found = quality["rewards"]["function"]["rewardbench"]
     # Chosen has one letter in Chat, as many as rejected in Safety, and one more in Reasoning

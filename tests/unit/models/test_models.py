@@ -48,7 +48,7 @@ def test_a_path_is_a_folder_an_embedded_checkpoint_or_a_hub_id(tmp_path, monkeyp
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
     assert resolve_path("mine", None, "runs/demo") == str(tmp_path / "mine")
-    assert resolve_path("demo:base", None, "runs/demo").endswith("rlhf_trl/demo/checkpoints/base")
+    assert resolve_path("demo:base", None, "runs/demo").endswith("rlhf_trl/tasks/demo/checkpoints/base")
     assert resolve_path("Qwen/Qwen3-0.6B", None, "runs/demo") == "Qwen/Qwen3-0.6B"
     with pytest.raises(ConfigError, match="`./gone` doesn't exist"):
         resolve_path("./gone", None, "runs/demo")

@@ -22,7 +22,7 @@ from rlhf_trl.patches.warnings import LOGS, WARNINGS, filter_warnings, no_load_r
 from tests.helpers.library_identity import changes, members
 
 PATCHES = Path(rlhf_trl.__file__).parent / "patches"
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[2]
 
 
 def public_patches() -> list:

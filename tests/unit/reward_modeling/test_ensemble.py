@@ -56,7 +56,13 @@ def runs(train, tmp_path_factory) -> Path:
     """Folder of runs: an SFT adapter, an ensemble and a single reward model that start from it."""
     runs = tmp_path_factory.mktemp("runs")
     train(runs, "stage=sft", *LORA)
-    train(runs, *MEMBERS, "model.run=sft", "run_name=ensemble", "+callbacks.seen._target_=tests.test_ensemble.Seen")
+    train(
+        runs,
+        *MEMBERS,
+        "model.run=sft",
+        "run_name=ensemble",
+        "+callbacks.seen._target_=tests.unit.reward_modeling.test_ensemble.Seen",
+    )
     train(runs, "stage=reward", *LORA, "model.run=sft", "run_name=single")
     return runs
 
@@ -216,7 +222,7 @@ class CrashInTheSecond(TrainerCallback):
 
 def test_a_resumed_ensemble_keeps_what_is_finished(train, runs, tmp_path):
     options = (*MEMBERS, "stage.members=2", "model=hf", f"model.path={runs}/test/sft", "stage.args.save_steps=2")
-    crash = "+callbacks.crash._target_=tests.test_ensemble.CrashInTheSecond"
+    crash = "+callbacks.crash._target_=tests.unit.reward_modeling.test_ensemble.CrashInTheSecond"
     with pytest.raises(RuntimeError, match="on purpose"):
         train(tmp_path, *options, crash)
     run_dir = Path(tmp_path, "test", "reward")
@@ -252,7 +258,7 @@ class InterruptTheSecond(TrainerCallback):
 
 def test_a_stopped_ensemble_goes_on(train, runs, tmp_path):
     options = (*MEMBERS, "stage.members=2", "model=hf", f"model.path={runs}/test/sft")
-    stop = "+callbacks.stop._target_=tests.test_ensemble.InterruptTheSecond"
+    stop = "+callbacks.stop._target_=tests.unit.reward_modeling.test_ensemble.InterruptTheSecond"
     with pytest.raises(SystemExit, match="130"):
         train(tmp_path, *options, stop)
     run_dir = Path(tmp_path, "test", "reward")

@@ -431,7 +431,7 @@ SCRIPT = """
 import json
 import pathlib
 import sys
-from tests.test_reward_model import *
+from tests.unit.reward_modeling.test_reward_model import *
 base, out, ranks = sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3])
 trainer = RewardTrainer(
     model=classifier(base),

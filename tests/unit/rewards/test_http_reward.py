@@ -379,7 +379,7 @@ def test_an_error_of_the_served_function_names_its_line():
         sys.exit()
 
     for function, message in (
-        (broken, "(tests/test_http_reward.py, line "),
+        (broken, "(tests/unit/rewards/test_http_reward.py, line "),
         (leaves, "SystemExit"),
     ):
         with serving(FunctionReward(function)) as url:

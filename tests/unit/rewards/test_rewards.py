@@ -87,7 +87,7 @@ def test_functions_get_what_their_signature_takes():
         return torch.ones(len(completions))
 
     assert FunctionReward(slow)(prompts=["a", "b"], completions=["c", "d"]) == [1.0, 1.0]
-    assert FunctionReward("tests.test_ppo.count_of_a")(prompts=["a"], completions=["a b a"]) == [2.0]
+    assert FunctionReward("tests.helpers.ppo.count_of_a")(prompts=["a"], completions=["a b a"]) == [2.0]
 
 
 @pytest.mark.parametrize(

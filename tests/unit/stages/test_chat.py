@@ -22,7 +22,7 @@ from rlhf_trl.rewards.combine import minimum, product, weighted_sum
 from rlhf_trl.rewards.function import FunctionReward
 from rlhf_trl.runs.paths import named_policies, resolve_path
 from rlhf_trl.stages.chat import Answer, talk, typed
-from rlhf_trl.stages.generate import completions, read_prompts
+from rlhf_trl.stages.generate import completions, prompts_of, read_prompts
 from rlhf_trl.tasks.demo.annotators import load as load_demo
 from rlhf_trl.tasks.demo.gold import gold_reward
 from tests.helpers.tiny import save_model
@@ -374,4 +374,9 @@ def test_bad_prompts_are_named_by_file_and_row(tmp_path):
     csv = tmp_path / "p.csv"
     csv.write_text("prompt,id\nhello,1\n")
     assert read_prompts([str(csv)])[0] == {"prompt": "hello", "id": "1"}
-    assert len(read_prompts("demo", 5)) == 5
+
+
+def test_prompts_are_the_held_out_ones_of_the_data_unless_files_are_named(compose, tmp_path):
+    cfg = compose(f"runs_dir={tmp_path}", "stage=generate", "stage.max_prompts=5", "data.max_eval_samples=7")
+    held_out = instantiate(cfg.data)(form="prompt", seed=cfg.seed)["eval"]
+    assert prompts_of(cfg) == held_out.to_list()[:5]

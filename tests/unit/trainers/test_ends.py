@@ -27,7 +27,7 @@ CHATS = [[{"role": "user", "content": text}] for text in ("a b", "c", "d e f g",
 
 
 def save_turn_model(path, declared=(EOS, END), seed=0) -> str:
-    """`tests.tiny`'s Llama with that tokenizer; its generation_config lists `declared`."""
+    """`tests.helpers.tiny`'s Llama with that tokenizer; its generation_config lists `declared`."""
     save_model(path, seed=seed)
     tokenizer = turn_tokenizer()
     model = AutoModelForCausalLM.from_pretrained(path)

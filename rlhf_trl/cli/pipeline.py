@@ -1,0 +1,187 @@
+"""
+Runs the steps of a pipeline one after the other, each in a process of its own, and shows what came out.
+
+    python launch/pipeline.py                         # the embedded demo
+    python launch/pipeline.py pipeline=reviews/tiny   # a file of conf/pipeline
+    python launch/pipeline.py project=mine            # the same steps once more, beside the first
+
+Finished steps are passed over, so the same command goes on where an earlier one ended.
+"""
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_trl.cli.app import leave, run_app
+from rlhf_trl.cli.launcher import BEGIN, launch_command, overrides_of, results_of, run, shown, state_of
+from rlhf_trl.config.command_line import config_dirs
+from rlhf_trl.config.values import plain
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.report.project import write_report
+from rlhf_trl.report.text import comparison_text, duration, table
+from rlhf_trl.runs.conflicts import name_problems
+from rlhf_trl.runs.record import COMPARISON_FILE, read_json, read_run
+from rlhf_trl.terminal import printable
+
+
+def main() -> None:
+    """Composes conf/pipeline.yaml and runs its steps."""
+    run_app(start, "pipeline", problems, "Stopped. The same command goes on with the steps that are not done.")
+
+
+def problems(words: list[str], multirun: bool, cfg: DictConfig) -> list[str]:
+    """What a pipeline can't do or use."""
+    if multirun:
+        return ["A pipeline runs its steps once. Leave out `-m`; for several runs of a stage: `launch/sweep.py`."]
+    values, found = plain(cfg)
+    steps = values["steps"]
+    if not isinstance(steps, dict):
+        return [f"`steps` is {steps!r} and must hold names of steps, each with a list of words."]
+    lists = {"launch": values["launch"], "overrides": values["overrides"], "program": values["program"] or []}
+    return (found or name_problems(values)) + [
+        f"`{name}` is {given!r} and must be a list of words. Type for example `'{name}=[\"seed=1\"]'`."
+        for name, given in (lists | {f"steps.{name}": given for name, given in steps.items()}).items()
+        if not isinstance(given, list) or not all(isinstance(word, str) for word in given)
+    ]
+
+
+def start(cfg: DictConfig) -> None:
+    """Runs the steps of a config."""
+    try:
+        run_pipeline(
+            steps=OmegaConf.to_container(cfg.steps, resolve=True),
+            project=cfg.project,
+            runs_dir=cfg.runs_dir,
+            program=list(cfg.program or launch_command(cfg.accelerate, cfg.launch)),
+            overrides=list(cfg.overrides),
+            overwrite=cfg.overwrite,
+            config_dirs=config_dirs(),
+        )
+    except ConfigError as error:  # here, because Hydra would print the overrides in front of it
+        leave(f"Error: {error}", 2)
+
+
+def run_pipeline(
+    steps: dict[str, list[str]],
+    project: str,
+    runs_dir: str,
+    program: list[str],
+    overrides: list[str],
+    overwrite: bool,
+    config_dirs: list[str],
+) -> None:
+    """
+    Runs what is not done yet, then prints the result.
+
+    Args:
+        steps (`dict[str, list[str]]`):
+            Name and overrides of each step, in order. A step's run directory is `<runs_dir>/<project>/<name>`.
+        project (`str`), runs_dir (`str`):
+            Where the runs are.
+        program (`list[str]`):
+            Command that the overrides are appended to.
+        overrides (`list[str]`):
+            Given to every step, after its own.
+        overwrite (`bool`):
+            Whether finished steps that were made by another command are made again.
+        config_dirs (`list[str]`):
+            `--config-dir` and its value, or nothing.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if a finished step doesn't fit these steps, or still runs.
+        SystemExit: if a step failed or was stopped.
+    """
+    project_dir = Path(runs_dir, project)
+    where = [f"project={project}", *([] if runs_dir == "runs" else [f"runs_dir={runs_dir}"])]
+    wanted = {
+        name: [*own, *where, *([] if f"stage={name}" in own else [f"run_name={name}"]), *overrides]
+        for name, own in steps.items()
+    }
+    states = _states(project_dir, wanted)
+    changed = [name for name, state in states.items() if state == "changed"]
+    if changed and not overwrite:
+        raise ConfigError(_refusal(project_dir, changed[0], wanted[changed[0]]))
+    if changed:
+        names = list(states)
+        states.update(dict.fromkeys(names[names.index(changed[0]) :], "changed"))
+    for number, (name, state) in enumerate(states.items(), 1):
+        title = f"[{number}/{len(steps)}] {name}"
+        if state == "done":
+            print(f"{title}: done, passed over", flush=True)
+            continue
+        command = [*program, *config_dirs, *wanted[name], *BEGIN.get(state, ["overwrite=true"])]
+        print(f"{title}: {shown(command)}", flush=True)
+        try:
+            code = run(command)
+        except KeyboardInterrupt:
+            print(f"\nStopped at the step `{name}`. The same command goes on with it.", file=sys.stderr)
+            sys.exit(130)
+        if code != 0 or (read_run(project_dir / name) or {}).get("status") != "done":
+            status = f"failed (exit status {code})" if code else "ended without being done"
+            print(
+                f"\nThe step `{name}` {status}; its own message stands above. When it is mended, the same command "
+                "goes on with this step.",
+                file=sys.stderr,
+            )
+            sys.exit(code if code > 0 else 1)
+    page = project_dir / "report" / "index.html"
+    if not page.exists() or page.stat().st_mtime < max(
+        path.stat().st_mtime for path in project_dir.glob("*/run.json")
+    ):
+        write_report(project_dir)  # no evaluation has made it since
+    print("\n" + result(project_dir, list(steps)))
+    if all(state == "done" for state in states.values()):
+        print("\n" + _ways_out(project, project_dir))
+
+
+def _states(project_dir: Path, wanted: dict[str, list[str]]) -> dict[str, str]:
+    """State of each step's directory. A step made before an earlier one was made again counts as `changed` too."""
+    states, earlier = {}, ""
+    for name, overrides in wanted.items():
+        record = read_run(project_dir / name) or {}
+        states[name] = state_of(project_dir / name, overrides)
+        if states[name] in ("done", "resumable") and record["started"] < earlier:
+            states[name] = "changed"
+        if record.get("status") == "done":
+            earlier = max(earlier, record["ended"])
+    return states
+
+
+def _refusal(project_dir: Path, name: str, wanted: list[str]) -> str:
+    made, now = overrides_of(read_run(project_dir / name)["command"]), sorted(wanted)
+    why = f"was made with `{' '.join(made)}`, and is now `{' '.join(now)}`"
+    if made == now:
+        why = "was made before a step that it comes after was made again"
+    return (
+        f"The step `{name}` in `{project_dir / name}` {why}. Give this pipeline another `project=`, or make this step "
+        "and all after it again with `overwrite=true`."
+    )
+
+
+def _ways_out(project: str, project_dir: Path) -> str:
+    again = f"remove `{project_dir}`"
+    if project == "demo" and Path("Makefile").exists():
+        again = "`make demo-clean`"
+    return (
+        f"All steps of the project `{project}` were done already, nothing was run. To run them again: {again}; to "
+        "keep them and make others beside them: `python launch/pipeline.py project=another`."
+    )
+
+
+def result(project_dir: Path, steps: list[str]) -> str:
+    """The table of the steps, and below it the comparison of the policies where one was made."""
+    rows = [_row(project_dir / name, name) for name in steps]
+    parts = [table(["step", "time", "metric", "start", "end"], rows)]
+    comparison = read_json(project_dir / COMPARISON_FILE)
+    if comparison:
+        parts.append(printable(comparison_text(comparison)))
+    return "\n\n".join(
+        [*parts, f"Report: {project_dir / 'report' / 'index.html'}\nRuns and comparison: {project_dir}"]
+    )
+
+
+def _row(run_dir: Path, name: str) -> list[str]:
+    measured = results_of(run_dir)
+    ends = ["" if value is None else f"{value:.3f}" for value in (measured["start"], measured["end"])]
+    return [name, duration(measured["seconds"]), measured["objective"] or "", *ends]
