@@ -35,8 +35,8 @@ demo-clean: ## remove the runs of the demo
 test: $(READY) ## the fast tests
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_FLAGS)
 
-test-all: $(READY) ## all tests but those that need a GPU
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_FLAGS)
+test-all: $(READY) ## all tests but those that need a GPU, and what they cover
+	$(BIN)/python -m pytest -m "not gpu" --cov $(PYTEST_FLAGS)
 
 style: $(READY) ## format the code and mend what the linter can
 	$(BIN)/ruff format .
