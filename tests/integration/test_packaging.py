@@ -121,7 +121,7 @@ def test_the_wheel_works_without_the_clone(wheel, tmp_path):
     """Unpacked, which is what pip does with it but for the scripts."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}
-    pipeline = [sys.executable, "-c", "from rlhf_trl.cli.launcher import pipeline; pipeline()"]
+    pipeline = [sys.executable, "-c", "from rlhf_trl.cli.pipeline import main; main()"]
     check_installed([sys.executable, "-m", "rlhf_trl.cli"], pipeline, user_folder(tmp_path / "home"), environment)
     command = "from rlhf_trl.cli.launcher import launch_command, shown; print(shown(launch_command('cpu')))"
     out = subprocess.run(
