@@ -1,4 +1,4 @@
-"""PPO on TRL's engine: `PPOTrainer`, `PPOConfig`, and the pure functions in `rlhf_trl.ppo.advantages`."""
+"""PPO on TRL's engine: [`PPOTrainer`], [`PPOConfig`], and the pure functions of the algorithm."""
 
 from rlhf_trl.ppo.config import PPOConfig
 from rlhf_trl.ppo.trainer import PPOTrainer

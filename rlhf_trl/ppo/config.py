@@ -1,6 +1,8 @@
 """`PPOConfig`: the arguments of [`PPOTrainer`], a `trl.GRPOConfig` with PPO's names, defaults and rules."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -35,13 +37,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "vespo_lambda_neg": (2.0, "it belongs to `loss_type='vespo'`"),
     "router_aux_loss_coef": (None, "the load-balancing loss of mixture-of-experts models is not part of PPO's loss"),
 }
-
-
-class _One(int):
-    """The integer 1, but not below 2: gets `num_generations=1` past GRPOConfig's check for groups of two and more."""
-
-    def __lt__(self, other: object) -> bool:
-        return False
 
 
 @dataclass
@@ -156,11 +151,8 @@ class PPOConfig(GRPOConfig):
         if self.ddp_find_unused_parameters is None:
             # every trainable parameter, the value head's too, is used in every forward: looking for others costs time
             self.ddp_find_unused_parameters = False
-        num_generations, num_generations_eval = self.num_generations, self.num_generations_eval
-        if num_generations == 1:
-            self.num_generations = _One(1)
-        super().__post_init__()
-        self.num_generations, self.num_generations_eval = num_generations, num_generations_eval
+        with self._checked_as_groups():
+            super().__post_init__()
         if self.reward_weights is not None:
             self.reward_weights = [float(weight) for weight in self.reward_weights]
         self._check_values()
@@ -172,6 +164,27 @@ class PPOConfig(GRPOConfig):
                     f"{self.max_steps}: the smaller counts."
                 )
             self.max_steps = min(steps, self.max_steps) if self.max_steps > 0 else steps
+
+    @contextmanager
+    def _checked_as_groups(self) -> Iterator[None]:
+        """
+        Let GRPOConfig accept one completion per prompt.
+
+        It refuses groups of fewer than two, without which GRPO has no baseline, and checks that groups fill a rollout:
+        a given rollout is checked as one group, and another one with twice its size as groups of two.
+        """
+        if self.num_generations != 1:
+            yield
+            return
+        num_generations_eval, doubled = self.num_generations_eval, self.generation_batch_size is None
+        self.num_generations = 2 if doubled else self.generation_batch_size
+        self.num_generations_eval = num_generations_eval or 1
+        self.steps_per_generation = 2 * self.steps_per_generation if doubled else self.steps_per_generation
+        yield
+        self.num_generations, self.num_generations_eval = 1, num_generations_eval
+        if doubled:
+            self.steps_per_generation //= 2
+            self.generation_batch_size //= 2
 
     @property
     def num_mini_batches(self) -> int:

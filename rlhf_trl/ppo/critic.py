@@ -9,13 +9,16 @@ that is used.
 import copy
 import functools
 import math
+import os
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import FusedCausalLMOutput
@@ -30,11 +33,12 @@ from rlhf_trl.patches.peft import active_adapter, recompute_with_the_same_adapte
 from rlhf_trl.ppo.config import PPOConfig
 from rlhf_trl.trainers.rollouts import positions, takes_positions
 
+CRITIC_FILE = "critic.safetensors"
 VALUE_HEAD = "value_head"
 
 
 def is_critic(name: str) -> bool:
-    """Whether a parameter of the policy's module belongs to the critic, by its full name."""
+    """Return whether a parameter of the policy's module belongs to the critic, by its full name."""
     return not {VALUE_HEAD, CRITIC}.isdisjoint(name.split("."))
 
 
@@ -164,6 +168,80 @@ def _network(model: PreTrainedModel | PeftModel, args: PPOConfig) -> tuple[PreTr
         trunk = (started.merge_and_unload() if is_peft_model(started) else started).base_model
         score = None
     return trunk.to(policy.device, dtype).requires_grad_(True), score
+
+
+def critic_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, batch_size: int) -> Tensor:
+    """
+    Return the values of a critic with a trunk of its own, without a pass of the policy.
+
+    Args:
+        model (`nn.Module`): the policy's module, with the critic.
+        input_ids (`Tensor` of shape (N, P + T)), attention_mask (`Tensor` of shape (N, P + T)): prompts and
+            completions.
+        width (`int`): completion tokens, T.
+        batch_size (`int`): rows of a pass.
+
+    Returns:
+        `Tensor` of shape (N, T).
+    """
+    values = []
+    for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True):
+        output = model(input_ids=ids, attention_mask=mask, fused_lm_head=True, with_values=True, values_only=True)
+        values.append(output.value_preds[:, -width:])
+    return torch.cat(values)
+
+
+def critic_parameter_group(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float) -> None:
+    """Move the critic's parameters into groups of their own, with a learning rate of their own."""
+    ids = {id(parameter) for name, parameter in model.named_parameters() if is_critic(name)}
+    for group in list(optimizer.param_groups):
+        critic = [parameter for parameter in group["params"] if id(parameter) in ids]
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+        if critic:
+            optimizer.add_param_group({"params": critic, "lr": learning_rate, "weight_decay": group["weight_decay"]})
+
+
+def keep_critic_from_vllm(vllm_generation: Any) -> None:
+    """Let TRL's `VLLMGeneration` send vLLM the policy's weights alone: vLLM knows no critic and would refuse it."""
+    named_params = vllm_generation._iter_named_params
+    vllm_generation._iter_named_params = lambda: (
+        (name, parameter) for name, parameter in named_params() if not is_critic(name)
+    )
+
+
+def without_critic(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the policy's part of the state of its module."""
+    return {key: value for key, value in state_dict.items() if not is_critic(key)}
+
+
+def save_critic(state_dict: dict[str, Tensor], folder: str) -> None:
+    """Write the critic's part of the state of the policy's module into a folder."""
+    critic = {key: value.contiguous() for key, value in state_dict.items() if is_critic(key)}
+    save_file(critic, os.path.join(folder, CRITIC_FILE))
+
+
+def load_critic(model: nn.Module, folder: str, kind: str) -> None:
+    """
+    Load the critic that [`save_critic`] wrote.
+
+    Args:
+        model (`nn.Module`): the policy's module, with a critic.
+        folder (`str`): a checkpoint.
+        kind (`str`): the critic's kind (`args.critic`), for the error.
+
+    Raises:
+        ConfigError: if there is no critic in the folder, or one of another kind.
+    """
+    path = os.path.join(folder, CRITIC_FILE)
+    if not os.path.isfile(path):
+        raise ConfigError(f"`{folder}` has no `{CRITIC_FILE}`. Resume from a checkpoint of PPO.")
+    critic = load_file(path)
+    if critic.keys() != {key for key in model.state_dict() if is_critic(key)}:
+        raise ConfigError(
+            f"`{path}` holds another kind of critic than `critic={kind}`. Resume with the critic that the run began "
+            "with."
+        )
+    model.load_state_dict(critic, strict=False)
 
 
 def _check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -71,7 +71,7 @@ class Demonstrations:
         return found
 
     def tokens(self, indices: list[int]) -> int:
-        """Number of completion tokens of some rows."""
+        """Return the number of completion tokens of some rows."""
         return sum(len(self.rows[i][1]) for i in indices)
 
     def batch(self, indices: list[int], device: torch.device) -> dict[str, Tensor]:

@@ -1,22 +1,26 @@
 """Old log-probabilities and values from the very passes that sampled the tokens."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_trl.ppo.critic import critic_values
+from rlhf_trl.ppo.rollout import TokenScores
+
 logger = logging.getLogger(__name__)
 
 # Nats by which a token's log-probability may differ between `generate` and a forward pass; float32 gives about 1e-6.
-MOST_DIFFERENCE = 1e-3
+MAX_DIFFERENCE = 1e-3
 
 
 class SampledTokens:
     """
-    Keeps what `generate` has computed of each token it sampled, so that no second pass of the policy is needed for it.
+    Log-probabilities and values that `generate` computes of each token it samples, so that the policy needs no second
+    pass over its completions.
 
     Good for a model in float32 alone: in half precision, a pass with a cache and one without differ by far more than
     the steps of PPO should start from.
@@ -25,22 +29,28 @@ class SampledTokens:
         policy (`PreTrainedModel`): the causal language model that samples, below an adapter.
         temperature (`float`): that of sampling.
         value_head (`nn.Module`, *optional*): a critic's head on the policy's own hidden states.
+
+    Attributes:
+        usable (`bool`): whether the numbers of sampling are those of a pass, as far as is known.
     """
 
     def __init__(self, policy: PreTrainedModel, temperature: float, value_head: nn.Module | None):
         self.policy = policy
         self.temperature = temperature
         self.value_head = value_head
-        self.compared = False
+        self.compared, self.usable = False, True
         self._kept: tuple[Tensor, Tensor | None, Tensor] | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch a call of `generate`, whose completions [`keep`] takes next."""
+        """Watch a call of `generate`, whose completions [`keep`] is given next."""
         self._kept = None
         self._logits: Tensor | None = None
         self._log_probs: list[Tensor] = []
         self._values: list[Tensor] = []
+        if not self.usable:
+            yield
+            return
         hooks = [self.policy.register_forward_hook(self._after_policy, with_kwargs=True)]
         if self.value_head is not None:
             # not `base_model`, which OPT's own forward goes around
@@ -52,7 +62,7 @@ class SampledTokens:
                 hook.remove()
 
     def keep(self, completions: list[list[int]]) -> None:
-        """Keep what was computed of the completions that were sampled, one list of ids a row."""
+        """Keep what was computed of the completions that were sampled, one list of ids per row."""
         logits, self._logits = self._logits, None
         steps = len(self._log_probs) + 1
         lengths = torch.tensor([len(ids) for ids in completions])
@@ -61,29 +71,29 @@ class SampledTokens:
         if self.value_head is not None and len(self._values) != steps:
             return  # hidden states that don't come from the decoder
         last = torch.tensor([ids[-1] if len(ids) == steps else 0 for ids in completions], device=logits.device)
-        log_probs = [*self._log_probs, self._of(logits, last)]
+        log_probs = [*self._log_probs, self._log_prob(logits, last)]
         values = torch.stack(self._values, dim=1) if self._values else None
         self._kept = torch.stack(log_probs, dim=1), values, lengths
 
     def _after_policy(self, module, args, kwargs, output):
         if self._logits is not None:  # the pass before chose the token that this one reads
-            self._log_probs.append(self._of(self._logits, kwargs["input_ids"][:, -1]))
+            self._log_probs.append(self._log_prob(self._logits, kwargs["input_ids"][:, -1]))
         self._logits = output.logits[:, -1]
 
     def _after_trunk(self, module, args, output):
         self._values.append(self.value_head(output.last_hidden_state[:, -1].float()).squeeze(-1))
 
-    def _of(self, logits: Tensor, tokens: Tensor) -> Tensor:
+    def _log_prob(self, logits: Tensor, tokens: Tensor) -> Tensor:
         logits = logits.float() / self.temperature
         return logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=1)
 
     def take(self, mask: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """
-        What was kept of the completions with `mask` (N, T), once.
+        Return what was kept of the completions with `mask` (N, T), once.
 
         Returns:
-            log-probabilities of each token and, of a `value_head`, the values before it, both (N, T) and 0 at padding;
-            `None` if the completions are not those that were sampled last.
+            log-probabilities of each token and, with a `value_head`, the values before it, both (N, T) and 0 at
+            padding; `None` if the completions are not those that were sampled last.
         """
         kept, self._kept = self._kept, None
         if kept is None or mask.sum(dim=1).tolist() != kept[2].tolist():
@@ -94,15 +104,51 @@ class SampledTokens:
 
         return padded(kept[0]), None if kept[1] is None else padded(kept[1])
 
-    def agrees(self, log_probs: Tensor, of_a_pass: Tensor) -> bool:
-        """Whether log-probabilities are those of a forward pass; if not, say so once."""
-        self.compared = True
-        difference = (log_probs - of_a_pass).abs().max().item()
-        if difference <= MOST_DIFFERENCE:
-            return True
+    def scores(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        width: int,
+        batch_size: int,
+        forward_pass: Callable[[Tensor, Tensor], TokenScores],
+    ) -> TokenScores | None:
+        """
+        Return log-probabilities and values of completions, if they are those that were sampled last.
+
+        The first time, they are compared with those of a pass over `batch_size` rows.
+
+        Args:
+            model (`nn.Module`): the policy's module, with the critic.
+            input_ids (`Tensor` of shape (N, P + T)), attention_mask (`Tensor` of shape (N, P + T)): prompts and
+                completions.
+            width (`int`): completion tokens, T.
+            batch_size (`int`): rows of a pass.
+            forward_pass (callable): gives the scores of some rows by a pass over them.
+
+        Returns:
+            [`TokenScores`], 0 at padding; `None` if `generate` computed none, or other ones than a pass.
+        """
+        taken = self.take(attention_mask[:, -width:])
+        if taken is None:
+            return None
+        log_probs, values = taken
+        if not self.compared:
+            first = forward_pass(input_ids[:batch_size], attention_mask[:batch_size])
+            self.compared, self.usable = True, _agree(log_probs[:batch_size], first.logps)
+        if not self.usable:
+            return None
+        if values is None:
+            values = critic_values(model, input_ids, attention_mask, width, batch_size)
+        return TokenScores(log_probs, values)
+
+
+def _agree(log_probs: Tensor, of_a_pass: Tensor) -> bool:
+    difference = (log_probs - of_a_pass).abs().max().item()
+    if difference > MAX_DIFFERENCE:
         logger.warning(
             "The policy gives sampled tokens other log-probabilities with a cache than without, by up to %.2g nats. "
-            "Those without are used, at the price of one more pass a rollout.",
+            "Those without are used, at the price of one more pass per rollout.",
             difference,
         )
-        return False
+    return difference <= MAX_DIFFERENCE

@@ -1,12 +1,13 @@
 """Randomness that depends on named integers alone, so that it is the same on every rank and after a resume."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
+from trl.trainer.utils import RepeatSampler
 
 
 @contextmanager
@@ -22,10 +23,29 @@ def preserved_rng_state() -> Iterator[None]:
 
 
 def derived_seed(*key: int) -> int:
-    """A seed that depends on all the integers of `key`, and on nothing else."""
+    """Return a seed that depends on the integers of `key` alone."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def permutation(n: int, *key: int) -> Tensor:
-    """A permutation of 0 to n - 1 that depends on nothing but the integers of `key`. Shape (n,)."""
+    """Return a permutation of 0 to n - 1 that depends on the integers of `key` alone, shape (n,)."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(derived_seed(*key)))
+
+
+class EpochSampler(RepeatSampler):
+    """
+    TRL's `RepeatSampler` with an order that comes from (seed, epoch), so that a resumed epoch is the interrupted one.
+
+    Args:
+        *args, **kwargs: arguments of `trl.trainer.utils.RepeatSampler`.
+        epoch (callable): function that returns the epoch that begins.
+    """
+
+    def __init__(self, *args, epoch: Callable[[], int], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.shuffle:
+            self.generator.manual_seed(derived_seed(self.seed or 0, self.epoch()))
+        return super().__iter__()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -273,7 +274,7 @@ def test_ptx_is_a_language_models_loss_whatever_the_temperature_of_sampling(tmp_
         ptx_dataset=Dataset.from_dict(rows),
         peft_config=LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False) if lora else None,
     )
-    inputs = {"ptx_start": 0, "ptx_rows": 4, "ptx_slice": (0, 4), "mask": torch.ones(4, 1)}
+    inputs = SimpleNamespace(mini_batch_size=4, rows=slice(0, 4), tokens=torch.tensor(4))
     trainer._ptx_loss(trainer.model, inputs).backward()
     parameters = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad and "value_head" not in n}
     gradients = {n: p.grad.clone() for n, p in parameters.items()}

@@ -20,6 +20,7 @@ from rlhf_trl.callbacks.kl import AdaptiveKL, LinearKL
 from rlhf_trl.callbacks.reward_norm import RewardNorm, RunningNorm
 from rlhf_trl.ppo import PPOConfig
 from rlhf_trl.ppo.config import REFUSED, added_fields
+from rlhf_trl.trainers.rollouts import Rewards
 from tests.helpers.ppo import count_of_a, logged, make_trainer, prompts, sampled
 from tests.helpers.tiny import make_tokenizer, save_gpt2, save_model
 
@@ -144,13 +145,15 @@ def test_missing_eos_is_penalized(path, tmp_path):
 
 def scored(trainer, rewards):
     """
-    The rewards-to-go that `_score_rollout` gives three completions: one that ends after 3 tokens, one of 4 tokens that
-    doesn't end, one of 4 tokens of which a tool wrote the second. k1 is .1 a token.
+    The rewards-to-go that the trainer gives three completions: one that ends after 3 tokens, one of 4 tokens that
+    doesn't end, one of 4 tokens of which a tool wrote the second. k1 is .1 per token.
     """
     eos = trainer.processing_class.eos_token_id
     completions = torch.tensor([[5, 6, eos, 0], [5, 6, 7, 8], [5, 6, 7, eos]])
     logp = torch.full((3, 4), -1.0)
-    rollout = {
+    output = {
+        "prompt_ids": torch.full((3, 1), 5),
+        "prompt_mask": torch.ones(3, 1, dtype=torch.long),
         "completion_ids": completions,
         "completion_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]),
         "tool_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 1, 1]]),
@@ -158,11 +161,15 @@ def scored(trainer, rewards):
         "ref_per_token_logps": logp - 0.1,
         "old_values": torch.zeros(3, 4),
     }
-    trainer._rewards_per_func = torch.tensor(rewards)
-    trainer._invalid = torch.zeros(3, dtype=torch.bool)
+    values = torch.tensor(rewards)
+
+    def made(inputs):
+        trainer._rewards = Rewards(values, torch.zeros(3, 1, dtype=torch.bool), torch.ones(1), ["reward"])
+        return output
+
+    trainer._generate_and_score_completions = made
     trainer.model.train()
-    trainer._score_rollout(rollout, "train")
-    return rollout["returns"][:, 0].tolist()
+    return trainer._make_rollout([]).returns[:, 0].tolist()
 
 
 @pytest.mark.parametrize(

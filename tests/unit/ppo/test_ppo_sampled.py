@@ -22,13 +22,13 @@ def by_a_pass(trainer, rollout):
     """Log-probabilities and values of the rollout's tokens by a pass over them, 0 at padding."""
     mask = rollout["completion_mask"]
     with torch.no_grad():
-        log_probs, _, _ = trainer._log_probs_of_pass(
+        scores = trainer._score_tokens(
             trainer.model,
             torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1),
             torch.cat([rollout["prompt_mask"], mask], dim=1),
             mask.size(1),
         )
-    return log_probs * mask, trainer._forward_values.pop() * mask
+    return scores.logps * mask, scores.values * mask
 
 
 @pytest.mark.parametrize("save", [save_model, save_gpt2], ids=["llama", "gpt2"])
@@ -77,15 +77,16 @@ def test_evaluation_needs_no_second_pass_either(tmp_path):
     trainer = sampled(save_model(tmp_path / "model"), tmp_path, eval_dataset=prompts(8))
     trainer.evaluate()
     passes = []
-    pass_of = trainer._log_probs_of_pass
-    trainer._log_probs_of_pass = lambda model, *a, **k: passes.append(model) or pass_of(model, *a, **k)
+    score_tokens = trainer._score_tokens
+    trainer._score_tokens = lambda *a, **k: passes.append("policy") or score_tokens(*a, **k)
+    trainer.ref_model.register_forward_pre_hook(lambda *_: passes.append("reference"))
     assert trainer.evaluate()["eval_objective/kl"] == pytest.approx(0, abs=1e-5)
-    assert passes and all(model is trainer.ref_model for model in passes)
+    assert passes and set(passes) == {"reference"}
 
 
 def test_a_model_whose_cache_gives_other_numbers_gets_a_pass(tmp_path, monkeypatch, caplog):
-    of = sampled_tokens.SampledTokens._of
-    monkeypatch.setattr(sampled_tokens.SampledTokens, "_of", lambda self, *args: of(self, *args) - 0.01)
+    log_prob = sampled_tokens.SampledTokens._log_prob
+    monkeypatch.setattr(sampled_tokens.SampledTokens, "_log_prob", lambda self, *args: log_prob(self, *args) - 0.01)
     trainer = sampled(save_model(tmp_path / "model"), tmp_path)
     with caplog.at_level(logging.WARNING):
         rollouts = [roll_out(trainer) for _ in range(2)]

@@ -18,8 +18,7 @@ from rlhf_trl.callbacks.rollouts import record_rollouts
 from rlhf_trl.evaluation.generation import generation_config, sample
 from rlhf_trl.evaluation.policies import Policy
 from rlhf_trl.models.tokenizers import load_tokenizer
-from rlhf_trl.ppo import advantages
-from rlhf_trl.ppo import trainer as ppo_trainer
+from rlhf_trl.ppo import losses, update
 from rlhf_trl.stages.chat import answer
 from rlhf_trl.trainers.rollouts import count_positions_from_mask
 from tests.helpers.architectures import MORE_ARCHITECTURES, make_architecture, save_architecture
@@ -115,9 +114,9 @@ def test_values_are_the_same_in_rollout_and_update(tmp_path, monkeypatch, name, 
 
     def value_losses(values, old_values, *args):
         seen.append((values.detach(), old_values))
-        return advantages.value_losses(values, old_values, *args)
+        return losses.value_losses(values, old_values, *args)
 
-    monkeypatch.setattr(ppo_trainer, "value_losses", value_losses)
+    monkeypatch.setattr(update, "value_losses", value_losses)
     trainer = rl_trainer(
         "ppo",
         path,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_trl.callbacks.kl import AdaptiveKL, FixedKL, LinearKL
-from rlhf_trl.ppo.advantages import (
+from rlhf_trl.ppo.losses import (
     explained_variance,
     gae,
     kl_estimate,
