@@ -151,7 +151,7 @@ def plan_without_training(cfg: DictConfig) -> dict[str, str]:
             dataset = instantiate_data(cfg)
             lines["data"] = ", ".join(f"{len(part):,} rows for {name}" for name, part in dataset.items())
             if stage.form in READERS:
-                rows = READERS[stage.form](dataset).to_list()
+                rows = list(READERS[stage.form](dataset))
             if stage.get("references"):
                 reference_answers(cfg)
     if rows and "prompt" in rows[0]:

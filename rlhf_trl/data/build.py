@@ -154,10 +154,12 @@ def describe(datasets, form: str) -> str:
 def _join(side: str, tables: list, notes: list[str]):
     from datasets import Dataset
 
+    from rlhf_trl.patches.datasets import exact_json
+
     tables = [table for table in tables if table is not None]
     if not tables:
         what = "\n".join(f"  {note}" for note in notes)
         raise DataError(
             f"no rows are left for `{side}`:\n{what}\nGive `data` a source with rows of use to this stage."
         )
-    return Dataset(concatenate(tables))
+    return exact_json(Dataset(concatenate(tables)))

@@ -102,7 +102,9 @@ def keep_template_kwargs(dataset, tokenizer, given: dict | None = None):
     trained with: so a policy is prompted as it was, unless the data or the stage say otherwise. What all training rows
     have is saved with the tokenizer, for those who prompt the model or ask it for a score.
     """
-    from datasets import Features, Json
+    from datasets import Features
+
+    from rlhf_trl.patches.datasets import ExactJson
 
     if not is_chat(dataset["train"][0]):
         return dataset
@@ -110,7 +112,7 @@ def keep_template_kwargs(dataset, tokenizer, given: dict | None = None):
     for side, rows in dataset.items() if shared else ():
         dataset[side] = rows.map(
             lambda row: {"chat_template_kwargs": shared | (row.get("chat_template_kwargs") or {})},
-            features=Features({**rows.features, "chat_template_kwargs": Json()}),
+            features=Features({**rows.features, "chat_template_kwargs": ExactJson()}),
             desc="Completing chat_template_kwargs",
         )
     found = [{}]

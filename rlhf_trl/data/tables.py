@@ -62,14 +62,8 @@ def concatenate(tables: list):
 
 
 def _as_json(values: list):
-    import datasets.features.features
-    import datasets.utils.json
     import pyarrow as pa
 
-    # Columns of JSON go through pandas' parser (datasets 5.2), which reads 55.290184 as 55.290183999999996 and writes
-    # ten digits. Python's is exact.
-    for module in (datasets.features.features, datasets.utils.json):
-        module.ujson_loads, module.ujson_dumps = json.loads, json.dumps
     texts = pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
     return pa.ExtensionArray.from_storage(pa.json_(), texts)
 

@@ -6,9 +6,11 @@ TRL give other numbers.
 """
 
 import importlib
+import json
 import pkgutil
 import sys
 import types
+from pathlib import Path
 
 import torch
 import trl
@@ -75,17 +77,21 @@ def losses(path: str, out: str) -> list[float]:
 
 
 def run(path: str, folder: str) -> None:
-    """Import all of rlhf_trl, and train PPO with every role as an adapter."""
+    """Import all of rlhf_trl, read objects of any fields, and train PPO with a critic that is an adapter."""
     import rlhf_trl
 
     for module in pkgutil.walk_packages(rlhf_trl.__path__, "rlhf_trl."):
-        if not module.name.startswith("rlhf_trl.conf"):
+        if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
 
+    from rlhf_trl.data import load_files
     from rlhf_trl.runs.paths import conf_dir
 
+    rows = [{"prompt": "a", "check": {"x": 55.290184}}, {"prompt": "b", "check": {"y": None}}]
+    Path(folder, "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert list(load_files("prompt", 0, f"{folder}/rows.jsonl", eval_size=None)["train"]) == rows
     words = [
         f"runs_dir={folder}/runs",
         "stage=ppo",

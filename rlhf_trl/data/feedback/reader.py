@@ -87,6 +87,8 @@ class FeedbackReader(Reader):
         """The rows of a split as a `Dataset` of the stage's form; what was made of them goes to `notes`."""
         from datasets import Dataset
 
+        from rlhf_trl.patches.datasets import exact_json
+
         counts = Counter()
         try:
             made = self.feedback.convert([json.loads(row) for row in rows["row"]], self.form, f"{seed}-{side}", counts)
@@ -95,4 +97,4 @@ class FeedbackReader(Reader):
         notes.append(f"{side}: {len(rows):,} rows of {self.feedback.name} -> {contents(made, self.form)}")
         if any(counts.values()):
             notes.append("  " + "; ".join(f"{what}: {count:,}" for what, count in counts.items() if count))
-        return Dataset(make_table([(side, row) for row in made], (*CHATS, *PASSED_ON)))
+        return exact_json(Dataset(make_table([(side, row) for row in made], (*CHATS, *PASSED_ON))))

@@ -78,8 +78,10 @@ def _load_split(path: str, name: str | None, split: str, revision: str | None):
 
 
 def _dataset_rows(label: str, dataset) -> Iterator[Row]:
+    from rlhf_trl.patches.datasets import exact_json
+
     number = 0
-    for batch in dataset.with_format(None).iter(BATCH_ROWS):
+    for batch in exact_json(dataset.with_format(None)).iter(BATCH_ROWS):
         for values in zip(*batch.values(), strict=True):
             number += 1
             row = dict(zip(batch, values, strict=True))

@@ -42,6 +42,8 @@ def mix(
     """
     from datasets import Dataset, DatasetDict
 
+    from rlhf_trl.patches.datasets import exact_json
+
     wrong = type_problems(mix, {"weights": weights}, "data")
     if split_by not in ("prompt", "row"):
         wrong.append(f"`data.split_by={split_by}` isn't known. Type one of `prompt`, `row`.")
@@ -70,12 +72,12 @@ def mix(
         notes.append(
             f"{name}: {count:,} of {len(train[name]):,} rows ({count / sum(counts.values()):.1%} of the mixture)"
         )
-    mixed = Dataset(concatenate([rows.with_format("arrow")[:] for rows in chosen]))
+    mixed = exact_json(Dataset(concatenate([rows.with_format("arrow")[:] for rows in chosen])))
     order = list(range(len(mixed)))
     random.Random(f"{seed}-mix").shuffle(order)
     result = {"train": limit(mixed.select(order), max_samples, seed, "max_samples", notes)}
     if held_out:
-        evaluated = Dataset(concatenate([rows.with_format("arrow")[:] for rows in held_out]))
+        evaluated = exact_json(Dataset(concatenate([rows.with_format("arrow")[:] for rows in held_out])))
         result["eval"] = limit(evaluated, max_eval_samples, seed, "max_eval_samples", notes)
     result = DatasetDict(result)
     result.held_out = apart

@@ -41,13 +41,13 @@ def test_objects_keep_their_own_fields_and_nulls(tmp_path, form, mixed):
         plain = {"prompt": [user("plain")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}
         plain = write(tmp_path / "plain.jsonl", [plain])
         sources = {name: partial(data.load_files, paths=name, eval_size=None) for name in (plain, path)}
-        loaded = data.mix(form, 0, sources)["train"].to_list()
+        loaded = list(data.mix(form, 0, sources)["train"])
         (other,) = [row for row in loaded if row["prompt"][0]["content"] == "plain"][:1]
         assert (other["tools"], other["chat_template_kwargs"]) == (None, {})
         loaded = sorted((row for row in loaded if row["prompt"][0]["content"] != "plain"), key=str)
         loaded.sort(key=lambda row: (row["prompt"][0]["content"], not row.get("label", True)))
     else:
-        loaded = load(path, form)["train"].to_list()
+        loaded = list(load(path, form)["train"])
     loaded = loaded[::2] if form == "unpaired" else loaded
     answer = {"prompt_completion": "completion", "preference": "chosen", "unpaired": "completion"}.get(form)
     for row, given in zip(loaded, rows_with_tools(), strict=True):
@@ -63,10 +63,10 @@ def test_objects_in_feedback_and_in_columns_for_rewards_keep_their_own_fields(tm
     answers = [[calls(arguments)] for arguments in ARGUMENTS]
     rows = [{"prompt": "q", "completions": answers, "ranks": [1, 2, 3, 4]}]
     path = write(tmp_path / "ranks.jsonl", rows)
-    made = load(path, "comparisons", feedback=data.Rankings(shuffle=False))["train"].to_list()
+    made = list(load(path, "comparisons", feedback=data.Rankings(shuffle=False))["train"])
     assert made[0]["completions"] == answers
     rows = [{"prompt": f"q{i}", "check": arguments, "n": i} for i, arguments in enumerate(ARGUMENTS)]
-    assert load(write(tmp_path / "checks.jsonl", rows), "prompt")["train"].to_list() == rows
+    assert list(load(write(tmp_path / "checks.jsonl", rows), "prompt")["train"]) == rows
 
 
 @pytest.mark.parametrize("source", ["parquet", "disk"])
@@ -94,7 +94,7 @@ def test_columns_of_json_in_typed_files_keep_their_nulls(tmp_path):
     saved.to_parquet(tmp_path / "a.parquet")
     saved.save_to_disk(tmp_path / "a")
     for loaded in (load(tmp_path / "a.parquet"), data.load_hub("preference", 0, str(tmp_path / "a"))):
-        assert loaded["train"].to_list() == saved.to_list()
+        assert list(loaded["train"]) == list(saved)
         assert loaded["train"][1]["chosen"] == [calls({"zone": None})]
 
 
