@@ -14,6 +14,9 @@ from rlhf_trl.config.values import at, flatten
 
 # Old key: new key, with all keys below it; `*` stands for one name. None: the key is gone, and nothing is in its place
 RENAMED_KEYS: dict[str, str | None] = {
+    "reward.format.kwargs.whole": "reward.format.kwargs.fullmatch",
+    "reward.length.kwargs.least": "reward.length.kwargs.min_length",
+    "reward.length.kwargs.most": "reward.length.kwargs.max_length",
     "stage.auto_class": None,
 }
 # Old dot path: new dot path, of a class, a function, or a module with everything in it

@@ -1,6 +1,7 @@
 """
-Rewards for the shape of a completion, for `reward=length|format|eos` (`reward=repetition` is TRL's own
-`trl.rewards.get_repetition_penalty_reward`). Each returns one number a completion.
+Rewards for the shape of a completion: its length, its format, its end (`reward=length|format|eos`).
+
+`reward=repetition` is TRL's own `trl.rewards.get_repetition_penalty_reward`.
 """
 
 import regex
@@ -10,72 +11,95 @@ from rlhf_trl.data.messages import as_text
 from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError
 
-# On one completion: a repetition inside of a repetition may take for ever. Python's `re` knows no limit
-SECONDS_TO_MATCH = 10.0
+# Per completion: nested repetitions such as `(.+)+` backtrack exponentially, and Python's `re` has no timeout
+MATCH_TIMEOUT = 10.0
 
 
-def length(completion_ids: list[list[int]], most: int | None = None, least: int = 0, margin: int = 1) -> list[float]:
+def length(
+    completion_ids: list[list[int]], max_length: int | None = None, min_length: int = 0, margin: int = 1
+) -> list[float]:
     """
-    0 for a completion of `least` to `most` tokens (EOS counts); outside it falls by 1/margin a token, down to -1:
+    Return 0 for completions of `min_length` to `max_length` tokens, and less outside, down to -1:
 
-        -min(1, max(least - n, n - most, 0) / margin)
+        -min(1, max(min_length - n, n - max_length, 0) / margin)
 
-    With `least=0` it is DAPO's soft punishment of overlong completions (arXiv 2503.14476, eq. 13).
+    With `min_length=0` it is DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13).
 
     Args:
-        most (`int`, *optional*): no upper limit when unset. least, margin (`int`): in tokens.
+        completion_ids (`list[list[int]]`): generated tokens of each completion; EOS counts.
+        max_length (`int`, *optional*): upper limit in tokens; none when unset.
+        min_length (`int`): lower limit in tokens.
+        margin (`int`): tokens beyond a limit that cost 1.
+
+    Returns:
+        `list[float]`: one reward per completion, in [-1, 0].
 
     Raises:
         ConfigError: if no length is within the limits, or `margin` is less than 1.
     """
-    if margin < 1 or (most is not None and most < least):
+    if margin < 1 or (max_length is not None and max_length < min_length):
         raise ConfigError(
-            f"The reward `length` has least={least}, most={most}, margin={margin}. Set `least` no higher than `most`, "
-            "and `margin` to 1 or more (`reward.length.kwargs.most=...`)."
+            f"The reward `length` has min_length={min_length}, max_length={max_length}, margin={margin}. Set "
+            "`min_length` no higher than `max_length`, and `margin` to 1 or more "
+            "(`reward.length.kwargs.max_length=...`)."
         )
-    over = [max(least - len(ids), 0 if most is None else len(ids) - most, 0) for ids in completion_ids]
-    return [-min(1.0, tokens / margin) for tokens in over]
+    beyond = [
+        max(min_length - len(ids), 0 if max_length is None else len(ids) - max_length, 0) for ids in completion_ids
+    ]
+    return [-min(1.0, tokens / margin) for tokens in beyond]
 
 
-def pattern(completions: list, pattern: str, whole: bool = True) -> list[float]:
+def pattern(completions: list, pattern: str, fullmatch: bool = True) -> list[float]:
     """
-    1 for a completion whose text matches a regular expression (of the package `regex`, which takes Python's `re`).
+    Return 1 for each completion whose text matches a regular expression, else 0.
 
     Args:
-        whole (`bool`): the whole text must match, else a part of it is enough. A dot matches line breaks with `(?s)`
-            in front.
+        completions (`list`): texts or chat messages.
+        pattern (`str`): regular expression of the package `regex`, which takes Python's `re`. A dot matches line
+            breaks with `(?s)` in front.
+        fullmatch (`bool`): whether the whole text must match; else a part of it is enough.
+
+    Returns:
+        `list[float]`: one reward per completion.
 
     Raises:
-        ConfigError: if it is no regular expression, or matching takes more than ten seconds.
+        ConfigError: for an invalid regular expression, or if matching takes longer than `MATCH_TIMEOUT` seconds.
     """
     try:
-        match = regex.compile(pattern).fullmatch if whole else regex.compile(pattern).search
+        match = regex.compile(pattern).fullmatch if fullmatch else regex.compile(pattern).search
     except regex.error as error:
         raise ConfigError(
-            f"The pattern {pattern!r} of the reward `format` is no regular expression: {error}. Mend "
+            f"The pattern {pattern!r} of the reward `format` is no regular expression: {error}. Fix "
             "`reward.format.kwargs.pattern`; a backslash before a bracket takes it literally."
         ) from error
     try:
-        return [float(match(as_text(completion), timeout=SECONDS_TO_MATCH) is not None) for completion in completions]
+        return [float(match(as_text(completion), timeout=MATCH_TIMEOUT) is not None) for completion in completions]
     except TimeoutError as error:
         raise ConfigError(
-            f"The pattern {pattern!r} of the reward `format` took more than {SECONDS_TO_MATCH} seconds on one "
-            "completion. Write it without a repetition inside of a repetition, such as `(.+)+`."
+            f"The pattern {pattern!r} of the reward `format` took more than {MATCH_TIMEOUT} seconds on one "
+            "completion. Write it without nested repetitions such as `(.+)+`."
         ) from error
 
 
 def eos(completion_ids: list[list[int]], tokenizer: PreTrainedTokenizerBase | None) -> list[float]:
     """
-    1 for a completion that ends by itself, with one of the policy's [`~rlhf_trl.data.tokenize.end_tokens`], 0 for one
-    that was cut off.
+    Return 1 for each completion that ends with an end token of the policy, 0 for a truncated one.
+
+    Args:
+        completion_ids (`list[list[int]]`): generated tokens of each completion.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer of the policy, whose
+            [`~rlhf_trl.data.tokenize.end_tokens`] count.
+
+    Returns:
+        `list[float]`: one reward per completion.
 
     Raises:
-        ConfigError: without the tokenizer that made the ids (see [`Reward.bind`]).
+        ConfigError: without the tokenizer that made the ids (see [`~rlhf_trl.rewards.Reward.bind`]).
     """
     ends = [] if tokenizer is None else end_tokens(tokenizer)
     if not ends:
         raise ConfigError(
-            "The reward `eos` looks for the end token of a policy's tokenizer, and there is none. Use it in "
-            "`stage=ppo`, `rloo` or `grpo`, with a tokenizer that has an `eos_token`."
+            "The reward `eos` needs the end token of a policy's tokenizer, and there is none. Use it in `stage=ppo`, "
+            "`rloo` or `grpo`, with a tokenizer that has an `eos_token`."
         )
     return [float(len(ids) > 0 and ids[-1] in ends) for ids in completion_ids]

@@ -39,7 +39,7 @@ NEEDS = {
     "combine/threshold": ["reward=[demo,eos]", "combine.constraints={eos: 1}"],
     "reward/format": ["reward.format.kwargs.pattern=.*"],
     "reward/http": ["reward.http.url=http://127.0.0.1:8000/score"],
-    "reward/length": ["reward.length.kwargs.most=20"],
+    "reward/length": ["reward.length.kwargs.max_length=20"],
     "reward/function": ["reward.function.function=rlhf_trl.tasks.demo.gold_reward"],
     "reward/sentiment": ["data=reviews"],
     "reward/vader": ["data=reviews"],

@@ -93,7 +93,7 @@ def test_a_column_can_not_have_the_name_of_what_a_reward_is_given(own, command, 
 
 @pytest.mark.parametrize("name", ["length", "format"])
 def test_our_own_reward_functions_drop_no_argument(command, name):
-    words = {"length": ["reward.length.kwargs.most=5"], "format": ["reward.format.kwargs.pattern=x"]}[name]
+    words = {"length": ["reward.length.kwargs.max_length=5"], "format": ["reward.format.kwargs.pattern=x"]}[name]
     status, _, message = command("stage=ppo", f"reward={name}", *words, f"+reward.{name}.kwargs.wole=1")
     assert status == 2 and f"`reward.{name}.kwargs.wole` is no argument of" in message
 

@@ -137,7 +137,7 @@ def test_the_plans_prompt_is_what_the_policy_goes_on_from(compose, tmp_path, cap
     data = ["data=files", f"data.paths={rows}", "data.eval_size=null", "data.split_by=row"]
     model = ["model=hf", f"model.path={save_model(tmp_path / 'model')}"]
     group = [] if stage == "ppo" else ["stage.args.num_generations=2"]
-    reward = ["reward=length", "reward.length.kwargs.most=5", "stage.args.max_completion_length=4"]
+    reward = ["reward=length", "reward.length.kwargs.max_length=5", "stage.args.max_completion_length=4"]
     cfg = compose(
         f"stage={stage}",
         f"runs_dir={tmp_path}",
@@ -227,7 +227,7 @@ def test_a_stage_without_training_is_planned_by_what_it_reads(compose, tmp_path,
         f"model.path={model}",
         f"stage.prompts={file}",
         "reward=length",
-        "reward.length.kwargs.most=5",
+        "reward.length.kwargs.max_length=5",
     ]
 
     def plan(*more: str) -> str:

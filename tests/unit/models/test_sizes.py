@@ -139,7 +139,9 @@ def config_of(compose, tmp_path, stage, model, rows, *overrides):
 @pytest.mark.parametrize("stage", ["ppo", "grpo", "rloo"])
 def test_rollouts_beyond_the_positions_are_refused_before_the_model_loads(compose, tmp_path, monkeypatch, stage):
     monkeypatch.setattr("rlhf_trl.models.policy.load_start", lambda *_, **__: pytest.fail("the model is loaded"))
-    group = ["reward=length", "reward.length.kwargs.most=5"] + ["stage.args.num_generations=2"] * (stage != "ppo")
+    group = ["reward=length", "reward.length.kwargs.max_length=5"] + ["stage.args.num_generations=2"] * (
+        stage != "ppo"
+    )
     group += ["stage.args.steps_per_generation=1"]
     rows = [{"prompt": " ".join("abcdefghij"[: 2 + i])} for i in range(8)]  # up to 9 tokens
     cfg = config_of(
