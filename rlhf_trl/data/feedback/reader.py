@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
 from rlhf_trl.data.dataset_types import JUDGED, contents
+from rlhf_trl.data.feedback.convert import convert
 from rlhf_trl.data.formats import PASSED_ON, repeats_prompt
 from rlhf_trl.data.messages import CHATS, check_template, read_json_chats, to_chat
 from rlhf_trl.data.reader import Reader, named
@@ -91,7 +92,9 @@ class FeedbackReader(Reader):
 
         counts = Counter()
         try:
-            made = self.feedback.convert([json.loads(row) for row in rows["row"]], self.form, f"{seed}-{side}", counts)
+            made = convert(
+                self.feedback, [json.loads(row) for row in rows["row"]], self.form, f"{seed}-{side}", counts
+            )
         except DataError as error:
             raise DataError(f"{side}: {error}") from None
         notes.append(f"{side}: {len(rows):,} rows of {self.feedback.name} -> {contents(made, self.form)}")

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 
 from rlhf_trl.data.build import build
 from rlhf_trl.data.dataset_types import comparisons_of
-from rlhf_trl.data.feedback.base import Feedback, Ratings
+from rlhf_trl.data.feedback import Feedback, Ratings
 from rlhf_trl.errors import DataError
 from rlhf_trl.tasks.demo.gold import WEIGHTS, gold_attributes, gold_reward
 from rlhf_trl.tasks.demo.world import answer, draw_prompts, prompts

@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 
 from rlhf_trl.data.build import build
 from rlhf_trl.data.dataset_types import comparisons_of
-from rlhf_trl.data.feedback.base import Feedback, share_of
+from rlhf_trl.data.feedback.base import Feedback
+from rlhf_trl.data.feedback.rated import preference_share
 from rlhf_trl.data.rows import RowError
 from rlhf_trl.data.sources.files import read_file
 from rlhf_trl.errors import DataError
@@ -200,7 +201,7 @@ def _judged(prompt: str, better: Row, worse: Row, gap: float | None = None) -> R
         "better": [0],
         "worse": [1],
         "gap": [better["mean"] - worse["mean"] if gap is None else gap],
-        "share": [share_of(better["ratings"], worse["ratings"])],
+        "share": [preference_share(better["ratings"], worse["ratings"])],
         "ratings": [better["ratings"], worse["ratings"]],
     }
 

@@ -409,7 +409,7 @@ def test_a_bad_row_is_named_by_place_and_field(feedback, row, message):
 @pytest.mark.parametrize(
     ("edges", "message"),
     [
-        ([[0, 1], [1, 0]], "`edges` goes round in a circle"),
+        ([[0, 1], [1, 0]], "`edges` contains a cycle"),
         ([[0, 2]], r"`edges\[0\]` is \[0, 2\], and the completions are 0 to 1"),
         ([0, 1], r"`edges\[0\]` is 0, where two indices"),
     ],
@@ -443,7 +443,7 @@ def test_files_whose_rows_say_too_little_are_one_clear_error():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: data.Pairs(columns={"rank": "r"}), "`data.feedback.columns.rank` is no column of this form"),
+        (lambda: data.Pairs(columns={"rank": "r"}), "`data.feedback.columns.rank` is no column of pairs"),
         (lambda: data.Pairs(columns={"prompt": None}), "`data.feedback.columns.prompt` is null"),
         (lambda: data.Pairs(margin=-1), "`data.feedback.margin` is -1. Set it to 0 or more"),
         (lambda: data.Pairs(max_pairs=0), "`data.feedback.max_pairs` is 0. Set it to 1 or more"),

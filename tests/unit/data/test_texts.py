@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
+from rlhf_trl.data import Rankings
 from rlhf_trl.data.chat_template import refusals_named
-from rlhf_trl.data.feedback.base import Rankings
 from rlhf_trl.data.lengths import keep_one_bos
 from rlhf_trl.data.preview import note_rows_without_end
 from rlhf_trl.data.sources.files import load_files

@@ -13,7 +13,7 @@ from datasets import Dataset
 from hydra.utils import instantiate
 
 from rlhf_trl.checks import find_problems
-from rlhf_trl.data.feedback.base import Attributes, Pairs, Rankings, Ratings
+from rlhf_trl.data import Attributes, Pairs, Rankings, Ratings
 from rlhf_trl.data.sources.files import load_files
 from rlhf_trl.data.sources.mixture import mix
 from rlhf_trl.errors import ConfigError, DataError

@@ -12,7 +12,7 @@ import pytest
 from hydra.utils import instantiate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_trl.data.feedback.base import Ratings
+from rlhf_trl.data import Ratings
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.models import gguf
 from rlhf_trl.models.scratch import word_tokenizer

@@ -1,0 +1,258 @@
+"""Feedback that compares completions of one prompt: pairs, rankings, edits."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import ClassVar
+
+from rlhf_trl.data.feedback.base import (
+    ComparedRow,
+    Comparison,
+    Feedback,
+    Group,
+    Text,
+    check_list,
+    check_number,
+    check_texts,
+    key_of,
+    rater_of,
+)
+from rlhf_trl.data.rows import RowError
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.hints import names_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(Feedback):
+    """
+    Comparisons of two completions: `prompt`, `completion_a`, `completion_b`, `preferred` and, if there is one,
+    `strength` (a number from 0: how much better; the unit of `margin`).
+
+    Args:
+        answers (`list`): the values of `preferred` for the first one, the second one, and a tie. With
+            `columns.preferred: null` the first one is always preferred.
+        agreement (`str`, *optional*): rows on the same two completions are pooled, the side with more raters wins, and
+            the share p of raters who agree (a tie is half a vote for each) becomes the comparison's weight 2p - 1
+            (`weights`), or its label smoothing 1 - p (`smoothing`).
+        **options: see [`Feedback`].
+    """
+
+    NEEDED: ClassVar[tuple[str, ...]] = ("prompt", "completion_a", "completion_b", "preferred")
+    NULLABLE: ClassVar[tuple[str, ...]] = ("preferred",)
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("strength", "rater")
+    ROWS_ARE_VOTES: ClassVar[bool] = True
+
+    answers: list = field(default_factory=lambda: ["a", "b", "tie"])
+    agreement: str | None = None  # type: ignore[misc]
+
+    def __post_init__(self):
+        super().__post_init__()
+        known = {str(answer).strip().lower() for answer in self.answers}
+        if len(self.answers) not in (2, 3) or len(known) < len(self.answers):
+            raise ConfigError(
+                f"`data.feedback.answers` is {list(self.answers)}. Set it to what `preferred` holds for the first "
+                "one, the second one and, if there are any, a tie: three different values."
+            )
+
+    def read(self, row: dict, notes: Counter) -> ComparedRow:
+        prompt, completions = check_texts(row, ["completion_a", "completion_b"], notes)
+        preferred = 0
+        if "preferred" in row:
+            known = [str(answer).strip().lower() for answer in self.answers]
+            value = str(row["preferred"]).strip().lower()
+            if value not in known:
+                raise RowError("preferred", f"is {row['preferred']!r}, not one of {names_of(map(str, self.answers))}")
+            preferred = known.index(value)
+        strength = 1.0
+        if row.get("strength") is not None:
+            strength = check_number(row["strength"], "strength")
+            if strength < 0:
+                raise RowError("strength", f"is {strength:g}, where a number from 0 should be")
+        same = key_of(completions[0]) == key_of(completions[1])
+        if preferred < 2 and same:
+            raise RowError("completion_b", "is the same as `completion_a`, and one is preferred")
+        if preferred < 2:
+            return compared_row(row, prompt, completions, [Comparison(preferred, 1 - preferred, strength)], ties=[])
+        if same:
+            return compared_row(row, prompt, completions[:1], [], ties=[])
+        return compared_row(row, prompt, completions, [], ties=[(0, 1)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rankings(Feedback):
+    """
+    Rankings of two or more completions: `prompt`, `completions` and `ranks` (the smallest is best, equal ranks tie),
+    or instead of ranks `better`: a list of pairs of indices, the first one's completion better than the second one's.
+    Pairs may give a partial order; comparisons that follow from several pairs are added.
+
+    Args:
+        agreement (`str`, *optional*): rows on the same completions are pooled, see [`Pairs`].
+        **options: see [`Feedback`]. The unit of `margin` is a rank.
+    """
+
+    NEEDED: ClassVar[tuple[str, ...]] = ("prompt", "completions", "ranks")
+    NULLABLE: ClassVar[tuple[str, ...]] = ("ranks",)
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("better", "rater")
+    ROWS_ARE_VOTES: ClassVar[bool] = True
+
+    agreement: str | None = None  # type: ignore[misc]
+
+    def __post_init__(self):
+        super().__post_init__()
+        columns = {"ranks": "ranks", **(self.columns or {})}
+        if columns["ranks"] is None and columns.get("better") is None:
+            raise ConfigError(
+                "`data.feedback.columns.ranks` is null, so `data.feedback.columns.better` has to name the column with "
+                "the pairs of indices."
+            )
+
+    def read(self, row: dict, notes: Counter) -> ComparedRow:
+        texts = check_list(row.get("completions"), "completions")
+        if len(texts) < 2:
+            raise RowError("completions", f"has {len(texts)}, and a ranking needs 2 or more")
+        fields = {f"completions[{i}]": text for i, text in enumerate(texts)}
+        prompt, completions = check_texts({**row, **fields}, list(fields), notes)
+        if "ranks" in row:
+            wins, ties = compare_ranks(row["ranks"], len(completions))
+        else:
+            wins, ties = transitive_closure(check_list(row.get("better"), "better"), len(completions)), []
+        keys = [key_of(completion) for completion in completions]
+        for i, key in enumerate(keys):
+            first = keys.index(key)
+            if first < i and any({first, i} == {win.better, win.worse} for win in wins):
+                raise RowError(f"completions[{i}]", f"is the same as `completions[{first}]`, and is ranked otherwise")
+        keep = [i for i, key in enumerate(keys) if keys.index(key) == i]
+        notes["completions left out: they are in their ranking twice"] += len(keys) - len(keep)
+        place = {old: new for new, old in enumerate(keep)}
+        wins = [
+            win._replace(better=place[win.better], worse=place[win.worse]) for win in wins if {*win[:2]} <= {*keep}
+        ]
+        ties = [(place[i], place[j]) for i, j in ties if {i, j} <= {*keep}]
+        return compared_row(row, prompt, [completions[i] for i in keep], wins, ties)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edits(Feedback):
+    """
+    Answers that a person edited: `prompt`, `original`, `edited`. The edited one is better, and a demonstration.
+
+    Args:
+        **options: see [`Feedback`].
+    """
+
+    NEEDED: ClassVar[tuple[str, ...]] = ("prompt", "original", "edited")
+
+    def read(self, row: dict, notes: Counter) -> ComparedRow:
+        prompt, completions = check_texts(row, ["original", "edited"], notes)
+        if key_of(completions[0]) == key_of(completions[1]):
+            raise RowError("edited", "is the same as `original`")
+        return compared_row(row, prompt, completions, [Comparison(1, 0)], ties=[])
+
+
+def compared_row(row: dict, prompt: Text, completions: list[Text], wins: list[Comparison], ties: list) -> ComparedRow:
+    """Return what a reader makes of `row`."""
+    return {"prompt": prompt, "completions": completions, "wins": wins, "ties": ties, **rater_of(row)}
+
+
+def compare_ranks(ranks, count: int) -> tuple[list[Comparison], list[tuple[int, int]]]:
+    """Return the comparisons and the ties of `count` completions by their ranks."""
+    ranks = check_list(ranks, "ranks")
+    if len(ranks) != count:
+        raise RowError("ranks", f"has {len(ranks)} for {count} completions")
+    ranks = [check_number(rank, f"ranks[{i}]") for i, rank in enumerate(ranks)]
+    wins, ties = [], []
+    for i, j in combinations(range(count), 2):
+        if ranks[i] == ranks[j]:
+            ties.append((i, j))
+        else:
+            wins.append(Comparison(*((i, j) if ranks[i] < ranks[j] else (j, i)), abs(ranks[i] - ranks[j])))
+    return wins, ties
+
+
+def transitive_closure(pairs: list, count: int) -> list[Comparison]:
+    """
+    Return all comparisons that follow from pairs of indices (better, worse) of `count` completions.
+
+    Raises:
+        RowError: if a pair isn't one, or if the pairs contain a cycle.
+    """
+    above = [set() for _ in range(count)]  # of each: what it is better than
+    for m, pair in enumerate(pairs):
+        at = f"better[{m}]"
+        if not isinstance(pair, list) or len(pair) != 2 or not all(type(i) is int for i in pair):
+            raise RowError(at, f"is {pair!r}, where two indices should be")
+        if not all(0 <= i < count for i in pair):
+            raise RowError(at, f"is {pair!r}, and the completions are 0 to {count - 1}")
+        above[pair[0]].add(pair[1])
+    for middle in range(count):
+        for first in range(count):
+            if middle in above[first]:
+                above[first] |= above[middle]
+    if cycle := [i for i in range(count) if i in above[i]]:
+        raise RowError("better", f"contains a cycle: {cycle[0]} would be better than itself")
+    return [Comparison(i, j) for i in range(count) for j in sorted(above[i])]
+
+
+def compare(feedback: Feedback, rows: list[ComparedRow], dataset_type: str, notes: Counter) -> Iterator[Group]:
+    """
+    Group the comparisons of each row.
+
+    Args:
+        feedback (`Feedback`): the options. With `agreement` the rows on the same completions are pooled.
+        rows (`list[ComparedRow]`): checked rows.
+        dataset_type (`str`): what they become.
+        notes (`Counter`): counts ties and what is dropped.
+    """
+    pooled = feedback.agreement or (dataset_type == "judged" and any("rater" in row for row in rows))
+    for row in pool_raters(rows, notes) if pooled else rows:
+        notes["ties"] += len(row["ties"])
+        wins = [Comparison(*win) for win in row["wins"]]
+        if not wins:
+            notes["rows left out: all completions tie"] += 1
+            continue
+        yield Group(row["prompt"], row["completions"], wins, columns=row.get("columns"))
+
+
+def label(rows: list[ComparedRow]) -> Iterator[tuple[Text, Text, bool | None]]:
+    """Yield (prompt, completion, label) of each completion: true if it only wins, false if it only loses, or `None`."""
+    for row in rows:
+        better, worse = ({win[side] for win in row["wins"]} for side in (0, 1))
+        for i, completion in enumerate(row["completions"]):
+            yield row["prompt"], completion, None if (i in better) == (i in worse) else i in better
+
+
+def pool_raters(rows: list[ComparedRow], notes: Counter) -> Iterator[ComparedRow]:
+    """Yield one row per prompt and set of completions: a comparison is won by the majority of its raters."""
+    pools: dict[tuple, list[tuple[list[str], ComparedRow]]] = {}
+    for row in rows:
+        keys = [key_of(completion) for completion in row["completions"]]
+        pools.setdefault((key_of(row["prompt"]), *sorted(keys)), []).append((keys, row))
+    for pool in pools.values():
+        keys, first = pool[0]
+        # Of each pair (i < j): (1 if the rater prefers i, -1 if j, 0 for a tie; gap)
+        votes: dict[tuple[int, int], list[tuple[int, float]]] = {
+            pair: [] for pair in combinations(range(len(keys)), 2)
+        }
+        for theirs, row in pool:
+            place = [keys.index(key) for key in theirs]
+            for a, b, gap, _ in row["wins"]:
+                i, j = place[a], place[b]
+                votes[min(i, j), max(i, j)].append((1 if i < j else -1, gap))
+            for a, b in row["ties"]:
+                i, j = sorted((place[a], place[b]))
+                votes[i, j].append((0, 0.0))
+        wins, ties = [], []
+        for (i, j), each in votes.items():
+            majority = sum(side for side, _ in each)
+            if majority == 0:
+                ties += [(i, j)] if each else []
+                continue
+            share = 0.5 + abs(majority) / (2 * len(each))
+            gap = math.copysign(1, majority) * sum(side * by for side, by in each) / len(each)
+            gap = max(0.0, gap)  # a minority that is sure may outweigh it, and yet the majority decides
+            wins.append(Comparison(*((i, j) if majority > 0 else (j, i)), gap, share))
+            notes["pairs on which raters disagree"] += share < 1
+        notes["rows pooled with others on the same completions"] += len(pool) - 1
+        yield {**first, "wins": wins, "ties": ties}
