@@ -1,7 +1,7 @@
 """Datasets: sources, conversion to the dataset type of a stage, and tokenization."""
 
 from rlhf_trl.data.build import build, describe
-from rlhf_trl.data.feedback.base import Attributes, Edits, Pairs, Rankings, Ratings, Thumbs
+from rlhf_trl.data.feedback import Attributes, Edits, Pairs, Rankings, Ratings, Thumbs
 from rlhf_trl.data.lengths import filter_prompts, head_names, measure, report_cut_rows, tokenize_comparisons
 from rlhf_trl.data.preview import count_trained, render_batch, render_sample
 from rlhf_trl.data.sources.files import load_files

@@ -78,8 +78,7 @@ class Group(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Feedback(ABC):
     """
-    Options of all kinds of feedback. A subclass reads one kind: it names its columns and checks a row. Checked rows are
-    converted to a dataset type by [`convert`].
+    Options of all kinds of feedback. A subclass reads one kind: it names its columns and checks a row.
 
     Args:
         columns (`dict`, *optional*): our name of a column -> the file's; null for one that the file doesn't have.

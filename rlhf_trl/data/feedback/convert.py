@@ -6,9 +6,9 @@ of each comparison) and, where the options ask for them, `margin`, `weights`, `l
 comparison), or `targets` (a number per head for each completion).
 
 `judged` holds what people said, for the evaluation of rewards: `prompt`, `completions`, `better` and `worse`, `gap`
-(by how much, a number per comparison), `share` (of the raters who agree, a number per comparison, or null), `ratings` (the
-raters' numbers, a list per completion) or `attributes` (a dict of dimension and mean score per completion), and every
-other column of the source that holds text or numbers.
+(by how much, a number per comparison), `share` (of the raters who agree, a number per comparison, or null), `ratings`
+(the raters' numbers, a list per completion) or `attributes` (a dict of dimension and mean score per completion), and
+every other column of the source that holds text or numbers.
 """
 
 import json

@@ -216,7 +216,7 @@ def compare(feedback: Feedback, rows: list[ComparedRow], dataset_type: str, note
 
 
 def label(rows: list[ComparedRow]) -> Iterator[tuple[Text, Text, bool | None]]:
-    """Yield (prompt, completion, label) of each completion: true if it only wins, false if it only loses, or `None`."""
+    """Yield (prompt, completion, label): true for one that only wins, false for one that only loses, else `None`."""
     for row in rows:
         better, worse = ({win[side] for win in row["wins"]} for side in (0, 1))
         for i, completion in enumerate(row["completions"]):
