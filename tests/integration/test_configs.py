@@ -107,6 +107,14 @@ def test_a_base_file_is_no_option():
     assert "_base" not in help_text([str(CONF)])
 
 
+@pytest.mark.parametrize("file", sorted([*CONF.rglob("*.yaml"), *(CONF.parent / "launch").rglob("*.yaml")]))
+def test_comments_stand_above_their_keys_and_lines_are_short(file):
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if " #" in line.lstrip() and not line.lstrip().startswith("#")] == []
+    text = OmegaConf.load(file).get("template", "")  # of a judge: a line of it is one of the prompt
+    assert [line for line in lines if len(line) > 119 and line.strip() not in text] == []
+
+
 @functools.cache
 def every_config() -> list[tuple[str, dict]]:
     """Return the composed config of every option as nested dicts, by its name."""
