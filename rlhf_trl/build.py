@@ -34,7 +34,7 @@ from rlhf_trl.callbacks.samples import SampleLog
 from rlhf_trl.callbacks.unrewarded import UnrewardedGuard
 from rlhf_trl.config.dotpaths import find
 from rlhf_trl.config.ranges import RULES, check_values
-from rlhf_trl.config.values import at, section
+from rlhf_trl.config.values import as_dict, at, section
 from rlhf_trl.data.chat_template import (
     check_template_answers,
     check_template_syntax,
@@ -126,7 +126,7 @@ def check_rows_fit(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, dataset:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: with what to set.
     """
-    values, args = OmegaConf.to_container(cfg, resolve=True), cfg.stage.args
+    values, args = as_dict(cfg), cfg.stage.args
     project_dir = f"{cfg.runs_dir}/{cfg.project}"
     vocabulary = tokenizer.get_vocab()
     # A model with another tokenizer (a reward model's) gets other ids: it measures its rows itself
@@ -155,7 +155,9 @@ def check_rows_fit(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, dataset:
                 "`stage.prepare.max_prompt_length=...`."
             )
         else:
-            remedy = f"Leave long prompts out: `stage.prepare.max_prompt_length={max(each.positions - more, 1)}`."
+            remedy = (
+                f"Leave long prompts out: `stage.prepare.max_prompt_length={max((each.positions or 0) - more, 1)}`."
+            )
         if problem := length_problem(each, longest, more, remedy) or id_problem(each, largest):
             raise ConfigError(problem)
 
@@ -167,7 +169,7 @@ def load_policies(cfg: DictConfig, project_dir: str) -> list[Policy]:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if one is missing, is not finished, or writes no text.
     """
-    places = OmegaConf.to_container(cfg.stage).get("policies")
+    places = as_dict(cfg.stage, resolve=False).get("policies")
     if places:
         paths = {name: find_policy(place, project_dir) for name, place in named_policies(places).items()}
     else:
@@ -198,7 +200,7 @@ def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if TRL's dataclass refuses a value, or bf16 is asked for where there is none.
     """
-    values = OmegaConf.to_container(node, resolve=True) | resolved
+    values = as_dict(node) | resolved
     supported = is_torch_bf16_gpu_available() and not values.get("use_cpu")
     if values.get("bf16") and not supported and not values.get("use_cpu"):
         raise ConfigError(
@@ -216,7 +218,7 @@ def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
     except InstantiationException as error:
         raise ConfigError(f"`stage.args` is refused by `{node._target_}`: {error.__cause__ or error}") from error
     if node.get("bf16") is None and not args.bf16 and not args.fp16 and args.process_index == 0:
-        print("bf16 is off: this machine has no accelerator with bfloat16, so training is in float32.")
+        say("bf16 is off: this machine has no accelerator with bfloat16, so training is in float32.")
     return args
 
 
@@ -228,7 +230,7 @@ def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDic
             check_template_syntax(tokenizer, template_source)
         with refusals_named(tokenizer):
             dataset = instantiate_data(cfg)
-        options = OmegaConf.to_container(cfg.stage.args, resolve=True)
+        options = as_dict(cfg.stage.args)
         dataset = keep_template_kwargs(dataset, tokenizer, options.get("chat_template_kwargs"))
         dataset = keep_one_bos(dataset, tokenizer)
         if is_chat(dataset["train"][0]) and tokenizer.chat_template is not None:
@@ -241,7 +243,7 @@ def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDic
     return dataset
 
 
-def check_prompts(args: TrainingArguments, count: int) -> None:
+def check_prompts(args: Any, count: int) -> None:
     """
     Stop a run with fewer prompts than a rollout takes: TRL drops what doesn't fill one, and would train on nothing.
 

@@ -79,9 +79,10 @@ def own_code(error: BaseException) -> str | None:
 
 def _causes(error: BaseException) -> list[BaseException]:
     causes: list[BaseException] = []
-    while error is not None and error not in causes:
-        causes.append(error)
-        error = error.__cause__
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__
     return causes
 
 

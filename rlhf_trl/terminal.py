@@ -23,7 +23,8 @@ def say(text: str) -> None:
 
 def close_bars() -> None:
     """End all progress bars, so that what is written next has a line of its own."""
-    for bar in list(tqdm._instances):
+    # In no type stub of tqdm
+    for bar in list(tqdm._instances):  # pyright: ignore[reportAttributeAccessIssue]
         bar.close()
 
 

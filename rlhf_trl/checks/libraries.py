@@ -144,14 +144,14 @@ def _trainer_arguments(cfg: DictConfig) -> list[str]:
 def _adapter_beside_reference(cfg: DictConfig) -> list[str]:
     """What an adapter can't have where the base without it, or with a copy of it, is the reference."""
     peft, problems = cfg.adapter.peft or {}, []
-    if peft.get("bias", "none") != "none":
+    if (bias := peft.get("bias", "none")) != "none":
         problems.append(
-            f"`adapter.peft.bias` is {peft.bias}, and `stage={cfg.stage.name}` has a reference on the same base, "
+            f"`adapter.peft.bias` is {bias}, and `stage={cfg.stage.name}` has a reference on the same base, "
             "which would move with those biases. Set `adapter.peft.bias=none`, or `adapter=none`."
         )
-    if peft.get("init_lora_weights", True) not in NEUTRAL_INIT:
+    if (initial := peft.get("init_lora_weights", True)) not in NEUTRAL_INIT:
         problems.append(
-            f"`adapter.peft.init_lora_weights` is {peft.init_lora_weights}, and the reference of "
+            f"`adapter.peft.init_lora_weights` is {initial}, and the reference of "
             f"`stage={cfg.stage.name}` is the base without the adapter, which such a start isn't equal to. Remove it, "
             "or set it to gaussian."
         )
@@ -193,8 +193,8 @@ def _adapter_layers(values: dict[str, Any]) -> list[str]:
     layers = {name.rsplit(".", 1)[-1] for name, module in empty.named_modules() if not list(module.children())}
     problems = []
     for key in ("target_modules", "modules_to_save"):
-        given = peft.get(key) if isinstance(peft.get(key), list) else []
-        for wanted in given:
+        given = peft.get(key)
+        for wanted in given if isinstance(given, list) else ():
             if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
                 problems.append(
                     f"`adapter.peft.{key}` names `{wanted}`, and `{path}` ({type(empty).__name__}) has no such layer. "

@@ -56,7 +56,7 @@ def argument_problems(values: dict[str, Any]) -> list[str]:
     """Of all nodes whose class is in `argument_names.json`."""
     problems = []
     for path, node in nodes(values):
-        known = arguments(node["_target_"]) if isinstance(node.get("_target_"), str) else None
+        known = (arguments(node["_target_"]) if isinstance(node.get("_target_"), str) else None) or {}
         for key, value in node.items() if known else ():
             if key in known:
                 problems += type_problem(f"{path}.{key}", value, known[key][0])

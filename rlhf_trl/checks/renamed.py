@@ -59,8 +59,8 @@ def renamed_key(path: str) -> tuple[str, str | None] | None:
     for old, new in RENAMED_KEYS.items():
         pattern = re.escape(old).replace(re.escape("*"), "([^.]+)")
         if found := re.match(rf"{pattern}(?=\.|$)", path):
-            for name in found.groups() if new else ():
-                new = new.replace("*", name, 1)
+            for name in found.groups():
+                new = new and new.replace("*", name, 1)
             return found[0], new
     return None
 

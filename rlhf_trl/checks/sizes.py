@@ -16,7 +16,7 @@ def size_problems(values: dict[str, Any], project_dir: str) -> list[str]:
         sizes = model.sizes()
         remedy = "Set `model.tokenizer`." if model.key == "model" else f"Give `{model.key}` a model with its own."
         found = [tokenizer_problem(sizes, model.load_tokenizer(), remedy)]
-        if model.writes and sizes.is_table and more >= sizes.positions:
+        if model.writes and sizes.is_table and sizes.positions is not None and more >= sizes.positions:
             found.append(
                 f"`{key}` is {more}, and `{model.path}` has {sizes.positions} positions for prompt and completion. "
                 f"Set it lower, for example `{key}={sizes.positions // 2}`."

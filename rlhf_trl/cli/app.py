@@ -43,7 +43,8 @@ def run_app(
         folders = [args.config_dir] if args.config_dir else []
         if not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion):
             cfg, found = compose(without_sweeps(args.overrides), folders, config)
-            if found := found or problems(args.overrides, args.multirun, cfg):
+            found = found if cfg is None else found or problems(args.overrides, args.multirun, cfg)
+            if found:
                 raise ConfigError.join(found)
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config)(task)()
     except ConfigError as error:

@@ -6,14 +6,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import DatasetDict
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import LlamaConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
@@ -33,6 +34,7 @@ from rlhf_trl.build import (
 )
 from rlhf_trl.callbacks.base import steps_per_rollout
 from rlhf_trl.checks.room import nearest_folder
+from rlhf_trl.config.values import as_dict
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.lengths import head_names
 from rlhf_trl.data.preview import count_trained, render_batch, render_sample
@@ -71,7 +73,7 @@ def show_plan(cfg: DictConfig) -> None:
             print(f"\n{END}")
         return
     path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
-    args = training_arguments(cfg.stage.args, **critic_start(cfg))
+    args: Any = training_arguments(cfg.stage.args, **critic_start(cfg))
     tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **source(cfg))
     dataset = load_data(cfg, tokenizer)
     check_prompts(args, len(dataset["train"]))
@@ -138,7 +140,7 @@ def plan_without_training(cfg: DictConfig) -> dict[str, str]:
         except ConfigError as error:
             problems.append(str(error))
 
-    for model in models_of(OmegaConf.to_container(cfg, resolve=True), project_dir(cfg)):
+    for model in models_of(as_dict(cfg), project_dir(cfg)):
         lines[model.key] = model.path
         with collected():
             _look_at(model)
@@ -183,7 +185,7 @@ def plan_without_training(cfg: DictConfig) -> dict[str, str]:
 
 def _writers(cfg: DictConfig) -> Iterator[tuple[Policy, Sizes]]:
     """The policies that are to write, without weights."""
-    for model in models_of(OmegaConf.to_container(cfg, resolve=True), project_dir(cfg)):
+    for model in models_of(as_dict(cfg), project_dir(cfg)):
         if model.writes:
             tokenizer = model.load_tokenizer()
             yield Policy(model.key, model.path, None, tokenizer), model.sizes()
@@ -197,7 +199,7 @@ def look_at_models(cfg: DictConfig, heads: list[str] | None) -> None:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: as loading does.
     """
-    for model in models_of(OmegaConf.to_container(cfg, resolve=True), project_dir(cfg)):
+    for model in models_of(as_dict(cfg), project_dir(cfg)):
         if model.key != "model":
             _look_at(model)
             continue
@@ -216,7 +218,7 @@ def _look_at(model: Model) -> None:
         if model.task_type == "SEQ_CLS" and model.key != "model":
             load_reward_model(model.path, trust_remote_code=model.trust_remote_code, device_map="meta")
         else:
-            task_type = saved.task_type if saved else "CAUSAL_LM"
+            task_type = str(saved.task_type) if saved and saved.task_type else "CAUSAL_LM"
             load_model(model.path, task_type, "auto", None, model.trust_remote_code, model.revision, device_map="meta")
 
 
@@ -231,7 +233,7 @@ def first_batch(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, dataset: Da
     said = contextlib.redirect_stdout(io.StringIO())  # of bf16, which is said already
     with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
         with said:
-            args = training_arguments(cfg.stage.args, output_dir=folder, report_to="none", push_to_hub=False)
+            args: Any = training_arguments(cfg.stage.args, output_dir=folder, report_to="none", push_to_hub=False)
         args.eval_strategy = IntervalStrategy.NO
         args.precompute_ref_log_probs = False  # of DPO and KTO: those of the stand-in would mean nothing
         trainer = build_trainer(
@@ -264,9 +266,9 @@ def _stand_in(tokenizer: PreTrainedTokenizerBase, task_type: str, heads: list[st
         intermediate_size=8,
         num_hidden_layers=1,
         num_attention_heads=1,
-        num_labels=len(heads or ["score"]),
         pad_token_id=tokenizer.pad_token_id,
     )
+    config.num_labels = len(heads or ["score"])
     AUTO_CLASSES[task_type].from_config(config).save_pretrained(folder)
     return AUTO_CLASSES[task_type].from_pretrained(folder)
 
@@ -278,7 +280,7 @@ def _disk(cfg: DictConfig) -> dict[str, str]:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if they don't fit.
     """
-    model = models_of(OmegaConf.to_container(cfg, resolve=True), project_dir(cfg))[0]
+    model = models_of(as_dict(cfg), project_dir(cfg))[0]
     empty = empty_model(model.path, model.task_type, model.trust_remote_code, model.revision)
     dtype = empty.dtype if cfg.model.dtype in (None, "auto") else getattr(torch, cfg.model.dtype)
     folder = nearest_folder(Path(cfg.run_dir))
@@ -297,7 +299,7 @@ def _bytes(count: int) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
-def _steps(args: TrainingArguments, rows: int) -> dict[str, str]:
+def _steps(args: Any, rows: int) -> dict[str, str]:
     ranks, micro = args.world_size, args.per_device_train_batch_size
     accumulation = args.gradient_accumulation_steps
     per_step = micro * ranks * accumulation

@@ -18,6 +18,7 @@ import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,7 +26,7 @@ from rlhf_trl.checks.renamed import renamed_key, renamed_problem
 from rlhf_trl.config.argument_names import arguments
 from rlhf_trl.config.command_line import SIGNS, is_text_key, parse_override
 from rlhf_trl.config.groups import BASE, WHOLE_RUNS, help_text, option_groups
-from rlhf_trl.config.values import at, flatten, nodes
+from rlhf_trl.config.values import as_dict, at, flatten, nodes
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest
 from rlhf_trl.runs.paths import conf_dir
@@ -125,8 +126,9 @@ def _first(word: str) -> str:
         return word
     if not override.is_sweep_override():
         return word
-    is_range = override.is_interval_sweep()
-    return f"{word.partition('=')[0]}={override.value().start if is_range else next(override.sweep_string_iterator())}"
+    values = override.value()
+    first = values.start if isinstance(values, IntervalSweep) else next(override.sweep_string_iterator())
+    return f"{word.partition('=')[0]}={first}"
 
 
 def _text(error: Exception) -> str:
@@ -270,7 +272,7 @@ def _unknown_key(word: str, cfg: DictConfig, groups: dict[str, set[str]]) -> str
 def _ending_with(path: str, cfg: DictConfig) -> list[str]:
     """Up to three keys that end with a path: of the config, and arguments that aren't listed, with their `+`."""
     found = []
-    for parent, node in nodes(OmegaConf.to_container(cfg, resolve=False)):
+    for parent, node in nodes(as_dict(cfg, resolve=False)):
         found += [key for name in node if (key := f"{parent}.{name}").endswith(f".{path}")]
         if path not in node and path in (arguments(str(node.get("_target_"))) or ()):
             found.append(f"+{parent}.{path}")
@@ -349,7 +351,7 @@ def _taken_away(
     before = _composed(config, [word for word in words if word not in away], folders)
     if "stage" in before and not str(OmegaConf.select(before, "stage.run._target_")).startswith("rlhf_trl."):
         return {}  # a function of the user's own may read any key
-    values, problems = OmegaConf.to_container(before, resolve=False), {}
+    values, problems = as_dict(before, resolve=False), {}
     for word in away:
         key = _key(word)
         parent, name = key.rpartition(".")[::2]
@@ -403,7 +405,8 @@ def _shape_problem(file: Path, group: str) -> str | None:
         lines = file.read_text(encoding="utf-8").splitlines()
         content = yaml.safe_load("\n".join(lines))
     except yaml.MarkedYAMLError as error:
-        return f"`{file}`, line {error.problem_mark.line + 1}, is no YAML: {error.problem}."
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        return f"`{file}`, line {line}, is no YAML: {error.problem}."
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return f"`{file}` can't be read: {' '.join(str(error).split())}."
     if content is not None and not isinstance(content, dict):

@@ -11,12 +11,12 @@ Finished steps are passed over, so the same command goes on where an earlier one
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from rlhf_trl.cli.app import leave, run_app
 from rlhf_trl.cli.launcher import BEGIN, launch_command, overrides_of, results_of, run, shown, state_of
 from rlhf_trl.config.command_line import config_dirs
-from rlhf_trl.config.values import plain
+from rlhf_trl.config.values import as_dict, plain
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.report.project import write_report
 from rlhf_trl.report.text import comparison_text, duration, table
@@ -50,7 +50,7 @@ def start(cfg: DictConfig) -> None:
     """Runs the steps of a config."""
     try:
         run_pipeline(
-            steps=OmegaConf.to_container(cfg.steps, resolve=True),
+            steps=as_dict(cfg.steps),
             project=cfg.project,
             runs_dir=cfg.runs_dir,
             program=list(cfg.program or launch_command(cfg.accelerate, cfg.launch)),

@@ -68,7 +68,7 @@ def job(cfg: DictConfig) -> float:
     overrides = [item for item in as_typed(settings.overrides.task) if name_of(item) not in OWN_KEYS]
     program = list(cfg.program or launch_command(cfg.accelerate, cfg.launch))
     outcome = run_job(program, config_dirs(), overrides, f"run_name={cfg.run_name}/{number}", run_dir)
-    given = dict(item.lstrip("+").partition("=")[::2] for item in overrides)
+    given = {name: value for name, _, value in (item.lstrip("+").partition("=") for item in overrides)}
     # Beside the run directory: a run that is begun again clears its own
     run_dir.with_suffix(".json").write_text(
         json.dumps({"number": number, "overrides": given, **outcome}, indent=2), encoding="utf-8"

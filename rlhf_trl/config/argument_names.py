@@ -47,7 +47,7 @@ def arguments(target: str) -> dict[str, tuple[str, Any]] | None:
     if target not in classes:
         return None
     entry = dict(classes[target])
-    inherited = arguments(entry.pop("_extends_")) if "_extends_" in entry else {}
+    inherited = (arguments(entry.pop("_extends_")) if "_extends_" in entry else None) or {}
     return {**inherited, **{name: tuple(argument) for name, argument in entry.items()}}
 
 
@@ -86,10 +86,10 @@ def _arguments_of(cls: type) -> dict[str, list[Any]]:
 
 
 def _type_name(hint: Any) -> str:
-    members = set(typing.get_args(hint)) if isinstance(hint, types.UnionType | typing._UnionGenericAlias) else {hint}
+    members = set(typing.get_args(hint)) if typing.get_origin(hint) in (types.UnionType, typing.Union) else {hint}
     optional = "?" if type(None) in members else ""
     members.discard(type(None))
-    enums = [m for m in members if isinstance(m, enum.EnumMeta)]
+    enums: list[type[enum.Enum]] = [m for m in members if isinstance(m, type) and issubclass(m, enum.Enum)]
     if enums and members <= {*enums, str}:
         return "|".join(sorted(member.value for cls in enums for member in cls)) + optional
     if len(members) == 1 and (member := members.pop()) in (int, float, bool, str):

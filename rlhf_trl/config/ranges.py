@@ -220,7 +220,9 @@ def problem_of(key: str, value: Any, rule: str) -> str | None:
 
 
 def _outside(value: Any, rule: str) -> str | None:
-    whole, unset, opens, low, high, closes = INTERVAL.fullmatch(rule).groups()
+    interval = INTERVAL.fullmatch(rule)
+    assert interval, rule
+    whole, unset, opens, low, high, closes = interval.groups()
     words = _words(opens, low, high, closes) + (", or to -1 for no limit" if unset else "")
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         return f"and must be {'an integer' if whole else 'a number'}. Set it {words}."

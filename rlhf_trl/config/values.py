@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
@@ -37,6 +37,16 @@ def plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str]]:
     return convert(cfg, ""), list(problems.values())
 
 
+def as_dict(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
+    """
+    Return the config as nested dicts and lists.
+
+    Args:
+        resolve (`bool`): whether interpolations are replaced by their values.
+    """
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=resolve))
+
+
 def _unresolved(path: str, message: str) -> tuple[str, str]:
     if match := re.search(r"Environment variable '(.+?)' not found", message):
         name = match.group(1)
@@ -50,7 +60,7 @@ def _unresolved(path: str, message: str) -> tuple[str, str]:
 
 def sources(cfg: DictConfig) -> dict[str, str]:
     """The arguments whose value is another key's, `${seed}`, and that key."""
-    raw = flatten(OmegaConf.to_container(cfg).get("stage", {}).get("args") or {}, "stage.args")
+    raw = flatten(as_dict(cfg, resolve=False).get("stage", {}).get("args") or {}, "stage.args")
     found = {path: re.fullmatch(r"\$\{(\w[\w.]*)\}", value) for path, value in raw.items() if isinstance(value, str)}
     return {path: match.group(1) for path, match in found.items() if match}
 

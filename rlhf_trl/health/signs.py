@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean
@@ -312,7 +312,7 @@ def _level(value: float, limits: Mapping[str, float | None], falls: bool) -> int
     reached = [
         level
         for level, name in enumerate(LEVELS)
-        if name in limits and limits[name] is not None and (value <= limits[name] if falls else value >= limits[name])
+        if (limit := limits.get(name)) is not None and (value <= limit if falls else value >= limit)
     ]
     return max(reached, default=0)
 
@@ -346,7 +346,7 @@ def limit_problems(changed: Mapping[str, Mapping[str, float | None]], key: str =
         if unknown or wrong:
             continue
         merged = SIGNS[name].limits | dict(given)
-        there = [(level, merged[level]) for level in LEVELS[1:] if merged[level] is not None]
+        there = [(level, limit) for level in LEVELS[1:] if (limit := merged[level]) is not None]
         ordered = sorted(there, key=lambda item: item[1], reverse=SIGNS[name].falls)
         if [value for _, value in ordered] != [value for _, value in there]:
             shown = ", ".join(f"{level} {value:g}" for level, value in there)
@@ -369,9 +369,10 @@ def verdict(logs: Mapping[str, float | None]) -> str:
     Args:
         logs (`dict`): what was logged, with `health/level` and `health/<sign>`; nothing is said where they lack.
     """
-    if logs.get("health/level") is None:
+    logged = logs.get("health/level")
+    if logged is None:
         return ""
-    level = int(logs["health/level"])
+    level = int(logged)
     shown = [name for name in SIGNS if level and logs.get(f"health/{name}") == level]
     more = sum(1 for name in SIGNS if 0 < (logs.get(f"health/{name}") or 0) < level)
     return " ".join(["health", LEVELS[level], *shown, *([f"+{more}"] if more else [])])
@@ -387,7 +388,7 @@ class Seen(NamedTuple):
     count: int  # log steps
 
 
-def signs_seen(history: Sequence[Mapping[str, float | None]]) -> list[Seen]:
+def signs_seen(history: Sequence[Mapping[str, Any]]) -> list[Seen]:
     """
     The signs that showed in a run, the worst first.
 

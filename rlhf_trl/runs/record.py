@@ -37,7 +37,7 @@ REMEDIES = {
 }
 
 
-def write_json(path: str | os.PathLike, content: dict) -> None:
+def write_json(path: str | os.PathLike, content: dict | list) -> None:
     """
     Writes a JSON file that is there whole or not at all, whenever the process is killed.
 

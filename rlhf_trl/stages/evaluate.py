@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.build import instantiate_data, instantiated, project_dir, reward_functions
 from rlhf_trl.callbacks.loggers import log_images, log_summary
+from rlhf_trl.config.values import as_dict
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.comparison import Policy, evaluate_policies
 from rlhf_trl.models.tokenizers import load_tokenizer
@@ -72,7 +73,7 @@ def evaluate(cfg: DictConfig) -> None:
         page = project_page(Path(where), ending=cfg.run_name)
         path = write_page(page, Path(where, "report"))
         logger = instantiate(cfg.logger.run)
-        with logger(run_dir=cfg.run_dir, name=f"{cfg.project}/{cfg.run_name}", config=OmegaConf.to_container(cfg)):
+        with logger(run_dir=cfg.run_dir, name=f"{cfg.project}/{cfg.run_name}", config=as_dict(cfg, resolve=False)):
             log_summary(summary_of(comparison))
             log_images(page.figures())
         if stage.show:
@@ -142,7 +143,7 @@ def sweep_runs(folder: Path) -> dict[str, str]:
     }
 
 
-def held_out(datasets: dict[str, Dataset]) -> Dataset:
+def held_out(datasets: DatasetDict) -> Dataset:
     """
     The eval split.
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.build import instantiate_data, project_dir, reward_functions
@@ -108,7 +108,7 @@ def _sampling(stage: DictConfig) -> dict[str, Any]:
     return {name: stage[name] for name in names}
 
 
-def rows_of(datasets: dict[str, Dataset]) -> Dataset:
+def rows_of(datasets: DatasetDict) -> Dataset:
     """The eval split; all rows, which is said, where the data has no other split than `train`."""
     if "eval" in datasets:
         return datasets["eval"]

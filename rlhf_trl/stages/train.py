@@ -21,6 +21,7 @@ from rlhf_trl.build import (
 )
 from rlhf_trl.callbacks.base import SaveAndStop
 from rlhf_trl.callbacks.interrupt import Interrupt
+from rlhf_trl.config.values import as_dict
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.models.adapters import adapter_config
 from rlhf_trl.models.merging import merge_adapter
@@ -69,7 +70,7 @@ def train_claimed(cfg: DictConfig) -> float | None:
     interrupt = Interrupt(resume_command=command(cfg, "resume=true"))
     try:
         logger = instantiate(cfg.logger.run)
-        with logger(run_dir=cfg.run_dir, name=args.run_name, config=OmegaConf.to_container(cfg)):
+        with logger(run_dir=cfg.run_dir, name=args.run_name, config=as_dict(cfg, resolve=False)):
             trainer = make_trainer(cfg, args, path, tokenizer, dataset, **extra)
             trainer.add_callback(interrupt)  # the last one, so that its message stands last
             trainer.train(resume_from_checkpoint=checkpoint)
