@@ -73,3 +73,20 @@ def test_a_folder_says_in_one_sentence_what_it_is_and_only_hands_on_names(path):
     docstring = ast.get_docstring(tree)
     assert docstring and docstring.count("\n") == 0 and docstring.endswith(".")
     assert not [node for node in tree.body if isinstance(node, ast.ClassDef)]
+
+
+def test_no_test_module_imports_another():
+    tests = Path(__file__).parents[1]
+    found = [
+        f"{path.relative_to(tests)}: {node.module}"
+        for path in sorted(tests.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[-1].startswith("test_")
+    ]
+    assert found == []
+
+
+def test_unit_tests_mirror_the_package():
+    units = Path(__file__).parent
+    folders = {path.parent.relative_to(units).parts[0] for path in units.glob("*/**/test_*.py")}
+    assert folders <= {path.name for path in PACKAGE.iterdir() if path.is_dir()}
