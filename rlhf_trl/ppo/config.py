@@ -9,6 +9,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from rlhf_trl.config.ranges import PPO, TRAINING, check_values
+from rlhf_trl.terminal import say
 
 # Inherited options that would do nothing, or something else than their name says, in a per-token PPO. Each is held to
 # GRPOConfig's default (or the value PPO fixes) and refused otherwise, with the reason.
@@ -158,8 +159,8 @@ class PPOConfig(GRPOConfig):
         self._check_values()
         if self.total_episodes is not None:
             steps = math.ceil(self.total_episodes / self.generation_batch_size) * self.steps_per_rollout
-            if self.max_steps > 0 and self.max_steps != steps and self.process_index == 0:
-                print(
+            if self.max_steps > 0 and self.max_steps != steps:
+                say(
                     f"`total_episodes={self.total_episodes}` is {steps} optimizer steps and `max_steps` is "
                     f"{self.max_steps}: the smaller counts."
                 )
