@@ -38,7 +38,7 @@ test: $(READY) ## the fast tests
 test-all: $(READY) ## all tests but those that need a GPU, and what they cover
 	$(BIN)/python -m pytest -m "not gpu" --cov $(PYTEST_FLAGS)
 
-style: $(READY) ## format the code and mend what the linter can
+style: $(READY) ## format the code, and fix what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
