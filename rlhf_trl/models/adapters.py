@@ -130,10 +130,6 @@ def check_heads(path: str, found: int, wanted: int) -> None:
         )
 
 
-def cast_to_weight(module: torch.nn.Linear, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    return (inputs[0].to(module.weight.dtype),)
-
-
 def check_shape(path: str, saved: PeftConfig, wanted: PeftConfig, base: PreTrainedModel) -> None:
     if not isinstance(saved, LoraConfig) or not isinstance(wanted, LoraConfig):
         raise ConfigError(

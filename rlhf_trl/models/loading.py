@@ -22,7 +22,6 @@ from rlhf_trl.models.adapters import (
     adapter_heads,
     adapter_weights,
     base_path,
-    cast_to_weight,
     check_heads,
     set_adapter_weights,
     with_adapter,
@@ -30,6 +29,7 @@ from rlhf_trl.models.adapters import (
 from rlhf_trl.models.quantization import trained_quantization
 from rlhf_trl.models.weights import load_weights
 from rlhf_trl.patches.bitsandbytes import keep_trainable
+from rlhf_trl.patches.peft import cast_head_inputs
 from rlhf_trl.runs.paths import ensemble_members
 
 AUTO_CLASSES = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
@@ -177,8 +177,7 @@ def load_full(
             check_heads(path, model.config.num_labels, len(heads))
         for name, head in model.named_children():
             if name in HEADS and isinstance(head, torch.nn.Linear):
-                # PEFT trains a head in float32, whatever the type of the base; the hook is copied with the layer
-                head.register_forward_pre_hook(cast_to_weight)
+                cast_head_inputs(head)
     if getattr(model, "is_loaded_in_4bit", False):
         keep_trainable(model)
     return model

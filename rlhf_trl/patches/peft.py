@@ -53,6 +53,27 @@ def repair_token_wrappers(model: nn.Module) -> None:
             module.__class__ = TokensWrapper
 
 
+def cast_head_inputs(head: nn.Linear) -> None:
+    """
+    Cast the inputs of a score head to the type of its weight.
+
+    PEFT trains a head (`modules_to_save`) in float32, whatever the type of the base whose hidden states it reads. The
+    hook is copied with the layer.
+
+    Seen in: PEFT 0.21.
+    Test: `test_each_role_has_its_own_type`.
+
+    Args:
+        head (`nn.Linear`):
+            Score head.
+    """
+    head.register_forward_pre_hook(_cast_to_weight)
+
+
+def _cast_to_weight(module: nn.Linear, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (inputs[0].to(module.weight.dtype),)
+
+
 @contextmanager
 def active_adapter(layers: Sequence[nn.Module], name: str) -> Iterator[None]:
     """

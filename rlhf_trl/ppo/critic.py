@@ -13,7 +13,6 @@ import os
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -30,8 +29,8 @@ from rlhf_trl.models.merging import load_merged
 from rlhf_trl.models.roles import CRITIC, adapter_layers, add_role, policy_is_active
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.patches.peft import active_adapter, recompute_with_the_same_adapter
+from rlhf_trl.patches.positions import positions, takes_positions
 from rlhf_trl.ppo.config import PPOConfig
-from rlhf_trl.trainers.rollouts import positions, takes_positions
 
 CRITIC_FILE = "critic.safetensors"
 VALUE_HEAD = "value_head"
@@ -199,14 +198,6 @@ def critic_parameter_group(optimizer: torch.optim.Optimizer, model: nn.Module, l
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
         if critic:
             optimizer.add_param_group({"params": critic, "lr": learning_rate, "weight_decay": group["weight_decay"]})
-
-
-def keep_critic_from_vllm(vllm_generation: Any) -> None:
-    """Let TRL's `VLLMGeneration` send vLLM the policy's weights alone: vLLM knows no critic and would refuse it."""
-    named_params = vllm_generation._iter_named_params
-    vllm_generation._iter_named_params = lambda: (
-        (name, parameter) for name, parameter in named_params() if not is_critic(name)
-    )
 
 
 def without_critic(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,8 +14,8 @@ from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.tokenize import split_row_ids
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.patches.log_probs import speed_up_log_probs
+from rlhf_trl.patches.positions import count_positions_from_mask
 from rlhf_trl.ppo.seeds import permutation
-from rlhf_trl.trainers.rollouts import count_positions_from_mask
 
 
 def add_head_at_temperature_1(model: PreTrainedModel, cast_lm_head_to_fp32: bool) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.calibration import read_calibration
-from rlhf_trl.patches.peft import save_only
+from rlhf_trl.patches.peft import cast_head_inputs, save_only
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.model import ModelReward, ensemble_paths
 
@@ -113,5 +113,5 @@ def _classifier_on(policy: PreTrainedModel, score: Tensor, pad_token_id: int) ->
     setattr(model, model.base_model_prefix, policy.base_model)
     head = next(module for module in model.children() if isinstance(module, nn.Linear))
     head.weight = nn.Parameter(score.float().to(policy.device), requires_grad=False)
-    head.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
+    cast_head_inputs(head)
     return model

@@ -7,74 +7,27 @@ no dropout. The methods with a leading underscore override private ones of TRL 1
 what comes out with forwards of its own.
 """
 
-import functools
-import inspect
 import logging
-import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import trl
 from accelerate.utils import is_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.tokenize import end_tokens, prompt_ids, remember_ends
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.patches.generation import special_tokens_only
+from rlhf_trl.patches.positions import count_positions_from_mask
 from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.trainers.base import TrainerMixin
 from rlhf_trl.trainers.sampling import biasing_settings
 
 logger = logging.getLogger(__name__)
-
-
-def takes_positions(trunk: nn.Module) -> bool:
-    """Whether a transformer is told positions; attention of another kind knows distances alone, such as ALiBi."""
-    return "position_ids" in inspect.signature(type(trunk).forward).parameters
-
-
-def positions(attention_mask: Tensor) -> Tensor:
-    """Positions that count from 0 at the first token that isn't padding, as `generate` counts. (B, L) -> (B, L)."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def count_positions_from_mask(model: PreTrainedModel) -> None:
-    """
-    Make the fused forward (`trl.trainer.utils.add_fused_lm_head`) count positions from the attention mask.
-
-    TRL passes no `position_ids`, so with left padding a model with absolute positions (GPT-2, say) would score its own
-    tokens at other positions than it generated them at.
-    """
-    if not takes_positions(model.base_model):
-        return
-    fused_forward = model.forward
-
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, **kwargs):
-        if fused_lm_head:
-            kwargs["fused_lm_head"] = True
-            if kwargs.get("attention_mask") is not None and kwargs.get("position_ids") is None:
-                kwargs["position_ids"] = positions(kwargs["attention_mask"])
-        return fused_forward(*args, **kwargs)
-
-    model.forward = types.MethodType(forward, model)
-
-
-@contextmanager
-def token_ids_alone(model: PreTrainedModel) -> Iterator[None]:
-    """Let `generate` find nothing in the model's own generation config but its special tokens."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
-        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def settings_left_open(model: PreTrainedModel, sampling: GenerationConfig) -> dict[str, Any]:
@@ -196,7 +149,7 @@ class Rollouts:
         return ids, None, {}
 
     def _generate_single_turn(self, *args, **kwargs):
-        with token_ids_alone(self._policy):
+        with special_tokens_only(self._policy):
             return super()._generate_single_turn(*args, **kwargs)
 
 

@@ -18,9 +18,9 @@ from rlhf_trl.callbacks.rollouts import record_rollouts
 from rlhf_trl.evaluation.generation import generation_config, sample
 from rlhf_trl.evaluation.policies import Policy
 from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.patches.positions import count_positions_from_mask
 from rlhf_trl.ppo import losses, update
 from rlhf_trl.stages.chat import answer
-from rlhf_trl.trainers.rollouts import count_positions_from_mask
 from tests.helpers.architectures import MORE_ARCHITECTURES, make_architecture, save_architecture
 from tests.helpers.ppo import prompts
 from tests.helpers.rl import TRAINERS, logged, rl_trainer
