@@ -61,7 +61,7 @@ def cast_head_inputs(head: nn.Linear) -> None:
     hook is copied with the layer.
 
     Seen in: PEFT 0.21.
-    Test: `test_each_role_has_its_own_type`.
+    Test: `test_a_score_head_in_float32_reads_a_bfloat16_base`.
 
     Args:
         head (`nn.Linear`):

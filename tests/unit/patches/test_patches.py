@@ -1,6 +1,7 @@
 """Patches of libraries: documented, tested, and without effect on anyone else in the process."""
 
 import ast
+import copy
 import logging
 import os
 import platform
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import bitsandbytes
 import pytest
+import torch
 from torch import nn
 
 import rlhf_trl
 from rlhf_trl.patches.bitsandbytes import keep_trainable
 from rlhf_trl.patches.malloc import keep_freed_memory
+from rlhf_trl.patches.peft import cast_head_inputs
 from rlhf_trl.patches.warnings import LOGS, WARNINGS, filter_warnings, no_load_report
 from tests.helpers.library_identity import changes, members
 
@@ -110,3 +113,10 @@ def test_a_changed_library_is_seen():
     assert changes(before, snapshot()) == []
     library.head, Layer.forward, Layer.bias = lambda: 1, lambda self: 1, property(lambda self: None)
     assert changes(before, snapshot()) == ["sys.head", "library.Layer.forward", "library.Layer.bias"]
+
+
+def test_a_score_head_in_float32_reads_a_bfloat16_base():
+    head = nn.Linear(4, 1)
+    cast_head_inputs(head)
+    hidden = torch.ones(2, 4, dtype=torch.bfloat16)
+    assert head(hidden).dtype == copy.deepcopy(head)(hidden).dtype == torch.float32
