@@ -1,49 +1,22 @@
 """Every file in conf/ composes and passes the checks, and every command in the README and in conf/ can be typed."""
 
 import fnmatch
-import functools
 import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from rlhf_trl.checks import find_problems
 from rlhf_trl.checks.libraries import _callables
 from rlhf_trl.checks.renamed import RENAMED_KEYS, renamed_key
 from rlhf_trl.cli import overrides
-from rlhf_trl.config.groups import help_text, option_groups
-from rlhf_trl.config.values import nodes, plain
-from rlhf_trl.runs.paths import conf_dir
-
-CONF = conf_dir()
-GROUPS = option_groups([str(CONF)])
-OPTIONS = sorted((group, option) for group, options in GROUPS.items() for option in options)
-STAGES = sorted(GROUPS["stage"])
-PIPELINES = sorted(GROUPS["pipeline"])
-# What a user has to say besides
-NEEDS = {
-    "stage/merge": ["model.run=sft"],  # what `model=demo` names is a full model
-    "critic/adapter": ["adapter=lora"],
-    "model/hf": ["model.path=organization/name"],
-    "data/files": ["data.paths=pairs.jsonl"],
-    "data/hub": ["data.path=organization/name"],
-    "data/mix": ["data.sources={own:{_target_:rlhf_trl.tasks.demo.load,_partial_:true}}"],
-    "judge/model": ["judge.path=organization/name"],
-    "judge/http": ["judge.url=http://localhost:8000/v1", "judge.model=name"],
-    "reward/adapter": ["adapter=lora"],
-    "combine/threshold": ["reward=[demo,eos]", "combine.constraints={eos: 1}"],
-    "reward/format": ["reward.format.kwargs.pattern=.*"],
-    "reward/http": ["reward.http.url=http://127.0.0.1:8000/score"],
-    "reward/length": ["reward.length.kwargs.max_length=20"],
-    "reward/function": ["reward.function.function=rlhf_trl.tasks.demo.gold_reward"],
-    "reward/sentiment": ["data=reviews"],
-    "reward/vader": ["data=reviews"],
-}
+from rlhf_trl.config.groups import help_text
+from rlhf_trl.config.values import plain
+from tests.helpers.config_reads import interpolations, reads_below, unread_keys
+from tests.helpers.configs import CONF, GROUPS, OPTIONS, PIPELINES, STAGES, composed, every_config, every_key, words_of
 
 
 @pytest.fixture(autouse=True)
@@ -66,29 +39,9 @@ def a_users_folder(tmp_path, monkeypatch):
             (folder / "run.json").write_text(json.dumps({"status": "done", "stage": run}))
 
 
-def composed(name: str, *words: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose(name, list(words))
-
-
 def problems_of(*words: str) -> list[str]:
     cfg, problems = overrides.compose([*words, "overwrite=true"])
     return problems + (find_problems(cfg) if cfg else [])
-
-
-def reader_of(group: str) -> list[str]:
-    """A stage that reads the group."""
-    group = group.split("/")[0]  # `data/feedback` is read where `data` is
-    readers = [stage for stage in STAGES if f"- /{group}:" in (CONF / "stage" / f"{stage}.yaml").read_text()]
-    return [f"stage={'ppo' if 'ppo' in readers else readers[0]}"] if readers else []
-
-
-def words_of(group: str, option: str) -> list[str]:
-    """Return the words that choose an option, with a stage that reads its group."""
-    first = [] if group in ("stage", "experiment") else reader_of(group)
-    if (group, option) == ("reward", "none"):  # what learns from a reward needs one
-        first = ["stage=generate"]
-    return [*first, f"{group}={option}", *NEEDS.get(f"{group}/{option}", [])]
 
 
 @pytest.mark.parametrize(("group", "option"), [name for name in OPTIONS if name[0] not in ("pipeline", "sweep")])
@@ -115,26 +68,36 @@ def test_comments_stand_above_their_keys_and_lines_are_short(file):
     assert [line for line in lines if len(line) > 119 and line.strip() not in text] == []
 
 
-@functools.cache
-def every_config() -> list[tuple[str, dict]]:
-    """Return the composed config of every option as nested dicts, by its name."""
-    found = [(name, composed(name)) for name in ("train", "sweep", "pipeline")]
-    for group, option in OPTIONS:
-        name = "pipeline" if group == "pipeline" else "train"
-        words = [f"pipeline={option}"] if group == "pipeline" else words_of(group, option)
-        found += [(f"{group}={option}", composed(name, *words))] if group != "sweep" else []
-    return [(name, OmegaConf.to_container(cfg)) for name, cfg in found]
+@pytest.fixture
+def read() -> dict[str, set[str]]:
+    """The keys that some part of the code reads, and those that an interpolation does."""
+    runs = {values["stage"]["run"]["_target_"] for _, values in every_config() if "stage" in values}
+    read = reads_below("rlhf_trl.cli.main", "rlhf_trl.cli.pipeline", "rlhf_trl.cli.sweep", *runs)
+    return {"read": read, "interpolated": set().union(*(interpolations(values) for _, values in every_config()))}
 
 
-@functools.cache
-def every_key() -> set[str]:
-    """Return the dotted path of every key of every config."""
-    return {
-        f"{path}.{key}".removeprefix(".")
-        for _, values in every_config()
-        for path, node in nodes(values)
-        for key in node
-    }
+def test_every_key_is_read(read):
+    assert {name: unread for name, values in every_config() if (unread := unread_keys(values, **read))} == {}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "unknown",
+        "model.unknown",
+        "stage.unknown",
+        "stage.batch_size",
+        "stage.args.unknown",
+        "kl.unknown",
+        "reward.gold.unknown",
+        "reward.gold.kwargs.unknown",
+        "data.unknown",
+    ],
+)
+def test_a_key_that_nothing_reads_is_found(read, key):
+    cfg = composed("train", "stage=ppo")  # a stage that reads no `stage.batch_size`
+    OmegaConf.update(cfg, key, 1, force_add=True)
+    assert unread_keys(OmegaConf.to_container(cfg), **read) == [key]
 
 
 def test_no_key_of_ours_has_a_former_name():
