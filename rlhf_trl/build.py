@@ -6,7 +6,7 @@ Beside `stages/` the only code that sees the whole config.
 
 import functools
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +53,7 @@ from rlhf_trl.models.policy import load_start
 from rlhf_trl.models.roles import begin_training
 from rlhf_trl.models.sizes import Sizes, empty_model, id_problem, length_problem, sizes_of
 from rlhf_trl.models.tokenizers import load_tokenizer
-from rlhf_trl.rewards.base import GIVEN
+from rlhf_trl.rewards.base import RESERVED_COLUMNS, Reward
 from rlhf_trl.rewards.model import ModelReward
 from rlhf_trl.runs.paths import ensemble_members, find_policy, named_policies, resolve_path
 from rlhf_trl.terminal import say
@@ -384,7 +384,7 @@ def reward_functions(
     tokenizer: PreTrainedTokenizerBase | None,
     columns: Sequence[str] | None = None,
     models: bool = True,
-) -> list[Callable]:
+) -> list[Reward]:
     """
     The rewards of the group `reward`, under the names they have there; runs become paths.
 
@@ -409,7 +409,7 @@ def reward_functions(
         reward.bind(tokenizer)
         rewards.append(instantiate(cfg.stage.wrap_reward)(reward) if cfg.stage.wrap_reward else reward)
     problems = [reward.column_problem(columns) for reward in rewards] if columns is not None else []
-    if rewards and (taken := [name for name in columns or () if name in GIVEN]):
+    if rewards and (taken := [name for name in columns or () if name in RESERVED_COLUMNS]):
         problems.append(
             f"The data has a column `{taken[0]}`, a name under which each reward gets something else. Rename it in "
             "the data."

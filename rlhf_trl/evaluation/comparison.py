@@ -29,7 +29,7 @@ from rlhf_trl.evaluation.statistics import (
 )
 from rlhf_trl.models.loading import load_model
 from rlhf_trl.models.tokenizers import load_tokenizer
-from rlhf_trl.rewards.combine import combined, number_of, weighted_sum
+from rlhf_trl.rewards.combine import combined, reward_array, weighted_sum
 
 NOT_DRAWN = (
     "At `stage.temperature=0` answers are the likeliest ones and no draws from a policy, so KL and entropy can't be "
@@ -328,5 +328,5 @@ def score(
         values = reward(
             prompts=dataset["prompt"][:], completions=completions, completion_ids=completion_ids, **columns
         )
-        scores[reward.__name__] = np.array([number_of(value) for value in values])
+        scores[reward.__name__] = reward_array(values)
     return scores

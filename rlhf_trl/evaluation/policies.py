@@ -4,13 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.data.chat_template import template_columns
 from rlhf_trl.data.tokenize import prompt_ids
-from rlhf_trl.rewards.combine import combined, number_of
+from rlhf_trl.rewards.combine import combined, reward_array
 
 Prompt = str | list[dict[str, str]]
 
@@ -71,5 +70,5 @@ def total(values: dict[str, float | None], rewards: Sequence[Callable], combine:
     """One score of a completion's rewards; `None` where none applies, not finite where one of them is no number."""
     if not rewards:
         return None
-    score = combined({name: np.array([number_of(value)]) for name, value in values.items()}, rewards, combine).item()
+    score = combined({name: reward_array([value]) for name, value in values.items()}, rewards, combine).item()
     return None if math.isnan(score) else score

@@ -23,7 +23,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import count_of
 from rlhf_trl.models.calibration import read_calibration
-from rlhf_trl.models.fingerprints import fingerprint
+from rlhf_trl.models.fingerprints import weights_fingerprint
 from rlhf_trl.models.quantization import training_record
 from rlhf_trl.models.weights import check_finite, first_of, readable
 from rlhf_trl.runs.paths import ensemble_members
@@ -70,7 +70,7 @@ def base_path(path: str, config: PeftConfig) -> str:
     for folder in (Path(base), Path(path, base)):
         if folder.is_dir():
             trained_on = training_record(path).get("base_fingerprint")
-            if trained_on is not None and trained_on != fingerprint(str(folder)):
+            if trained_on is not None and trained_on != weights_fingerprint(str(folder)):
                 raise ConfigError(
                     f"The adapter `{path}` was trained on `{folder.resolve()}`, whose weights have changed since. "
                     "Train it again."
@@ -92,7 +92,7 @@ def model_fingerprint(path: str, revision: str | None = None) -> str | None:
     if not Path(path).is_dir():
         file = try_to_load_from_cache(path, "config.json", revision=revision)
         return Path(file).parent.name if isinstance(file, str) else None
-    parts = [fingerprint(folder) for folder in [path, *ensemble_members(path)]]
+    parts = [weights_fingerprint(folder) for folder in [path, *ensemble_members(path)]]
     config = adapter_config(path)
     if config is not None:
         parts.append(model_fingerprint(base_path(path, config), config.revision))

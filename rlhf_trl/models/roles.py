@@ -18,7 +18,7 @@ from rlhf_trl.models.adapters import (
     changes_base,
     set_adapter_weights,
 )
-from rlhf_trl.models.fingerprints import fingerprint
+from rlhf_trl.models.fingerprints import weights_fingerprint
 from rlhf_trl.models.quantization import trained_quantization
 from rlhf_trl.patches.peft import repair_token_wrappers
 
@@ -134,7 +134,9 @@ def check_same_base(path: str, model: PeftModel) -> None:
     ours = model.get_base_model().config._name_or_path
     theirs = base_path(path, adapter_config(path))
     if Path(ours).is_dir() and Path(theirs).is_dir():
-        same = Path(ours).resolve() == Path(theirs).resolve() or fingerprint(ours) == fingerprint(theirs)
+        same = Path(ours).resolve() == Path(theirs).resolve() or weights_fingerprint(ours) == weights_fingerprint(
+            theirs
+        )
     else:
         same = ours == theirs
     trained, here = trained_quantization(path), getattr(model.get_base_model().config, "quantization_config", None)

@@ -1,20 +1,22 @@
-"""Rewards: functions, reward models, servers; their shapes and combinations."""
+"""Rewards from functions, reward models and servers, their shaping and their combination."""
 
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rlhf_trl.rewards.adapter import AdapterReward
-    from rlhf_trl.rewards.base import Reward
-    from rlhf_trl.rewards.function import FiniteReward, FunctionReward
+    from rlhf_trl.rewards.base import BaseReward, Reward
+    from rlhf_trl.rewards.finite import FiniteReward
+    from rlhf_trl.rewards.function import FunctionReward
     from rlhf_trl.rewards.http import HttpReward
     from rlhf_trl.rewards.model import ModelReward
 
-__all__ = ["AdapterReward", "FiniteReward", "FunctionReward", "HttpReward", "ModelReward", "Reward"]
+__all__ = ["AdapterReward", "BaseReward", "FiniteReward", "FunctionReward", "HttpReward", "ModelReward", "Reward"]
 
 _MODULES = {
     "AdapterReward": "adapter",
-    "FiniteReward": "function",
+    "BaseReward": "base",
+    "FiniteReward": "finite",
     "FunctionReward": "function",
     "HttpReward": "http",
     "ModelReward": "model",

@@ -1,28 +1,32 @@
-"""Rewards from an adapter and score head on the policy's base."""
+"""Rewards from reward models that are adapters on the policy's base."""
 
 import copy
+from typing import cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.models.adapters import adapter_heads
 from rlhf_trl.models.calibration import read_calibration
+from rlhf_trl.models.roles import POLICY, adapter_layers, add_role, saved_adapter
+from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.patches.peft import cast_head_inputs, save_only
-from rlhf_trl.rewards.base import Reward
-from rlhf_trl.rewards.model import ModelReward, ensemble_paths
+from rlhf_trl.rewards.base import BaseReward
+from rlhf_trl.rewards.model import Member, ModelReward
 
 
 class AdapterReward(ModelReward):
     """
-    A reward model, or an ensemble of them, that is an adapter on the policy's own base: its weights are in memory once
-    for all.
+    A reward from a reward model, or an ensemble of them, that is an adapter on the policy's own base.
 
-    `PPOTrainer` attaches it to its policy; with another trainer call `attach(trainer.model)` before training.
+    The weights of the base are in memory once for both. `PPOTrainer` attaches the reward to its policy; with another
+    trainer call `attach(trainer.model)` before training.
 
     Args:
-        path (`str`): directory or hub id of a reward model trained as an adapter on the policy's base.
+        path (`str`): folder or hub id of a reward model that was trained as an adapter on the policy's base.
         weight (`float`), name (`str`, defaults to `"reward_adapter"`), batch_size (`int`), head_weights (`dict`,
             *optional*), ensemble (`str`), std_coef (`float`): see [`ModelReward`].
     """
@@ -37,29 +41,23 @@ class AdapterReward(ModelReward):
         ensemble: str = "mean",
         std_coef: float = 1.0,
     ):
-        from rlhf_trl.models.adapters import adapter_heads
-        from rlhf_trl.models.roles import saved_adapter
-        from rlhf_trl.models.tokenizers import load_tokenizer
-
-        Reward.__init__(self, name, weight)
+        BaseReward.__init__(self, name, weight)  # ModelReward's own loads a base
         self.path = path
-        self._paths = ensemble_paths(path, name, ensemble, std_coef) or [path]
+        self._paths = self._member_folders(path, ensemble) or [path]
         for member in self._paths:
             saved_adapter(member)
         self.heads = adapter_heads(self._paths[0])
-        self._set_up(path, read_calibration(path), head_weights, ensemble, std_coef, batch_size)
+        self._set_options(path, read_calibration(path), head_weights, ensemble, std_coef, batch_size)
         self.tokenizer = load_tokenizer(self._paths[0])
-        self._members: list[tuple[str, PreTrainedModel]] = []  # until `attach`
+        self._members: list[Member] = []  # until `attach`
 
     def attach(self, policy: PreTrainedModel | PeftModel) -> None:
         """
         Add the reward's adapters, frozen, to the policy, and their score heads to this reward.
 
         Raises:
-            ConfigError: if the policy has no adapter, or the reward's was trained on another base.
+            ConfigError: if the policy has no adapter, or the reward's adapter was trained on another base.
         """
-        from rlhf_trl.models.roles import POLICY, adapter_layers, add_role
-
         if self._members:
             return
         if not isinstance(policy, PeftModel):
@@ -72,7 +70,7 @@ class AdapterReward(ModelReward):
                 f"The reward model `{self.path}` has another tokenizer than the policy, so it can't share its base. "
                 "Use `reward=model`."
             )
-        base = policy.get_base_model()
+        base = cast(PreTrainedModel, policy.get_base_model())
         for i, path in enumerate(self._paths):
             adapter = f"reward_{self.__name__}{f'_{i}' if len(self._paths) > 1 else ''}".replace(".", "_")
             score = add_role(policy, adapter, path)
@@ -83,7 +81,7 @@ class AdapterReward(ModelReward):
             for name, parameter in policy.named_parameters():
                 if adapter in name.split("."):
                     parameter.requires_grad_(False)
-            self._members.append((adapter, _classifier_on(base, score, self.tokenizer.pad_token_id)))
+            self._members.append(Member(adapter, _classifier_on(base, score, self.tokenizer)))
         save_only(policy, [POLICY])
         self._layers = adapter_layers(base)
 
@@ -103,11 +101,11 @@ class AdapterReward(ModelReward):
                 module.training = True
 
 
-def _classifier_on(policy: PreTrainedModel, score: Tensor, pad_token_id: int) -> PreTrainedModel:
-    """A sequence classifier whose trunk is the policy's own, and whose head is `score`, (scores, width)."""
+def _classifier_on(policy: PreTrainedModel, score: Tensor, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Return a sequence classifier with the policy's own trunk and the head `score`, shape (heads, width)."""
     config = copy.deepcopy(policy.config)
     config.num_labels = score.size(0)
-    config.get_text_config().pad_token_id = pad_token_id
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
     setattr(model, model.base_model_prefix, policy.base_model)

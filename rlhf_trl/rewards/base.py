@@ -1,51 +1,93 @@
-"""What every reward is."""
+"""Interface and base class of rewards."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.config.ranges import REWARD, check_values
 
-# What a reward gets besides the data's columns: of ours, and of TRL's trainers. No column may have such a name.
-GIVEN = (
+# Arguments of a reward that aren't columns of the data: ours and those of TRL's trainers. Columns have other names
+RESERVED_COLUMNS = (
     *("prompts", "completions", "completion_ids", "tokenizer"),
     *("trainer_state", "log_extra", "log_metric", "environments"),
 )
 
 
-class Reward:
+@runtime_checkable
+class Reward(Protocol):
     """
-    What every reward has: a name for the logs, a weight in the sum, and `bind`.
+    Interface of a reward, for trainers, evaluation and the reward server.
+
+    Attributes:
+        __name__ (`str`): name under which the reward is logged.
+        weight (`float`): factor in the sum of all rewards.
+        calibration (`dict[str, float]`, *optional*): `mean` and `std` of the rewards of reference answers where they
+            were measured, for `reward_norm=reference`.
+    """
+
+    __name__: str
+    weight: float
+    calibration: dict[str, float] | None
+
+    def __call__(
+        self, prompts: list, completions: list, *, completion_ids: list[list[int]], **columns: Any
+    ) -> Sequence[float | None]:
+        """
+        Return one reward per completion, `None` where it doesn't apply.
+
+        Args:
+            prompts (`list`), completions (`list`): texts or chat messages.
+            completion_ids (`list[list[int]]`): generated tokens of each completion.
+            **columns: further columns of the data, and what TRL's trainers pass.
+        """
+        ...
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Set the tokenizer that makes the `completion_ids` of the calls to come."""
+
+    def check(self) -> None:
+        """
+        Check that what the reward needs from elsewhere, such as a server, can be reached.
+
+        Raises:
+            ConfigError: if it can't.
+        """
+
+    def column_problem(self, columns: Collection[str]) -> str | None:
+        """Return the problem of a reward that needs a column which the data doesn't have, `None` if there is none."""
+
+    def attach(self, policy: PreTrainedModel | PeftModel) -> None:
+        """Share the base of the policy, if the reward is an adapter on it. A second call changes nothing."""
+
+
+class BaseReward:
+    """
+    Name and weight of a [`Reward`], with methods for a reward that needs nothing from elsewhere.
 
     Args:
-        name (`str`): the name under which the reward is logged.
-        weight (`float`): its factor in the sum of all rewards.
+        name (`str`): name under which the reward is logged.
+        weight (`float`): factor in the sum of all rewards.
 
     Raises:
-        ConfigError: for a weight that is no finite number.
+        ConfigError: if the weight isn't a finite number.
     """
 
     def __init__(self, name: str, weight: float = 1.0):
         check_values(REWARD, {"weight": weight}, f"reward.{name}.")
         self.__name__ = name
         self.weight = float(weight)
-        # `{"mean", "std"}` of the reference answers' rewards, where they were measured: for `reward_norm=reference`
         self.calibration: dict[str, float] | None = None
 
     def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Tell the reward which tokenizer made the `completion_ids` it will be given."""
+        """See [`Reward.bind`]."""
 
     def check(self) -> None:
-        """
-        Ask what the reward needs from elsewhere whether it is there, before anything is sampled.
-
-        Raises:
-            ConfigError: if it isn't.
-        """
+        """See [`Reward.check`]."""
 
     def column_problem(self, columns: Collection[str]) -> str | None:
-        """Return what the reward misses among the data's columns, and what to type; `None` if nothing."""
+        """See [`Reward.column_problem`]."""
 
     def attach(self, policy: PreTrainedModel | PeftModel) -> None:
-        """Give the reward the policy whose base it shares, if it does. A second call changes nothing."""
+        """See [`Reward.attach`]."""

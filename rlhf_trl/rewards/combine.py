@@ -1,78 +1,83 @@
 """
-How several rewards become the one score that a policy learns from (group `combine`): pure functions.
+Combination of several rewards into the one score that a policy learns from (group `combine`). Pure functions.
 
-N completions, F reward functions. Each takes `values` (N, F), what the functions gave, on the scale that is learned
-from; `raw` (N, F), the same as they gave it; `weights` (F,); and `names`, F of them. NaN says that a function doesn't
-apply to a completion. Each returns (N,), NaN where no reward is left.
+N completions, F reward functions. A combination takes
+
+    values   (N, F)  rewards on the scale that is learned from, normalized where a normalizer is set
+    raw      (N, F)  rewards as the functions gave them
+    weights  (F,)    weights of the functions
+    names            F names of the functions
+
+and returns scores (N,). NaN in `values` and `raw` is a reward that doesn't apply to a completion (`None`); NaN in the
+scores is a completion without any reward.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.options import threshold_problem
 
 
 def combined(
-    scores: Mapping[str, np.ndarray], rewards: Sequence[Callable], combine: Callable[..., Tensor]
+    scores: Mapping[str, np.ndarray], rewards: Sequence[Reward], combine: Callable[..., Tensor]
 ) -> np.ndarray:
     """
-    The one score of each of N completions that were written outside of a training, shape (N,), float64.
+    Combine the rewards of N completions that were generated outside of training.
 
     Args:
-        scores (`dict[str, np.ndarray]`): what each of `rewards` says, by its name, shape (N,); NaN where it doesn't
-            apply, infinite where it is no number.
-        rewards (`Sequence[Callable]`): with `__name__` and `weight`; at least one.
-        combine (callable): one of this module.
+        scores (`Mapping[str, np.ndarray]`): rewards of each of `rewards` by name, shape (N,), see [`reward_array`].
+        rewards (`Sequence[Reward]`): at least one.
+        combine (callable): combination of this module.
 
     Returns:
-        `np.ndarray`: NaN where no reward is left; infinite where one that counts is no number.
+        `np.ndarray` of shape (N,), float64: NaN where no reward applies, infinite where one that counts is invalid.
     """
     names = [reward.__name__ for reward in rewards]
     raw = torch.from_numpy(np.stack([scores[name] for name in names], axis=1).astype(float))
     weights = torch.tensor([reward.weight for reward in rewards], dtype=raw.dtype)
-    broken = (raw.isinf() & (weights != 0)).any(dim=1)
+    invalid = (raw.isinf() & (weights != 0)).any(dim=1)
     raw = raw.masked_fill(raw.isinf(), torch.nan)
-    return combine(raw, raw, weights, names).masked_fill(broken, torch.inf).numpy()
+    return combine(raw, raw, weights, names).masked_fill(invalid, torch.inf).numpy()
 
 
-def number_of(value: float | None) -> float:
-    """A reward as [`combined`] takes it: NaN for None, which doesn't apply, and infinite for what is no number."""
-    if value is None:
-        return np.nan
-    return float(value) if np.isfinite(value) else np.inf
+def reward_array(values: Iterable[float | None]) -> np.ndarray:
+    """Return rewards as [`combined`] takes them: NaN for `None`, which doesn't apply, infinite for an invalid one."""
+    return np.array(
+        [np.nan if value is None else float(value) if np.isfinite(value) else np.inf for value in values], dtype=float
+    )
 
 
 def weighted_sum(values: Tensor, raw: Tensor, weights: Tensor, names: Sequence[str]) -> Tensor:
-    """sum over f of w_f r_f."""
+    """Return sum_f w_f r_f."""
     return (values * weights).nansum(dim=1).masked_fill(values.isnan().all(dim=1), torch.nan)
 
 
 def minimum(values: Tensor, raw: Tensor, weights: Tensor, names: Sequence[str]) -> Tensor:
-    """min over f of w_f r_f: the worst reward is the one that counts. One of weight 0 is only watched."""
-    left_out = values.isnan() | (weights == 0)
-    least = torch.where(left_out, torch.inf, values * weights).amin(dim=1)
-    return least.masked_fill(left_out.all(dim=1), torch.nan)
+    """Return min_f w_f r_f: only the worst reward counts. One of weight 0 is logged and not counted."""
+    ignored = values.isnan() | (weights == 0)
+    lowest = torch.where(ignored, torch.inf, values * weights).amin(dim=1)
+    return lowest.masked_fill(ignored.all(dim=1), torch.nan)
 
 
 def product(values: Tensor, raw: Tensor, weights: Tensor, names: Sequence[str]) -> Tensor:
     """
-    product over f of r_f ^ w_f, for rewards of 0 or more: one that is 0 leaves nothing of the others. One of weight 0
-    is only watched.
+    Return prod_f r_f ^ w_f of rewards of 0 or more. One of weight 0 is logged and not counted.
 
     Raises:
-        ConfigError: at a negative reward. Two of them would make a good score of two bad ones.
+        ConfigError: for a negative reward, since two of them would make a good score of two bad rewards.
     """
     negative = (values < 0) & (weights != 0)
     if negative.any():
         row, column = negative.nonzero()[0].tolist()
         raise ConfigError(
             f"The reward `{names[column]}` is {values[row, column].item():.4g} for completion {row}, and "
-            "`combine=product` takes rewards of 0 or more: two negative ones would make a good score. Give rewards "
-            "such as probabilities and `reward=format`, or type `combine=min` or `combine=threshold`."
+            "`combine=product` takes rewards of 0 or more: two negative ones would make a good score. Use rewards "
+            "such as probabilities and `reward=format`, or set `combine=min` or `combine=threshold`."
         )
     powers = torch.where(values.isnan(), 1.0, values.nan_to_num() ** weights)
     return powers.prod(dim=1).masked_fill(values.isnan().all(dim=1), torch.nan)
@@ -87,32 +92,33 @@ def threshold(
     floor: float = 0.0,
 ) -> Tensor:
     """
-    Rewards that count only once others are satisfied, in the order of `constraints`. With t_c the threshold of
-    constraint c, and c the first one whose raw reward falls short, w_c (r_c - t_c) < 0:
+    Return rewards that count only once others, the constraints, are satisfied.
+
+    With t_c the threshold of constraint c, and c the first one whose raw reward falls short, w_c (r_c - t_c) < 0:
 
         score = floor + w_c (r_c - t_c)
 
-    and where none does, the weighted sum of the rewards that aren't constraints. A constraint with a negative weight
-    says "at most". With `floor` at or below the lowest such sum, a completion that breaks a constraint never scores
-    above one that keeps all. With one constraint, weight 1 and floor = t it is the rule of Llama 2 (arXiv 2307.09288,
-    3.2.3).
-
-    A constraint that doesn't apply to a completion (None) counts as satisfied.
+    and where none falls short, the weighted sum of the rewards that aren't constraints. A constraint with a negative
+    weight is an upper limit; one that doesn't apply to a completion (`None`) counts as satisfied. With `floor` at or
+    below the lowest such sum, a completion that breaks a constraint never scores above one that keeps all. One
+    constraint of weight 1 with floor = t is the rule of Llama 2 for safety and helpfulness (arXiv 2307.09288, 3.2.3).
 
     Args:
-        constraints (`dict[str, float]`): name of a reward and its threshold, on the raw scale, the most important
-            first.
-        floor (`float`): score just below a threshold.
+        values, raw, weights, names: see the module.
+        constraints (`Mapping[str, float]`): threshold of each constraint on the raw scale, by name of the reward, the
+            most important first.
+        floor (`float`): score at a threshold, from below.
 
     Raises:
-        ConfigError: if a constraint names no reward, or no reward is left besides the constraints.
+        ConfigError: if a constraint names no reward, or every reward is a constraint.
     """
     if problem := threshold_problem(constraints, names):
         raise ConfigError(problem)
-    places = [names.index(name) for name in constraints]
-    others = [place for place in range(len(names)) if place not in places]
-    score = weighted_sum(values[:, others], raw[:, others], weights[others], [names[place] for place in others])
-    for place, least in reversed(list(zip(places, constraints.values(), strict=True))):
-        lead = weights[place] * (raw[:, place] - least)
-        score = torch.where(lead < 0, floor + lead, score)
+    columns = [names.index(name) for name in constraints]
+    others = [column for column in range(len(names)) if column not in columns]
+    score = weighted_sum(values[:, others], raw[:, others], weights[others], [names[column] for column in others])
+    # From the last constraint to the first, so that the first one that falls short has the last word
+    for column, limit in reversed(list(zip(columns, constraints.values(), strict=True))):
+        slack = weights[column] * (raw[:, column] - limit)
+        score = torch.where(slack < 0, floor + slack, score)
     return score

@@ -3,37 +3,35 @@
 import asyncio
 import contextlib
 import inspect
-import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_trl.config.dotpaths import find, not_taken, signature
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import names_of
-from rlhf_trl.rewards.base import GIVEN, Reward
-from rlhf_trl.rewards.model import await_result
+from rlhf_trl.rewards.base import RESERVED_COLUMNS, BaseReward
 
 
-class FunctionReward(Reward):
+class FunctionReward(BaseReward):
     """
-    A Python function as reward.
+    A reward from a Python function.
 
     Args:
-        function (`str` or callable): the function, or its dot path (`my_package.my_module.my_reward`), sync or async.
-            It is called with `prompts`, `completions`, `completion_ids` and the dataset's other columns as lists, and
-            with `tokenizer`, the policy's, as far as its signature takes them, and returns one number a completion,
-            or None where it doesn't apply. A path may lead to what Hydra allows as `_target_`.
+        function (`str` or callable): function, sync or async, or its dot path (`my_package.my_module.my_reward`);
+            anything that Hydra allows as `_target_`. It is called with `prompts`, `completions`,
+            `completion_ids` and the dataset's other columns as lists, and with the policy's `tokenizer`, as far as its
+            signature takes them. It returns one number per completion, or None where it doesn't apply.
         kwargs (`dict`, *optional*): further arguments of the function.
-        weight (`float`), name (`str`, *optional*, defaults to the function's name): see [`Reward`].
+        weight (`float`): see [`Reward`].
+        name (`str`, *optional*, defaults to the function's name): see [`Reward`].
 
     Raises:
-        ConfigError: for a function that can't be imported, or `kwargs` that it doesn't take; when called, if an
-            argument of the function is missing, or it returns a wrong number of values or something that is no number.
+        ConfigError: if the function can't be imported or doesn't take the `kwargs`; when called, if an argument of the
+            function is missing, or if it returns a wrong number of values or something that isn't a number.
     """
 
     def __init__(
@@ -46,7 +44,7 @@ class FunctionReward(Reward):
         self.function = find(function) if isinstance(function, str) else function
         inner = getattr(self.function, "func", self.function)  # of a partial
         super().__init__(name or getattr(inner, "__name__", type(inner).__name__), weight)
-        self._said = f"`{function}`" if isinstance(function, str) else f"`{self.__name__}`"
+        self._label = f"`{function}`" if isinstance(function, str) else f"`{self.__name__}`"
         self.kwargs = dict(kwargs or {})
         parameters = signature(self.function)
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -59,20 +57,20 @@ class FunctionReward(Reward):
 
     def _check_arguments(self) -> None:
         where = f"reward.{self.__name__}.kwargs"
-        if taken := [key for key in self.kwargs if key in GIVEN]:
+        if taken := [key for key in self.kwargs if key in RESERVED_COLUMNS]:
             raise ConfigError(
-                f"`{where}.{taken[0]}` would replace the `{taken[0]}` that every reward function gets. Name it "
-                f"otherwise, in the signature of {self._said} too."
+                f"`{where}.{taken[0]}` would replace the `{taken[0]}` that every reward function gets. Rename "
+                f"it, in the signature of {self._label} as well."
             )
-        if unknown := not_taken(self.function, self.kwargs, strict=True, given=GIVEN):
+        if unknown := not_taken(self.function, self.kwargs, strict=True, given=RESERVED_COLUMNS):
             key, hint = next(iter(unknown.items()))
             raise ConfigError(
-                f"`{where}.{key}` is no argument of {self._said}. {hint} (One that is meant has to stand in the "
+                f"`{where}.{key}` is no argument of {self._label}. {hint} (An intended one must be in the "
                 "function's signature.)"
             )
         if by_position := [name for name in self._needs if name not in self._takes]:
             raise ConfigError(
-                f"The reward function {self._said} takes `{by_position[0]}` by position only, and a reward gets its "
+                f"The reward function {self._label} takes `{by_position[0]}` by position only, and a reward gets its "
                 "arguments by name. Take the `/` out of its signature."
             )
 
@@ -82,7 +80,7 @@ class FunctionReward(Reward):
 
     def column_problem(self, columns: Collection[str]) -> str | None:
         """See [`Reward.column_problem`]."""
-        return self._missing({*columns, *GIVEN, *self.kwargs}, columns)
+        return self._missing({*columns, *RESERVED_COLUMNS, *self.kwargs}, columns)
 
     def _missing(self, given: Collection[str], columns: Collection[str]) -> str | None:
         missing = [name for name in self._needs if name not in given]
@@ -90,35 +88,35 @@ class FunctionReward(Reward):
             return None
         name = missing[0]
         return (
-            f"The reward function {self._said} needs an argument `{name}`, and the data has no such column (it has "
-            f"{names_of(sorted(columns)) or 'none besides the prompt'}). Name the column so "
-            f"(`+data.columns.{name}=...` renames one), type `+reward.{self.__name__}.kwargs.{name}=...`, or give "
+            f"The reward function {self._label} needs an argument `{name}`, and the data has no such column (it has "
+            f"{names_of(sorted(columns)) or 'none besides the prompt'}). Rename a column "
+            f"(`+data.columns.{name}=...`), set `+reward.{self.__name__}.kwargs.{name}=...`, or give "
             f"`{name}` a default in the function."
         )
 
-    def __call__(self, prompts: list, completions: list, **columns) -> list[float | None]:
-        """Rewards of the completions, one each. `prompts` and `completions` are texts or chat messages."""
+    def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float | None]:
+        """Return one reward per completion; see [`Reward`]."""
         given = {"tokenizer": self._tokenizer} | columns | {"prompts": prompts, "completions": completions}
         given |= self.kwargs
-        if problem := self._missing(given, [name for name in columns if name not in GIVEN]):
+        if problem := self._missing(given, [name for name in columns if name not in RESERVED_COLUMNS]):
             raise ConfigError(problem)
         if not self._takes_all:
             given = {key: value for key, value in given.items() if key in self._takes}
-        with contextlib.chdir(os.curdir):  # and back: the run's own paths may be relative
+        with contextlib.chdir(os.curdir):  # the function may change it, and the run's own paths may be relative
             values = self.function(**given)
             if inspect.isawaitable(values):
-                values = asyncio.run(await_result(values))
+                values = asyncio.run(_await(values))
         return self._checked(values, len(completions))
 
-    def _checked(self, values, expected: int) -> list[float | None]:
-        says = f"The reward function {self._said} returned"
-        todo = "Return a list with one number (or None) for each completion."
+    def _checked(self, values: Any, expected: int) -> list[float | None]:
+        returned = f"The reward function {self._label} returned"
+        remedy = "Return a list with one number (or None) for each completion."
         if getattr(values, "ndim", 1) != 1:  # of arrays and tensors
-            raise ConfigError(f"{says} values of shape {tuple(values.shape)} for {expected} completions. {todo}")
+            raise ConfigError(f"{returned} values of shape {tuple(values.shape)} for {expected} completions. {remedy}")
         if not hasattr(values, "__len__") or isinstance(values, (str, bytes, dict, set)):
-            raise ConfigError(f"{says} {type(values).__name__}. {todo}")
+            raise ConfigError(f"{returned} {type(values).__name__}. {remedy}")
         if len(values) != expected:
-            raise ConfigError(f"{says} {len(values)} values for {expected} completions. {todo}")
+            raise ConfigError(f"{returned} {len(values)} values for {expected} completions. {remedy}")
         if isinstance(values, Tensor):
             values = values.tolist()
         return [self._number(value, row) for row, value in enumerate(values)]
@@ -126,51 +124,21 @@ class FunctionReward(Reward):
     def _number(self, value: Any, row: int) -> float | None:
         if value is None:
             return None
-        says = f"The reward function {self._said} returned"
+        returned = f"The reward function {self._label} returned"
         if hasattr(value, "__float__") and not isinstance(value, str):
             try:
                 return float(value)
             except OverflowError:
                 raise ConfigError(
-                    f"{says} for completion {row} a number beyond what a float can hold. Scale it, or bound it."
+                    f"{returned} for completion {row} a number beyond what a float can hold. Scale it, or bound it."
                 ) from None
             except (TypeError, ValueError, RuntimeError):  # an array or tensor of several
                 pass
         shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:60]}..."
         raise ConfigError(
-            f"{says} {shown} for completion {row}. Return a number, or None where the function doesn't apply."
+            f"{returned} {shown} for completion {row}. Return a number, or None where the function doesn't apply."
         )
 
 
-class FiniteReward(Reward):
-    """
-    A reward for trainers that would count NaN as "not applicable" and choke on infinity (TRL's GRPO and RLOO): a NaN
-    or infinite value is an error there. `PPOTrainer` leaves such rows out and counts them instead.
-    """
-
-    def __init__(self, reward: Reward):
-        super().__init__(reward.__name__, reward.weight)
-        self.reward, self.calibration = reward, reward.calibration
-
-    def check(self) -> None:
-        """See [`Reward.check`]."""
-        self.reward.check()
-
-    def column_problem(self, columns: Collection[str]) -> str | None:
-        """See [`Reward.column_problem`]."""
-        return self.reward.column_problem(columns)
-
-    def attach(self, policy: PreTrainedModel | PeftModel) -> None:
-        """See [`Reward.attach`]."""
-        self.reward.attach(policy)
-
-    def __call__(self, prompts: list, completions: list, **columns) -> list[float | None]:
-        """The wrapped reward's values."""
-        values = self.reward(prompts, completions, **columns)
-        for row, value in enumerate(values):
-            if value is not None and not math.isfinite(value):
-                raise ConfigError(
-                    f"The reward `{self.__name__}` is {value} for completion {row}: {str(completions[row])[:200]!r}. "
-                    "Mend it, or let it return None where it doesn't apply."
-                )
-        return values
+async def _await(awaitable: Awaitable) -> Any:
+    return await awaitable

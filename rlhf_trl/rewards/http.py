@@ -1,22 +1,21 @@
 """
-Rewards from an HTTP server, JSON in and out, and the schema that `stage=serve_reward` serves as well.
+Rewards from an HTTP server: the client, and the JSON schema that `stage=serve_reward` serves as well.
 
-A request (POST) holds lists of one length, one entry a completion:
+A request (POST) holds lists of equal length, one entry per completion:
 
-    {"prompts": [...], "completions": [...],          text, or chats: lists of {"role", "content"}
-     "completion_ids": [[...]], "ended": [true],      the generated tokens; whether they end by themselves
-     "tokenizer": "3f0c...",                          which tokenizer made them, see `tokenizer_hash`; or null
-     "columns": {"answer": [...]}}                    the data's columns that the client was told to send, and `tools`
-                                                      and `chat_template_kwargs` (of the chat template) if it has them
+    {"prompts": [...], "completions": [...],          texts, or chats: lists of {"role", "content"}
+     "completion_ids": [[...]], "ended": [true],      generated tokens; whether they end with an end token
+     "tokenizer": "3f0c...",                          fingerprint of the tokenizer that made them, or null; see
+                                                      `rlhf_trl.models.fingerprints.tokenizer_fingerprint`
+     "columns": {"answer": [...]}}                    columns of the data that `columns` names, and `tools` and
+                                                      `chat_template_kwargs` (of the chat template) where it has them
 
-The answer (status 200) is `{"rewards": [0.5, null]}`: a number, or null where the reward doesn't apply, for each
-completion; and, if it likes, `"metrics": {"disagreement": 0.1}`, numbers about the batch that are logged as
-`rewards/<name>/disagreement`. What is no finite number, which JSON can't write as one, is a string as in the JSON of
-Protocol Buffers: `"NaN"`, `"Infinity"` or `"-Infinity"`; a trainer treats it as it treats that value of any reward.
+The answer (status 200) is `{"rewards": [0.5, null]}`: one number per completion, or null where the reward doesn't
+apply. `"metrics": {"disagreement": 0.1}` is optional: numbers about the batch, logged as
+`rewards/<name>/disagreement`. NaN and infinity, which JSON can't write as numbers, are strings as in the JSON of
+Protocol Buffers: `"NaN"`, `"Infinity"`, `"-Infinity"`. A trainer treats them as those of any other reward.
 """
 
-import functools
-import hashlib
 import json
 import logging
 import math
@@ -34,24 +33,25 @@ from rlhf_trl.config.ranges import HTTP_REWARD, check_values
 from rlhf_trl.data.formats import PASSED_ON
 from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.rewards.base import GIVEN, Reward
+from rlhf_trl.models.fingerprints import tokenizer_fingerprint
+from rlhf_trl.rewards.base import RESERVED_COLUMNS, BaseReward
 from rlhf_trl.rewards.options import http_problems
 
 logger = logging.getLogger(__name__)
 
-# What may be another way in a moment: too many requests, and errors of the server or of a proxy in front of it
+# Statuses that a retry may fix: too many requests, and errors of the server or of a proxy in front of it
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
-# Bytes of an answer: many times what numbers for a batch take, and nothing for the memory
+# Bytes of an answer: many times the size of a batch of numbers, and small beside the memory
 MAX_ANSWER = 16 * 2**20
-# What a server may call its metrics, and what is logged of every reward under the same stem
+# Names that a server may give its metrics, and those that every reward has already
 METRIC_NAME, MAX_METRICS = re.compile(r"[\w.-]{1,64}"), 64
-OWN_METRICS = ("mean", "std")
+RESERVED_METRICS = ("mean", "std")
 SCHEMA = 'It must be `{"rewards": [...]}` with a number or null for each completion'
-NO_NUMBERS = ("NaN", "Infinity", "-Infinity")
+NON_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 class Answer(NamedTuple):
-    """An HTTP answer that has been read whole."""
+    """A complete HTTP answer."""
 
     status: int
     reason: str
@@ -64,16 +64,22 @@ class Answer(NamedTuple):
 
 
 class TooLongError(Exception):
-    """An answer of more bytes than it may have."""
+    """An answer of more than `MAX_ANSWER` bytes."""
 
 
 def post(client: httpx.Client, url: str, body: bytes | str, seconds: float) -> Answer:
     """
-    Send a request and return its whole answer.
+    Send a request and return the complete answer.
+
+    Args:
+        client (`httpx.Client`): client to send it with.
+        url (`str`): address.
+        body (`bytes` or `str`): content of the request.
+        seconds (`float`): time limit for the whole answer. httpx's own holds for each piece of it.
 
     Raises:
         TooLongError: after `MAX_ANSWER` bytes.
-        httpx.HTTPError: as httpx does, and `httpx.ReadTimeout` also for an answer that isn't complete after `seconds`.
+        httpx.HTTPError: as httpx does; `httpx.ReadTimeout` also for an answer that isn't complete after `seconds`.
     """
     ends, content = time.monotonic() + seconds, bytearray()
     with client.stream("POST", url, content=body) as response:
@@ -82,31 +88,32 @@ def post(client: httpx.Client, url: str, body: bytes | str, seconds: float) -> A
             if len(content) > MAX_ANSWER:
                 raise TooLongError
             if time.monotonic() > ends:
-                raise httpx.ReadTimeout("the answer goes on and on")
+                raise httpx.ReadTimeout(f"the answer is not complete after {seconds:g} s")
         kind = response.headers.get("content-type", "no content type")
         return Answer(response.status_code, response.reason_phrase, kind, bytes(content))
 
 
-class HttpReward(Reward):
+class HttpReward(BaseReward):
     """
-    A reward that an HTTP server gives, by the schema above.
+    A reward from an HTTP server, by the schema of this module.
 
-    What may pass (no connection, no answer in time, a status of `TRANSIENT`) is tried again, `retries` times, after
-    `backoff`, twice that, four times that ... seconds. What a retry can't mend (another status, a malformed answer) is
-    an error at once.
+    Requests that fail for a reason that may pass (no connection, no answer in time, a status of `TRANSIENT`) are sent
+    again after `backoff`, 2 `backoff`, 4 `backoff` ... seconds. Another status and a malformed answer are errors at
+    once.
 
     Args:
-        url (`str`): of the server, such as `http://127.0.0.1:8000/score`.
-        timeout (`float`): seconds until an answer is complete.
-        retries (`int`), backoff (`float`): see above.
-        batch_size (`int`): completions a request.
-        columns (`Sequence[str]`): columns of the data that are sent along.
+        url (`str`): address of the server, such as `http://127.0.0.1:8000/score`.
+        timeout (`float`): seconds until an answer must be complete.
+        retries (`int`): how often a request is sent again.
+        backoff (`float`): seconds before the first retry.
+        batch_size (`int`): completions per request.
+        columns (`Sequence[str]`): columns of the data to send.
         token_env (`str`, *optional*): environment variable with a token, sent as `Authorization: Bearer`.
         weight (`float`), name (`str`): see [`Reward`].
 
     Raises:
-        ConfigError: for a url or number that can't be; when called, if the server can't be reached, or its answer
-            isn't by the schema.
+        ConfigError: for an invalid option; when called, if the server can't be reached, or its answer doesn't follow
+            the schema.
     """
 
     def __init__(
@@ -136,7 +143,7 @@ class HttpReward(Reward):
         self._tokenizer: str | None = None
 
     def check(self) -> None:
-        """See [`Reward.check`]: any answer to a request without completions will do."""
+        """See [`Reward.check`]: any answer of the server will do."""
         try:
             self._client.get(self.url)
         except httpx.HTTPError as error:
@@ -148,7 +155,7 @@ class HttpReward(Reward):
     def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """See [`Reward.bind`]."""
         self._ends = None if tokenizer is None else end_tokens(tokenizer)
-        self._tokenizer = None if tokenizer is None else tokenizer_hash(tokenizer)
+        self._tokenizer = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
 
     def column_problem(self, columns: Collection[str]) -> str | None:
         """See [`Reward.column_problem`]."""
@@ -166,10 +173,16 @@ class HttpReward(Reward):
         completions: list,
         completion_ids: list[list[int]],
         log_metric: Callable[[str, float], None] | None = None,
-        **columns,
+        **columns: Any,
     ) -> list[float | None]:
-        """What the server gives the completions, one each. `log_metric(name, value)` takes its metrics."""
-        if problem := self.column_problem([name for name in columns if name not in GIVEN]):
+        """
+        Return one reward per completion; see [`Reward`].
+
+        Args:
+            prompts (`list`), completions (`list`), completion_ids (`list[list[int]]`), **columns: see [`Reward`].
+            log_metric (callable, *optional*): receives name and value of the server's metrics.
+        """
+        if problem := self.column_problem([name for name in columns if name not in RESERVED_COLUMNS]):
             raise ConfigError(problem)
         sent = {name: columns[name] for name in (*self.columns, *PASSED_ON) if columns.get(name) is not None}
         rewards = []
@@ -188,8 +201,9 @@ class HttpReward(Reward):
             )
             values, metrics = self._read(answer, len(ids))
             rewards += values
-            for name, value in metrics.items() if log_metric else ():
-                log_metric(f"rewards/{self.__name__}/{name}", value)
+            if log_metric is not None:
+                for name, value in metrics.items():
+                    log_metric(f"rewards/{self.__name__}/{name}", value)
         return rewards
 
     def _post(self, content: dict[str, Any]) -> Answer:
@@ -198,10 +212,10 @@ class HttpReward(Reward):
         except (TypeError, ValueError) as error:
             names = ", ".join(self.columns) or "none"
             raise ConfigError(
-                f"What the reward `{self.__name__}` is to send is no JSON ({error}). Leave out of "
-                f"`reward.{self.__name__}.columns` (now: {names}) what isn't text, finite numbers and lists of them."
+                f"What the reward `{self.__name__}` is to send is no JSON ({error}). Keep only text, finite numbers "
+                f"and lists of them in `reward.{self.__name__}.columns` (now: {names})."
             ) from error
-        failure = way = ""
+        failure = remedy = ""
         for attempt in range(self.retries + 1):
             if attempt:
                 pause = self.backoff * 2 ** (attempt - 1)
@@ -216,21 +230,21 @@ class HttpReward(Reward):
                 ) from None
             except httpx.TimeoutException:
                 failure = f"gave no answer within {self.timeout:g} s"
-                way = f"Give it more time (`reward.{self.__name__}.timeout=...`) or less at a time (`batch_size`)"
+                remedy = f"Give it more time (`reward.{self.__name__}.timeout=...`) or less at a time (`batch_size`)"
             except httpx.DecodingError as error:
                 raise self._error(f"gave an answer that can't be unpacked ({error}). {SCHEMA}") from None
             except httpx.HTTPError as error:
                 failure = f"can't be reached ({error})"
-                way = f"Start it, or correct `reward.{self.__name__}.url`"
+                remedy = f"Start it, or correct `reward.{self.__name__}.url`"
             else:
                 if answer.status == 200:
                     return answer
                 failure = f"answered {answer.status} {answer.reason}: {answer}"
-                way = f"Look into its log, or correct `reward.{self.__name__}.url`"
+                remedy = f"Look into its log, or correct `reward.{self.__name__}.url`"
                 if answer.status not in TRANSIENT:
-                    raise self._error(f"{failure}. {way}")
+                    raise self._error(f"{failure}. {remedy}")
         tries = f"{self.retries + 1} tries were" if self.retries else "one try was"
-        raise self._error(f"{failure}, and {tries} made. {way}")
+        raise self._error(f"{failure}, and {tries} made. {remedy}")
 
     def _read(self, answer: Answer, expected: int) -> tuple[list[float | None], dict[str, float]]:
         try:
@@ -248,10 +262,10 @@ class HttpReward(Reward):
         metrics = content.get("metrics") or {}
         if not isinstance(metrics, dict) or not all(_is_number(value) for value in metrics.values()):
             raise self._error(f"gave {_short(metrics)} as `metrics`. They must be numbers by name")
-        if taken := [name for name in metrics if name in OWN_METRICS or not METRIC_NAME.fullmatch(name)]:
+        if taken := [name for name in metrics if name in RESERVED_METRICS or not METRIC_NAME.fullmatch(name)]:
             raise self._error(
                 f"gave a metric {_short(taken[0])}. Its name must be of letters, digits, `_`, `.` and `-`, and not "
-                f"one of every reward ({', '.join(OWN_METRICS)})"
+                f"one of every reward ({', '.join(RESERVED_METRICS)})"
             )
         if len(metrics) > MAX_METRICS:
             raise self._error(f"gave {len(metrics)} metrics. It may give {MAX_METRICS}")
@@ -262,22 +276,8 @@ class HttpReward(Reward):
         return ConfigError(f"The server of the reward `{self.__name__}` at {self.url} {what}.")
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """
-    Return a hash of a tokenizer's vocabulary, special tokens and chat template: two that agree in it make the same ids
-    of the same text or chat.
-    """
-    return _hash(tokenizer, len(tokenizer), tokenizer.bos_token, tokenizer.eos_token, str(tokenizer.chat_template))
-
-
-@functools.lru_cache(maxsize=64)  # a server is asked for it with every request
-def _hash(tokenizer: PreTrainedTokenizerBase, size: int, *others: str | None) -> str:
-    read = sorted(tokenizer.get_vocab().items()), others
-    return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
-
-
-def as_json(value: float | None) -> float | str | None:
-    """Return a reward as the schema writes it."""
+def json_number(value: float | None) -> float | str | None:
+    """Return a number as the schema writes it: NaN and infinity as strings."""
     if value is None or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -285,7 +285,7 @@ def as_json(value: float | None) -> float | str | None:
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, str):
-        return value in NO_NUMBERS
+        return value in NON_FINITE
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 

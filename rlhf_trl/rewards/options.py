@@ -1,4 +1,8 @@
-"""Rules of the options of rewards, their combination and their normalization. Imports no torch."""
+"""
+Rules of the options of rewards: servers, ensembles, combinations, normalizers.
+
+The classes call them when they are made, and `rlhf_trl.checks` before anything loads, so this module imports no torch.
+"""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,9 +11,124 @@ from urllib.parse import urlsplit
 
 from rlhf_trl.hints import did_you_mean
 
+ENSEMBLES = ("mean", "min", "mean_minus_std")
+
+
+def http_problems(key: str, options: Mapping[str, Any]) -> list[str]:
+    """
+    Return the problems of the options of an [`~rlhf_trl.rewards.HttpReward`], or none.
+
+    Args:
+        key (`str`): where the config has them, such as `reward.http`.
+        options (`Mapping[str, Any]`): options by name.
+    """
+    url, token, columns, problems = options["url"], options.get("token_env"), options.get("columns"), []
+    if url is not None and not _is_address(str(url)):
+        problems.append(f"`{key}.url` is {url!r}. Set the whole address: `{key}.url=http://HOST:PORT/score`.")
+    if columns and (isinstance(columns, str) or not all(isinstance(name, str) for name in columns)):
+        problems.append(f"`{key}.columns` is {columns!r} and must be a list of names. Set `'{key}.columns=[answer]'`.")
+    if token is not None and token not in os.environ:
+        problems.append(_unset_token(f"{key}.token_env", token))
+    return problems
+
+
+def server_problems(options: Mapping[str, Any]) -> list[str]:
+    """Return the problems of the address and the token of `stage=serve_reward`, or none."""
+    host, port, token, problems = options.get("host"), options.get("port"), options.get("token_env"), []
+    if not isinstance(host, str) or not host:
+        problems.append(f"`stage.host` is {host!r} and must be an address. Set `stage.host=127.0.0.1`.")
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
+        problems.append(f"`stage.port` is {port!r} and must be an integer from 0 to 65535. Set `stage.port=8000`.")
+    if not isinstance(options.get("anonymous"), bool):
+        problems.append(f"`stage.anonymous` is {options.get('anonymous')!r} and must be true or false.")
+    if token is not None and not os.environ.get(str(token)):
+        problems.append(_unset_token("stage.token_env", token))
+    return problems
+
+
+def _unset_token(key: str, variable: Any) -> str:
+    return (
+        f"`{key}` names the environment variable `{variable}`, which is not set. Run `export {variable}=...`, or set "
+        f"`{key}=null`."
+    )
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port beyond 65535, or none that is a number
+        return False
+
+
+def ensemble_problem(key: str, ensemble: str, single: str | None = None) -> str | None:
+    """
+    Return the problem of how a reward combines the scores of an ensemble, `None` if there is none.
+
+    Args:
+        key (`str`): where the config has the reward, such as `reward.model`.
+        ensemble (`str`): one of `ENSEMBLES`.
+        single (`str`, *optional*): path of the reward model if it is no ensemble.
+    """
+    if ensemble not in ENSEMBLES:
+        return f"`{key}.ensemble` is {ensemble!r}. Use one of: {', '.join(ENSEMBLES)}."
+    if ensemble != "mean" and single is not None:
+        return (
+            f"`{key}.ensemble` is `{ensemble}`, and `{single}` is a single reward model. Remove the option, or train "
+            "an ensemble: `stage=reward adapter=lora stage.members=4`."
+        )
+    return None
+
+
+def combination_problem(args: Mapping[str, Any]) -> str | None:
+    """Return the trainer's argument that leaves no single score to combine rewards to, `None` if there is none."""
+    if args.get("multi_objective_aggregation") != "normalize_then_sum":
+        return None
+    return (
+        "`stage.args.multi_objective_aggregation=normalize_then_sum` normalizes every reward function over a prompt's "
+        "completions and sums them. Set it to `sum_then_normalize`, or set `combine=sum`."
+    )
+
+
+def threshold_problem(constraints: Mapping[str, float] | None, names: Sequence[str]) -> str | None:
+    """Return the problem of the constraints of `combine=threshold`, `None` if there is none."""
+    example = f"Set for example `'combine.constraints={{{names[-1] if names else 'NAME'}: 0.5}}'`."
+    if constraints and not isinstance(constraints, Mapping):
+        return f"`combine.constraints` is {constraints!r} and must name rewards. {example}"
+    if not constraints:
+        return f"`combine=threshold` needs to know which rewards are constraints, and how high each must be. {example}"
+    for name, limit in constraints.items():
+        if name not in names:
+            return f"`combine.constraints` names `{name}`, and there is no such reward. {did_you_mean(name, names)}"
+        if isinstance(limit, bool) or not isinstance(limit, int | float):
+            return f"`combine.constraints.{name}` is {limit!r} and must be a number. {example}"
+    if len(constraints) == len(names):
+        return (
+            "`combine.constraints` names all rewards, so there is none that counts once they are satisfied. Add one "
+            "to `reward`, such as `'reward=[demo,format]'`, or remove one from `combine.constraints`."
+        )
+    return None
+
+
+def floor_problem(floor: Any) -> str | None:
+    """Return the problem of the floor of `combine=threshold`, `None` if there is none."""
+    if isinstance(floor, int | float):
+        return None
+    return f"`combine.floor` is {floor!r} and must be a number. Set `combine.floor=0`."
+
+
+def product_problem(normalizer: str) -> str | None:
+    """Return the problem of `combine=product` with a normalizer, by the name of its class; `None` if there is none."""
+    if normalizer == "RewardNorm":  # clips, and moves no reward below 0
+        return None
+    return (
+        f"`combine=product` takes rewards of 0 or more, and `{normalizer}` brings about half of them below. Set "
+        "`reward_norm=none`, or another `combine`."
+    )
+
 
 def normalizer_problem(args: Mapping[str, Any]) -> str | None:
-    """What in a trainer's arguments would cancel a reward normalizer, and what to set; `None` where nothing does."""
+    """Return the trainer's argument that would cancel a reward normalizer, `None` if there is none."""
     if args.get("scale_rewards") in ("group", "batch", True):
         cause, way = f"scale_rewards={args['scale_rewards']}", "scale_rewards=none"
         what = "divides the advantages by the std of their rewards, whatever scale these have"
@@ -22,82 +141,6 @@ def normalizer_problem(args: Mapping[str, Any]) -> str | None:
     else:
         return None
     return (
-        f"A reward normalizer would be cancelled: `stage.args.{cause}` {what}. Set `stage.args.{way}`, or type "
+        f"A reward normalizer would be cancelled: `stage.args.{cause}` {what}. Set `stage.args.{way}`, or "
         "`reward_norm=none`."
     )
-
-
-ENSEMBLES = ("mean", "min", "mean_minus_std")
-
-
-def http_problems(key: str, options: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the options of a `HttpReward` that the config has at `key`, and what to type."""
-    url, token, columns, problems = options["url"], options.get("token_env"), options.get("columns"), []
-    if url is not None and not _is_address(str(url)):
-        problems.append(f"`{key}.url` is {url!r}. Give the whole address: `{key}.url=http://HOST:PORT/score`.")
-    if columns and (isinstance(columns, str) or not all(isinstance(name, str) for name in columns)):
-        problems.append(
-            f"`{key}.columns` is {columns!r} and must be a list of names. Type `'{key}.columns=[answer]'`."
-        )
-    if token is not None and token not in os.environ:
-        problems.append(
-            f"`{key}.token_env` names the environment variable `{token}`, which is not set. Type "
-            f"`export {token}=...`, or `{key}.token_env=null`."
-        )
-    return problems
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port beyond 65535, or none that is a number
-        return False
-
-
-def ensemble_problems(key: str, options: Mapping[str, Any], single: str | None = None) -> list[str]:
-    """
-    What is wrong with how a reward at `key` takes the scores of an ensemble, and what to type.
-
-    Args:
-        single (`str`, *optional*): where the reward model is, if it is no ensemble.
-    """
-    kind = options["ensemble"]
-    if kind not in ENSEMBLES:
-        return [f"`{key}.ensemble` is {kind!r}. Use one of: {', '.join(ENSEMBLES)}."]
-    if kind != "mean" and single is not None:
-        return [
-            f"`{key}.ensemble` is `{kind}`, and `{single}` is a single reward model. Leave it out, or train an "
-            "ensemble: `stage=reward adapter=lora stage.members=4`."
-        ]
-    return []
-
-
-def combination_problem(args: Mapping[str, Any]) -> str | None:
-    """What in a trainer's arguments leaves no single score to combine rewards to; `None` where nothing does."""
-    if args.get("multi_objective_aggregation") != "normalize_then_sum":
-        return None
-    return (
-        "`stage.args.multi_objective_aggregation=normalize_then_sum` normalizes every reward function over a prompt's "
-        "completions and sums them. Set it to `sum_then_normalize`, or type `combine=sum`."
-    )
-
-
-def threshold_problem(constraints: Mapping[str, float] | None, names: Sequence[str]) -> str | None:
-    """What is wrong with the constraints on rewards of these names, and what to type; `None` if nothing."""
-    example = f"Type for example `'combine.constraints={{{names[-1] if names else 'NAME'}: 0.5}}'`."
-    if constraints and not isinstance(constraints, Mapping):
-        return f"`combine.constraints` is {constraints!r} and must name rewards. {example}"
-    if not constraints:
-        return f"`combine=threshold` needs to know which rewards are constraints, and how high each must be. {example}"
-    for name, least in constraints.items():
-        if name not in names:
-            return f"`combine.constraints` names `{name}`, and there is no such reward. {did_you_mean(name, names)}"
-        if isinstance(least, bool) or not isinstance(least, int | float):
-            return f"`combine.constraints.{name}` is {least!r} and must be a number. {example}"
-    if len(constraints) == len(names):
-        return (
-            "`combine.constraints` names all rewards, so there is none that counts once they are satisfied. Add one "
-            "to `reward`, such as `'reward=[demo,format]'`, or take one out of `combine.constraints`."
-        )
-    return None

@@ -1,30 +1,37 @@
-"""A reference server for `reward=http`: one reward of this package, on loopback (`stage=serve_reward`)."""
+"""Reference server for `reward=http`: the ASGI application of one reward (`stage=serve_reward`)."""
 
 import asyncio
 import json
 import logging
 import secrets
 import threading
-from typing import Any
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, cast
 
 import torch
 from pydantic import BaseModel, model_validator
+from torch import nn
 
 from rlhf_trl.errors import ConfigError, own_code
-from rlhf_trl.rewards.base import GIVEN, Reward
-from rlhf_trl.rewards.http import as_json, tokenizer_hash
+from rlhf_trl.models.fingerprints import tokenizer_fingerprint
+from rlhf_trl.rewards.base import RESERVED_COLUMNS, Reward
+from rlhf_trl.rewards.http import json_number
 from rlhf_trl.rewards.model import ModelReward
 from rlhf_trl.terminal import printable
 
 logger = logging.getLogger(__name__)
 
-
-# Of a request: bytes, and seconds until it has come whole
+# Limits of a request: bytes, and seconds until it is complete
 MAX_BODY, MAX_SECONDS = 64 * 2**20, 60.0
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class Request(BaseModel):
-    """What a client sends, see `rlhf_trl.rewards.http`; `completion_ids`, `ended` and the rest may be left out."""
+    """A request by the schema of `rlhf_trl.rewards.http`; all but `prompts` and `completions` is optional."""
 
     prompts: list[str | list[dict[str, Any]]]
     completions: list[str | list[dict[str, Any]]]
@@ -34,34 +41,40 @@ class Request(BaseModel):
     columns: dict[str, list] = {}
 
     @model_validator(mode="after")
-    def _of_one_length(self):
+    def _check(self):
         lists = {"completions": self.completions, "completion_ids": self.completion_ids, "ended": self.ended}
         for name, values in (lists | self.columns).items():
             if values is not None and len(values) != len(self.prompts):
                 raise ValueError(f"`{name}` has {len(values)} entries for {len(self.prompts)} prompts")
-        if taken := [name for name in self.columns if name in (*GIVEN, "with_eos")]:
-            raise ValueError(f"`columns` holds `{taken[0]}`, a name under which a reward gets something else")
-        for chat in [given for given in (*self.prompts, *self.completions) if not isinstance(given, str)]:
+        if reserved := [name for name in self.columns if name in (*RESERVED_COLUMNS, "with_eos")]:
+            raise ValueError(
+                f"`columns` holds `{reserved[0]}`, which is an argument of every reward. Rename the column"
+            )
+        for chat in [value for value in (*self.prompts, *self.completions) if not isinstance(value, str)]:
             if not chat or not all(isinstance(message.get("role"), str) for message in chat):
                 raise ValueError("a chat must be a list of at least one message, each with a `role`")
         return self
 
 
-def application(reward: Reward, token: str | None = None):
+def application(reward: Reward, token: str | None = None) -> Application:
     """
-    The ASGI application that serves a reward, to those who send the token if there is one.
+    Return the ASGI application that serves a reward.
 
-    A model scores the generated ids themselves where they come from a tokenizer like its own, as it does in the
+    A reward model scores the generated ids themselves where they come from a tokenizer like its own, as it does in the
     policy's process, else the text.
+
+    Args:
+        reward ([`Reward`]): reward to serve.
+        token (`str`, *optional*): token that requests must send, as `Authorization: Bearer`.
     """
     from fastapi import FastAPI, HTTPException
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
 
-    # The page `/docs` would load its scripts from elsewhere
+    # The pages `/docs` and `/redoc` load scripts from other hosts
     app = FastAPI(title=f"rlhf_trl: {reward.__name__}", docs_url=None, redoc_url=None)
-    turn = threading.Lock()
-    own = tokenizer_hash(reward.tokenizer) if isinstance(reward, ModelReward) else None
+    lock = threading.Lock()  # one batch at a time: `bind` and the scores belong together
+    own = tokenizer_fingerprint(reward.tokenizer) if isinstance(reward, ModelReward) else None
 
     @app.get("/")
     def about() -> dict:
@@ -74,58 +87,64 @@ def application(reward: Reward, token: str | None = None):
         def log_metric(name: str, value: float):
             metrics[name.rsplit("/", 1)[-1]] = value
 
-        given = {"prompts": request.prompts, "completions": request.completions, **request.columns}
-        empty: list[list[int]] = [[] for _ in request.prompts]
+        columns: dict[str, Any] = dict(request.columns)
+        ids = request.completion_ids or [[] for _ in request.prompts]
         try:
-            with turn:
-                ids = request.completion_ids or empty
-                if own is not None:
+            with lock:
+                if isinstance(reward, ModelReward):
                     same = request.completion_ids is not None and request.tokenizer == own
-                    known = reward.model.get_input_embeddings().num_embeddings
-                    if same and (wrong := [i for row in ids for i in row if not 0 <= i < known]):
-                        raise ConfigError(f"`completion_ids` holds {wrong[0]}, and the model has {known} tokens")
+                    known = cast(nn.Embedding, reward.model.get_input_embeddings()).num_embeddings
+                    if same and (unknown := [i for row in ids for i in row if not 0 <= i < known]):
+                        raise ConfigError(f"`completion_ids` holds {unknown[0]}, and the model has {known} tokens")
                     reward.bind(reward.tokenizer if same else None)
-                    given["with_eos"] = request.ended
-                values = reward(**given, completion_ids=ids, log_metric=log_metric)
+                    columns["with_eos"] = request.ended
+                values = reward(
+                    request.prompts, request.completions, completion_ids=ids, log_metric=log_metric, **columns
+                )
         except ConfigError as error:
-            raise HTTPException(422, _sendable(error)) from error
+            raise HTTPException(422, _json_text(error)) from error
         except torch.OutOfMemoryError as error:
-            raise HTTPException(503, _sendable(f"out of memory: {error}")) from error
+            raise HTTPException(503, _json_text(f"out of memory: {error}")) from error
         except (Exception, SystemExit) as error:
-            # Whatever it is, the same request will not do better: so no status that a client tries again
+            # The same request would fail again, so the status is none that a client retries
             place = f" ({own_code(error)})" if own_code(error) else ""
-            said = _sendable(f"the reward `{reward.__name__}` raised {type(error).__name__}: {error}{place}")
-            logger.warning("%s", said)
-            raise HTTPException(422, said) from error
-        # As text where it is no finite number: null would say that the reward doesn't apply
-        said = {name: as_json(value) for name, value in metrics.items()}
-        return {"rewards": [as_json(value) for value in values], "metrics": said}
+            detail = _json_text(f"the reward `{reward.__name__}` raised {type(error).__name__}: {error}{place}")
+            logger.warning("%s", detail)
+            raise HTTPException(422, detail) from error
+        return {
+            "rewards": [json_number(value) for value in values],
+            "metrics": {name: json_number(value) for name, value in metrics.items()},
+        }
 
     @app.exception_handler(RequestValidationError)
     def malformed(request, error: RequestValidationError) -> JSONResponse:
-        # FastAPI's own answer repeats what was sent, which may be long or no JSON
+        # FastAPI's own answer repeats the request, which may be long or no JSON
         problems = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors()[:3]]
-        return JSONResponse({"detail": _sendable("; ".join(problems))}, 422)
+        return JSONResponse({"detail": _json_text("; ".join(problems))}, 422)
 
     return Guarded(app, token)
 
 
-def _sendable(said: object) -> str:
-    """A message as JSON can carry it, not too long."""
-    return printable(str(said)[:1000].encode(errors="replace").decode())
+def _json_text(message: object) -> str:
+    """Return a message that JSON can carry, of 1,000 characters at most."""
+    return printable(str(message)[:1000].encode(errors="replace").decode())
 
 
 class Guarded:
     """
-    An ASGI application behind limits: of a request's size and of the time that it may take to come, and of those who
-    send a token.
+    An ASGI application behind limits of a request's size and duration, and behind a token.
+
+    Args:
+        app (callable): ASGI application to guard.
+        token (`str`, *optional*): token that requests must send, as `Authorization: Bearer`.
     """
 
-    def __init__(self, app, token: str | None):
+    def __init__(self, app: Application, token: str | None):
         self.app = app
         self.expected = None if token is None else f"Bearer {token}".encode()
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass a request on to the application once it is complete, or refuse it."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
@@ -134,28 +153,28 @@ class Guarded:
         too_long = f"a request may have {MAX_BODY >> 20} MiB. Send fewer completions at a time"
         if int(headers.get(b"content-length", b"0")) > MAX_BODY:
             return await _refuse(send, 413, too_long)
-        body, whole = bytearray(), False
+        body, complete = bytearray(), False
         try:
             async with asyncio.timeout(MAX_SECONDS):
-                while not whole:
+                while not complete:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
                     body += message.get("body", b"")
-                    whole = not message.get("more_body", False)
+                    complete = not message.get("more_body", False)
                     if len(body) > MAX_BODY:
                         return await _refuse(send, 413, too_long)
         except TimeoutError:
-            return await _refuse(send, 408, f"the request did not come whole within {MAX_SECONDS:g} s")
-        messages = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+            return await _refuse(send, 408, f"the request was not complete within {MAX_SECONDS:g} s")
+        messages: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
-        async def again():
+        async def replay() -> Message:
             return messages.pop() if messages else await receive()
 
-        await self.app(scope, again, send)
+        return await self.app(scope, replay, send)
 
 
-async def _refuse(send, status: int, why: str) -> None:
+async def _refuse(send: Send, status: int, reason: str) -> None:
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps({"detail": why}).encode()})
+    await send({"type": "http.response.body", "body": json.dumps({"detail": reason}).encode()})

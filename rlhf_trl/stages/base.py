@@ -18,7 +18,7 @@ from rlhf_trl.config.command_line import as_typed, config_dirs
 from rlhf_trl.config.values import plain
 from rlhf_trl.errors import ConfigError, disk_is_full
 from rlhf_trl.models.adapters import adapter_config, base_path
-from rlhf_trl.models.fingerprints import fingerprint
+from rlhf_trl.models.fingerprints import weights_fingerprint
 from rlhf_trl.models.quantization import start_quantization
 from rlhf_trl.runs.checkpoints import clear_unfinished, last_checkpoint, last_whole_checkpoint
 from rlhf_trl.runs.conflicts import run_directory_problems
@@ -116,7 +116,7 @@ def end(cfg: DictConfig, status: str, **extra) -> None:
         adapter = adapter_config(cfg.run_dir) if status == "done" else None
         if adapter is not None:
             extra["base"] = adapter.base_model_name_or_path
-            extra["base_fingerprint"] = fingerprint(base_path(cfg.run_dir, adapter))
+            extra["base_fingerprint"] = weights_fingerprint(base_path(cfg.run_dir, adapter))
         discard_old(cfg.run_dir)  # of a stage that takes no steps
         finish_run(cfg.run_dir, status, **extra)
 

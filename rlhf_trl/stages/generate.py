@@ -23,7 +23,7 @@ from rlhf_trl.evaluation.generation import sample
 from rlhf_trl.evaluation.policies import Policy, Prompt, as_prompt, score, total
 from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.rewards.combine import weighted_sum
-from rlhf_trl.rewards.http import as_json
+from rlhf_trl.rewards.http import json_number
 from rlhf_trl.stages.base import begin, claims_directory, end, fail
 from rlhf_trl.stages.evaluate import held_out
 
@@ -210,7 +210,7 @@ def completions(
                     "ended": bool(ids) and ids[-1] in ends,
                 }
                 if rewards:
-                    named = {name: as_json(value) for name, value in found.items()}
+                    named = {name: json_number(value) for name, value in found.items()}
                     whole = total(found, rewards, combine)
                     out |= {"rewards": named, "reward": "NaN" if whole is not None and isinf(whole) else whole}
                 yield out

@@ -1,4 +1,4 @@
-"""A reward served over HTTP (`stage=serve_reward`)."""
+"""The stage `serve_reward`: one reward served over HTTP."""
 
 import contextlib
 import errno
@@ -17,11 +17,11 @@ from rlhf_trl.rewards.server import application
 
 def serve_reward(cfg: DictConfig) -> None:
     """
-    Serves the reward of `cfg.reward` until it is interrupted: POST `/score`, and GET `/` for what is served.
+    Serve the reward of `cfg.reward` until interrupted: POST `/score`, and GET `/` for what is served.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: for more than one reward, one that needs a policy, a port that is taken, or
-            an address that other machines reach, without a token.
+        [`~rlhf_trl.errors.ConfigError`]: if the port is taken, or if other machines can reach the address and no token
+            is set.
     """
     import uvicorn
 
@@ -30,50 +30,53 @@ def serve_reward(cfg: DictConfig) -> None:
     if not PartialState().is_main_process:
         return
     token = os.environ[cfg.stage.token_env] if cfg.stage.token_env else None
-    with _bound(cfg.stage.host, cfg.stage.port) as listener:
+    with _bound_socket(cfg.stage.host, cfg.stage.port) as listener:
         address, port = listener.getsockname()[:2]
-        alone = ipaddress.ip_address(address).is_loopback
-        if not (alone or token or cfg.stage.anonymous):
+        is_local = ipaddress.ip_address(address).is_loopback
+        if not (is_local or token or cfg.stage.anonymous):
             raise ConfigError(
-                f"`stage.host={cfg.stage.host}` is open to other machines, and the server has no token. Type "
-                "`export REWARD_TOKEN=...` and `stage.token_env=REWARD_TOKEN`; or `stage.host=127.0.0.1`; or, if "
-                "anybody may use it, `stage.anonymous=true`."
+                f"`stage.host={cfg.stage.host}` is open to other machines, and the server has no token. Run "
+                "`export REWARD_TOKEN=...` and set `stage.token_env=REWARD_TOKEN`; or set `stage.host=127.0.0.1`; or, "
+                "if anybody may use it, `stage.anonymous=true`."
             )
         (reward,) = reward_functions(cfg, tokenizer=None)
-        listener.listen()  # who reads the address may connect
-        sends = f" reward.http.token_env={cfg.stage.token_env}" if token else ""
-        print(f"Serving the reward `{reward.__name__}`: `reward=http {_url_word(address, port)}{sends}`", flush=True)
-        if not alone:
+        listener.listen()  # before the address is printed, so that whoever reads it can connect
+        token_option = f" reward.http.token_env={cfg.stage.token_env}" if token else ""
+        print(
+            f"Serving the reward `{reward.__name__}`: `reward=http {_url_option(address, port)}{token_option}`",
+            flush=True,
+        )
+        if not is_local:
             print(
                 f"It is open to other machines (host `{socket.gethostname()}`), unencrypted, and "
                 f"{'asks for the token' if token else 'asks for no token: anybody may use it'}.",
                 flush=True,
             )
         server = uvicorn.Server(uvicorn.Config(application(reward, token), log_level="warning"))
-        with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended well
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
             server.run(sockets=[listener])
 
 
-def _url_word(address: str, port: int) -> str:
-    """The word that a client on this machine types."""
-    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-    host = everywhere.get(address, address)
+def _url_option(address: str, port: int) -> str:
+    """Return the option that a client on this machine sets."""
+    wildcards = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    host = wildcards.get(address, address)
     if ":" in host:
         return f"'reward.http.url=\"http://[{host}]:{port}/score\"'"
     return f"reward.http.url=http://{host}:{port}/score"
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _bound_socket(host: str, port: int) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        way = "`stage.port=...`, or `stage.port=0` for any that is free."
+        remedy = "`stage.port=...`, or `stage.port=0` for any free one."
         if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            way = "`stage.host=...`, such as `stage.host=127.0.0.1`."
+            remedy = "`stage.host=...`, such as `stage.host=127.0.0.1`."
         raise ConfigError(
-            f"`stage.host={host} stage.port={port}` can't be served: {error.strerror}. Type another {way}"
+            f"`stage.host={host} stage.port={port}` can't be served: {error.strerror}. Set another {remedy}"
         ) from error
     return listener

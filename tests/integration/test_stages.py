@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_trl.build import training_arguments
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.models.fingerprints import fingerprint
+from rlhf_trl.models.fingerprints import weights_fingerprint
 from rlhf_trl.models.loading import load_model
 from rlhf_trl.models.merging import merge_adapter
 from rlhf_trl.runs.paths import conf_dir
@@ -345,7 +345,9 @@ def test_a_run_starts_from_what_it_says(train, sft_lora, tmp_path, leftover):
         save_file({k: 1.1 * v for k, v in state.items()}, base / "model.safetensors", {"format": "pt"})
         with pytest.raises(ConfigError, match="whose weights have changed since. Train it again"):
             train(tmp_path, *still, "model.run=second")
-        again = record(project / "second") | {"base_fingerprint": fingerprint(str(base))}  # as if the adapter was, too
+        again = record(project / "second") | {
+            "base_fingerprint": weights_fingerprint(str(base))
+        }  # as if the adapter was, too
         (project / "second/run.json").write_text(json.dumps(again))
     run_dir = train(tmp_path, *still, "model.run=second")
     merge_adapter(str(project / "second"), str(tmp_path / "merged"))

@@ -13,7 +13,8 @@ from rlhf_trl.callbacks.reward_norm import BatchNorm, ReferenceNorm, RewardNorm,
 from rlhf_trl.callbacks.samples import SAMPLES_FILE, SampleLog
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.calibration import read_calibration
-from rlhf_trl.rewards.function import FiniteReward, FunctionReward
+from rlhf_trl.rewards.finite import FiniteReward
+from rlhf_trl.rewards.function import FunctionReward
 from rlhf_trl.rewards.model import ModelReward
 from tests.helpers.ppo import prompts
 from tests.helpers.rl import TRAINERS, count_of_a, logged, rl_trainer

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.models.fingerprints import fingerprint
+from rlhf_trl.models.fingerprints import weights_fingerprint
 from rlhf_trl.ppo import PPOConfig
 from rlhf_trl.ppo.critic import is_critic
 from rlhf_trl.ppo.ptx import Demonstrations
@@ -206,7 +206,7 @@ def test_a_run_with_every_role_on_one_base(train, tmp_path):
     assert history(run_dir, "objective/kl")[0] == pytest.approx(0, abs=1e-4)
     assert history(run_dir, "rewards/adapter/mean")[0] == pytest.approx(history(run_dir, "objective/scores")[0])
     record = json.loads((run_dir / "run.json").read_text())
-    assert record["base_fingerprint"] == fingerprint(record["base"])
+    assert record["base_fingerprint"] == weights_fingerprint(record["base"])
     folders = {path.name for path in run_dir.iterdir() if path.is_dir() and not path.name.startswith(("check", "."))}
     assert not folders
     base = AutoModelForCausalLM.from_pretrained(
@@ -369,7 +369,9 @@ def test_a_copy_of_the_base_is_the_same_base(path, tmp_path):
 def test_an_adapter_on_a_base_that_has_changed_since_is_refused(tmp_path):
     base = save_model(tmp_path / "base")
     reward = save_reward_model(base, tmp_path / "theirs")
-    Path(reward, "run.json").write_text(json.dumps({"status": "done", "base_fingerprint": fingerprint(str(base))}))
+    Path(reward, "run.json").write_text(
+        json.dumps({"status": "done", "base_fingerprint": weights_fingerprint(str(base))})
+    )
     one_base(base, tmp_path, reward_funcs=AdapterReward(reward), critic_path=reward)
     save_model(tmp_path / "base", seed=1)
     for load in (AdapterReward, ModelReward):

@@ -320,7 +320,7 @@ def test_killed_in_the_second_member(tmp_path):
     [
         (["stage.members=0", "adapter=lora"], "`stage.members` is 0. Set it to 1"),
         (["stage.members=two", "adapter=lora"], "`stage.members` is 'two'"),
-        (["stage.members=3"], "Type `adapter=lora` as well"),
+        (["stage.members=3"], "Set `adapter=lora` as well"),
         (["stage.members=3", "adapter=lora", "merge=true"], "would write 3 full models"),
     ],
 )

@@ -222,7 +222,7 @@ def test_stages_that_score_what_a_policy_writes_read_it_too(compose, stage):
         (["combine=product", "reward_norm=running"], "`RunningNorm` brings about half of them below"),
         (
             ["stage=grpo", "combine=min", "+stage.args.multi_objective_aggregation=normalize_then_sum"],
-            "type `combine=sum`",
+            "set `combine=sum`",
         ),
     ],
 )

@@ -18,8 +18,10 @@ from transformers import AutoTokenizer
 
 from rlhf_trl.checks import find_problems
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.rewards.function import FiniteReward, FunctionReward
-from rlhf_trl.rewards.http import HttpReward, tokenizer_hash
+from rlhf_trl.models.fingerprints import tokenizer_fingerprint
+from rlhf_trl.rewards.finite import FiniteReward
+from rlhf_trl.rewards.function import FunctionReward
+from rlhf_trl.rewards.http import HttpReward
 from rlhf_trl.rewards.model import ModelReward
 from rlhf_trl.runs.paths import conf_dir
 from tests.helpers.reward_models import ROWS, as_chat, save_reward_model
@@ -82,7 +84,7 @@ def test_requests_are_batches_of_the_documented_schema():
         "completions": ["d", "e f"],
         "completion_ids": ids[:2],
         "ended": [True, False],
-        "tokenizer": tokenizer_hash(tokenizer),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
         "columns": {"answer": ["x", "y"]},
     }
     assert second["prompts"] == ["c"] and second["columns"] == {"answer": ["z"]}
@@ -203,12 +205,12 @@ def test_a_slow_server_and_none_at_all():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"url": "localhost:8000"}, "`reward.http.url` is 'localhost:8000'. Give the whole address"),
-        ({"url": "http://host:port/score"}, "`reward.http.url` is 'http://host:port/score'. Give the whole address"),
-        ({"url": "http://127.0.0.1:99999/x"}, "Give the whole address"),
-        ({"url": "http:///x"}, "Give the whole address"),
+        ({"url": "localhost:8000"}, "`reward.http.url` is 'localhost:8000'. Set the whole address"),
+        ({"url": "http://host:port/score"}, "`reward.http.url` is 'http://host:port/score'. Set the whole address"),
+        ({"url": "http://127.0.0.1:99999/x"}, "Set the whole address"),
+        ({"url": "http:///x"}, "Set the whole address"),
         ({"url": "http://x", "columns": "gold"}, "`reward.http.columns` is 'gold' and must be a list of names"),
-        ({"url": "http://x", "columns": [3]}, "and must be a list of names. Type"),
+        ({"url": "http://x", "columns": [3]}, "and must be a list of names. Set"),
         ({"timeout": 0}, "`reward.http.timeout` is 0. Set it above 0"),
         ({"retries": -1}, "`reward.http.retries` is -1. Set it to 0 or more"),
         ({"batch_size": 0}, "`reward.http.batch_size` is 0. Set it to 1 or more"),
@@ -260,7 +262,7 @@ def test_scores_by_http_are_those_by_path(tmp_path, chat, lora):
             assert by_http(**given) == pytest.approx(found[name], abs=1e-6), name
         assert found["own"] != found["none"]  # without a tokenizer nothing says which were cut off
         about = json.load(urllib.request.urlopen(url.removesuffix("/score")))
-        assert about["reward"] == "reward_model" and about["tokenizer"] == tokenizer_hash(own)
+        assert about["reward"] == "reward_model" and about["tokenizer"] == tokenizer_fingerprint(own)
 
 
 def test_heads_and_functions_are_served(tmp_path):
@@ -339,7 +341,7 @@ def asked(url: str, body: bytes, **headers) -> tuple[int, str]:
 def model_server(tmp_path_factory):
     reward = ModelReward(save_reward_model(tmp_path_factory.mktemp("served")))
     with serving(reward) as url:
-        yield url, {"tokenizer": tokenizer_hash(reward.tokenizer), "prompts": ["a"], "completions": ["b"]}
+        yield url, {"tokenizer": tokenizer_fingerprint(reward.tokenizer), "prompts": ["a"], "completions": ["b"]}
 
 
 @pytest.mark.parametrize(
@@ -491,7 +493,7 @@ def test_other_machines_need_a_token_or_a_word(compose, tmp_path, capsys, monkey
         (["reward=[demo,eos]"], "serves one reward, and `reward` has 2 (gold, eos)"),
         (
             ["reward=adapter", "reward.adapter.run=null", "reward.adapter.path=organization/name"],
-            "and `stage=serve_reward` trains none. Type `reward=model`",
+            "and `stage=serve_reward` trains none. Set `reward=model`",
         ),
     ],
 )
@@ -510,7 +512,7 @@ def test_a_port_that_is_taken_is_said(compose, tmp_path):
         port = taken.getsockname()[1]
         cfg = compose("stage=serve_reward", "reward=demo", f"stage.port={port}", f"runs_dir={tmp_path}")
         with pytest.raises(
-            ConfigError, match=f"stage.port={port}` can't be served: Address already in use. Type another"
+            ConfigError, match=f"stage.port={port}` can't be served: Address already in use. Set another"
         ):
             serve_reward(cfg)
 

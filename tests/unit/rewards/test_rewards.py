@@ -11,7 +11,8 @@ from rlhf_trl.data.lengths import tokenize_comparisons
 from rlhf_trl.ppo.trainer import PPOTrainer
 from rlhf_trl.reward_modeling.config import RewardConfig
 from rlhf_trl.reward_modeling.trainer import RewardTrainer
-from rlhf_trl.rewards.function import FiniteReward, FunctionReward
+from rlhf_trl.rewards.finite import FiniteReward
+from rlhf_trl.rewards.function import FunctionReward
 from rlhf_trl.rewards.model import ModelReward
 from tests.helpers.ppo import logged, sampled
 from tests.helpers.reward_models import ROWS, as_chat, save_reward_model
