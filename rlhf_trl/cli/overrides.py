@@ -1,8 +1,8 @@
 """
-What is wrong with a command line: every override that doesn't fit the config, and what was meant.
+Composition of a config from a command line, with every override that doesn't fit it and a suggestion for each.
 
-Hydra stops at the first one and knows neither TRL's arguments nor what a misspelt word was meant to be. Nothing heavy
-is imported: the answer takes well under a second.
+Hydra stops at the first one, and knows neither TRL's arguments nor suggestions. Nothing heavy is imported, so that the
+answer takes well under a second.
 """
 
 import itertools
@@ -60,10 +60,9 @@ def compose(
     overrides: Sequence[str], config_dirs: Sequence[str] = (), config: str = "train"
 ) -> tuple[DictConfig | None, list[str]]:
     """
-    The config of a command line without the overrides that don't fit, and the problem of each of these.
+    Return the config of a command line without the overrides that don't fit, and the problem of each of these.
 
-    There is no config (`None`) if one of these chooses an option of a group that is read: without it the others may
-    not mean the same.
+    The config is `None` if one of these chooses an option of a group: without it the others may mean something else.
 
     Args:
         overrides (`Sequence[str]`): words such as `stage=ppo` and `+stage.args.x=1`.
@@ -115,7 +114,7 @@ def _composed(config: str, words: Sequence[str], folders: Sequence[str | Path]) 
 
 
 def without_sweeps(words: Sequence[str]) -> list[str]:
-    """The overrides of a multirun's first job, roughly: of several values the first."""
+    """Return the overrides of the first job of a multirun, approximately: the first value where there are several."""
     return [_first(word) for word in words]
 
 
@@ -137,7 +136,7 @@ def _text(error: Exception) -> str:
 
 
 def _key(word: str) -> str:
-    """`stage.args.beta` of `+stage.args.beta=1`; what can't be read has none."""
+    """Return the key of an override, `stage.args.beta` of `+stage.args.beta=1`; empty if it can't be parsed."""
     try:
         return OverridesParser.create().parse_override(word).key_or_group
     except HydraException:
@@ -145,7 +144,7 @@ def _key(word: str) -> str:
 
 
 def _culprit(error: Exception, words: list[str]) -> str | None:
-    """The override that an error of Hydra's is about."""
+    """Return the override that an error of Hydra is about."""
     if isinstance(error, OverrideParseException):
         return error.override if error.override in words else None
     text = str(error)
@@ -155,7 +154,8 @@ def _culprit(error: Exception, words: list[str]) -> str | None:
         return next((w for w in words if isinstance(_value(w), list) and "." not in _key(w)), None)
     if match := NO_OPTION.search(text):
         path = match.group(1)
-        return next((w for w in reversed(words) if (key := _key(w)) and path.removeprefix(f"{key}/") in w), None)
+        of_group = [w for w in reversed(words) if (key := _key(w)) and path.startswith(f"{key}/")]
+        return next((w for w in of_group if path.removeprefix(f"{_key(w)}/") in w), None)
     quoted = re.findall(r"'([^']+)'", text) + re.findall(r"Error merging override (\S+)", text)
     quoted += [name.split("=")[0] for name in quoted]
     by_word = [w for w in words if w in quoted or any(f"'{w}'" in line for line in text.splitlines())]
@@ -193,8 +193,9 @@ def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set
 
 
 def _option_meant(word: str, option: str, options: Collection[str]) -> str:
+    """Return a suggestion for an option; the whole word if only the separators differ (`reviews_tiny_sft`)."""
     for name in options:
-        if re.split("[/_-]", name) == re.split("[/_-]", option):  # `reviews_tiny_sft`
+        if re.split("[/_-]", name) == re.split("[/_-]", option):
             return f"Type `{word.replace(option, name)}`."
     return did_you_mean(option, options)
 
@@ -225,7 +226,7 @@ def _unreadable(word: str, groups: dict[str, set[str]]) -> str:
 
 
 def _as_text(name: str, value: str) -> str:
-    """A word with a value that is text, whatever it holds, as one types it in a shell."""
+    """Return an override whose value is text, quoted for the grammar of Hydra and for a shell."""
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         value = value[1:-1]
     inner = value.replace('"', '\\"')
@@ -270,7 +271,7 @@ def _unknown_key(word: str, cfg: DictConfig, groups: dict[str, set[str]]) -> str
 
 
 def _ending_with(path: str, cfg: DictConfig) -> list[str]:
-    """Up to three keys that end with a path: of the config, and arguments that aren't listed, with their `+`."""
+    """Return up to three keys that end with a path: keys of the config, and arguments not listed in it, with a `+`."""
     found = []
     for parent, node in nodes(as_dict(cfg, resolve=False)):
         found += [key for name in node if (key := f"{parent}.{name}").endswith(f".{path}")]
@@ -284,7 +285,7 @@ def _target(node: Any) -> str | None:
 
 
 def _deepest(path: str, cfg: DictConfig) -> tuple[str, Any, str]:
-    """The last node on a path that exists (its path and itself), and the name that it doesn't have."""
+    """Return the path and the value of the last node on a path that exists, and the name that it lacks."""
     names, node = path.split("."), cfg
     for i, name in enumerate(names):
         if not isinstance(node, DictConfig) or name not in node or OmegaConf.is_missing(node, name):
@@ -295,7 +296,7 @@ def _deepest(path: str, cfg: DictConfig) -> tuple[str, Any, str]:
 
 
 def _no_words(words: Sequence[str], groups: dict[str, set[str]]) -> dict[str, str]:
-    """What Hydra itself takes for a word, or ends at with a traceback, by word."""
+    """Return the problems of words that Hydra accepts in another meaning, or fails on with a traceback, by word."""
     problems = {}
     for i, word in enumerate(words):
         key, sign, value = word.partition("=")
@@ -319,7 +320,7 @@ def _no_words(words: Sequence[str], groups: dict[str, set[str]]) -> dict[str, st
 
 
 def _value(word: str) -> Any:
-    """What a word sets; text where it can't be read."""
+    """Return the value of an override; empty text if it can't be parsed."""
     override = parse_override(word)
     return "" if override is None else override.value()
 
@@ -327,7 +328,7 @@ def _value(word: str) -> Any:
 def _unread(
     words: Sequence[str], cfg: DictConfig, groups: dict[str, set[str]], config: str, folders: Sequence[str]
 ) -> dict[str, str]:
-    """Keys added with `+` that nothing reads, by word."""
+    """Return the problems of keys added with `+` that nothing reads, by word."""
     added = {key: word for word in words if word.startswith("+") and "@" not in (key := _key(word))}
     added = {key: word for key, word in added.items() if key not in groups and not key.startswith("hydra.")}
     if any(word.startswith("++") for word in added.values()):  # which may also change what is there
@@ -344,7 +345,7 @@ def _unread(
 def _taken_away(
     words: Sequence[str], groups: dict[str, set[str]], config: str, folders: Sequence[str]
 ) -> dict[str, str]:
-    """Keys taken away with `~` that something reads, by word: all but entries of the user's choice and arguments."""
+    """Return the problems of keys deleted with `~` that are read: all but names of the user's choice and arguments."""
     away = [word for word in words if word.startswith("~")]
     if not away:
         return {}
@@ -366,8 +367,8 @@ def _taken_away(
 
 def _hint_if_unread(key: str, cfg: DictConfig, value: str = "", known: Collection[str] = ()) -> str | None:
     """
-    What was meant by a key that the config didn't have before; `None` if something may read it, as those beside or
-    below a `_target_`, which are checked with its arguments.
+    Return a suggestion for a key that the config didn't have before; `None` if something may read it. Those beside or
+    below a `_target_` are checked with its arguments.
     """
     own_function = "stage" in cfg and not str(OmegaConf.select(cfg, "stage.run._target_")).startswith("rlhf_trl.")
     if own_function or cfg.get("program"):
@@ -385,7 +386,7 @@ def _hint_if_unread(key: str, cfg: DictConfig, value: str = "", known: Collectio
 
 
 def _options(group: str, words: Sequence[str]) -> list[str]:
-    """The options of a group that a command line chooses."""
+    """Return the options of a group that a command line chooses."""
     chosen: list[str] = []
     for word in words:
         if _key(word) == group:
@@ -400,7 +401,7 @@ def _option_file(group: str, name: str, folders: Sequence[str]) -> Path | None:
 
 
 def _shape_problem(file: Path, group: str) -> str | None:
-    """Why a file of a whole run would do nothing."""
+    """Return the problem of a file of a whole run that would have no effect, or `None`."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
         content = yaml.safe_load("\n".join(lines))
@@ -422,7 +423,7 @@ def _shape_problem(file: Path, group: str) -> str | None:
 
 
 def _without_override(error: Exception, files: Sequence[Path]) -> str | None:
-    """Of a `defaults` list that chooses an option anew."""
+    """Return the problem of a `defaults` list that chooses an option a second time, or `None`."""
     if not (match := TWICE.search(str(error))) or not files:
         return None
     group, _, option = match.group(2).partition(": ")
@@ -433,7 +434,7 @@ def _without_override(error: Exception, files: Sequence[Path]) -> str | None:
 
 
 def _without_body(file: Path, group: str, config: str, choices: Sequence[str], folders: Sequence[str]) -> DictConfig:
-    """The config with the same options, and of a whole run's file its `defaults` alone."""
+    """Return the config with the same options, and with only the `defaults` of the file of a whole run."""
     with tempfile.TemporaryDirectory() as bare:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         text = yaml.safe_dump({"defaults": content.get("defaults", [])})
@@ -443,11 +444,11 @@ def _without_body(file: Path, group: str, config: str, choices: Sequence[str], f
 
 
 def _unread_of_file(file: Path, cfg: DictConfig, before: DictConfig, groups: dict[str, set[str]]) -> list[str]:
-    """Keys of a whole run's file that nothing reads: as on the command line, where each of them would need a `+`."""
+    """Return the problems of keys in the file of a whole run that nothing reads, as on the command line with a `+`."""
     content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     for key in ("defaults", "hydra", "dry_run"):
         content.pop(key, None)
-    # Of a former name the checks of the composed config tell
+    # Former names are reported by the checks of the composed config
     keys = dict.fromkeys(_first_new(key, before) for key in flatten(content) if not renamed_key(key))
     return [
         f"`{key}` in `{file}` is a key that nothing reads. {hint}"
@@ -457,9 +458,9 @@ def _unread_of_file(file: Path, cfg: DictConfig, before: DictConfig, groups: dic
 
 
 def _first_new(key: str, cfg: DictConfig) -> str | None:
-    """The beginning of a key that the config doesn't have; `None` if it has it whole."""
+    """Return the shortest beginning of a key that the config lacks; `None` if it has the key."""
     parent, node, name = _deepest(key, cfg)
-    # `in node` leaves out those without a value
+    # `in node` skips keys without a value
     if not isinstance(node, DictConfig) or name in node.keys():  # noqa: SIM118
         return None
     return f"{parent}.{name}" if parent else name

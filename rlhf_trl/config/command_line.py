@@ -1,4 +1,4 @@
-"""The words of a command line as Hydra reads them, and as the user typed them. Imports nothing heavy."""
+"""Words of a command line, as Hydra reads them and as the user typed them. Imports nothing heavy."""
 
 import re
 from collections.abc import Sequence
@@ -17,29 +17,29 @@ TEXT = {
 
 
 def is_text_key(path: str) -> bool:
-    """Whether the value at a dotted path is text (or null), whatever it looks like."""
+    """Return whether the value at a dotted path is text (or null), whatever it looks like."""
     names = path.split(".")
     return bool({names[-1], path} & TEXT or TEXT_NODES & set(names))
 
 
 def config_dirs() -> list[str]:
-    """`--config-dir` as it was given to this Hydra app, for the command lines of its steps."""
+    """Return `--config-dir` as it was given to this Hydra app, for the command lines of its steps."""
     from hydra.core.hydra_config import HydraConfig
 
     sources = HydraConfig.get().runtime.config_sources
     return [part for source in sources if source.provider == "command-line" for part in ("--config-dir", source.path)]
 
 
-# Signs that have a meaning of their own in a value, or none
+# Characters with a meaning in Hydra's grammar, or not allowed in it
 SIGNS = re.compile(r"""[^\w\s.:/@$%|?*+\\-]|[^\x00-\x7f]|[\n*]""")
-TYPED: dict[str, str] = {}  # by what `as_meant` made of it
+TYPED: dict[str, str] = {}  # the word as typed, by the result of `as_meant`
 
 
 def as_meant(argv: Sequence[str]) -> list[str]:
     """
-    The words of a command line, with quotes around values that Hydra's grammar would read as something else than text
-    or not at all: a run called `2024` or `1_1`, a path with `=`, brackets or letters beyond ASCII, a regular
-    expression. [`as_typed`] takes them off again.
+    Return the words of a command line with quotes around text that the grammar of Hydra would not read as text: a run
+    called `2024` or `1_1`, a path with `=`, brackets or non-ASCII letters, a regular expression. [`as_typed`] removes
+    the quotes again.
     """
     words = [_quoted(word) for word in argv]
     TYPED.update({word: typed for word, typed in zip(words, argv, strict=True) if word != typed})
@@ -47,7 +47,7 @@ def as_meant(argv: Sequence[str]) -> list[str]:
 
 
 def as_typed(words: Sequence[str]) -> list[str]:
-    """The words of a command line as they were before [`as_meant`]."""
+    """Return the words of a command line as they were before [`as_meant`]."""
     return [TYPED.get(word, word) for word in words]
 
 
@@ -74,6 +74,7 @@ def _quote(text: str) -> str:
 
 
 def parse_override(word: str) -> Override | None:
+    """Return a parsed override, `None` if it can't be parsed."""
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException:
