@@ -98,7 +98,7 @@ def models_of(values: dict[str, Any], project_dir: str) -> list[Model]:
     if model and not places:
         path = resolve_path(model["path"], model["run"], project_dir)
         task_type = stage.get("task_type") or "CAUSAL_LM"
-        writes = stage.get("form", "prompt") == "prompt"
+        writes = stage.get("dataset_type", "prompt") == "prompt"
         options = {"trust_remote_code": trusted, "revision": model["revision"]}
         found.append(Model("model", path, task_type, model["tokenizer"], writes, **options))
     for name, place in places.items():
@@ -135,7 +135,7 @@ def check_rows_fit(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, dataset:
         for model in models_of(values, project_dir)
         if model.key in ("model", "critic") or model.load_tokenizer().get_vocab() == vocabulary
     ]
-    generates = cfg.stage.form == "prompt"
+    generates = cfg.stage.dataset_type == "prompt"
     more = (args.max_completion_length or 0) if generates else 0
     limit = at(values, "stage.prepare.max_prompt_length") if generates else args.get("max_length")
     positions = min((each.positions for each in sizes if each.positions is not None), default=None)
@@ -223,7 +223,7 @@ def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
 
 
 def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
-    """The splits `train` and, where there is one, `eval`, in the form the stage wants."""
+    """The splits `train` and, where there is one, `eval`, of the dataset type that the stage trains on."""
     template_source = cfg.model.chat_template or tokenizer.name_or_path
     with PartialState().main_process_first():
         if tokenizer.chat_template is not None:
@@ -262,7 +262,7 @@ def check_prompts(args: Any, count: int) -> None:
 
 def demonstrations(cfg: DictConfig, dataset: DatasetDict) -> Dataset:
     """The training rows of `ptx_data`, but for those whose prompt is held out in `dataset`."""
-    rows = instantiated(cfg.ptx_data)(form="prompt_completion", seed=cfg.seed)["train"]
+    rows = instantiated(cfg.ptx_data)(dataset_type="prompt_completion", seed=cfg.seed)["train"]
     if "eval" not in dataset or cfg.data.get("split_by") == "row":
         return rows
     notes = []
@@ -272,14 +272,14 @@ def demonstrations(cfg: DictConfig, dataset: DatasetDict) -> Dataset:
     return rows
 
 
-def instantiate_data(cfg: DictConfig, form: str | None = None) -> DatasetDict:
+def instantiate_data(cfg: DictConfig, dataset_type: str | None = None) -> DatasetDict:
     """
-    The rows of `cfg.data` in the form that the stage wants, or in another one.
+    The rows of `cfg.data` of the dataset type that the stage trains on, or of another one.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: of an option of `data.feedback`, or of the rows.
     """
-    return instantiated(cfg.data)(form=form or cfg.stage.form, seed=cfg.seed)
+    return instantiated(cfg.data)(dataset_type=dataset_type or cfg.stage.dataset_type, seed=cfg.seed)
 
 
 def instantiated(node: DictConfig, **options):

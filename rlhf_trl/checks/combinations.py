@@ -19,7 +19,7 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
     """Of values that are right by themselves."""
     stage, args = section(values, "stage"), section(values, "stage.args")
     peft, quantization = section(values, "adapter.peft"), section(values, "adapter.quantization")
-    is_rl = stage.get("form") == "prompt"
+    is_rl = stage.get("dataset_type") == "prompt"
     problems = []
     if is_rl and not any(isinstance(reward, dict) for reward in section(values, "reward").values()):
         problems.append(

@@ -18,6 +18,7 @@ RENAMED_KEYS: dict[str, str | None] = {
     "reward.length.kwargs.least": "reward.length.kwargs.min_length",
     "reward.length.kwargs.most": "reward.length.kwargs.max_length",
     "stage.auto_class": None,
+    "stage.form": "stage.dataset_type",
 }
 # Old dot path: new dot path, of a class, a function, or a module with everything in it
 RENAMED_DOT_PATHS: dict[str, str] = {

@@ -53,7 +53,7 @@ from rlhf_trl.stages.generate import as_chat, given_prompt, prompts_of
 from rlhf_trl.stages.reward import member_seeds
 from rlhf_trl.terminal import printable
 
-READERS = {"prompt": held_out, "judged": rows_of}  # which rows a stage reads that trains nothing
+READERS = {"prompt": held_out, "annotated": rows_of}  # which rows a stage reads that trains nothing
 END = "Dry run: nothing was started and nothing written. Leave out `debug=dry_run` to run it."
 
 
@@ -100,7 +100,7 @@ def show_plan(cfg: DictConfig) -> None:
         lines["score"] = cfg.combine._target_.rsplit(".", 1)[-1].replace("_", " ") + " of the rewards"
     if hasattr(args, "critic"):
         lines["critic"] = f"{args.critic}, from {args.critic_path or 'the policy'}"
-    batch = None if cfg.stage.form == "prompt" else first_batch(cfg, tokenizer, dataset)
+    batch = None if cfg.stage.dataset_type == "prompt" else first_batch(cfg, tokenizer, dataset)
     if batch is not None:
         trained, tokens = count_trained(batch)
         lines["first batch"] = f"{trained:,} of {tokens:,} tokens are trained on"
@@ -152,8 +152,8 @@ def plan_without_training(cfg: DictConfig) -> dict[str, str]:
         elif "data" in cfg:
             dataset = instantiate_data(cfg)
             lines["data"] = ", ".join(f"{len(part):,} rows for {name}" for name, part in dataset.items())
-            if stage.form in READERS:
-                rows = list(READERS[stage.form](dataset))
+            if stage.dataset_type in READERS:
+                rows = list(READERS[stage.dataset_type](dataset))
             if stage.get("references"):
                 reference_answers(cfg)
     if rows and "prompt" in rows[0]:

@@ -1,8 +1,7 @@
 """
-Local files and hub datasets, options of the `data` group.
+From rows of named sources to a `DatasetDict`: checks, conversion, splits and limits.
 
-Each gives a `DatasetDict` with `train` and, unless there is none, `eval`, in the form that the stage asks for. Every
-row is checked, nothing is left out without being counted and said.
+Every row is checked, and dropped rows are counted and reported.
 """
 
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from rlhf_trl.terminal import say
 
 
 def build(
-    form: str,
+    dataset_type: str,
     seed: int,
     train: list[tuple[str, Iterable[Row]]],
     held_out: list[tuple[str, Iterable[Row]]] | None = None,
@@ -56,15 +55,14 @@ def build(
             training rows whose prompt `held_out` has; `row` doesn't, and `eval_size` is then of rows.
         bad_rows (`str`): `error` stops at malformed rows, `drop` leaves them out, counted.
         max_samples, max_eval_samples (`int`, *optional*): a random choice of so many rows, in the order of the file.
-        feedback (`Feedback`, *optional*): the rows are feedback of this form, which names its own columns (`format`,
-            `columns` and `messages` are then not for it). Splits are made before rows become comparisons, limits act
-            after.
+        feedback (`Feedback`, *optional*): the rows are feedback of this kind, which names its own columns (`format`,
+            `columns` and `messages` don't apply). Splits are made before rows become comparisons, limits act after.
     """
     from datasets import DatasetDict
 
     if wrong := type_problems(build, {"columns": columns, "system_prompt": system_prompt}, "data"):
         raise ConfigError.join(wrong)
-    check_options(form, format, messages, eval_size, split_by, bad_rows, max_samples, max_eval_samples)
+    check_options(dataset_type, format, messages, eval_size, split_by, bad_rows, max_samples, max_eval_samples)
     problems = Problems()
     options = {"system_prompt": system_prompt, "to_chat": to_chat, "split_by": split_by}
     if feedback:
@@ -73,9 +71,9 @@ def build(
                 "`data.format` and `data.columns` are of data without `data/feedback`. Name the columns of the "
                 f"{feedback.name} in `data.feedback.columns`."
             )
-        reader = FeedbackReader(feedback, form, problems, **options)
+        reader = FeedbackReader(feedback, dataset_type, problems, **options)
     else:
-        reader = Reader(form, problems, format=format, columns=columns, messages=messages, **options)
+        reader = Reader(dataset_type, problems, format=format, columns=columns, messages=messages, **options)
     tables = {"train": [reader.read(name, rows) for name, rows in train]}
     keys, known = reader.keys, reader.known
     if held_out is not None:
@@ -110,14 +108,16 @@ def build(
         result["eval"] = limit(result["eval"], max_eval_samples, seed, "max_eval_samples", notes)
     result = DatasetDict(result)
     result.held_out = apart if "eval" in result else set()  # a mixture keeps them out of all sources
-    say("\n".join([describe(result, form), *(f"  {note}" for note in notes)]))
+    say("\n".join([describe(result, dataset_type), *(f"  {note}" for note in notes)]))
     return result
 
 
-def check_options(form, format, messages, eval_size, split_by, bad_rows, max_samples, max_eval_samples) -> None:
+def check_options(
+    dataset_type, format, messages, eval_size, split_by, bad_rows, max_samples, max_eval_samples
+) -> None:
     """Raise one `ConfigError` with every option of `build` whose value isn't one it takes."""
     choices = [
-        ("form", form, tuple(SOURCES)),
+        ("dataset_type", dataset_type, tuple(SOURCES)),
         ("data.format", format, (None, *FORMATS)),
         ("data.messages", messages, ("last_turn", "whole")),
         ("data.split_by", split_by, ("prompt", "row")),
@@ -141,14 +141,14 @@ def check_options(form, format, messages, eval_size, split_by, bad_rows, max_sam
         raise ConfigError.join(problems)
 
 
-def describe(datasets, form: str) -> str:
-    """One line on a loaded `DatasetDict`: form, chat or text, and the rows and prompts of each side."""
+def describe(datasets, dataset_type: str) -> str:
+    """One line on a loaded `DatasetDict`: dataset_type, chat or text, and the rows and prompts of each side."""
     kind = "chat" if is_chat(datasets["train"][0]) else "text"
     sides = [
         f"{side} {count_of(len(dataset), 'row')} ({count_of(len(set(prompt_keys(dataset))), 'prompt')})"
         for side, dataset in datasets.items()
     ]
-    return f"data: {form}, {kind}: {', '.join(sides)}"
+    return f"data: {dataset_type}, {kind}: {', '.join(sides)}"
 
 
 def _join(side: str, tables: list, notes: list[str]):

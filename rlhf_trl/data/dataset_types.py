@@ -7,13 +7,13 @@ from rlhf_trl.data.formats import formats_in, prompt_of
 from rlhf_trl.data.messages import check_turns, split_last_turn
 from rlhf_trl.data.rows import RowError
 
-# Which formats a form can be made from without inventing anything, the most direct first.
+# Formats that can be converted to a dataset type without inventing anything, the most direct first
 SOURCES = {
     "prompt_completion": ("prompt_completion", "messages", "preference", "unpaired", "text"),
     "preference": ("preference",),
     "unpaired": ("unpaired", "preference"),
     "comparisons": ("preference",),
-    "judged": ("preference",),
+    "annotated": ("preference",),
     "prompt": ("preference", "prompt_completion", "prompt", "messages", "unpaired"),
 }
 
@@ -21,7 +21,7 @@ CONVERSIONS = {
     ("preference", "prompt_completion"): "`chosen` is the completion",
     ("preference", "unpaired"): "`chosen` and `rejected` make a row each, labelled true and false",
     ("preference", "comparisons"): "two completions, `chosen` the better one",
-    ("preference", "judged"): "two completions, `chosen` the better one",
+    ("preference", "annotated"): "two completions, `chosen` the better one",
     ("preference", "prompt"): "prompts alone",
     ("unpaired", "prompt_completion"): "rows labelled true alone",
     ("unpaired", "prompt"): "prompts alone",
@@ -30,21 +30,21 @@ CONVERSIONS = {
     ("messages", "prompt"): "what stands before the last assistant turn is the prompt",
     ("text", "prompt_completion"): "plain text, all of it trained on",
 }
-# What a row of the form `judged` holds beside its prompt and columns of its own
-JUDGED = ("completions", "better", "worse", "gap", "share", "ratings", "attributes")
+# Columns of annotated rows beside the prompt and those of the source
+ANNOTATED = ("completions", "better", "worse", "gap", "share", "ratings", "attributes")
 
 
-def choose_format(form: str, columns) -> str | None:
-    """The format among `columns` that serves `form` best, or `None`."""
+def choose_format(dataset_type: str, columns) -> str | None:
+    """The format among `columns` that serves `dataset_type` best, or `None`."""
     formats = formats_in(columns)
-    if form == "prompt":  # a label is then no feedback but a column for the reward function
+    if dataset_type == "prompt":  # a label is then no feedback but a column for the reward function
         formats = ["prompt_completion" if name == "unpaired" else name for name in formats]
-    return next((name for name in SOURCES[form] if name in formats), None)
+    return next((name for name in SOURCES[dataset_type] if name in formats), None)
 
 
-def convert(row: dict, format: str, form: str, whole_messages: bool = False) -> list[dict]:
-    """A row that `read_row` gave as rows of `form`: one, two (`unpaired` of a pair), none (labelled false)."""
-    match format, form:
+def convert(row: dict, format: str, dataset_type: str, whole_messages: bool = False) -> list[dict]:
+    """A row that `read_row` gave as rows of `dataset_type`: one, two (`unpaired` of a pair), none (labelled false)."""
+    match format, dataset_type:
         case ("messages", "prompt_completion") if whole_messages:
             split_last_turn(row["messages"], "messages")
             return [row]
@@ -69,7 +69,7 @@ def convert(row: dict, format: str, form: str, whole_messages: bool = False) -> 
                 {"prompt": row["prompt"], "completion": row["chosen"], "label": True},
                 {"prompt": row["prompt"], "completion": row["rejected"], "label": False},
             ]
-        case "preference", "comparisons" | "judged":
+        case "preference", "comparisons" | "annotated":
             return [comparisons_of(row)]
         case "unpaired", "prompt_completion":
             return [{"prompt": row["prompt"], "completion": row["completion"]}] if row["label"] else []
@@ -77,16 +77,16 @@ def convert(row: dict, format: str, form: str, whole_messages: bool = False) -> 
 
 
 def comparisons_of(row: dict) -> dict:
-    """A row with `chosen` and `rejected` as one of the form `comparisons`: `completions`, `better` and `worse`."""
+    """Convert a row with `chosen` and `rejected` to one with `completions`, `better` and `worse`."""
     rest = {key: value for key, value in row.items() if key not in ("chosen", "rejected", "margin")}
     margin = {"margin": [row["margin"]]} if row.get("margin") is not None else {}
     return {**rest, "completions": [row["chosen"], row["rejected"]], "better": [0], "worse": [1], **margin}
 
 
-def judged_of(row: dict) -> dict:
+def annotated_of(row: dict) -> dict:
     """
-    A row of two completions as one of the form `judged`: its `margin`, or its columns `gap` and `share`, are those of
-    its one comparison.
+    Convert a row of two completions to an annotated one: its `margin`, or its columns `gap` and `share`, become those
+    of its one comparison.
     """
     made = {key: value for key, value in row.items() if key != "margin"}
     if "margin" in row:
@@ -108,7 +108,7 @@ BY_COMPLETION = ("completions", "completion_ids", "targets")
 
 
 def select_completions(row: dict, keep: list[int]) -> dict:
-    """A row of the form `comparisons` with these completions, in this order, and the comparisons among them."""
+    """Return a row of comparisons with only the completions `keep`, in this order, and the comparisons among them."""
     place = {old: new for new, old in enumerate(keep)}
     pairs = list(zip(row.get("better") or [], row.get("worse") or [], strict=True))
     left = [m for m, (a, b) in enumerate(pairs) if a in place and b in place]
@@ -119,15 +119,15 @@ def select_completions(row: dict, keep: list[int]) -> dict:
     return made
 
 
-def contents(rows: list[dict], form: str) -> str:
-    """In words, how much rows of a form hold: prompts, completions, pairs, targets, good and bad ones."""
+def contents(rows: list[dict], dataset_type: str) -> str:
+    """In words, how much rows of a dataset type hold: prompts, completions, pairs, targets, good and bad ones."""
     counts = {"rows": len(rows), "prompts": len({json.dumps(row["prompt"]) for row in rows})}
-    if form in ("comparisons", "judged"):
+    if dataset_type in ("comparisons", "annotated"):
         counts["completions"] = sum(len(row["completions"]) for row in rows)
         counts["pairs"] = sum(len(row.get("better") or []) for row in rows)
         targets = [target for row in rows for target in row.get("targets") or []]
         counts["targets"] = sum(value is not None for target in targets for value in target.values())
-    elif form == "unpaired":
+    elif dataset_type == "unpaired":
         counts["good"] = sum(row["label"] for row in rows)
         counts["bad"] = len(rows) - counts["good"]
-    return f"{form}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    return f"{dataset_type}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)

@@ -1,9 +1,8 @@
 """
-What a row holds, and how it becomes the form that a stage asks for.
+Formats of rows in files: recognition, and checks of single rows.
 
-A *format* is what the file holds, a *form* is what a stage trains on; both are TRL's dataset types, standard (text) or
-conversational (lists of messages). Everything here works on one row, a dict, and raises `RowError` where the row is
-malformed.
+A row may hold text or lists of messages (TRL's standard and conversational format). All functions work on one row, a
+dict, and raise a `RowError` if it is malformed.
 """
 
 import math

@@ -141,7 +141,7 @@ def add_system_prompt(row: dict, system_prompt: str, notes: Counter) -> dict:
 
 
 def check_template(row: dict) -> None:
-    """A `RowError` if the chat template that rows are read for refuses one of the chats of a row, of any form."""
+    """Raise a `RowError` if the chat template that rows are read for refuses one of the chats of a row."""
     check = CHAT_CHECK.get()
     if check is None or not is_chat(row):
         return
@@ -172,5 +172,5 @@ def read_json_chats(row: dict, notes: Counter) -> dict:
 
 
 def is_chat(row: dict) -> bool:
-    """Whether a row of any form is conversational."""
+    """Return whether a row, of any dataset type, is conversational."""
     return "messages" in row or isinstance(row.get("prompt"), list)

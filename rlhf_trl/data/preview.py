@@ -65,12 +65,12 @@ def _rows(batch, prefix: str = "") -> list[tuple[list[int], list[bool]]]:
 def render_sample(tokenizer, row: dict) -> str:
     """A row of which nothing is marked, as text: what the policy goes on from, or what a reward model scores."""
     if "completion_ids" in row and "length" in row:
-        return "\n".join(_judged(tokenizer, row, i) for i in range(len(row["completion_ids"])))
+        return "\n".join(_known_of(tokenizer, row, i) for i in range(len(row["completion_ids"])))
     ids = prompt_ids(tokenizer, row["prompt"], **template_kwargs(row))
     return f"{decode_ids(tokenizer, ids)}\n({len(ids)} tokens, from which the policy goes on)"
 
 
-def _judged(tokenizer, row: dict, i: int) -> str:
+def _known_of(tokenizer, row: dict, i: int) -> str:
     """Completion `i` of a row of the reward stage, with what is known of it."""
     beaten = sorted(b + 1 for a, b in zip(row.get("better") or [], row.get("worse") or [], strict=True) if a == i)
     known = [f"better than {', '.join(map(str, beaten))}"] if beaten else []

@@ -1,10 +1,10 @@
-"""From rows as they stand in a file to checked rows of a form, as Arrow tables."""
+"""From rows as they stand in a file to checked rows of a dataset type, as Arrow tables."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
-from rlhf_trl.data.dataset_types import CONVERSIONS, JUDGED, SOURCES, choose_format, convert, judged_of
+from rlhf_trl.data.dataset_types import ANNOTATED, CONVERSIONS, SOURCES, annotated_of, choose_format, convert
 from rlhf_trl.data.formats import (
     CANONICAL,
     FORMATS,
@@ -32,24 +32,25 @@ from rlhf_trl.data.tables import BATCH_ROWS, concatenate, make_table
 from rlhf_trl.errors import DataError
 from rlhf_trl.hints import did_you_mean, names_of, sentences
 
-# In the form `prompt`, all other columns go to the reward functions but these: TRL tells chat from text by any of
-# them.
+# Columns that prompts don't keep for reward functions: TRL tells chat from text by any of them
 FOREIGN = ("completion", "chosen", "rejected", "messages", "text")
-# In the form `judged` comparisons are parted by the other columns. These two are of the comparison itself.
+# Columns of a source that become those of the comparison itself in annotated rows
 OF_COMPARISON = ("gap", "share")
 
 
 class Reader:
     """
-    Turns the rows of sources (files, splits) into Arrow tables in `form`.
+    Turns the rows of sources (files, splits) into Arrow tables in `dataset_type`.
 
     The options are those of `rlhf_trl.data.build`. Bad rows go to `problems`; `summary` says what was read.
     `keys` has for each row of the tables what it is split by: its prompt's key or, with `split_by=row`, its number.
     `known` has also the keys of rows that this stage has no use for, but others may have.
     """
 
-    def __init__(self, form, problems: Problems, *, format, columns, system_prompt, to_chat, messages, split_by):
-        self.form, self.problems, self.format = form, problems, format
+    def __init__(
+        self, dataset_type, problems: Problems, *, format, columns, system_prompt, to_chat, messages, split_by
+    ):
+        self.dataset_type, self.problems, self.format = dataset_type, problems, format
         self.split_by, self.keys, self.known = split_by, [], {}
         self.columns = {ours: theirs for ours, theirs in (columns or {}).items() if theirs is not None}
         self.system_prompt, self.to_chat, self.whole_messages = system_prompt, to_chat, messages == "whole"
@@ -85,9 +86,9 @@ class Reader:
         for format, names in self.sources.items():
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
             line = f"{names[0]}{more}: {self.rows[format]:,} rows of {format}"
-            as_they_are = self.whole_messages and format == "messages" and self.form == "prompt_completion"
-            if (format, self.form) in CONVERSIONS and not as_they_are:
-                line += f" -> {self.form}: {CONVERSIONS[format, self.form]}"
+            as_they_are = self.whole_messages and format == "messages" and self.dataset_type == "prompt_completion"
+            if (format, self.dataset_type) in CONVERSIONS and not as_they_are:
+                line += f" -> {self.dataset_type}: {CONVERSIONS[format, self.dataset_type]}"
             lines.append(line)
             if self.left_out[format]:
                 lines.append(f"{self.left_out[format]:,} rows labelled false left out")
@@ -112,7 +113,7 @@ class Reader:
                         f"Set `data.columns.{ours}=NAME` to one of these.",
                     )
                 )
-            if self.form not in ("prompt", "judged") and ours not in (*CANONICAL, *PASSED_ON, "margin"):
+            if self.dataset_type not in ("prompt", "annotated") and ours not in (*CANONICAL, *PASSED_ON, "margin"):
                 raise DataError(
                     sentences(
                         f"`data.columns.{ours}` names no column of ours.",
@@ -127,7 +128,11 @@ class Reader:
         mapping |= self.columns
         if "instruction" in mapping and "prompt" not in mapping:  # the columns of the data set Alpaca
             mapping["prompt"] = mapping.pop("instruction")
-            if "output" in mapping and "completion" not in mapping and self.form in ("prompt_completion", "unpaired"):
+            if (
+                "output" in mapping
+                and "completion" not in mapping
+                and self.dataset_type in ("prompt_completion", "unpaired")
+            ):
                 mapping["completion"] = mapping.pop("output")
         return mapping
 
@@ -136,12 +141,12 @@ class Reader:
 
     def _choose_format(self, name: str, found: list[str], columns: list[str]) -> str:
         wanted = self.format
-        accepted = SOURCES[self.form]
+        accepted = SOURCES[self.dataset_type]
         if wanted is None:
-            format = choose_format(self.form, columns)
+            format = choose_format(self.dataset_type, columns)
         elif wanted not in accepted:
             raise DataError(
-                f"`data.format={wanted}` can't give this stage its rows of the form `{self.form}`. "
+                f"`data.format={wanted}` can't give this stage its rows of the dataset type `{self.dataset_type}`. "
                 f"Type one of {names_of(accepted)}, or `data.format=null` to have it recognized."
             )
         else:
@@ -165,12 +170,12 @@ class Reader:
         holds = f", so it holds {names_of(present[:1])} rows" if present else ""
         typed = " ".join(f"data.columns.{column}=NAME" for column in missing)
         return (
-            f"{name} can't give rows of the form `{self.form}`: {names_of(missing)} missing. "
+            f"{name} can't give rows of the dataset type `{self.dataset_type}`: {names_of(missing)} missing. "
             f"It has the columns {names_of(found)}{holds}. Type `{typed}` to say which column is which.{header}"
         )
 
     def _convert(self, rows: Iterable[Row], mapping: dict, format: str) -> Iterator[tuple[str, dict]]:
-        """(place, row in `self.form`) of every row, with bad ones noted."""
+        """(place, row in `self.dataset_type`) of every row, with bad ones noted."""
         for place, row in rows:
             self.rows[format] += 1
             key = None
@@ -190,13 +195,13 @@ class Reader:
                 key = self._know(prompt_of(made))
                 made = to_chat(made, self.changes) if self.to_chat else made
                 made = self._add_system_prompt(made, place) if self.system_prompt else made
-                converted = convert(made, format, self.form, self.whole_messages)
+                converted = convert(made, format, self.dataset_type, self.whole_messages)
                 self._check_kind(made if not converted else converted[0], place)
                 extra = self._extra(row, place)
                 for new in converted:
                     check_template({**new, **extra})
-                if self.form == "judged":
-                    extra, converted = {}, [judged_of({**new, **extra}) for new in converted]
+                if self.dataset_type == "annotated":
+                    extra, converted = {}, [annotated_of({**new, **extra}) for new in converted]
             except RowError as error:
                 root = (error.field or "").split("[")[0]
                 self.problems.add(place, error, mapping.get(root, root) + (error.field or "")[len(root) :])
@@ -231,12 +236,12 @@ class Reader:
 
     def _extra(self, row: dict, place: str) -> dict:
         """
-        Columns beside the form's own: all in the form `prompt` (for rewards), texts and numbers in the form `judged`
-        (for slices), else those a template reads.
+        Return the columns that are kept beside the dataset type's own: all of prompts (for rewards), texts and numbers
+        of annotated rows (for slices), else those that a chat template reads.
         """
-        if self.form == "prompt":
+        if self.dataset_type == "prompt":
             extra = {key: value for key, value in row.items() if key not in FOREIGN and key != "prompt"}
-        elif self.form == "judged":
+        elif self.dataset_type == "annotated":
             extra = {key: value for key, value in row.items() if key in PASSED_ON or self._tells(key, value)}
         else:
             extra = {key: row[key] for key in PASSED_ON if row.get(key) is not None}
@@ -249,7 +254,7 @@ class Reader:
 
     def _tells(self, key: str, value) -> bool:
         """Whether comparisons can be parted by this value of this column."""
-        if key in (*CANONICAL, "margin") or key in JUDGED and key not in OF_COMPARISON or value is None:
+        if key in (*CANONICAL, "margin") or key in ANNOTATED and key not in OF_COMPARISON or value is None:
             return False
         told = isinstance(value, str | int | float)
         self.changes[f"`{key}` is neither text nor number and left out"] += not told
@@ -270,10 +275,10 @@ class Reader:
         used = {*FORMATS[format]} | ({"input"} if self._is_alpaca(mapping) else set())
         if format == "preference":
             used |= {"prompt", "margin"}
-        if self.form == "prompt":
+        if self.dataset_type == "prompt":
             used |= {ours for ours in mapping if ours not in FOREIGN}
-        elif self.form == "judged":
-            used |= {ours for ours in mapping if ours in OF_COMPARISON or ours not in (*FOREIGN, *JUDGED)}
+        elif self.dataset_type == "annotated":
+            used |= {ours for ours in mapping if ours in OF_COMPARISON or ours not in (*FOREIGN, *ANNOTATED)}
         else:
             used |= set(PASSED_ON)
         theirs = {mapping[ours] for ours in used if ours in mapping}

@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from rlhf_trl.data.chat_template import template_kwargs
-from rlhf_trl.data.dataset_types import JUDGED
+from rlhf_trl.data.dataset_types import ANNOTATED
 from rlhf_trl.data.feedback.base import key_of
 from rlhf_trl.data.formats import PASSED_ON
 from rlhf_trl.data.messages import as_text
@@ -40,9 +40,9 @@ MISTAKES = 5
 
 
 @dataclass
-class Judged:
+class Annotated:
     """
-    Rows of the form `judged`, each completion of a prompt once.
+    Rows of the dataset type `annotated`, each completion of a prompt once.
 
     R rows, N completions, M comparisons. `prompts`, `completions`, `lengths` (characters), `prompt` (number of the
     prompt), `ratings` (lists, empty where there are none) and `first` (the first row) are of each completion;
@@ -79,14 +79,14 @@ def _length(completion: str | list[dict]) -> int:
     return sum(len(as_text(turn["content"] or "")) for turn in completion)
 
 
-def read_judged(dataset: Dataset) -> Judged:
+def read_annotated(dataset: Dataset) -> Annotated:
     """
     What `evaluate_reward` knows of the rows of a dataset.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if they compare nothing.
     """
-    columns = {name: dataset[name][:] for name in dataset.column_names if name not in ("prompt", *JUDGED)}
+    columns = {name: dataset[name][:] for name in dataset.column_names if name not in ("prompt", *ANNOTATED)}
     read = {name: [] for name in ("prompts", "completions", "prompt", "ratings", "first", "of_row", "comparisons")}
     numbers, place, attributes = {}, {}, {}
     for r, row in enumerate(dataset):
@@ -112,9 +112,9 @@ def read_judged(dataset: Dataset) -> Judged:
         raise ConfigError(
             f"The data's {count_of(len(dataset), 'row')} for evaluation compare nothing: no completion is better than "
             "another one of its prompt. Give comparisons (`chosen` and `rejected`), or type `data/feedback=FORM` with "
-            "the form of the rows."
+            "the dataset type of the rows."
         )
-    return Judged(**read, columns=columns, attributes=attributes)
+    return Annotated(**read, columns=columns, attributes=attributes)
 
 
 def _attribute_comparisons(scores: list[dict[str, float | None]]) -> dict[str, list[tuple[int, int]]]:
@@ -127,7 +127,7 @@ def _attribute_comparisons(scores: list[dict[str, float | None]]) -> dict[str, l
 
 
 def slices_of(
-    judged: Judged, gaps_above: Sequence[float] | None, columns: Sequence[str] | None, like_length: float
+    annotated: Annotated, gaps_above: Sequence[float] | None, columns: Sequence[str] | None, like_length: float
 ) -> dict[str, np.ndarray]:
     """
     Name -> whether each comparison is in the slice, shape (M,).
@@ -135,21 +135,23 @@ def slices_of(
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: for a column that isn't there, or has more values than a table can hold.
     """
-    lengths = judged.lengths[judged.better], judged.lengths[judged.worse]
-    parts = length_slices(*lengths, like_length) | gap_slices(judged.gap, gaps_above) | share_slices(judged.share)
-    if gaps_above is not None and np.isnan(judged.gap).all():
+    lengths = annotated.lengths[annotated.better], annotated.lengths[annotated.worse]
+    parts = (
+        length_slices(*lengths, like_length) | gap_slices(annotated.gap, gaps_above) | share_slices(annotated.share)
+    )
+    if gaps_above is not None and np.isnan(annotated.gap).all():
         raise ConfigError(
             "`stage.gaps_above` parts comparisons by how far apart people see the two, and the data doesn't say. Give "
             "it a column `gap`, or leave `stage.gaps_above` out."
         )
     asked = columns is not None
-    for name in columns if asked else judged.columns:
-        if name not in judged.columns:
+    for name in columns if asked else annotated.columns:
+        if name not in annotated.columns:
             raise ConfigError(
                 f"`stage.slices` names the column `{name}`, and the data's rows have "
-                f"{names_of(judged.columns) or 'no column of their own'}. Name one of these, or leave it out."
+                f"{names_of(annotated.columns) or 'no column of their own'}. Name one of these, or leave it out."
             )
-        values = np.array([str(value) for value in judged.columns[name]], dtype=object)[judged.row]
+        values = np.array([str(value) for value in annotated.columns[name]], dtype=object)[annotated.row]
         found = sorted(set(values))
         if asked and len(found) > MOST_VALUES:
             raise ConfigError(
@@ -162,7 +164,7 @@ def slices_of(
 
 
 def measure(
-    judged: Judged,
+    annotated: Annotated,
     rewards: Sequence[Callable],
     gaps_above: Sequence[float] | None = None,
     slices: Sequence[str] | None = None,
@@ -174,83 +176,83 @@ def measure(
     What `reward_quality.json` holds, without a policy's samples.
 
     Args:
-        judged (`Judged`): what people said.
+        annotated (`Annotated`): what people said.
         rewards (`Sequence[Callable]`): rewards as in `rlhf_trl.rewards.model`.
         gaps_above, slices, like_length, bins, gold: see conf/stage/evaluate_reward.yaml.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: see [`evaluate_reward`].
     """
-    parts = slices_of(judged, gaps_above, slices, like_length)
-    notes, unrated = [], judged.ratings.count([])
-    if 0 < unrated < len(judged.ratings):
+    parts = slices_of(annotated, gaps_above, slices, like_length)
+    notes, unrated = [], annotated.ratings.count([])
+    if 0 < unrated < len(annotated.ratings):
         notes.append(f"{count_of(unrated, 'completion')} without a rating: left out where scores meet ratings")
-    lone = sum(len(each) == 1 for each in judged.ratings)
+    lone = sum(len(each) == 1 for each in annotated.ratings)
     if lone:
         notes.append(f"{count_of(lone, 'completion')} with a single rating: they say nothing of the raters' agreement")
-    ceiling = rater_ceiling(judged.ratings, judged.better, judged.worse)
-    if ceiling is None and any(judged.ratings):
+    ceiling = rater_ceiling(annotated.ratings, annotated.better, annotated.worse)
+    if ceiling is None and any(annotated.ratings):
         notes.append("fewer than three completions have two raters: how well raters predict each other isn't known")
-    columns = {name: [values[row] for row in judged.first] for name, values in judged.columns.items()}
-    given = Dataset.from_dict({"prompt": judged.prompts, **columns})
+    columns = {name: [values[row] for row in annotated.first] for name, values in annotated.columns.items()}
+    given = Dataset.from_dict({"prompt": annotated.prompts, **columns})
     found = {}
     for reward in rewards:
-        scores = score([reward], given, judged.completions, [[] for _ in judged.completions])[reward.__name__]
+        scores = score([reward], given, annotated.completions, [[] for _ in annotated.completions])[reward.__name__]
         found[reward.__name__] = np.where(np.isfinite(scores), scores, np.nan)
-    truth = found[gold] if gold is not None else judged.mean_ratings if any(judged.ratings) else None
+    truth = found[gold] if gold is not None else annotated.mean_ratings if any(annotated.ratings) else None
     quality = {
-        "rows": len(judged.of_row),
-        "prompts": len(set(judged.prompt)),
-        "completions": len(judged.completions),
-        "comparisons": len(judged.row),
+        "rows": len(annotated.of_row),
+        "prompts": len(set(annotated.prompt)),
+        "completions": len(annotated.completions),
+        "comparisons": len(annotated.row),
         "raters": ceiling,
         "gold": None if truth is None else gold or "people's mean ratings",
-        "longer_preferred": _longer(judged, np.ones(len(judged.row))),
+        "longer_preferred": _longer(annotated, np.ones(len(annotated.row))),
         "rewards": {},
         "notes": notes,
     }
     for reward in rewards:
         name = reward.__name__
-        quality["rewards"][name] = entry = _measure_one(name, judged, found[name], parts, bins)
+        quality["rewards"][name] = entry = _measure_one(name, annotated, found[name], parts, bins)
         if truth is not None and name != gold:
-            entry["best_of_n"] = best_of_n_gains(found[name], truth, np.array(judged.prompt))
+            entry["best_of_n"] = best_of_n_gains(found[name], truth, np.array(annotated.prompt))
         if isinstance(reward, ModelReward) and reward.members > 1:
-            ids, ended = ([each] * len(judged.completions) for each in ([], True))
-            rows = reward.token_rows(judged.prompts, judged.completions, ids, ended, columns)
+            ids, ended = ([each] * len(annotated.completions) for each in ([], True))
+            rows = reward.token_rows(annotated.prompts, annotated.completions, ids, ended, columns)
             members = reward.member_scores(rows).numpy()
-            entry["disagreement"] = disagreement(members, judged.better, judged.worse, judged.row)
+            entry["disagreement"] = disagreement(members, annotated.better, annotated.worse, annotated.row)
     return quality
 
 
 def _measure_one(
-    name: str, judged: Judged, scores: np.ndarray, parts: dict[str, np.ndarray], bins: int
+    name: str, annotated: Annotated, scores: np.ndarray, parts: dict[str, np.ndarray], bins: int
 ) -> dict[str, Any]:
     """The entry of one reward, `scores` of shape (N,)."""
-    lead = scores[judged.better] - scores[judged.worse]
+    lead = scores[annotated.better] - scores[annotated.worse]
     valid = ~np.isnan(lead)
     if not valid.any():
         raise ConfigError(
             f"The reward `{name}` has no finite score for both completions of any of "
             f"{count_of(len(lead), 'comparison')}, so nothing can be said of it. Mend it."
         )
-    known, ratings = np.isfinite(scores), judged.mean_ratings
+    known, ratings = np.isfinite(scores), annotated.mean_ratings
     rated = known & np.isfinite(ratings)
-    groups = np.array(judged.prompt)
-    curve = calibration(lead, judged.share, bins)
-    attributes = {name: np.array(pairs, dtype=int).reshape(-1, 3).T for name, pairs in judged.attributes.items()}
+    groups = np.array(annotated.prompt)
+    curve = calibration(lead, annotated.share, bins)
+    attributes = {name: np.array(pairs, dtype=int).reshape(-1, 3).T for name, pairs in annotated.attributes.items()}
     entry = {
-        "accuracy": accuracy(lead, judged.row)._asdict(),
+        "accuracy": accuracy(lead, annotated.row)._asdict(),
         "completions_without_score": int((~known).sum()),
         "comparisons_left_out": int((~valid).sum()),
-        "slices": [_slice(name, lead[part], judged.row[part]) for name, part in parts.items()]
+        "slices": [_slice(name, lead[part], annotated.row[part]) for name, part in parts.items()]
         + [_slice(f"more {name}", scores[b] - scores[w], row) for name, (b, w, row) in attributes.items()],
-        "top_one": top_one(scores, judged.of_row, *_by_row(judged))._asdict(),
+        "top_one": top_one(scores, annotated.of_row, *_by_row(annotated))._asdict(),
         "calibration": curve._asdict(),
         "length": {
-            "pearson": pearson(scores[known], judged.lengths[known]),
-            "spearman": spearman(scores[known], judged.lengths[known]),
-            "longer_preferred": _longer(judged, lead),
-            "curve": in_parts(judged.lengths[known], scores[known]),
+            "pearson": pearson(scores[known], annotated.lengths[known]),
+            "spearman": spearman(scores[known], annotated.lengths[known]),
+            "longer_preferred": _longer(annotated, lead),
+            "curve": in_parts(annotated.lengths[known], scores[known]),
         },
         "ratings": {
             "completions": int(rated.sum()),
@@ -263,11 +265,11 @@ def _measure_one(
         }
         if rated.any()
         else None,
-        "mistakes": _mistakes(judged, scores, lead),
+        "mistakes": _mistakes(annotated, scores, lead),
     }
-    subsets = judged.columns.get("subset", [])
+    subsets = annotated.columns.get("subset", [])
     if rewardbench.SUBSETS.intersection(map(str, subsets)):
-        entry["rewardbench"] = rewardbench.section_scores([subsets[row] for row in judged.row], lead)
+        entry["rewardbench"] = rewardbench.section_scores([subsets[row] for row in annotated.row], lead)
     return entry
 
 
@@ -275,32 +277,32 @@ def _slice(name: str, lead: np.ndarray, row: np.ndarray) -> dict[str, Any]:
     return {"slice": name, "n": int((~np.isnan(lead)).sum()), "accuracy": accuracy(lead, row)._asdict()}
 
 
-def _by_row(judged: Judged) -> tuple[list[set[int]], list[set[int]]]:
+def _by_row(annotated: Annotated) -> tuple[list[set[int]], list[set[int]]]:
     """The completions that win, and those that lose a comparison of each row."""
-    better, worse = ([set() for _ in judged.of_row] for _ in range(2))
-    for row, a, b in zip(judged.row, judged.better, judged.worse, strict=True):
+    better, worse = ([set() for _ in annotated.of_row] for _ in range(2))
+    for row, a, b in zip(annotated.row, annotated.better, annotated.worse, strict=True):
         better[row].add(a)
         worse[row].add(b)
     return better, worse
 
 
-def _longer(judged: Judged, lead: np.ndarray) -> float:
+def _longer(annotated: Annotated, lead: np.ndarray) -> float:
     """Share of comparisons of unequal lengths in which the longer completion is the one with the lead."""
-    longer = np.sign(judged.lengths[judged.better] - judged.lengths[judged.worse])
+    longer = np.sign(annotated.lengths[annotated.better] - annotated.lengths[annotated.worse])
     counted = (longer != 0) & ~np.isnan(lead)
     return float((0.5 + 0.5 * longer * np.sign(lead))[counted].mean()) if counted.any() else np.nan
 
 
-def _mistakes(judged: Judged, scores: np.ndarray, lead: np.ndarray) -> list[dict[str, Any]]:
+def _mistakes(annotated: Annotated, scores: np.ndarray, lead: np.ndarray) -> list[dict[str, Any]]:
     """The comparisons in which the reward is surest of what people don't prefer."""
     order = np.argsort(np.where(np.isnan(lead), np.inf, lead), kind="stable")[:MISTAKES]
     return [
         {
-            "prompt": as_text(judged.prompts[judged.better[m]]),
-            "preferred": as_text(judged.completions[judged.better[m]]),
-            "other": as_text(judged.completions[judged.worse[m]]),
-            "scores": [float(scores[judged.better[m]]), float(scores[judged.worse[m]])],
-            "gap": float(judged.gap[m]),
+            "prompt": as_text(annotated.prompts[annotated.better[m]]),
+            "preferred": as_text(annotated.completions[annotated.better[m]]),
+            "other": as_text(annotated.completions[annotated.worse[m]]),
+            "scores": [float(scores[annotated.better[m]]), float(scores[annotated.worse[m]])],
+            "gap": float(annotated.gap[m]),
         }
         for m in order
         if lead[m] < 0
@@ -309,7 +311,7 @@ def _mistakes(judged: Judged, scores: np.ndarray, lead: np.ndarray) -> list[dict
 
 def add_policy(
     quality: dict[str, Any],
-    judged: Judged,
+    annotated: Annotated,
     rewards: Sequence[Callable],
     gold: str,
     policy: str,
@@ -323,10 +325,10 @@ def add_policy(
 ) -> None:
     """Best-of-n of a policy's completions, so many for each of the first `prompts` prompts, in place of the data's."""
     tokenizer = load_tokenizer(policy)
-    rows = list(dict(zip(judged.prompt[::-1], judged.first[::-1], strict=True)).values())
+    rows = list(dict(zip(annotated.prompt[::-1], annotated.first[::-1], strict=True)).values())
     rows = sorted(rows)[:prompts]
-    texts = [judged.prompts[judged.first.index(row)] for row in rows]
-    columns = {name: [values[row] for row in rows] for name, values in judged.columns.items()}
+    texts = [annotated.prompts[annotated.first.index(row)] for row in rows]
+    columns = {name: [values[row] for row in rows] for name, values in annotated.columns.items()}
     given = Dataset.from_dict({"prompt": texts, **columns})
     drawn = draw_many(
         load_policy(policy, dtype),

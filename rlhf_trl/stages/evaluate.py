@@ -166,7 +166,7 @@ def reference_answers(cfg: DictConfig) -> Dataset:
         [`~rlhf_trl.errors.ConfigError`]: if the data has no answers.
     """
     try:
-        return held_out(instantiate_data(cfg, form="prompt_completion"))
+        return held_out(instantiate_data(cfg, dataset_type="prompt_completion"))
     except ConfigError as error:
         raise ConfigError(
             f"`stage.references=true` measures the perplexity of the data's own answers, and it has none: {error} Set "

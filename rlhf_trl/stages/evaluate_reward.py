@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.build import instantiate_data, project_dir, reward_functions
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.evaluation.rewards import add_policy, measure, metrics_of, read_judged
+from rlhf_trl.evaluation.rewards import add_policy, measure, metrics_of, read_annotated
 from rlhf_trl.hints import did_you_mean, names_of
 from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.report.page import write_page
@@ -44,10 +44,10 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
     if not PartialState().is_main_process:
         return None  # one rank scores and writes
     try:
-        judged = read_judged(rows_of(instantiate_data(cfg)))
+        annotated = read_annotated(rows_of(instantiate_data(cfg)))
         rewards = reward_functions(cfg, tokenizer=None)
         quality = measure(
-            judged,
+            annotated,
             rewards,
             gaps_above=stage.gaps_above,
             slices=stage.slices,
@@ -56,7 +56,7 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
             gold=stage.gold,
         )
         if policy is not None:
-            add_policy(quality, judged, rewards, stage.gold, policy, cfg.seed, **_sampling(stage))
+            add_policy(quality, annotated, rewards, stage.gold, policy, cfg.seed, **_sampling(stage))
         metrics = metrics_of(quality)
         discard_old(cfg.run_dir)
         write_json(Path(cfg.run_dir, QUALITY_FILE), quality)  # before anything that could go wrong with the page

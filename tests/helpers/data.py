@@ -30,5 +30,5 @@ def write(path, rows) -> str:
     return str(path)
 
 
-def load(path, form="preference", **options):
-    return data.load_files(form, 0, str(path), **options)
+def load(path, dataset_type="preference", **options):
+    return data.load_files(dataset_type, 0, str(path), **options)

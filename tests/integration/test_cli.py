@@ -55,7 +55,7 @@ ROOT = conf_dir().parent
         (["~model"], ["`~model` takes away what is read"]),
         (["~logger"], ["`logger=none`"]),
         (["~seed"], ["`~seed` takes away what is read", "`seed=...`"]),
-        (["stage=sft", "~stage.form"], ["`~stage.form` takes away what is read"]),
+        (["stage=sft", "~stage.dataset_type"], ["`~stage.dataset_type` takes away what is read"]),
         (["~stage.args.output_dir"], ["`~stage.args.output_dir` takes away what is read"]),
         (["--stage", "sft"], ["Keys have no dashes: type `stage=...`"]),
         (["--stage=sft"], ["type `stage=sft`"]),

@@ -197,7 +197,7 @@ class Feedback(ABC):
         """Return the options that were set and change nothing in rows of `dataset_type`."""
         names = [] if dataset_type == "comparisons" else ["margin", "pairwise_rows"]
         names += [] if dataset_type in ("comparisons", "preference") else ["agreement", "negatives"]
-        names += [] if dataset_type in ("comparisons", "preference", "judged") else ["max_pairs", "min_gap"]
+        names += [] if dataset_type in ("comparisons", "preference", "annotated") else ["max_pairs", "min_gap"]
         return [name for name in names if getattr(self, name, None)]
 
 

@@ -5,7 +5,7 @@ Conversion of feedback to the dataset type that a stage trains on.
 of each comparison) and, where the options ask for them, `margin`, `weights`, `label_smoothing` (a number per
 comparison), or `targets` (a number per head for each completion).
 
-`judged` holds what people said, for the evaluation of rewards: `prompt`, `completions`, `better` and `worse`, `gap`
+`annotated` holds what people said, for the evaluation of rewards: `prompt`, `completions`, `better` and `worse`, `gap`
 (by how much, a number per comparison), `share` (of the raters who agree, a number per comparison, or null), `ratings`
 (the raters' numbers, a list per completion) or `attributes` (a dict of dimension and mean score per completion), and
 every other column of the source that holds text or numbers.
@@ -52,7 +52,7 @@ def convert(
         converted = labelled_rows(label(feedback, rows, notes), dataset_type, notes)
     else:
         groups = list(compare(feedback, rows, dataset_type, rng, notes))
-        if feedback.negatives and dataset_type != "judged":
+        if feedback.negatives and dataset_type != "annotated":
             groups = add_negatives(feedback, groups, rows, rng, notes)
         if feedback.max_pairs is not None:  # last: the best shows in all pairs only, and negatives count too
             groups = limit_pairs(groups, feedback.max_pairs, rng, notes)
@@ -61,7 +61,7 @@ def convert(
         counted = "; ".join(f"{what}: {count:,}" for what, count in notes.items() if count)
         reasons = f" ({counted})" if counted else ""
         raise DataError(
-            f"{len(rows):,} rows of {feedback.name} give no row of the form `{dataset_type}`{reasons}. "
+            f"{len(rows):,} rows of {feedback.name} give no row of the dataset type `{dataset_type}`{reasons}. "
             f"{feedback.ADVICE}"
         )
     return converted
@@ -113,10 +113,10 @@ def labelled_rows(
 def grouped_rows(
     feedback: Feedback, groups: Iterable[Group], dataset_type: str, rng: random.Random, notes: Counter
 ) -> list[dict]:
-    """Make rows of `preference`, `comparisons` or `judged` of groups of completions."""
+    """Make rows of `preference`, `comparisons` or `annotated` of groups of completions."""
     made = []
     for group in groups:
-        annotated = dataset_type == "judged" and group.ratings is not None
+        annotated = dataset_type == "annotated" and group.ratings is not None
         if not group.comparisons and group.targets is None and not annotated:
             continue
         if feedback.shuffle:
@@ -126,13 +126,13 @@ def grouped_rows(
                 {"prompt": group.prompt, "chosen": group.completions[a], "rejected": group.completions[b]}
                 for a, b, *_ in group.comparisons
             ]
-        elif dataset_type == "judged":
+        elif dataset_type == "annotated":
             made.append(annotated_row(feedback, group))
         else:
             made += comparison_rows(feedback, group)
     if feedback.shuffle and dataset_type == "comparisons":
         notes["rows whose completions were shuffled"] = len(made)
-    if dataset_type == "judged":  # every row has the columns of all
+    if dataset_type == "annotated":  # every row has the columns of all
         names = dict.fromkeys(name for row in made for name in row)
         return [{name: row.get(name) for name in names} for row in made]
     return made
@@ -159,7 +159,7 @@ def comparison_rows(feedback: Feedback, group: Group) -> list[dict]:
 
 
 def annotated_row(feedback: Feedback, group: Group) -> dict:
-    """Make the row of `judged` of a group."""
+    """Make the row of `annotated` of a group."""
     row = {
         **(group.columns or {}),
         "prompt": group.prompt,

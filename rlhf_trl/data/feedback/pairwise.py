@@ -205,7 +205,7 @@ def compare(feedback: Feedback, rows: list[ComparedRow], dataset_type: str, note
         dataset_type (`str`): what they become.
         notes (`Counter`): counts ties and what is dropped.
     """
-    pooled = feedback.agreement or (dataset_type == "judged" and any("rater" in row for row in rows))
+    pooled = feedback.agreement or (dataset_type == "annotated" and any("rater" in row for row in rows))
     for row in pool_raters(rows, notes) if pooled else rows:
         notes["ties"] += len(row["ties"])
         wins = [Comparison(*win) for win in row["wins"]]

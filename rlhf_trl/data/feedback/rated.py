@@ -369,7 +369,7 @@ def _compare_group(feedback: Rated, rows: list[RatedRow], dataset_type: str, not
     if dataset_type == "comparisons" and targets[0] is not None:
         return Group(prompt, completions, [], targets)
     notes["completions left out: no other one of their prompt to compare with"] += len(rows) == 1
-    annotated = dataset_type == "judged"
+    annotated = dataset_type == "annotated"
     comparisons = []
     for i, j in combinations(range(len(rows)), 2):
         gap = feedback.gap(rows[i], rows[j])

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
-from rlhf_trl.data.dataset_types import JUDGED, contents
+from rlhf_trl.data.dataset_types import ANNOTATED, contents
 from rlhf_trl.data.feedback.convert import convert
 from rlhf_trl.data.formats import PASSED_ON, repeats_prompt
 from rlhf_trl.data.messages import CHATS, check_template, read_json_chats, to_chat
@@ -20,12 +20,12 @@ class FeedbackReader(Reader):
     Reads feedback (pairs, rankings, ...), of which rows are checked one by one and converted a split at a time.
 
     Args:
-        feedback (`rlhf_trl.data.feedback.base.Feedback`): the form of the rows.
-        form, problems, system_prompt, to_chat, split_by: as in [`Reader`].
+        feedback (`rlhf_trl.data.feedback.base.Feedback`): the kind of the rows.
+        dataset_type, problems, system_prompt, to_chat, split_by: as in [`Reader`].
     """
 
-    def __init__(self, feedback, form, problems: Problems, **options):
-        super().__init__(form, problems, format=None, columns=None, messages="last_turn", **options)
+    def __init__(self, feedback, dataset_type, problems: Problems, **options):
+        super().__init__(dataset_type, problems, format=None, columns=None, messages="last_turn", **options)
         self.feedback = feedback
 
     def read(self, name: str, rows: Iterable[Row]):
@@ -36,7 +36,7 @@ class FeedbackReader(Reader):
         head, found = self._head(name, rows)
         mapping = self.feedback.mapping(name, found) if found else {}
         self.sources.setdefault(self.feedback.name, []).append(name)
-        if self.form != "judged":
+        if self.dataset_type != "annotated":
             self.unused |= dict.fromkeys(column for column in found if column not in mapping.values())
         stream = self._checked(chain(head, rows), mapping)
         tables = []
@@ -57,14 +57,14 @@ class FeedbackReader(Reader):
             try:
                 if isinstance(row, RowError):
                     raise row
-                others = {name: value for name, value in row.items() if name not in (*mapping.values(), *JUDGED)}
+                others = {name: value for name, value in row.items() if name not in (*mapping.values(), *ANNOTATED)}
                 row = read_json_chats(named(row, mapping), self.changes)
                 made = self.feedback.read(row, self.changes)
                 repeated = (
                     "the prompt is repeated at the beginning of the completions, and stays there: leave it out of them"
                 )
                 self.changes[repeated] += repeats_prompt(made)
-                if self.form == "judged":
+                if self.dataset_type == "annotated":
                     made["columns"] = self._extra(others, place)
                 made = to_chat(made, self.changes) if self.to_chat else made
                 made = self._add_system_prompt(made, place) if self.system_prompt else made
@@ -79,13 +79,13 @@ class FeedbackReader(Reader):
             yield place, made
 
     def summary(self) -> list[str]:
-        """As of [`Reader`], and which options of the form this stage has no use for."""
-        idle = [f"`data.feedback.{name}`" for name in self.feedback.idle(self.form)]
-        note = [f"note: {', '.join(idle)} changes nothing in rows of {self.form}"] if idle else []
+        """Return the lines of [`Reader`], and which options have no effect in this stage."""
+        idle = [f"`data.feedback.{name}`" for name in self.feedback.idle(self.dataset_type)]
+        note = [f"note: {', '.join(idle)} changes nothing in rows of {self.dataset_type}"] if idle else []
         return super().summary() + note
 
     def convert(self, side: str, rows, seed: int, notes: list[str]):
-        """The rows of a split as a `Dataset` of the stage's form; what was made of them goes to `notes`."""
+        """The rows of a split as a `Dataset` of the stage's dataset type; what was made of them goes to `notes`."""
         from datasets import Dataset
 
         from rlhf_trl.patches.datasets import exact_json
@@ -93,11 +93,11 @@ class FeedbackReader(Reader):
         counts = Counter()
         try:
             made = convert(
-                self.feedback, [json.loads(row) for row in rows["row"]], self.form, f"{seed}-{side}", counts
+                self.feedback, [json.loads(row) for row in rows["row"]], self.dataset_type, f"{seed}-{side}", counts
             )
         except DataError as error:
             raise DataError(f"{side}: {error}") from None
-        notes.append(f"{side}: {len(rows):,} rows of {self.feedback.name} -> {contents(made, self.form)}")
+        notes.append(f"{side}: {len(rows):,} rows of {self.feedback.name} -> {contents(made, self.dataset_type)}")
         if any(counts.values()):
             notes.append("  " + "; ".join(f"{what}: {count:,}" for what, count in counts.items() if count))
         return exact_json(Dataset(make_table([(side, row) for row in made], (*CHATS, *PASSED_ON))))

@@ -24,7 +24,7 @@ from rlhf_trl.terminal import say
 
 
 def load_files(
-    form: str,
+    dataset_type: str,
     seed: int,
     paths: str | list[str],
     eval_paths: str | list[str] | None = None,
@@ -34,8 +34,8 @@ def load_files(
     A `DatasetDict` from local files: .jsonl, .json, .csv, .tsv, .parquet; all but the last also as .gz.
 
     Args:
-        form (`str`): `prompt_completion`, `preference`, `unpaired`, `comparisons` or `prompt`: what the stage
-            trains on; or `judged`: comparisons with all that is known of them, for evaluation.
+        dataset_type (`str`): `prompt_completion`, `preference`, `unpaired`, `comparisons` or `prompt`: what the stage
+            trains on; or `annotated`: comparisons with all that is known of them, for evaluation.
         seed (`int`): decides which rows a limit keeps.
         paths (`str` or `list[str]`): files or globs for training, relative to the working directory.
         eval_paths (`str` or `list[str]`, *optional*): files for evaluation; without them `eval_size` is split off.
@@ -49,7 +49,7 @@ def load_files(
     held_out = None
     if eval_paths is not None:
         held_out = [(path, read_file(path)) for path in resolve_paths(eval_paths, "data.eval_paths")]
-    return build(form, seed, train, held_out, **options)
+    return build(dataset_type, seed, train, held_out, **options)
 
 
 # A JSON object with one of these is a row, whatever lists it holds.

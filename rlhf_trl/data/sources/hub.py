@@ -12,7 +12,7 @@ from rlhf_trl.hints import did_you_mean, names_of, sentences
 
 
 def load_hub(
-    form: str,
+    dataset_type: str,
     seed: int,
     path: str,
     name: str | None = None,
@@ -25,7 +25,7 @@ def load_hub(
     A `DatasetDict` from a dataset of the Hugging Face hub, or from a folder that `save_to_disk` wrote.
 
     Args:
-        form, seed, **options: as in `load_files`.
+        dataset_type, seed, **options: as in `load_files`.
         path (`str`): the hub's name (`trl-lib/ultrafeedback_binarized`) or a local folder.
         name (`str`, *optional*): the dataset's configuration.
         split (`str`): the training split; `train[:1000]` works too for a hub dataset.
@@ -40,7 +40,7 @@ def load_hub(
     sources = [
         [(f"{path} ({one})", _dataset_rows(f"{path} ({one})", ds))] for one, ds in zip(splits, loaded, strict=True)
     ]
-    return build(form, seed, sources[0], sources[1] if eval_split is not None else None, **options)
+    return build(dataset_type, seed, sources[0], sources[1] if eval_split is not None else None, **options)
 
 
 def _load_split(path: str, name: str | None, split: str, revision: str | None):

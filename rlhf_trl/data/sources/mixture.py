@@ -14,7 +14,7 @@ from rlhf_trl.terminal import say
 
 
 def mix(
-    form: str,
+    dataset_type: str,
     seed: int,
     sources: dict[str, Callable],
     weights: dict[str, float] | None = None,
@@ -30,12 +30,12 @@ def mix(
     row twice, so one source is used up and of the others a random choice is left out. `repeat=true`: as large as it
     has to be to use every row, so that all sources but one repeat rows. Without weights every row is used once. Rows
     are shuffled by `seed`. `eval` is all evaluation rows of all sources; with `split_by=prompt`, training rows of any
-    source that share a prompt with one of these are left out first, counted. Rows of the form `judged` get a column
+    source that share a prompt with one of these are dropped first, and counted. Annotated rows get a column
     `source` with the name of theirs.
 
     Args:
-        form, seed, max_samples, max_eval_samples: as in `load_files`.
-        sources (`dict[str, Callable]`): name -> another option of this group, called as `source(form=, seed=)`.
+        dataset_type, seed, max_samples, max_eval_samples: as in `load_files`.
+        sources (`dict[str, Callable]`): name -> another option of this group, called with `dataset_type` and `seed`.
         weights (`dict[str, float]`, *optional*): name -> share, above 0, of every source.
         repeat (`bool`): see above.
         split_by (`str`): see above; `row` keeps rows that share a prompt with evaluation.
@@ -53,11 +53,11 @@ def mix(
     parts = {}
     for name, source in sources.items():
         try:
-            parts[name] = source(form=form, seed=seed)
+            parts[name] = source(dataset_type=dataset_type, seed=seed)
         except DataError as error:
             raise DataError(f"in the source `{name}` (its options are `data.sources.{name}.*`): {error}") from None
     _check_alike(parts)
-    if form == "judged":
+    if dataset_type == "annotated":
         parts = {name: _with_source(name, splits) for name, splits in parts.items()}
     notes = []
     held_out = [part["eval"] for part in parts.values() if "eval" in part]
@@ -81,7 +81,11 @@ def mix(
         result["eval"] = limit(evaluated, max_eval_samples, seed, "max_eval_samples", notes)
     result = DatasetDict(result)
     result.held_out = apart
-    say("\n".join([f"mixture of {len(parts)} sources, {describe(result, form)}", *(f"  {note}" for note in notes)]))
+    say(
+        "\n".join(
+            [f"mixture of {len(parts)} sources, {describe(result, dataset_type)}", *(f"  {note}" for note in notes)]
+        )
+    )
     return result
 
 

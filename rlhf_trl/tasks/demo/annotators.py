@@ -1,5 +1,5 @@
 """
-Noisy annotators of the embedded world, and the feedback they give in every form.
+Noisy annotators of the embedded world, and the feedback of every kind that they give.
 
 A rater sees an answer's attributes through weights of their own and is off by Gaussian noise in each judgement; one of
 the five likes length. Raters and noise depend on the seed alone, so the same call gives the same rows.
@@ -25,7 +25,7 @@ NOISE, TASTE = 0.5, 0.3
 # What the rater who likes length gives for each word.
 LENGTH_BIAS = 0.04
 # Prompts and demonstrations are fewer than judgements, which are cheaper to give.
-WRITTEN_ROWS, JUDGED_ROWS, EVAL_ROWS = 3000, 6000, 256
+DEMONSTRATION_ROWS, FEEDBACK_ROWS, EVAL_ROWS = 3000, 6000, 256
 # How people who write demonstrations answer (see `world.answer`), and what gets rated: a wider range.
 DEMONSTRATIONS = {
     "ideal": 0.30, "partial": 0.22, "wrong": 0.18, "curt": 0.08, "rude": 0.08, "wordy": 0.05, "padded": 0.03,
@@ -181,8 +181,8 @@ def prompt_row(prompt, people, rng):
     return {"prompt": prompt, "kind": prompts()[prompt].kind}
 
 
-# Of what is judged one completion at a time, so that they can be compared
-COMPLETIONS_A_PROMPT = {"ratings": 4, "thumbs": 4, "attributes": 4, "judged": 4}
+# Completions per prompt where each is rated alone, so that they can be compared
+COMPLETIONS_PER_PROMPT = {"ratings": 4, "thumbs": 4, "attributes": 4, "annotated": 4}
 # TRL's dataset types first, then the feedback as people give it.
 FORMS: dict[str, Callable] = {
     "prompt_completion": demonstration_row,
@@ -190,7 +190,7 @@ FORMS: dict[str, Callable] = {
     "unpaired": unpaired_row,
     "comparisons": comparison_row,
     "prompt": prompt_row,
-    "judged": rating_row,
+    "annotated": rating_row,
     "pairs": pair_row,
     "rankings": ranking_row,
     "ratings": rating_row,
@@ -198,6 +198,9 @@ FORMS: dict[str, Callable] = {
     "thumbs": thumb_row,
     "attributes": attribute_row,
 }
+# Dataset types with another name in the seed: comparisons are the same pairs in another shape, and annotated rows stay
+# those that they were under their former name
+SEED_NAMES = {"comparisons": "preference", "annotated": "judged"}
 COMPLETION_COLUMNS = (
     "completion", "completions", "completion_a", "completion_b", "chosen", "rejected", "original", "edited"
 )  # fmt: skip
@@ -220,27 +223,26 @@ def render(row: dict, conversational: bool) -> dict:
     return rendered
 
 
-def split_size(form: str, held_out: bool) -> int:
-    """The rows of one split of a form."""
+def split_size(dataset_type: str, held_out: bool) -> int:
+    """Return the number of rows of one split."""
     if held_out:
-        return EVAL_ROWS * (COMPLETIONS_A_PROMPT["judged"] if form == "judged" else 1)
-    return WRITTEN_ROWS if form in ("prompt", "prompt_completion") else JUDGED_ROWS
+        return EVAL_ROWS * (COMPLETIONS_PER_PROMPT["annotated"] if dataset_type == "annotated" else 1)
+    return DEMONSTRATION_ROWS if dataset_type in ("prompt", "prompt_completion") else FEEDBACK_ROWS
 
 
-def rows(form: str, seed: int, held_out: bool, count: int) -> list[dict]:
-    """The first `count` rows of one split of a form, prompts and completions as plain words."""
-    # The same pairs in another shape
-    rng = random.Random(f"{seed}/{'preference' if form == 'comparisons' else form}/{held_out}")
+def rows(dataset_type: str, seed: int, held_out: bool, count: int) -> list[dict]:
+    """Return the first `count` rows of one split, prompts and completions as plain words."""
+    rng = random.Random(f"{seed}/{SEED_NAMES.get(dataset_type, dataset_type)}/{held_out}")
     people = raters(seed)
     # The prompts are drawn for the whole split, so that a smaller `count` gives the first rows of a larger one.
-    alike = COMPLETIONS_A_PROMPT.get(form, 1)
-    drawn = draw_prompts(rng, split_size(form, held_out) // alike, held_out)
+    alike = COMPLETIONS_PER_PROMPT.get(dataset_type, 1)
+    drawn = draw_prompts(rng, split_size(dataset_type, held_out) // alike, held_out)
     drawn = [prompt for prompt in drawn for _ in range(alike)]
-    return [FORMS[form](prompt, people, rng) for prompt in drawn[:count]]
+    return [FORMS[dataset_type](prompt, people, rng) for prompt in drawn[:count]]
 
 
 def load(
-    form: str,
+    dataset_type: str,
     seed: int,
     max_samples: int | None = None,
     max_eval_samples: int | None = None,
@@ -248,32 +250,34 @@ def load(
     feedback: Feedback | None = None,
 ) -> DatasetDict:
     """
-    The embedded world's data in one form of feedback.
+    Load the embedded world's data of one dataset type, or of one kind of feedback.
 
     Args:
-        form (`str`): what a stage trains on: `prompt_completion`, `preference`, `unpaired`, `comparisons`, `prompt`;
-            `judged` for evaluation (ratings of four answers to each of 256 held-out prompts); or feedback as people
-            give it: `pairs`, `rankings`, `ratings`, `edits`, `thumbs`, `attributes`.
+        dataset_type (`str`): what a stage trains on: `prompt_completion`, `preference`, `unpaired`, `comparisons`,
+            `prompt`; `annotated` for evaluation (ratings of four answers to each of 256 held-out prompts); or a kind
+            of feedback: `pairs`, `rankings`, `ratings`, `edits`, `thumbs`, `attributes`.
         seed (`int`): draws prompts, answers, raters and their noise. Which prompts are held out doesn't depend on it.
         max_samples (`int`, *optional*): the first rows of those for training: 3,000 prompts or demonstrations, or
-            6,000 rows of any other form (of feedback: before they become rows of `form`).
+            6,000 rows of any other dataset type (of feedback: before they become rows of `dataset_type`).
         max_eval_samples (`int`, *optional*): the first rows of the 256 for evaluation.
         conversational (`bool`, *optional*, defaults to `True`): chat messages; else text, `Question: ... Answer:`.
-        feedback (`Feedback`, *optional*): make the rows of `form` of feedback in this form, as `load_files` does.
+        feedback (`Feedback`, *optional*): make the rows of feedback of this kind, as `load_files` does.
 
     Returns:
         [`~datasets.DatasetDict`]: `train` and `eval`, over disjoint prompts.
 
     Raises:
-        `DataError`: if there is no such form, or a number of rows is below 1.
+        `DataError`: if there is no such dataset_type, or a number of rows is below 1.
     """
-    if form not in FORMS:
-        raise DataError(f"`form={form}` is none that the embedded world has. Use one of: {', '.join(FORMS)}.")
+    if dataset_type not in FORMS:
+        raise DataError(
+            f"`dataset_type={dataset_type}` is none that the embedded world has. Use one of: {', '.join(FORMS)}."
+        )
     for name, limit in (("max_samples", max_samples), ("max_eval_samples", max_eval_samples)):
         if limit is not None and limit < 1:
             raise DataError(f"`data.{name}={limit}` leaves no row. Use 1 or more, or null for all rows.")
-    raw = feedback.name if feedback else form
-    if form == "judged" and not feedback:
+    raw = feedback.name if feedback else dataset_type
+    if dataset_type == "annotated" and not feedback:
         feedback = Ratings()
     limits = {"train": max_samples, "eval": max_eval_samples}
     splits = {
@@ -289,4 +293,4 @@ def load(
         [(f"demo ({name})", ((f"demo ({name}), row {i}", row) for i, row in enumerate(made, 1)))]
         for name, made in splits.items()
     )
-    return build(form, seed, train, held_out, feedback=feedback)
+    return build(dataset_type, seed, train, held_out, feedback=feedback)

@@ -10,7 +10,7 @@ from rlhf_trl.tasks.demo import facts
 
 # How often each kind of prompt is asked.
 KINDS = {"fact": 0.3, "task": 0.2, "harm": 0.2, "secret": 0.2, "feeling": 0.1}
-# One prompt in this many is held out, for every form of feedback and whatever the seed.
+# One prompt in this many is held out, for every kind of feedback and whatever the seed.
 HELD_OUT = 6
 
 

@@ -12,7 +12,7 @@ to 29 people from -4 (most negative) to 4 (most positive). The data is not part 
 The task is controlled sentiment generation. The sentences have no prompt of their own, so they follow one fixed
 prompt: preference pairs are two sentences under it, and a policy is asked to go on from it and the first words of a
 sentence. Test sentences are only ever in the `eval` split. A share of the training sentences is kept out of every
-form, for the classifier that judges the policies (`rlhf_trl.tasks.reviews.judges.sentiment`).
+dataset_type, for the classifier that judges the policies (`rlhf_trl.tasks.reviews.judges.sentiment`).
 """
 
 import hashlib
@@ -61,7 +61,7 @@ class Reviews(NamedTuple):
 
 
 def load(
-    form: str,
+    dataset_type: str,
     seed: int = 42,
     path: str | None = None,
     prompt: str = "Review:",
@@ -77,9 +77,9 @@ def load(
     The review sentences as a `datasets.DatasetDict` with `train` and `eval` (the test sentences).
 
     Args:
-        form (`str`):
+        dataset_type (`str`):
             `prompt_completion`: the fixed prompt and a sentence; `preference`: the fixed prompt and two sentences,
-            with the `gap` of their mean ratings; `comparisons`: the same pairs as completions; `judged`: these with
+            with the `gap` of their mean ratings; `comparisons`: the same pairs as completions; `annotated`: these with
             the raters' numbers and the share of pairs of raters who agree; `unpaired`:
             the fixed prompt, a sentence, and whether its mean rating is positive; `prompt`: the fixed prompt and a
             sentence's first words.
@@ -102,15 +102,15 @@ def load(
     reviews = read(path, judge_share)
     train = list(reviews.train)
     random.Random(seed).shuffle(train)
-    if form == "judged":
+    if dataset_type == "annotated":
         row_of = {row["id"]: row for row in reviews.test}
         splits = {
-            "train": [_judged(prompt, *pair) for pair in pairs(train, rounds, min_gap, seed)],
+            "train": [_annotated(prompt, *pair) for pair in pairs(train, rounds, min_gap, seed)],
             "eval": [
-                _judged(prompt, row_of[p["chosen_id"]], row_of[p["rejected_id"]], p["gap"]) for p in reviews.pairs
+                _annotated(prompt, row_of[p["chosen_id"]], row_of[p["rejected_id"]], p["gap"]) for p in reviews.pairs
             ],
         }
-    elif form in ("preference", "comparisons"):
+    elif dataset_type in ("preference", "comparisons"):
         text = {row["id"]: row["text"] for row in reviews.test}
         splits = {
             "train": [_pair(prompt, *pair) for pair in pairs(train, rounds, min_gap, seed)],
@@ -120,14 +120,14 @@ def load(
                 for p in reviews.pairs
             ],
         }
-        if form == "comparisons":
+        if dataset_type == "comparisons":
             splits = {name: [comparisons_of(row) for row in rows] for name, rows in splits.items()}
     else:
         make = {
             "prompt_completion": lambda row: {"prompt": prompt, "completion": " " + row["text"]},
             "unpaired": lambda row: {"prompt": prompt, "completion": " " + row["text"], "label": row["mean"] > 0},
             "prompt": lambda row: {"prompt": " ".join([prompt, *first_words(row["text"], prompt_words)])},
-        }[form]
+        }[dataset_type]
         splits = {"train": [make(row) for row in train], "eval": [make(row) for row in reviews.test]}
     limits = {"train": max_samples, "eval": max_eval_samples}
     if feedback:
@@ -136,7 +136,7 @@ def load(
             for row in train[:max_samples]
         )
         named = [("reviews", ((f"reviews, sentence {train[i]['id']}", row) for i, row in enumerate(raw)))]
-        made = build(form, seed, named, feedback=feedback)["train"]
+        made = build(dataset_type, seed, named, feedback=feedback)["train"]
         held_out = Dataset.from_list(splits["eval"][:max_eval_samples])
         return DatasetDict(train=made, eval=held_out)
     return DatasetDict({name: Dataset.from_list(rows[: limits[name]]) for name, rows in splits.items()})
@@ -194,7 +194,7 @@ def _pair(prompt: str, better: Row, worse: Row) -> Row:
     return {"prompt": prompt, "chosen": " " + better["text"], "rejected": " " + worse["text"], "gap": gap}
 
 
-def _judged(prompt: str, better: Row, worse: Row, gap: float | None = None) -> Row:
+def _annotated(prompt: str, better: Row, worse: Row, gap: float | None = None) -> Row:
     return {
         "prompt": prompt,
         "completions": [" " + better["text"], " " + worse["text"]],

@@ -6,7 +6,7 @@ from hydra.utils import get_object
 from rlhf_trl.checks import renamed
 
 KEYS = {
-    "stage.kind": "stage.form",
+    "stage.kind": "stage.dataset_type",
     "stage.lost": None,
     "reward.*.factor": "reward.*.weight",
     "normalizer": "reward_norm",
@@ -24,9 +24,9 @@ def former_names(monkeypatch):
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("stage.kind=prompt", "`stage.kind` was renamed to `stage.form`. Type `stage.form=prompt`."),
-        ("+stage.kind=prompt", "`stage.kind` was renamed to `stage.form`. Type `stage.form=prompt`."),
-        ("~stage.kind", "`stage.kind` was renamed to `stage.form`. Type `~stage.form`."),
+        ("stage.kind=prompt", "`stage.kind` was renamed to `stage.dataset_type`. Type `stage.dataset_type=prompt`."),
+        ("+stage.kind=prompt", "`stage.kind` was renamed to `stage.dataset_type`. Type `stage.dataset_type=prompt`."),
+        ("~stage.kind", "`stage.kind` was renamed to `stage.dataset_type`. Type `~stage.dataset_type`."),
         ("stage.lost=1", "`stage.lost` was removed: nothing reads it. Remove it."),
         (
             "reward.gold.factor=2",
@@ -45,7 +45,11 @@ def test_a_former_key_on_the_command_line_names_the_new_one(command, former_name
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [
-        ("experiment", "# @package _global_\nstage: {kind: prompt}", "`stage.kind` was renamed to `stage.form`."),
+        (
+            "experiment",
+            "# @package _global_\nstage: {kind: prompt}",
+            "`stage.kind` was renamed to `stage.dataset_type`.",
+        ),
         ("experiment", "# @package _global_\nstage: {lost: 1}", "`stage.lost` was removed: nothing reads it."),
         (
             "experiment",

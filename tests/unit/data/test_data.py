@@ -32,9 +32,9 @@ CONF = Path(__file__).parents[3] / "conf" / "data"
 PAIRS = [{"prompt": f"q{i % 20}", "chosen": f" good {i}", "rejected": f" bad {i}", "id": i} for i in range(60)]
 
 
-def error(path, form="preference", kind=DataError, **options) -> str:
+def error(path, dataset_type="preference", kind=DataError, **options) -> str:
     with pytest.raises(kind) as caught:
-        load(path, form, **options)
+        load(path, dataset_type, **options)
     return str(caught.value)
 
 
@@ -286,7 +286,7 @@ def test_bad_rows_drop_is_counted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("form", "row", "message"),
+    ("dataset_type", "row", "message"),
     [
         ("preference", {"prompt": "q", "chosen": "a", "rejected": "a"}, "`rejected` is the same as `chosen`"),
         ("preference", {"chosen": "abc", "rejected": "xyz"}, "`rejected` shares no prompt with `chosen`"),
@@ -313,8 +313,8 @@ def test_bad_rows_drop_is_counted(tmp_path, capsys):
         ),
     ],
 )
-def test_every_bad_row_is_named(tmp_path, form, row, message):
-    assert f"a.jsonl, line 1: {message}" in error(write(tmp_path / "a.jsonl", [row]), form)
+def test_every_bad_row_is_named(tmp_path, dataset_type, row, message):
+    assert f"a.jsonl, line 1: {message}" in error(write(tmp_path / "a.jsonl", [row]), dataset_type)
 
 
 def test_bad_rows_are_named_by_the_files_own_columns(tmp_path):
@@ -343,7 +343,7 @@ def test_a_row_of_another_kind_than_the_first(tmp_path):
 def test_missing_columns_say_what_to_type(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "q", "better": "a", "worse": "b"}])
     message = error(path)
-    assert "can't give rows of the form `preference`: `chosen`, `rejected` missing" in message
+    assert "can't give rows of the dataset type `preference`: `chosen`, `rejected` missing" in message
     assert "It has the columns `prompt`, `better`, `worse`, so it holds `prompt` rows" in message
     assert "Type `data.columns.chosen=NAME data.columns.rejected=NAME`" in message
     message = error(path, columns={"chosen": "beter"})
@@ -454,7 +454,7 @@ def source(name, size, **options):
         (f"{name}, row {i}", {"prompt": f"{name}{i}", "chosen": "a", "rejected": "b", "from": name})
         for i in range(size)
     ]
-    return lambda form, seed: build(form, seed, [(name, rows)], **options)
+    return lambda dataset_type, seed: build(dataset_type, seed, [(name, rows)], **options)
 
 
 @pytest.mark.parametrize(
@@ -513,7 +513,7 @@ def test_configs_declare_what_the_functions_take(name, functions):
     config = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     keys = set(config) - {"defaults"} | {"feedback" for default in config.get("defaults", []) if "feedback" in default}
     taken = {key for function in functions for key in inspect.signature(getattr(data, function)).parameters}
-    hidden = {"form", "seed", "options", "train", "held_out"}
+    hidden = {"dataset_type", "seed", "options", "train", "held_out"}
     assert keys - {"_target_", "_partial_", "_convert_"} == taken - hidden
 
 
@@ -522,7 +522,7 @@ def test_configs_load_data(tmp_path):
     with initialize_config_dir(str(CONF.parent), version_base="1.3"):
         columns = ["data.columns.prompt=question", "data.columns.chosen=better", "data.columns.rejected=worse"]
         cfg = compose("train", ["stage=dpo", "data=files", f"data.paths={path}", *columns])
-        loaded = instantiate(cfg.data)(form="preference", seed=cfg.seed)
+        loaded = instantiate(cfg.data)(dataset_type="preference", seed=cfg.seed)
         assert {side: len(rows) for side, rows in loaded.items()} == {"train": 18, "eval": 2}  # a tenth, about
 
 
@@ -536,7 +536,7 @@ def test_the_head_of_mix_is_a_working_experiment(tmp_path):
     overrides = [f"hydra.searchpath=[file://{tmp_path}]", "stage=dpo", "experiment=mine"]
     with initialize_config_dir(str(CONF.parent), version_base="1.3"):
         cfg = compose("train", [*overrides, f"data.sources.own.paths={own}", f"data.sources.hub.path={saved}"])
-    mixed = instantiate(cfg.data)(form="preference", seed=cfg.seed)
+    mixed = instantiate(cfg.data)(dataset_type="preference", seed=cfg.seed)
     own, hub = (sum(row["prompt"].startswith(kind) for row in mixed["train"]) for kind in ("q", "other"))
     assert (own, hub) == (54, 18)  # three shares, and one
 
@@ -711,7 +711,9 @@ def test_one_label_alone_teaches_nothing(label):
     with pytest.raises(DataError, match=f"all 3 training rows are labelled {str(label).lower()}.* Give data that has"):
         data.report_cut_rows(one, tokenizer)
     sources = {
-        str(kind): lambda form, seed, kind=kind: build(form, seed, [("x", [("row", {**rows[0], "label": kind})])])
+        str(kind): lambda dataset_type, seed, kind=kind: build(
+            dataset_type, seed, [("x", [("row", {**rows[0], "label": kind})])]
+        )
         for kind in (True, False)
     }
     both = data.mix("unpaired", 0, sources)  # a source with one label has its place beside another one

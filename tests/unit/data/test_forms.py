@@ -1,4 +1,4 @@
-"""Feedback as people give it: what each form becomes for each stage, its options, and every bad row's message."""
+"""Feedback as people give it: what each kind becomes for each stage, its options, and every bad row's message."""
 
 import dataclasses
 import json
@@ -31,13 +31,15 @@ STAGES = {
 }
 
 
-def made(feedback: Feedback, rows: list[dict], form: str = "comparisons", seed: int = 0, **options) -> list[dict]:
+def made(
+    feedback: Feedback, rows: list[dict], dataset_type: str = "comparisons", seed: int = 0, **options
+) -> list[dict]:
     """The training rows that `rows` become, as dicts."""
     source = [("rows", ((f"rows, row {i}", row) for i, row in enumerate(rows, 1)))]
-    return build(form, seed, source, feedback=feedback, **options)["train"].to_list()
+    return build(dataset_type, seed, source, feedback=feedback, **options)["train"].to_list()
 
 
-def judged(row: dict) -> set[tuple]:
+def wins(row: dict) -> set[tuple]:
     """(better, worse) texts of a row of comparisons."""
     texts = row["completions"]
     return {(texts[a], texts[b]) for a, b in zip(row["better"], row["worse"], strict=True)}
@@ -69,17 +71,17 @@ def test_the_config_of_a_form_declares_all_that_its_class_takes(name):
 def test_the_embedded_world_serves_every_form_to_every_stage(compose, name, stage):
     words = ["data.max_samples=80", "data.max_eval_samples=40", f"data/feedback={name}"]
     cfg = compose(f"stage={stage}", *words)
-    rows = instantiate(cfg.data)(form=cfg.stage.form, seed=cfg.seed)
+    rows = instantiate(cfg.data)(dataset_type=cfg.stage.dataset_type, seed=cfg.seed)
     for split in ("train", "eval"):
-        assert len(rows[split]) > 5 and STAGES[cfg.stage.form] <= set(rows[split].column_names)
+        assert len(rows[split]) > 5 and STAGES[cfg.stage.dataset_type] <= set(rows[split].column_names)
     prompts = [{json.dumps(row["prompt"]) for row in rows[split]} for split in ("train", "eval")]
     assert not prompts[0] & prompts[1]
-    if cfg.stage.form == "unpaired":
+    if cfg.stage.dataset_type == "unpaired":
         assert set(rows["train"]["label"]) == {True, False}
 
 
 def test_the_examples_of_the_readme_compose(tmp_path):
-    section = (CONF.parents[2] / "README.md").read_text().split("## Forms of feedback")[1].split("\n## ")[0]
+    section = (CONF.parents[2] / "README.md").read_text().split("## Feedback")[1].split("\n## ")[0]
     whole, lines = re.findall(r"```yaml\n(.*?)```", section, re.S)
     (tmp_path / "experiment").mkdir()
     found = {"pairs": whole}
@@ -117,7 +119,7 @@ def test_files_serve_a_form_and_splits_share_no_prompt(tmp_path, capsys):
 
 def test_forms_can_be_mixed():
     def source(feedback, row):
-        return lambda form, seed: build(form, seed, [("rows", [("row 1", row)])], feedback=feedback)
+        return lambda dataset_type, seed: build(dataset_type, seed, [("rows", [("row 1", row)])], feedback=feedback)
 
     sources = {
         "pairs": source(data.Pairs(margin=1.0), pair(strength=2)),
@@ -127,13 +129,13 @@ def test_forms_can_be_mixed():
     assert sorted((len(row["completions"]), row["margin"]) for row in rows) == [(2, [2.0]), (3, None)]
 
 
-# ---- What each form becomes ----
+# ---- What each kind becomes ----
 
 
 def test_pairs_with_strength_and_ties():
     rows = [pair(strength=3), pair("u", "v", "b", "q", strength=1), pair("s", "t", "tie", "r", strength=0)]
     reward = made(data.Pairs(margin=1 / 3), rows)
-    assert [judged(row) for row in reward] == [{("x", "y")}, {("v", "u")}]
+    assert [wins(row) for row in reward] == [{("x", "y")}, {("v", "u")}]
     assert [row["margin"] for row in reward] == [pytest.approx([1.0]), pytest.approx([1 / 3])]
     dpo = made(data.Pairs(), rows, "preference")
     assert dpo == [
@@ -149,15 +151,15 @@ def test_pairs_with_strength_and_ties():
 def test_pairs_in_other_words():
     arena = data.Pairs(columns={"preferred": "winner"}, answers=["model_a", "model_b", "tie"])
     row = {"prompt": "p", "completion_a": "x", "completion_b": "y", "winner": "model_b"}
-    assert judged(made(arena, [row])[0]) == {("y", "x")}
+    assert wins(made(arena, [row])[0]) == {("y", "x")}
     chosen = data.Pairs(columns={"completion_a": "chosen", "completion_b": "rejected", "preferred": None})
-    assert judged(made(chosen, [{"prompt": "p", "chosen": "x", "rejected": "y"}])[0]) == {("x", "y")}
+    assert wins(made(chosen, [{"prompt": "p", "chosen": "x", "rejected": "y"}])[0]) == {("x", "y")}
 
 
 def test_rankings_with_ties_and_partial_orders():
     row = {"prompt": "p", "completions": ["a", "b", "c", "d"], "ranks": [2, 1, 2, 4]}
     (reward,) = made(data.Rankings(margin=0.5), [row])
-    assert judged(reward) == {("b", "a"), ("b", "c"), ("b", "d"), ("a", "d"), ("c", "d")}
+    assert wins(reward) == {("b", "a"), ("b", "c"), ("b", "d"), ("a", "d"), ("c", "d")}
     at = reward["completions"].index
     margins = dict(zip(zip(reward["better"], reward["worse"], strict=True), reward["margin"], strict=True))
     assert margins[at("b"), at("d")] == 1.5 and margins[at("a"), at("d")] == 1.0
@@ -168,14 +170,14 @@ def test_rankings_with_ties_and_partial_orders():
     partial = data.Rankings(columns={"ranks": None, "better": "edges"})
     row = {"prompt": "p", "completions": ["a", "b", "c", "d"], "edges": [[0, 1], [1, 2]]}
     (reward,) = made(partial, [row])
-    assert judged(reward) == {("a", "b"), ("b", "c"), ("a", "c")}  # a > c follows; d was compared with nothing
+    assert wins(reward) == {("a", "b"), ("b", "c"), ("a", "c")}  # a > c follows; d was compared with nothing
     assert set(reward["completions"]) == {"a", "b", "c"}
 
 
 def test_ratings_as_pairs_with_a_margin_or_as_values():
     rows = [rated("a", [5, 4]), rated("b", 3), rated("c", [3]), rated("z", 1, prompt="q")]
     (reward,) = made(data.Ratings(margin=2.0), rows)
-    assert judged(reward) == {("a", "b"), ("a", "c")} and reward["margin"] == [3.0, 3.0]
+    assert wins(reward) == {("a", "b"), ("a", "c")} and reward["margin"] == [3.0, 3.0]
     values = made(data.Ratings(use="regression"), rows)
     targets = {c: t["score"] for row in values for c, t in zip(row["completions"], row["targets"], strict=True)}
     assert targets == {"a": 0.75, "b": 0.0, "c": 0.0, "z": -1.0}
@@ -186,7 +188,7 @@ def test_ratings_as_pairs_with_a_margin_or_as_values():
     }
     above = made(data.Ratings(good_above=2.5), rows, "prompt_completion")
     assert [row["completion"] for row in above] == ["a", "b", "c"]
-    assert judged(made(data.Ratings(min_gap=2), [*rows, rated("d", 1)])[0]) == {("a", "d"), ("b", "d"), ("c", "d")}
+    assert wins(made(data.Ratings(min_gap=2), [*rows, rated("d", 1)])[0]) == {("a", "d"), ("b", "d"), ("c", "d")}
 
 
 def test_edits_are_preferred_and_are_demonstrations():
@@ -201,7 +203,7 @@ def test_thumbs_are_labels_and_pairs_where_both_occur():
     labels = {(row["completion"], row["label"]) for row in made(data.Thumbs(), rows, "unpaired")}
     assert labels == {("a", True), ("b", False), ("c", True), ("d", False)}  # two of three are down
     (reward,) = made(data.Thumbs(), rows)
-    assert judged(reward) == {("a", "b")}
+    assert wins(reward) == {("a", "b")}
 
 
 def test_attributes_are_heads_with_missing_dimensions_or_a_weighted_mean():
@@ -220,7 +222,7 @@ def test_attributes_are_heads_with_missing_dimensions_or_a_weighted_mean():
         "c": {"kind": None, "true": 0.5},
     }
     pairs = data.Attributes(**feedback, use="pairs")
-    assert judged(made(pairs, rows)[0]) == {("a", "b"), ("c", "b")}  # a and c have no dimension in common
+    assert wins(made(pairs, rows)[0]) == {("a", "b"), ("c", "b")}  # a and c have no dimension in common
     weighted = data.Attributes(**feedback, weights={"kind": 3})
     assert {row["completion"] for row in made(weighted, rows, "prompt_completion")} == {"a", "b", "c"}
     assert {row["completion"] for row in made(data.Attributes(**feedback), rows, "prompt_completion")} == {"a", "c"}
@@ -234,7 +236,7 @@ def test_the_share_of_raters_who_agree_is_a_weight_or_a_smoothing():
     rows = [pair(preferred=side, rater=rater, strength=2) for side, rater in votes]
     rows += [pair("y", "x", "tie", rater=5)]  # the same two, the other way round
     (row,) = made(data.Pairs(agreement="weights", margin=1.0), rows)
-    assert judged(row) == {("x", "y")} and row["weights"] == pytest.approx([2 * 0.7 - 1])
+    assert wins(row) == {("x", "y")} and row["weights"] == pytest.approx([2 * 0.7 - 1])
     assert row["margin"] == pytest.approx([(3 * 2 - 2) / 5])
     (row,) = made(data.Pairs(agreement="smoothing"), rows)
     assert row["label_smoothing"] == pytest.approx([0.3])
@@ -244,9 +246,9 @@ def test_the_share_of_raters_who_agree_is_a_weight_or_a_smoothing():
     # A preference of strength 0 is one: of two against one, the one is sure
     rows = [pair(preferred=side, rater=i, strength=by) for i, (side, by) in enumerate([("a", 0), ("a", 0), ("b", 3)])]
     (row,) = made(data.Pairs(agreement="weights", margin=1.0), rows)
-    assert (judged(row), row["margin"]) == ({("x", "y")}, [0.0]) and row["weights"] == pytest.approx([1 / 3])
-    (row,) = made(data.Pairs(), rows, "judged")
-    assert (judged(row), row["gap"]) == ({("x", "y")}, [0.0]) and row["share"] == pytest.approx([2 / 3])
+    assert (wins(row), row["margin"]) == ({("x", "y")}, [0.0]) and row["weights"] == pytest.approx([1 / 3])
+    (row,) = made(data.Pairs(), rows, "annotated")
+    assert (wins(row), row["gap"]) == ({("x", "y")}, [0.0]) and row["share"] == pytest.approx([2 / 3])
 
     rankings = [
         {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [1, 2, 3], "rater": 1},
@@ -254,11 +256,11 @@ def test_the_share_of_raters_who_agree_is_a_weight_or_a_smoothing():
         {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [1, 2, 3], "rater": 3},
     ]
     (row,) = made(data.Rankings(agreement="weights"), rankings)
-    assert judged(row) == {("a", "b"), ("a", "c"), ("b", "c")}
+    assert wins(row) == {("a", "b"), ("a", "c"), ("b", "c")}
     assert sorted(row["weights"]) == pytest.approx([1 / 3, 1 / 3, 1.0])
 
     (row,) = made(data.Ratings(agreement="smoothing"), [rated("a", [5, 3]), rated("b", [3, 2])])
-    assert judged(row) == {("a", "b")} and row["label_smoothing"] == pytest.approx([1 - 3.5 / 4])
+    assert wins(row) == {("a", "b")} and row["label_smoothing"] == pytest.approx([1 - 3.5 / 4])
 
 
 def test_agreement_needs_to_know_the_raters():
@@ -307,7 +309,7 @@ def test_negatives_are_other_prompts_completions_and_worse_than_the_best(capsys)
     rows = [pair(f"good {i}", f"bad {i}", prompt=f"p{i}") for i in range(6)]
     for row, given in zip(made(data.Pairs(negatives=2), rows), rows, strict=True):
         own = {given["completion_a"], given["completion_b"]}
-        others = {worse for better, worse in judged(row) if better == given["completion_a"]} - own
+        others = {worse for better, worse in wins(row) if better == given["completion_a"]} - own
         assert len(others) == 2 and len(row["completions"]) == 4 and len(row["better"]) == 3
     assert "completions of other prompts added as negatives: 12" in capsys.readouterr().out
     with pytest.raises(DataError, match="all rows have the same prompt"):
@@ -325,7 +327,7 @@ def test_negatives_and_the_cap_of_pairs_together(feedback):
     for seed in range(20):
         for row in made(make(negatives=2, max_pairs=4), rows, seed=seed):
             assert len(row["better"]) == 4
-            pairs = [(a, b) for a, b in judged(row) if b[0] != row["prompt"]]
+            pairs = [(a, b) for a, b in wins(row) if b[0] != row["prompt"]]
             negatives.update(a[1] for a, _ in pairs)
             seen += len(pairs)
     assert set(negatives) == {"a"} and 60 < seen < 100  # a quarter of the 8 pairs a prompt, of which 4 stay: about 80
@@ -348,7 +350,7 @@ def test_groups_of_k_and_the_same_comparisons_as_pairs():
     assert Counter(text for row in groups for text in row["completions"]) == {f"t{i}": 2 for i in range(10)}
     alone = made(data.Ratings(group_size=4, rounds=2, pairwise_rows=True), rows)
     assert all(len(row["completions"]) == 2 and len(row["better"]) == 1 for row in alone)
-    assert set().union(*map(judged, alone)) == set().union(*map(judged, groups))
+    assert set().union(*map(wins, alone)) == set().union(*map(wins, groups))
     assert len(made(data.Ratings(group_size=None), rows)[0]["better"]) == 45
 
 
@@ -427,7 +429,7 @@ def test_bad_rows_can_be_dropped_and_are_counted(capsys):
 
 def test_files_whose_rows_say_too_little_are_one_clear_error():
     thumbs = [{"prompt": p, "completion": f"a {p}", "thumb": True} for p in "pqr"]
-    with pytest.raises(DataError, match="no row of the form `comparisons` .*stage=kto"):
+    with pytest.raises(DataError, match="no row of the dataset type `comparisons` .*stage=kto"):
         made(data.Thumbs(), thumbs)
     with pytest.raises(DataError, match="no row has a score for the attribute `true`.*data.feedback.dimensions"):
         rows = [{"prompt": "p", "completion": "a", "kind": 1, "true": None}]

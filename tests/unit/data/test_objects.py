@@ -33,27 +33,29 @@ def rows_with_tools() -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize("form", ["prompt_completion", "preference", "unpaired", "comparisons", "judged", "prompt"])
+@pytest.mark.parametrize(
+    "dataset_type", ["prompt_completion", "preference", "unpaired", "comparisons", "annotated", "prompt"]
+)
 @pytest.mark.parametrize("mixed", [False, True])
-def test_objects_keep_their_own_fields_and_nulls(tmp_path, form, mixed):
+def test_objects_keep_their_own_fields_and_nulls(tmp_path, dataset_type, mixed):
     path = write(tmp_path / "tools.jsonl", rows_with_tools())
     if mixed:
         plain = {"prompt": [user("plain")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}
         plain = write(tmp_path / "plain.jsonl", [plain])
         sources = {name: partial(data.load_files, paths=name, eval_size=None) for name in (plain, path)}
-        loaded = list(data.mix(form, 0, sources)["train"])
+        loaded = list(data.mix(dataset_type, 0, sources)["train"])
         (other,) = [row for row in loaded if row["prompt"][0]["content"] == "plain"][:1]
         assert (other["tools"], other["chat_template_kwargs"]) == (None, {})
         loaded = sorted((row for row in loaded if row["prompt"][0]["content"] != "plain"), key=str)
         loaded.sort(key=lambda row: (row["prompt"][0]["content"], not row.get("label", True)))
     else:
-        loaded = list(load(path, form)["train"])
-    loaded = loaded[::2] if form == "unpaired" else loaded
-    answer = {"prompt_completion": "completion", "preference": "chosen", "unpaired": "completion"}.get(form)
+        loaded = list(load(path, dataset_type)["train"])
+    loaded = loaded[::2] if dataset_type == "unpaired" else loaded
+    answer = {"prompt_completion": "completion", "preference": "chosen", "unpaired": "completion"}.get(dataset_type)
     for row, given in zip(loaded, rows_with_tools(), strict=True):
         assert row["prompt"] == given["prompt"] and row["tools"] == given["tools"]
         assert row["chat_template_kwargs"] == given.get("chat_template_kwargs", {})  # TRL passes it on with **
-        if form in ("comparisons", "judged"):
+        if dataset_type in ("comparisons", "annotated"):
             assert row["completions"] == [given["chosen"], given["rejected"]]
         elif answer:
             assert row[answer] == given["chosen"]
@@ -110,10 +112,10 @@ def test_no_null_is_trained_on_that_the_file_does_not_hold(tmp_path):
     texts = [json.dumps(arguments) + "<|im_end|>" for arguments in ARGUMENTS]
     model, reference = (tiny_model(tokenizer, LlamaForCausalLM) for _ in range(2))
 
-    def trained(form, trainer, config, column, **more):
+    def trained(dataset_type, trainer, config, column, **more):
         args = config(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, max_length=None)
         made = trainer(
-            model=model, args=args, train_dataset=load(path, form)["train"], processing_class=tokenizer, **more
+            model=model, args=args, train_dataset=load(path, dataset_type)["train"], processing_class=tokenizer, **more
         )
         return [tokenizer.decode(row[column]) for row in made.train_dataset]
 

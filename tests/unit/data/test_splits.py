@@ -1,4 +1,4 @@
-"""Splits: which prompts are held out depends on the prompts alone, in every stage, format and form of feedback."""
+"""Splits: which prompts are held out depends on the prompts alone, in every stage, format and kind of feedback."""
 
 import json
 
@@ -17,7 +17,7 @@ from rlhf_trl.runs.paths import conf_dir
 
 with initialize_config_dir(str(conf_dir()), version_base="1.3"):
     CONFIGS = {path.stem: compose("train", [f"stage={path.stem}"]) for path in sorted(conf_dir().glob("stage/*.yaml"))}
-STAGES = {name: cfg.stage.form for name, cfg in CONFIGS.items() if "form" in cfg.stage}
+STAGES = {name: cfg.stage.dataset_type for name, cfg in CONFIGS.items() if "dataset_type" in cfg.stage}
 SYSTEM = {"role": "system", "content": "Be brief."}
 PROMPTS = [f"What is {i}?" for i in range(100)]
 
@@ -85,8 +85,8 @@ def named(rows):
     return [("file", [(f"row {i}", row) for i, row in enumerate(rows)])]
 
 
-def load(form, rows, held_out=None, **options):
-    return build(form, 0, named(rows), None if held_out is None else named(held_out), **options)
+def load(dataset_type, rows, held_out=None, **options):
+    return build(dataset_type, 0, named(rows), None if held_out is None else named(held_out), **options)
 
 
 @pytest.mark.parametrize(("eval_size", "count"), [(0.2, 18), (10, 10)])
@@ -97,17 +97,21 @@ def test_every_stage_holds_the_same_prompts_out(name, feedback, row, options, ev
     options = options | {"feedback": feedback, "eval_size": eval_size}
     rows, some = rows_of(row), PROMPTS[::2]
     last = next(key for key in reversed(rows[0]) if key != "prompt")
-    served = {form for form in STAGES.values() if feedback or {*SOURCES[form]} & {*formats_in(rows[0])}}
-    for form in served:
-        loaded = load(form, rows, max_samples=60, max_eval_samples=8, **options)
-        assert held_out_keys(loaded) == expected, form
-        loaded = load(form, [*rows, {**rows[0], last: {"no": "thing"}}], bad_rows="drop", **options)
-        assert held_out_keys(loaded) == expected, form
-        assert set(prompt_keys(loaded["eval"])) <= expected, form
-        assert not set(prompt_keys(loaded["train"])) & expected, form
+    served = {
+        dataset_type
+        for dataset_type in STAGES.values()
+        if feedback or {*SOURCES[dataset_type]} & {*formats_in(rows[0])}
+    }
+    for dataset_type in served:
+        loaded = load(dataset_type, rows, max_samples=60, max_eval_samples=8, **options)
+        assert held_out_keys(loaded) == expected, dataset_type
+        loaded = load(dataset_type, [*rows, {**rows[0], last: {"no": "thing"}}], bad_rows="drop", **options)
+        assert held_out_keys(loaded) == expected, dataset_type
+        assert set(prompt_keys(loaded["eval"])) <= expected, dataset_type
+        assert not set(prompt_keys(loaded["train"])) & expected, dataset_type
         if eval_size < 1:  # another file with some of the prompts
-            loaded = load(form, rows_of(row, some), **options)
-            assert held_out_keys(loaded) == expected & {*map(prompt_key, some)}, form
+            loaded = load(dataset_type, rows_of(row, some), **options)
+            assert held_out_keys(loaded) == expected & {*map(prompt_key, some)}, dataset_type
     assert len(served) >= (len(set(STAGES.values())) if feedback else 1)
 
 
@@ -124,7 +128,10 @@ def test_rows_labelled_false_do_not_move_the_split():
     rows = [{"prompt": p, "completion": "x", "label": False} for p in PROMPTS]
     rows += [{"prompt": p, "completion": "y", "label": True} for p in PROMPTS[:50]]
     for eval_size in (0.2, 20):
-        sides = {form: load(form, rows, eval_size=eval_size) for form in ("prompt_completion", "prompt", "unpaired")}
+        sides = {
+            dataset_type: load(dataset_type, rows, eval_size=eval_size)
+            for dataset_type in ("prompt_completion", "prompt", "unpaired")
+        }
         trained = set(prompt_keys(sides["prompt_completion"]["train"]))
         assert trained and not trained & set(prompt_keys(sides["prompt"]["eval"]))
         assert not trained & set(prompt_keys(sides["unpaired"]["eval"]))
@@ -136,7 +143,8 @@ def test_rows_labelled_false_do_not_move_a_split_by_row():
     rows = [{"prompt": "Review:", "completion": f"{i}", "label": i % 2 == 1} for i in range(100)]
     for eval_size in (0.2, 20):
         sft, kto = (
-            load(form, rows, eval_size=eval_size, split_by="row") for form in ("prompt_completion", "unpaired")
+            load(dataset_type, rows, eval_size=eval_size, split_by="row")
+            for dataset_type in ("prompt_completion", "unpaired")
         )
         held_out = [row["completion"] for row in kto["eval"] if row["label"]]
         assert sft["eval"]["completion"][:] == held_out and 0 < len(held_out) < 20
@@ -149,10 +157,10 @@ def test_training_rows_leave_out_the_prompts_of_evaluation_files():
     # The last prompt's only row is malformed where a completion is read
     held_out = [*asked, {"prompt": [user(PROMPTS[10])], "completion": None, "label": True}]
     held_out += [{"prompt": [user("Why?")], "completion": "yes", "label": True}]
-    for form in ("prompt_completion", "unpaired", "prompt"):
-        loaded = load(form, rows, held_out, bad_rows="drop", to_chat=True)
+    for dataset_type in ("prompt_completion", "unpaired", "prompt"):
+        loaded = load(dataset_type, rows, held_out, bad_rows="drop", to_chat=True)
         assert set(prompt_keys(loaded["train"])) == {
-            prompt_key(p) for i, p in enumerate(PROMPTS) if i > 10 and (i % 3 or form != "prompt_completion")
+            prompt_key(p) for i, p in enumerate(PROMPTS) if i > 10 and (i % 3 or dataset_type != "prompt_completion")
         }
 
 
@@ -161,14 +169,17 @@ def test_a_mixture_keeps_what_one_source_holds_out_from_all(tmp_path):
     expected = hold_out(map(prompt_key, PROMPTS), 0.2)
     sources = {
         # A limit and rows labelled false leave few of the prompts that are held out in `eval`
-        "own": lambda form, seed: build(form, seed, named(own), eval_size=0.2, max_eval_samples=2),
-        "other": lambda form, seed: build(form, seed, named(other)),
+        "own": lambda dataset_type, seed: build(dataset_type, seed, named(own), eval_size=0.2, max_eval_samples=2),
+        "other": lambda dataset_type, seed: build(dataset_type, seed, named(other)),
     }
-    for form in ("prompt_completion", "prompt"):
-        mixed = data.mix(form, 0, sources)
+    for dataset_type in ("prompt_completion", "prompt"):
+        mixed = data.mix(dataset_type, 0, sources)
         assert not set(prompt_keys(mixed["train"])) & expected and len(mixed["eval"]) == 2
         assert (
-            held_out_keys(data.mix(form, 0, {"inner": lambda form, seed: data.mix(form, seed, sources)})) == expected
+            held_out_keys(
+                data.mix(dataset_type, 0, {"inner": lambda dataset_type, seed: data.mix(dataset_type, seed, sources)})
+            )
+            == expected
         )
 
 

@@ -134,9 +134,9 @@ def test_refused_chats_are_named_by_file_and_line(tmp_path, roles, options, mess
     tokenizer = make_tokenizer()
     tokenizer.chat_template = GEMMA
     file = chats(tmp_path / "chats.jsonl", "user", roles, "user")
-    for form in ("prompt_completion", "prompt"):
+    for dataset_type in ("prompt_completion", "prompt"):
         with refusals_named(tokenizer), pytest.raises(DataError) as error:
-            load_files(form, seed=0, paths=file, **options)
+            load_files(dataset_type, seed=0, paths=file, **options)
         assert f"{file}, {message}" in str(error.value)
         assert ("data.system_prompt" in str(error.value)) == ("system" in message or bool(options))
     if not options:
@@ -178,8 +178,8 @@ def test_a_prompt_that_all_answers_repeat_is_taken_out(tmp_path, capsys):
     file = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"How {i}?", "chosen": f"How {i}? Mix.", "rejected": f"How {i}? No."} for i in range(4)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for form, first in (("preference", " Mix."), ("comparisons", [" Mix.", " No."])):
-        row = load_files(form, seed=0, paths=str(file))["train"][0]
+    for dataset_type, first in (("preference", " Mix."), ("comparisons", [" Mix.", " No."])):
+        row = load_files(dataset_type, seed=0, paths=str(file))["train"][0]
         assert row.get("chosen", row.get("completions")) == first and row["prompt"] == "How 0?"
         assert "the prompt is repeated at the beginning of the answers: it is taken out" in capsys.readouterr().out
     rows[3] |= {"chosen": "Mix."}

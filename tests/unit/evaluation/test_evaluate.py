@@ -391,7 +391,7 @@ def test_a_page_that_fails_leaves_the_scores_and_says_failed(compose, tmp_path, 
         assert json.loads(Path(cfg.run_dir, "run.json").read_text())["status"] == "running"
         raise RuntimeError("no page")
 
-    monkeypatch.setattr("rlhf_trl.report.page.write_page", broken)
+    monkeypatch.setattr("rlhf_trl.stages.evaluate.write_page", broken)
     cfg = compose(*STAGE, f"runs_dir={tmp_path}")
     with pytest.raises(RuntimeError, match="no page"):
         instantiate(cfg.stage.run)(cfg)
@@ -598,7 +598,7 @@ def test_data_without_held_out_prompts_is_refused():
 
 
 def test_data_without_answers_says_how_to_go_on_without_them(monkeypatch):
-    def none(cfg, form):
+    def none(cfg, dataset_type):
         raise DataError("no column has answers.")
 
     monkeypatch.setattr("rlhf_trl.build.instantiate_data", none)

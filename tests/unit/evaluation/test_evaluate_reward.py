@@ -31,7 +31,7 @@ from rlhf_trl.evaluation.reward_quality import (
     top_one,
     within,
 )
-from rlhf_trl.evaluation.rewards import measure, metrics_of, read_judged, slices_of
+from rlhf_trl.evaluation.rewards import measure, metrics_of, read_annotated, slices_of
 from rlhf_trl.evaluation.statistics import bootstrap_share, pearson, ranks, spearman
 from rlhf_trl.report.page import to_html
 from rlhf_trl.report.rewards import reward_page, reward_text, summary_table
@@ -217,7 +217,7 @@ def test_rewardbench_score_is_the_mean_of_four_sections():
     assert rewardbench.section_scores(["hep-go"] * 2, np.array([NAN, 1.0]))["subsets"]["hep-go"]["n"] == 1
 
 
-def judged_rows() -> Dataset:
+def annotated_rows() -> Dataset:
     """Two prompts, three answers each; longer is better for the first prompt's people, shorter for the second's."""
     return Dataset.from_list(
         [
@@ -245,7 +245,7 @@ def by_length(prompts, completions, **columns):
 
 def test_a_measured_reward_and_its_page():
     reward = FunctionReward(by_length, name="length")
-    quality = measure(read_judged(judged_rows()), [reward], gaps_above=[1.5])
+    quality = measure(read_annotated(annotated_rows()), [reward], gaps_above=[1.5])
     entry = quality["rewards"]["length"]
     assert quality["completions"] == 6 and quality["comparisons"] == 6 and quality["prompts"] == 2
     slices = {part["slice"]: (part["n"], part["accuracy"]["mean"]) for part in entry["slices"]}
@@ -272,7 +272,7 @@ def test_scores_that_are_none_or_not_finite_are_counted():
     def broken(prompts, completions, **columns):
         return [next(values) for _ in completions]
 
-    quality = measure(read_judged(judged_rows()), [FunctionReward(broken)])
+    quality = measure(read_annotated(annotated_rows()), [FunctionReward(broken)])
     entry = quality["rewards"]["broken"]
     assert entry["completions_without_score"] == 3 and entry["comparisons_left_out"] == 5
     assert entry["accuracy"]["mean"] == 0.0 and math.isnan(entry["accuracy"]["low"])  # of the one of 4.0 and 6.0
@@ -280,7 +280,8 @@ def test_scores_that_are_none_or_not_finite_are_counted():
 
     with pytest.raises(ConfigError, match="`nothing` has no finite score for both"):
         measure(
-            read_judged(judged_rows()), [FunctionReward(lambda completions: [None] * len(completions), name="nothing")]
+            read_annotated(annotated_rows()),
+            [FunctionReward(lambda completions: [None] * len(completions), name="nothing")],
         )
 
 
@@ -302,7 +303,7 @@ class TwoMembers(ModelReward):
 
 
 def test_members_of_an_ensemble_are_held_beside_each_other():
-    quality = measure(read_judged(judged_rows()), [TwoMembers()])
+    quality = measure(read_annotated(annotated_rows()), [TwoMembers()])
     found = quality["rewards"]["two"]["disagreement"]
     assert [each["mean"] for each in found["members"]] == [0.5, 0.5]
     # Leads of 5, 2, 3 tokens in each row, and as much below 0: their unbiased std is sqrt(2) times as large
@@ -311,26 +312,26 @@ def test_members_of_an_ensemble_are_held_beside_each_other():
 
 
 def test_slices_that_are_not_there():
-    judged = read_judged(judged_rows())
+    annotated = read_annotated(annotated_rows())
     with pytest.raises(ConfigError, match="`stage.slices` names the column `source`.*`kind`"):
-        slices_of(judged, None, ["source"], 0.1)
-    many = Dataset.from_list([{**row, "id": i} for i, row in enumerate(list(judged_rows()) * 15)])
-    assert not any(name.startswith("id") for name in slices_of(read_judged(many), None, None, 0.1))
+        slices_of(annotated, None, ["source"], 0.1)
+    many = Dataset.from_list([{**row, "id": i} for i, row in enumerate(list(annotated_rows()) * 15)])
+    assert not any(name.startswith("id") for name in slices_of(read_annotated(many), None, None, 0.1))
     with pytest.raises(ConfigError, match="`id`, which has 30 different values"):
-        slices_of(read_judged(many), None, ["id"], 0.1)
+        slices_of(read_annotated(many), None, ["id"], 0.1)
     with pytest.raises(ConfigError, match="the data doesn't say"):
-        slices_of(read_judged(judged_rows().remove_columns("gap")), [1], None, 0.1)
+        slices_of(read_annotated(annotated_rows().remove_columns("gap")), [1], None, 0.1)
 
 
 def test_rows_that_compare_nothing():
-    rows = judged_rows().map(lambda row: {"better": [], "worse": [], "gap": [], "share": []})
+    rows = annotated_rows().map(lambda row: {"better": [], "worse": [], "gap": [], "share": []})
     with pytest.raises(ConfigError, match="2 rows for evaluation compare nothing.*data/feedback=FORM"):
-        read_judged(rows)
+        read_annotated(rows)
 
 
 def test_few_raters_are_said():
-    lone = judged_rows().map(lambda row: {"ratings": [[1.0], [2.0], [3.0]]})
-    quality = measure(read_judged(lone), [FunctionReward(by_length)])
+    lone = annotated_rows().map(lambda row: {"ratings": [[1.0], [2.0], [3.0]]})
+    quality = measure(read_annotated(lone), [FunctionReward(by_length)])
     assert quality["raters"] is None and "6 completions with a single rating" in quality["notes"][0]
     assert "fewer than three completions have two raters" in quality["notes"][1]
 
@@ -349,7 +350,7 @@ def test_attributes_are_slices_of_their_own_order():
             }
         ]
     )
-    entry = measure(read_judged(rows), [FunctionReward(by_length)])["rewards"]["by_length"]
+    entry = measure(read_annotated(rows), [FunctionReward(by_length)])["rewards"]["by_length"]
     slices = {part["slice"]: part["accuracy"]["mean"] for part in entry["slices"]}
     assert slices["more helpful"] == 0.0 and slices["more clear"] == 1.0 and entry["ratings"] is None
 
@@ -364,18 +365,18 @@ def test_pairs_keep_the_columns_that_part_them(tmp_path, capsys):
         {"prompt": f"p{i}", "chosen": "good", "rejected": "bad", "subset": "hep-go", "margin": 1.5, "tags": ["x"]}
         for i in range(3)
     ]
-    found = load_files("judged", 0, write(tmp_path / "pairs.jsonl", rows), eval_size=None)["train"]
+    found = load_files("annotated", 0, write(tmp_path / "pairs.jsonl", rows), eval_size=None)["train"]
     assert found[0]["subset"] == "hep-go" and found[0]["gap"] == [1.5] and found[0]["better"] == [0]
     assert "`tags` is neither text nor number and left out (3 rows)" in capsys.readouterr().out
     rows[1] |= {"share": 1.2}
     with pytest.raises(DataError, match="line 2: `share` is 1.2"):
-        load_files("judged", 0, write(tmp_path / "pairs.jsonl", rows), eval_size=None)
+        load_files("annotated", 0, write(tmp_path / "pairs.jsonl", rows), eval_size=None)
 
 
 def test_feedback_of_several_raters_becomes_shares(tmp_path):
     base = {"prompt": "p", "completion_a": "x", "completion_b": "y", "source": "web"}
     rows = [{**base, "preferred": choice, "rater": rater} for rater, choice in enumerate("aab")]
-    found = load_files("judged", 0, write(tmp_path / "a.jsonl", rows), feedback=Pairs(shuffle=False))["train"]
+    found = load_files("annotated", 0, write(tmp_path / "a.jsonl", rows), feedback=Pairs(shuffle=False))["train"]
     assert found[0]["share"] == [pytest.approx(2 / 3)] and found[0]["source"] == "web" and len(found) == 1
 
     rows = [
@@ -383,26 +384,26 @@ def test_feedback_of_several_raters_becomes_shares(tmp_path):
         for text, votes in (("x", [1, 2]), ("y", [5, 2]), ("z", [2, 1]))
     ]
     ratings = Ratings(shuffle=False, min_gap=1, negatives=2)  # negatives are for training
-    found = load_files("judged", 0, write(tmp_path / "b.jsonl", rows), feedback=ratings)["train"][0]
+    found = load_files("annotated", 0, write(tmp_path / "b.jsonl", rows), feedback=ratings)["train"][0]
     assert sorted(map(tuple, found["ratings"])) == [(1, 2), (2, 1), (5, 2)] and len(found["completions"]) == 3
     assert [found["completions"][i] for i in found["better"]] == ["y", "y"] and found["gap"] == [2.0, 2.0]
     assert found["share"] == [0.875, 0.875]  # 5 beats both, 2 beats 1 and ties with 2
     assert found["source"] == "web" and "model" not in found
 
     rows = [{"prompt": "p", "completions": ["x", "y", "z"], "ranks": [1, 2, 2]}]
-    found = load_files("judged", 0, write(tmp_path / "c.jsonl", rows), feedback=Rankings(shuffle=False))["train"][0]
+    found = load_files("annotated", 0, write(tmp_path / "c.jsonl", rows), feedback=Rankings(shuffle=False))["train"][0]
     assert found["better"] == [0, 0] and found["share"] == [None, None]
 
     rows = [{"prompt": "p", "completion": text, "helpful": value} for text, value in (("x", 1), ("y", None), ("z", 0))]
     feedback = Attributes(dimensions=["helpful"], shuffle=False)
-    found = load_files("judged", 0, write(tmp_path / "d.jsonl", rows), feedback=feedback)["train"][0]
+    found = load_files("annotated", 0, write(tmp_path / "d.jsonl", rows), feedback=feedback)["train"][0]
     assert len(found["better"]) == 1 and {"helpful": 1.0} in found["attributes"]
 
 
 def test_the_sources_of_a_mixture_are_slices():
     sources = {name: partial(load, max_samples=20, max_eval_samples=8 * i) for i, name in enumerate(("own", "web"), 1)}
-    rows = mix("judged", 0, sources)["eval"]
-    found = slices_of(read_judged(rows), None, ["source"], 0.1)
+    rows = mix("annotated", 0, sources)["eval"]
+    found = slices_of(read_annotated(rows), None, ["source"], 0.1)
     assert 0 < found["source: own"].sum() < found["source: web"].sum()
 
 
@@ -450,7 +451,7 @@ def test_values_with_signs_of_formulas_are_shown_and_a_page_that_fails_leaves_th
     def broken(*args):
         raise RuntimeError("no page")
 
-    monkeypatch.setattr("rlhf_trl.report.page.write_page", broken)
+    monkeypatch.setattr("rlhf_trl.stages.evaluate_reward.write_page", broken)
     cfg = compose(*words, "overwrite=true")
     with pytest.raises(RuntimeError, match="no page"):
         instantiate(cfg.stage.run)(cfg)

@@ -499,5 +499,5 @@ def test_the_reward_stage_learns_from_every_form(train, tmp_path, feedback, rows
 def test_data_of_one_form_are_configured_like_any_other(compose):
     words = ["stage=reward", "data/feedback=rankings", "data.max_samples=8", "data.max_eval_samples=8"]
     cfg = compose(*words, "data.feedback.margin=0.5", "data.feedback.pairwise_rows=true")
-    rows = instantiate(cfg.data)(form=cfg.stage.form, seed=1)["train"]
+    rows = instantiate(cfg.data)(dataset_type=cfg.stage.dataset_type, seed=1)["train"]
     assert all(len(row["completions"]) == 2 and len(row["margin"]) == 1 and row["margin"][0] >= 0.5 for row in rows)

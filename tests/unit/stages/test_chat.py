@@ -56,7 +56,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def questions():
-    return [row["prompt"][-1]["content"] for row in load_demo(form="prompt", seed=0)["eval"].to_list()[:3]]
+    return [row["prompt"][-1]["content"] for row in load_demo(dataset_type="prompt", seed=0)["eval"].to_list()[:3]]
 
 
 @pytest.fixture(scope="module")
@@ -378,5 +378,5 @@ def test_bad_prompts_are_named_by_file_and_row(tmp_path):
 
 def test_prompts_are_the_held_out_ones_of_the_data_unless_files_are_named(compose, tmp_path):
     cfg = compose(f"runs_dir={tmp_path}", "stage=generate", "stage.max_prompts=5", "data.max_eval_samples=7")
-    held_out = instantiate(cfg.data)(form="prompt", seed=cfg.seed)["eval"]
+    held_out = instantiate(cfg.data)(dataset_type="prompt", seed=cfg.seed)["eval"]
     assert prompts_of(cfg) == held_out.to_list()[:5]

@@ -39,17 +39,22 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(CHECKPOINTS / "sft")
 
 
-@pytest.mark.parametrize("form", COLUMNS)
-def test_form_has_its_columns_and_is_deterministic(form):
-    data = load(form, seed=3, max_samples=20, max_eval_samples=8)
-    assert set(data["train"].column_names) == COLUMNS[form]
+@pytest.mark.parametrize("dataset_type", COLUMNS)
+def test_form_has_its_columns_and_is_deterministic(dataset_type):
+    data = load(dataset_type, seed=3, max_samples=20, max_eval_samples=8)
+    assert set(data["train"].column_names) == COLUMNS[dataset_type]
     assert (len(data["train"]), len(data["eval"])) == (20, 8)
-    assert load(form, seed=3, max_samples=20, max_eval_samples=8)["train"].to_list() == data["train"].to_list()
-    assert load(form, seed=4, max_samples=20, max_eval_samples=8)["train"].to_list() != data["train"].to_list()
+    assert load(dataset_type, seed=3, max_samples=20, max_eval_samples=8)["train"].to_list() == data["train"].to_list()
+    assert load(dataset_type, seed=4, max_samples=20, max_eval_samples=8)["train"].to_list() != data["train"].to_list()
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"form": "pears"}, {"form": "pairs", "max_samples": 0}, {"form": "pairs", "max_eval_samples": -1}]
+    "arguments",
+    [
+        {"dataset_type": "pears"},
+        {"dataset_type": "pairs", "max_samples": 0},
+        {"dataset_type": "pairs", "max_eval_samples": -1},
+    ],
 )
 def test_a_wrong_form_or_size_says_what_to_type(arguments):
     with pytest.raises(DataError, match="Use "):
@@ -57,26 +62,29 @@ def test_a_wrong_form_or_size_says_what_to_type(arguments):
 
 
 def test_all_forms_are_tested():
-    assert {*COLUMNS, "judged"} == set(FORMS)
+    assert {*COLUMNS, "annotated"} == set(FORMS)
 
 
-def test_judged_rows_are_made_of_ratings():
+def test_annotated_rows_are_made_of_ratings():
     """Twenty ratings for training and eight held out, of four answers a prompt."""
-    data = load("judged", seed=3, max_samples=20, max_eval_samples=8)
+    data = load("annotated", seed=3, max_samples=20, max_eval_samples=8)
     assert {"kind", "better", "worse", "gap", "share", "ratings"} < set(data["eval"].column_names)
     assert (len(data["train"]), len(data["eval"])) == (5, 2)
     assert all(0 <= share <= 1 for row in data["train"] for share in row["share"])
-    assert load("judged", seed=3, max_samples=20, max_eval_samples=8)["eval"].to_list() == data["eval"].to_list()
+    assert load("annotated", seed=3, max_samples=20, max_eval_samples=8)["eval"].to_list() == data["eval"].to_list()
 
 
-@pytest.mark.parametrize("form", COLUMNS)
-def test_fewer_rows_are_the_first_ones(form):
-    assert load(form, 0, 12, 4)["train"].select(range(5)).to_list() == load(form, 0, 5, 4)["train"].to_list()
+@pytest.mark.parametrize("dataset_type", COLUMNS)
+def test_fewer_rows_are_the_first_ones(dataset_type):
+    assert (
+        load(dataset_type, 0, 12, 4)["train"].select(range(5)).to_list()
+        == load(dataset_type, 0, 5, 4)["train"].to_list()
+    )
 
 
-@pytest.mark.parametrize("form", COLUMNS)
-def test_text_and_chat_say_the_same(form):
-    chat, text = (load(form, 0, 5, 2, conversational=c)["train"].to_list() for c in (True, False))
+@pytest.mark.parametrize("dataset_type", COLUMNS)
+def test_text_and_chat_say_the_same(dataset_type):
+    chat, text = (load(dataset_type, 0, 5, 2, conversational=c)["train"].to_list() for c in (True, False))
     for as_chat, as_text in zip(chat, text, strict=True):
         assert as_text["prompt"] == f"Question: {as_chat['prompt'][0]['content']} Answer:"
         for name in filter(as_chat.__contains__, COMPLETION_COLUMNS):
@@ -87,8 +95,8 @@ def test_text_and_chat_say_the_same(form):
 
 def test_splits_share_no_prompt_whatever_the_seed_and_form():
     train, held_out = set(), set()
-    for seed, form in enumerate(FORMS):
-        data = load(form, seed, conversational=False)
+    for seed, dataset_type in enumerate(FORMS):
+        data = load(dataset_type, seed, conversational=False)
         train.update(data["train"]["prompt"])
         held_out.update(data["eval"]["prompt"])
     assert train and held_out and not train & held_out

@@ -71,7 +71,7 @@ def test_the_raters_own_ratings_are_groups_of_the_same_sentences(folder, compose
     monkeypatch.setenv("RLHF_TRL_REVIEWS", str(folder))
     words = ["stage=reward", "data=reviews", "data/feedback=ratings", "data.feedback.scale=[-4,4]"]
     cfg = compose(*words, "data.feedback.min_gap=0.5", "data.feedback.agreement=weights")
-    splits = instantiate(cfg.data)(form=cfg.stage.form, seed=1)
+    splits = instantiate(cfg.data)(dataset_type=cfg.stage.dataset_type, seed=1)
     trained = {row["text"] for row in reviews.read(str(folder), 0.3).train}
     assert {text.strip() for row in splits["train"] for text in row["completions"]} <= trained
     assert max(len(row["completions"]) for row in splits["train"]) == 4
@@ -80,13 +80,16 @@ def test_the_raters_own_ratings_are_groups_of_the_same_sentences(folder, compose
     assert splits["eval"]["completions"][:] == [[row["chosen"], row["rejected"]] for row in pairs]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_forms(folder, form):
-    splits = reviews.load(form, seed=1, path=str(folder))
-    again, other = reviews.load(form, seed=1, path=str(folder)), reviews.load(form, seed=2, path=str(folder))
+@pytest.mark.parametrize("dataset_type", FORMS)
+def test_forms(folder, dataset_type):
+    splits = reviews.load(dataset_type, seed=1, path=str(folder))
+    again, other = (
+        reviews.load(dataset_type, seed=1, path=str(folder)),
+        reviews.load(dataset_type, seed=2, path=str(folder)),
+    )
     assert splits["train"].to_list() == again["train"].to_list() != other["train"].to_list()
     assert splits["eval"].to_list() == other["eval"].to_list()
-    few = reviews.load(form, seed=1, path=str(folder), max_samples=5, max_eval_samples=3)
+    few = reviews.load(dataset_type, seed=1, path=str(folder), max_samples=5, max_eval_samples=3)
     assert few["train"].to_list() == splits["train"].to_list()[:5] and few["eval"].num_rows == 3
     assert all(prompt.startswith("Review:") for rows in splits.values() for prompt in rows["prompt"])
     # Nothing that is tested on, and nothing that the judge learns from, is ever trained on
