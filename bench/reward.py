@@ -22,7 +22,7 @@ from rlhf_trl.errors import ConfigError
 from rlhf_trl.report.text import duration, table
 
 ACCURACY, DIFFERENCE, RATIO = 0.88, 0.01, 0.6  # what is aimed at
-FORMS = ("rankings", "pairs")
+KINDS = ("rankings", "pairs")
 # Nothing but training is in the time that is compared
 TRAINING_ALONE = ["stage.args.eval_on_start=false", 'stage.args.eval_strategy="no"']
 
@@ -103,13 +103,13 @@ def steps(recipe: Recipe, seeds: Sequence[int]) -> dict[str, list[str]]:
     """Name and overrides of every run, in order."""
     made = dict(recipe.starts)
     for turn, seed in enumerate(seeds):
-        for form in FORMS if turn % 2 == 0 else FORMS[::-1]:
+        for kind in KINDS if turn % 2 == 0 else KINDS[::-1]:
             as_pairs = [
                 "data.feedback.pairwise_rows=true",
                 f"stage.args.per_device_train_batch_size={recipe.pairs}",
             ]
-            own = as_pairs if form == "pairs" else []
-            made[f"{form}_{seed}"] = [*recipe.train, *own, f"seed={seed}", *TRAINING_ALONE]
+            own = as_pairs if kind == "pairs" else []
+            made[f"{kind}_{seed}"] = [*recipe.train, *own, f"seed={seed}", *TRAINING_ALONE]
         other = f"{{_target_:rlhf_trl.rewards.ModelReward,run:pairs_{seed},path:null,dtype:{recipe.dtype}}}"
         rewards = [f"reward.model.run=rankings_{seed}", f"reward.model.dtype={recipe.dtype}", f"+reward.pairs={other}"]
         made[f"quality_{seed}"] = [*recipe.evaluate, *rewards]
@@ -137,13 +137,13 @@ def do(overrides: list[str], folder: Path, program: Sequence[str]) -> None:
 
 
 def result(recipe: Recipe, folder: Path, seed: int) -> dict[str, dict[str, float]]:
-    """Of each form `accuracy`, `seconds` of training, and `steps`, of a seed."""
+    """Of each kind `accuracy`, `seconds` of training, and `steps`, of a seed."""
     quality = json.loads((folder / f"quality_{seed}" / "metrics.json").read_text(encoding="utf-8"))["eval"]
     found = {}
-    for form, reward in zip(FORMS, ("model", "pairs"), strict=True):
-        measured = json.loads((folder / f"{form}_{seed}" / "metrics.json").read_text(encoding="utf-8"))
+    for kind, reward in zip(KINDS, ("model", "pairs"), strict=True):
+        measured = json.loads((folder / f"{kind}_{seed}" / "metrics.json").read_text(encoding="utf-8"))
         trained = next(entry for entry in reversed(measured["history"]) if "train_runtime" in entry)
-        found[form] = {
+        found[kind] = {
             "accuracy": quality[f"eval_{reward}/{recipe.metric}"],
             "seconds": trained["train_runtime"],
             "steps": trained["step"],
@@ -154,28 +154,28 @@ def result(recipe: Recipe, folder: Path, seed: int) -> dict[str, dict[str, float
 def report(recipe: Recipe, results: list[dict[str, dict[str, float]]], options: argparse.Namespace) -> str:
     """The tables: a row a seed, the means, and what was aimed at."""
     headers = (
-        ["seed"] + [f"{form}: {what}" for form in FORMS for what in ("accuracy", "steps", "time")] + ["time ratio"]
+        ["seed"] + [f"{kind}: {what}" for kind in KINDS for what in ("accuracy", "steps", "time")] + ["time ratio"]
     )
     ratios = [found["rankings"]["seconds"] / found["pairs"]["seconds"] for found in results]
     rows = [
         [str(seed)]
         + [
             cell
-            for form in FORMS
-            for one in [found[form]]
+            for kind in KINDS
+            for one in [found[kind]]
             for cell in (f"{one['accuracy']:.4f}", str(one["steps"]), duration(one["seconds"]))
         ]
         + [f"{ratio:.2f}"]
         for seed, found, ratio in zip(options.seeds, results, ratios, strict=True)
     ]
-    means = {form: mean(found[form]["accuracy"] for found in results) for form in FORMS}
+    means = {kind: mean(found[kind]["accuracy"] for found in results) for kind in KINDS}
     rows.append(
-        ["mean"] + [cell for form in FORMS for cell in (f"{means[form]:.4f}", "", "")] + [f"{mean(ratios):.2f}"]
+        ["mean"] + [cell for kind in KINDS for cell in (f"{means[kind]:.4f}", "", "")] + [f"{mean(ratios):.2f}"]
     )
     difference = means["rankings"] - means["pairs"]
     aims = [
-        [f"accuracy of {form}, mean", f"{value:.4f}", f"at least {ACCURACY}", _met(value >= ACCURACY)]
-        for form, value in means.items()
+        [f"accuracy of {kind}, mean", f"{value:.4f}", f"at least {ACCURACY}", _met(value >= ACCURACY)]
+        for kind, value in means.items()
         if options.model == "smollm2"
     ]
     aims += [
