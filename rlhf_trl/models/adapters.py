@@ -198,7 +198,7 @@ def with_score_head(base: PreTrainedModel, path: str, saved: LoraConfig, revisio
 
 
 def with_adapter(base: PreTrainedModel, path: str, config: PeftConfig, revision: str | None) -> PeftModel:
-    config.base_model_name_or_path = base.config._name_or_path
+    config.base_model_name_or_path = base.config.name_or_path
     config.inference_mode = True
     model = get_peft_model(base, config)
     set_adapter_weights(model, adapter_weights(path, revision), "default", path)
@@ -226,7 +226,7 @@ def set_adapter_weights(model: PeftModel, weights: dict[str, Tensor], name: str,
         [`~rlhf_trl.errors.ConfigError`]: if weights are missing, have no place, or another shape: an adapter of
             another base.
     """
-    base = model.get_base_model().config._name_or_path
+    base = model.get_base_model().config.name_or_path
     unexpected = []
     try:
         found = set_peft_model_state_dict(model, weights, adapter_name=name)

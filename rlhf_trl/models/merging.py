@@ -54,7 +54,7 @@ def load_merged(
     if tied:  # or what is merged into the one layer would be in the other as well
         shared = embedding.weight
         for module in model.modules():
-            if module is not embedding and module._parameters.get("weight") is shared:
+            if module is not embedding and dict(module.named_parameters(recurse=False)).get("weight") is shared:
                 module.weight = torch.nn.Parameter(shared.detach().clone())
     merged = model.merge_and_unload()
     if tied:

@@ -86,7 +86,7 @@ def load_start(
             logger.warning("The adapter `%s` goes on over a quantized base, which it was not trained on.", path)
     base = load_full(base_path(path, saved), task_type, revision=saved.revision, heads=heads, **options)
     check_shape(path, saved, peft_config, base)
-    saved.base_model_name_or_path = base.config._name_or_path
+    saved.base_model_name_or_path = base.config.name_or_path
     saved.lora_dropout = peft_config.lora_dropout
     if saved.task_type == task_type:
         if task_type == "SEQ_CLS":

@@ -131,7 +131,7 @@ def check_same_base(path: str, model: PeftModel) -> None:
         ConfigError: if the adapter at `path` was trained on another base than the policy's, or on weights that have
             changed since.
     """
-    ours = model.get_base_model().config._name_or_path
+    ours = model.get_base_model().config.name_or_path
     theirs = base_path(path, adapter_config(path))
     if Path(ours).is_dir() and Path(theirs).is_dir():
         same = Path(ours).resolve() == Path(theirs).resolve() or weights_fingerprint(ours) == weights_fingerprint(

@@ -103,7 +103,7 @@ class ModelReward(BaseReward):
         else:
             calibration = None
             self.model = path
-            self.tokenizer = load_tokenizer(path.config._name_or_path)
+            self.tokenizer = load_tokenizer(path.config.name_or_path)
         # transformers reads the score at the last token that isn't the padding token
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model.requires_grad_(False).eval()
