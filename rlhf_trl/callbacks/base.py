@@ -1,11 +1,12 @@
 """What watches and steers a training run: `transformers.TrainerCallback`s, each useful on its own."""
 
 import math
+from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainingArguments
+from transformers import TrainerCallback, TrainerControl
 
 
-def steps_per_rollout(args: TrainingArguments) -> int:
+def steps_per_rollout(args: Any) -> int:
     """
     Optimizer steps after which the next rollout begins: only there is nothing half done, so only there a run may stop.
 
@@ -24,7 +25,7 @@ def steps_per_rollout(args: TrainingArguments) -> int:
     return math.lcm(micro_batches, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
 
 
-def progress_counts(args: TrainingArguments, step: int) -> dict[str, int]:
+def progress_counts(args: Any, step: int) -> dict[str, int]:
     """
     How far a run is at an optimizer step, for the x-axis of its metrics.
 

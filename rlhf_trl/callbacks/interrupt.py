@@ -95,7 +95,7 @@ class Interrupt(SaveAndStop):
     def on_train_end(self, args, state, control, **kwargs):
         self.restore()
         if self.interrupted:
-            checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+            checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
             self._say(
                 f"Stopped at step {state.global_step} of {state.max_steps}, saved in {checkpoint}. "
                 f"Go on with: {self.resume_command}"

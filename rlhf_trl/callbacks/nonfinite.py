@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from transformers import Trainer
 
@@ -42,7 +43,7 @@ class NonfiniteGuard(SaveAndStop):
     def on_train_begin(self, args, state, control, **kwargs):
         self._in_a_row = self._losses_in_a_row = 0
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, optimizer: Optimizer, **kwargs):
         if self.trainer.is_deepspeed_enabled or self.trainer.accelerator.scaler is not None:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -63,7 +64,7 @@ class NonfiniteGuard(SaveAndStop):
                 f"training has diverged. {_remedy(args)}"
             )
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs: dict[str, float], **kwargs):
         if "loss" not in logs:
             return
         self._losses_in_a_row = 0 if math.isfinite(logs["loss"]) else self._losses_in_a_row + 1
@@ -73,7 +74,7 @@ class NonfiniteGuard(SaveAndStop):
                 f"{state.global_step}: the training has diverged. {_remedy(args)}"
             )
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
+    def on_train_end(self, args, state, control, model: torch.nn.Module, **kwargs):
         names = nonfinite_weights(model)
         if any_rank(bool(names), args.device):
             raise DivergedError(

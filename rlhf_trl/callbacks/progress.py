@@ -134,7 +134,7 @@ class ProgressLine(ProgressCallback):
                 self.prediction_bar = self._bar(args, total=len(eval_dataloader), leave=False, desc="eval")
             self.prediction_bar.update(1)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs: dict[str, float], **kwargs):
         if not state.is_world_process_zero:
             return
         if "train_runtime" in logs:  # the summary at the end

@@ -1,5 +1,7 @@
 """W&B's metrics in sections, with one x-axis."""
 
+from typing import Any
+
 from transformers import Trainer
 from transformers.integrations import WandbCallback
 
@@ -31,7 +33,9 @@ class WandbSections(WandbCallback):
             self._wandb.define_metric(axis)
             self._wandb.define_metric("*", step_metric=axis, step_sync=True, overwrite=True)
 
-    def on_log(self, args, state, control, model=None, logs=None, **kwargs):
+    _wandb: Any  # the module, which transformers imports where it is installed
+
+    def on_log(self, args, state, control, model, logs: dict[str, float], **kwargs):
         if not self._initialized:
             self.setup(args, state, model)
         if not state.is_world_process_zero:

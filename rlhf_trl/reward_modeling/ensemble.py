@@ -1,5 +1,7 @@
 """Scores of the members of a reward model ensemble."""
 
+from typing import cast
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -23,7 +25,7 @@ def score(reward: ModelReward, dataset: Dataset, calibrate_on: str) -> tuple[Ten
         their scores of reference answers, shape (members, n, heads), float64; and the metrics `eval_accuracy` and
         `eval_disagreement` of all rows.
     """
-    collate = ComparisonCollator(reward.tokenizer.pad_token_id, head_names(dataset) or reward.heads)
+    collate = ComparisonCollator(cast(int, reward.tokenizer.pad_token_id), head_names(dataset) or reward.heads)
     ranks, rank, parts = PartialState().num_processes, PartialState().process_index, []
     for start in range(rank * ROWS_AT_ONCE, len(dataset), ranks * ROWS_AT_ONCE):
         rows = [dataset[i] for i in range(start, min(start + ROWS_AT_ONCE, len(dataset)))]

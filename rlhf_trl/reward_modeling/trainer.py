@@ -5,7 +5,7 @@ N completions of one micro-batch, M comparisons between them, G prompts, H heads
 completion is better than another one of its prompt.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import trl
@@ -60,6 +60,12 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
         [`~rlhf_trl.errors.ConfigError`]: if the model's heads aren't the data's.
     """
 
+    args: RewardConfig
+    model: PreTrainedModel
+    processing_class: PreTrainedTokenizerBase
+    train_dataset: Dataset
+    _tp_size: int
+
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -72,12 +78,11 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
     ):
         self.heads = head_names(train_dataset) or ["score"]
         self._scores: list | None = None  # those of the pass that calibrates
-        config = None if isinstance(model, str) else model.config
-        if config is not None:
-            _check_heads(config.num_labels, self.heads, train_dataset)
+        if not isinstance(model, str):
+            _check_heads(model.config.num_labels, self.heads, train_dataset)
             if args.head_init == "normal":
                 init_heads(model, args.seed)
-            config.num_labels = 1  # TRL refuses others; `id2label` gives the number back
+            model.config.num_labels = 1  # TRL refuses others; `id2label` gives the number back
         super().__init__(
             model=model,
             args=args,
@@ -91,10 +96,13 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
         self.model.config.label2id = {name: i for i, name in enumerate(self.heads)}
         if data_collator is None:
             self.data_collator = ComparisonCollator(
-                self.processing_class.pad_token_id, self.heads, args.label_smoothing, args.pad_to_multiple_of
+                cast(int, self.processing_class.pad_token_id),
+                self.heads,
+                args.label_smoothing,
+                cast(int | None, args.pad_to_multiple_of),
             )
 
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+    def _prepare_dataset(self, dataset: Dataset, processing_class, args, dataset_name):
         if "completion_ids" in dataset.column_names:
             return keep_short_completions(dataset, args.max_length, dataset_name)
         return tokenize_comparisons(dataset, processing_class, args.max_length)
@@ -145,7 +153,7 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
         if batch is not None:
             compared, known = counts.tolist()
             self.held_out_terms = {"ranking": (ranking, compared), "mse": (error, known)}
-        if self._scores is not None and not (batch.copied and self.args.process_index):
+        if self._scores is not None and not (batch is not None and batch.copied and self.args.process_index):
             self._scores += reference_scores(scores.detach(), inputs, self.args.calibrate_on).tolist()
         self._record(mode, scores.detach(), inputs)
         return (loss, outputs) if return_outputs else loss
@@ -200,7 +208,7 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
         if not _internal_call:
             calibration = self.calibrate()
             if self.args.should_save:
-                write_calibration(output_dir or self.args.output_dir, calibration)
+                write_calibration(output_dir or str(self.args.output_dir), calibration)
 
     def calibrate(self) -> dict[str, Any]:
         """
@@ -211,7 +219,7 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
                 `covariance` if several.
         """
         split = "train" if self.eval_dataset is None else "eval"
-        dataset = self.train_dataset if split == "train" else self.eval_dataset
+        dataset: Any = self.train_dataset if split == "train" else self.eval_dataset
         dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
         rows, completions = 0, 0
         while rows < len(dataset) and completions < CALIBRATION_COMPLETIONS:
@@ -238,7 +246,7 @@ def init_heads(model: PreTrainedModel, seed: int) -> None:
             nn.init.zeros_(head.bias)
 
 
-def _check_heads(labels: int, heads: list[str], dataset: Dataset) -> None:
+def _check_heads(labels: int | None, heads: list[str], dataset: Dataset) -> None:
     if labels != len(heads):
         raise ConfigError(
             f"The reward model has {labels} head{'s' * (labels != 1)}, and the data has targets for {len(heads)} "

@@ -1,5 +1,7 @@
 """What all trainers of the package share, and the trainers that add nothing else to TRL's."""
 
+from typing import Any
+
 import trl
 from accelerate.utils import is_peft_model
 
@@ -19,6 +21,8 @@ class TrainerMixin(CompleteCheckpoints, EachRowOnce):
     [`~rlhf_trl.patches.dropout.disable_dropout`].
     """
 
+    model: Any  # set once the constructor has run
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._patch_models()
@@ -35,7 +39,7 @@ class TrainerMixin(CompleteCheckpoints, EachRowOnce):
     def _precompute_ref_logps(self, *args, **kwargs):
         """Of DPO and KTO, which call it before their constructors end."""
         repair_token_wrappers(self.model)
-        return super()._precompute_ref_logps(*args, **kwargs)
+        return super()._precompute_ref_logps(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def extended(trainer_class: type) -> type:

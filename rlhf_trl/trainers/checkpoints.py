@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from transformers import Trainer
+
 from rlhf_trl.runs.checkpoints import STATE_FILE, UNFINISHED, clear_unfinished, publish
 
 
-class CompleteCheckpoints:
+class CompleteCheckpoints(Trainer):
     """
     Mixin for `transformers.Trainer` that changes how it writes checkpoints and resumes from them.
 
@@ -25,6 +27,7 @@ class CompleteCheckpoints:
 
     def _save_checkpoint(self, model, trial):
         args, state, wait = self.args, self.state, self.accelerator.wait_for_everyone
+        assert args.output_dir
         run_dir = Path(args.output_dir)
         unfinished, name = run_dir / UNFINISHED, f"checkpoint-{state.global_step}"
         if args.should_save:

@@ -9,14 +9,14 @@ of batches are weighted by what they are means of: each figure is that of one ba
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from types import MappingProxyType
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
 from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel, Trainer
 from trl.trainer.utils import use_adapter
 
 # Means over tokens, and over the tokens of chosen answers where there are chosen ones; others are means over rows
@@ -76,7 +76,7 @@ class Dealt(list):
         self.batches = batches
 
 
-class EachRowOnce:
+class EachRowOnce(Trainer):
     """
     What a trainer gets, before its own class, to evaluate as this module says.
 
@@ -88,15 +88,23 @@ class EachRowOnce:
             rest: the value of each, and of how many things it is the mean; a trainer sets them.
     """
 
-    held_out_batch: Batch | None = None
-    held_out_counts: dict[str, float] = MappingProxyType({})
-    held_out_terms: dict[str, tuple[Tensor, int]] = MappingProxyType({})
+    accelerator: Any  # its `gather` and `reduce` are typed by all that they take, not by what they get
+    reward_func_names: list[str]  # of GRPO and RLOO
+    precompute_ref_logps: bool  # of DPO and KTO, as the next one
+    ref_model: PreTrainedModel | None
+    _batches: Iterator[Batch]
     _kl: Tensor | None = None
     _kl_of_policy = False
 
+    def __init__(self, *args, **kwargs):
+        self.held_out_batch: Batch | None = None
+        self.held_out_counts: dict[str, float] = {}
+        self.held_out_terms: dict[str, tuple[Tensor, float]] = {}
+        super().__init__(*args, **kwargs)
+
     def get_eval_dataloader(self, eval_dataset=None):
         """The trainer's own, with its rows dealt by [`deal`]."""
-        loader = super().get_eval_dataloader(eval_dataset)
+        loader: Any = super().get_eval_dataloader(eval_dataset)
         if isinstance(loader.dataset, IterableDataset):
             return loader
         sampler = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler).sampler
@@ -121,7 +129,7 @@ class EachRowOnce:
         # Bound here, so that what a class before this one makes of it counts as well
         self.prediction_step = functools.partial(self._evaluate_batch, self.prediction_step, dataloader)
         try:
-            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
             del self.prediction_step
             self.held_out_batch = self._kl = None
@@ -167,7 +175,8 @@ class EachRowOnce:
         return found
 
     def _calculate_rewards(self, *args, **kwargs):
-        rewards = super()._calculate_rewards(*args, **kwargs)
+        # Of GRPO and RLOO
+        rewards = super()._calculate_rewards(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if self.held_out_batch is not None:
             given = rewards[: self.held_out_batch.rows].isfinite()  # copies stand behind
             for name, count in zip(self.reward_func_names, given.sum(dim=0).tolist(), strict=True):
@@ -178,7 +187,7 @@ class EachRowOnce:
 
     def concatenated_forward(self, model, batch):
         """ORPO's: its loss has a mean over tokens and one over rows."""
-        output = super().concatenated_forward(model, batch)
+        output = super().concatenated_forward(model, batch)  # pyright: ignore[reportAttributeAccessIssue]
         if self.held_out_batch is not None:
             self.held_out_terms = {"eval_nll_loss": (output[4], batch["chosen_attention_mask"][:, 1:].sum().item())}
         return output
@@ -206,7 +215,8 @@ class EachRowOnce:
 
     def _compute_kl_logps(self, model, batch):
         if self._kl is None:
-            return super()._compute_kl_logps(model, batch)
+            # Of KTO
+            return super()._compute_kl_logps(model, batch)  # pyright: ignore[reportAttributeAccessIssue]
         # The trainer asks for the policy's, and subtracts the reference's from it
         zeros, self._kl_of_policy = torch.zeros(len(batch["label"]), device=self._kl.device), not self._kl_of_policy
         if self.precompute_ref_logps:

@@ -4,7 +4,8 @@ import torch
 import trl
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from transformers import TrainerCallback
+from torch.nn import Module
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.trainers.base import TrainerMixin
@@ -16,6 +17,11 @@ TOLERANCE = 1e-3
 
 class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     """`trl.SFTTrainer` that doesn't train where rows of one sequence see each other, see [`SeparateRows`]."""
+
+    args: trl.SFTConfig
+    model: PreTrainedModel
+    model_wrapped: Module
+    processing_class: PreTrainedTokenizerBase
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -32,10 +38,10 @@ class SeparateRows(TrainerCallback):
     the masks of transformers; OPT, BLOOM, Falcon and others don't, and each of their rows sees all before it.
     """
 
-    def __init__(self, trainer: trl.SFTTrainer):
+    def __init__(self, trainer: SFTTrainer):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: trl.SFTConfig, state, control, **kwargs):
         """
         Raises:
             ConfigError: if rows see each other, naming architecture and attention.
@@ -58,7 +64,7 @@ class SeparateRows(TrainerCallback):
         ids = (i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids)
         one, other, last = ([next(ids)] * LENGTH for _ in range(3))
         after_one, after_other = self._logits(one, last, packed), self._logits(other, last, packed)
-        return ((after_one - after_other).abs().max() > TOLERANCE * after_one.abs().max()).item()
+        return bool((after_one - after_other).abs().max() > TOLERANCE * after_one.abs().max())
 
     @torch.no_grad()
     def _logits(self, first: list[int], last: list[int], packed: bool) -> Tensor:
