@@ -4,7 +4,7 @@ From rows of named sources to a `DatasetDict`: checks, conversion, splits and li
 Every row is checked, and dropped rows are counted and reported.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rlhf_trl.data.dataset_types import SOURCES
 from rlhf_trl.data.feedback.base import Feedback
@@ -24,8 +24,8 @@ from rlhf_trl.terminal import say
 def build(
     dataset_type: str,
     seed: int,
-    train: list[tuple[str, Iterable[Row]]],
-    held_out: list[tuple[str, Iterable[Row]]] | None = None,
+    train: Sequence[tuple[str, Iterable[Row]]],
+    held_out: Sequence[tuple[str, Iterable[Row]]] | None = None,
     *,
     format: str | None = None,
     columns: dict[str, str | None] | None = None,

@@ -67,7 +67,8 @@ def sample(
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=model.device)
         # From the lengths: the pad token may well be the end token, and stand in a prompt
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
-        written = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
+        # Of GenerationMixin, which models that write have
+        written = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()  # pyright: ignore[reportCallIssue]
         completions += [_to_the_end(row, ends) for row in written]
     check_rows(sizes, [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)], 0, TOO_LONG)
     return completions

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -211,7 +211,8 @@ class ModelJudge(TextJudge):
         from rlhf_trl.models.tokenizers import load_tokenizer
 
         tokenizer = load_tokenizer(self.path)
-        model = load_model(self.path, dtype=self.dtype).eval().to(PartialState().device)
+        model: Any = load_model(self.path, dtype=self.dtype)  # `PreTrainedModel.to` is declared without `self`
+        model = model.eval().to(PartialState().device)
         chat = tokenizer.chat_template is not None
         asked = [[{"role": "user", "content": question}] if chat else question for question in questions]
         ids = [prompt_ids(tokenizer, one) for one in asked]

@@ -205,7 +205,7 @@ def rater_ceiling(
     found = {"one_rater": [], "half": []}
     for _ in range(draws):
         sides = np.full((4, len(ratings)), np.nan)
-        for i in np.flatnonzero(usable):
+        for i in np.flatnonzero(usable).tolist():
             drawn = random.permutation(np.asarray(ratings[i], dtype=float))
             half = len(drawn) // 2
             sides[:, i] = drawn[0], drawn[1:].mean(), drawn[:half].mean(), drawn[half:].mean()
@@ -220,7 +220,8 @@ def rater_ceiling(
                     (0.5 + 0.5 * guess[differ]).mean() if differ.any() else np.nan,
                 )
             )
-    means = {name: dict(zip(("pearson", "spearman", "accuracy"), np.mean(each, axis=0).tolist(), strict=True))
+    measures = ["pearson", "spearman", "accuracy"]
+    means = {name: dict(zip(measures, np.mean(each, axis=0).tolist(), strict=True))
              for name, each in found.items()}  # fmt: skip
     half = means["half"]["pearson"]
     means["half"]["spearman_brown"] = 2 * half / (1 + half) if half > -1 else np.nan

@@ -48,10 +48,10 @@ def section_scores(subsets: Sequence[Any], leads: np.ndarray) -> dict[str, Any]:
             -> `accuracy` and `n`), `score` (the mean of the four sections; null unless every subset occurs),
             `missing` (subsets without a comparison).
     """
-    subsets, leads = np.asarray(subsets, dtype=object), np.asarray(leads, dtype=float)
+    names, leads = np.asarray(subsets, dtype=object), np.asarray(leads, dtype=float)
     found = {}
     for subset in sorted(SUBSETS):
-        own = leads[(subsets == subset) & ~np.isnan(leads)]
+        own = leads[(names == subset) & ~np.isnan(leads)]
         if len(own):
             found[subset] = {"accuracy": float((own > 0).mean()), "n": len(own)}
     sections = {}

@@ -9,6 +9,7 @@ needs, hence the two repairs below.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from rlhf_trl.errors import ConfigError
 
@@ -37,7 +38,7 @@ def export(source: str | Path, output_dir: str | Path, dtype: str = "bfloat16", 
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )
     tokenizer.model_max_length = max_length
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=files[0].name, dtype=torch.float32).to(
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=files[0].name, dtype=torch.float32).to(
         getattr(torch, dtype)
     )
     # The weights are plain by now; left in, these make a reload look for a GGUF again.

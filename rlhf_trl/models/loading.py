@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -74,7 +75,7 @@ def load_model(
     revision: str | None = None,
     quantization: BitsAndBytesConfig | None = None,
     device_map: str | None = None,
-) -> PreTrainedModel | PeftModel:
+) -> PreTrainedModel:
     """
     A model as it was saved: a full one, or an adapter (not trainable) on its base.
 
@@ -111,12 +112,13 @@ def load_model(
         options["quantization_config"] = quantization or trained_quantization(path)
     heads = adapter_heads(path, revision) if task_type == "SEQ_CLS" else None
     base = load_full(base_path(path, config), task_type, revision=config.revision, heads=heads, **options)
-    return with_adapter(base, path, config, revision).eval()
+    # A PeftModel forwards every attribute of the model that it wraps
+    return cast(PreTrainedModel, with_adapter(base, path, config, revision).eval())
 
 
 def load_reward_model(
     path: str, dtype: str | None = None, trust_remote_code: bool = False, device_map: str | None = None
-) -> PreTrainedModel | PeftModel:
+) -> PreTrainedModel:
     """
     A trained reward model, full or an adapter on its base: one score a sequence, or one a head; the names of the heads
     are in `config.id2label`. An ensemble is one base with an adapter for each member.
@@ -126,18 +128,19 @@ def load_reward_model(
             share a base.
     """
     if members := ensemble_members(path):
-        bases = {base_path(member, adapter_config(member)) for member in members}
+        configs = [adapter_config(member) for member in members]
+        bases = {base_path(member, config) for member, config in zip(members, configs, strict=True) if config}
         if len(bases) > 1:
             raise ConfigError(f"The members of the ensemble `{path}` have several bases: {', '.join(sorted(bases))}.")
         if len({str(trained_quantization(member)) for member in members}) > 1:
             raise ConfigError(f"The members of the ensemble `{path}` were trained on differently quantized bases.")
-        model = load_reward_model(members[0], dtype, trust_remote_code, device_map)
-        for i, member in enumerate(members[1:], 1):
-            config = adapter_config(member)
+        model = cast(PeftModel, load_reward_model(members[0], dtype, trust_remote_code, device_map))
+        for i, (member, config) in enumerate(zip(members[1:], configs[1:], strict=True), 1):
+            assert config is not None, f"{member} is no adapter"
             config.inference_mode = True
             model.add_adapter(f"member_{i}", config)
             set_adapter_weights(model, adapter_weights(member), f"member_{i}", member)
-        return model.eval()
+        return cast(PreTrainedModel, model.eval())
     config = adapter_config(path)
     if config is None:
         architectures = model_config(path, trust_remote_code).architectures or [""]
@@ -174,7 +177,7 @@ def load_full(
     )
     if task_type == "SEQ_CLS":
         if heads is not None:
-            check_heads(path, model.config.num_labels, len(heads))
+            check_heads(path, model.config.num_labels or 0, len(heads))
         for name, head in model.named_children():
             if name in HEADS and isinstance(head, torch.nn.Linear):
                 cast_head_inputs(head)

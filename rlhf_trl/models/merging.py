@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -41,16 +42,18 @@ def load_merged(
             Without, they are the unquantized ones, and the model is another than was trained.
     """
     config = adapter_config(source, revision)
-    scores = config.task_type == "SEQ_CLS"
+    assert config is not None, f"{source} is no adapter"
+    task_type = str(config.task_type or "CAUSAL_LM")
+    scores = task_type == "SEQ_CLS"
     place, heads = base_path(source, config), adapter_heads(source, revision) if scores else None
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "revision": config.revision, "heads": heads}
-    base = load_full(place, config.task_type, **options)
+    base: Any = load_full(place, task_type, **options)
     quantization = trained_quantization(source) if dequantize else None
     if quantization is not None:
-        _copy_dequantized(load_full(place, config.task_type, quantization_config=quantization, **options), base)
+        _copy_dequantized(load_full(place, task_type, quantization_config=quantization, **options), base)
     embedding = base.get_input_embeddings()
     tied = base.get_output_embeddings() is not None and base.get_output_embeddings().weight is embedding.weight
-    model = with_adapter(base, source, config, revision)
+    model: Any = with_adapter(base, source, config, revision)
     if tied:  # or what is merged into the one layer would be in the other as well
         shared = embedding.weight
         for module in model.modules():
@@ -73,8 +76,8 @@ def _copy_dequantized(quantized: PreTrainedModel, model: PreTrainedModel) -> Non
 
     for name, module in quantized.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt):
-            weight = dequantize_bnb_weight(module.weight, getattr(module, "state", None))
-            target = model.get_submodule(name)
+            weight = dequantize_bnb_weight(cast(torch.nn.Parameter, module.weight), getattr(module, "state", None))
+            target: Any = model.get_submodule(name)
             target.weight.data.copy_(weight.T if isinstance(target, Conv1D) else weight)
 
 

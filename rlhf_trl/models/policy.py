@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
@@ -87,6 +87,7 @@ def load_start(
     base = load_full(base_path(path, saved), task_type, revision=saved.revision, heads=heads, **options)
     check_shape(path, saved, peft_config, base)
     saved.base_model_name_or_path = base.config.name_or_path
+    assert isinstance(saved, LoraConfig) and isinstance(peft_config, LoraConfig)  # which `check_shape` says
     saved.lora_dropout = peft_config.lora_dropout
     if saved.task_type == task_type:
         if task_type == "SEQ_CLS":

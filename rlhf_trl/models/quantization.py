@@ -1,7 +1,7 @@
 """Quantization that an adapter was trained on."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import BitsAndBytesConfig
 
@@ -12,7 +12,7 @@ from rlhf_trl.runs.record import read_run
 def trained_quantization(path: str) -> BitsAndBytesConfig | None:
     """How the base of the adapter in the folder `path`, a run or one of its checkpoints, was quantized in training."""
     saved = training_record(path).get("quantization")
-    return BitsAndBytesConfig.from_dict(saved) if saved else None
+    return cast(BitsAndBytesConfig, BitsAndBytesConfig.from_dict(saved)) if saved else None
 
 
 def training_record(path: str) -> dict[str, Any]:

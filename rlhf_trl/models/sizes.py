@@ -48,7 +48,7 @@ def sizes_of(model: PreTrainedModel, name: str | None = None) -> Sizes:
         for key, tensor in tensors
         if positions is not None and tensor.dim() == 2 and POSITION_TABLE.search(key)
     ]
-    return Sizes(name or model.name_or_path, positions, any(0 <= more <= 2 for more in tables), config.vocab_size)
+    return Sizes(name or str(model.name_or_path), positions, any(0 <= more <= 2 for more in tables), config.vocab_size)
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 import logging
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -104,7 +104,7 @@ def _broken_weights(folder: str) -> Path | None:
     return next(iter(sorted(Path(folder).glob("*.bin"))), None)
 
 
-def check_finite(path: str, weights: Iterator[tuple[str, Tensor]]) -> None:
+def check_finite(path: str, weights: Iterable[tuple[str, Tensor]]) -> None:
     for name, weight in weights:
         number = weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
         # Ranks that get their weights from the first, as under FSDP and ZeRO-3, have none yet

@@ -1,5 +1,8 @@
 """Transformers: dropout disabled for a whole training run, on every architecture."""
 
+# Methods of instances are replaced, and a PeftModel forwards attributes: no types say so
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+
 import functools
 import types
 from collections.abc import Callable

@@ -45,4 +45,6 @@ def make_output_layer_inputs_contiguous(model: PreTrainedModel) -> None:
         model (`PreTrainedModel`):
             Model that generates.
     """
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    output_layer = model.get_output_embeddings()
+    assert output_layer is not None, "a model that generates has an output layer"
+    output_layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))

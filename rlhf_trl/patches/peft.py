@@ -1,5 +1,8 @@
 """PEFT: several adapters of one model that are trained, recomputed and saved each for itself."""
 
+# Methods of instances are replaced, and a PeftModel forwards attributes: no types say so
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext

@@ -58,7 +58,7 @@ class DropPrefix:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DropPrefix) and other.prefix == self.prefix
 
-    __hash__ = None
+    __hash__ = None  # pyright: ignore[reportAssignmentType]  # as Python does where a class has `__eq__` alone
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record is logged."""

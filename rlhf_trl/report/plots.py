@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ INK = "#010203"  # stands for currentColor until the SVG is written
 LARGE, SMALL = (8.0, 4.2), (3.75, 3.3)  # inches at 96 px: of a wide figure, and of any figure on a phone
 HALF = (5.0, 3.5)
 # Names and values are shown as they are: `$` begins no formula
-LITERAL = {"text.parse_math": False, "text.usetex": False}
+LITERAL: dict[Any, Any] = {"text.parse_math": False, "text.usetex": False}
 
 
 class Drawing(str):
@@ -72,10 +73,10 @@ class Series:
     """
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] | None = None
-    high: Sequence[float] | None = None
+    x: Sequence[float | None]
+    y: Sequence[float | None]
+    low: Sequence[float | None] | None = None
+    high: Sequence[float | None] | None = None
     line: bool = True
     joined: bool = False
     color: int | None = None
@@ -230,16 +231,15 @@ def histogram(
     return _svg(draw, title, wide)
 
 
-def _points(series: Series):
-    columns = [np.array([np.nan if v is None else v for v in values], float) for values in (series.x, series.y)]
-    keep = np.isfinite(columns[0]) & np.isfinite(columns[1])
-    if series.low is not None:
-        columns += [
-            np.array([np.nan if v is None else v for v in values], float) for values in (series.low, series.high)
-        ]
-    else:
-        columns += [None, None]
-    return [column[keep] if column is not None else None for column in columns]
+def _points(series: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+    x, y = _numbers(series.x), _numbers(series.y)
+    keep = np.isfinite(x) & np.isfinite(y)
+    low, high = (None if ends is None else _numbers(ends)[keep] for ends in (series.low, series.high))
+    return x[keep], y[keep], low, high
+
+
+def _numbers(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values], float)
 
 
 def _color(series: Series, place: int) -> str:
@@ -363,7 +363,7 @@ def _drawn(draw: Callable, title: str, size: tuple[float, float], name: str) -> 
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    settings = LITERAL | {
+    settings: dict[Any, Any] = LITERAL | {
         "svg.fonttype": "none",  # letters stay text, in the page's font
         # Names of clip paths must differ between the figures of a page, and not between two runs
         "svg.hashsalt": hashlib.sha256(f"{title} {name}".encode(errors="replace")).hexdigest(),
@@ -380,7 +380,7 @@ def _figure(draw: Callable, size: tuple[float, float], small: bool):
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: dict[Any, Any] = {
         "font.family": "DejaVu Sans",
         "font.size": 10,
         "text.color": INK,
@@ -415,9 +415,9 @@ def _inline(svg: str, title: str, name: str) -> str:
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.S)
     svg = re.sub("<[^>]+>", _in_page_style, svg)  # not the texts between
     head, body = svg.split(">", 1)
-    box = re.search(r'viewBox="[^"]*"', head).group()
+    box = head[head.index('viewBox="') :].split('"')[1]
     label = html.escape(FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", title))
-    head = f'<svg class="{name}" {box} role="img" aria-label="{label}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    head = f'<svg class="{name}" viewBox="{box}" role="img" aria-label="{label}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return f"{head}>{body.strip()}"
 
 

@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlhf_trl.report import plots
 from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, Table, Text, write_page
@@ -77,7 +77,7 @@ def _row(job: dict[str, Any], keys, metrics, objective) -> list:
 def _lead(measured, count, failed, keys, objective, lower, paid, best, jobs) -> str:
     if not measured:
         return f"None of the {count} jobs measured its objective. Look at what the failed ones say."
-    top = max(measured, key=lambda job: _gain(job, lower))
+    top = max(measured, key=lambda job: cast(float, _gain(job, lower)))
     worth = [_label(job, keys) for job, is_best in zip(jobs, best, strict=True) if is_best]
     return (
         f"{'Lowest' if lower else 'Highest'} `{objective}`: {_shown(top['value'])} with {_label(top, keys)}. "

@@ -5,7 +5,6 @@ A rater sees an answer's attributes through weights of their own and is off by G
 the five likes length. Raters and noise depend on the seed alone, so the same call gives the same rows.
 """
 
-import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -280,10 +279,11 @@ def load(
     if dataset_type == "annotated" and not feedback:
         feedback = Ratings()
     limits = {"train": max_samples, "eval": max_eval_samples}
+    sizes = {name: split_size(raw, name == "eval") for name in limits}
     splits = {
         name: [
             render(row, conversational)
-            for row in rows(raw, seed, name == "eval", min(limit or math.inf, split_size(raw, name == "eval")))
+            for row in rows(raw, seed, name == "eval", min(limit or sizes[name], sizes[name]))
         ]
         for name, limit in limits.items()
     }

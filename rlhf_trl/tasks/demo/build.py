@@ -8,6 +8,7 @@ base after supervised fine-tuning on the demonstrations, as chats. On one machin
 import random
 import sys
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,7 +26,7 @@ SEED = 0
 def comment(prompt: str, text: str) -> str:
     """What a reader says of an answer, in one word: the name of its weakest side, if it has one."""
     attributes = gold_attributes(prompt, text)
-    worst = min(attributes, key=attributes.get)
+    worst = min(attributes, key=lambda name: attributes[name])
     if attributes[worst] <= -0.5:
         return facts.COMMENTS[worst]
     return facts.SHRUG if attributes[worst] < 0.5 else facts.PRAISE
@@ -107,9 +108,9 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_key_value_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=cast(int, tokenizer.pad_token_id),
+        bos_token_id=cast(int, tokenizer.bos_token_id),
+        eos_token_id=cast(int, tokenizer.eos_token_id),
         dtype="float32",
     )
     return LlamaForCausalLM(config)

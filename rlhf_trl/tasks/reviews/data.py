@@ -138,7 +138,7 @@ def load(
         named = [("reviews", ((f"reviews, sentence {train[i]['id']}", row) for i, row in enumerate(raw)))]
         made = build(dataset_type, seed, named, feedback=feedback)["train"]
         held_out = Dataset.from_list(splits["eval"][:max_eval_samples])
-        return DatasetDict(train=made, eval=held_out)
+        return DatasetDict({"train": made, "eval": held_out})
     return DatasetDict({name: Dataset.from_list(rows[: limits[name]]) for name, rows in splits.items()})
 
 
@@ -240,6 +240,7 @@ def _read_archive(file: Path) -> tuple[list[Row], list[Row]]:
 
         def table(name: str) -> list[list[str]]:
             member = archive.extractfile(f"hutto_ICWSM_2014/{name}.txt")
+            assert member is not None  # a file, and no folder
             # Some of the files start with a byte order mark; split("\n"), since sentences hold other line separators.
             lines = io.TextIOWrapper(member, encoding="utf-8-sig", newline="").read().split("\n")
             return [line.rstrip("\r").split("\t") for line in lines if line.strip()]

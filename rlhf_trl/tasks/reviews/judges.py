@@ -58,7 +58,10 @@ def vader(
         `ConfigError`: the package is not installed.
     """
     try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+        # Of the extra `reviews`, which no other extra brings
+        from vaderSentiment.vaderSentiment import (  # pyright: ignore[reportMissingImports]
+            SentimentIntensityAnalyzer,
+        )
     except ImportError:
         raise ConfigError(
             "`vader` needs the package `vaderSentiment`. Install it with `pip install vaderSentiment==3.3.2`."
