@@ -47,7 +47,7 @@ from rlhf_trl.data.preview import note_rows_without_end
 from rlhf_trl.data.splits import leave_out, prompt_keys
 from rlhf_trl.data.tokenize import end_tokens, note_template_end
 from rlhf_trl.errors import ConfigError, DataError
-from rlhf_trl.evaluation.policies import Policy
+from rlhf_trl.evaluation.generation import Policy
 from rlhf_trl.models.loading import load_model
 from rlhf_trl.models.policy import load_start
 from rlhf_trl.models.roles import begin_training

@@ -18,7 +18,7 @@ from rlhf_trl.health.signs import signs_seen
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.report.plots import Drawing
 from rlhf_trl.runs.ranks import is_first_rank
-from rlhf_trl.runs.record import read_metrics
+from rlhf_trl.runs.record import CONFIG_FILE, METRICS_FILE, read_metrics
 
 WANDB_MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
 WANDB_OFFLINE = "To keep the run here instead: `unset WANDB_MODE`."
@@ -31,8 +31,8 @@ MODEL_FILES = (
     "tokenizer*",
     "*.jinja",
     "calibration.json",
-    "config.yaml",
-    "metrics.json",
+    CONFIG_FILE,
+    METRICS_FILE,
 )
 
 

@@ -10,8 +10,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from rlhf_trl.callbacks.base import progress_counts, steps_per_rollout
 from rlhf_trl.data.messages import as_text
-
-SAMPLES_FILE = "samples.jsonl"
+from rlhf_trl.runs.record import SAMPLES_FILE
 
 
 # The trainers' deques have no counter. But each reward in them is an object of its own: identity tells new rows.

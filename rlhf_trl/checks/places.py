@@ -19,7 +19,7 @@ from rlhf_trl.runs.paths import (
     named_policies,
     run_command,
 )
-from rlhf_trl.runs.record import read_run
+from rlhf_trl.runs.record import RUN_FILE, read_run
 
 
 def model_problems(values: dict[str, Any]) -> list[str]:
@@ -99,15 +99,15 @@ def _earlier_run(key: str, run: str, values: dict[str, Any]) -> list[str]:
     except ConfigError as error:
         return [f"`{key}` is `{run}`, whose record is damaged: {error}"]
     if record is None:
-        others = [path.parent.name for path in folder.parent.glob("*/run.json")]
+        others = [path.parent.name for path in folder.parent.glob(f"*/{RUN_FILE}")]
         hint = f" {did_you_mean(run, others)}" if nearest(run, others) else ""
         return [
             f"`{key}` is `{run}`, and there is no such run in `{folder.parent}`.{hint} Make it first: `{command}`."
         ]
-    if record["status"] != "done":
-        command = record.get("command") or command
+    if record.status != "done":
+        command = record.command or command
         return [
-            f"`{key}` is `{run}`, and that run is not finished (its status is `{record['status']}`). "
+            f"`{key}` is `{run}`, and that run is not finished (its status is `{record.status}`). "
             f"Finish it first: `{command} resume=true`."
         ]
     return []

@@ -39,8 +39,7 @@ from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.lengths import head_names
 from rlhf_trl.data.preview import count_trained, render_batch, render_sample
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.evaluation.generation import TOO_LONG
-from rlhf_trl.evaluation.policies import Policy
+from rlhf_trl.evaluation.generation import TOO_LONG, Policy
 from rlhf_trl.models.adapters import adapter_config
 from rlhf_trl.models.loading import AUTO_CLASSES, load_model, load_reward_model
 from rlhf_trl.models.policy import load_start

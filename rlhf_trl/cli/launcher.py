@@ -7,8 +7,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
 import yaml
@@ -16,7 +16,7 @@ import yaml
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.directory import holder, under_way
 from rlhf_trl.runs.paths import conf_dir
-from rlhf_trl.runs.record import read_metrics, read_run
+from rlhf_trl.runs.record import CONFIG_FILE, read_metrics, read_run
 
 # By this interpreter, whether or not its scripts are on the path; quiet, so that an error of train.py stands last
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
@@ -135,10 +135,10 @@ def state_of(run_dir: str | os.PathLike, overrides: Sequence[str]) -> str:
         return "new"
     if owner := holder(run_dir):
         raise ConfigError(under_way(run_dir, owner))
-    done = record["status"] == "done"
+    done = record.status == "done"
     if not done and not any(Path(run_dir).glob("checkpoint-*/")):
         return "unfinished"
-    if overrides_of(record["command"]) != sorted(overrides):
+    if overrides_of(record.command) != sorted(overrides):
         return "changed"
     return "done" if done else "resumable"
 
@@ -153,13 +153,33 @@ def overrides_of(command: str) -> list[str]:
     return sorted(part for part in parts if part.split("=")[0] not in ("resume", "overwrite"))
 
 
-def results_of(run_dir: str | os.PathLike) -> dict:
+class Measured(NamedTuple):
     """
-    What a finished run measured: `objective` (its name), `start` and `end` (its first and last value, `None` where it
-    was not measured), `eval` (the last value of each metric of the evaluation), `seconds`.
+    Metrics of a finished run.
+
+    Attributes:
+        objective: name of the metric that counts.
+        start, end: its first and last value; `None` where it was not measured.
+        eval: last value of each metric of the evaluation.
+        seconds: duration of the run.
+    """
+
+    objective: str | None
+    start: float | None
+    end: float | None
+    eval: dict[str, Any]
+    seconds: float
+
+
+def results_of(run_dir: str | os.PathLike) -> Measured:
+    """
+    Return what a finished run measured.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if one of its files is damaged.
     """
     record, measured = read_run(run_dir), read_metrics(run_dir) or {"eval": {}, "history": []}
-    name = yaml.safe_load(Path(run_dir, "config.yaml").read_text(encoding="utf-8")).get("objective")
+    name = yaml.safe_load(Path(run_dir, CONFIG_FILE).read_text(encoding="utf-8")).get("objective")
     values = [entry[name] for entry in measured["history"] if entry.get(name) is not None] or [None]
-    seconds = (datetime.fromisoformat(record["ended"]) - datetime.fromisoformat(record["started"])).total_seconds()
-    return {"objective": name, "start": values[0], "end": values[-1], "eval": measured["eval"], "seconds": seconds}
+    seconds = (record and record.seconds) or 0.0
+    return Measured(name, values[0], values[-1], measured["eval"], seconds)

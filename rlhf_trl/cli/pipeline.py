@@ -21,7 +21,7 @@ from rlhf_trl.errors import ConfigError
 from rlhf_trl.report.project import write_report
 from rlhf_trl.report.text import comparison_text, duration, table
 from rlhf_trl.runs.conflicts import name_problems
-from rlhf_trl.runs.record import COMPARISON_FILE, read_json, read_run
+from rlhf_trl.runs.record import RUN_FILE, is_done, read_comparison, read_run
 from rlhf_trl.terminal import printable
 
 
@@ -117,7 +117,7 @@ def run_pipeline(
         except KeyboardInterrupt:
             print(f"\nStopped at the step `{name}`. The same command goes on with it.", file=sys.stderr)
             sys.exit(130)
-        if code != 0 or (read_run(project_dir / name) or {}).get("status") != "done":
+        if code != 0 or not is_done(project_dir / name):
             status = f"failed (exit status {code})" if code else "ended without being done"
             print(
                 f"\nThe step `{name}` {status}; its own message stands above. When it is mended, the same command "
@@ -127,7 +127,7 @@ def run_pipeline(
             sys.exit(code if code > 0 else 1)
     page = project_dir / "report" / "index.html"
     if not page.exists() or page.stat().st_mtime < max(
-        path.stat().st_mtime for path in project_dir.glob("*/run.json")
+        path.stat().st_mtime for path in project_dir.glob(f"*/{RUN_FILE}")
     ):
         write_report(project_dir)  # no evaluation has made it since
     print("\n" + result(project_dir, list(steps)))
@@ -139,17 +139,18 @@ def _states(project_dir: Path, wanted: dict[str, list[str]]) -> dict[str, str]:
     """State of each step's directory. A step made before an earlier one was made again counts as `changed` too."""
     states, earlier = {}, ""
     for name, overrides in wanted.items():
-        record = read_run(project_dir / name) or {}
+        record = read_run(project_dir / name)
         states[name] = state_of(project_dir / name, overrides)
-        if states[name] in ("done", "resumable") and record["started"] < earlier:
+        if record and states[name] in ("done", "resumable") and (record.started or "") < earlier:
             states[name] = "changed"
-        if record.get("status") == "done":
-            earlier = max(earlier, record["ended"])
+        if record and record.status == "done":
+            earlier = max(earlier, record.ended or "")
     return states
 
 
 def _refusal(project_dir: Path, name: str, wanted: list[str]) -> str:
-    made, now = overrides_of(read_run(project_dir / name)["command"]), sorted(wanted)
+    record = read_run(project_dir / name)
+    made, now = overrides_of(record.command if record else ""), sorted(wanted)
     why = f"was made with `{' '.join(made)}`, and is now `{' '.join(now)}`"
     if made == now:
         why = "was made before a step that it comes after was made again"
@@ -173,7 +174,7 @@ def result(project_dir: Path, steps: list[str]) -> str:
     """The table of the steps, and below it the comparison of the policies where one was made."""
     rows = [_row(project_dir / name, name) for name in steps]
     parts = [table(["step", "time", "metric", "start", "end"], rows)]
-    comparison = read_json(project_dir / COMPARISON_FILE)
+    comparison = read_comparison(project_dir)
     if comparison:
         parts.append(printable(comparison_text(comparison)))
     return "\n\n".join(
@@ -183,5 +184,5 @@ def result(project_dir: Path, steps: list[str]) -> str:
 
 def _row(run_dir: Path, name: str) -> list[str]:
     measured = results_of(run_dir)
-    ends = ["" if value is None else f"{value:.3f}" for value in (measured["start"], measured["end"])]
-    return [name, duration(measured["seconds"]), measured["objective"] or "", *ends]
+    ends = ["" if value is None else f"{value:.3f}" for value in (measured.start, measured.end)]
+    return [name, duration(measured.seconds), measured.objective or "", *ends]

@@ -9,7 +9,6 @@ that are done are passed over, so the same command goes on where an earlier one 
 """
 
 import itertools
-import json
 import math
 import re
 import time
@@ -24,7 +23,8 @@ from rlhf_trl.cli.overrides import without_sweeps
 from rlhf_trl.config.command_line import as_typed, config_dirs
 from rlhf_trl.config.values import plain
 from rlhf_trl.runs.conflicts import name_problems
-from rlhf_trl.runs.record import read_run
+from rlhf_trl.runs.record import is_done, write_json
+from rlhf_trl.runs.results import SweepJob
 
 # What the sweep reads itself; a run gets a name and a beginning of its own
 OWN_KEYS = ("sweep", "accelerate", "launch", "program", "run_name", "resume", "overwrite")
@@ -67,27 +67,25 @@ def job(cfg: DictConfig) -> float:
     number, run_dir = settings.job.num, Path(settings.runtime.output_dir)
     overrides = [item for item in as_typed(settings.overrides.task) if name_of(item) not in OWN_KEYS]
     program = list(cfg.program or launch_command(cfg.accelerate, cfg.launch))
-    outcome = run_job(program, config_dirs(), overrides, f"run_name={cfg.run_name}/{number}", run_dir)
-    given = {name: value for name, _, value in (item.lstrip("+").partition("=") for item in overrides)}
-    # Beside the run directory: a run that is begun again clears its own
-    run_dir.with_suffix(".json").write_text(
-        json.dumps({"number": number, "overrides": given, **outcome}, indent=2), encoding="utf-8"
-    )
-    if outcome["status"] == "done" and outcome["value"] is not None:
-        return outcome["value"]
+    outcome = run_job(number, program, config_dirs(), overrides, f"run_name={cfg.run_name}/{number}", run_dir)
+    write_json(run_dir.with_suffix(".json"), outcome)  # not in the run directory, which a new start clears
+    if outcome.done and outcome.value is not None:
+        return outcome.value
     if "BasicSweeper" in settings.sweeper._target_:
         return math.nan  # it looks at no values, and an exception would end what it shows
-    raise RuntimeError(f"Job {number} {outcome['status']}: {outcome['message'] or 'its objective was not measured'}")
+    raise RuntimeError(f"Job {number} {outcome.status}: {outcome.message or 'its objective was not measured'}")
 
 
-def run_job(program: list[str], config_dirs: list[str], overrides: list[str], run_name: str, run_dir: Path) -> dict:
+def run_job(
+    number: int, program: list[str], config_dirs: list[str], overrides: list[str], run_name: str, run_dir: Path
+) -> SweepJob:
     """
-    Runs one job unless it is done already.
+    Run one job unless it is done already.
 
     Returns:
-        `dict`: `status` (`done` or `failed`), `seconds`, `objective` (its name), `value`, `eval` (metrics), `message`
-        and `log`.
+        [`~rlhf_trl.runs.results.SweepJob`]: what came of it.
     """
+    given = {name: value for name, _, value in (item.lstrip("+").partition("=") for item in overrides)}
     log, begun = run_dir.with_suffix(".log"), time.time()
     state = state_of(run_dir, [*overrides, run_name])
     if state != "done":
@@ -95,26 +93,26 @@ def run_job(program: list[str], config_dirs: list[str], overrides: list[str], ru
         command = [*program, *config_dirs, *overrides, run_name, *BEGIN.get(state, [])]
         print(shown(command), flush=True)
         code = run(command, log=log)
-        if code != 0 or (read_run(run_dir) or {}).get("status") != "done":
-            return {
-                "status": "failed",
-                "seconds": time.time() - begun,
-                "objective": None,
-                "value": None,
-                "eval": {},
-                "message": what_it_said(log) or f"exit status {code}",
-                "log": str(log),
-            }
+        if code != 0 or not is_done(run_dir):
+            return SweepJob(
+                number=number,
+                overrides=given,
+                status="failed",
+                seconds=time.time() - begun,
+                message=what_it_said(log) or f"exit status {code}",
+                log=str(log),
+            )
     measured = results_of(run_dir)
-    return {
-        "status": "done",
-        "seconds": measured["seconds"],
-        "objective": measured["objective"],
-        "value": measured["end"],
-        "eval": measured["eval"],
-        "message": None,
-        "log": str(log),
-    }
+    return SweepJob(
+        number=number,
+        overrides=given,
+        status="done",
+        seconds=measured.seconds,
+        objective=measured.objective,
+        value=measured.end,
+        eval=measured.eval,
+        log=str(log),
+    )
 
 
 def what_it_said(log: Path) -> str:

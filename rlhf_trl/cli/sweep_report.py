@@ -8,8 +8,9 @@ from omegaconf import DictConfig
 
 from rlhf_trl.report.records import metric_names, swept_keys
 from rlhf_trl.report.sweep import write_sweep_report
-from rlhf_trl.report.text import WIDTH, duration, table
-from rlhf_trl.runs.record import SWEEP_FILE, read_json, write_json
+from rlhf_trl.report.text import WIDTH, duration, number, table
+from rlhf_trl.runs.record import SWEEP_FILE, read_jobs, write_json
+from rlhf_trl.runs.results import SweepJob
 
 
 class SweepReport(Callback):
@@ -31,11 +32,11 @@ class SweepReport(Callback):
         """
         folder = Path(config.hydra.sweep.dir)
         paths = [path for path in _records(folder) if self.earlier.get(path) != path.stat().st_mtime_ns]
-        jobs = [read_json(path) for path in paths]
+        jobs = [job for path in paths for job in read_jobs(path)]
         write_json(folder / SWEEP_FILE, jobs)
         page = write_sweep_report(folder)
         print("\n" + report(jobs) + f"\n\n{folder / SWEEP_FILE}\nReport: {page}", flush=True)
-        if any(job["status"] == "failed" for job in jobs):
+        if not all(job.done for job in jobs):
             sys.exit(1)
 
 
@@ -45,26 +46,19 @@ def _records(folder: str | Path) -> list[Path]:
     )
 
 
-def report(jobs: list[dict]) -> str:
-    """
-    The jobs as a table, and what the failed ones said.
-
-    Args:
-        jobs (`list[dict]`):
-            Each with `number`, `overrides` (name to value), `status`, `seconds`, `objective` (name), `value`, `eval`
-            (metrics), `message` and `log`.
-    """
+def report(jobs: list[SweepJob]) -> str:
+    """Return a table of the jobs, and the messages of those that failed."""
     swept, columns = swept_keys(jobs), metric_names(jobs)
-    objective = next((job["objective"] for job in jobs if job["objective"]), None)
+    objective = next((job.objective for job in jobs if job.objective), None)
     while True:
         text = table(
             ["job", *swept, "time", *columns],
             [
                 [
-                    job["number"],
-                    *(_short(job["overrides"].get(name, "")) for name in swept),
-                    duration(job["seconds"]) if job["status"] == "done" else job["status"],
-                    *(_shown(job["value"] if name == objective else job["eval"].get(name)) for name in columns),
+                    str(job.number),
+                    *(_short(job.overrides.get(name, "")) for name in swept),
+                    duration(job.seconds) if job.done else job.status,
+                    *(number(job.value if name == objective else job.eval.get(name), "{:.4g}") for name in columns),
                 ]
                 for job in jobs
             ],
@@ -72,9 +66,7 @@ def report(jobs: list[dict]) -> str:
         if max(map(len, text.split("\n"))) <= WIDTH or len(columns) < 2:
             break
         columns.pop()
-    failed = [
-        f"Job {job['number']} failed: {job['message']}\n  {job['log']}" for job in jobs if job["status"] == "failed"
-    ]
+    failed = [f"Job {job.number} failed: {job.message}\n  {job.log}" for job in jobs if not job.done]
     return "\n".join([text, *failed])
 
 
@@ -83,7 +75,3 @@ def _short(value: str) -> str:
         return min(value, f"{float(value):.4g}", key=len)
     except ValueError:
         return value
-
-
-def _shown(value) -> str:
-    return f"{value:.4g}" if isinstance(value, (int, float)) else ""

@@ -1,17 +1,59 @@
-"""What a policy writes for given prompts, and how likely that is under it and under others."""
+"""Completions of policies, and their log-probabilities."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
+from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-from rlhf_trl.data.tokenize import end_tokens
+from rlhf_trl.data.tokenize import end_tokens, prompt_ids
+from rlhf_trl.models.loading import load_model
 from rlhf_trl.models.sizes import check_rows, sizes_of
+from rlhf_trl.models.tokenizers import load_tokenizer
 
+Prompt = str | list[dict[str, str]]
 TOO_LONG = "Set `stage.max_completion_length` lower, or leave the longest prompts out."
+
+
+class Policy(NamedTuple):
+    """A model that generates, with its own tokenizer."""
+
+    name: str
+    path: str
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def ids(self, prompt: Prompt, **template_kwargs) -> list[int]:
+        """Return the token ids of a prompt, as training gives it to the policy; keywords are the chat template's."""
+        return prompt_ids(self.tokenizer, prompt, **template_kwargs)
+
+    def completion(self, prompt: Prompt, ids: Sequence[int]) -> Prompt:
+        """Return what was written after `prompt`: text, or one assistant message where that is a chat."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+    @property
+    def chats(self) -> bool:
+        """Whether it has a chat template; else it continues a text."""
+        return self.tokenizer.chat_template is not None
+
+
+def load_policy(name: str, path: str, dtype: str) -> Policy:
+    """Load a policy onto the device, in evaluation mode."""
+    model = load_model(path, dtype=dtype).eval().to(PartialState().device)
+    return Policy(name, path, model, load_tokenizer(path))
+
+
+def as_prompt(text: str, policy: Policy, system_prompt: str | None = None) -> Prompt:
+    """Return a text as the policy takes it: a user's turn for one with a chat template, else the text itself."""
+    if not policy.chats:
+        return text if system_prompt is None else f"{system_prompt}\n\n{text}"
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return [*system, {"role": "user", "content": text}]
 
 
 def generation_config(temperature: float, max_completion_length: int) -> dict[str, Any]:

@@ -1,9 +1,4 @@
-"""
-Who wins between two policies' answers: the group `judge`.
-
-A judge's `compare(prompts, policy, baseline)` takes texts and the [`Answers`] of two policies and returns
-[`Verdicts`].
-"""
+"""Judges of two policies' answers: the group `judge`."""
 
 import json
 import os
@@ -11,7 +6,7 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,6 +25,11 @@ class Answers(NamedTuple):
 
     texts: Sequence[str]
     rewards: dict[str, np.ndarray]
+
+    def subset(self, keep: np.ndarray) -> "Answers":
+        """Return the answers to some of the prompts, `keep` of shape (P,)."""
+        texts = [text for text, kept in zip(self.texts, keep, strict=True) if kept]
+        return Answers(texts, {name: values[keep] for name, values in self.rewards.items()})
 
 
 class Verdicts(NamedTuple):
@@ -51,6 +51,36 @@ class Verdicts(NamedTuple):
     judgements: int = 0
     first: float | None = None
     agreement: float | None = None
+
+
+class Judge(Protocol):
+    """
+    Decides between the answers of two policies: an option of the group `judge`.
+
+    Attributes:
+        name: the judge in words.
+        all_pairs: whether all pairs of policies are judged, or each against the baseline only.
+    """
+
+    name: str
+    all_pairs: bool
+
+    def check(self) -> None:
+        """
+        Check before policies are sampled that the judge can be asked.
+
+        Raises:
+            [`~rlhf_trl.errors.ConfigError`]: if it can't.
+        """
+
+    def compare(self, prompts: Sequence[str], policy: Answers, baseline: Answers) -> Verdicts:
+        """
+        Judge the answers of two policies to P prompts.
+
+        Raises:
+            [`~rlhf_trl.errors.ConfigError`]: if the judge can't be asked.
+        """
+        ...
 
 
 class RewardJudge:

@@ -1,5 +1,5 @@
 """
-RewardBench's section scores, from the accuracy in its subsets (Lambert et al. 2024, arXiv 2403.13787).
+Section scores of RewardBench, from the accuracy in its subsets (Lambert et al. 2024, arXiv 2403.13787).
 
 A section's score is the mean over its prompts, so each subset counts by its number of prompts. In Reasoning the 447
 prompts of `math-prm` count as much as the 984 of code, so that the section is the mean of math and code. Subsets,
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from rlhf_trl.runs.reward_results import RewardBenchScores, SubsetAccuracy
 
 # Prompts of each subset
 SECTIONS = {
@@ -34,31 +36,26 @@ SECTIONS = {
 SUBSETS = {subset for subsets in SECTIONS.values() for subset in subsets}
 
 
-def section_scores(subsets: Sequence[Any], leads: np.ndarray) -> dict[str, Any]:
+def section_scores(subsets: Sequence[Any], margins: np.ndarray) -> RewardBenchScores:
     """
-    RewardBench's table.
+    Compute RewardBench's scores.
 
     Args:
-        subsets (`Sequence` of length `M`): the subset of each comparison.
-        leads (`np.ndarray` of shape `(M,)`): score of the chosen completion - score of the rejected one. A comparison
-            is won if it is above 0; equal scores are no success. NaN ones are left out.
-
-    Returns:
-        `dict`: `sections` (name -> score from 0 to 1, over the subsets that occur; null if none does), `subsets` (name
-            -> `accuracy` and `n`), `score` (the mean of the four sections; null unless every subset occurs),
-            `missing` (subsets without a comparison).
+        subsets (`Sequence` of length `M`): subset of each comparison.
+        margins (`np.ndarray` of shape `(M,)`): score of the chosen completion minus score of the rejected one. A
+            comparison is won if it is above 0; equal scores are no success. NaN is dropped.
     """
-    names, leads = np.asarray(subsets, dtype=object), np.asarray(leads, dtype=float)
+    names, margins = np.asarray(subsets, dtype=object), np.asarray(margins, dtype=float)
     found = {}
     for subset in sorted(SUBSETS):
-        own = leads[(names == subset) & ~np.isnan(leads)]
+        own = margins[(names == subset) & ~np.isnan(margins)]
         if len(own):
-            found[subset] = {"accuracy": float((own > 0).mean()), "n": len(own)}
+            found[subset] = SubsetAccuracy(accuracy=float((own > 0).mean()), n=len(own))
     sections = {}
     for section, weights in SECTIONS.items():
         held = {subset: weight for subset, weight in weights.items() if subset in found}
-        won = sum(found[subset]["accuracy"] * weight for subset, weight in held.items())
+        won = sum(found[subset].accuracy * weight for subset, weight in held.items())
         sections[section] = won / sum(held.values()) if held else None
     missing = sorted(SUBSETS - found.keys())
     score = None if missing else float(np.mean(list(sections.values())))
-    return {"sections": sections, "subsets": found, "score": score, "missing": missing}
+    return RewardBenchScores(sections=sections, subsets=found, score=score, missing=missing)

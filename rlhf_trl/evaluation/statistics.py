@@ -2,17 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-
-class Estimate(NamedTuple):
-    """A mean with the lower and upper end of its interval."""
-
-    mean: float
-    low: float
-    high: float
+from rlhf_trl.runs.results import Estimate
 
 
 def bootstrap_mean(values: np.ndarray, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Estimate:

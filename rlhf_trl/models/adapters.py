@@ -69,7 +69,8 @@ def base_path(path: str, config: PeftConfig) -> str:
         )
     for folder in (Path(base), Path(path, base)):
         if folder.is_dir():
-            trained_on = training_record(path).get("base_fingerprint")
+            record = training_record(path)
+            trained_on = record and record.base_fingerprint
             if trained_on is not None and trained_on != weights_fingerprint(str(folder)):
                 raise ConfigError(
                     f"The adapter `{path}` was trained on `{folder.resolve()}`, whose weights have changed since. "

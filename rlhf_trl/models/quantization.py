@@ -1,26 +1,28 @@
 """Quantization that an adapter was trained on."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from transformers import BitsAndBytesConfig
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.record import read_run
+from rlhf_trl.runs.results import RunRecord
 
 
 def trained_quantization(path: str) -> BitsAndBytesConfig | None:
     """How the base of the adapter in the folder `path`, a run or one of its checkpoints, was quantized in training."""
-    saved = training_record(path).get("quantization")
+    record = training_record(path)
+    saved = record and record.quantization
     return cast(BitsAndBytesConfig, BitsAndBytesConfig.from_dict(saved)) if saved else None
 
 
-def training_record(path: str) -> dict[str, Any]:
-    """`run.json` of the run that is the folder `path`, or of which it is a checkpoint; nothing where there is none."""
+def training_record(path: str) -> RunRecord | None:
+    """Return the record of the run that is the folder `path` or has it as a checkpoint, `None` where there is none."""
     if not Path(path).is_dir():
-        return {}
+        return None
     run = Path(path).parent if Path(path).name.startswith("checkpoint-") else path
-    return read_run(path) or read_run(run) or {}
+    return read_run(path) or read_run(run)
 
 
 def start_quantization(path: str, wanted: BitsAndBytesConfig | None) -> BitsAndBytesConfig | None:

@@ -7,6 +7,7 @@ It is made from what the runs and the last evaluation left on disk, so it can be
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,13 +24,14 @@ from rlhf_trl.report.policies import (
     distribution_blocks,
     frontier_blocks,
     headline,
+    known,
     verdict,
     win_blocks,
 )
-from rlhf_trl.report.records import Run, read_runs, without_gaps
+from rlhf_trl.report.records import Run, load_runs
 from rlhf_trl.report.rewards import summary_table
 from rlhf_trl.report.text import duration
-from rlhf_trl.runs.record import COMPARISON_FILE, QUALITY_FILE, read_json
+from rlhf_trl.runs.record import COMPARISON_FILE, read_comparison, read_quality
 
 # Training curves: the title of a figure, how to read it, and its metrics by their name in the legend. What a run
 # didn't log is left out, and of several with one title the first is shown.
@@ -87,16 +89,15 @@ def write_report(project_dir: str | Path) -> Path:
 
 def project_page(project_dir: Path, ending: str | None = None) -> Page:
     """The page of a project; `ending` is the run that has done all but this page."""
-    runs, comparison = read_runs(project_dir), without_gaps(read_json(project_dir / COMPARISON_FILE))
+    runs, comparison = load_runs(project_dir), read_comparison(project_dir)
     if not runs and not comparison:
         raise ConfigError(
             f"There is nothing to report: `{project_dir}` holds no run. Type `project=...` with one that does."
         )
-    for run in runs:
-        if run.name == ending:
-            run.record.update(status="done", ended=datetime.now(UTC).isoformat(timespec="seconds"))
+    runs = [ended(run) if run.name == ending else run for run in runs]
     sections, facts = [], {}
     if comparison:
+        comparison = known(comparison)
         lead = verdict(comparison)
         facts = headline(comparison)
         sections += [
@@ -111,14 +112,14 @@ def project_page(project_dir: Path, ending: str | None = None) -> Page:
         lead = (
             f"The policies of this project were not evaluated, so whether training helped is open. Type `{command}`."
         )
-        sections.append(Section("Evaluation", [Gap(f"There is no `comparison.json`. Type `{command}`.")]))
+        sections.append(Section("Evaluation", [Gap(f"There is no `{COMPARISON_FILE}`. Type `{command}`.")]))
     sections += [
         Section("Training", training_blocks(runs)),
         Section("Reward model", reward_model_blocks(runs, project_dir.name)),
         Section("Runs", run_blocks(runs)),
     ]
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    version = runs[-1].record.get("versions", {}).get("rlhf_trl", "") if runs else ""
+    version = runs[-1].record.versions.get("rlhf_trl", "") if runs else ""
     return Page(
         title=project_dir.resolve().name,
         kicker="Alignment report",
@@ -127,6 +128,12 @@ def project_page(project_dir: Path, ending: str | None = None) -> Page:
         sections=sections,
         footer=f"Made {made} by rlhf_trl {version} from {project_dir}.",
     )
+
+
+def ended(run: Run) -> Run:
+    """Return a run that is under way as if it ended now."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return replace(run, record=replace(run.record, status="done", ended=now))
 
 
 def training_blocks(runs: Sequence[Run]) -> list:
@@ -138,9 +145,9 @@ def training_blocks(runs: Sequence[Run]) -> list:
             continue
         figures = curve_figures(run)
         if figures:
-            blocks += [Text(f"`{run.name}` ({run.record['stage']}), {_ending(run)}"), *health_blocks(run), *figures]
+            blocks += [Text(f"`{run.name}` ({run.record.stage}), {_ending(run)}"), *health_blocks(run), *figures]
         else:
-            blocks.append(Gap(f"The run `{run.name}` left no metrics (its status is `{run.record['status']}`)."))
+            blocks.append(Gap(f"The run `{run.name}` left no metrics (its status is `{run.record.status}`)."))
     return blocks or [Gap("No run of this project trained anything.")]
 
 
@@ -178,15 +185,15 @@ def curve_figures(run: Run) -> list[Figure]:
 
 
 def _ending(run: Run) -> str:
-    took = f" in {duration(run.seconds)}" if run.seconds is not None else ""
-    return f"{run.record['status']}{took}."
+    took = f" in {duration(run.record.seconds)}" if run.record.seconds is not None else ""
+    return f"{run.record.status}{took}."
 
 
 def reward_model_blocks(runs: Sequence[Run], project: str) -> list:
     """How good the reward models are: by their training's evaluation, and as measured by stage=evaluate_reward."""
     blocks: list = []
     for run in runs:
-        if run.record["stage"] == "reward" and run.metrics:
+        if run.record.stage == "reward" and run.metrics:
             first = next((entry for entry in run.history if "eval_accuracy" in entry), {})
             rows = [
                 [key.removeprefix("eval_"), f"{first[key]:.3f}" if key in first else "", f"{value:.3f}"]
@@ -195,16 +202,16 @@ def reward_model_blocks(runs: Sequence[Run], project: str) -> list:
             ]
             headers = ["on held-out rows", "at the start", "at the end"]
             blocks.append(Table(headers, rows, f"Training of the reward model `{run.name}`."))
-    measured = [run for run in runs if run.record["stage"] == "evaluate_reward"]
+    measured = [run for run in runs if run.record.stage == "evaluate_reward"]
     for run in measured:
-        quality = read_json(run.folder / QUALITY_FILE)
+        quality = read_quality(run.folder)
         if quality:
             blocks += [
                 Text(f"`{run.name}` (all of it: `{run.folder / 'report' / 'index.html'}`)"),
                 summary_table(quality),
             ]
         else:
-            blocks.append(Gap(f"The run `{run.name}` left no results (its status is `{run.record['status']}`)."))
+            blocks.append(Gap(f"The run `{run.name}` left no results (its status is `{run.record.status}`)."))
     if not measured:
         blocks.append(
             Gap(
@@ -220,16 +227,16 @@ def run_blocks(runs: Sequence[Run]) -> list:
     rows = [
         [
             run.name,
-            run.record["stage"],
-            run.record["status"],
-            run.record["started"][:16].replace("T", " "),
-            duration(run.seconds) if run.seconds is not None else "",
+            run.record.stage,
+            run.record.status,
+            (run.record.started or "")[:16].replace("T", " "),
+            duration(run.record.seconds) if run.record.seconds is not None else "",
         ]
         for run in runs
     ]
     versions: dict[str, list[str]] = {}
     for run in runs:
-        for package, version in run.record.get("versions", {}).items():
+        for package, version in run.record.versions.items():
             versions.setdefault(package, [])
             if version not in versions[package]:
                 versions[package].append(version)
@@ -241,7 +248,7 @@ def run_blocks(runs: Sequence[Run]) -> list:
         *(
             Details(
                 f"{run.name}: command and config",
-                [Code(run.record["command"]), Code(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))],
+                [Code(run.record.command), Code(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))],
             )
             for run in runs
         ),

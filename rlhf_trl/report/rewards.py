@@ -1,20 +1,17 @@
-"""What `stage=evaluate_reward` found, as a page and as the tables that it prints."""
+"""Page and tables of an evaluation of rewards (`stage=evaluate_reward`)."""
 
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
+import math
+from collections.abc import Mapping, Sequence
 
 from rlhf_trl.hints import count_of
 from rlhf_trl.report import plots
 from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, SideBySide, Table, Text
 from rlhf_trl.report.plots import Series
-from rlhf_trl.report.text import table
+from rlhf_trl.report.text import interval, number, table
+from rlhf_trl.runs.reward_results import BestOfNGain, LengthBias, RatingCorrelation, RewardQuality
 
-Quality = dict[str, Any]  # what `reward_quality.json` holds
 
-
-def reward_page(quality: Quality, title: str, command: str) -> Page:
+def reward_page(quality: RewardQuality, title: str, command: str) -> Page:
     """
     The page of an evaluation of rewards.
 
@@ -26,7 +23,7 @@ def reward_page(quality: Quality, title: str, command: str) -> Page:
     sections = [
         Section("In short", [summary_table(quality), *_notes(quality)]),
         Section("Accuracy by slice", [_slices(quality), *_slice_figures(quality)]),
-        Section("Calibration", _calibration(quality)),
+        Section("Calibration", _reliability(quality)),
         Section("Length", _length(quality)),
         Section("People's ratings", _ratings(quality)),
         Section("Best of n", _best_of_n(quality)),
@@ -41,18 +38,19 @@ def reward_page(quality: Quality, title: str, command: str) -> Page:
         kicker="Evaluation of rewards",
         sections=sections,
         facts={
-            "comparisons": f"{quality['comparisons']:,}",
-            "completions": f"{quality['completions']:,}",
-            "prompts": f"{quality['prompts']:,}",
+            "comparisons": f"{quality.comparisons:,}",
+            "completions": f"{quality.completions:,}",
+            "prompts": f"{quality.prompts:,}",
         },
     )
 
 
-def reward_text(quality: Quality) -> str:
+def reward_text(quality: RewardQuality) -> str:
     """The two main tables, for a terminal."""
     parts = [
-        " of ".join(count_of(quality[f"{name}s"], name) for name in ("comparison", "completion", "prompt")),
-        *quality["notes"],
+        f"{count_of(quality.comparisons, 'comparison')} of {count_of(quality.completions, 'completion')} of "
+        f"{count_of(quality.prompts, 'prompt')}",
+        *quality.notes,
     ]
     for one in (
         summary_table(quality),
@@ -63,37 +61,37 @@ def reward_text(quality: Quality) -> str:
     return "\n".join(parts)
 
 
-def _lead(quality: Quality) -> str:
+def _lead(quality: RewardQuality) -> str:
     said = [
-        f"{name} agrees with people on {_percent(entry['accuracy'])} of the comparisons"
-        for name, entry in quality["rewards"].items()
+        f"{name} agrees with people on {interval(entry.accuracy, '{:.1%}')} of the comparisons"
+        for name, entry in quality.rewards.items()
     ]
-    if quality["raters"]:
-        said.append(f"one rater agrees with the others on {quality['raters']['one_rater']['accuracy']:.1%}")
+    if quality.raters:
+        said.append(f"one rater agrees with the others on {quality.raters.one_rater.accuracy:.1%}")
     return "; ".join(said) + "."
 
 
-def summary_table(quality: Quality) -> Table:
+def summary_table(quality: RewardQuality) -> Table:
     """A row a reward: its accuracy and what else is one number, as it was measured or as it was read from the file."""
     headers = ["reward", "accuracy [95 %]", "like length", "ECE", "r length", "r ratings", "best of n", "no score"]
     rows = []
-    for name, entry in quality["rewards"].items():
-        ratings, best = entry["ratings"], entry.get("best_of_n", [])[-1:]
+    for name, entry in quality.rewards.items():
+        ratings, best = entry.ratings, (entry.best_of_n or [])[-1:]
         rows.append(
             [
                 name,
-                _interval(entry["accuracy"]),
-                _number(_slice_of(entry, "like length")["mean"]),
-                _number(entry["calibration"]["ece"]),
-                _number(entry["length"]["spearman"], "{:+.2f}"),
-                _number(ratings and ratings["spearman"], "{:+.2f}"),
-                f"{best[0]['gain']['mean']:+.2f} ({best[0]['n']})" if best and best[0]["n"] > 1 else "",
-                entry["completions_without_score"] or "",
+                interval(entry.accuracy),
+                number(entry.slice("like length").accuracy.mean),
+                number(entry.reliability.ece),
+                number(entry.length.spearman, "{:+.2f}"),
+                number(ratings and ratings.spearman, "{:+.2f}"),
+                f"{best[0].gain.mean:+.2f} ({best[0].n})" if best and best[0].n > 1 else "",
+                entry.completions_without_score or "",
             ]
         )
-    if quality["raters"]:
-        one = quality["raters"]["one_rater"]
-        rows.append(["(one rater)", _number(one["accuracy"]), "", "", "", _number(one["spearman"], "{:+.2f}"), "", ""])
+    if quality.raters:
+        one = quality.raters.one_rater
+        rows.append(["(one rater)", number(one.accuracy), "", "", "", number(one.spearman, "{:+.2f}"), "", ""])
     return Table(
         headers,
         rows,
@@ -104,29 +102,26 @@ def summary_table(quality: Quality) -> Table:
     )
 
 
-def _slices(quality: Quality) -> Table:
-    names = list(quality["rewards"])
-    slices = [part["slice"] for part in quality["rewards"][names[0]]["slices"]]
-    rows = []
-    for i, name in enumerate(slices):
-        parts = [quality["rewards"][reward]["slices"][i] for reward in names]
-        rows.append([name, f"{parts[0]['n']:,}", *(_interval(part["accuracy"]) for part in parts)])
-    ranked = [quality["rewards"][reward]["top_one"] for reward in names]
-    if ranked[0]["mean"] == ranked[0]["mean"]:
-        rows.append(["best of a row of 3 or more", "", *map(_interval, ranked)])
-    return Table(["comparisons", "number", *names], rows)
+def _slices(quality: RewardQuality) -> Table:
+    results = list(quality.rewards.values())
+    rows = [
+        [parts[0].name, f"{parts[0].n:,}", *(interval(part.accuracy) for part in parts)]
+        for parts in zip(*(result.slices for result in results), strict=True)
+    ]
+    if number(results[0].top_one.mean):
+        rows.append(["best of a row of 3 or more", "", *(interval(result.top_one) for result in results)])
+    return Table(["comparisons", "number", *quality.rewards], rows)
 
 
-def _slice_figures(quality: Quality) -> list[Figure]:
+def _slice_figures(quality: RewardQuality) -> list[Figure]:
     figures = []
-    for reward, entry in quality["rewards"].items():
-        parts = [{"slice": "all", "accuracy": entry["accuracy"]}] + [part for part in entry["slices"] if part["n"]]
-        low, high = ([part["accuracy"][end] for part in parts] for end in ("low", "high"))
+    for reward, entry in quality.rewards.items():
+        parts = {"all": entry.accuracy} | {part.name: part.accuracy for part in entry.slices if part.n}
         svg = plots.bars(
-            [part["slice"] for part in parts],
-            [part["accuracy"]["mean"] for part in parts],
-            low,
-            high,
+            list(parts),
+            [accuracy.mean for accuracy in parts.values()],
+            [accuracy.low for accuracy in parts.values()],
+            [accuracy.high for accuracy in parts.values()],
             title=f"accuracy of {reward} by slice",
             x_label="accuracy",
             middle=0.5,
@@ -136,96 +131,87 @@ def _slice_figures(quality: Quality) -> list[Figure]:
     return figures
 
 
-def _calibration(quality: Quality) -> list:
+def _reliability(quality: RewardQuality) -> list:
     series = [Series("calibrated", [0.5, 1], [0.5, 1], hollow=True, color=7)]
-    for i, (name, entry) in enumerate(quality["rewards"].items()):
-        bins = entry["calibration"]["bins"]
-        series.append(Series(name, [b["predicted"] for b in bins], [b["observed"] for b in bins], color=i))
+    for i, (name, entry) in enumerate(quality.rewards.items()):
+        bins = entry.reliability.bins
+        series.append(Series(name, [b.predicted for b in bins], [b.observed for b in bins], color=i))
     svg = plots.curves(series, "calibration", "predicted share of raters, sigmoid of the lead", "observed share")
     text = Text(
         "Each comparison from the side that the reward prefers: the share of raters that sigmoid of the difference of "
         "scores predicts, and the share that prefers that side. Below the line the reward is surer than people are. A "
         "reward that wasn't trained on comparisons has a scale of its own and needn't lie on it."
     )
-    errors = ", ".join(f"{name} {entry['calibration']['ece']:.3f}" for name, entry in quality["rewards"].items())
+    errors = ", ".join(f"{name} {entry.reliability.ece:.3f}" for name, entry in quality.rewards.items())
     return [text, Figure(svg, f"Expected calibration error: {errors}.")]
 
 
-def _length(quality: Quality) -> list:
+def _length(quality: RewardQuality) -> list:
     rows = [
         [
             name,
-            _number(each["pearson"], "{:+.2f}"),
-            _number(each["spearman"], "{:+.2f}"),
-            _share(each["longer_preferred"]),
+            number(entry.length.pearson, "{:+.2f}"),
+            number(entry.length.spearman, "{:+.2f}"),
+            _share(entry.length.longer_preferred),
         ]
-        for name, entry in quality["rewards"].items()
-        for each in [entry["length"]]
+        for name, entry in quality.rewards.items()
     ]
-    rows.append(["(people)", "", "", _share(quality["longer_preferred"])])
+    rows.append(["(people)", "", "", _share(quality.longer_preferred)])
     headers = ["reward", "Pearson", "Spearman", "the longer one is preferred"]
     note = "Correlation of score and number of characters over all completions. A reward that prefers the longer one "
     note += "more often than people do has learned length."
-    svg = _curves(quality, "length", "characters")
+    svg = _curves("characters", {name: entry.length for name, entry in quality.rewards.items()})
     return [Table(headers, rows, note=note), Figure(svg, "Score against length: median and quartiles of eight parts.")]
 
 
-def _ratings(quality: Quality) -> list:
-    if not any(entry["ratings"] for entry in quality["rewards"].values()):
+def _ratings(quality: RewardQuality) -> list:
+    rows = [
+        [
+            name,
+            *(number(value, "{:+.2f}") for value in (rated.pearson, rated.spearman, rated.pearson_within_prompts)),
+            "",
+            "",
+        ]
+        for name, entry in quality.rewards.items()
+        if (rated := entry.ratings)
+    ]
+    if not rows:
         return [
             Gap("The data has no ratings. With `data/feedback=ratings` scores are held beside people's mean rating.")
         ]
-    kinds = ("pearson", "spearman", "pearson_within_prompts")
-    rows = [
-        [name, *(_number(entry["ratings"][key], "{:+.2f}") for key in kinds), "", ""]
-        for name, entry in quality["rewards"].items()
-        if entry["ratings"]
-    ]
-    raters, note = quality["raters"], ""
-    if raters:
-        for name, words in (
-            ("one_rater", "(one rater, the others)"),
-            ("half", "(half of the raters, the other half)"),
+    note = ""
+    if raters := quality.raters:
+        for words, one, all_raters in (
+            ("(one rater, the others)", raters.one_rater, None),
+            ("(half of the raters, the other half)", raters.half, raters.half.spearman_brown),
         ):
-            one = raters[name]
-            whole = _number(one.get("spearman_brown"), "{:+.2f}")
-            rows.append(
-                [
-                    words,
-                    _number(one["pearson"], "{:+.2f}"),
-                    _number(one["spearman"], "{:+.2f}"),
-                    "",
-                    whole,
-                    _number(one["accuracy"]),
-                ]
-            )
+            correlations = [number(value, "{:+.2f}") for value in (one.pearson, one.spearman)]
+            rows.append([words, *correlations, "", number(all_raters, "{:+.2f}"), number(one.accuracy)])
         note = (
-            f"The raters' own rows are of {raters['completions']:,} completions with {raters['raters']:.1f} raters on "
-            f"average, and their accuracy of {raters['comparisons']:,} comparisons: how often they put two "
+            f"The raters' own rows are of {raters.completions:,} completions with {raters.raters:.1f} raters on "
+            f"average, and their accuracy of {raters.comparisons:,} comparisons: how often they put two "
             "completions into the order of the others. All raters: the halves' correlation for as many raters as "
             "there are (Spearman and Brown)."
         )
     headers = ["with the mean rating", "Pearson", "Spearman", "within prompts", "all raters", "accuracy"]
-    svg = _curves(quality, "ratings", "mean rating")
+    svg = _curves("mean rating", {name: entry.ratings for name, entry in quality.rewards.items()})
     return [
         Table(headers, rows, note=note),
         Figure(svg, "Score against mean rating: median and quartiles of eight parts."),
     ]
 
 
-def _curves(quality: Quality, key: str, x_label: str) -> str:
+def _curves(x_label: str, measured: Mapping[str, LengthBias | RatingCorrelation | None]) -> str:
     series = []
-    for name, entry in quality["rewards"].items():
-        curve = entry[key]["curve"] if entry[key] else []
-        columns = [[point[end] for point in curve] for end in ("x", "y", "low", "high")]
+    for name, each in measured.items():
+        points = each.curve if each else []
+        columns = [[getattr(point, end) for point in points] for end in ("x", "y", "low", "high")]
         series.append(Series(name, *columns))
     return plots.curves(series, f"score against {x_label}", x_label, "score")
 
 
-def _best_of_n(quality: Quality) -> list:
-    found = {
-        name: entry["best_of_n"] for name, entry in quality["rewards"].items() if len(entry.get("best_of_n", [])) > 1
-    }
+def _best_of_n(quality: RewardQuality) -> list:
+    found = {name: entry.best_of_n for name, entry in quality.rewards.items() if len(entry.best_of_n or []) > 1}
     if not found:
         return [
             Gap(
@@ -235,26 +221,19 @@ def _best_of_n(quality: Quality) -> list:
         ]
     first = max(found.values(), key=len)
     series = [_gains(name, points) for name, points in found.items()]
-    series.append(
-        Series(
-            "the best there is",
-            [p["kl"] for p in first],
-            [p["best_gain"]["mean"] for p in first],
-            hollow=True,
-            color=7,
-        )
-    )
+    best = [point.best_gain.mean for point in first]
+    series.append(Series("the best there is", [point.kl for point in first], best, hollow=True, color=7))
     rows = [
-        [point["n"], f"{point['kl']:.2f}", point["prompts"]]
-        + [_interval(points[i]["gain"], "{:+.2f}") if i < len(points) else "" for points in found.values()]
-        + [_interval(point["best_gain"], "{:+.2f}")]
+        [point.n, f"{point.kl:.2f}", point.prompts]
+        + [interval(points[i].gain, "{:+.2f}") if i < len(points) else "" for points in found.values()]
+        + [interval(point.best_gain, "{:+.2f}")]
         for i, point in enumerate(first)
     ]
     headers = ["n", "KL", "prompts", *found, "the best there is"]
     return [
         Text(
             "Of n completions of a prompt the one with the highest score is taken; the gain over one completion is in "
-            f"{quality['gold']}, estimated over all subsets of n. Where a curve bends down the reward can be fooled."
+            f"{quality.gold}, estimated over all subsets of n. Where a curve bends down the reward can be fooled."
         ),
         Figure(
             plots.curves(series, "best of n", "KL, log n - (n - 1) / n", "gain in gold reward"),
@@ -264,84 +243,63 @@ def _best_of_n(quality: Quality) -> list:
     ]
 
 
-def _gains(name: str, points: Sequence[dict]) -> Series:
-    columns = [[point["gain"][end] for point in points] for end in ("mean", "low", "high")]
-    low, high = ([m if end != end else end for m, end in zip(columns[0], side, strict=True)] for side in columns[1:])
-    return Series(name, [point["kl"] for point in points], columns[0], low, high)
+def _gains(name: str, points: Sequence[BestOfNGain]) -> Series:
+    means = [point.gain.mean for point in points]
+    # Of a single prompt there is no interval
+    low, high = (
+        [mean if math.isnan(end) else end for mean, end in zip(means, ends, strict=True)]
+        for ends in zip(*((point.gain.low, point.gain.high) for point in points), strict=True)
+    )
+    return Series(name, [point.kl for point in points], means, low, high)
 
 
-def _disagreement(quality: Quality) -> list[Section]:
+def _disagreement(quality: RewardQuality) -> list[Section]:
     blocks = []
-    for name, entry in quality["rewards"].items():
-        if "disagreement" in entry:
-            found = entry["disagreement"]
-            rows = [[f"member {i}", "", _interval(each)] for i, each in enumerate(found["members"], 1)]
-            words = ("least", "middle", "most")
+    for name, entry in quality.rewards.items():
+        if found := entry.disagreement:
+            rows = [[f"member {i}", "", interval(accuracy)] for i, accuracy in enumerate(found.members, 1)]
             rows += [
-                [f"{word} disagreement", f"{part['lead_std']:.2f}", _interval(part["accuracy"])]
-                for word, part in zip(words, found["slices"], strict=False)
+                [f"{word} disagreement", f"{part.margin_std:.2f}", interval(part.accuracy)]
+                for word, part in zip(("least", "middle", "most"), found.slices, strict=False)
             ]
-            caption = f"{name}: the members' scores of a completion have a standard deviation of {found['std']:.2f}."
+            caption = f"{name}: the members' scores of a completion have a standard deviation of {found.std:.2f}."
             blocks.append(Table(["", "std of the lead", "accuracy [95 %]"], rows, caption))
     return [Section("Ensemble", blocks)] if blocks else []
 
 
-def _rewardbench(quality: Quality) -> list[Section]:
-    found = {name: entry["rewardbench"] for name, entry in quality["rewards"].items() if "rewardbench" in entry}
+def _rewardbench(quality: RewardQuality) -> list[Section]:
+    found = {name: entry.rewardbench for name, entry in quality.rewards.items() if entry.rewardbench}
     if not found:
         return []
     first = next(iter(found.values()))
-    rows = [
-        [section, *(_share(each["sections"][section]) for each in found.values())] for section in first["sections"]
-    ]
-    rows.append(["Score", *(_share(each["score"]) for each in found.values())])
-    missing = f"No comparisons of {', '.join(first['missing'])}: no score over all. " if first["missing"] else ""
+    rows = [[section, *(_share(each.sections[section]) for each in found.values())] for section in first.sections]
+    rows.append(["Score", *(_share(each.score) for each in found.values())])
+    missing = f"No comparisons of {', '.join(first.missing)}: no score over all. " if first.missing else ""
     note = f"{missing}Sections as in RewardBench (arXiv 2403.13787); equal scores are no success there."
     return [Section("RewardBench", [Table(["section", *found], rows, note=note)])]
 
 
-def _mistakes(quality: Quality) -> list:
+def _mistakes(quality: RewardQuality) -> list:
     blocks = []
-    for name, entry in quality["rewards"].items():
+    for name, entry in quality.rewards.items():
         samples = [
             SideBySide(
-                one["prompt"],
+                one.prompt,
                 {
-                    f"people prefer (score {one['scores'][0]:.2f})": one["preferred"],
-                    f"`{name}` prefers (score {one['scores'][1]:.2f})".replace("`", ""): one["other"],
+                    f"people prefer (score {one.scores[0]:.2f})": one.preferred,
+                    f"`{name}` prefers (score {one.scores[1]:.2f})".replace("`", ""): one.other,
                 },
             )
-            for one in entry["mistakes"]
+            for one in entry.mistakes
         ]
         if samples:
             blocks.append(Details(f"Where {name} is surest of what people don't prefer", samples))
     return blocks or [Text("There are none.")]
 
 
-def _notes(quality: Quality) -> list:
-    return [Gap(note + ".") for note in quality["notes"]]
-
-
-def _slice_of(entry: dict, name: str) -> dict:
-    return next(part["accuracy"] for part in entry["slices"] if part["slice"] == name)
-
-
-def _interval(estimate: dict, form: str = "{:.3f}") -> str:
-    mean, low, high = (np.nan if estimate[key] is None else estimate[key] for key in ("mean", "low", "high"))
-    if mean != mean:
-        return ""
-    shown = form.format(mean)
-    return shown if low != low else f"{shown} [{form.format(low)}, {form.format(high)}]"
-
-
-def _percent(estimate: dict) -> str:
-    mean, low, high = (np.nan if estimate[key] is None else estimate[key] for key in ("mean", "low", "high"))
-    return f"{mean:.1%}" + ("" if low != low else f" [{low:.1%}, {high:.1%}]")
-
-
-def _number(value: float | None, form: str = "{:.3f}") -> str:
-    return "" if value is None or value != value else form.format(value)
+def _notes(quality: RewardQuality) -> list:
+    return [Gap(note + ".") for note in quality.notes]
 
 
 def _share(value: float | None) -> str:
-    return _number(value, "{:.1%}")
+    return number(value, "{:.1%}")

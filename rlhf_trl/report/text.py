@@ -1,13 +1,43 @@
-"""Tables as plain text."""
+"""Numbers, tables and texts side by side, as plain text."""
 
+import math
 import textwrap
 from collections.abc import Sequence
+
+from rlhf_trl.runs.results import Comparison, Estimate
 
 WIDTH = 100  # columns of a terminal that everybody has
 
 
+# ---- Numbers ----
+
+
+def number(value: object, form: str = "{:.3f}") -> str:
+    """Return a number as text, an empty one for NaN and for what is no number, such as `None`."""
+    return form.format(value) if isinstance(value, (int, float)) and not math.isnan(value) else ""
+
+
+def interval(estimate: Estimate | None, form: str = "{:.3f}") -> str:
+    """Return an estimate as `mean [low, high]`, the mean alone where the interval is unknown."""
+    mean, low, high = (number(each, form) for each in (estimate or (None, None, None)))
+    return f"{mean} [{low}, {high}]" if mean and low and high else mean
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as `48 s`, `3 min 05 s` or `2 h 07 min`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
+
+
+# ---- Tables and columns ----
+
+
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: the first one to the left, the others to the right."""
+    """Return aligned columns: the first one to the left, the others to the right."""
     cells = [list(headers), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
     cells.insert(1, ["-" * width for width in widths])
@@ -16,7 +46,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def side_by_side(texts: dict[str, str], width: int = WIDTH) -> str:
-    """Texts in columns under their names; one below the other where the columns would be too narrow to read."""
+    """Return texts in columns under their names; one below the other where columns would be too narrow to read."""
     column = (width - 2 * (len(texts) - 1)) // len(texts)
     if column < 24:
         return "\n".join(f"[{name}]\n{_wrapped(text, width)}" for name, text in texts.items())
@@ -31,71 +61,48 @@ def _wrapped(text: str, width: int) -> str:
     return "\n".join(lines) or "(empty)"
 
 
-def duration(seconds: float) -> str:
-    """`48 s`, `3 min 05 s` or `2 h 07 min`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
+# ---- Comparison of policies ----
 
 
-def comparison_text(comparison: dict, samples: int = 3) -> str:
-    """
-    The tables of a comparison, as `rlhf_trl.evaluation.comparison` makes it, and side by side the first samples in
-    which the policies don't all say the same.
-    """
-    baseline = comparison["baseline"]
+def comparison_text(comparison: Comparison, samples: int = 3) -> str:
+    """Return the table of a comparison, and side by side the first `samples` prompts with differing answers."""
+    baseline = comparison.baseline
     headers = ["policy", "reward [95 %]", f"vs {baseline} [95 %]", "wins [95 %]", f"KL to {baseline}", "tokens", "EOS"]
     rows = [
         [
             name,
-            _interval(entry["reward"], "{:.2f}"),
-            _interval(entry["difference"], "{:+.2f}"),
-            _interval(entry["win_rate"], "{:.0%}"),
-            f"{entry['kl']['mean']:.2f}" if entry["kl"] else "",
-            f"{entry['completion_length']:.1f}",
-            f"{entry['eos_rate']:.0%}",
+            interval(result.reward, "{:.2f}"),
+            interval(result.difference, "{:+.2f}"),
+            interval(result.win_rate, "{:.0%}"),
+            number(result.kl and result.kl.mean, "{:.2f}"),
+            number(result.completion_length, "{:.1f}"),
+            number(result.eos_rate, "{:.0%}"),
         ]
-        for name, entry in comparison["policies"].items()
+        for name, result in comparison.policies.items()
     ]
-    left_out = f"; {comparison['left_out']} left out for want of a reward" if comparison["left_out"] else ""
-    parts = [
-        "\n".join([f"{comparison['prompts']} held-out prompts{left_out}", table(headers, rows), *_notes(comparison)])
-    ]
-    differing = [sample for sample in comparison["samples"] if len(set(sample["completions"].values())) > 1]
+    dropped = f"; {comparison.dropped} left out for want of a reward" if comparison.dropped else ""
+    parts = ["\n".join([f"{comparison.prompts} held-out prompts{dropped}", table(headers, rows), *_notes(comparison)])]
+    differing = [sample for sample in comparison.samples if len(set(sample.completions.values())) > 1]
     for sample in differing[:samples]:
         columns = {
-            f"{name} ({_number(sample['rewards'][name])})": text for name, text in sample["completions"].items()
+            f"{name} ({number(sample.rewards[name], '{:.2f}') or 'no reward'})": text
+            for name, text in sample.completions.items()
         }
-        parts.append(f"{_wrapped(sample['prompt'], WIDTH)}\n\n{side_by_side(columns)}")
+        parts.append(f"{_wrapped(sample.prompt, WIDTH)}\n\n{side_by_side(columns)}")
     return f"\n\n{'=' * WIDTH}\n".join(parts)
 
 
-def _notes(comparison: dict) -> list[str]:
-    """What the table can't show: who judged, what was unclear, what is missing."""
-    judge, policies = comparison.get("judge", ""), comparison["policies"]
-    asked = {name: entry for name, entry in policies.items() if entry.get("position_bias") is not None}
+def _notes(comparison: Comparison) -> list[str]:
+    """Return remarks that the table can't hold: the judge, unclear judgements, missing measures."""
+    policies = comparison.policies
+    first = [f"{each.position_bias:.0%} ({name})" for name, each in policies.items() if each.position_bias is not None]
     notes = []
-    if asked:
-        first = ", ".join(f"{entry['position_bias']:.0%} ({name})" for name, entry in asked.items())
-        notes.append(f"Wins are judged by {judge}; the answer shown first wins {first}.")
-    for name, entry in policies.items():
-        if entry.get("unclear"):
+    if first:
+        notes.append(f"Wins are judged by {comparison.judge}; the answer shown first wins {', '.join(first)}.")
+    for name, result in policies.items():
+        if result.unclear:
             notes.append(
-                f"{entry['unclear']} of {entry['judgements']} judgements of {name} named neither answer nor a tie."
+                f"{result.unclear} of {result.judgements} judgements of {name} named neither answer nor a tie."
             )
-        notes += entry.get("gaps", {}).values()
+        notes += result.missing.values()
     return [_wrapped(note, WIDTH) for note in dict.fromkeys(notes)]
-
-
-def _number(value: float | None) -> str:
-    return "no reward" if value is None else f"{value:.2f}"
-
-
-def _interval(estimate: dict | None, form: str) -> str:
-    if estimate is None:
-        return ""
-    low, high = form.format(estimate["low"]), form.format(estimate["high"])
-    return f"{form.format(estimate['mean'])} [{low}, {high}]"

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from rlhf_trl.config.values import at, flatten, plain, read_json, texts
 from rlhf_trl.runs.directory import holder, under_way
 from rlhf_trl.runs.paths import ENSEMBLE_FILE
-from rlhf_trl.runs.record import RUN_FILE
+from rlhf_trl.runs.record import CONFIG_FILE, RUN_FILE
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 
@@ -144,7 +144,7 @@ def _foreign(run_dir: Path, record: dict[str, Any] | None) -> str | None:
 
 def _overwrite_problems(run_dir: Path, values: dict[str, Any]) -> list[str]:
     """What would be deleted with the earlier run and is none of it: other runs, and what this command reads."""
-    file = run_dir / "config.yaml"
+    file = run_dir / CONFIG_FILE
     members = file.is_file() and (OmegaConf.select(OmegaConf.load(file), "stage.members") or 1) > 1
     nested = [
         path.parent
@@ -177,7 +177,7 @@ def _resume_problems(run_dir: Path, status: str, values: dict[str, Any]) -> list
             "`stage.args.save_only_model=true` keeps no optimizer in a checkpoint, so the run can't be resumed. Start "
             "again: `overwrite=true`."
         )
-    if not any(run_dir.glob("checkpoint-*/")) and not any(run_dir.glob("member_*/run.json")):
+    if not any(run_dir.glob("checkpoint-*/")) and not any(run_dir.glob(f"member_*/{RUN_FILE}")):
         problems.append(
             f"`{run_dir}` holds no checkpoint, so there is nothing to resume. Start again: `overwrite=true`."
         )
@@ -192,12 +192,12 @@ def resume_changes(run_dir: Path, values: dict[str, Any]) -> list[str]:
         run_dir (`Path`): directory of the run, with the `config.yaml` that it was begun with.
         values (`dict`): the config now, see [`~rlhf_trl.config.values.plain`].
     """
-    if not (run_dir / "config.yaml").is_file():
+    if not (run_dir / CONFIG_FILE).is_file():
         return [
             f"`{run_dir}` has no `config.yaml`, so nothing says what the run began with, and it can't be resumed. Put "
             "the file back, or start again: `overwrite=true`."
         ]
-    before, now = flatten(plain(OmegaConf.load(run_dir / "config.yaml"))[0]), flatten(values)
+    before, now = flatten(plain(OmegaConf.load(run_dir / CONFIG_FILE))[0]), flatten(values)
     changed = [
         f"`{key}` was {before.get(key, 'not set')} and is {now.get(key, 'not set')}"
         for key in sorted(before | now)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rlhf_trl.errors import PACKAGE, ConfigError
-from rlhf_trl.runs.record import read_run
+from rlhf_trl.runs.record import RUN_FILE, read_run
 
 # In the folder of an ensemble of reward models
 ENSEMBLE_FILE = "ensemble.json"
@@ -85,7 +85,7 @@ def is_run_name(place: str, project_dir: str) -> bool:
     run, folder = Path(project_dir, place), Path(place)
     if place.startswith((".", "/", "~")) or ":" in place:
         return False
-    if (run / "run.json").is_file():
+    if (run / RUN_FILE).is_file():
         if folder.is_dir() and folder.resolve() != run.resolve():
             _say_which(place, str(run))
         return True
@@ -120,16 +120,14 @@ def baseline_problem(baseline: str, policies: Iterable[str]) -> str | None:
 
 def _finished_run(run: str, project_dir: str) -> str:
     run_dir = Path(project_dir, run)
-    record = run_dir / "run.json"
-    command = run_command(run, project_dir)
-    if not record.is_file():
+    record, command = read_run(run_dir), run_command(run, project_dir)
+    if record is None:
         raise ConfigError(
             f"There is no run `{run}` in `{project_dir}`. Make it first with `{command}`, or name another by `run=`."
         )
-    status = read_run(run_dir)["status"]
-    if status != "done":
+    if record.status != "done":
         raise ConfigError(
-            f"The run `{run}` in `{project_dir}` is not finished (its status is `{status}`). "
+            f"The run `{run}` in `{project_dir}` is not finished (its status is `{record.status}`). "
             f"Finish it first with `{command} resume=true`."
         )
     return str(run_dir.resolve())

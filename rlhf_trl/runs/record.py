@@ -1,33 +1,33 @@
 """
-The JSON files of a run (`run.json`, `metrics.json`) and of a project, written whole and read with a word about damage:
-the only reader and writer of them. Imports nothing heavy.
+Reader and writer of the files that runs leave: JSON that is written whole or not at all. Imports nothing heavy.
+
+A damaged file is an error that names the file and what to do about it.
 """
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.runs.results import Comparison, RunRecord, SweepJob
+from rlhf_trl.runs.reward_results import RewardQuality
+from rlhf_trl.runs.serialization import JsonDataclass, encode
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
 COMPARISON_FILE = "comparison.json"
 QUALITY_FILE = "reward_quality.json"
 SWEEP_FILE = "sweep.json"
+CONFIG_FILE = "config.yaml"
+SAMPLES_FILE = "samples.jsonl"
 PACKAGES = ("rlhf_trl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "hydra-core", "bitsandbytes")
-# What every such file holds
-HELD = {
-    RUN_FILE: {"status": str},
-    METRICS_FILE: {"eval": dict, "history": list},
-    COMPARISON_FILE: {"baseline": str, "policies": dict, "samples": list},
-    QUALITY_FILE: {"rewards": dict},
-}
+Result = TypeVar("Result", bound=JsonDataclass)
 REMEDIES = {
     RUN_FILE: "Put back a copy of it, or delete the folder of that run and run it again.",
     METRICS_FILE: "Delete it: the run then counts as one without metrics.",
@@ -37,28 +37,25 @@ REMEDIES = {
 }
 
 
-def write_json(path: str | os.PathLike, content: dict | list) -> None:
+def write_json(path: str | os.PathLike, content: Any) -> None:
     """
-    Writes a JSON file that is there whole or not at all, whenever the process is killed.
+    Write a JSON file that is there whole or not at all, whenever the process is killed.
 
-    Numbers that JSON lacks (NaN, infinity) become `null`.
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+        content:
+            Dicts, lists, numbers, texts and [`~rlhf_trl.runs.serialization.JsonDataclass`]es; numbers that JSON lacks
+            (NaN, infinity) become `null`.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     # Half of a surrogate pair, which UTF-8 lacks, stands as JSON's own escape of it
     with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
-        json.dump(_finite(content), file, indent=2, ensure_ascii=False, allow_nan=False, default=float)
+        json.dump(encode(content), file, indent=2, ensure_ascii=False, allow_nan=False, default=float)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -66,36 +63,53 @@ def read_json(path: str | os.PathLike) -> Any:
     Return the content of a JSON file that a run has left, `None` where there is none.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if the file can't be read, is no JSON, or lacks what every such file holds;
-            the message says what to do about it.
+        [`~rlhf_trl.errors.ConfigError`]: if the file can't be read or is no JSON; the message says what to do about
+            it.
     """
     path = Path(path)
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"`{path}` can't be read ({error}). {_remedy(path)}") from error
-    for key, kind in HELD.get(path.name, {}).items():
-        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
-            raise ConfigError(f"`{path}` is damaged: it holds no `{key}`. {_remedy(path)}")
-    if path.name == METRICS_FILE and not all(isinstance(entry, dict) for entry in content["history"]):
-        raise ConfigError(f"`{path}` is damaged: its `history` isn't a list of metrics. {_remedy(path)}")
-    return content
+
+
+def _read_result(path: Path, kind: type[Result]) -> Result | None:
+    content = read_json(path)
+    try:
+        return None if content is None and not path.exists() else kind.from_json(content)
+    except ValueError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, why: object) -> ConfigError:
+    return ConfigError(f"`{path}` is damaged: {why}. {_remedy(path)}")
 
 
 def _remedy(path: Path) -> str:
     return REMEDIES.get(path.name, "Delete it, and make it again.")
 
 
-def read_run(run_dir: str | os.PathLike) -> dict[str, Any] | None:
+def read_run(run_dir: str | os.PathLike) -> RunRecord | None:
     """
-    Return the content of `run.json`, `None` where no run was started in `run_dir`.
+    Return the record of the run in `run_dir`, `None` where none was started.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if the file is damaged.
     """
-    return read_json(Path(run_dir, RUN_FILE))
+    return _read_result(Path(run_dir, RUN_FILE), RunRecord)
+
+
+def is_done(run_dir: str | os.PathLike) -> bool:
+    """
+    Return whether a run in `run_dir` ended well.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if its record is damaged.
+    """
+    record = read_run(run_dir)
+    return record is not None and record.status == "done"
 
 
 def read_metrics(run_dir: str | os.PathLike) -> dict[str, Any] | None:
@@ -105,7 +119,51 @@ def read_metrics(run_dir: str | os.PathLike) -> dict[str, Any] | None:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if the file is damaged.
     """
-    return read_json(Path(run_dir, METRICS_FILE))
+    path = Path(run_dir, METRICS_FILE)
+    if not path.exists():
+        return None
+    content = read_json(path)
+    for key, kind in (("eval", dict), ("history", list)):
+        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+            raise _damaged(path, f"it holds no `{key}`")
+    if not all(isinstance(entry, dict) for entry in content["history"]):
+        raise _damaged(path, "its `history` isn't a list of metrics")
+    return content
+
+
+def read_comparison(project_dir: str | os.PathLike) -> Comparison | None:
+    """
+    Return the last comparison of policies of a project, `None` where there is none.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the file is damaged.
+    """
+    return _read_result(Path(project_dir, COMPARISON_FILE), Comparison)
+
+
+def read_quality(run_dir: str | os.PathLike) -> RewardQuality | None:
+    """
+    Return what a run measured of its rewards, `None` where there is nothing.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the file is damaged.
+    """
+    return _read_result(Path(run_dir, QUALITY_FILE), RewardQuality)
+
+
+def read_jobs(path: str | os.PathLike) -> list[SweepJob]:
+    """
+    Return the jobs in a file of one (`<number>.json`) or of all (`sweep.json`), none where there is no such file.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the file is damaged.
+    """
+    path = Path(path)
+    content = read_json(path) or []
+    try:
+        return [SweepJob.from_json(job) for job in (content if isinstance(content, list) else [content])]
+    except ValueError as error:
+        raise _damaged(path, error) from error
 
 
 def start_run(
@@ -117,44 +175,43 @@ def start_run(
     quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """
-    Writes `run.json` with status `running`. Call it on rank 0, after the checks.
+    Write `run.json` with status `running`. Call it on rank 0, after the checks.
 
     Args:
         run_dir (`str`):
-            Directory of the run; made if need be.
+            Directory of the run; created if missing.
         stage (`str`):
             Name of the stage.
         command (`str`):
-            The command that starts this run, as one would type it.
+            The command that starts this run, as it is typed.
         model (`str`, *optional*):
             Path or hub id of the model that the run starts from.
         inputs (`Mapping`, *optional*):
-            What else its result depends on, see [`~rlhf_trl.stages.inputs.inputs_of`]. A resumed run keeps those that
-            it began with.
+            What its result depends on besides the config, see [`~rlhf_trl.stages.inputs.inputs_of`]. A resumed run
+            keeps those that it began with.
         quantization (`Mapping`, *optional*):
-            How the base under its adapter is quantized: whoever loads the adapter loads the base so.
+            Quantization of the base under its adapter: whoever loads the adapter loads the base so.
     """
     os.makedirs(run_dir, exist_ok=True)
-    earlier = read_run(run_dir) or {}
-    content = {
-        "stage": stage,
-        "command": command,
-        "status": "running",
-        "model": model,
-        "pid": os.getpid(),
+    earlier = read_run(run_dir)
+    record = RunRecord(
+        stage=stage,
+        command=command,
+        status="running",
+        model=model,
+        pid=os.getpid(),
         # A resumed run keeps the time of its first start
-        "started": earlier.get("started", _now()),
-        "ended": None,
-        "versions": versions(),
-        "inputs": {**(inputs or {}), **earlier.get("inputs", {})},
-        "quantization": quantization,
-    }
-    write_json(Path(run_dir, RUN_FILE), content)
+        started=(earlier and earlier.started) or _now(),
+        versions=versions(),
+        inputs={**(inputs or {}), **(earlier.inputs if earlier else {})},
+        quantization=None if quantization is None else dict(quantization),
+    )
+    write_json(Path(run_dir, RUN_FILE), record)
 
 
-def finish_run(run_dir: str | os.PathLike, status: str, **extra) -> None:
+def finish_run(run_dir: str | os.PathLike, status: str, **extra: Any) -> None:
     """
-    Writes how a run ended into its `run.json`. Call it on rank 0, after everything else has been written.
+    Write into `run.json` how a run ended. Call it on rank 0, after everything else has been written.
 
     Args:
         run_dir (`str`):
@@ -162,13 +219,20 @@ def finish_run(run_dir: str | os.PathLike, status: str, **extra) -> None:
         status (`str`):
             `done`, `stopped` (by a signal; it can be resumed) or `failed`.
         **extra:
-            What else is worth keeping, such as `error`.
+            Further fields of [`~rlhf_trl.runs.results.RunRecord`], such as `error`.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if there is no record.
     """
-    write_json(Path(run_dir, RUN_FILE), {**read_run(run_dir), "status": status, "ended": _now(), **extra})
+    record = read_run(run_dir)
+    if record is None:
+        raise ConfigError(f"`{Path(run_dir, RUN_FILE)}` is gone, so it can't be said there how the run ended.")
+    record = replace(record, status=status, ended=_now(), **extra)
+    write_json(Path(run_dir, RUN_FILE), record)
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that a result depends on."""
+    """Return the versions of Python and of the installed packages that a result depends on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -184,13 +248,13 @@ def _now() -> str:
 
 def write_metrics(run_dir: str | os.PathLike, history: list[dict]) -> None:
     """
-    Writes `metrics.json`: `{"train": {...}, "eval": {...}, "history": [...]}`, the last value of each metric and all.
+    Write `metrics.json`: `{"train": {...}, "eval": {...}, "history": [...]}`, the last value of each metric and all.
 
     Args:
         run_dir (`str`):
             Directory of the run.
         history (`list[dict]`):
-            `trainer.state.log_history`: one dict a call of `Trainer.log`, with its `step`. Those of evaluations have
+            `trainer.state.log_history`: one dict per call of `Trainer.log`, with its `step`. Those of evaluations have
             keys that begin with `eval_`.
     """
     last = {"train": {}, "eval": {}}

@@ -24,7 +24,7 @@ from rlhf_trl.runs.checkpoints import clear_unfinished, last_checkpoint, last_wh
 from rlhf_trl.runs.conflicts import run_directory_problems
 from rlhf_trl.runs.directory import claimed, discard_old, holds_old, put_back, recover, set_aside
 from rlhf_trl.runs.ranks import raise_everywhere
-from rlhf_trl.runs.record import finish_run, read_run, start_run
+from rlhf_trl.runs.record import CONFIG_FILE, finish_run, read_run, start_run
 from rlhf_trl.stages.inputs import resume_problems
 
 
@@ -78,7 +78,7 @@ def begin(cfg: DictConfig, path: str, inputs: Mapping[str, Any] | None = None) -
     if state.is_main_process:
         record = read_run(run_dir)
         if checkpoint:
-            problems = resume_problems(run_dir, record.get("inputs", {}), inputs or {})
+            problems = resume_problems(run_dir, record.inputs if record else {}, inputs or {})
         elif lacking:
             problems = [f"No checkpoint can be resumed: {'; '.join(lacking)}. Start again: `overwrite=true`."]
         elif record is not None and not cfg.resume:
@@ -97,7 +97,7 @@ def begin(cfg: DictConfig, path: str, inputs: Mapping[str, Any] | None = None) -
             inputs=inputs,
             quantization=quantization(cfg, path),
         )
-        OmegaConf.save(cfg, run_dir / "config.yaml")
+        OmegaConf.save(cfg, run_dir / CONFIG_FILE)
     state.wait_for_everyone()
     return checkpoint
 

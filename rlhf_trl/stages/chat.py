@@ -19,12 +19,13 @@ from rlhf_trl.build import load_policies, project_dir, reward_functions
 from rlhf_trl.data.messages import as_text
 from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.evaluation.generation import TOO_LONG, generation_config
-from rlhf_trl.evaluation.policies import Policy, Prompt, as_prompt, score, total
+from rlhf_trl.evaluation.generation import TOO_LONG, Policy, Prompt, as_prompt, generation_config
+from rlhf_trl.evaluation.rewards import combine_scores, score
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.models.sizes import check_rows, sizes_of
 from rlhf_trl.patches.warnings import filter_warnings
-from rlhf_trl.report.text import side_by_side
+from rlhf_trl.report.text import number, side_by_side
+from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.terminal import printable
 
@@ -79,7 +80,7 @@ class Answer(NamedTuple):
 
 def talk(
     policies: Sequence[Policy],
-    rewards: Sequence[Callable],
+    rewards: Sequence[Reward],
     sampling: dict,
     remember: bool = False,
     always_score: bool = False,
@@ -236,13 +237,14 @@ def show(answers: list[Answer], say: Callable[[Answer], str] | None, out: TextIO
             print(printable(f"  ({said})"), file=out, flush=True)
 
 
-def scored(given: Answer, rewards: Sequence[Callable], combine: Callable) -> str:
-    """The score of an answer in words: `1.25`, or with several rewards `1.25 = 2.00 gold, -0.75 short`."""
+def scored(given: Answer, rewards: Sequence[Reward], combine: Callable) -> str:
+    """Return the reward of an answer in words: `1.25`, or with several rewards `1.25: 2.00 gold, -0.75 short`."""
+    completion = given.policy.completion(given.prompt, given.ids)
     try:
-        (values,) = score(rewards, given.policy, [given.prompt], [given.ids], columns={})
-    except ConfigError as error:  # a reward that knows this prompt not: no reason to end the conversation
+        scores = score(rewards, [given.prompt], [completion], [given.ids], {}, given.policy.tokenizer)
+        combined = combine_scores(scores, rewards, combine).item()
+    except ConfigError as error:  # such as a reward that doesn't know this prompt: the conversation continues
         return f"no score: {error}"
-    whole = total(values, rewards, combine)
-    parts = [f"{'none' if value is None else f'{value:.2f}'} {name}" for name, value in values.items()]
-    said = "none" if whole is None else f"{whole:.2f}" if math.isfinite(whole) else "no number"
+    parts = [f"{'none' if value is None else f'{value:.2f}'} {name}" for name, (value,) in scores.items()]
+    said = "none" if math.isnan(combined) else number(combined, "{:.2f}") if math.isfinite(combined) else "no number"
     return said if len(parts) == 1 else f"{said}: {', '.join(parts)}"

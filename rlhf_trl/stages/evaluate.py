@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
@@ -13,7 +12,7 @@ from rlhf_trl.build import instantiate_data, instantiated, project_dir, reward_f
 from rlhf_trl.callbacks.loggers import log_images, log_summary
 from rlhf_trl.config.values import as_dict
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.evaluation.comparison import Policy, evaluate_policies
+from rlhf_trl.evaluation.policies import Benchmark, Candidate, evaluate_policies
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.report.page import write_page
@@ -23,7 +22,8 @@ from rlhf_trl.report.text import comparison_text
 from rlhf_trl.runs.checkpoints import checkpoints
 from rlhf_trl.runs.directory import discard_old
 from rlhf_trl.runs.paths import baseline_problem, find_policy, named_policies
-from rlhf_trl.runs.record import COMPARISON_FILE, SWEEP_FILE, read_json, read_metrics, write_json
+from rlhf_trl.runs.record import COMPARISON_FILE, SWEEP_FILE, read_jobs, read_metrics, write_json
+from rlhf_trl.runs.results import Comparison
 from rlhf_trl.stages.base import begin, claims_directory, end, fail
 from rlhf_trl.terminal import printable
 
@@ -52,21 +52,24 @@ def evaluate(cfg: DictConfig) -> None:
         judge = instantiated(cfg.judge)
         judge.check()
         dataset = held_out(instantiate_data(cfg))
-        comparison = evaluate_policies(
-            policies,
-            stage.baseline,
+        benchmark = Benchmark(
             dataset=dataset,
             rewards=reward_functions(cfg, load_tokenizer(base), dataset.column_names),
-            judge=judge,
+            combine=instantiate(cfg.combine),
             temperature=stage.temperature,
             max_completion_length=stage.max_completion_length,
             batch_size=stage.batch_size,
-            dtype=stage.dtype,
             seed=cfg.seed,
+        )
+        comparison = evaluate_policies(
+            policies,
+            stage.baseline,
+            benchmark,
+            judge,
+            stage.dtype,
             samples=stage.best_of_n,
-            best_of_n_batch_size=stage.best_of_n_batch_size,
+            samples_batch_size=stage.best_of_n_batch_size,
             references=reference_answers(cfg) if stage.references else None,
-            combine=instantiate(cfg.combine),
         )
         discard_old(cfg.run_dir)
         write_json(Path(where, COMPARISON_FILE), comparison)  # before anything that could go wrong with the page
@@ -85,19 +88,19 @@ def evaluate(cfg: DictConfig) -> None:
     end(cfg, "done")
 
 
-def summary_of(comparison: dict[str, Any]) -> dict[str, float]:
-    """What evaluations can be sorted by in a table of runs: `{policy}/{measure}`; what wasn't measured is left out."""
+def summary_of(comparison: Comparison) -> dict[str, float]:
+    """Return what a table of runs sorts evaluations by: `{policy}/{measure}` of all that was measured."""
     found = {}
-    for name, entry in comparison["policies"].items():
-        for measure in ("reward", "difference", "win_rate", "kl"):
-            if entry.get(measure):
-                found[f"{name}/{measure}"] = entry[measure]["mean"]
+    for name, result in comparison.policies.items():
+        measures = {"reward": result.reward, "difference": result.difference}
+        measures |= {"win_rate": result.win_rate, "kl": result.kl}
+        found |= {f"{name}/{key}": estimate.mean for key, estimate in measures.items() if estimate}
     return found
 
 
 def policies_of(
     places: dict[str, str], with_checkpoints: bool, sweeps: Sequence[str], project_dir: str
-) -> dict[str, Policy]:
+) -> dict[str, Candidate]:
     """
     Every policy to evaluate: those named, on request the checkpoints of those that are runs (`ppo@96`), and the done
     runs of sweeps (`ppo beta=0.1`).
@@ -105,17 +108,17 @@ def policies_of(
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if one is missing.
     """
-    found = {name: Policy(find_policy(place, project_dir), name) for name, place in places.items()}
+    found = {name: Candidate(find_policy(place, project_dir), name) for name, place in places.items()}
     for name, policy in list(found.items()) if with_checkpoints else ():
         metrics = read_metrics(policy.path) or {"history": []}
         last = max((entry.get("step", 0) for entry in metrics["history"]), default=0)
         for path in checkpoints(policy.path):
             step = int(path.name.split("-")[1])
             if step != last:  # that one is the run's result
-                found[f"{name}@{step}"] = Policy(str(path), name)
+                found[f"{name}@{step}"] = Candidate(str(path), name)
     for sweep in sweeps:
         for label, path in sweep_runs(Path(project_dir, sweep)).items():
-            found[label] = Policy(path, sweep)
+            found[label] = Candidate(path, sweep)
     return found
 
 
@@ -126,8 +129,8 @@ def sweep_runs(folder: Path) -> dict[str, str]:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if there is no sweep, or no run of it is done.
     """
-    jobs = read_json(folder / SWEEP_FILE) or []
-    done = [job for job in jobs if job["status"] == "done"]
+    jobs = read_jobs(folder / SWEEP_FILE)
+    done = [job for job in jobs if job.done]
     if not done:
         raise ConfigError(
             f"`stage.sweeps` names `{folder.name}`, and there is no sweep with finished runs in `{folder}`. Make it "
@@ -136,8 +139,8 @@ def sweep_runs(folder: Path) -> dict[str, str]:
     keys = swept_keys(jobs)
     title = folder.name.removesuffix("_sweep")
     return {
-        " ".join([title, *(f"{key.rsplit('.', 1)[-1]}={job['overrides'].get(key, '')}" for key in keys)]): str(
-            (folder / str(job["number"])).resolve()
+        " ".join([title, *(f"{key.rsplit('.', 1)[-1]}={job.overrides.get(key, '')}" for key in keys)]): str(
+            (folder / str(job.number)).resolve()
         )
         for job in done
     }

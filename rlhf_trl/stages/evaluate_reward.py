@@ -1,7 +1,7 @@
 """Accuracy and reliability of rewards on annotated completions (`stage=evaluate_reward`)."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
@@ -9,11 +9,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.build import instantiate_data, project_dir, reward_functions
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.evaluation.rewards import add_policy, measure, metrics_of, read_annotated
+from rlhf_trl.evaluation.annotations import Annotations, read_annotated
+from rlhf_trl.evaluation.generation import load_policy
+from rlhf_trl.evaluation.policies import Benchmark
+from rlhf_trl.evaluation.reward_quality import evaluate_rewards, metrics_of, with_policy_samples
 from rlhf_trl.hints import did_you_mean, names_of
 from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.report.page import write_page
 from rlhf_trl.report.rewards import reward_page, reward_text
+from rlhf_trl.rewards.base import Reward
 from rlhf_trl.runs.directory import discard_old
 from rlhf_trl.runs.paths import find_policy
 from rlhf_trl.runs.record import QUALITY_FILE, write_json, write_metrics
@@ -44,10 +48,10 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
     if not PartialState().is_main_process:
         return None  # one rank scores and writes
     try:
-        annotated = read_annotated(rows_of(instantiate_data(cfg)))
+        annotations = read_annotated(rows_of(instantiate_data(cfg)))
         rewards = reward_functions(cfg, tokenizer=None)
-        quality = measure(
-            annotated,
+        quality = evaluate_rewards(
+            annotations,
             rewards,
             gaps_above=stage.gaps_above,
             slices=stage.slices,
@@ -56,7 +60,13 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
             gold=stage.gold,
         )
         if policy is not None:
-            add_policy(quality, annotated, rewards, stage.gold, policy, cfg.seed, **_sampling(stage))
+            quality = with_policy_samples(
+                quality,
+                load_policy(stage.policy, policy, stage.dtype),
+                _benchmark(cfg, annotations, rewards),
+                stage.gold,
+                stage.completions,
+            )
         metrics = metrics_of(quality)
         discard_old(cfg.run_dir)
         write_json(Path(cfg.run_dir, QUALITY_FILE), quality)  # before anything that could go wrong with the page
@@ -103,9 +113,11 @@ def _problems(stage: DictConfig, rewards: list[str]) -> list[str]:
     return problems
 
 
-def _sampling(stage: DictConfig) -> dict[str, Any]:
-    names = ("prompts", "completions", "temperature", "max_completion_length", "batch_size", "dtype")
-    return {name: stage[name] for name in names}
+def _benchmark(cfg: DictConfig, annotations: Annotations, rewards: Sequence[Reward]) -> Benchmark:
+    """Return the first prompts, as `cfg.stage` samples completions for them."""
+    names = ("temperature", "max_completion_length", "batch_size")
+    options = {name: cfg.stage[name] for name in names}
+    return Benchmark(dataset=annotations.first_prompts(cfg.stage.prompts), rewards=rewards, seed=cfg.seed, **options)
 
 
 def rows_of(datasets: DatasetDict) -> Dataset:

@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from math import isinf
+from math import isinf, isnan
 from pathlib import Path
 
 from accelerate import PartialState
@@ -19,9 +19,10 @@ from rlhf_trl.data.rows import Problems, RowError
 from rlhf_trl.data.sources.files import read_file, resolve_paths
 from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError, DataError
-from rlhf_trl.evaluation.generation import sample
-from rlhf_trl.evaluation.policies import Policy, Prompt, as_prompt, score, total
+from rlhf_trl.evaluation.generation import Policy, Prompt, as_prompt, sample
+from rlhf_trl.evaluation.rewards import combine_scores, score
 from rlhf_trl.patches.warnings import filter_warnings
+from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.rewards.http import json_number
 from rlhf_trl.stages.base import begin, claims_directory, end, fail
@@ -148,7 +149,7 @@ def given_prompt(prompt: Prompt, policy: Policy, wants_chat: bool, system_prompt
 def completions(
     policy: Policy,
     prompts: Sequence[dict],
-    rewards: Sequence[Callable],
+    rewards: Sequence[Reward],
     n: int,
     temperature: float,
     max_completion_length: int,
@@ -162,7 +163,7 @@ def completions(
     One row for each completion, `n` in a row for each prompt. The same seed and batch size give the same rows.
 
     Args:
-        policy ([`~rlhf_trl.evaluation.policies.Policy`]), rewards (`Sequence[Callable]`):
+        policy ([`~rlhf_trl.evaluation.generation.Policy`]), rewards (`Sequence[Callable]`):
             Who writes, and what is said of it.
         prompts (`Sequence[dict]`):
             Of [`read_prompts`].
@@ -198,20 +199,22 @@ def completions(
             )
             names = {name for row in batch for name in row} - {"prompt", "completion", "sample"}
             columns = {name: [row.get(name) for row in batch] for name in sorted(names)}
+            texts = [policy.completion(prompt, ids) for prompt, ids in zip(given, written, strict=True)]
             try:
-                values = score(rewards, policy, given, written, columns)
+                scores = score(rewards, given, texts, written, columns, policy.tokenizer)
             except ConfigError as error:
                 raise ConfigError(f"{error} To generate without rewards: `reward=none`.") from error
-            for row, prompt, ids, found in zip(batch, given, written, values, strict=True):
+            combined = combine_scores(scores, rewards, combine).tolist() if rewards else []
+            for i, (row, text, ids) in enumerate(zip(batch, texts, written, strict=True)):
                 out = {name: value for name, value in row.items() if name != "sample"} | {
-                    "completion": as_text(policy.completion(prompt, ids)),
+                    "completion": as_text(text),
                     "sample": row["sample"],
                     "tokens": len(ids),
                     "ended": bool(ids) and ids[-1] in ends,
                 }
                 if rewards:
-                    named = {name: json_number(value) for name, value in found.items()}
-                    whole = total(found, rewards, combine)
-                    out |= {"rewards": named, "reward": "NaN" if whole is not None and isinf(whole) else whole}
+                    named = {name: json_number(values[i]) for name, values in scores.items()}
+                    reward = None if isnan(combined[i]) else "NaN" if isinf(combined[i]) else combined[i]
+                    out |= {"rewards": named, "reward": reward}
                 yield out
             bar.update(len(batch))

@@ -21,7 +21,7 @@ from rlhf_trl.rewards.model import ModelReward
 from rlhf_trl.runs.checkpoints import last_checkpoint
 from rlhf_trl.runs.directory import discard_old
 from rlhf_trl.runs.paths import ENSEMBLE_FILE, resolve_path
-from rlhf_trl.runs.record import read_metrics, read_run, write_json, write_metrics
+from rlhf_trl.runs.record import is_done, read_metrics, write_json, write_metrics
 from rlhf_trl.stages.base import begin, claims_directory, end, fail
 from rlhf_trl.stages.train import train_claimed
 
@@ -46,7 +46,7 @@ def train(cfg: DictConfig) -> float | None:
     begin(cfg, resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg)))
     try:
         for i, member in enumerate(members):
-            if cfg.resume and (read_run(member.run_dir) or {}).get("status") == "done":
+            if cfg.resume and is_done(member.run_dir):
                 continue
             if PartialState().is_main_process:
                 print(f"\nMember {i + 1} of {len(members)}: {member.run_dir}")
@@ -73,7 +73,7 @@ def train(cfg: DictConfig) -> float | None:
 
 def has_begun(run_dir: str) -> bool:
     """Whether a member has left something to go on from."""
-    return (read_run(run_dir) or {}).get("status") == "done" or last_checkpoint(run_dir) is not None
+    return is_done(run_dir) or last_checkpoint(run_dir) is not None
 
 
 def member_seeds(cfg: DictConfig) -> list[int]:

@@ -103,13 +103,13 @@ def test_run_json_tells_how_a_run_began_and_ended(tmp_path):
     assert read_run(run_dir) is None
     start_run(run_dir, "sft", "accelerate launch train.py stage=sft", "demo:base")
     begun = read_run(run_dir)
-    assert begun["status"] == "running" and begun["ended"] is None
-    assert {"python", "torch", "transformers", "trl"} <= begun["versions"].keys()
+    assert begun.status == "running" and begun.ended is None
+    assert {"python", "torch", "transformers", "trl"} <= begun.versions.keys()
     finish_run(run_dir, "stopped")
     start_run(run_dir, "sft", "accelerate launch train.py stage=sft resume=true", "demo:base")
     finish_run(run_dir, "done")
     ended = read_run(run_dir)
-    assert ended["status"] == "done" and ended["started"] == begun["started"] <= ended["ended"]
+    assert ended.status == "done" and ended.started == begun.started <= ended.ended
 
 
 def test_json_is_valid_and_whole(tmp_path):
@@ -358,7 +358,7 @@ def test_ctrl_c_in_a_process_and_resume(tmp_path):
     output = process.communicate(timeout=120)[0].decode()
     assert process.returncode == 130, output
     assert "resume=true" in output and "Traceback" not in output
-    assert read_run(tmp_path)["status"] == "stopped"
+    assert read_run(tmp_path).status == "stopped"
     stopped = int(last_checkpoint(tmp_path).rsplit("-", 1)[1])
     assert f"Stopped at step {stopped} of" in output
 
@@ -394,11 +394,11 @@ def test_all_ranks_stop_at_the_step_of_one(tmp_path):
     listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.split("\n")
     workers = [int(line.split()[0]) for line in listing[1:-1] if line.split()[1] == str(process.pid)]
     assert len(workers) == 2
-    first_rank = read_run(tmp_path)["pid"]
+    first_rank = read_run(tmp_path).pid
     os.kill(next(pid for pid in workers if pid != first_rank), signal.SIGINT)
     output = process.communicate(timeout=300)[0].decode()
     assert output.count("Stopped at step") == 1, output
-    assert read_run(tmp_path)["status"] == "stopped"
+    assert read_run(tmp_path).status == "stopped"
     checkpoint = Path(last_checkpoint(tmp_path))
     assert (checkpoint / "rng_state_0.pth").exists() and (checkpoint / "rng_state_1.pth").exists()
     lines = [line for line in output.splitlines() if line.startswith("train ")]

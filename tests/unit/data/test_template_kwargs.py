@@ -8,9 +8,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_trl.data.chat_template import keep_template_kwargs
 from rlhf_trl.data.lengths import tokenize_comparisons
 from rlhf_trl.data.tokenize import prompt_ids, row_ids
-from rlhf_trl.evaluation.comparison import score
-from rlhf_trl.evaluation.policies import Policy
-from rlhf_trl.evaluation.policies import score as score_of_policy
+from rlhf_trl.evaluation.generation import Policy
+from rlhf_trl.evaluation.rewards import score
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.rewards.http import HttpReward
 from rlhf_trl.rewards.model import ModelReward
@@ -143,10 +142,8 @@ def test_a_policy_is_prompted_as_in_its_training(tmp_path):
         return [0.0] * len(prompts)
 
     reward.bind, reward.__name__ = lambda tokenizer: None, "reward"
-    rows = Dataset.from_dict({"prompt": CHATS})
-    score([reward], rows, ANSWERS, written(tokenizer), tokenizer)
-    score_of_policy([reward], Policy("p", "p", None, tokenizer), CHATS, written(tokenizer), {})
-    assert seen == [[OFF] * 4] * 2
+    score([reward], CHATS, ANSWERS, written(tokenizer), {}, tokenizer)
+    assert seen == [[OFF] * 4]
 
 
 def test_a_reward_run_records_the_arguments_of_its_rows(tmp_path, train):

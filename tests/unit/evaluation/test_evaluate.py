@@ -6,6 +6,7 @@ import json
 import math
 import re
 import threading
+from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -18,9 +19,10 @@ from hydra.utils import instantiate
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from rlhf_trl.errors import ConfigError, DataError
-from rlhf_trl.evaluation.comparison import Policy, evaluate_policies, score
 from rlhf_trl.evaluation.generation import sample, sample_in_turns, sequence_logps, token_statistics
 from rlhf_trl.evaluation.judges import Answers, HTTPJudge, ModelJudge, RewardJudge, outcomes_of, verdict
+from rlhf_trl.evaluation.policies import Benchmark, Candidate, evaluate_policies
+from rlhf_trl.evaluation.rewards import as_arrays, score
 from rlhf_trl.evaluation.statistics import (
     best_of_n,
     best_of_n_kl,
@@ -37,6 +39,7 @@ from rlhf_trl.report.text import WIDTH, comparison_text, duration, side_by_side,
 from rlhf_trl.rewards.combine import combined, minimum, product, threshold, weighted_sum
 from rlhf_trl.rewards.function import FunctionReward
 from rlhf_trl.runs.paths import find_policy
+from rlhf_trl.runs.results import Comparison
 from rlhf_trl.stages.evaluate import held_out, policies_of, reference_answers
 from tests.helpers.tiny import save_model
 
@@ -196,13 +199,13 @@ def test_rewards_that_do_not_apply_are_left_out_and_broken_ones_are_not_hidden()
 
 def test_evaluation_combines_as_training_does(policies):
     rewards = [FunctionReward(likes_a, name="gold"), FunctionReward(length_of, name="words", weight=0.5)]
-    found = evaluate_policies(named(policies), "sft", **settings(rewards=rewards, samples=4, combine=minimum))
-    for i, row in enumerate(found["samples"]):
-        for name, text in row["completions"].items():
-            assert row["rewards"][name] == min(text.split().count("a") + i % 3, 0.5 * len(text.split()))
-    assert found["combine"] == "minimum" and found["best_of_n"]["curves"]
-    mean = np.mean([row["rewards"]["ppo"] for row in found["samples"]])
-    assert found["policies"]["ppo"]["reward"]["mean"] == pytest.approx(mean)
+    found = evaluate(named(policies), rewards=rewards, samples=4, combine=minimum)
+    for i, row in enumerate(found.samples):
+        for name, text in row.completions.items():
+            assert row.rewards[name] == min(text.split().count("a") + i % 3, 0.5 * len(text.split()))
+    assert found.combine == "minimum" and found.curves
+    mean = np.mean([row.rewards["ppo"] for row in found.samples])
+    assert found.policies["ppo"].reward.mean == pytest.approx(mean)
 
 
 @pytest.fixture(scope="module")
@@ -279,52 +282,54 @@ def likes_a(completions, bonus, **columns):
     return [text.split().count("a") + extra for text, extra in zip(completions, bonus, strict=True)]
 
 
-def settings(**changes):
-    return {
+def evaluate(candidates: dict[str, Candidate], **changes) -> Comparison:
+    """The comparison with `sft`, by the options of a benchmark and of `evaluate_policies`."""
+    benchmark = {
         "dataset": Dataset.from_dict({"prompt": ["a b", "c", "d e f"] * 8, "bonus": [0.0, 1.0, 2.0] * 8}),
         "rewards": [FunctionReward(likes_a, weight=2.0)],
         "temperature": 1.0,
         "max_completion_length": 8,
         "batch_size": 8,
-        "dtype": "float32",
         "seed": 3,
-        "judge": RewardJudge(),
-    } | changes
+    }
+    names = {field.name for field in fields(Benchmark)}
+    benchmark |= {name: value for name, value in changes.items() if name in names}
+    options = {"judge": RewardJudge(), "dtype": "float32"}
+    options |= {name: value for name, value in changes.items() if name not in names}
+    return evaluate_policies(candidates, "sft", Benchmark(**benchmark), **options)
 
 
-def named(policies) -> dict[str, Policy]:
-    return {name: Policy(path, name) for name, path in policies.items()}
+def named(policies) -> dict[str, Candidate]:
+    return {name: Candidate(path, name) for name, path in policies.items()}
 
 
 def test_evaluation_of_a_policy_with_itself_finds_nothing(policies):
     """Same prompts and same seed: the same completions."""
-    found = evaluate_policies(named({"sft": policies["sft"], "twin": policies["sft"]}), "sft", **settings())
-    twin = found["policies"]["twin"]
-    assert twin["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
-    assert twin["win_rate"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
-    assert twin["length_controlled_win_rate"] == pytest.approx({"mean": 0.5, "low": 0.5, "high": 0.5})
-    assert twin["tie_rate"] == 1.0
-    assert twin["kl"]["mean"] == twin["kl_k3"]["mean"] == pytest.approx(0.0, abs=1e-4)
-    assert found["policies"]["sft"]["kl"] is None and found["bradley_terry"] == {}
+    found = evaluate(named({"sft": policies["sft"], "twin": policies["sft"]}))
+    twin = found.policies["twin"]
+    assert twin.difference == (0.0, 0.0, 0.0)
+    assert twin.win_rate == (0.5, 0.5, 0.5)
+    assert twin.length_controlled_win_rate == pytest.approx((0.5, 0.5, 0.5))
+    assert twin.tie_rate == 1.0
+    assert twin.kl.mean == twin.kl_k3.mean == pytest.approx(0.0, abs=1e-4)
+    assert found.policies["sft"].kl is None and found.bradley_terry == {}
 
 
 def test_evaluation_of_two_policies(policies):
-    found = evaluate_policies(named(policies), "sft", **settings())
-    entry = found["policies"]["ppo"]
-    samples = found["samples"]
-    assert found["prompts"] == len(samples) == 24
-    rewards = [row["rewards"]["ppo"] for row in samples]
-    words = [2 * (row["completions"]["ppo"].split().count("a") + i % 3) for i, row in enumerate(samples)]
+    found = evaluate(named(policies))
+    entry = found.policies["ppo"]
+    samples = found.samples
+    assert found.prompts == len(samples) == 24
+    rewards = [row.rewards["ppo"] for row in samples]
+    words = [2 * (row.completions["ppo"].split().count("a") + i % 3) for i, row in enumerate(samples)]
     assert rewards == words
-    assert entry["reward"]["mean"] == pytest.approx(np.mean(rewards))
-    assert entry["difference"]["mean"] == pytest.approx(
-        np.mean([r["rewards"]["ppo"] - r["rewards"]["sft"] for r in samples])
-    )
-    assert entry["kl"]["low"] > 0 and entry["kl_k3"]["low"] > 0
-    assert entry["kl_per_token"] == pytest.approx(entry["kl"]["mean"] / entry["completion_length"])
-    assert 0 < entry["entropy"] < math.log(len(AutoTokenizer.from_pretrained(policies["ppo"])))
-    assert 1 <= entry["completion_length"] <= 8
-    assert 0 <= entry["eos_rate"] <= 1
+    assert entry.reward.mean == pytest.approx(np.mean(rewards))
+    assert entry.difference.mean == pytest.approx(np.mean([r.rewards["ppo"] - r.rewards["sft"] for r in samples]))
+    assert entry.kl.low > 0 and entry.kl_k3.low > 0
+    assert entry.kl_per_token == pytest.approx(entry.kl.mean / entry.completion_length)
+    assert 0 < entry.entropy < math.log(len(AutoTokenizer.from_pretrained(policies["ppo"])))
+    assert 1 <= entry.completion_length <= 8
+    assert 0 <= entry.eos_rate <= 1
     text = comparison_text(found)
     assert max(map(len, text.split("\n"))) <= WIDTH
     assert "24 held-out prompts" in text and "KL to sft" in text
@@ -343,32 +348,31 @@ def test_best_of_n_and_reference_answers_are_the_baselines(policies):
     rewards = [FunctionReward(likes_a, name="gold"), FunctionReward(length_of, name="proxy", weight=0.0)]
     dataset = Dataset.from_dict({"prompt": ["a b", "c", "d e f"] * 8, "bonus": [0.0] * 24})
     references = Dataset.from_dict({"prompt": ["a b", "c"], "completion": [" d e", " f"]})
-    options = settings(dataset=dataset, rewards=rewards, samples=8, references=references)
-    found = evaluate_policies(named(policies), "sft", **options)
-    own, chosen = found["best_of_n"]["curves"]
-    assert [point["n"] for point in own["points"]] == [1, 2, 4, 8]
-    means = [point["reward"]["mean"] for point in own["points"]]
+    found = evaluate(named(policies), dataset=dataset, rewards=rewards, samples=8, references=references)
+    own, chosen = found.curves
+    assert [point.n for point in own.points] == [1, 2, 4, 8]
+    means = [point.reward.mean for point in own.points]
     assert means == sorted(means) and means[-1] > means[0]
-    assert own["points"][0]["reward"]["mean"] == pytest.approx(chosen["points"][0]["reward"]["mean"])
-    assert chosen["by"] == "proxy" and chosen["points"][-1]["reward"]["mean"] < means[-1]
-    lengths = [point["chosen_by"] for point in chosen["points"]]
+    assert own.points[0].reward.mean == pytest.approx(chosen.points[0].reward.mean)
+    assert chosen.by == "proxy" and chosen.points[-1].reward.mean < means[-1]
+    lengths = [point.chosen_by for point in chosen.points]
     assert lengths == sorted(lengths) and lengths[0] > 1
     model, tokenizer = load(policies["ppo"])
     prompts = [tokenizer(text)["input_ids"] for text in references["prompt"]]
     ends = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in references["completion"]]
     logps = sequence_logps(model, prompts, ends, temperature=1.0, batch_size=2)
     expected = math.exp(-logps.sum().item() / sum(map(len, ends)))
-    assert found["policies"]["ppo"]["reference_perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert found.policies["ppo"].reference_perplexity == pytest.approx(expected, rel=1e-4)
 
 
 def test_greedy_answers_have_rewards_and_wins_but_no_kl(policies):
-    found = evaluate_policies(named(policies), "sft", **settings(temperature=0.0, samples=4))
-    again = evaluate_policies(named(policies), "sft", **settings(temperature=0.0, seed=9))
-    assert [row["completions"] for row in found["samples"]] == [row["completions"] for row in again["samples"]]
-    entry = found["policies"]["ppo"]
-    assert math.isfinite(entry["difference"]["mean"]) and math.isfinite(entry["win_rate"]["mean"])
-    assert entry["kl"] is None and entry["entropy"] is None and found["best_of_n"] is None
-    assert "no draws from a policy" in entry["gaps"]["kl"]
+    found = evaluate(named(policies), temperature=0.0, samples=4)
+    again = evaluate(named(policies), temperature=0.0, seed=9)
+    assert [row.completions for row in found.samples] == [row.completions for row in again.samples]
+    entry = found.policies["ppo"]
+    assert math.isfinite(entry.difference.mean) and math.isfinite(entry.win_rate.mean)
+    assert entry.kl is None and entry.entropy is None and found.best_of_n is None
+    assert "no draws from a policy" in entry.missing["kl"]
     assert "no draws from a policy" in " ".join(comparison_text(found).split())
 
 
@@ -406,17 +410,17 @@ def length_of(completions, **columns):
 
 def test_three_policies_are_ranked(policies):
     three = named({**policies, "twin": policies["sft"]})
-    ranking = evaluate_policies(three, "sft", **settings())["bradley_terry"]
-    assert list(ranking) == ["sft", "ppo", "twin"] and ranking["sft"]["mean"] == 0.0
-    assert ranking["twin"]["mean"] == pytest.approx(0.0, abs=0.05)
+    ranking = evaluate(three).bradley_terry
+    assert list(ranking) == ["sft", "ppo", "twin"] and ranking["sft"].mean == 0.0
+    assert ranking["twin"].mean == pytest.approx(0.0, abs=0.05)
 
 
 def test_prompts_without_a_reward_are_left_out_for_all_and_counted(policies):
     def broken(completions, **columns):
         return [math.nan if i == 0 else None if i == 1 else 1.0 for i in range(len(completions))]
 
-    found = evaluate_policies(named(policies), "sft", **settings(rewards=[FunctionReward(broken)]))
-    assert (found["prompts"], found["left_out"]) == (22, 2)
+    found = evaluate(named(policies), rewards=[FunctionReward(broken)])
+    assert (found.prompts, found.dropped) == (22, 2)
     assert "2 left out" in comparison_text(found)
 
 
@@ -428,11 +432,8 @@ def test_chat_prompts_reach_rewards_as_messages(policies):
         return [0.0] * len(completions)
 
     prompts = [[{"role": "user", "content": "a b"}]] * 4
-    evaluate_policies(
-        named({"sft": policies["sft"]}),
-        "sft",
-        **settings(dataset=Dataset.from_dict({"prompt": prompts}), rewards=[FunctionReward(look)]),
-    )
+    dataset = Dataset.from_dict({"prompt": prompts})
+    evaluate(named({"sft": policies["sft"]}), dataset=dataset, rewards=[FunctionReward(look)])
     assert [message["role"] for (message,) in seen] == ["assistant"] * 4
 
 
@@ -447,11 +448,9 @@ def test_a_policy_with_another_vocabulary_has_no_kl_and_says_so(policies, tmp_pa
         def bind(self, tokenizer):
             bound.append(len(tokenizer))
 
-    found = evaluate_policies(
-        named({"sft": policies["sft"], "other": other}), "sft", **settings(rewards=[Bound(likes_a)])
-    )
-    entry = found["policies"]["other"]
-    assert entry["kl"] is None and "another vocabulary" in entry["gaps"]["kl"] and entry["win_rate"]
+    found = evaluate(named({"sft": policies["sft"], "other": other}), rewards=[Bound(likes_a)])
+    entry = found.policies["other"]
+    assert entry.kl is None and "another vocabulary" in entry.missing["kl"] and entry.win_rate
     assert "another vocabulary" in comparison_text(found).replace("\n", " ")
     assert bound == [len(tokenizer) - 1, len(tokenizer)]  # each policy's ids are read with its own tokenizer
 
@@ -486,10 +485,10 @@ def test_a_template_shows_all_three_and_leaves_braces_alone():
 def test_a_language_model_that_says_neither_is_counted(policies):
     """A random model writes words of its own."""
     judge = ModelJudge(policies["sft"], TEMPLATE, dtype="float32")
-    found = evaluate_policies(named(policies), "sft", **settings(judge=judge))
-    entry = found["policies"]["ppo"]
-    assert entry["unclear"] == entry["judgements"] == 48 and entry["win_rate"] is None
-    assert "both orders" in found["judge"]
+    found = evaluate(named(policies), judge=judge)
+    entry = found.policies["ppo"]
+    assert entry.unclear == entry.judgements == 48 and entry.win_rate is None
+    assert "both orders" in found.judge
     assert "48 of 48 judgements of ppo named neither" in comparison_text(found)
 
 
@@ -586,8 +585,8 @@ def test_checkpoints_and_sweeps_are_policies_too(tmp_path):
     (sweep / "sweep.json").write_text(json.dumps(jobs))
     found = policies_of({"sft": "sft", "ppo": "ppo"}, True, ["dpo_sweep"], str(tmp_path))
     assert list(found) == ["sft", "ppo", "ppo@4", "dpo beta=0.1", "dpo beta=0.3"]  # step 8 is the result
-    assert found["ppo@4"] == Policy(str(tmp_path / "ppo" / "checkpoint-4"), "ppo")
-    assert found["dpo beta=0.3"] == Policy(str(sweep / "2"), "dpo_sweep")
+    assert found["ppo@4"] == Candidate(str(tmp_path / "ppo" / "checkpoint-4"), "ppo")
+    assert found["dpo beta=0.3"] == Candidate(str(sweep / "2"), "dpo_sweep")
     with pytest.raises(ConfigError, match="no sweep with finished runs.*launch/sweep.py"):
         policies_of({}, False, ["rloo_sweep"], str(tmp_path))
 
@@ -601,7 +600,7 @@ def test_data_without_answers_says_how_to_go_on_without_them(monkeypatch):
     def none(cfg, dataset_type):
         raise DataError("no column has answers.")
 
-    monkeypatch.setattr("rlhf_trl.build.instantiate_data", none)
+    monkeypatch.setattr("rlhf_trl.stages.evaluate.instantiate_data", none)
     with pytest.raises(ConfigError, match="no column has answers. Set `stage.references=false`"):
         reference_answers(None)
 
@@ -630,9 +629,9 @@ def test_a_run_wins_over_a_folder_of_its_name(tmp_path, monkeypatch, capsys):
 
 
 def test_scores_are_called_by_the_rewards_names():
-    dataset = Dataset.from_dict({"prompt": ["p", "q"], "bonus": [1.0, 2.0]})
-    scores = score([FunctionReward(likes_a, name="mine")], dataset, ["a a", "b"], [[5, 5], [6]])
-    np.testing.assert_array_equal(scores["mine"], [3.0, 2.0])
+    rewards = [FunctionReward(likes_a, name="mine")]
+    scores = score(rewards, ["p", "q"], ["a a", "b"], [[5, 5], [6]], {"bonus": [1.0, 2.0]})
+    np.testing.assert_array_equal(as_arrays(scores)["mine"], [3.0, 2.0])
 
 
 def test_tables():

@@ -18,25 +18,27 @@ from rlhf_trl.data.sources.files import load_files
 from rlhf_trl.data.sources.mixture import mix
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation import rewardbench
-from rlhf_trl.evaluation.reward_quality import (
+from rlhf_trl.evaluation.annotations import read_annotated, slices_of
+from rlhf_trl.evaluation.reward_measures import (
     accuracy,
     best_of_n_gains,
-    calibration,
     disagreement,
-    gap_slices,
-    in_parts,
     length_slices,
+    quantile_curve,
     rater_ceiling,
+    rating_gap_slices,
+    reliability,
     share_slices,
     top_one,
     within,
 )
-from rlhf_trl.evaluation.rewards import measure, metrics_of, read_annotated, slices_of
+from rlhf_trl.evaluation.reward_quality import evaluate_rewards, metrics_of
 from rlhf_trl.evaluation.statistics import bootstrap_share, pearson, ranks, spearman
 from rlhf_trl.report.page import to_html
 from rlhf_trl.report.rewards import reward_page, reward_text, summary_table
 from rlhf_trl.rewards.function import FunctionReward
 from rlhf_trl.rewards.model import ModelReward
+from rlhf_trl.runs.reward_results import RewardQuality
 from rlhf_trl.tasks.demo.annotators import load
 from tests.helpers.tiny import make_tokenizer
 
@@ -71,19 +73,19 @@ def test_calibration_by_hand():
     """sigmoid(ln 3) = .75 and sigmoid(ln 9) = .9; the reward prefers the other side in the third comparison."""
     lead = np.array([math.log(3), math.log(3), -math.log(3), math.log(9), NAN])
     share = np.array([0.8, 0.6, 0.7, NAN, 0.9])
-    (found,) = calibration(lead, share, bins=1).bins
-    assert found["n"] == 4 and (found["low"], found["high"]) == (0.5, 1.0)
-    at = {round(one["predicted"], 3): one for one in calibration(lead, share, bins=10).bins}
-    assert at[0.75]["observed"] == pytest.approx((0.8 + 0.6 + 0.3) / 3) and at[0.75]["n"] == 3
-    assert at[0.9]["observed"] == 1.0  # one choice without raters
-    assert calibration(lead, share, bins=10).ece == pytest.approx((3 * (0.75 - 1.7 / 3) + (1 - 0.9)) / 4)
+    (found,) = reliability(lead, share, bins=1).bins
+    assert found.n == 4 and (found.low, found.high) == (0.5, 1.0)
+    at = {round(one.predicted, 3): one for one in reliability(lead, share, bins=10).bins}
+    assert at[0.75].observed == pytest.approx((0.8 + 0.6 + 0.3) / 3) and at[0.75].n == 3
+    assert at[0.9].observed == 1.0  # one choice without raters
+    assert reliability(lead, share, bins=10).ece == pytest.approx((3 * (0.75 - 1.7 / 3) + (1 - 0.9)) / 4)
 
 
 def test_what_says_the_observed_share_is_calibrated():
     share = np.linspace(0.02, 0.98, 200)
-    assert calibration(np.log(share / (1 - share)), share).ece < 1e-12
-    assert calibration(3 * np.log(share / (1 - share)), share).ece > 0.1
-    assert calibration(np.zeros(5)).ece == 0  # no preference: one half, which is right
+    assert reliability(np.log(share / (1 - share)), share).ece < 1e-12
+    assert reliability(3 * np.log(share / (1 - share)), share).ece > 0.1
+    assert reliability(np.zeros(5)).ece == 0  # no preference: one half, which is right
 
 
 def test_slices():
@@ -94,10 +96,13 @@ def test_slices():
         "preferred one shorter": [False, False, True, False],
     }
     gap = np.array([0.5, 1.5, 2.5, NAN])
-    assert {name: part.sum() for name, part in gap_slices(gap, [1, 2]).items()} == {"gap above 1": 2, "gap above 2": 1}
-    thirds = gap_slices(np.arange(1.0, 10.0))
+    assert {name: part.sum() for name, part in rating_gap_slices(gap, [1, 2]).items()} == {
+        "gap above 1": 2,
+        "gap above 2": 1,
+    }
+    thirds = rating_gap_slices(np.arange(1.0, 10.0))
     assert [part.sum() for part in thirds.values()] == [3, 3, 3]
-    assert gap_slices(np.array([1.0, 1.0, NAN])) == {} == share_slices(np.array([1.0, NAN]))
+    assert rating_gap_slices(np.array([1.0, 1.0, NAN])) == {} == share_slices(np.array([1.0, NAN]))
     assert [part.sum() for part in share_slices(np.array([0.6, 0.75, 0.95, 1.0, NAN])).values()] == [1, 2, 1]
 
 
@@ -111,19 +116,19 @@ def test_top_one():
 
 
 def test_parts_of_like_size():
-    found = in_parts(np.arange(8.0), np.arange(8.0) ** 2, parts=2)
-    assert [(one["x"], one["n"], one["y"]) for one in found] == [(1.5, 4, 2.5), (5.5, 4, 30.5)]
-    assert [one["n"] for one in in_parts(np.array([1.0, 1.0, 1.0, 2.0]), np.arange(4.0), parts=4)] == [3, 1]
-    assert in_parts(np.array([]), np.array([])) == []
+    found = quantile_curve(np.arange(8.0), np.arange(8.0) ** 2, parts=2)
+    assert [(one.x, one.n, one.y) for one in found] == [(1.5, 4, 2.5), (5.5, 4, 30.5)]
+    assert [one.n for one in quantile_curve(np.array([1.0, 1.0, 1.0, 2.0]), np.arange(4.0), parts=4)] == [3, 1]
+    assert quantile_curve(np.array([]), np.array([])) == []
     assert within(np.array([1.0, 3.0, 10.0]), np.array([4, 4, 9])).tolist() == [-1, 1, 0]
 
 
 def test_raters_who_always_agree_are_no_ceiling():
     ratings = [[1, 1], [2, 2, 2], [5, 5], [3], []]
     found = rater_ceiling(ratings, np.array([1, 2, 3]), np.array([0, 1, 0]))
-    assert found["completions"] == 3 and found["comparisons"] == 2 and found["raters"] == pytest.approx(7 / 3)
-    for name in ("one_rater", "half"):
-        assert found[name]["pearson"] == pytest.approx(1) and found[name]["accuracy"] == 1
+    assert found.completions == 3 and found.comparisons == 2 and found.raters == pytest.approx(7 / 3)
+    for one in (found.one_rater, found.half):
+        assert one.pearson == pytest.approx(1) and one.accuracy == 1
     assert rater_ceiling([[1, 2], [1, 3], [2]], np.array([0]), np.array([1])) is None
 
 
@@ -139,11 +144,9 @@ def test_ceiling_of_two_raters_by_hand():
         )
         for order in orders
     ]
-    assert found["one_rater"]["pearson"] == pytest.approx(np.mean(drawn), abs=0.02)
-    assert found["half"]["spearman_brown"] == pytest.approx(
-        2 * found["half"]["pearson"] / (1 + found["half"]["pearson"])
-    )
-    assert found["half"]["accuracy"] == 1  # the higher two are above the lower two for whoever is drawn
+    assert found.one_rater.pearson == pytest.approx(np.mean(drawn), abs=0.02)
+    assert found.half.spearman_brown == pytest.approx(2 * found.half.pearson / (1 + found.half.pearson))
+    assert found.half.accuracy == 1  # the higher two are above the lower two for whoever is drawn
 
 
 def test_one_noisy_rater_predicts_less_than_half_of_them():
@@ -152,9 +155,9 @@ def test_one_noisy_rater_predicts_less_than_half_of_them():
     ratings = truth[:, None] + random.normal(scale=1.0, size=(400, 10))
     found = rater_ceiling(ratings.tolist(), np.arange(0, 400, 2), np.arange(1, 400, 2))
     # corr(one, mean of 9) = 1 / sqrt(2 * (1 + 1/9)); corr of halves of 5 = 1 / (1 + 1/5)
-    assert found["one_rater"]["pearson"] == pytest.approx(1 / math.sqrt(2 * (1 + 1 / 9)), abs=0.05)
-    assert found["half"]["pearson"] == pytest.approx(1 / 1.2, abs=0.04)
-    assert found["one_rater"]["accuracy"] < found["half"]["accuracy"]
+    assert found.one_rater.pearson == pytest.approx(1 / math.sqrt(2 * (1 + 1 / 9)), abs=0.05)
+    assert found.half.pearson == pytest.approx(1 / 1.2, abs=0.04)
+    assert found.one_rater.accuracy < found.half.accuracy
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -165,14 +168,14 @@ def test_best_of_n_is_the_mean_over_all_subsets(n):
     for subset in itertools.combinations(range(5), n):
         highest = [i for i in subset if scores[i] == scores[list(subset)].max()]
         expected.append(gold[highest].mean())  # equal scores: any of them
-    gains = {point["n"]: point["gain"]["mean"] for point in best_of_n_gains(scores, gold, np.zeros(5))}
+    gains = {point.n: point.gain.mean for point in best_of_n_gains(scores, gold, np.zeros(5))}
     assert list(gains) == [1, 2, 4]
     assert gains[n] == pytest.approx(np.mean(expected) - gold.mean())
 
 
 def test_best_of_many_does_not_overflow():
     scores = np.arange(1000.0)
-    gains = {point["n"]: point["gain"]["mean"] for point in best_of_n_gains(scores, scores, np.zeros(1000))}
+    gains = {point.n: point.gain.mean for point in best_of_n_gains(scores, scores, np.zeros(1000))}
     assert gains[1] == 0 and gains[64] == pytest.approx(64 / 65 * 1001 - 1 - 499.5)  # the largest of 64 of 1 to 1,000
 
 
@@ -180,20 +183,20 @@ def test_best_of_n_is_a_gain_over_each_prompts_own_mean():
     prompts = np.array([0, 0, 1, 1, 2])
     gold = np.array([0.0, 1.0, 100.0, 110.0, 5.0])
     found = best_of_n_gains(np.array([0.0, 1.0, 5.0, 4.0, NAN]), gold, prompts)
-    assert [point["n"] for point in found] == [1, 2]
-    assert found[0]["gain"]["mean"] == 0 and found[0]["prompts"] == 2
-    assert found[1]["gain"]["mean"] == pytest.approx((0.5 - 5.0) / 2)
-    assert found[1]["best_gain"]["mean"] == pytest.approx((0.5 + 5.0) / 2)
-    assert found[1]["kl"] == pytest.approx(0.193147, abs=1e-6)
+    assert [point.n for point in found] == [1, 2]
+    assert found[0].gain.mean == 0 and found[0].prompts == 2
+    assert found[1].gain.mean == pytest.approx((0.5 - 5.0) / 2)
+    assert found[1].best_gain.mean == pytest.approx((0.5 + 5.0) / 2)
+    assert found[1].kl == pytest.approx(0.193147, abs=1e-6)
 
 
 def test_disagreement_is_largest_where_members_part():
     members = np.array([[0.0, 1.0, 0.0, 2.0], [0.0, 1.2, 3.0, 1.0]])
     found = disagreement(members, np.array([1, 3, 1]), np.array([0, 2, 2]), np.array([0, 1, 2]))
     leads = np.array([[1.0, 2.0, 1.0], [1.2, -2.0, -1.8]])
-    assert found["lead_std"] == pytest.approx(leads.std(axis=0, ddof=1).mean())
-    assert [part["accuracy"]["mean"] for part in found["slices"]] == [1.0, 0.0, 0.5]
-    assert [each["mean"] for each in found["members"]] == [1.0, pytest.approx(1 / 3)]
+    assert found.margin_std == pytest.approx(leads.std(axis=0, ddof=1).mean())
+    assert [part.accuracy.mean for part in found.slices] == [1.0, 0.0, 0.5]
+    assert [each.mean for each in found.members] == [1.0, pytest.approx(1 / 3)]
 
 
 def test_rewardbench_sections_count_prompts_and_math_as_much_as_code():
@@ -202,19 +205,19 @@ def test_rewardbench_sections_count_prompts_and_math_as_much_as_code():
         subsets += [subset] * 4
         leads += [1.0 if i < 4 * right else -1.0 for i in range(4)]
     found = rewardbench.section_scores(subsets, np.array(leads))
-    assert found["sections"]["Chat"] == pytest.approx((28 * 1.0 + 100 * 0.5) / 128)
-    assert found["sections"]["Reasoning"] == pytest.approx((984 * 0.25 + 164 * 1.0) / (984 + 164))
-    assert found["sections"]["Safety"] is None and found["score"] is None and "donotanswer" in found["missing"]
+    assert found.sections["Chat"] == pytest.approx((28 * 1.0 + 100 * 0.5) / 128)
+    assert found.sections["Reasoning"] == pytest.approx((984 * 0.25 + 164 * 1.0) / (984 + 164))
+    assert found.sections["Safety"] is None and found.score is None and "donotanswer" in found.missing
 
 
 def test_rewardbench_score_is_the_mean_of_four_sections():
     subsets = sorted(rewardbench.SUBSETS)
     code = {name for name in subsets if name.startswith("hep-")}
     found = rewardbench.section_scores(subsets, np.array([1.0 if name in code else 0.0 for name in subsets]))
-    assert found["missing"] == [] and found["sections"]["Reasoning"] == 0.5  # six times 164 of code, 984 of math
-    assert found["score"] == 0.125  # equal scores are no success
+    assert found.missing == [] and found.sections["Reasoning"] == 0.5  # six times 164 of code, 984 of math
+    assert found.score == 0.125  # equal scores are no success
     assert sum(rewardbench.SECTIONS["Chat"].values()) == 358 and sum(rewardbench.SECTIONS["Safety"].values()) == 740
-    assert rewardbench.section_scores(["hep-go"] * 2, np.array([NAN, 1.0]))["subsets"]["hep-go"]["n"] == 1
+    assert rewardbench.section_scores(["hep-go"] * 2, np.array([NAN, 1.0])).subsets["hep-go"].n == 1
 
 
 def annotated_rows() -> Dataset:
@@ -245,19 +248,19 @@ def by_length(prompts, completions, **columns):
 
 def test_a_measured_reward_and_its_page():
     reward = FunctionReward(by_length, name="length")
-    quality = measure(read_annotated(annotated_rows()), [reward], gaps_above=[1.5])
-    entry = quality["rewards"]["length"]
-    assert quality["completions"] == 6 and quality["comparisons"] == 6 and quality["prompts"] == 2
-    slices = {part["slice"]: (part["n"], part["accuracy"]["mean"]) for part in entry["slices"]}
-    assert entry["accuracy"]["mean"] == 0.5 and slices["kind: long"] == (3, 1.0) and slices["kind: short"] == (3, 0.0)
+    quality = evaluate_rewards(read_annotated(annotated_rows()), [reward], gaps_above=[1.5])
+    entry = quality.rewards["length"]
+    assert quality.completions == 6 and quality.comparisons == 6 and quality.prompts == 2
+    slices = {part.name: (part.n, part.accuracy.mean) for part in entry.slices}
+    assert entry.accuracy.mean == 0.5 and slices["kind: long"] == (3, 1.0) and slices["kind: short"] == (3, 0.0)
     assert slices["gap above 1.5"] == (2, 0.5) and slices["preferred one longer"] == (3, 1.0)
-    assert entry["length"]["longer_preferred"] == 1.0 and quality["longer_preferred"] == 0.5
-    assert entry["length"]["pearson"] == pytest.approx(1) and entry["top_one"]["mean"] == 0.5
+    assert entry.length.longer_preferred == 1.0 and quality.longer_preferred == 0.5
+    assert entry.length.pearson == pytest.approx(1) and entry.top_one.mean == 0.5
     # Gold is the mean rating: of two of three, length gains in one prompt what it loses in the other
-    assert [round(point["gain"]["mean"], 9) for point in entry["best_of_n"]] == [0, 0]
+    assert [round(point.gain.mean, 9) for point in entry.best_of_n] == [0, 0]
     mean, best = (1.5 + 2.5 + 4) / 3, (4 + 4 + 2.5) / 3
-    assert entry["best_of_n"][1]["best_gain"]["mean"] == pytest.approx(best - mean)
-    assert len(entry["mistakes"]) == 3 and entry["mistakes"][0]["preferred"] == "a"
+    assert entry.best_of_n[1].best_gain.mean == pytest.approx(best - mean)
+    assert len(entry.mistakes) == 3 and entry.mistakes[0].preferred == "a"
     metrics = metrics_of(quality)
     assert metrics["eval_length/accuracy"] == 0.5 and metrics["eval_length/accuracy_kind_long"] == 1.0
     assert metrics["eval_length/accuracy_gap_above_1.5"] == 0.5 and "eval_length/best_of_2_gain" in metrics
@@ -272,14 +275,14 @@ def test_scores_that_are_none_or_not_finite_are_counted():
     def broken(prompts, completions, **columns):
         return [next(values) for _ in completions]
 
-    quality = measure(read_annotated(annotated_rows()), [FunctionReward(broken)])
-    entry = quality["rewards"]["broken"]
-    assert entry["completions_without_score"] == 3 and entry["comparisons_left_out"] == 5
-    assert entry["accuracy"]["mean"] == 0.0 and math.isnan(entry["accuracy"]["low"])  # of the one of 4.0 and 6.0
+    quality = evaluate_rewards(read_annotated(annotated_rows()), [FunctionReward(broken)])
+    entry = quality.rewards["broken"]
+    assert entry.completions_without_score == 3 and entry.comparisons_dropped == 5
+    assert entry.accuracy.mean == 0.0 and math.isnan(entry.accuracy.low)  # of the one of 4.0 and 6.0
     to_html(reward_page(quality, "a title", ""))
 
     with pytest.raises(ConfigError, match="`nothing` has no finite score for both"):
-        measure(
+        evaluate_rewards(
             read_annotated(annotated_rows()),
             [FunctionReward(lambda completions: [None] * len(completions), name="nothing")],
         )
@@ -303,9 +306,9 @@ class TwoMembers(ModelReward):
 
 
 def test_members_of_an_ensemble_are_held_beside_each_other():
-    quality = measure(read_annotated(annotated_rows()), [TwoMembers()])
-    found = quality["rewards"]["two"]["disagreement"]
-    assert [each["mean"] for each in found["members"]] == [0.5, 0.5]
+    quality = evaluate_rewards(read_annotated(annotated_rows()), [TwoMembers()])
+    found = quality.rewards["two"].disagreement
+    assert [each.mean for each in found.members] == [0.5, 0.5]
     # Leads of 5, 2, 3 tokens in each row, and as much below 0: their unbiased std is sqrt(2) times as large
     assert metrics_of(quality)["eval_two/disagreement"] == pytest.approx(math.sqrt(2) * 10 / 3)
     assert "Ensemble" in to_html(reward_page(quality, "a title", ""))
@@ -331,9 +334,9 @@ def test_rows_that_compare_nothing():
 
 def test_few_raters_are_said():
     lone = annotated_rows().map(lambda row: {"ratings": [[1.0], [2.0], [3.0]]})
-    quality = measure(read_annotated(lone), [FunctionReward(by_length)])
-    assert quality["raters"] is None and "6 completions with a single rating" in quality["notes"][0]
-    assert "fewer than three completions have two raters" in quality["notes"][1]
+    quality = evaluate_rewards(read_annotated(lone), [FunctionReward(by_length)])
+    assert quality.raters is None and "6 completions with a single rating" in quality.notes[0]
+    assert "fewer than three completions have two raters" in quality.notes[1]
 
 
 def test_attributes_are_slices_of_their_own_order():
@@ -350,9 +353,9 @@ def test_attributes_are_slices_of_their_own_order():
             }
         ]
     )
-    entry = measure(read_annotated(rows), [FunctionReward(by_length)])["rewards"]["by_length"]
-    slices = {part["slice"]: part["accuracy"]["mean"] for part in entry["slices"]}
-    assert slices["more helpful"] == 0.0 and slices["more clear"] == 1.0 and entry["ratings"] is None
+    entry = evaluate_rewards(read_annotated(rows), [FunctionReward(by_length)]).rewards["by_length"]
+    slices = {part.name: part.accuracy.mean for part in entry.slices}
+    assert slices["more helpful"] == 0.0 and slices["more clear"] == 1.0 and entry.ratings is None
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -426,7 +429,7 @@ def test_the_stage_evaluates_the_embedded_worlds_gold_reward(compose, tmp_path, 
     said = capsys.readouterr().out
     assert "(one rater)" in said and "`eval_model/accuracy` was not measured" in said
     # The tables can be made from the file too, whose NaN are null
-    cells = summary_table(quality).cells
+    cells = summary_table(RewardQuality.from_json(quality)).cells
     assert cells[0][0] == "gold" and cells[0][1].startswith("0.9") and cells[1][0] == "(one rater)"
 
 

@@ -32,6 +32,8 @@ from rlhf_trl.report.policies import verdict
 from rlhf_trl.report.project import project_page, write_report
 from rlhf_trl.report.sweep import sweep_page, write_sweep_report
 from rlhf_trl.report.text import comparison_text
+from rlhf_trl.runs.record import read_comparison
+from rlhf_trl.runs.results import Comparison
 from rlhf_trl.stages.report import report
 
 EVIL = "</p><script>alert(1)</script> | `a` \x00\ud800"
@@ -274,7 +276,7 @@ def test_a_projects_report_shows_what_is_there_and_says_what_is_not(project):
     assert "explained variance" not in html  # what wasn't logged has no figure, and a PPO's loss says nothing
     captions = re.findall(r'aria-label="(ppo: [^"]*)"', html)
     assert set(captions) == {"ppo: reward", "ppo: KL to the start, nats a sequence"}
-    assert comparison_text(json.loads((project / "comparison.json").read_text())).startswith("40 held-out prompts")
+    assert comparison_text(read_comparison(project)).startswith("40 held-out prompts")
 
 
 def test_what_the_health_monitor_saw_stands_at_the_training(project):
@@ -302,12 +304,16 @@ def test_the_quality_of_the_reward_model_is_taken_over(project):
     reward = {
         "accuracy": accuracy,
         "slices": [{"slice": "like length", "n": 9, "accuracy": accuracy}],
+        "top_one": accuracy,
         "calibration": {"ece": 0.031, "bins": []},
-        "length": {"spearman": 0.2},
+        "length": {"pearson": 0.2, "spearman": 0.2, "longer_preferred": 0.6, "curve": []},
         "ratings": None,
+        "mistakes": [],
         "completions_without_score": 0,
+        "comparisons_left_out": 0,
     }
-    quality = {"rewards": {"model": reward}, "raters": None}
+    counts = dict.fromkeys(("rows", "prompts", "completions", "comparisons"), 9)
+    quality = {**counts, "longer_preferred": 0.5, "gold": None, "rewards": {"model": reward}, "raters": None}
     (project / "evaluate_reward" / "reward_quality.json").write_text(json.dumps(quality))
     text = to_markdown(project_page(project))
     assert re.search(r"\| model +\| 0.710 .*\| +0.031 \|", text) and "were not measured" not in text
@@ -379,7 +385,7 @@ def test_a_project_without_an_evaluation_says_how_to_make_one(tmp_path):
     ],
 )
 def test_the_verdict_names_what_came_out_and_what_to_turn(policies, parts):
-    text = verdict(comparison(**policies))
+    text = verdict(Comparison.from_json(comparison(**policies)))
     assert all(part in text for part in parts), text
     assert len(re.findall(r"[.](?: |$)", text)) == 2  # two sentences
 
@@ -388,9 +394,9 @@ def test_below_the_best_of_n_is_said():
     found = comparison(ppo=entry(1.5, 0.9, 0.5, 0.5))
     points = [{"n": n, "kl": kl, "reward": estimate(2.0 + kl), "chosen_by": 1} for n, kl in ((1, 0.0), (8, 1.2))]
     found["best_of_n"] = {"samples": 8, "curves": [{"by": "model", "points": points}]}
-    assert "ppo is below what the best of n samples of sft by `model` gets" in verdict(found)
+    assert "ppo is below what the best of n samples of sft by `model` gets" in verdict(Comparison.from_json(found))
     found["policies"]["ppo"]["kl"] = estimate(5.0)  # beyond what n samples reach: nothing to hold it against
-    assert "best of n" not in verdict(found)
+    assert "best of n" not in verdict(Comparison.from_json(found))
 
 
 # ---- The report of a sweep ----

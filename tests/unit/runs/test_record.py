@@ -12,7 +12,7 @@ from rlhf_trl.cli.launcher import results_of, state_of
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.report.project import project_page
 from rlhf_trl.runs.paths import resolve_path
-from rlhf_trl.runs.record import read_json, read_metrics, read_run, start_run, write_metrics
+from rlhf_trl.runs.record import read_comparison, read_metrics, read_run, start_run, write_metrics
 from rlhf_trl.stages.evaluate import policies_of
 
 DAMAGED = ("", "{", "[]", "3", '{"status": "do', '{"a": "\n"}', "\x00" * 40, "[" * 100_000)
@@ -28,11 +28,13 @@ def run_dir(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("content", DAMAGED)
-@pytest.mark.parametrize("name", ["run.json", "metrics.json", "comparison.json"])
-def test_a_damaged_file_is_named_with_what_to_do(run_dir, name, content):
+@pytest.mark.parametrize(
+    ("name", "read"), [("run.json", read_run), ("metrics.json", read_metrics), ("comparison.json", read_comparison)]
+)
+def test_a_damaged_file_is_named_with_what_to_do(run_dir, name, read, content):
     Path(run_dir, name).write_text(content)
     with pytest.raises(ConfigError, match=rf"`.*{name}` (can't be read|is damaged).* (D|d)elete"):
-        read_json(run_dir / name)
+        read(run_dir)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ from hydra.utils import instantiate
 
 from rlhf_trl.checks import find_problems
 from rlhf_trl.errors import ConfigError, DataError
-from rlhf_trl.evaluation.generation import generation_config, sample
-from rlhf_trl.evaluation.policies import Policy, as_prompt
+from rlhf_trl.evaluation.generation import Policy, as_prompt, generation_config, sample
 from rlhf_trl.models.loading import load_model
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.rewards.combine import minimum, product, weighted_sum

@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_trl.data.lengths import tokenize_comparisons
 from rlhf_trl.data.tokenize import end_tokens, prompt_ids, row_ids
-from rlhf_trl.evaluation.generation import sample, sample_in_turns
-from rlhf_trl.evaluation.policies import Policy
+from rlhf_trl.evaluation.generation import Policy, sample, sample_in_turns
 from rlhf_trl.models.merging import merge_adapter
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.reward_modeling.config import RewardConfig

@@ -15,8 +15,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from rlhf_trl.build import load_data, make_trainer, training_arguments
 from rlhf_trl.callbacks.rollouts import record_rollouts
-from rlhf_trl.evaluation.generation import generation_config, sample
-from rlhf_trl.evaluation.policies import Policy
+from rlhf_trl.evaluation.generation import Policy, generation_config, sample
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.patches.positions import count_positions_from_mask
 from rlhf_trl.ppo import losses, update

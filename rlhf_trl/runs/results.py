@@ -1,0 +1,259 @@
+"""Results of runs: the content of `run.json`, `sweep.json` and `comparison.json`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, NamedTuple, Self
+
+from rlhf_trl.runs.serialization import JsonDataclass, decode, encode
+
+
+class Estimate(NamedTuple):
+    """A mean with the lower and upper end of its interval; NaN where it could not be made."""
+
+    mean: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float | None]:
+        """Return the object that stands in JSON files."""
+        return encode(self._asdict())
+
+    @classmethod
+    def from_json(cls, content: Any) -> Self:
+        """
+        Read an estimate.
+
+        Raises:
+            ValueError: if it lacks one of the three numbers.
+        """
+        if not isinstance(content, Mapping) or not content.keys() >= set(cls._fields):
+            raise ValueError(f"an estimate lacks one of {', '.join(f'`{name}`' for name in cls._fields)}")
+        return cls(*(decode(float, content[name], name) for name in cls._fields))
+
+
+# ---- Runs ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(JsonDataclass):
+    """
+    Record of a run (`run.json`).
+
+    Attributes:
+        status: `running`, `done`, `stopped` (by a signal; it can be resumed) or `failed`.
+        model: path or hub id of the model that the run started from.
+        inputs: what its result depends on besides the config, see [`~rlhf_trl.stages.inputs.inputs_of`].
+        quantization: quantization of the base under its adapter.
+        base, base_fingerprint: of a saved adapter its base, and a hash of that where it is a folder.
+        reason: why a callback ended the training.
+        error: error that ended the run.
+    """
+
+    stage: str = ""
+    command: str = ""
+    status: str
+    model: str | None = None
+    pid: int | None = None
+    started: str | None = None
+    ended: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    quantization: dict[str, Any] | None = None
+    reason: str | None = field(default=None, metadata={"without": "reason"})
+    error: str | None = field(default=None, metadata={"without": "error"})
+    base: str | None = field(default=None, metadata={"without": "base"})
+    base_fingerprint: str | None = field(default=None, metadata={"without": "base"})
+
+    @property
+    def seconds(self) -> float | None:
+        """Time from start to end; `None` while the run is under way."""
+        if self.started is None or self.ended is None:
+            return None
+        return (datetime.fromisoformat(self.ended) - datetime.fromisoformat(self.started)).total_seconds()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepJob(JsonDataclass):
+    """
+    Job of a sweep (one entry of `sweep.json`).
+
+    Attributes:
+        number: its number, which is its folder's name.
+        overrides: overrides of the job, name to value.
+        status: `done` or `failed`.
+        objective, value: name of the metric that counts, and its last value.
+        eval: last value of each metric of the evaluation.
+        message: error message of a failed job.
+        log: file with its output.
+    """
+
+    number: int
+    overrides: dict[str, str]
+    status: str
+    seconds: float = 0.0
+    objective: str | None = None
+    value: float | None = None
+    eval: dict[str, Any] = field(default_factory=dict)
+    message: str | None = None
+    log: str = ""
+
+    @property
+    def done(self) -> bool:
+        """Whether the job ended well."""
+        return self.status == "done"
+
+
+# ---- Comparison of policies ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyResult(JsonDataclass):
+    """
+    Evaluation of a policy on held-out prompts.
+
+    Attributes:
+        path, family: folder or hub id, and the name that it shares with its checkpoints or the runs of its sweep.
+        completion_length: mean number of tokens.
+        eos_rate: share of the completions that end with an end token.
+        entropy: mean over tokens, in nats.
+        distinct_1, distinct_2, repetition: see [`~rlhf_trl.evaluation.statistics.distinct_n`] and
+            [`~rlhf_trl.evaluation.statistics.repetition`].
+        kl, kl_k3: KL to the baseline in nats, summed over a completion, by the estimators k1 and k3.
+        kl_per_token, kl_k3_per_token: the same per token.
+        missing: for each measure that could not be computed the reason, with what to do about it.
+        reference_perplexity: perplexity of the data's own answers, per token.
+        reward: combined reward.
+        rewards, reward_intervals, reward_std: mean, mean with interval, and standard deviation of each reward.
+        difference: combined reward minus that of the baseline on the same prompts.
+        win_rate, length_controlled_win_rate: share of the prompts that it wins against the baseline, as it is and at
+            equal length.
+        judgements, unclear: number of judgements, and of those that name neither answer nor a tie.
+        position_bias, order_agreement: see [`~rlhf_trl.evaluation.judges.Verdicts`].
+        tie_rate: share of ties.
+    """
+
+    path: str
+    family: str | None = None
+    completion_length: float
+    eos_rate: float
+    entropy: float | None = None
+    distinct_1: float | None = None
+    distinct_2: float | None = None
+    repetition: float | None = None
+    kl: Estimate | None = None
+    missing: dict[str, str] = field(default_factory=dict, metadata={"key": "gaps"})
+    kl_k3: Estimate | None = field(default=None, metadata={"without": "kl_k3"})
+    kl_per_token: float | None = field(default=None, metadata={"without": "kl_k3"})
+    kl_k3_per_token: float | None = field(default=None, metadata={"without": "kl_k3"})
+    reference_perplexity: float | None = field(default=None, metadata={"without": "reference_perplexity"})
+    reward: Estimate | None = None
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    reward_intervals: dict[str, Estimate | None] = field(default_factory=dict)
+    reward_std: dict[str, float | None] = field(default_factory=dict)
+    difference: Estimate | None = None
+    win_rate: Estimate | None = None
+    judgements: int | None = field(default=None, metadata={"without": "judgements"})
+    unclear: int | None = field(default=None, metadata={"without": "judgements"})
+    position_bias: float | None = field(default=None, metadata={"without": "judgements"})
+    order_agreement: float | None = field(default=None, metadata={"without": "judgements"})
+    length_controlled_win_rate: Estimate | None = field(
+        default=None, metadata={"without": "length_controlled_win_rate"}
+    )
+    tie_rate: float | None = field(default=None, metadata={"without": "tie_rate"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfNPoint(JsonDataclass):
+    """
+    Best of `n` samples per prompt.
+
+    Attributes:
+        kl: KL to the policy that the samples are from, in nats.
+        reward: combined reward of the chosen samples.
+        chosen_by: their mean by the reward that chose them.
+    """
+
+    n: int
+    kl: float
+    reward: Estimate | None
+    chosen_by: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfNCurve(JsonDataclass):
+    """Best of n, n = 1, 2, 4 ..., as chosen by the reward `by`, or by the combined reward (`""`)."""
+
+    by: str
+    points: list[BestOfNPoint]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfN(JsonDataclass):
+    """Best-of-n of the baseline from `samples` completions per prompt."""
+
+    samples: int
+    curves: list[BestOfNCurve]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSample(JsonDataclass):
+    """A prompt with the completion of each policy and its combined reward; `None` where there is no finite one."""
+
+    prompt: str
+    completions: dict[str, str]
+    rewards: dict[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(JsonDataclass):
+    """
+    Evaluation of several policies on the same held-out prompts (`comparison.json`).
+
+    Attributes:
+        baseline: name of the policy that the others are compared with.
+        prompts: number of prompts with a reward from every policy.
+        dropped: number of the other prompts.
+        seed, temperature, max_completion_length: of the sampling.
+        judge: the judge in words.
+        combine: name of the function that combines the rewards.
+        weights: weight of each reward.
+        policies: results by name.
+        bradley_terry: strength of each policy; `None` where no judgements lead from it to the baseline.
+        best_of_n: best-of-n of the baseline.
+        samples: every prompt, those without a reward included.
+    """
+
+    baseline: str
+    prompts: int
+    dropped: int = field(metadata={"key": "left_out"})
+    seed: int | None = None
+    temperature: float | None = None
+    max_completion_length: int | None = None
+    judge: str = "the reward"
+    combine: str = "weighted_sum"
+    weights: dict[str, float] = field(default_factory=dict)
+    policies: dict[str, PolicyResult]
+    bradley_terry: dict[str, Estimate | None] = field(default_factory=dict)
+    best_of_n: BestOfN | None = None
+    samples: list[PromptSample]
+
+    @property
+    def base(self) -> PolicyResult:
+        """The result of the baseline."""
+        return self.policies[self.baseline]
+
+    @property
+    def others(self) -> dict[str, PolicyResult]:
+        """The results of the other policies."""
+        return {name: result for name, result in self.policies.items() if name != self.baseline}
+
+    @property
+    def curves(self) -> list[BestOfNCurve]:
+        """The best-of-n curves, none where best-of-n was not measured."""
+        return self.best_of_n.curves if self.best_of_n else []
+
+    @property
+    def proxies(self) -> list[str]:
+        """Rewards of weight 0: measured, and not part of the combined reward."""
+        return [name for name, weight in self.weights.items() if not weight]
