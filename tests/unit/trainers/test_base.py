@@ -3,7 +3,7 @@
 import pytest
 import trl
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from rlhf_trl.errors import ConfigError
@@ -45,11 +45,11 @@ def test_reference_log_probabilities_are_precomputed_with_trained_tokens(tmp_pat
     path = save_architecture(tmp_path / "model", "qwen2")
     rows = Dataset.from_list([{"prompt": "a b", "chosen": " c", "rejected": " d e"}] * 2)
     args = {"report_to": "none", "bf16": False, "use_cpu": True, "precompute_ref_log_probs": True}
+    lora = LoraConfig(r=2, trainable_token_indices=[5, 6], task_type="CAUSAL_LM")
     trainer = DPOTrainer(
-        AutoModelForCausalLM.from_pretrained(path),
+        get_peft_model(AutoModelForCausalLM.from_pretrained(path), lora),
         args=trl.DPOConfig(str(tmp_path / "run"), **args),
         train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(path),
-        peft_config=LoraConfig(r=2, trainable_token_indices=[5, 6], task_type="CAUSAL_LM"),
     )
     assert "ref_chosen_logps" in trainer.train_dataset.column_names
