@@ -30,7 +30,7 @@ LOGS = (
 
 def filter_warnings() -> None:
     """
-    Filter `WARNINGS` and `LOGS` in the whole process.
+    Filter `WARNINGS` and `LOGS` in the whole process, which must be the command line's own.
 
     Call it before the libraries are imported: some warn at once.
 

@@ -23,7 +23,6 @@ from rlhf_trl.evaluation.generation import TOO_LONG, Policy, Prompt, as_prompt, 
 from rlhf_trl.evaluation.rewards import combine_scores, score
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.models.sizes import check_rows, sizes_of
-from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.report.text import number, side_by_side
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.combine import weighted_sum
@@ -46,7 +45,6 @@ def chat(cfg: DictConfig) -> None:
         [`~rlhf_trl.errors.ConfigError`]: if a policy or a reward model is missing.
     """
     OmegaConf.resolve(cfg)
-    filter_warnings()
     if not PartialState().is_main_process:
         return  # one rank has the terminal
     disable_progress_bar()  # of loading weights

@@ -14,7 +14,6 @@ from rlhf_trl.config.values import as_dict
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.policies import Benchmark, Candidate, evaluate_policies
 from rlhf_trl.models.tokenizers import load_tokenizer
-from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.report.page import write_page
 from rlhf_trl.report.project import project_page
 from rlhf_trl.report.records import swept_keys
@@ -38,7 +37,6 @@ def evaluate(cfg: DictConfig) -> None:
             be asked.
     """
     OmegaConf.resolve(cfg)
-    filter_warnings()
     stage, where = cfg.stage, project_dir(cfg)
     named = named_policies(OmegaConf.to_container(stage.policies))
     if problem := baseline_problem(stage.baseline, named):

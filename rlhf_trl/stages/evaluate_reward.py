@@ -14,7 +14,6 @@ from rlhf_trl.evaluation.generation import load_policy
 from rlhf_trl.evaluation.policies import Benchmark
 from rlhf_trl.evaluation.reward_quality import evaluate_rewards, metrics_of, with_policy_samples
 from rlhf_trl.hints import did_you_mean, names_of
-from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.report.page import write_page
 from rlhf_trl.report.rewards import reward_page, reward_text
 from rlhf_trl.rewards.base import Reward
@@ -39,7 +38,6 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
             named for slices isn't there, or a reward gives no finite score.
     """
     OmegaConf.resolve(cfg)
-    filter_warnings()
     stage = cfg.stage
     if problems := _problems(stage, list(cfg.reward)):
         raise ConfigError.join(problems)

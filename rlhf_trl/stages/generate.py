@@ -21,7 +21,6 @@ from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.generation import Policy, Prompt, as_prompt, sample
 from rlhf_trl.evaluation.rewards import combine_scores, score
-from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.rewards.http import json_number
@@ -38,7 +37,6 @@ def generate(cfg: DictConfig) -> None:
         [`~rlhf_trl.errors.ConfigError`]: if there are no prompts, a row has none, or the output exists.
     """
     OmegaConf.resolve(cfg)
-    filter_warnings()
     stage, output = cfg.stage, Path(cfg.stage.output)
     prompts = prompts_of(cfg)
     if output.exists() and not cfg.overwrite:

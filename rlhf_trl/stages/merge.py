@@ -7,7 +7,6 @@ from omegaconf import DictConfig
 from rlhf_trl.build import project_dir, source
 from rlhf_trl.models.merging import merge_adapter
 from rlhf_trl.models.quantization import trained_quantization
-from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.runs.paths import resolve_path
 from rlhf_trl.runs.ranks import is_first_rank
 
@@ -20,7 +19,6 @@ def merge(cfg: DictConfig) -> None:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if it is no adapter, or a run that is missing or not finished.
     """
-    filter_warnings()
     path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
     output_dir = Path(path if Path(path).is_dir() else cfg.run_dir, "merged")
     if is_first_rank():

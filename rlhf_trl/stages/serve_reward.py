@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.build import reward_functions
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.rewards.server import application
 
 
@@ -26,7 +25,6 @@ def serve_reward(cfg: DictConfig) -> None:
     import uvicorn
 
     OmegaConf.resolve(cfg)
-    filter_warnings()
     if not PartialState().is_main_process:
         return
     token = os.environ[cfg.stage.token_env] if cfg.stage.token_env else None

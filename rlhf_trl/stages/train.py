@@ -26,7 +26,6 @@ from rlhf_trl.hints import did_you_mean
 from rlhf_trl.models.adapters import adapter_config
 from rlhf_trl.models.merging import merge_adapter
 from rlhf_trl.models.tokenizers import load_tokenizer
-from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.runs.paths import resolve_path
 from rlhf_trl.runs.record import write_metrics
 from rlhf_trl.stages.base import begin, claims_directory, command, end, fail
@@ -55,7 +54,6 @@ def train(cfg: DictConfig) -> float | None:
 def train_claimed(cfg: DictConfig) -> float | None:
     """[`train`] in a directory that is claimed already, such as that of a member of an ensemble."""
     OmegaConf.resolve(cfg)
-    filter_warnings()
     set_seed(cfg.seed)
     args = training_arguments(cfg.stage.args, **critic_start(cfg))
     path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
