@@ -9,12 +9,12 @@ from rlhf_trl.patches.dropout import disable_dropout
 from rlhf_trl.patches.log_probs import speed_up_log_probs
 from rlhf_trl.patches.peft import repair_token_wrappers
 from rlhf_trl.trainers.checkpoints import CompleteCheckpoints
-from rlhf_trl.trainers.held_out import EachRowOnce
+from rlhf_trl.trainers.held_out import ExactEvaluation
 
 
-class TrainerMixin(CompleteCheckpoints, EachRowOnce):
+class TrainerMixin(CompleteCheckpoints, ExactEvaluation):
     """
-    Mixin for trainers of TRL: [`CompleteCheckpoints`], [`~rlhf_trl.trainers.held_out.EachRowOnce`], and patched
+    Mixin for trainers of TRL: [`CompleteCheckpoints`], [`~rlhf_trl.trainers.held_out.ExactEvaluation`], and patched
     models.
 
     With `args.disable_dropout`, dropout is disabled on every architecture, see

@@ -1,9 +1,10 @@
 """
-Evaluation during training that counts each held-out row once, however many ranks and whatever batch size there are.
+Evaluation during training that counts each held-out row once, for any number of ranks and any batch size.
 
-Transformers, accelerate and TRL repeat rows so that every rank has a batch of full size, take the mean of each batch
-over all of its rows, and then the mean of these means. Here every row of a batch stands in it equally often, and means
-of batches are weighted by what they are means of: each figure is that of one batch with all rows.
+Transformers, accelerate and TRL repeat rows so that every rank has a full batch, average each batch over all of its
+rows, and then average these averages. Here every row of a batch is in it equally often, and the mean of a batch is
+weighted by the number of rows, completions or tokens that it is a mean over: each metric is that of one batch with all
+rows.
 """
 
 import functools
@@ -19,10 +20,10 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer
 from trl.trainer.utils import use_adapter
 
-# Means over tokens, and over the tokens of chosen answers where there are chosen ones; others are means over rows
+# Means over tokens (of chosen completions, where there are chosen ones). All others are means over rows
 TOKEN_MEANS = ("entropy", "mean_token_accuracy", "kl", "logits/chosen", "logits/rejected")
 
-# Losses of GRPO whose sum on a rank is divided by the mean number of tokens a rank
+# Losses of GRPO that divide the sum on a rank by the mean number of tokens per rank
 GLOBAL_TOKENS = ("cispo", "dapo", "vespo")
 
 
@@ -31,9 +32,12 @@ class Batch(NamedTuple):
     Rows that all ranks evaluate together.
 
     Attributes:
-        rows: how many different ones.
-        indices: those of each rank.
-        copied: whether each rank has all of them; else they are dealt, as many to each rank.
+        rows (`int`):
+            Number of distinct rows.
+        indices (`list[list[int]]`):
+            Rows of each rank.
+        copied (`bool`):
+            Whether each rank has all rows; otherwise they are split evenly between the ranks.
     """
 
     rows: int
@@ -41,16 +45,25 @@ class Batch(NamedTuple):
     copied: bool
 
 
-def deal(order: Sequence[int], batch_size: int, ranks: int, group: int = 1) -> list[Batch]:
+def split_batches(order: Sequence[int], batch_size: int, ranks: int, group: int = 1) -> list[Batch]:
     """
-    Batches in which every row stands equally often: full ones, one that is smaller on all ranks alike, and of the rows
-    that are then fewer than ranks the same on each rank.
+    Split rows into batches in which every row is equally often.
+
+    First full batches, then one that is smaller on all ranks alike. Of the rest, fewer rows than ranks, each rank gets
+    all rows.
 
     Args:
-        order (`Sequence[int]`): indices of the rows.
-        batch_size (`int`): rows of a rank, at most.
-        ranks (`int`): their number.
-        group (`int`): so many rows in a row stay in one batch (the completions of a prompt).
+        order (`Sequence[int]`):
+            Indices of the rows.
+        batch_size (`int`):
+            Maximal number of rows per rank.
+        ranks (`int`):
+            Number of ranks.
+        group (`int`, *optional*, defaults to `1`):
+            Number of consecutive rows that stay in one batch, such as the completions of a prompt.
+
+    Returns:
+        `list[Batch]`: batches in the order of the rows.
     """
     whole, unit = batch_size * ranks, math.lcm(group, ranks)
     full = len(order) // whole * whole
@@ -68,24 +81,38 @@ def deal(order: Sequence[int], batch_size: int, ranks: int, group: int = 1) -> l
     return batches
 
 
-class Dealt(list):
-    """Batch sampler of one rank: its rows of each batch."""
+class RankBatchSampler(list):
+    """
+    Batch sampler of one rank.
+
+    Args:
+        batches (`Sequence[Batch]`):
+            Batches of all ranks.
+        rank (`int`):
+            Index of the rank.
+    """
 
     def __init__(self, batches: Sequence[Batch], rank: int):
         super().__init__(batch.indices[rank] for batch in batches)
         self.batches = batches
 
 
-class EachRowOnce(Trainer):
+class ExactEvaluation(Trainer):
     """
-    What a trainer gets, before its own class, to evaluate as this module says.
+    Mixin for trainers of TRL whose evaluation counts each held-out row once.
+
+    It overrides, besides documented methods of `transformers.Trainer`, private ones of TRL 1.16: `_calculate_rewards`
+    of GRPO and RLOO, `_compute_kl_logps` of KTO, and `concatenated_forward` of ORPO.
 
     Attributes:
-        held_out_batch ([`Batch`], *optional*): what is being evaluated.
-        held_out_counts (`dict[str, float]`): of how many things a metric of the batch is the mean, over all ranks,
-            each counted once; a trainer sets those that aren't known from the batch.
-        held_out_terms (`dict[str, tuple]`): terms of this rank's loss that are means over something else than the
-            rest: the value of each, and of how many things it is the mean; a trainer sets them.
+        held_out_batch ([`Batch`], *optional*):
+            Batch that is being evaluated.
+        held_out_counts (`dict[str, float]`):
+            Number of values that each metric of the batch is a mean over, on all ranks, without copies. A trainer sets
+            those that don't follow from the batch.
+        held_out_terms (`dict[str, tuple[Tensor, float]]`):
+            Terms of this rank's loss that are means over other values than the rest: each term, and the number of its
+            values. A trainer sets them.
     """
 
     accelerator: Any  # its `gather` and `reduce` are typed by all that they take, not by what they get
@@ -103,18 +130,18 @@ class EachRowOnce(Trainer):
         super().__init__(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """The trainer's own, with its rows dealt by [`deal`]."""
+        """Return the trainer's data loader with the batches of [`split_batches`]."""
         loader: Any = super().get_eval_dataloader(eval_dataset)
         if isinstance(loader.dataset, IterableDataset):
             return loader
         sampler = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler).sampler
         args, accelerator = self.args, self.accelerator
         group = getattr(self, "num_generations_eval", 1)
-        batches = deal(list(sampler), args.eval_batch_size, accelerator.num_processes, group)
+        batches = split_batches(list(sampler), args.eval_batch_size, accelerator.num_processes, group)
         return DataLoaderShard(
             loader.dataset,
             device=loader.device,
-            batch_sampler=Dealt(batches, accelerator.process_index),
+            batch_sampler=RankBatchSampler(batches, accelerator.process_index),
             collate_fn=loader.collate_fn,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
@@ -122,30 +149,34 @@ class EachRowOnce(Trainer):
         )
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        """The trainer's own, with means over all rows."""
-        if not isinstance(dataloader.batch_sampler, Dealt):
+        """Run the trainer's evaluation loop and pool the metrics of its batches."""
+        if not isinstance(dataloader.batch_sampler, RankBatchSampler):
             return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        self._batches, self._losses, self._figures = iter(dataloader.batch_sampler.batches), [], defaultdict(list)
-        # Bound here, so that what a class before this one makes of it counts as well
+        self._batches, self._losses, self._metrics_by_name = (
+            iter(dataloader.batch_sampler.batches),
+            [],
+            defaultdict(list),
+        )
+        # Looked up here, so that overrides in subclasses are included
         self.prediction_step = functools.partial(self._evaluate_batch, self.prediction_step, dataloader)
         try:
             output: Any = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
             del self.prediction_step
             self.held_out_batch = self._kl = None
-        figures, store = pooled(self._figures), self._stored()
+        metrics, store = pool_metrics(self._metrics_by_name), self._stored()
         if self._losses:
             sums = torch.stack(self._losses).sum(dim=0).float().to(self.accelerator.device)
             sums, counts = self.accelerator.reduce(sums, reduction="sum").unbind(dim=1)
             terms = torch.where(counts > 0, sums / counts, 0.0).tolist()
             output.metrics[f"{metric_key_prefix}_loss"] = sum(terms)
-            figures |= {key: terms[i] for i, key in enumerate(self.held_out_terms, start=1) if key in figures}
+            metrics |= {key: terms[i] for i, key in enumerate(self.held_out_terms, start=1) if key in metrics}
         store.clear()
-        store.update({key: [value] for key, value in figures.items()})
+        store.update({key: [value] for key, value in metrics.items()})
         return output
 
     def _evaluate_batch(self, prediction_step, dataloader, model, inputs, *args, **kwargs):
-        """The trainer's `prediction_step`; keeps its loss and its metrics with their counts."""
+        """Run the trainer's `prediction_step`, and record its loss and metrics with their counts."""
         if self._kl is None and getattr(self, "calculate_KL", False):
             self._kl = self._held_out_kl(model, dataloader)
         self.held_out_batch = next(self._batches)
@@ -171,14 +202,14 @@ class EachRowOnce(Trainer):
             self._losses.append(torch.tensor([[value * count, count] for value, count in terms], dtype=torch.float64))
         for key, values in store.items():
             value, count = float(values[-1]), metric_count(key, self.held_out_counts)
-            self._figures[key].append(Figure(value, count, copies * count))
+            self._metrics_by_name[key].append(BatchMetric(value, count, copies * count))
         return found
 
     def _calculate_rewards(self, *args, **kwargs):
         # Of GRPO and RLOO
         rewards = super()._calculate_rewards(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if self.held_out_batch is not None:
-            given = rewards[: self.held_out_batch.rows].isfinite()  # copies stand behind
+            given = rewards[: self.held_out_batch.rows].isfinite()  # copies of the rows come after them
             for name, count in zip(self.reward_func_names, given.sum(dim=0).tolist(), strict=True):
                 self.held_out_counts |= {f"rewards/{name}/mean": count, f"rewards/{name}/std": count}
             scored = given.any(dim=1).sum().item()
@@ -186,16 +217,20 @@ class EachRowOnce(Trainer):
         return rewards
 
     def concatenated_forward(self, model, batch):
-        """ORPO's: its loss has a mean over tokens and one over rows."""
+        """Compute ORPO's forward, whose loss is the sum of a mean over tokens and one over rows."""
         output = super().concatenated_forward(model, batch)  # pyright: ignore[reportAttributeAccessIssue]
         if self.held_out_batch is not None:
             self.held_out_terms = {"eval_nll_loss": (output[4], batch["chosen_attention_mask"][:, 1:].sum().item())}
         return output
 
     def _held_out_kl(self, model, dataloader) -> Tensor:
-        """KTO's: the mean log-ratio of mismatched answers is in the loss of each row; here that of all rows."""
+        """
+        Return KTO's KL estimate (arXiv 2402.01306, section 4.1) over all held-out rows.
+
+        The loss of each row contains the mean log-ratio of mismatched completions, which TRL takes over the batch.
+        """
         sums = torch.zeros(2, device=self.accelerator.device)
-        # The loader under accelerate's: that one is in use
+        # The loader below accelerate's, which is being iterated over
         for inputs, batch in zip(dataloader.base_dataloader, dataloader.batch_sampler.batches, strict=True):
             inputs, copies = self._prepare_inputs(inputs), self.accelerator.num_processes if batch.copied else 1
             ratios = self._compute_kl_logps(model, inputs) - self._reference_kl_logps(inputs)
@@ -217,14 +252,14 @@ class EachRowOnce(Trainer):
         if self._kl is None:
             # Of KTO
             return super()._compute_kl_logps(model, batch)  # pyright: ignore[reportAttributeAccessIssue]
-        # The trainer asks for the policy's, and subtracts the reference's from it
+        # The trainer calls this for the policy, then for the reference, and subtracts
         zeros, self._kl_of_policy = torch.zeros(len(batch["label"]), device=self._kl.device), not self._kl_of_policy
         if self.precompute_ref_logps:
             return batch["ref_KL_logps"] + self._kl
         return zeros + self._kl if self._kl_of_policy else zeros
 
     def _stored(self) -> dict[str, list]:
-        """Where TRL's trainers keep the metrics of an evaluation until they log them."""
+        """Return the dict in which TRL's trainers keep the metrics of an evaluation until they log them."""
         kept = vars(self)
         return kept.get("_metrics", kept.get("_stored_metrics", {})).setdefault("eval", defaultdict(list))
 
@@ -233,9 +268,9 @@ COUNTED = ("rows", "tokens", "chosen", "rejected", "chosen_tokens", "rejected_to
 
 
 def local_counts(inputs) -> Tensor:
-    """What this rank's batch holds of each of `COUNTED`, shape (6,); 0 where the batch doesn't tell."""
+    """Return the counts `COUNTED` of this rank's batch, shape (6,); 0 where they don't follow from the batch."""
     counts = dict.fromkeys(COUNTED, 0)
-    if isinstance(inputs, list):  # of RL: the completions aren't there yet
+    if isinstance(inputs, list):  # RL: the completions don't exist yet
         counts["rows"] = len(inputs)
     elif "chosen_labels" in inputs:  # ORPO
         counts["rows"] = len(inputs["chosen_labels"])
@@ -261,7 +296,7 @@ def local_counts(inputs) -> Tensor:
 
 
 def metric_count(key: str, counts: dict[str, float]) -> float:
-    """Of how many rows, answers or tokens a metric is the mean."""
+    """Return the number of rows, completions or tokens that a metric is a mean over."""
     key = key.removeprefix("eval_")
     if key in counts:
         return counts[key]
@@ -273,18 +308,28 @@ def metric_count(key: str, counts: dict[str, float]) -> float:
     return (counts[side] if side else 0) or counts["rows"]
 
 
-class Figure(NamedTuple):
-    """A metric of a batch: its value, of how many things it is one, and of how many with copies."""
+class BatchMetric(NamedTuple):
+    """
+    A metric of a batch.
+
+    Attributes:
+        value (`float`):
+            Value of the metric.
+        count (`float`):
+            Number of values that it is a mean over.
+        copies (`float`):
+            The same, with copies of rows.
+    """
 
     value: float
     count: float
     copies: float
 
 
-def pooled(figures: dict[str, list[Figure]]) -> dict[str, float]:
-    """What the metrics of batches are for all rows together: means, standard deviations, least and greatest values."""
+def pool_metrics(metrics: dict[str, list[BatchMetric]]) -> dict[str, float]:
+    """Return the metrics over all rows: means, standard deviations, minima and maxima."""
     found = {}
-    for key, each in figures.items():
+    for key, each in metrics.items():
         last = key.rsplit("/", 1)[-1].removeprefix("eval_")
         known = [one for one in each if one.count > 0]
         if last == "num_tokens" or not known:
@@ -293,25 +338,30 @@ def pooled(figures: dict[str, list[Figure]]) -> dict[str, float]:
             found[key] = min(one.value for one in known)
         elif last.startswith("max_") or last == "max" or last.endswith("_max"):
             found[key] = max(one.value for one in known)
-        elif mean := _mean_of(key, figures):
+        elif mean := _mean_of(key, metrics):
             found[key] = _pooled_std(each, mean)
         else:
             found[key] = sum(one.value * one.count for one in known) / sum(one.count for one in known)
     if {"rewards/chosen", "rewards/rejected", "rewards/margins"} <= found.keys():
-        # KTO has a margin only of batches with both
+        # KTO has a margin only for batches with both
         found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
     return found
 
 
-def _mean_of(key: str, figures: dict[str, list[Figure]]) -> list[Figure] | None:
-    """The means that belong to standard deviations."""
+def _mean_of(key: str, metrics: dict[str, list[BatchMetric]]) -> list[BatchMetric] | None:
+    """Return the means that belong to standard deviations, `None` for other metrics."""
     if key.endswith("/std"):
-        return figures.get(f"{key[:-3]}mean")
-    return figures.get(key[:-4]) if key.endswith("_std") else None
+        return metrics.get(f"{key[:-3]}mean")
+    return metrics.get(key[:-4]) if key.endswith("_std") else None
 
 
-def _pooled_std(stds: Sequence[Figure], means: Sequence[Figure]) -> float:
-    """The unbiased standard deviation over all rows, of those of batches (unbiased over rows and copies)."""
+def _pooled_std(stds: Sequence[BatchMetric], means: Sequence[BatchMetric]) -> float:
+    """
+    Return the unbiased standard deviation over all rows.
+
+    The sum of squares is that within batches plus that between their means. The standard deviation of a batch is
+    unbiased over its rows and their copies.
+    """
     each = [(std, mean) for std, mean in zip(stds, means, strict=True) if mean.count and not math.isnan(mean.value)]
     count = sum(mean.count for _, mean in each)
     if count < 2:

@@ -1,4 +1,4 @@
-"""SFT on rows that share a sequence (`packing`, `padding_free`): none sees another, or training is refused."""
+"""SFT on packed sequences (`packing`, `padding_free`), refused where rows would attend to each other."""
 
 import torch
 import trl
@@ -10,13 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.trainers.base import TrainerMixin
 
-LENGTH = 4  # tokens of a row of the trial
-# Of the largest logit. Of the same shapes the same logits come, to the bit but for a router that groups tokens
+LENGTH = 4  # tokens per row of the check
+# Relative to the largest logit. Inputs of one shape give the same logits to the bit, except for a router that groups
+# tokens
 TOLERANCE = 1e-3
 
 
 class SFTTrainer(TrainerMixin, trl.SFTTrainer):
-    """`trl.SFTTrainer` that doesn't train where rows of one sequence see each other, see [`SeparateRows`]."""
+    """`trl.SFTTrainer` that refuses to train where the rows of a packed sequence attend to each other."""
 
     args: trl.SFTConfig
     model: PreTrainedModel
@@ -26,16 +27,20 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.packing or self.args.eval_packing or self.padding_free:
-            self.add_callback(SeparateRows(self))
+            self.add_callback(PackingCheck(self))
 
 
-class SeparateRows(TrainerCallback):
+class PackingCheck(TrainerCallback):
     """
-    Tries two rows in one sequence before training begins: what the model says of the second must not change with the
-    first.
+    Callback that checks, before training begins, that the logits of a row don't depend on another row of its sequence.
 
-    TRL marks rows by positions that begin anew. Attention follows them in an architecture that gives its positions to
-    the masks of transformers; OPT, BLOOM, Falcon and others don't, and each of their rows sees all before it.
+    TRL marks rows by position ids that restart at 0. An architecture that passes its position ids to transformers'
+    masks attends within a row only. OPT, BLOOM, Falcon and others don't, and each of their rows attends to all before
+    it.
+
+    Args:
+        trainer ([`SFTTrainer`]):
+            The trainer.
     """
 
     def __init__(self, trainer: SFTTrainer):
@@ -43,12 +48,14 @@ class SeparateRows(TrainerCallback):
 
     def on_train_begin(self, args: trl.SFTConfig, state, control, **kwargs):
         """
+        Run the check.
+
         Raises:
-            ConfigError: if rows see each other, naming architecture and attention.
+            [`~rlhf_trl.errors.ConfigError`]: if rows attend to each other, naming architecture and attention.
         """
         packed = {args.packing, args.packing if args.eval_packing is None else args.eval_packing}
         for is_packed in packed:
-            if (is_packed or self.trainer.padding_free) and self._see_each_other(is_packed):
+            if (is_packed or self.trainer.padding_free) and self._rows_attend_to_each_other(is_packed):
                 model = self.trainer.accelerator.unwrap_model(self.trainer.model)
                 model = model.get_base_model() if is_peft_model(model) else model
                 names = [name for name in ("packing", "eval_packing", "padding_free") if getattr(args, name)]
@@ -59,7 +66,7 @@ class SeparateRows(TrainerCallback):
                     + "."
                 )
 
-    def _see_each_other(self, packed: bool) -> bool:
+    def _rows_attend_to_each_other(self, packed: bool) -> bool:
         tokenizer = self.trainer.processing_class
         ids = (i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids)
         one, other, last = ([next(ids)] * LENGTH for _ in range(3))
@@ -68,7 +75,7 @@ class SeparateRows(TrainerCallback):
 
     @torch.no_grad()
     def _logits(self, first: list[int], last: list[int], packed: bool) -> Tensor:
-        """Logits at the tokens of the row `last`, as the trainer's batches would give them."""
+        """Return the logits at the tokens of the row `last`, from a batch of the trainer's collator."""
         trainer, rows = self.trainer, [{"input_ids": first}, {"input_ids": last}]
         if packed:
             rows = [{"input_ids": first + last, "seq_lengths": [LENGTH, LENGTH]}]

@@ -10,7 +10,7 @@ import pytest
 from datasets import load_dataset
 from transformers import AutoTokenizer
 
-from rlhf_trl.trainers.held_out import Figure, deal, pooled
+from rlhf_trl.trainers.held_out import BatchMetric, pool_metrics, split_batches
 from tests.helpers.held_out import STAGES, deterministic, figures, score
 from tests.helpers.tiny import save_model
 
@@ -29,7 +29,7 @@ SIZES = [(11, 4, 1, 1), (11, 4, 2, 1), (3, 4, 4, 1), (8, 4, 2, 1), (22, 4, 2, 2)
 
 @pytest.mark.parametrize(("rows", "batch_size", "ranks", "group"), SIZES)
 def test_every_row_of_a_batch_stands_in_it_equally_often(rows, batch_size, ranks, group):
-    batches = deal(range(rows), batch_size, ranks, group)
+    batches = split_batches(range(rows), batch_size, ranks, group)
     dealt = []
     for batch in batches:
         given = [row for indices in batch.indices for row in indices]
@@ -43,13 +43,13 @@ def test_every_row_of_a_batch_stands_in_it_equally_often(rows, batch_size, ranks
 
 def test_batches_are_weighted_by_what_they_are_means_of():
     figures = {
-        "reward": [Figure(10.0, 4, 4), Figure(40.0, 1, 2)],
-        "reward_std": [Figure(2.0, 4, 4), Figure(0.0, 1, 2)],
-        "completions/min_length": [Figure(3, 4, 4), Figure(2, 1, 2)],
-        "rewards/f/mean": [Figure(float("nan"), 0, 0), Figure(40.0, 1, 2)],
+        "reward": [BatchMetric(10.0, 4, 4), BatchMetric(40.0, 1, 2)],
+        "reward_std": [BatchMetric(2.0, 4, 4), BatchMetric(0.0, 1, 2)],
+        "completions/min_length": [BatchMetric(3, 4, 4), BatchMetric(2, 1, 2)],
+        "rewards/f/mean": [BatchMetric(float("nan"), 0, 0), BatchMetric(40.0, 1, 2)],
     }
     # 4 rows with variance 4 around 10 (squares: 12), and one of 40: mean 16
-    assert pooled(figures) == pytest.approx(
+    assert pool_metrics(figures) == pytest.approx(
         {
             "reward": 16.0,
             "reward_std": ((12 + 4 * 6**2 + 24**2) / 4) ** 0.5,
