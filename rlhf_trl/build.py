@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from peft import PeftModel
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -33,7 +33,8 @@ from rlhf_trl.callbacks.record import RunRecord
 from rlhf_trl.callbacks.samples import SampleLog
 from rlhf_trl.callbacks.unrewarded import UnrewardedGuard
 from rlhf_trl.config.dotpaths import find
-from rlhf_trl.config.ranges import RULES, check_values
+from rlhf_trl.config.ranges import RULES as LIBRARY_RULES
+from rlhf_trl.config.ranges import check_values
 from rlhf_trl.config.values import as_dict, at, section
 from rlhf_trl.data.chat_template import (
     check_template_answers,
@@ -53,11 +54,15 @@ from rlhf_trl.models.policy import load_start
 from rlhf_trl.models.roles import begin_training
 from rlhf_trl.models.sizes import Sizes, empty_model, id_problem, length_problem, sizes_of
 from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.ppo.options import RULES as PPO_RULES
+from rlhf_trl.reward_modeling.options import RULES as REWARD_MODEL_RULES
 from rlhf_trl.rewards.base import RESERVED_COLUMNS, Reward
 from rlhf_trl.rewards.model import ModelReward
-from rlhf_trl.runs.paths import ensemble_members, find_policy, named_policies, resolve_path
+from rlhf_trl.runs.paths import ensemble_members, find_policy, named_policies, project_dir, resolve_path
 from rlhf_trl.terminal import say
 from rlhf_trl.trainers.base import extended
+
+ARGUMENT_RULES = LIBRARY_RULES | PPO_RULES | REWARD_MODEL_RULES
 
 
 class Model(NamedTuple):
@@ -88,33 +93,34 @@ class Model(NamedTuple):
         return load_tokenizer(path, self.tokenizer, None, self.trust_remote_code, self.revision)
 
 
-def models_of(values: dict[str, Any], project_dir: str) -> list[Model]:
+def models_of(values: dict[str, Any]) -> list[Model]:
     """Return every model that the config names: the policy or policies, rewards, critic and judge."""
     found, stage, model = [], section(values, "stage"), section(values, "model")
+    runs = project_dir(values)
     trusted = bool(model.get("trust_remote_code"))
     places = named_policies(stage.get("policies") or {})
     if stage.get("policy") is not None:
         places = {"policy": stage["policy"]}
     if model and not places:
-        path = resolve_path(model["path"], model["run"], project_dir)
+        path = resolve_path(model["path"], model["run"], runs)
         task_type = stage.get("task_type") or "CAUSAL_LM"
         writes = stage.get("dataset_type", "prompt") == "prompt"
         options = {"trust_remote_code": trusted, "revision": model["revision"]}
         found.append(Model("model", path, task_type, model["tokenizer"], writes, **options))
     for name, place in places.items():
         key = "stage.policy" if stage.get("policy") is not None else f"stage.policies.{name}"
-        found.append(Model(key, find_policy(place, project_dir), writes=True, trust_remote_code=trusted))
+        found.append(Model(key, find_policy(place, runs), writes=True, trust_remote_code=trusted))
     for name, node in section(values, "reward").items():
         if isinstance(node, dict) and {"run", "path"} <= node.keys():
-            path = resolve_path(node["path"], node["run"], project_dir)
+            path = resolve_path(node["path"], node["run"], runs)
             found.append(
                 Model(f"reward.{name}", path, "SEQ_CLS", trust_remote_code=bool(node.get("trust_remote_code")))
             )
     critic = section(values, "critic")
     if critic.get("run") is not None or critic.get("path") is not None:
-        found.append(Model("critic", resolve_path(critic["path"], critic["run"], project_dir), "SEQ_CLS"))
+        found.append(Model("critic", resolve_path(critic["path"], critic["run"], runs), "SEQ_CLS"))
     if at(values, "judge.path") is not None:
-        found.append(Model("judge", resolve_path(values["judge"]["path"], None, project_dir)))
+        found.append(Model("judge", resolve_path(values["judge"]["path"], None, runs)))
     return found
 
 
@@ -127,12 +133,11 @@ def check_rows_fit(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, dataset:
         [`~rlhf_trl.errors.ConfigError`]: with what to set.
     """
     values, args = as_dict(cfg), cfg.stage.args
-    project_dir = f"{cfg.runs_dir}/{cfg.project}"
     vocabulary = tokenizer.get_vocab()
     # A model with another tokenizer (a reward model's) gets other ids: it measures its rows itself
     sizes = [
         model.sizes()
-        for model in models_of(values, project_dir)
+        for model in models_of(values)
         if model.key in ("model", "critic") or model.load_tokenizer().get_vocab() == vocabulary
     ]
     generates = cfg.stage.dataset_type == "prompt"
@@ -151,42 +156,41 @@ def check_rows_fit(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, dataset:
             remedy = f"Set `stage.args.max_length={each.positions}`."
         elif room > 0:
             remedy = (
-                f"Set `stage.args.max_completion_length={room}`, or leave the longest prompts out with "
+                f"Set `stage.args.max_completion_length={room}`, or drop the longest prompts with "
                 "`stage.prepare.max_prompt_length=...`."
             )
         else:
-            remedy = (
-                f"Leave long prompts out: `stage.prepare.max_prompt_length={max((each.positions or 0) - more, 1)}`."
-            )
+            remedy = f"Drop long prompts: `stage.prepare.max_prompt_length={max((each.positions or 0) - more, 1)}`."
         if problem := length_problem(each, longest, more, remedy) or id_problem(each, largest):
             raise ConfigError(problem)
 
 
-def load_policies(cfg: DictConfig, project_dir: str) -> list[Policy]:
+def load_policies(cfg: DictConfig) -> list[Policy]:
     """
-    The policies of `cfg.stage.policies`, or the one that `cfg.model` names; loaded as `cfg.model` says.
+    Load the policies of `cfg.stage.policies`, or the one that `cfg.model` names, with the options of `cfg.model`.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if one is missing, is not finished, or writes no text.
     """
-    places = as_dict(cfg.stage, resolve=False).get("policies")
+    places, runs = as_dict(cfg.stage, resolve=False).get("policies"), project_dir(cfg)
     if places:
-        paths = {name: find_policy(place, project_dir) for name, place in named_policies(places).items()}
+        paths = {name: find_policy(place, runs) for name, place in named_policies(places).items()}
     else:
-        paths = {cfg.model.run or cfg.model.path: resolve_path(cfg.model.path, cfg.model.run, project_dir)}
+        paths = {cfg.model.run or cfg.model.path: resolve_path(cfg.model.path, cfg.model.run, runs)}
     policies = []
     for name, path in paths.items():
-        source = {"trust_remote_code": cfg.model.trust_remote_code}
-        source["revision"] = None if places else cfg.model.revision
-        tokenizer = load_tokenizer(path, None if places else cfg.model.tokenizer, cfg.model.chat_template, **source)
-        options = {"dtype": cfg.model.dtype, "attn_implementation": cfg.model.attn_implementation, **source}
-        model = load_model(path, **options).eval().to(PartialState().device)
-        policies.append(Policy(name, path, model, tokenizer))
+        kwargs = from_pretrained_kwargs(cfg)
+        if places:
+            kwargs["revision"] = None  # `model.revision` is of `model.path`
+        tokenizer = load_tokenizer(path, None if places else cfg.model.tokenizer, cfg.model.chat_template, **kwargs)
+        kwargs |= {"dtype": cfg.model.dtype, "attn_implementation": cfg.model.attn_implementation}
+        model: Any = load_model(path, **kwargs).eval()
+        policies.append(Policy(name, path, model.to(PartialState().device), tokenizer))
     return policies
 
 
 def critic_start(cfg: DictConfig) -> dict[str, str]:
-    """The argument that says which reward model the critic starts from, where it starts from one."""
+    """Return the argument `critic_path`, where the critic starts from a reward model."""
     critic = cfg.get("critic")
     if not critic or (critic.run is None and critic.path is None):
         return {}
@@ -195,7 +199,7 @@ def critic_start(cfg: DictConfig) -> dict[str, str]:
 
 def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
     """
-    The trainer's arguments; `bf16` left open becomes what the device can do.
+    Return the trainer's arguments; an unset `bf16` becomes whether the device supports it.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if TRL's dataclass refuses a value, or bf16 is asked for where there is none.
@@ -209,15 +213,15 @@ def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
         )
     if values.get("bf16") is None and not values.get("fp16"):
         values["bf16"] = supported
-    values.setdefault("logging_nan_inf_filter", False)  # it would show a loss of NaN as the mean of those before
+    values.setdefault("logging_nan_inf_filter", False)  # it would replace a loss of NaN by the mean of earlier ones
     if not torch.accelerator.is_available():
-        values.setdefault("use_cpu", True)  # without it each of several CPU ranks would train by itself
-    check_values(RULES.get(values["_target_"], {}), values, "stage.args.")
+        values.setdefault("use_cpu", True)  # else each of several CPU ranks would train by itself
+    check_values(ARGUMENT_RULES.get(values["_target_"], {}), values, "stage.args.")
     try:
         args = instantiate(values)
     except InstantiationException as error:
         raise ConfigError(f"`stage.args` is refused by `{node._target_}`: {error.__cause__ or error}") from error
-    if node.get("bf16") is None and not args.bf16 and not args.fp16 and args.process_index == 0:
+    if node.get("bf16") is None and not args.bf16 and not args.fp16:
         say("bf16 is off: this machine has no accelerator with bfloat16, so training is in float32.")
     return args
 
@@ -261,7 +265,7 @@ def check_prompts(args: Any, count: int) -> None:
 
 
 def demonstrations(cfg: DictConfig, dataset: DatasetDict) -> Dataset:
-    """The training rows of `ptx_data`, but for those whose prompt is held out in `dataset`."""
+    """Return the training rows of `ptx_data` without those whose prompt is held out in `dataset`."""
     rows = instantiated(cfg.ptx_data)(dataset_type="prompt_completion", seed=cfg.seed)["train"]
     if "eval" not in dataset or cfg.data.get("split_by") == "row":
         return rows
@@ -284,7 +288,7 @@ def instantiate_data(cfg: DictConfig, dataset_type: str | None = None) -> Datase
 
 def instantiated(node: DictConfig, **options):
     """
-    What a node of the config makes; Hydra's wrapping of an error that is about the config is taken off.
+    Instantiate a node of the config; errors of the config are raised without Hydra's wrapper.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: of one of its options.
@@ -299,13 +303,13 @@ def instantiated(node: DictConfig, **options):
 
 def make_trainer(
     cfg: DictConfig,
-    args: TrainingArguments,
+    args: Any,
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     dataset: DatasetDict,
     **extra: Any,
 ) -> Trainer:
-    """The stage's trainer, with model, rewards and callbacks; `extra` are further arguments of the trainer's class."""
+    """Return the stage's trainer, with model, rewards and callbacks; `extra` is passed on to the trainer's class."""
     if "reward" in cfg:
         extra["reward_funcs"] = reward_functions(cfg, tokenizer, dataset["train"].column_names)
         args.reward_weights = [reward.weight for reward in extra["reward_funcs"]]
@@ -319,7 +323,7 @@ def make_trainer(
         dtype=cfg.model.dtype,
         attn_implementation=cfg.model.attn_implementation,
         quantization_config=instantiate(cfg.adapter.quantization),
-        **source(cfg),
+        **from_pretrained_kwargs(cfg),
     )
     if model.can_generate():  # TRL's rollouts stop there, and so does whoever loads what is saved
         model.generation_config.eos_token_id = end_tokens(tokenizer) or None
@@ -335,7 +339,7 @@ def make_trainer(
     )
     for reward in extra.get("reward_funcs", ()):
         reward.attach(trainer.model)
-    if is_peft_model(trainer.model):
+    if isinstance(trainer.model, PeftModel):
         begin_training(trainer.model)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -386,7 +390,7 @@ def reward_functions(
     models: bool = True,
 ) -> list[Reward]:
     """
-    The rewards of the group `reward`, under the names they have there; runs become paths.
+    Return the rewards of the group `reward`, by their names; runs become paths.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`, *optional*): the policy's.
@@ -420,7 +424,7 @@ def reward_functions(
 
 
 def callbacks(cfg: DictConfig, trainer: Trainer) -> Iterator[TrainerCallback]:
-    """What watches and steers the run: always the record and the progress line, and what the config names."""
+    """Yield the callbacks of the run: always the record and the progress line, and those that the config names."""
     if "reward" in cfg:
         yield UnrewardedGuard(trainer)  # before a normalizer changes what the rewards are
     if "reward_norm" in cfg:
@@ -445,11 +449,6 @@ def callbacks(cfg: DictConfig, trainer: Trainer) -> Iterator[TrainerCallback]:
     yield RunRecord(cfg.run_dir)
 
 
-def project_dir(cfg: DictConfig) -> str:
-    """The folder of the project's runs."""
-    return f"{cfg.runs_dir}/{cfg.project}"
-
-
-def source(cfg: DictConfig) -> dict[str, Any]:
-    """What every loading from the hub needs to know besides the path."""
+def from_pretrained_kwargs(cfg: DictConfig) -> dict[str, Any]:
+    """Return the keyword arguments that every `from_pretrained` of the model takes."""
     return {"trust_remote_code": cfg.model.trust_remote_code, "revision": cfg.model.revision}

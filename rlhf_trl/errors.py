@@ -1,4 +1,4 @@
-"""Errors that are the user's to fix: shown as a message, without a traceback."""
+"""Errors that are the user's to fix, which are shown as a message without a traceback."""
 
 import errno
 import sysconfig
@@ -11,15 +11,15 @@ from types import FrameType
 
 class ConfigError(ValueError):
     """
-    Something in the configuration, the data or the file system keeps a run from starting or going on.
+    An error in the configuration, the data or the file system that keeps a run from starting or continuing.
 
-    The message is complete: it says what is wrong, where (key, file, row), and what to type. `rlhf_trl.cli.main`
+    The message is complete: it says what is wrong, where (key, file, row), and what to set. `rlhf_trl.cli.main`
     prints it as it is and exits with status 2.
     """
 
     @classmethod
     def join(cls, problems: Sequence[str]) -> "ConfigError":
-        """One error that lists every problem, numbered when there is more than one."""
+        """Return one error that lists every problem, numbered if there are several."""
         if len(problems) == 1:
             return cls(problems[0])
         lines = [f"{len(problems)} problems:"] + [f"  {i}. {problem}" for i, problem in enumerate(problems, 1)]
@@ -27,20 +27,27 @@ class ConfigError(ValueError):
 
 
 class DataError(ConfigError):
-    """A data row, file or column that can't be used. The message names the file, the row number and the field."""
+    """An error in a data row, file or column. The message names the file, the row number and the field."""
 
 
 class DivergedError(RuntimeError):
-    """A training whose weights or gradients became NaN or infinite. The message says since when, and what to set."""
+    """The end of a training whose weights or gradients became NaN or infinite. The message says since when."""
+
+
+class Interrupted(SystemExit):
+    """The end of a run that Ctrl-C stopped with a checkpoint: exit status 130, as a shell has it."""
+
+    def __init__(self):
+        super().__init__(130)
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that there is no room left on a disk."""
+    """Return whether an error, or one of its causes, is that of a full disk."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         if "No space left on device" in str(error) or "PytorchStreamWriter failed writing" in str(error):
-            return True  # of safetensors and of torch, which have errors of their own
+            return True  # safetensors and torch raise errors of their own
         error = error.__cause__ or error.__context__
     return False
 
@@ -49,12 +56,12 @@ PACKAGE = Path(__file__).resolve().parent
 STDLIB = sysconfig.get_path("stdlib")
 
 
-def told_by_own_code(error: BaseException) -> str | None:
+def user_traceback(error: BaseException) -> str | None:
     """
-    Return what to show of an error that went through a function of the user's own (a reward, a callback, a class of
-    a config): what was raised, where, and the frames from the user's first one on. `None` if no frame is the user's.
+    Return the message of an error that was raised in the user's own code (a reward, a callback, a class of a config):
+    the exception, its place, and the traceback from the user's first frame on. `None` if no frame is the user's.
 
-    The error may be the cause of another one, as it is of Hydra's.
+    The error may be the cause of another one, as of Hydra's.
     """
     for cause in reversed([] if isinstance(error, KeyboardInterrupt) else _causes(error)):
         frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
@@ -71,7 +78,7 @@ def told_by_own_code(error: BaseException) -> str | None:
     return None
 
 
-def own_code(error: BaseException) -> str | None:
+def user_location(error: BaseException) -> str | None:
     """Return where an error left the user's own code, `my_rewards.py, line 3`, or `None`."""
     own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_own(frame)]
     return f"{_short(own[-1][0].f_code.co_filename)}, line {own[-1][1]}" if own else None

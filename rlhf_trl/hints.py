@@ -1,21 +1,21 @@
-"""Parts of messages: suggestions for misspelt words, lists of names, counts."""
+"""Parts of messages: suggestions for misspelt words, lists of names, and counts."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def names_of(names: Iterable[str]) -> str:
-    """`a`, `b`, `c`."""
+    """Return a list of quoted names: `a`, `b`, `c`."""
     return ", ".join(f"`{name}`" for name in names)
 
 
 def count_of(number: int, noun: str) -> str:
-    """1 row, 1,000 rows."""
+    """Return a count with its noun: 1 row, 1,000 rows."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def nearest(word: str, candidates: Iterable[str]) -> list[str]:
-    """Up to three candidates that look like `word`, the likeliest first."""
+    """Return up to three candidates that look like `word`, the most similar first."""
     return difflib.get_close_matches(word, list(candidates), n=3, cutoff=0.6)
 
 

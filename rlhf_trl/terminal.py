@@ -1,28 +1,29 @@
-"""What is written to a terminal: nothing that steers it, and nothing behind a progress bar. Imports nothing heavy."""
+"""Output to a terminal: no control characters, above progress bars, once per launch. Imports nothing heavy."""
 
-import os
 import re
 from typing import TextIO
 
 from tqdm import tqdm
 
+from rlhf_trl.runs.ranks import is_main_process
+
 # Control characters except line breaks and tabs, and those that turn the direction of text
-STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """Return a text that others wrote (a prompt, a completion, a server's answer) as it may stand in a terminal."""
-    return STEERING.sub(lambda found: repr(found.group())[1:-1], text)
+    """Return a text from elsewhere (a prompt, a completion, a server's answer) with its control characters escaped."""
+    return CONTROL.sub(lambda found: repr(found.group())[1:-1], text)
 
 
 def say(text: str) -> None:
-    """Print a text on the first rank only."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print a text, on rank 0 only."""
+    if is_main_process():
         print(printable(text), flush=True)
 
 
 def close_bars() -> None:
-    """End all progress bars, so that what is written next has a line of its own."""
+    """Close all progress bars, so that the next output has a line of its own."""
     # In no type stub of tqdm
     for bar in list(tqdm._instances):  # pyright: ignore[reportAttributeAccessIssue]
         bar.close()

@@ -1,4 +1,4 @@
-"""What watches and steers a training run: `transformers.TrainerCallback`s, each useful on its own."""
+"""Base of callbacks that can end a training, and the arithmetic of rollouts and steps."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl
 
 def steps_per_rollout(args: Any) -> int:
     """
-    Optimizer steps after which the next rollout begins: only there is nothing half done, so only there a run may stop.
+    Return the optimizer steps per rollout. A run may stop only between rollouts, where no update is outstanding.
 
     Args:
         args (`transformers.TrainingArguments`):
@@ -27,7 +27,7 @@ def steps_per_rollout(args: Any) -> int:
 
 def progress_counts(args: Any, step: int) -> dict[str, int]:
     """
-    How far a run is at an optimizer step, for the x-axis of its metrics.
+    Return the progress of a run at an optimizer step, for the x-axis of its metrics.
 
     Returns:
         `dict[str, int]`: `train/global_step`; for trainers that generate also `train/rollout` and `train/episodes`,

@@ -13,9 +13,10 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from rlhf_trl.callbacks.base import steps_per_rollout
 from rlhf_trl.callbacks.nonfinite import NonfiniteGuard
+from rlhf_trl.callbacks.options import HEALTH
 from rlhf_trl.callbacks.rollouts import record_rollouts
 from rlhf_trl.callbacks.samples import newest_row, rows_after
-from rlhf_trl.config.ranges import HEALTH, check_values
+from rlhf_trl.config.ranges import check_values
 from rlhf_trl.data.messages import as_text
 from rlhf_trl.health.signs import BASELINE, LEVELS, SIGNS, WINDOW, Series, all_limits, judge, signs_seen
 from rlhf_trl.health.text_statistics import rollout_measures

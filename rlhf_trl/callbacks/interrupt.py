@@ -1,4 +1,4 @@
-"""Ctrl-C that loses nothing: the first one saves and stops, the second one stops at once."""
+"""Graceful shutdown at Ctrl-C: the first one saves a checkpoint and stops, the second one stops immediately."""
 
 import os
 import signal
@@ -14,8 +14,8 @@ SECONDS_OF_ONE_PRESS = 1.0
 
 class Interrupt(SaveAndStop):
     """
-    Ends a run on SIGINT (Ctrl-C) or SIGTERM: after the step, or for trainers with rollouts after the last step on the
-    rollout just made, with a checkpoint. A second signal raises `KeyboardInterrupt` where the run stands. SIGHUP (the
+    End a run on SIGINT (Ctrl-C) or SIGTERM: after the step, or for trainers with rollouts after the last step on the
+    current rollout, with a checkpoint. A second signal raises `KeyboardInterrupt` where the run stands. SIGHUP (the
     terminal is gone) counts as a first signal only, and not at all under `nohup`.
 
     `accelerate launch` with one process ends at the first Ctrl-C itself and leaves this process to finish alone: the
@@ -25,7 +25,7 @@ class Interrupt(SaveAndStop):
 
     Args:
         resume_command (`str`):
-            The command that goes on with the run, for the message.
+            The command that resumes the run, for the message.
 
     Attributes:
         interrupted (`bool`):
@@ -53,7 +53,7 @@ class Interrupt(SaveAndStop):
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def restore(self) -> None:
-        """Puts the previous signal handlers back. Call it when training raised: `on_train_end` is not called then."""
+        """Restore the previous signal handlers. Call it when training raised: `on_train_end` is not called then."""
         while self._previous:
             signal.signal(*self._previous.popitem())
 
@@ -66,15 +66,15 @@ class Interrupt(SaveAndStop):
         if self._first is None:
             self._first = now
             self._say(
-                "Stopping: finishing this step and saving a checkpoint. To stop at once, unsaved: Ctrl-C again, or "
-                f"`kill {os.getpid()}` if the launcher has ended."
+                "Stopping: finishing this step and saving a checkpoint. To stop immediately, unsaved: Ctrl-C again, "
+                f"or `kill {os.getpid()}` if the launcher has ended."
             )
         elif number != signal.SIGHUP and now - self._first > SECONDS_OF_ONE_PRESS:
             self.restore()
             raise KeyboardInterrupt
 
     def _hang_up(self) -> None:
-        # Printing to a terminal that is gone raises, and would end the run before it is saved
+        # Printing to a closed terminal raises, and would end the run before it is saved
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in self._terminals:
             os.dup2(nowhere, descriptor)
@@ -82,7 +82,7 @@ class Interrupt(SaveAndStop):
 
     def _say(self, text: str) -> None:
         if self._loud:
-            # Not `print`: a signal may come in the middle of one, and its buffer can't be entered twice
+            # Not `print`: a signal may arrive in the middle of one, and its buffer is not reentrant
             os.write(2, f"\n{text}\n".encode())
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -98,5 +98,5 @@ class Interrupt(SaveAndStop):
             checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
             self._say(
                 f"Stopped at step {state.global_step} of {state.max_steps}, saved in {checkpoint}. "
-                f"Go on with: {self.resume_command}"
+                f"Resume with: {self.resume_command}"
             )

@@ -13,8 +13,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from rlhf_trl.callbacks.base import SaveAndStop, steps_per_rollout
+from rlhf_trl.callbacks.options import ADAPTIVE_KL, FINAL_KL, KL, guard_problem
 from rlhf_trl.callbacks.rollouts import record_rollouts
-from rlhf_trl.config.ranges import ADAPTIVE_KL, FINAL_KL, KL, ROLLOUTS, check_values
+from rlhf_trl.config.ranges import ROLLOUTS, check_values
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.trainers.sampling import is_negative, sampling_differences, standard_error
 
@@ -74,11 +75,8 @@ class FixedKL(SaveAndStop, ExportableState):
                 f"{what} needs the KL to the reference, and `{type(self.trainer).__name__}` keeps no reference at "
                 "`beta=0`. Set `stage.args.beta` above 0, or `kl=fixed` without `kl.guard`."
             )
-        if self.guard is not None and self.guard_action == "skip" and self.trainer.is_deepspeed_enabled:
-            raise ConfigError(
-                "`kl.guard_action=skip` can't withhold an update from DeepSpeed, which makes it within `backward`. "
-                "Set `kl.guard_action=stop`."
-            )
+        if problem := guard_problem(self.guard, self.guard_action, self.trainer.is_deepspeed_enabled):
+            raise ConfigError(problem)
 
     def update(self, kl: float, n: int) -> float:
         """

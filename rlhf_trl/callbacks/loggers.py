@@ -1,8 +1,8 @@
 """
-Where metrics go beside `metrics.json`: nowhere, Weights & Biases, or TensorBoard.
+Loggers: none, Weights & Biases, or TensorBoard, in addition to `metrics.json`.
 
-Each logger is a context around the making of the trainer and its training, with the same three arguments, so that a
-configuration can name any of them. The trainer's `report_to` adds the callback of `transformers` that uses it.
+Each logger is a context manager around the construction and the training of a trainer, with the same three arguments,
+so that a config can name any of them. The trainer's `report_to` adds the callback of `transformers` that uses it.
 """
 
 import importlib.util
@@ -12,17 +12,19 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.health.signs import signs_seen
 from rlhf_trl.hints import did_you_mean
+from rlhf_trl.models.calibration import CALIBRATION_FILE
 from rlhf_trl.report.plots import Drawing
-from rlhf_trl.runs.ranks import is_first_rank
+from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.runs.record import CONFIG_FILE, METRICS_FILE, read_metrics
 
 WANDB_MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
 WANDB_OFFLINE = "To keep the run here instead: `unset WANDB_MODE`."
-# What plain transformers or peft load, and what says how it came about; no checkpoints, no critic
+# Files that plain transformers or peft load, and those that document the run; no checkpoints, no critic
 MODEL_FILES = (
     "model*.safetensors",
     "adapter_model.safetensors",
@@ -30,7 +32,7 @@ MODEL_FILES = (
     "model.safetensors.index.json",
     "tokenizer*",
     "*.jinja",
-    "calibration.json",
+    CALIBRATION_FILE,
     CONFIG_FILE,
     METRICS_FILE,
 )
@@ -38,14 +40,14 @@ MODEL_FILES = (
 
 @contextmanager
 def no_logger(run_dir: str, name: str, config: dict) -> Iterator[None]:
-    """Metrics go to `metrics.json` and to the terminal only."""
+    """Log to `metrics.json` and the terminal only."""
     yield
 
 
 @contextmanager
 def tensorboard(run_dir: str, name: str, config: dict) -> Iterator[None]:
     """
-    Writes TensorBoard's event files to `<run_dir>/tensorboard`.
+    Write TensorBoard's event files to `<run_dir>/tensorboard`.
 
     Args:
         run_dir (`str`):
@@ -59,7 +61,7 @@ def tensorboard(run_dir: str, name: str, config: dict) -> Iterator[None]:
         [`~rlhf_trl.errors.ConfigError`]: if TensorBoard is not installed.
     """
     _require("tensorboard")
-    # Read by `transformers.integrations.TensorBoardCallback` when the trainer makes it
+    # Read by `transformers.integrations.TensorBoardCallback` when the trainer creates it
     with _environment("TENSORBOARD_LOGGING_DIR", str(Path(run_dir, "tensorboard"))):
         yield
 
@@ -76,14 +78,14 @@ def wandb(
     log_model: bool = False,
 ) -> Iterator[None]:
     """
-    A Weights & Biases run, which `rlhf_trl.callbacks.wandb_sections.WandbSections`, the sample table and
-    [`log_images`] then write to.
+    Open a Weights & Biases run, which `rlhf_trl.callbacks.wandb_sections.WandbSections`, the sample table and
+    [`log_images`] write to.
 
-    Needs no account: it is kept in `<run_dir>/wandb` unless `WANDB_MODE=online` is set. A resumed run goes on under
-    its old id. Ranks other than the first do nothing.
+    It needs no account: the run is kept in `<run_dir>/wandb` unless `WANDB_MODE=online` is set. A resumed run keeps
+    its id. Ranks other than 0 do nothing.
 
-    At its end the summary gets what runs can be sorted by: `objective` (the last value of the metric that a sweep
-    gets back) with `objective_name`, `health/worst` (0 to 3) and `health/signs`.
+    At the end the summary gets the values that runs can be sorted by: `objective` (the last value of the metric that
+    a sweep gets back) with `objective_name`, `health/worst` (0 to 3) and `health/signs`.
 
     Args:
         run_dir (`str`):
@@ -95,25 +97,25 @@ def wandb(
         project (`str`):
             W&B project.
         group (`str`, *optional*):
-            What the run is shown together with; by default what its name begins with: the project (`demo` of
+            W&B group; by default the beginning of the name: the project (`demo` of
             `demo/ppo`), or the sweep (`demo/ppo_sweep` of `demo/ppo_sweep/3`). The stage is its job type.
         tags (`Sequence[str]`, *optional*):
             Labels to filter by.
         entity (`str`, *optional*):
             W&B user or team; the account's default if unset.
         log_model (`bool`):
-            Whether the model of the finished run is kept as an artifact: what plain `transformers` or `peft` load.
+            Whether to log the model of the finished run as an artifact, as plain `transformers` or `peft` load it.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if W&B is not installed, or its server can't be reached.
     """
     _require("wandb")
-    if not is_first_rank():
+    if not is_main_process():
         yield
         return
     import wandb
 
-    mode = wandb_mode()
+    mode: Any = wandb_mode()  # `wandb.init` takes a literal type
     # One line of ours replaces W&B's. The warning that would come offline is that there is no URL: TRL asks for it at
     # each checkpoint. `transformers` defines the x-axis of all metrics, `train/global_step`.
     wandb.setup(wandb.Settings(silent=True, show_warnings=mode != "offline"))
@@ -151,17 +153,17 @@ def wandb(
 
 
 def wandb_mode() -> str:
-    """What `WANDB_MODE` says, `offline` where it isn't set."""
+    """Return `WANDB_MODE`, `offline` where it isn't set."""
     return os.environ.get("WANDB_MODE", "").lower() or "offline"
 
 
 def wandb_problem() -> str | None:
-    """What keeps W&B from taking a run as `WANDB_MODE` says. Online it asks for a key where there is a terminal."""
+    """Return what keeps W&B from a run in `WANDB_MODE`, or `None`. Online it asks for a key in a terminal."""
     mode = wandb_mode()
     if mode not in WANDB_MODES:
         hint = did_you_mean(mode, WANDB_MODES) or f"Use one of: {', '.join(WANDB_MODES)}."
         return f"The environment variable `WANDB_MODE` is `{mode}`. {hint}"
-    if mode not in ("online", "run", "shared") or not is_first_rank():
+    if mode not in ("online", "run", "shared") or not is_main_process():
         return None
     import wandb
 
@@ -174,7 +176,7 @@ def wandb_problem() -> str | None:
 
 def summary_of(run_dir: str, objective: str | None) -> dict[str, float | str]:
     """
-    What a run that has written its `metrics.json` can be sorted by.
+    Return the values that a run with a `metrics.json` can be sorted by.
 
     Args:
         run_dir (`str`): directory of the run. objective (`str`, *optional*): name of the metric that counts.
@@ -195,7 +197,7 @@ def summary_of(run_dir: str, objective: str | None) -> dict[str, float | str]:
 
 
 def log_model_artifact(run, run_dir: str, name: str) -> None:
-    """Keeps the model in `run_dir`, if a finished one is there, as an artifact of a W&B run."""
+    """Log the model in `run_dir`, if there is a finished one, as an artifact of a W&B run."""
     import wandb
 
     files = [path for pattern in MODEL_FILES for path in sorted(Path(run_dir).glob(pattern)) if path.is_file()]
@@ -208,7 +210,7 @@ def log_model_artifact(run, run_dir: str, name: str) -> None:
 
 
 def log_summary(values: Mapping[str, float]) -> None:
-    """Puts numbers into the summary of the W&B run that is under way; does nothing where there is none."""
+    """Add numbers to the summary of the active W&B run; do nothing without one."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
         wandb.run.summary.update(dict(values))
@@ -216,12 +218,11 @@ def log_summary(values: Mapping[str, float]) -> None:
 
 def log_images(drawings: "Mapping[str, Drawing]") -> None:
     """
-    Shows figures as images in the W&B run that is under way; does nothing where there is none.
+    Log figures as images to the active W&B run; do nothing without one.
 
     Args:
         drawings (`dict`):
-            `{name: drawing}`, drawings from `rlhf_trl.report.plots`. A name with a slash stands in the section before
-            it.
+            `{name: drawing}`, drawings from `rlhf_trl.report.plots`. The part of a name before a slash is its section.
     """
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
@@ -229,14 +230,14 @@ def log_images(drawings: "Mapping[str, Drawing]") -> None:
 
 
 def earlier_id(run_dir: str) -> str | None:
-    """The W&B id of the run that was kept in `run_dir` before, or `None`."""
+    """Return the W&B id of the earlier run in `run_dir`, or `None`."""
     runs = sorted(Path(run_dir, "wandb").glob("*run-*-*"), key=lambda path: path.name.split("run-")[1])
     return runs[-1].name.rsplit("-", 1)[1] if runs else None
 
 
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """Sets an environment variable for a while, unless the user has set it."""
+    """Set an environment variable within a context, unless the user has set it."""
     if name in os.environ:
         yield
         return
@@ -251,5 +252,5 @@ def _require(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
             f"`logger={package}` needs the package `{package}`, which is not installed. "
-            f"Install it with `pip install {package}`, or take `logger=none`."
+            f"Install it with `pip install {package}`, or set `logger=none`."
         )

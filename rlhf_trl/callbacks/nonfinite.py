@@ -13,26 +13,26 @@ from rlhf_trl.callbacks.base import SaveAndStop
 from rlhf_trl.errors import DivergedError
 from rlhf_trl.runs.ranks import any_rank
 
-# Updates, or lines of the log, in a row. A single one may be one bad batch, and nothing but that update is lost.
+# Consecutive updates, or log lines. A single one may be a bad batch, which costs only that update.
 PATIENCE = 3
 
 
 class NonfiniteGuard(SaveAndStop):
     """
-    Withhold each update with NaN or infinite gradients, and end a run that has diverged.
+    Skip each update with NaN or infinite gradients, and end a run that has diverged.
 
-    No parameter moves in an update that is withheld. (With float16 the gradient scaler does that, and it is no sign of
-    trouble; DeepSpeed updates within `backward`: there the loss of the log lines is watched instead.)
+    No parameter moves in a skipped update. (With float16 the gradient scaler does that, and it is no sign of
+    divergence; DeepSpeed updates within `backward`: there the loss of the log lines is watched instead.)
 
     Args:
         trainer (`transformers.Trainer`): the trainer, any of them.
 
     Attributes:
-        nonfinite_updates (`int`): the updates withheld so far.
+        nonfinite_updates (`int`): number of updates skipped so far.
 
     Raises:
         DivergedError: after three updates in a row with such gradients, after three log lines in a row with such a
-            loss, and at the end of training if a weight is NaN or infinite or the last update was withheld.
+            loss, and at the end of training if a weight is NaN or infinite or the last update was skipped.
     """
 
     def __init__(self, trainer: Trainer):
@@ -54,13 +54,13 @@ class NonfiniteGuard(SaveAndStop):
         self.nonfinite_updates += 1
         self._in_a_row += 1
         for parameter in parameters:
-            parameter.grad = None  # an optimizer passes over what has no gradient
+            parameter.grad = None  # an optimizer skips parameters without a gradient
         if state.is_world_process_zero:
-            tqdm.write(f"Step {state.global_step + 1} had NaN or infinite gradients: this update is not made.")
+            tqdm.write(f"Step {state.global_step + 1} had NaN or infinite gradients: this update is skipped.")
         if self._in_a_row == PATIENCE:
             first = state.global_step + 2 - PATIENCE
             raise DivergedError(
-                f"The updates {first} to {state.global_step + 1} had NaN or infinite gradients and were not made: the "
+                f"The updates {first} to {state.global_step + 1} had NaN or infinite gradients and were skipped: the "
                 f"training has diverged. {_remedy(args)}"
             )
 
@@ -107,5 +107,5 @@ def _such_as(names: list[str]) -> str:
 def _remedy(args) -> str:
     return (
         f"Lower `stage.args.learning_rate` ({args.learning_rate:g}), lengthen `stage.args.warmup_steps`, or look for "
-        "rows or rewards out of all scale. The last checkpoint, if there is one, was made before."
+        "extreme rows or rewards. The last checkpoint, if there is one, is from before."
     )

@@ -1,4 +1,4 @@
-"""Progress bars, and one readable line of metrics a log step."""
+"""Progress bars, and one line of metrics per log step."""
 
 import sys
 from datetime import timedelta
@@ -10,8 +10,8 @@ from transformers.trainer_utils import has_length
 from rlhf_trl.health.signs import verdict
 from rlhf_trl.terminal import printable
 
-# What to show of a log step: {logged name: label}, one table a trainer, under a name that tells the trainer. All that
-# is logged goes to metrics.json and to the logger; a terminal line holds about eight.
+# Metrics of a terminal line, {logged name: label}, about eight per trainer, by a metric that only this trainer logs.
+# All metrics go to metrics.json and to the logger.
 COLUMNS = {
     "frac_reward_zero_std": {  # GRPO, RLOO
         "reward": "reward",
@@ -67,27 +67,27 @@ COLUMNS = {
 
 
 def format_number(value: float) -> str:
-    """Three significant digits: `0.693`, `-1.5e-05`; whole numbers in full: `12345`."""
+    """Return a number with three significant digits, `0.693` or `-1.5e-05`; integers in full, `12345`."""
     if value and not 1e-2 <= abs(value) < 1e3:
         return f"{value:.0f}" if value % 1 == 0 and abs(value) < 1e9 else f"{value:.1e}"
     return f"{value:.3g}"
 
 
 def choose_columns(logs: dict) -> dict[str, str]:
-    """The metrics to show of lines like `logs`: {logged name: label}, at most about eight, the most telling first."""
-    for telling, columns in COLUMNS.items():
-        if telling in logs:
+    """Return the metrics to show of lines like `logs`, {logged name: label}, the most important ones first."""
+    for trainers_own, columns in COLUMNS.items():
+        if trainers_own in logs:
             return {name: label for name, label in columns.items() if name in logs}
     return {name: name for name in list(logs)[:8]}
 
 
 def metrics_line(logs: dict, columns: dict[str, str], step: int, max_steps: int) -> str:
     """
-    One line for one call of `Trainer.log`, with cells of constant width: lines of one run stand under each other.
+    Format one call of `Trainer.log` as a line, with cells of constant width, so that the lines of a run align.
 
     Args:
         logs (`dict`):
-            What was logged: numbers, or `None` where there was nothing to average.
+            Logged numbers; `None` where there was nothing to average.
         columns (`dict`):
             The metrics to show, {logged name: label}.
         step (`int`):
@@ -108,22 +108,22 @@ def metrics_line(logs: dict, columns: dict[str, str], step: int, max_steps: int)
 
 class ProgressLine(ProgressCallback):
     """
-    Progress bars of training and evaluation, and one aligned line of the main metrics a log step.
+    Progress bars of training and evaluation, and one aligned line of the main metrics per log step.
 
     Replaces `transformers.ProgressCallback` and `transformers.PrinterCallback`. Only rank 0 prints. With
-    `disable_tqdm=True` the lines stay and the bars go; where the output is no terminal, bars move every half minute.
+    `disable_tqdm=True` there are lines but no bars; outside of a terminal, bars are updated every 30 seconds.
     """
 
     def __init__(self):
         super().__init__()
-        self.columns = None  # those of the first step, for all of the run
+        self.columns = None  # those of the first step, for the whole run
 
     def _bar(self, args, **kwargs):
         interval = 0.1 if sys.stderr.isatty() else 30
         return tqdm(dynamic_ncols=True, disable=args.disable_tqdm, mininterval=interval, **kwargs)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # Steps of an earlier part of a resumed run must not count into the speed
+        # The speed must not count the steps before a resume
         self.current_step = self.first_step = state.global_step
         if state.is_world_process_zero:
             self.training_bar = self._bar(args, total=state.max_steps, initial=state.global_step)
@@ -150,4 +150,4 @@ class ProgressLine(ProgressCallback):
             line = "train " + metrics_line(logs, self.columns, state.global_step, state.max_steps)
             if told := verdict(logs):
                 line += f"  {told}"
-        tqdm.write(printable(line))  # which keeps it out of the bars
+        tqdm.write(printable(line))  # above the bars

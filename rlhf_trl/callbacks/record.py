@@ -1,20 +1,20 @@
-"""`metrics.json` kept up to date."""
+"""`metrics.json` of a run in progress."""
 
 import math
 import time
 
 from transformers import TrainerCallback
 
-from rlhf_trl.runs.directory import discard_old
+from rlhf_trl.runs.directory import delete_backup
 from rlhf_trl.runs.record import write_metrics
 
-# A long history is not written again at each of many log steps
+# A long history is not rewritten at every log step
 SECONDS_BETWEEN_WRITES = 5.0
 
 
 class RunRecord(TrainerCallback):
     """
-    Keeps `metrics.json` up to date, and deletes the run that this one overwrites when it has taken its first step.
+    Keep `metrics.json` up to date, and delete the run that this one overwrites after the first step.
 
     Args:
         run_dir (`str`):
@@ -30,7 +30,7 @@ class RunRecord(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            discard_old(self.run_dir)
+            delete_backup(self.run_dir)
 
     def on_log(self, args, state, control, **kwargs):
         if time.monotonic() - self._written > SECONDS_BETWEEN_WRITES:

@@ -18,12 +18,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from trl.trainer.utils import nanstd
 
-from rlhf_trl.config.ranges import REFERENCE_NORM, REWARD_NORM, check_values
+from rlhf_trl.callbacks.options import REFERENCE_NORM, REWARD_NORM, normalizer_problem
+from rlhf_trl.config.ranges import check_values
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.tokenize import split_row_ids
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.rewards.combine import weighted_sum
-from rlhf_trl.rewards.options import combination_problem, normalizer_problem
+from rlhf_trl.rewards.options import combination_problem
 
 
 class Moments(NamedTuple):

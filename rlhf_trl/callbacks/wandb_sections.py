@@ -1,4 +1,4 @@
-"""W&B's metrics in sections, with one x-axis."""
+"""Weights & Biases with the metrics' own sections and one x-axis."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ class WandbSections(WandbCallback):
         trainer.remove_callback(WandbCallback)
 
     def setup(self, args, state, model, **kwargs):
-        """See `WandbCallback`; then says what the x-axis is."""
+        """Set up W&B as `WandbCallback` does, and define the x-axis."""
         super().setup(args, state, model, **kwargs)
         if state.is_world_process_zero:
             axis = "train/rollout" if hasattr(args, "steps_per_generation") else "train/global_step"
@@ -40,16 +40,17 @@ class WandbSections(WandbCallback):
             self.setup(args, state, model)
         if not state.is_world_process_zero:
             return
-        if "train_runtime" in logs:  # the end of the training, told once: no curves
+        run = self._wandb.run
+        if run is not None and "train_runtime" in logs:  # logged once, at the end of training: no curves
             for name, value in logs.items():
-                self._wandb.run.summary[sectioned(name)] = value
+                run.summary[sectioned(name)] = value
             return
         named = {sectioned(name): value for name, value in logs.items()}
         self._wandb.log({**named, **progress_counts(args, state.global_step)})
 
 
 def sectioned(name: str) -> str:
-    """The name of a logged metric in W&B, whose sections end at the first slash."""
+    """Return the name of a logged metric in W&B, whose sections end at the first slash."""
     if name.startswith("eval_"):
         return f"eval/{name.removeprefix('eval_')}"
     return name if "/" in name else f"train/{name}"

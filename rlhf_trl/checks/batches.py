@@ -1,14 +1,14 @@
-"""Batch arithmetic: which divisibility fails, and what to set."""
+"""Batch arithmetic: sizes that don't divide, and what to set instead."""
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
 from rlhf_trl.config.argument_names import arguments
 from rlhf_trl.config.values import at, section
+from rlhf_trl.ppo.options import MINI_BATCHES
+from rlhf_trl.runs.ranks import world_size
 
-PPO_MINI_BATCHES = 4  # PPOConfig's own number where neither steps_per_generation nor generation_batch_size is set
 COUNTS = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -21,19 +21,14 @@ COUNTS = (
 )
 
 
-def world_size() -> int:
-    """Number of ranks of this launch."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def batch_problems(values: dict[str, Any]) -> list[str]:
-    """Of the stage's batch sizes, on the number of ranks of this launch."""
+    """Return the problems of the stage's batch sizes, on the number of ranks of this launch."""
     args = section(values, "stage.args")
     known = arguments(str(args.get("_target_"))) or {}
     get = {name: args.get(name, default) for name, (_, default) in known.items()}.get
     counts = [get(name) for name in COUNTS if get(name) is not None]
     if not all(isinstance(count, int) and count > 0 for count in counts):
-        return []  # what is wrong with a number by itself is said elsewhere
+        return []  # a wrong number is a problem of its range
     has_kl = "desirable_weight" in known and get("loss_type") != "apo_zero_unpaired"
     if has_kl and get("per_device_train_batch_size") == 1:
         return [
@@ -46,7 +41,7 @@ def batch_problems(values: dict[str, Any]) -> list[str]:
 
 
 def _rollout(get: Callable[[str], Any], is_ppo: bool, rows: int | None) -> list[str]:
-    """What `trl.GRPOConfig` demands of the batch sizes, all at once and with what to set."""
+    """Return what `trl.GRPOConfig` would refuse of the batch sizes, all problems at once and with what to set."""
     ranks, micro, generations = world_size(), get("per_device_train_batch_size"), get("num_generations")
     accumulation, steps, rollout = (
         get(name) for name in ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
@@ -57,8 +52,8 @@ def _rollout(get: Callable[[str], Any], is_ppo: bool, rows: int | None) -> list[
     per_step = micro * ranks
     if steps and rollout:
         problems.append(
-            "`stage.args.steps_per_generation` and `stage.args.generation_batch_size` say the same twice. "
-            "Set one of them to null."
+            "`stage.args.steps_per_generation` and `stage.args.generation_batch_size` are two ways to set the "
+            "same. Set one of them to null."
         )
     elif rollout and rollout % per_step:
         problems.append(
@@ -67,7 +62,7 @@ def _rollout(get: Callable[[str], Any], is_ppo: bool, rows: int | None) -> list[
             f"Set `stage.args.generation_batch_size={math.ceil(rollout / per_step) * per_step}`."
         )
     else:
-        steps = rollout // per_step if rollout else steps or accumulation * (PPO_MINI_BATCHES if is_ppo else 1)
+        steps = rollout // per_step if rollout else steps or accumulation * (MINI_BATCHES if is_ppo else 1)
         problems += _groups(per_step, micro, ranks, steps, generations)
         if is_ppo and steps % accumulation:
             problems.append(

@@ -1,4 +1,4 @@
-"""What can't go together, with itself or with this machine."""
+"""Options that don't go together, with each other or with this machine."""
 
 import importlib.util
 import os
@@ -6,25 +6,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.checks.batches import world_size
-from rlhf_trl.checks.places import model_folder
-from rlhf_trl.config.values import at, read_json, section
+from rlhf_trl.callbacks.options import kl_problems, normalizer_problem
+from rlhf_trl.checks.paths import model_folder
+from rlhf_trl.config.values import at, section
 from rlhf_trl.health.signs import limit_problems
-from rlhf_trl.rewards.options import normalizer_problem
+from rlhf_trl.runs.paths import ADAPTER_FILE, read_model_config
+from rlhf_trl.runs.ranks import world_size
 
-DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"  # what `accelerate launch` sets to "true"
+PPO_CONFIG = "rlhf_trl.ppo.PPOConfig"
+DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"  # `accelerate launch` sets it to "true"
 
 
 def combination_problems(values: dict[str, Any]) -> list[str]:
-    """Of values that are right by themselves."""
+    """Return the problems of values that are valid by themselves."""
     stage, args = section(values, "stage"), section(values, "stage.args")
     peft, quantization = section(values, "adapter.peft"), section(values, "adapter.quantization")
     is_rl = stage.get("dataset_type") == "prompt"
     problems = []
     if is_rl and not any(isinstance(reward, dict) for reward in section(values, "reward").values()):
-        problems.append(
-            f"`stage={stage.get('name')}` has no reward to maximize. Type `reward=demo` or another option."
-        )
+        problems.append(f"`stage={stage.get('name')}` has no reward to maximize. Set `reward=demo` or another option.")
     weights = [reward.get("weight", 1) for reward in section(values, "reward").values() if isinstance(reward, dict)]
     if is_rl and weights and all(weight == 0 for weight in weights):
         problems.append(
@@ -35,35 +35,40 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
     problems += _generation(args)
     problems += _packing(args)
     problems += _shared_base(values, args, peft)
-    problems += _controller(values, str(stage.get("name")), args)
+    problems += kl_problems(
+        section(values, "kl"),
+        beta=args.get("beta"),
+        keeps_reference=args.get("_target_") == PPO_CONFIG,
+        is_deepspeed=os.environ.get(DEEPSPEED) == "true",
+    )
     problems += limit_problems(section(values, "health.signs"))
     if not str(at(values, "reward_norm._target_") or "RewardNorm").endswith(".RewardNorm"):
         problems += [problem] if (problem := normalizer_problem(args)) else []
     for name, option in (("peft", "lora"), ("quantization", "qlora")):
         node = at(values, f"adapter.{name}")
         if node and "_target_" not in section(values, f"adapter.{name}"):
-            problems.append(f"`adapter.{name}` is not used by this `adapter`. Type `adapter={option}` as well.")
+            problems.append(f"`adapter.{name}` is not used by this `adapter`. Set `adapter={option}` as well.")
     if at(stage, "run._target_") == "rlhf_trl.stages.merge.merge":
         folder = model_folder(section(values, "model"), values)
-        if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        if (folder / "config.json").is_file() and not (folder / ADAPTER_FILE).is_file():
             problems.append(f"`{folder}` is a full model, there is nothing to merge. Use it as it is.")
     if args and values.get("merge") is True and not peft:
         problems.append(
-            "`merge=true` writes the merged model of an adapter, and `adapter=none` trains none. Leave out "
-            "`merge=true`, or type `adapter=lora`."
+            "`merge=true` writes the merged model of an adapter, and `adapter=none` trains none. Remove "
+            "`merge=true`, or set `adapter=lora`."
         )
     if args and args.get("resume_from_checkpoint") is not None:
-        problems.append("`stage.args.resume_from_checkpoint` is not read. Type `resume=true` to resume this run.")
+        problems.append("`stage.args.resume_from_checkpoint` is not read. Set `resume=true` to resume this run.")
     if "_target_" in args and args.get("output_dir") != values.get("run_dir"):
         problems.append(
             f"`stage.args.output_dir` is {args.get('output_dir', 'not set')}, and a run's checkpoints are looked for "
-            "in `run_dir`. Leave `stage.args.output_dir` as it is, and set `run_name=...` or `runs_dir=...`."
+            "in `run_dir`. Don't change `stage.args.output_dir`; set `run_name=...` or `runs_dir=...`."
         )
     if args.get("fsdp") and world_size() == 1:
-        problems.append("`stage.args.fsdp` needs several processes. Launch with `accelerate launch`, or leave it out.")
+        problems.append("`stage.args.fsdp` needs several processes. Launch with `accelerate launch`, or remove it.")
     if args and "_target_" not in args:
         problems.append(
-            f"`stage={stage.get('name')}` trains nothing and has no `stage.args`. Leave out `debug=smoke` (or "
+            f"`stage={stage.get('name')}` trains nothing and has no `stage.args`. Remove `debug=smoke` (or "
             "`stage.args`), which is for stages that train."
         )
     problems += _quantization(values, peft, quantization)
@@ -73,7 +78,7 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
 
 
 def _noise(args: dict[str, Any], peft: dict[str, Any], is_rl: bool) -> list[str]:
-    """What is random in training, where it would be undone or move the policy away from what is sampled."""
+    """Return the problems of noise in training that would be undone, or make the policy differ from its rollouts."""
     why, or_else = "in an RL stage rollout and update must see the same policy", ""
     if not is_rl:
         if not args.get("disable_dropout"):
@@ -95,14 +100,14 @@ def _generation(args: dict[str, Any]) -> list[str]:
         return []
     return [
         f"`stage.args.generation_kwargs.{name}` has no place in a rollout: TRL asks `generate` for the ids of one "
-        "completion a prompt, up to an end token. Leave it out."
+        "completion a prompt, up to an end token. Remove it."
         for name in ("num_return_sequences", "return_dict_in_generate", "stop_strings")
         if section(args, "generation_kwargs").get(name)
     ]
 
 
 def _packing(args: dict[str, Any]) -> list[str]:
-    """What lets rows that share a sequence see each other whatever the model is; the others are tried with it."""
+    """Return the problems of packing that would let rows in one sequence attend to each other with any model."""
     if args.get("packing_strategy") == "wrapped" and (args.get("packing") or args.get("eval_packing")):
         return [
             "`stage.args.packing_strategy=wrapped` cuts rows anywhere and lets those in one sequence see each other. "
@@ -111,72 +116,48 @@ def _packing(args: dict[str, Any]) -> list[str]:
     if args.get("eval_packing") and not (args.get("packing") or args.get("padding_free")):
         return [
             "With `stage.args.eval_packing=true` alone TRL pads the packed batches, and rows in one sequence see each "
-            "other. Set `stage.args.packing=true` as well, or leave `eval_packing` out."
+            "other. Set `stage.args.packing=true` as well, or remove `eval_packing`."
         ]
     return []
 
 
 def _shared_base(values: dict[str, Any], args: dict[str, Any], peft: Any) -> list[str]:
-    """Adapters beside the policy's need a base that stays as it is, in a place where each rank has all of it."""
+    """Return the problems of adapters beside the policy's: they need a frozen base, all of it on each rank."""
     asked = ["critic=adapter"] if args.get("critic") == "adapter" else []
     targets = [at(values, f"reward.{name}._target_") for name in section(values, "reward")]
     asked += ["reward=adapter"] if "rlhf_trl.rewards.AdapterReward" in targets else []
     problems = []
     if asked and not peft and args:
         problems.append(
-            f"`{asked[0]}` is an adapter on the policy's frozen base, and `adapter=none` trains that base. Type "
+            f"`{asked[0]}` is an adapter on the policy's frozen base, and `adapter=none` trains that base. Set "
             f"`adapter=lora` as well, or `{asked[0].split('=')[0]}=model`."
         )
     if "reward=adapter" in asked and _shards_parameters():
         problems.append(
             "`reward=adapter` computes on the policy's base outside of its training forward, which FSDP and ZeRO-3, "
-            "where no rank has all of it, don't allow. Type `reward=model`, or launch with ddp or zero2."
+            "where no rank has all of it, don't allow. Set `reward=model`, or launch with ddp or zero2."
         )
     start = section(values, "critic")
     named = start.get("run") is not None or start.get("path") is not None
     if args.get("critic_score_head") is True and not (named or args.get("critic_path")):
         problems.append(
             "`stage.args.critic_score_head` starts the value head as a reward model's score head, and no reward model "
-            "is named. Type `critic.run=reward`, or `critic.path=...`."
+            "is named. Set `critic.run=reward`, or `critic.path=...`."
         )
     if (args.get("ptx_coef") or 0) > 0 and not section(values, "ptx_data"):
         problems.append(
-            "`stage.args.ptx_coef` weights a language-model loss on demonstrations, and there are none. Type "
+            "`stage.args.ptx_coef` weights a language-model loss on demonstrations, and there are none. Set "
             "`+data@ptx_data=demo` or another option of `data`."
         )
     if section(values, "ptx_data") and not args.get("ptx_coef"):
-        problems.append("`ptx_data` is read with `stage.args.ptx_coef` above 0 only. Set it, or leave `ptx_data` out.")
+        problems.append("`ptx_data` is read with `stage.args.ptx_coef` above 0 only. Set it, or remove `ptx_data`.")
     return problems
 
 
 def _shards_parameters() -> bool:
-    """What `accelerate launch` was told: its environment says so before anything is imported."""
+    """Return whether FSDP or ZeRO-3 shards the parameters, by the environment that `accelerate launch` sets."""
     zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     return zero3 or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-
-
-def _controller(values: dict[str, Any], stage: str, args: dict[str, Any]) -> list[str]:
-    controller = str(at(values, "kl._target_") or "FixedKL").rsplit(".", 1)[-1]
-    guard, problems = at(values, "kl.guard"), []
-    if args.get("beta") == 0:
-        # From 0 to somewhere is a way, but no factor leads away from 0, and GRPO and RLOO keep no reference there
-        stays = stage != "ppo" or controller == "AdaptiveKL" or at(values, "kl.final") == 0
-        if controller != "FixedKL" and stays:
-            problems.append(
-                f"`{controller}` changes the KL coefficient from its start value, and `stage.args.beta` is 0. "
-                "Set `stage.args.beta` above 0 or type `kl=fixed`."
-            )
-        elif guard is not None and stage != "ppo":
-            problems.append(
-                f"`kl.guard` needs the KL to the reference, and `stage={stage}` keeps none at `stage.args.beta=0`. "
-                "Set `stage.args.beta` above 0, or `kl.guard=null`."
-            )
-    if guard is not None and at(values, "kl.guard_action") == "skip" and os.environ.get(DEEPSPEED) == "true":
-        problems.append(
-            "`kl.guard_action=skip` can't withhold an update from DeepSpeed, which makes it within `backward`. "
-            "Set `kl.guard_action=stop`."
-        )
-    return problems
 
 
 def _quantization(values: dict[str, Any], peft: Any, quantization: Any) -> list[str]:
@@ -186,14 +167,14 @@ def _quantization(values: dict[str, Any], peft: Any, quantization: Any) -> list[
     if not peft:
         problems.append(
             "`adapter.quantization` is set without `adapter.peft`, and 4-bit weights can't be trained themselves. "
-            "Type `adapter=qlora` (with an adapter) or `adapter=none`."
+            "Set `adapter=qlora` (with an adapter) or `adapter=none`."
         )
     folder = model_folder(section(values, "model"), values)
-    config = read_json(folder / "config.json") or {}
+    config = read_model_config(folder / "config.json")
     if method := (config.get("quantization_config") or {}).get("quant_method"):
         problems.append(
             f"`{folder}` is quantized already ({method}), so `adapter.quantization` can't quantize it. "
-            "Type `adapter=lora`, or start from the model as it was before."
+            "Set `adapter=lora`, or start from the model as it was before."
         )
     return problems
 
@@ -203,8 +184,8 @@ def _precision(args: dict[str, Any]) -> list[str]:
     if not asked or (args.get("use_cpu") is True and asked == ["bf16"]) or _may_have_accelerator():
         return []
     out = {
-        "bf16": "Type `stage.args.bf16=false`, or `+stage.args.use_cpu=true` to compute in bfloat16 on the CPU.",
-        "fp16": "Leave `stage.args.fp16` out.",
+        "bf16": "Set `stage.args.bf16=false`, or `+stage.args.use_cpu=true` to compute in bfloat16 on the CPU.",
+        "fp16": "Remove `stage.args.fp16`.",
     }
     return [
         f"`stage.args.{name}` is true, and there is no accelerator here that computes in it. {out[name]}"
@@ -213,7 +194,7 @@ def _precision(args: dict[str, Any]) -> list[str]:
 
 
 def _may_have_accelerator() -> bool:
-    """False only where there is surely none: no device file of a GPU or its like, and no Mac."""
+    """Return `False` only where there is certainly none: no device file of an accelerator, and no Mac."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or os.environ.get("ACCELERATE_USE_CPU") == "True":
         return False
     patterns = ("nvidia[0-9]*", "nvidiactl", "dxg", "kfd", "dri/render*", "accel*", "davinci*", "vfio/*", "neuron*")
@@ -231,7 +212,7 @@ def _packages(values: dict[str, Any], args: dict[str, Any], quantization: Any) -
         wanted |= dict.fromkeys(("fastapi", "uvicorn"), "`stage=serve_reward`")
     extras = {name: name for name in wanted} | {"bitsandbytes": "qlora", "fastapi": "serve", "uvicorn": "serve"}
     return [
-        f"{why} needs the package `{name}`, which is not installed. Type `pip install 'rlhf-trl[{extras[name]}]'`."
+        f"{why} needs the package `{name}`, which is not installed. Run `pip install 'rlhf-trl[{extras[name]}]'`."
         for name, why in wanted.items()
         if importlib.util.find_spec(name) is None
     ]

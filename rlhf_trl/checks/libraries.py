@@ -1,4 +1,4 @@
-"""What only the libraries can tell: arguments of any callable, the rules of TRL's dataclasses, 4-bit loading."""
+"""Checks that need the libraries: arguments of any callable, the rules of TRL's dataclasses, 4-bit loading."""
 
 import contextlib
 import functools
@@ -24,14 +24,13 @@ from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.models.adapters import NEUTRAL_INIT
 from rlhf_trl.models.sizes import empty_model
-from rlhf_trl.runs.conflicts import project_dir
-from rlhf_trl.runs.paths import resolve_path
+from rlhf_trl.runs.paths import project_dir, resolve_path
 
 HEADS = ("lm_head", "embed_out", "score", "classifier")  # kept in full precision
 
 
 def library_problems(cfg: DictConfig) -> list[str]:
-    """Everything that can be found with the libraries imported, without loading a model."""
+    """Return all problems that can be found with the libraries imported, without loading a model."""
     values, _ = plain(cfg)
     problems = [
         *_callables(values),
@@ -53,7 +52,7 @@ def library_problems(cfg: DictConfig) -> list[str]:
 def _hub_login() -> list[str]:
     why = "`stage.args.push_to_hub=true` writes to the hub"
     if is_offline_mode():
-        return [f"{why}, and `HF_HUB_OFFLINE` keeps it from being reached. Unset that variable, or leave this out."]
+        return [f"{why}, and `HF_HUB_OFFLINE` keeps it from being reached. Unset that variable, or remove this."]
     if get_token() is None:
         return [f"{why}, and nobody is logged in. Log in with `hf auth login`, or set `HF_TOKEN`."]
     return []
@@ -80,7 +79,7 @@ def _callables(values: dict[str, Any]) -> list[str]:
 
 
 def _reward_functions(values: dict[str, Any]) -> list[str]:
-    """Of the arguments of reward functions, which their own signatures tell."""
+    """Return the problems of the arguments of reward functions, by their signatures."""
     from rlhf_trl.build import instantiated
 
     problems = []
@@ -94,7 +93,7 @@ def _reward_functions(values: dict[str, Any]) -> list[str]:
 
 
 def _stage(path: str, node: dict[str, Any], found: functools.partial) -> list[str]:
-    """Of a stage of the user's own: what can't be called with the config."""
+    """Return the problems of a stage of the user's own that can't be called with the config."""
     try:
         inspect.signature(found).bind({})
     except TypeError as error:
@@ -103,14 +102,14 @@ def _stage(path: str, node: dict[str, Any], found: functools.partial) -> list[st
 
 
 def _callback(path: str, node: dict[str, Any], found: functools.partial) -> list[str]:
-    """Of a callback of the user's own: what is no callback, and arguments that it needs."""
+    """Return the problems of a callback of the user's own: a wrong type, or missing arguments."""
     if isinstance(found.func, type) and not issubclass(found.func, TrainerCallback):
         return [
             f"`{path}._target_`: `{node['_target_']}` is no callback. Derive it from `transformers.TrainerCallback`."
         ]
     given = {*node, "trainer"} if node.get("_partial_") else {*node}
     return [
-        f"`{path}` needs the argument `{p.name}` of `{node['_target_']}`. Type `+{path}.{p.name}=...`"
+        f"`{path}` needs the argument `{p.name}` of `{node['_target_']}`. Set `+{path}.{p.name}=...`"
         + (", or `_partial_: true` for the trainer." if p.name == "trainer" else ".")
         for p in signature(found)
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in given
@@ -119,7 +118,7 @@ def _callback(path: str, node: dict[str, Any], found: functools.partial) -> list
 
 def _signature(path: str, node: dict[str, Any], found: functools.partial) -> list[str]:
     parameters = signature(found)
-    # A reward's earlier run becomes its path before it is made
+    # `run` of a reward becomes its `path` before it is instantiated
     replaced = {"run"} if any(p.name == "path" for p in parameters) else set()
     names = [key for key in node if key not in replaced and not key.startswith("_")]
     return [
@@ -134,7 +133,7 @@ def _trainer_arguments(cfg: DictConfig) -> list[str]:
     from rlhf_trl.build import training_arguments
 
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # what it says, it says again when the run starts
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the same when the run starts
             args = training_arguments(cfg.stage.args)
     except ConfigError as error:
         return [str(error)]
@@ -142,7 +141,7 @@ def _trainer_arguments(cfg: DictConfig) -> list[str]:
 
 
 def _adapter_beside_reference(cfg: DictConfig) -> list[str]:
-    """What an adapter can't have where the base without it, or with a copy of it, is the reference."""
+    """Return the problems of an adapter whose base, without it or with a copy of it, is the reference."""
     peft, problems = cfg.adapter.peft or {}, []
     if (bias := peft.get("bias", "none")) != "none":
         problems.append(
@@ -162,33 +161,31 @@ def _unquantizable(values: dict[str, Any]) -> list[str]:
     if not at(values, "adapter.quantization"):
         return []
     model = values["model"]
-    path, trusted = resolve_path(model["path"], model["run"], str(project_dir(values))), model["trust_remote_code"]
+    path, trusted = resolve_path(model["path"], model["run"], project_dir(values)), model["trust_remote_code"]
     try:
         empty = empty_model(path, values["stage"]["task_type"], bool(trusted), model["revision"])
     except ConfigError:
-        return []  # which is said with its sizes
+        return []  # reported with its sizes
     linear = [name for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
     if any(name.rsplit(".", 1)[-1] not in HEADS for name in linear):
         return []
     return [
         f"`{path}` ({type(empty).__name__}) has no linear layer that `adapter.quantization` could quantize. "
-        "Type `adapter=lora` or `adapter=none`."
+        "Set `adapter=lora` or `adapter=none`."
     ]
 
 
 def _adapter_layers(values: dict[str, Any]) -> list[str]:
-    """Of the layers that `adapter.peft` names and the model doesn't have."""
+    """Return the problems of layers that `adapter.peft` names and the model doesn't have."""
     peft, model = section(values, "adapter.peft"), section(values, "model")
     if not peft or not model:
         return []
-    path, task_type = (
-        resolve_path(model["path"], model["run"], str(project_dir(values))),
-        at(values, "stage.task_type"),
-    )
+    path = resolve_path(model["path"], model["run"], project_dir(values))
+    task_type = at(values, "stage.task_type")
     try:
         empty = empty_model(path, task_type or "CAUSAL_LM", bool(model["trust_remote_code"]), model["revision"])
     except ConfigError:
-        return []  # which is said with its sizes
+        return []  # reported with its sizes
     names = [name for name, _ in empty.named_modules() if name]
     layers = {name.rsplit(".", 1)[-1] for name, module in empty.named_modules() if not list(module.children())}
     problems = []
@@ -204,7 +201,7 @@ def _adapter_layers(values: dict[str, Any]) -> list[str]:
 
 
 def _loading(values: dict[str, Any]) -> list[str]:
-    """Of how the model is to be loaded."""
+    """Return the problems of the options of loading the model."""
     dtype, attention = at(values, "model.dtype"), at(values, "model.attn_implementation")
     problems = []
     if dtype is not None and dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
@@ -225,6 +222,6 @@ def _loading(values: dict[str, Any]) -> list[str]:
 
 def _sizes(values: dict[str, Any]) -> list[str]:
     try:
-        return size_problems(values, str(project_dir(values)))
+        return size_problems(values)
     except ConfigError as error:
         return [str(error)]

@@ -1,4 +1,4 @@
-"""Dot paths that lead nowhere, arguments that don't exist, values of the wrong type."""
+"""Dot paths and arguments that don't exist, and values of the wrong type."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ TYPE_NAMES = {"int": "an integer", "float": "a number", "bool": "true or false",
 
 
 def text_problems(values: dict[str, Any]) -> list[str]:
-    """Of text that a file's YAML reads as a number or a truth value; on the command line it stays what was typed."""
+    """Return the problems of text in a file that YAML reads as a number or a boolean; the command line keeps it."""
     return [
         f'`{path}` is {value!r}, which YAML doesn\'t read as text. Put it in quotes: `{path.split(".")[-1]}: "..."`.'
         for path, value in flatten(values).items()
@@ -28,16 +28,16 @@ def text_problems(values: dict[str, Any]) -> list[str]:
 
 
 def section_problems(values: dict[str, Any]) -> list[str]:
-    """Of whole sections that were replaced by a value, as by `stage.args=3`."""
+    """Return the problems of sections that were replaced by a value, as by `stage.args=3`."""
     wrong = [path for path in SECTIONS if not isinstance(at(values, path), dict | None)]
-    return [f"`{path}` is {at(values, path)!r} and must hold keys. Type `{path}.KEY=...`." for path in wrong]
+    return [f"`{path}` is {at(values, path)!r} and must hold keys. Set `{path}.KEY=...`." for path in wrong]
 
 
 def target_problems(values: dict[str, Any]) -> list[str]:
     """Return the problems of all `_target_` and `function`."""
     callbacks = section(values, "callbacks")
     problems = [
-        f"`callbacks.{name}` has no `_target_`. Type `+callbacks.{name}._target_=my_module.MyCallback`."
+        f"`callbacks.{name}` has no `_target_`. Set `+callbacks.{name}._target_=my_module.MyCallback`."
         for name, node in callbacks.items()
         if not isinstance(node, dict) or "_target_" not in node
     ]
@@ -53,7 +53,7 @@ def target_problems(values: dict[str, Any]) -> list[str]:
 
 
 def argument_problems(values: dict[str, Any]) -> list[str]:
-    """Of all nodes whose class is in `argument_names.json`."""
+    """Return the problems of all nodes whose class is in `argument_names.json`."""
     problems = []
     for path, node in nodes(values):
         known = (arguments(node["_target_"]) if isinstance(node.get("_target_"), str) else None) or {}
@@ -70,11 +70,11 @@ def unknown_argument(path: str, key: str, node: dict[str, Any], known: Any) -> s
     if names := renamed_key(f"{path}.{key}"):
         return renamed_problem(*names)
     hint = did_you_mean(key, known)
-    return f"`{path}.{key}` is no argument of `{node['_target_']}`. {hint or 'Leave it out.'}"
+    return f"`{path}.{key}` is no argument of `{node['_target_']}`. {hint or 'Remove it.'}"
 
 
 def type_problem(path: str, value: Any, expected: str) -> list[str]:
-    """The problem of a value that isn't of the type that [`~rlhf_trl.config.argument_names.arguments`] tells."""
+    """Return the problem of a value of another type than `expected`, see [`arguments`], or none."""
     kind = expected.removesuffix("?")
     if not kind or value is None:
         return []
@@ -83,10 +83,10 @@ def type_problem(path: str, value: Any, expected: str) -> list[str]:
     if isinstance(value, TYPES[kind]) and (kind == "bool" or not isinstance(value, bool)):
         return []
     if kind == "int" and isinstance(value, float) and value.is_integer():
-        return [f"`{path}` is {value!r} and must be an integer. Type `{path}={int(value)}`."]
+        return [f"`{path}` is {value!r} and must be an integer. Set `{path}={int(value)}`."]
     way = {"bool": f"`{path}=true` or `{path}=false`", "str": f"`'{path}=\"{value}\"'`"}
     return [
-        f"`{path}` is {value!r} and must be {TYPE_NAMES[kind]}. Type "
+        f"`{path}` is {value!r} and must be {TYPE_NAMES[kind]}. Set "
         f"{way.get(kind, f'`{path}=...` with such a value')}."
     ]
 
@@ -95,5 +95,5 @@ def _choice_problem(path: str, value: Any, choices: list[str]) -> list[str]:
     if value in choices:
         return []
     if value is False and "no" in choices:
-        return [f"`{path}` is false, which is how YAML reads a bare no. Type `'{path}=\"no\"'`, with both quotes."]
+        return [f"`{path}` is false, which is how YAML reads a bare no. Set `'{path}=\"no\"'`, with both quotes."]
     return [f"`{path}` is {value!r}. {did_you_mean(str(value), choices) or 'Use one of: ' + ', '.join(choices)}"]

@@ -1,33 +1,34 @@
 """
-Everything that can be wrong before a model loads, in one error.
+All problems of a composed config, in one error before any model loads.
 
-[`find_problems`] reads the composed config, the file system and the environment, and imports nothing heavy: it answers
-in about a second. [`check`] adds what only the libraries themselves can tell. A problem is a sentence or two: what is
-wrong and where, and what to type.
+[`find_problems`] reads the config, the file system and the environment, and imports nothing heavy: it takes about a
+second. [`check`] adds the checks that need the libraries. A problem is a sentence or two: what is wrong and where,
+and what to set.
 """
 
 from omegaconf import DictConfig
 
-from rlhf_trl.checks.batches import batch_problems, world_size
+from rlhf_trl.checks.batches import batch_problems
 from rlhf_trl.checks.combinations import combination_problems
 from rlhf_trl.checks.names import argument_problems, section_problems, target_problems, text_problems
-from rlhf_trl.checks.places import data_problems, model_problems, output_problems
+from rlhf_trl.checks.outputs import folder_problems
+from rlhf_trl.checks.paths import data_problems, model_problems, output_problems
 from rlhf_trl.checks.ranges import range_problems
 from rlhf_trl.checks.renamed import renamed_problems
 from rlhf_trl.checks.rewards import reward_problems
-from rlhf_trl.checks.room import room_problems
 from rlhf_trl.config.values import plain, sources
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.runs.conflicts import run_directory_problems
+from rlhf_trl.runs.directory import run_directory_problems
+from rlhf_trl.runs.ranks import world_size
 
 
 def check(cfg: DictConfig) -> None:
     """
-    Stop a run that can't succeed. Every rank calls it, and they leave it together.
+    Stop a run that can't succeed. All ranks must call it, and leave it together.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: with every problem found. The libraries are asked when the rest is in order:
-            importing them takes seconds.
+        [`~rlhf_trl.errors.ConfigError`]: with every problem found. The checks that need the libraries run only if the
+            others found nothing: importing them takes seconds.
     """
     problems = find_problems(cfg)
     if not problems:
@@ -44,9 +45,9 @@ def check(cfg: DictConfig) -> None:
 
 
 def find_problems(cfg: DictConfig) -> list[str]:
-    """Every problem that can be found without importing torch, transformers or TRL."""
+    """Return every problem that can be found without importing torch, transformers or TRL."""
     values, problems = plain(cfg)
-    for look in (
+    for find in (
         section_problems,
         renamed_problems,
         target_problems,
@@ -60,12 +61,12 @@ def find_problems(cfg: DictConfig) -> list[str]:
         combination_problems,
         reward_problems,
         run_directory_problems,
-        room_problems,
+        folder_problems,
     ):
-        problems += look(values)
-    for path, source in sources(cfg).items():  # `stage.args.seed` is what was typed as `seed`
+        problems += find(values)
+    for path, source in sources(cfg).items():  # name the key that was set, `seed`, not `stage.args.seed`
         problems = [text.replace(f"`{path}`", f"`{source}`").replace(f"`{path}=", f"`{source}=") for text in problems]
-    once: dict[str, str] = {}  # by what is wrong, whatever there is to set
+    once: dict[str, str] = {}  # by the first sentence, which says what is wrong
     for text in problems:
         once.setdefault(text.split(". ")[0], text)
     return list(once.values())

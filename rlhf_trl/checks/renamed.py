@@ -29,7 +29,7 @@ RENAMED_DOT_PATHS: dict[str, str] = {
     "rlhf_trl.data.reviews": "rlhf_trl.tasks.reviews",
     "rlhf_trl.data.tokens": "rlhf_trl.data",
     "rlhf_trl.demo": "rlhf_trl.tasks.demo",
-    "rlhf_trl.ensemble.train": "rlhf_trl.stages.reward.train",
+    "rlhf_trl.ensemble.train": "rlhf_trl.stages.reward.reward",
     "rlhf_trl.evaluation.evaluate.evaluate": "rlhf_trl.stages.evaluate.evaluate",
     "rlhf_trl.evaluation.evaluate_reward.evaluate_reward": "rlhf_trl.stages.evaluate_reward.evaluate_reward",
     "rlhf_trl.evaluation.judge": "rlhf_trl.evaluation.judges",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_trl.checks.places import model_folder
+from rlhf_trl.checks.paths import model_folder
 from rlhf_trl.config.values import at, section
 from rlhf_trl.rewards.options import (
     combination_problem,
@@ -14,7 +14,7 @@ from rlhf_trl.rewards.options import (
     server_problems,
     threshold_problem,
 )
-from rlhf_trl.runs.paths import ENSEMBLE_FILE
+from rlhf_trl.runs.record import ENSEMBLE_FILE
 
 
 def reward_problems(values: dict[str, Any]) -> list[str]:

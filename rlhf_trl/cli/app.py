@@ -1,61 +1,91 @@
-"""The command lines of `launch/pipeline.py` and `launch/sweep.py`: they speak as `train.py` does."""
+"""Hydra apps whose errors end in one message: the frame of `train.py`, `launch/pipeline.py` and `launch/sweep.py`."""
 
 import os
 import sys
+import time
+from argparse import Namespace
 from collections.abc import Callable
+from typing import NoReturn
 
 import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_trl.cli.overrides import compose, parsed, without_sweeps
-from rlhf_trl.config.command_line import as_meant
+from rlhf_trl.cli.overrides import compose, parse_command_line, without_sweeps
+from rlhf_trl.config.command_line import quote_text
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.paths import conf_dir
+from rlhf_trl.runs.ranks import is_main_process, world_size
+from rlhf_trl.terminal import close_bars, printable
+
+SECONDS_FOR_RANK_0 = 5.0
 
 
 def run_app(
     task: Callable[[DictConfig], object],
     config: str,
-    problems: Callable[[list[str], bool, DictConfig], list[str]],
-    stopped: str,
+    find_problems: Callable[[Namespace], list[str]],
+    interrupted: str,
 ) -> None:
     """
-    Run a Hydra app; what is wrong with its command line is said before anything starts, all of it in one message, and
-    the exit status is 2.
+    Run a Hydra app. Errors in its command line are reported before Hydra writes its first file, all in one message.
 
     Args:
-        task (callable):
-            What gets the config.
+        task (`Callable[[DictConfig], object]`):
+            The function to call with the config.
         config (`str`):
-            Name of the config's file.
-        problems (callable):
-            Gets the words of the command line, whether `-m` is given, and the config (of a multirun's first job), and
-            returns what is wrong with them besides keys and options.
-        stopped (`str`):
-            What is said after Ctrl-C.
+            Name of the config file: `train`, `sweep` or `pipeline`.
+        find_problems (`Callable[[Namespace], list[str]]`):
+            Returns the problems of a command line, see [`~rlhf_trl.cli.overrides.parse_command_line`]. It isn't called
+            for commands that only show something, such as `--help`.
+        interrupted (`str`):
+            The message after Ctrl-C.
+
+    Raises:
+        SystemExit: with status 2 after an error of the user's, 130 after Ctrl-C.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra ends every error itself, with its own words
-    sys.argv[1:] = as_meant(sys.argv[1:])
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra itself ends every error, with status 1 and without its traceback
+    args = Namespace(overrides=[], config_dirs=[])
     try:
-        args = parsed(sys.argv[1:])
-        folders = [args.config_dir] if args.config_dir else []
-        if not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion):
-            cfg, found = compose(without_sweeps(args.overrides), folders, config)
-            found = found if cfg is None else found or problems(args.overrides, args.multirun, cfg)
-            if found:
-                raise ConfigError.join(found)
+        sys.argv[1:] = quote_text(sys.argv[1:])  # Hydra reads them again
+        args = parse_command_line(sys.argv[1:])
+        if args.is_checked and (problems := find_problems(args)):
+            raise ConfigError.join(problems)
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config)(task)()
     except ConfigError as error:
-        leave(f"Error: {error}", 2)
+        exit_with(f"Error: {error}", 2)
     except (HydraException, OmegaConfBaseException) as error:
-        leave(f"Error: {' '.join(str(error).split())}", 2)
+        exit_with(f"Error: {_explain(error, config, args)}", 2)
     except KeyboardInterrupt:
-        leave(stopped, 130)
+        exit_with(interrupted, 130)
 
 
-def leave(message: object, status: int) -> None:
-    """Says why, and exits."""
-    print(message, file=sys.stderr, flush=True)
+def _explain(error: Exception, config: str, args: Namespace) -> str:
+    """Return the problems of the overrides or, where they have none, Hydra's own message."""
+    if isinstance(error, HydraException):
+        _, problems = compose(without_sweeps(args.overrides), args.config_dirs, config)
+        if problems:
+            return str(ConfigError.join(problems))
+    lines = str(error).splitlines()
+    return f"{lines[0].rstrip('.')}. {' '.join(line.strip() for line in lines[1:])}".strip()
+
+
+def exit_with(message: object, status: int) -> NoReturn:
+    """
+    Print a message once, whatever the number of ranks, and exit.
+
+    Rank 0 prints it for all. Another rank waits until the launcher would have ended it together with rank 0; if it is
+    still there, the error is its own.
+    """
+    if not is_main_process():
+        if status != 2:
+            sys.exit(status)
+        time.sleep(SECONDS_FOR_RANK_0)
+        message = f"\nOn rank {os.environ['RANK']}: {message}"  # on a new line: the progress bar is rank 0's
+    close_bars()
+    print(printable(str(message)), file=sys.stderr, flush=True)
+    if world_size() > 1:
+        sys.stdout.flush()
+        os._exit(status)  # an orderly exit would wait for the other ranks, which wait for this one
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""What `debug=dry_run` prints: everything a run would do, before any model loads."""
+"""Dry run (`debug=dry_run`): the plan of a run, printed before any model loads."""
 
 import contextlib
 import io
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import DatasetDict
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -23,17 +22,16 @@ from rlhf_trl.build import (
     build_trainer,
     check_prompts,
     critic_start,
+    from_pretrained_kwargs,
     instantiate_data,
     instantiated,
     load_data,
     models_of,
-    project_dir,
     reward_functions,
-    source,
     training_arguments,
 )
 from rlhf_trl.callbacks.base import steps_per_rollout
-from rlhf_trl.checks.room import nearest_folder
+from rlhf_trl.checks.outputs import nearest_folder
 from rlhf_trl.config.values import as_dict
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.lengths import head_names
@@ -45,7 +43,8 @@ from rlhf_trl.models.loading import AUTO_CLASSES, load_model, load_reward_model
 from rlhf_trl.models.policy import load_start
 from rlhf_trl.models.sizes import Sizes, check_rows, empty_model
 from rlhf_trl.models.tokenizers import load_tokenizer
-from rlhf_trl.runs.paths import resolve_path
+from rlhf_trl.runs.paths import project_dir, resolve_path
+from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.stages.evaluate import held_out, reference_answers
 from rlhf_trl.stages.evaluate_reward import rows_of
 from rlhf_trl.stages.generate import as_chat, given_prompt, prompts_of
@@ -53,30 +52,30 @@ from rlhf_trl.stages.reward import member_seeds
 from rlhf_trl.terminal import printable
 
 READERS = {"prompt": held_out, "annotated": rows_of}  # which rows a stage reads that trains nothing
-END = "Dry run: nothing was started and nothing written. Leave out `debug=dry_run` to run it."
+END = "Dry run: nothing was started and nothing written. Remove `debug=dry_run` to run it."
 
 
 def show_plan(cfg: DictConfig) -> None:
     """
     Print stage, model, data, batch arithmetic, steps, and a rendered sample with its loss mask.
 
-    The data are read and the tokenizer is loaded; of models the files are looked at, and nothing is written.
+    The data are read and the tokenizer is loaded; the files of models are inspected, and nothing is written.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: for what would keep the run from its end and can be seen now.
+        [`~rlhf_trl.errors.ConfigError`]: for everything that would stop the run later and can be found now.
     """
     if "args" not in cfg.stage:
         lines = plan_without_training(cfg)
-        if PartialState().is_main_process:
+        if is_main_process():
             _show(lines)
             print(f"\n{END}")
         return
     path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
     args: Any = training_arguments(cfg.stage.args, **critic_start(cfg))
-    tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **source(cfg))
+    tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **from_pretrained_kwargs(cfg))
     dataset = load_data(cfg, tokenizer)
     check_prompts(args, len(dataset["train"]))
-    look_at_models(cfg, head_names(dataset["train"]))
+    check_model_files(cfg, head_names(dataset["train"]))
     rows = {name: len(part) for name, part in dataset.items()}
     lines = {
         "stage": f"{cfg.stage.name} ({cfg.stage.trainer._target_})",
@@ -103,7 +102,7 @@ def show_plan(cfg: DictConfig) -> None:
     if batch is not None:
         trained, tokens = count_trained(batch)
         lines["first batch"] = f"{trained:,} of {tokens:,} tokens are trained on"
-    if not PartialState().is_main_process:
+    if not is_main_process():
         return
     _show(lines)
     print("\nFirst row")
@@ -139,10 +138,10 @@ def plan_without_training(cfg: DictConfig) -> dict[str, str]:
         except ConfigError as error:
             problems.append(str(error))
 
-    for model in models_of(as_dict(cfg), project_dir(cfg)):
+    for model in models_of(as_dict(cfg)):
         lines[model.key] = model.path
         with collected():
-            _look_at(model)
+            _check_files(model)
     rows: list[dict] = []
     with collected():
         if "max_prompts" in stage:
@@ -152,11 +151,11 @@ def plan_without_training(cfg: DictConfig) -> dict[str, str]:
             dataset = instantiate_data(cfg)
             lines["data"] = ", ".join(f"{len(part):,} rows for {name}" for name, part in dataset.items())
             if stage.dataset_type in READERS:
-                rows = list(READERS[stage.dataset_type](dataset))
+                rows = READERS[stage.dataset_type](dataset).to_list()
             if stage.get("references"):
                 reference_answers(cfg)
     if rows and "prompt" in rows[0]:
-        for policy, sizes in _writers(cfg):
+        for policy, sizes in _generating_policies(cfg):
             with collected():
                 wants_chat = "to_chat" in stage and as_chat(policy, stage.to_chat)
                 given = [given_prompt(row["prompt"], policy, wants_chat, stage.get("system_prompt")) for row in rows]
@@ -182,36 +181,41 @@ def plan_without_training(cfg: DictConfig) -> dict[str, str]:
     return lines
 
 
-def _writers(cfg: DictConfig) -> Iterator[tuple[Policy, Sizes]]:
-    """The policies that are to write, without weights."""
-    for model in models_of(as_dict(cfg), project_dir(cfg)):
+def _generating_policies(cfg: DictConfig) -> Iterator[tuple[Policy, Sizes]]:
+    """Yield the policies that generate, without weights, and their sizes."""
+    for model in models_of(as_dict(cfg)):
         if model.writes:
             tokenizer = model.load_tokenizer()
-            yield Policy(model.key, model.path, None, tokenizer), model.sizes()
+            # Without weights: only its tokenizer and template are used
+            yield Policy(model.key, model.path, None, tokenizer), model.sizes()  # pyright: ignore[reportArgumentType]
 
 
-def look_at_models(cfg: DictConfig, heads: list[str] | None) -> None:
+def check_model_files(cfg: DictConfig, heads: list[str] | None) -> None:
     """
-    Look at the files of the models that a training starts from and is rewarded by: that they can be read, have every
+    Check the files of the models that a training starts from and is rewarded by: that they can be read and have every
     weight (a reward model its score head), and that the adapter finds its layers.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: as loading does.
     """
-    for model in models_of(as_dict(cfg), project_dir(cfg)):
+    for model in models_of(as_dict(cfg)):
         if model.key != "model":
-            _look_at(model)
+            _check_files(model)
             continue
         peft, saved = instantiate(cfg.adapter.peft), adapter_config(model.path, model.revision)
         if saved is not None and peft is None:
-            _look_at(model)  # it is merged when the run begins
+            _check_files(model)  # it is merged when the run starts
             continue
-        options = {"attn_implementation": cfg.model.attn_implementation, "device_map": "meta", **source(cfg)}
+        options = {
+            "attn_implementation": cfg.model.attn_implementation,
+            "device_map": "meta",
+            **from_pretrained_kwargs(cfg),
+        }
         with _no_progress_bars():
             load_start(model.path, model.task_type, peft, "", heads=heads, dtype=cfg.model.dtype, **options)
 
 
-def _look_at(model: Model) -> None:
+def _check_files(model: Model) -> None:
     saved = adapter_config(model.path, model.revision)
     with _no_progress_bars():
         if model.task_type == "SEQ_CLS" and model.key != "model":
@@ -223,21 +227,21 @@ def _look_at(model: Model) -> None:
 
 def first_batch(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, dataset: DatasetDict) -> dict[str, Tensor]:
     """
-    The first batch that this rank will train on, from the trainer itself: its preparation of the rows, its sampler and
-    its collator, on a model of a few thousand weights in place of the run's.
+    Return the first batch that this rank will train on, from the trainer itself: its preparation of the rows, its
+    sampler and its collator, on a model of a few thousand weights in place of the run's.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if TRL refuses the arguments or the rows.
     """
-    said = contextlib.redirect_stdout(io.StringIO())  # of bf16, which is said already
+    said = contextlib.redirect_stdout(io.StringIO())  # the note on bf16, which was printed before
     with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
         with said:
             args: Any = training_arguments(cfg.stage.args, output_dir=folder, report_to="none", push_to_hub=False)
         args.eval_strategy = IntervalStrategy.NO
-        args.precompute_ref_log_probs = False  # of DPO and KTO: those of the stand-in would mean nothing
+        args.precompute_ref_log_probs = False  # of DPO and KTO: those of the placeholder would mean nothing
         trainer = build_trainer(
             cfg,
-            model=_stand_in(tokenizer, cfg.stage.task_type, head_names(dataset["train"]), folder),
+            model=_placeholder_model(tokenizer, cfg.stage.task_type, head_names(dataset["train"]), folder),
             args=args,
             train_dataset=dataset["train"],
             processing_class=tokenizer,
@@ -247,7 +251,7 @@ def first_batch(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, dataset: Da
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Without Transformers' bars, which would show the stand-in being written and loaded."""
+    """Disable Transformers' progress bars, which would show the placeholder being written and loaded."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -257,15 +261,16 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _stand_in(tokenizer: PreTrainedTokenizerBase, task_type: str, heads: list[str] | None, folder: str):
-    """A tiny Llama of the tokenizer's vocabulary, in `folder`, where a trainer that needs a reference finds it."""
+def _placeholder_model(tokenizer: PreTrainedTokenizerBase, task_type: str, heads: list[str] | None, folder: str):
+    """Return a tiny Llama of the tokenizer's vocabulary, saved in `folder` for trainers that load a reference."""
+    pad_token_id: Any = tokenizer.pad_token_id
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=8,
         intermediate_size=8,
         num_hidden_layers=1,
         num_attention_heads=1,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad_token_id,
     )
     config.num_labels = len(heads or ["score"])
     AUTO_CLASSES[task_type].from_config(config).save_pretrained(folder)
@@ -274,24 +279,24 @@ def _stand_in(tokenizer: PreTrainedTokenizerBase, task_type: str, heads: list[st
 
 def _disk(cfg: DictConfig) -> dict[str, str]:
     """
-    What is free beside what the trained weights take.
+    Return the free disk space and the space that the trained weights need.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if they don't fit.
     """
-    model = models_of(as_dict(cfg), project_dir(cfg))[0]
+    model = models_of(as_dict(cfg))[0]
     empty = empty_model(model.path, model.task_type, model.trust_remote_code, model.revision)
     dtype = empty.dtype if cfg.model.dtype in (None, "auto") else getattr(torch, cfg.model.dtype)
     folder = nearest_folder(Path(cfg.run_dir))
     weights, free = empty.num_parameters() * dtype.itemsize, shutil.disk_usage(folder).free
     if not cfg.adapter.peft and weights > free:
         raise ConfigError(
-            f"The trained model takes {_bytes(weights)}, and of the disk of `{folder}` {_bytes(free)} are free. Make "
-            "room, or type another `runs_dir=...`."
+            f"The trained model needs {_bytes(weights)}, and the disk of `{folder}` has {_bytes(free)} free. Make "
+            "room, or set another `runs_dir=...`."
         )
     if cfg.adapter.peft:
-        return {"disk": f"{_bytes(free)} free; an adapter takes little"}
-    return {"disk": f"{_bytes(free)} free; the weights take {_bytes(weights)}, a checkpoint about thrice that"}
+        return {"disk": f"{_bytes(free)} free; an adapter needs little"}
+    return {"disk": f"{_bytes(free)} free; the weights need {_bytes(weights)}, a checkpoint about three times that"}
 
 
 def _bytes(count: int) -> str:
@@ -302,11 +307,11 @@ def _steps(args: Any, rows: int) -> dict[str, str]:
     ranks, micro = args.world_size, args.per_device_train_batch_size
     accumulation = args.gradient_accumulation_steps
     per_step = micro * ranks * accumulation
-    batch = f"{micro} a device x {ranks} rank(s) x {accumulation} accumulated = {per_step}"
+    batch = f"{micro} per device x {ranks} rank(s) x {accumulation} accumulated = {per_step}"
     if not hasattr(args, "steps_per_generation"):
         in_epoch = -(-rows // per_step)
         steps = args.max_steps if args.max_steps > 0 else round(in_epoch * args.num_train_epochs)
-        return {"batch": f"{batch} rows an optimizer step", "steps": f"{steps:,} optimizer steps"}
+        return {"batch": f"{batch} rows per optimizer step", "steps": f"{steps:,} optimizer steps"}
     rollout, prompts = args.generation_batch_size, args.generation_batch_size // args.num_generations
     each = steps_per_rollout(args)
     rollouts = rows // prompts * args.num_train_epochs
@@ -315,7 +320,7 @@ def _steps(args: Any, rows: int) -> dict[str, str]:
     steps, episodes = rollouts * each, rollouts * rollout
     return {
         "rollout": f"{rollout:,} completions of {prompts:,} prompts ({args.num_generations} each)",
-        "batch": f"{batch} completions an optimizer step (a mini-batch)",
-        "optimization": f"{args.num_iterations} epoch(s) over a rollout = {each} optimizer steps",
+        "batch": f"{batch} completions per optimizer step (a mini-batch)",
+        "optimization": f"{args.num_iterations} epoch(s) per rollout = {each} optimizer steps",
         "steps": f"{rollouts:,.4g} rollouts, {episodes:,.0f} episodes, {steps:,.0f} optimizer steps",
     }

@@ -1,4 +1,4 @@
-"""How one `train.py` is started in a process of its own: what `launch/pipeline.py` and `launch/sweep.py` share."""
+"""Launches of `train.py` in a process of its own, which `launch/pipeline.py` and `launch/sweep.py` share."""
 
 import os
 import shlex
@@ -14,22 +14,22 @@ import psutil
 import yaml
 
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.runs.directory import holder, under_way
+from rlhf_trl.runs.lock import in_use_problem, lock_owner
 from rlhf_trl.runs.paths import conf_dir
 from rlhf_trl.runs.record import CONFIG_FILE, read_metrics, read_run
 
-# By this interpreter, whether or not its scripts are on the path; quiet, so that an error of train.py stands last
+# With this interpreter, even if its scripts aren't on PATH; quiet, so that an error of train.py is printed last
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
 
 
 def launch_dir() -> Path:
-    """The folder with `accelerate/`, which stands beside `conf`."""
+    """Return the folder with `accelerate/`, beside `conf`."""
     return conf_dir().parent / "launch"
 
 
 def launch_command(accelerate: str | None = None, options: Sequence[str] = ()) -> list[str]:
     """
-    The `accelerate launch ... train.py` that a step's overrides are appended to.
+    Return the `accelerate launch ... train.py` to which the overrides of a run are appended.
 
     Args:
         accelerate (`str`, *optional*):
@@ -50,8 +50,8 @@ def _short(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def shown(command: Sequence[str]) -> str:
-    """A command as one would type it."""
+def shell_line(command: Sequence[str]) -> str:
+    """Return a command as a line for a shell."""
     command = list(command)
     if command[: len(ACCELERATE)] == ACCELERATE:
         command[: len(ACCELERATE)] = ["accelerate", "launch"]
@@ -60,10 +60,10 @@ def shown(command: Sequence[str]) -> str:
 
 def run(command: Sequence[str], log: Path | None = None) -> int:
     """
-    Runs a command to its end and returns its exit status.
+    Run a command to its end and return its exit status.
 
     The command gets a session of its own, so that a terminal's Ctrl-C reaches us alone. The first one (or SIGTERM,
-    SIGHUP) is handed to the training processes, which finish their step and save; the second kills them all.
+    SIGHUP) is forwarded to the training processes, which finish their step and save; the second kills them all.
 
     Args:
         command (`Sequence[str]`):
@@ -78,7 +78,7 @@ def run(command: Sequence[str], log: Path | None = None) -> int:
     child = subprocess.Popen(command, start_new_session=True, stdout=pipe, stderr=subprocess.STDOUT if log else None)
     signals = []
 
-    def hand_on(number, frame):
+    def forward(number, frame):
         signals.append(number)
         # At first not the launcher: accelerate and torchrun answer a signal by killing the ranks they wait for.
         # In the end not by group: torchrun gives each rank a session of its own.
@@ -86,9 +86,9 @@ def run(command: Sequence[str], log: Path | None = None) -> int:
             process.send_signal(signal.SIGKILL if len(signals) > 1 else signal.SIGINT)
 
     previous = {}
-    if threading.current_thread() is threading.main_thread():  # signals are a matter of the main thread
+    if threading.current_thread() is threading.main_thread():  # only it may set signal handlers
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            previous[number] = signal.signal(number, hand_on)
+            previous[number] = signal.signal(number, forward)
     try:
         if log:
             _copy(child.stdout, log)
@@ -102,7 +102,7 @@ def run(command: Sequence[str], log: Path | None = None) -> int:
 
 
 def _workers(pid: int) -> list:
-    """The training processes: the children of the launcher, or the process itself where it launches nothing."""
+    """Return the training processes: the children of the launcher, or the process itself where it launches none."""
     launcher, children = psutil.Process(pid), psutil.Process(pid).children()
     return children or [launcher]
 
@@ -124,17 +124,17 @@ def _copy(stream, log: Path) -> None:
 
 def state_of(run_dir: str | os.PathLike, overrides: Sequence[str]) -> str:
     """
-    What a run directory holds, seen by somebody about to run `overrides` in it: `new` (nothing), `done`, `resumable`
-    (not done, but with a checkpoint), `unfinished`, or `changed` (done or with a checkpoint, by other ones).
+    Return the state of a run directory for a run with these overrides: `new` (empty), `done`, `resumable` (not done,
+    but with a checkpoint), `unfinished`, or `changed` (done or with a checkpoint, from other overrides).
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if a run is under way in it.
+        [`~rlhf_trl.errors.ConfigError`]: if a run is in progress in it.
     """
     record = read_run(run_dir)
     if record is None:
         return "new"
-    if owner := holder(run_dir):
-        raise ConfigError(under_way(run_dir, owner))
+    if owner := lock_owner(run_dir):
+        raise ConfigError(in_use_problem(run_dir, owner))
     done = record.status == "done"
     if not done and not any(Path(run_dir).glob("checkpoint-*/")):
         return "unfinished"
@@ -143,12 +143,12 @@ def state_of(run_dir: str | os.PathLike, overrides: Sequence[str]) -> str:
     return "done" if done else "resumable"
 
 
-# What to add to a run's overrides, by the state of its directory. There is nothing to lose in an unfinished one.
-BEGIN = {"new": [], "resumable": ["resume=true"], "unfinished": ["overwrite=true"]}
+# Overrides to add, by the state of the directory. An unfinished run has nothing to lose.
+START_OVERRIDES = {"new": [], "resumable": ["resume=true"], "unfinished": ["overwrite=true"]}
 
 
 def overrides_of(command: str) -> list[str]:
-    """The overrides in a command as `run.json` records it, sorted, without `resume` and `overwrite`."""
+    """Return the overrides in a command of `run.json`, sorted, without `resume` and `overwrite`."""
     parts = [part for part in shlex.split(command) if part.startswith("~") or ("=" in part and part[0] != "-")]
     return sorted(part for part in parts if part.split("=")[0] not in ("resume", "overwrite"))
 

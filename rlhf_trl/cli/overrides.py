@@ -1,8 +1,8 @@
 """
-Composition of a config from a command line, with every override that doesn't fit it and a suggestion for each.
+Overrides of a command line: all that don't fit the config, each with a suggestion.
 
-Hydra stops at the first one, and knows neither TRL's arguments nor suggestions. Nothing heavy is imported, so that the
-answer takes well under a second.
+Hydra stops at the first one, doesn't know TRL's arguments, and has no suggestions for misspelt words. Nothing heavy is
+imported: it takes well under a second.
 """
 
 import itertools
@@ -24,25 +24,30 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.checks.renamed import renamed_key, renamed_problem
 from rlhf_trl.config.argument_names import arguments
-from rlhf_trl.config.command_line import SIGNS, is_text_key, parse_override
+from rlhf_trl.config.command_line import SPECIAL_CHARACTERS, is_text_key, parse_override
 from rlhf_trl.config.groups import BASE, WHOLE_RUNS, help_text, option_groups
 from rlhf_trl.config.values import as_dict, at, flatten, nodes
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest
 from rlhf_trl.runs.paths import conf_dir
 
-SWEEP = "one run takes one value. For several runs type `python launch/sweep.py -m {}`; a list is `{}`"
+SWEEP = "one run takes one value. For several runs use `python launch/sweep.py -m {}`; a list is `{}`"
 
 NO_OPTION = re.compile(r"Could not (?:find|load) '(.+)'")
 TWICE = re.compile(r"Multiple values for (\S+?)\. To override a value use 'override ([^']+)'")
 GLOBAL = re.compile(r"#\s*@package\s+_global_\s*")
-# Their keys are names of the user's choice
+# Nodes whose keys the user chooses
 OPEN_NODES = {"callbacks", "columns", "kwargs", "policies", "sources", "steps", "weights"}
 
 
-def parsed(argv: Sequence[str]) -> Namespace:
+def parse_command_line(argv: Sequence[str]) -> Namespace:
     """
-    Return Hydra's options and the words of a command line. `--help` shows the groups of its config folder beside ours.
+    Parse a command line. `--help` shows the groups of its config folder beside ours.
+
+    Returns:
+        `Namespace`: Hydra's options and `overrides`, and further `config_dirs` (`list[str]`), the config folders
+            beside ours, and `is_checked` (`bool`), `False` for commands that only show something (`--help`,
+            `--cfg job`) or name another config than ours.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: for an option that Hydra doesn't have: keys have no dashes.
@@ -50,8 +55,11 @@ def parsed(argv: Sequence[str]) -> Namespace:
     args, unknown = get_args_parser().parse_known_args(argv)
     if unknown:
         name, _, value = unknown[0].lstrip("-").partition("=")
-        raise ConfigError(f"`{unknown[0]}` is no option. Keys have no dashes: type `{name}={value or '...'}`.")
-    folders = [str(conf_dir()), *([args.config_dir] if args.config_dir else [])]
+        raise ConfigError(f"`{unknown[0]}` is no option. Keys have no dashes: use `{name}={value or '...'}`.")
+    args.config_dirs = [args.config_dir] if args.config_dir else []
+    shows = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
+    args.is_checked = not (shows or args.experimental_rerun or args.config_name or args.config_path)
+    folders = [str(conf_dir()), *args.config_dirs]
     OmegaConf.register_new_resolver("rlhf_trl.help", lambda: help_text(folders), replace=True)  # hydra.help.template
     return args
 
@@ -60,14 +68,18 @@ def compose(
     overrides: Sequence[str], config_dirs: Sequence[str] = (), config: str = "train"
 ) -> tuple[DictConfig | None, list[str]]:
     """
-    Return the config of a command line without the overrides that don't fit, and the problem of each of these.
+    Compose the config of a command line without the overrides that don't fit.
 
-    The config is `None` if one of these chooses an option of a group: without it the others may mean something else.
+    There is no config (`None`) if one of those chooses an option of a group that is read: without it the others may
+    mean something else.
 
     Args:
-        overrides (`Sequence[str]`): words such as `stage=ppo` and `+stage.args.x=1`.
+        overrides (`Sequence[str]`): such as `stage=ppo` and `+stage.args.x=1`.
         config_dirs (`Sequence[str]`): folders with options of the user's own, beside ours.
-        config (`str`): what is composed: `train`, `sweep` or `pipeline`.
+        config (`str`): name of the config: `train`, `sweep` or `pipeline`.
+
+    Returns:
+        `tuple`: the config, and the problem of each override that doesn't fit.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if the config files themselves can't be composed.
@@ -77,7 +89,7 @@ def compose(
             raise ConfigError(f"`--config-dir {folder}`: there is no such folder, seen from `{Path.cwd()}`.")
     left, wrong = list(overrides), []
     groups = option_groups([str(conf_dir()), *config_dirs])
-    problems = _no_words(left, groups)
+    problems = _misread(left, groups)
     left = [word for word in left if word not in problems]
     group = WHOLE_RUNS[config]
     files = [file for name in _options(group, left) if (file := _option_file(group, name, config_dirs))]
@@ -96,11 +108,11 @@ def compose(
     lost = [word for word, error in wrong if _key(word) in groups and "Could not override" not in str(error)]
     lost += [word for word in problems if _key(word) in groups]
     problems |= {word: _explain(word, error, cfg, groups) for word, error in wrong}
-    idle = _unread(left, cfg, groups, config, config_dirs) | _taken_away(left, groups, config, config_dirs)
-    if idle:  # so that what follows from them isn't said too
-        left = [word for word in left if word not in idle]
+    unread = _unread(left, cfg, groups, config, config_dirs) | _removed(left, groups, config, config_dirs)
+    if unread:  # so that their consequences aren't reported too
+        left = [word for word in left if word not in unread]
         cfg = _composed(config, left, config_dirs)
-    found = list(dict.fromkeys([*problems.values(), *idle.values()]))
+    found = list(dict.fromkeys([*problems.values(), *unread.values()]))
     for file in files:
         choices = [word for word in left if _key(word) in groups and _key(word) != group]
         found += _unread_of_file(file, cfg, _without_body(file, group, config, choices, config_dirs), groups)
@@ -114,7 +126,7 @@ def _composed(config: str, words: Sequence[str], folders: Sequence[str | Path]) 
 
 
 def without_sweeps(words: Sequence[str]) -> list[str]:
-    """Return the overrides of the first job of a multirun, approximately: the first value where there are several."""
+    """Return the overrides of a multirun's first job, roughly: the first one of several values."""
     return [_first(word) for word in words]
 
 
@@ -136,7 +148,7 @@ def _text(error: Exception) -> str:
 
 
 def _key(word: str) -> str:
-    """Return the key of an override, `stage.args.beta` of `+stage.args.beta=1`; empty if it can't be parsed."""
+    """Return the key of an override, `stage.args.beta` of `+stage.args.beta=1`; empty if it can't be read."""
     try:
         return OverridesParser.create().parse_override(word).key_or_group
     except HydraException:
@@ -144,7 +156,7 @@ def _key(word: str) -> str:
 
 
 def _culprit(error: Exception, words: list[str]) -> str | None:
-    """Return the override that an error of Hydra is about."""
+    """Return the override that an error of Hydra is about, or `None`."""
     if isinstance(error, OverrideParseException):
         return error.override if error.override in words else None
     text = str(error)
@@ -182,9 +194,9 @@ def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set
     if "appears more than once in the final defaults list" in text:
         return f"`{word}`: the group `{key}` takes one option. {did_you_mean('', groups.get(key, ()))}"
     if "An item is already at" in text or TWICE.search(text):
-        return f"`{word}` adds a key that is there already. Type it without the plus: `{word.lstrip('+')}`."
+        return f"`{word}` adds a key that is there already. Use it without the plus: `{word.lstrip('+')}`."
     if "Could not override" in text and "steps" in cfg and key.split(".")[0] in groups:
-        return f"`{word}` is a word for a step. For all steps of a pipeline type `'overrides=[\"{word}\"]'`."
+        return f"`{word}` is a word for a step. For all steps of a pipeline set `'overrides=[\"{word}\"]'`."
     if "Could not override" in text:
         group = key if key in groups else key.partition(".")[0]  # `combine=min`, or `combine.floor=1`
         not_read = group in groups and group not in cfg
@@ -195,8 +207,8 @@ def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set
 def _option_meant(word: str, option: str, options: Collection[str]) -> str:
     """Return a suggestion for an option; the whole word if only the separators differ (`reviews_tiny_sft`)."""
     for name in options:
-        if re.split("[/_-]", name) == re.split("[/_-]", option):
-            return f"Type `{word.replace(option, name)}`."
+        if re.split("[/_-]", name) == re.split("[/_-]", option):  # `reviews_tiny_sft`
+            return f"Use `{word.replace(option, name)}`."
     return did_you_mean(option, options)
 
 
@@ -208,25 +220,25 @@ def _renamed(word: str, key: str) -> str | None:
     if new is None:
         return f"`{word}`: {renamed_problem(old, new)}"
     typed = "~" * word.startswith("~") + new + word.lstrip("+~").removeprefix(old)
-    return f"`{word}`: `{old}` was renamed to `{new}`. Type `{typed}`."
+    return f"`{word}`: `{old}` was renamed to `{new}`. Use `{typed}`."
 
 
 def _unreadable(word: str, groups: dict[str, set[str]]) -> str:
     name, sign, value = word.partition("=")
     homes = [group for group, options in groups.items() if word in options]
     if homes or not sign:
-        return f"`{word}` can't be read. {f'Did you mean `{homes[0]}={word}`?' if homes else 'Type `key=value`.'}"
+        return f"`{word}` can't be read. {f'Did you mean `{homes[0]}={word}`?' if homes else 'Use `key=value`.'}"
     if not re.fullmatch(r"[+~]{0,2}[\w/@:-]+(\.[\w/@:-]+)*", name):
-        return f"`{word}` can't be read: `{name}` is no key. Type `key=value`."
+        return f"`{word}` can't be read: `{name}` is no key. Use `key=value`."
     if value[:1] in ("[", "{") and value.count(value[0]) != value.count({"[": "]", "{": "}"}[value[0]]):
         return f"`{word}` can't be read: `{value[0]}` isn't closed. Close it, or as text: `{_as_text(name, value)}`."
-    found = SIGNS.search(value)
+    found = SPECIAL_CHARACTERS.search(value)
     why = f": `{found.group()}` can't stand in bare text" if found else ""
     return f"`{word}` can't be read{why}. Put the text in quotes within the shell's: `{_as_text(name, value)}`."
 
 
 def _as_text(name: str, value: str) -> str:
-    """Return an override whose value is text, quoted for the grammar of Hydra and for a shell."""
+    """Return an override with any text as its value, quoted for a shell."""
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         value = value[1:-1]
     inner = value.replace('"', '\\"')
@@ -238,23 +250,23 @@ def _group_not_read(word: str, group: str, cfg: DictConfig, options: set[str]) -
     readers = [path.stem for path in sorted(conf_dir().glob("stage/*.yaml")) if f"- /{group}:" in path.read_text()]
     if stage in readers:
         named = ", ".join(sorted(options))
-        return f"`{word}`: the chosen option of `{group}` has no keys. Type `{group}=...` as well: {named}."
+        return f"`{word}`: the chosen option of `{group}` has no keys. Set `{group}=...` as well: {named}."
     others = f" It is read by {', '.join(f'`stage={name}`' for name in readers)}." if readers else ""
-    return f"`{word}` would do nothing: `stage={stage}` doesn't read the group `{group}`. Leave it out.{others}"
+    return f"`{word}` would do nothing: `stage={stage}` doesn't read the group `{group}`. Remove it.{others}"
 
 
 def _unknown_key(word: str, cfg: DictConfig, groups: dict[str, set[str]]) -> str:
     path, _, value = word.lstrip("+~").partition("=")
     parent, node, leaf = _deepest(path, cfg)
     if not isinstance(node, DictConfig):
-        return f"`{word}`: `{parent}` is {node!r} and holds no keys. Type `{parent}={value}`."
+        return f"`{word}`: `{parent}` is {node!r} and holds no keys. Use `{parent}={value}`."
     if not parent and (meant := [f"`{key}={value}`" for key in _ending_with(path, cfg)]):
         return f"`{word}`: there is no key `{leaf}` at the top. Did you mean {' or '.join(meant)}?"
     prefix = f"{parent}." if parent else ""
     declared = {str(name) for name in node if not str(name).startswith("_")} if isinstance(node, DictConfig) else set()
     undeclared = set(arguments(str(_target(node))) or ()) - declared
     if f"{prefix}{leaf}" == path and leaf in undeclared:
-        return f"`{word}`: `{leaf}` is an argument of `{_target(node)}` that isn't listed. Type `+{path}={value}`."
+        return f"`{word}`: `{leaf}` is an argument of `{_target(node)}` that isn't listed. Use `+{path}={value}`."
     rest = path.removeprefix(f"{prefix}{leaf}")
     near = nearest(leaf, declared | undeclared | (set() if parent else groups.keys()))
     if near:
@@ -262,7 +274,7 @@ def _unknown_key(word: str, cfg: DictConfig, groups: dict[str, set[str]]) -> str
         return f"`{word}`: there is no key `{prefix}{leaf}`. Did you mean {' or '.join(meant)}?"
     if not declared:
         group = parent.replace(".", "/")
-        options = f" Type `{group}=...` as well: {', '.join(sorted(groups[group]))}." if group in groups else ""
+        options = f" Set `{group}=...` as well: {', '.join(sorted(groups[group]))}." if group in groups else ""
         return f"`{word}`: there is no key `{prefix}{leaf}`. `{parent}` has none here.{options}"
     where = f"in `{parent}`" if parent else "at the top"
     return (
@@ -271,7 +283,7 @@ def _unknown_key(word: str, cfg: DictConfig, groups: dict[str, set[str]]) -> str
 
 
 def _ending_with(path: str, cfg: DictConfig) -> list[str]:
-    """Return up to three keys that end with a path: keys of the config, and arguments not listed in it, with a `+`."""
+    """Return up to three keys that end with a path: keys of the config, and unlisted arguments with a `+`."""
     found = []
     for parent, node in nodes(as_dict(cfg, resolve=False)):
         found += [key for name in node if (key := f"{parent}.{name}").endswith(f".{path}")]
@@ -285,7 +297,7 @@ def _target(node: Any) -> str | None:
 
 
 def _deepest(path: str, cfg: DictConfig) -> tuple[str, Any, str]:
-    """Return the path and the value of the last node on a path that exists, and the name that it lacks."""
+    """Return the last node on a path that exists, its path first, and the name that it doesn't have."""
     names, node = path.split("."), cfg
     for i, name in enumerate(names):
         if not isinstance(node, DictConfig) or name not in node or OmegaConf.is_missing(node, name):
@@ -295,17 +307,17 @@ def _deepest(path: str, cfg: DictConfig) -> tuple[str, Any, str]:
     return ".".join(names[:-1]), node, names[-1]
 
 
-def _no_words(words: Sequence[str], groups: dict[str, set[str]]) -> dict[str, str]:
-    """Return the problems of words that Hydra accepts in another meaning, or fails on with a traceback, by word."""
+def _misread(words: Sequence[str], groups: dict[str, set[str]]) -> dict[str, str]:
+    """Return the problems of words that Hydra would misread, or end at with a traceback, by word."""
     problems = {}
     for i, word in enumerate(words):
         key, sign, value = word.partition("=")
         if word == "=" and 0 < i < len(words) - 1:
-            problems[word] = f"There is a space around `=`. Type `{words[i - 1]}={words[i + 1]}`."
+            problems[word] = f"There is a space around `=`. Use `{words[i - 1]}={words[i + 1]}`."
         elif not key:
-            problems[word] = f"`{word}` has no key. Type `key=value`."
+            problems[word] = f"`{word}` has no key. Use `key=value`."
         elif sign and key in groups and not isinstance(_value(word), str | list):
-            way = f"Type `{key}=none`." if "none" in groups[key] else "Leave it out, or choose one."
+            way = f"Set `{key}=none`." if "none" in groups[key] else "Remove it, or choose one."
             problems[word] = f"`{word}` names no option of the group `{key}`. {way} {did_you_mean('', groups[key])}"
         elif sign and key in groups and ".." in value.split("/"):
             problems[word] = f"`{word}` leads out of the group `{key}`. {did_you_mean('', groups[key])}"
@@ -313,14 +325,14 @@ def _no_words(words: Sequence[str], groups: dict[str, set[str]]) -> dict[str, st
             problems[word] = (
                 f"`{word}` is a base file, not an option of the group `{key}`. {did_you_mean('', groups[key])}"
             )
-    if "=" in problems:  # the two beside it are no words either
+    if "=" in problems:  # nor are its neighbors overrides
         at = list(words).index("=")
         problems |= {words[at - 1]: problems["="], words[at + 1]: problems["="]}
     return problems
 
 
 def _value(word: str) -> Any:
-    """Return the value of an override; empty text if it can't be parsed."""
+    """Return the value of an override, an empty string if it can't be read."""
     override = parse_override(word)
     return "" if override is None else override.value()
 
@@ -328,10 +340,10 @@ def _value(word: str) -> Any:
 def _unread(
     words: Sequence[str], cfg: DictConfig, groups: dict[str, set[str]], config: str, folders: Sequence[str]
 ) -> dict[str, str]:
-    """Return the problems of keys added with `+` that nothing reads, by word."""
+    """Return the problems of keys added with `+` that nothing reads, by override."""
     added = {key: word for word in words if word.startswith("+") and "@" not in (key := _key(word))}
     added = {key: word for key, word in added.items() if key not in groups and not key.startswith("hydra.")}
-    if any(word.startswith("++") for word in added.values()):  # which may also change what is there
+    if any(word.startswith("++") for word in added.values()):  # it may also change an existing key
         before = _composed(config, [word for word in words if not word.startswith("++")], folders)
         added = {key: word for key, word in added.items() if word[:2] != "++" or _first_new(key, before) is not None}
     renamed = {word: problem for key, word in added.items() if (problem := _renamed(word, key))}
@@ -342,10 +354,8 @@ def _unread(
     }
 
 
-def _taken_away(
-    words: Sequence[str], groups: dict[str, set[str]], config: str, folders: Sequence[str]
-) -> dict[str, str]:
-    """Return the problems of keys deleted with `~` that are read: all but names of the user's choice and arguments."""
+def _removed(words: Sequence[str], groups: dict[str, set[str]], config: str, folders: Sequence[str]) -> dict[str, str]:
+    """Return the problems of keys removed with `~` that are read, by override. The user's own and arguments may go."""
     away = [word for word in words if word.startswith("~")]
     if not away:
         return {}
@@ -359,16 +369,16 @@ def _taken_away(
         given = str(at(values, key))
         is_argument = isinstance(at(values, f"{parent}._target_"), str) and not name.startswith("_")
         if key in groups and "none" in groups[key]:
-            problems[word] = f"`{word}` takes away a group that is read. Type `{key}=none`."
+            problems[word] = f"`{word}` removes a group that is read. Set `{key}=none`."
         elif not (OPEN_NODES & set(parent.split(".")) or parent == "reward" or (is_argument and "${" not in given)):
-            problems[word] = f"`{word}` takes away what is read. Leave it out, or set it: `{key}=...`."
+            problems[word] = f"`{word}` removes a key that is read. Keep the key, or set it: `{key}=...`."
     return problems
 
 
 def _hint_if_unread(key: str, cfg: DictConfig, value: str = "", known: Collection[str] = ()) -> str | None:
     """
-    Return a suggestion for a key that the config didn't have before; `None` if something may read it. Those beside or
-    below a `_target_` are checked with its arguments.
+    Return a suggestion for a key that the config didn't have before, `None` if something may read it, such as a key
+    beside or below a `_target_`, which is checked with the arguments.
     """
     own_function = "stage" in cfg and not str(OmegaConf.select(cfg, "stage.run._target_")).startswith("rlhf_trl.")
     if own_function or cfg.get("program"):
@@ -378,11 +388,11 @@ def _hint_if_unread(key: str, cfg: DictConfig, value: str = "", known: Collectio
     if OPEN_NODES & set(names[:-1]) or any(_target(OmegaConf.select(cfg, parent)) for parent in parents):
         return None
     if parents == ["reward"] and _target(OmegaConf.select(cfg, key)):
-        return None  # one more reward, of which a group has as many as one likes
+        return None  # one more reward, of any number
     node = OmegaConf.select(cfg, parents[-1]) if parents else cfg
     others = {*known, *(str(name) for name in node)} - {names[-1]} if isinstance(node, DictConfig) else set()
     meant = [f"`{'.'.join([*names[:-1], name])}{value}`" for name in nearest(names[-1], others)]
-    return f"Did you mean {' or '.join(meant)}?" if meant else "Leave it out."
+    return f"Did you mean {' or '.join(meant)}?" if meant else "Remove it."
 
 
 def _options(group: str, words: Sequence[str]) -> list[str]:
@@ -423,7 +433,7 @@ def _shape_problem(file: Path, group: str) -> str | None:
 
 
 def _without_override(error: Exception, files: Sequence[Path]) -> str | None:
-    """Return the problem of a `defaults` list that chooses an option a second time, or `None`."""
+    """Return the problem of a `defaults` list that chooses an option again, or `None`."""
     if not (match := TWICE.search(str(error))) or not files:
         return None
     group, _, option = match.group(2).partition(": ")
@@ -434,7 +444,7 @@ def _without_override(error: Exception, files: Sequence[Path]) -> str | None:
 
 
 def _without_body(file: Path, group: str, config: str, choices: Sequence[str], folders: Sequence[str]) -> DictConfig:
-    """Return the config with the same options, and with only the `defaults` of the file of a whole run."""
+    """Return the config with the same options, but only the `defaults` of a whole run's file."""
     with tempfile.TemporaryDirectory() as bare:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         text = yaml.safe_dump({"defaults": content.get("defaults", [])})
@@ -444,7 +454,7 @@ def _without_body(file: Path, group: str, config: str, choices: Sequence[str], f
 
 
 def _unread_of_file(file: Path, cfg: DictConfig, before: DictConfig, groups: dict[str, set[str]]) -> list[str]:
-    """Return the problems of keys in the file of a whole run that nothing reads, as on the command line with a `+`."""
+    """Return the problems of keys of a whole run's file that nothing reads: those that would need a `+`."""
     content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     for key in ("defaults", "hydra", "dry_run"):
         content.pop(key, None)
@@ -458,9 +468,9 @@ def _unread_of_file(file: Path, cfg: DictConfig, before: DictConfig, groups: dic
 
 
 def _first_new(key: str, cfg: DictConfig) -> str | None:
-    """Return the shortest beginning of a key that the config lacks; `None` if it has the key."""
+    """Return the first part of a key that the config doesn't have, `None` if it has all of it."""
     parent, node, name = _deepest(key, cfg)
-    # `in node` skips keys without a value
+    # `in node` is false for keys without a value
     if not isinstance(node, DictConfig) or name in node.keys():  # noqa: SIM118
         return None
     return f"{parent}.{name}" if parent else name

@@ -1,53 +1,58 @@
 """
-Runs the steps of a pipeline one after the other, each in a process of its own, and shows what came out.
+The steps of a pipeline, run one after another, each in a process of its own, and a table of the results.
 
     python launch/pipeline.py                         # the embedded demo
     python launch/pipeline.py pipeline=reviews/tiny   # a file of conf/pipeline
     python launch/pipeline.py project=mine            # the same steps once more, beside the first
 
-Finished steps are passed over, so the same command goes on where an earlier one ended.
+Finished steps are skipped, so the same command resumes an earlier pipeline.
 """
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from rlhf_trl.cli.app import leave, run_app
-from rlhf_trl.cli.launcher import BEGIN, launch_command, overrides_of, results_of, run, shown, state_of
+from rlhf_trl.cli.app import exit_with, run_app
+from rlhf_trl.cli.launcher import START_OVERRIDES, launch_command, overrides_of, results_of, run, shell_line, state_of
+from rlhf_trl.cli.overrides import compose, without_sweeps
 from rlhf_trl.config.command_line import config_dirs
 from rlhf_trl.config.values import as_dict, plain
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.report.project import write_report
 from rlhf_trl.report.text import comparison_text, duration, table
-from rlhf_trl.runs.conflicts import name_problems
+from rlhf_trl.runs.directory import name_problems
 from rlhf_trl.runs.record import RUN_FILE, is_done, read_comparison, read_run
 from rlhf_trl.terminal import printable
 
 
 def main() -> None:
-    """Composes conf/pipeline.yaml and runs its steps."""
-    run_app(start, "pipeline", problems, "Stopped. The same command goes on with the steps that are not done.")
+    """Compose conf/pipeline.yaml and run its steps."""
+    run_app(start, "pipeline", problems, "Stopped. The same command resumes with the steps that are not done.")
 
 
-def problems(words: list[str], multirun: bool, cfg: DictConfig) -> list[str]:
-    """What a pipeline can't do or use."""
-    if multirun:
-        return ["A pipeline runs its steps once. Leave out `-m`; for several runs of a stage: `launch/sweep.py`."]
+def problems(args: Namespace) -> list[str]:
+    """Return the problems of a pipeline's command line."""
+    cfg, found = compose(without_sweeps(args.overrides), args.config_dirs, "pipeline")
+    if cfg is None or found:
+        return found
+    if args.multirun:
+        return ["A pipeline runs its steps once. Remove `-m`; for several runs of a stage: `launch/sweep.py`."]
     values, found = plain(cfg)
     steps = values["steps"]
     if not isinstance(steps, dict):
-        return [f"`steps` is {steps!r} and must hold names of steps, each with a list of words."]
+        return [f"`steps` is {steps!r} and must hold names of steps, each with a list of overrides."]
     lists = {"launch": values["launch"], "overrides": values["overrides"], "program": values["program"] or []}
     return (found or name_problems(values)) + [
-        f"`{name}` is {given!r} and must be a list of words. Type for example `'{name}=[\"seed=1\"]'`."
+        f"`{name}` is {given!r} and must be a list of overrides. Set for example `'{name}=[\"seed=1\"]'`."
         for name, given in (lists | {f"steps.{name}": given for name, given in steps.items()}).items()
         if not isinstance(given, list) or not all(isinstance(word, str) for word in given)
     ]
 
 
 def start(cfg: DictConfig) -> None:
-    """Runs the steps of a config."""
+    """Run the steps of a config."""
     try:
         run_pipeline(
             steps=as_dict(cfg.steps),
@@ -59,7 +64,7 @@ def start(cfg: DictConfig) -> None:
             config_dirs=config_dirs(),
         )
     except ConfigError as error:  # here, because Hydra would print the overrides in front of it
-        leave(f"Error: {error}", 2)
+        exit_with(f"Error: {error}", 2)
 
 
 def run_pipeline(
@@ -72,19 +77,19 @@ def run_pipeline(
     config_dirs: list[str],
 ) -> None:
     """
-    Runs what is not done yet, then prints the result.
+    Run the steps that are not done yet, then print the results.
 
     Args:
         steps (`dict[str, list[str]]`):
             Name and overrides of each step, in order. A step's run directory is `<runs_dir>/<project>/<name>`.
         project (`str`), runs_dir (`str`):
-            Where the runs are.
+            Where the runs are: in `<runs_dir>/<project>`.
         program (`list[str]`):
-            Command that the overrides are appended to.
+            Command to which the overrides are appended.
         overrides (`list[str]`):
-            Given to every step, after its own.
+            Overrides for every step, after its own.
         overwrite (`bool`):
-            Whether finished steps that were made by another command are made again.
+            Whether to run finished steps again that were run with other overrides.
         config_dirs (`list[str]`):
             `--config-dir` and its value, or nothing.
 
@@ -108,20 +113,20 @@ def run_pipeline(
     for number, (name, state) in enumerate(states.items(), 1):
         title = f"[{number}/{len(steps)}] {name}"
         if state == "done":
-            print(f"{title}: done, passed over", flush=True)
+            print(f"{title}: done, skipped", flush=True)
             continue
-        command = [*program, *config_dirs, *wanted[name], *BEGIN.get(state, ["overwrite=true"])]
-        print(f"{title}: {shown(command)}", flush=True)
+        command = [*program, *config_dirs, *wanted[name], *START_OVERRIDES.get(state, ["overwrite=true"])]
+        print(f"{title}: {shell_line(command)}", flush=True)
         try:
             code = run(command)
         except KeyboardInterrupt:
-            print(f"\nStopped at the step `{name}`. The same command goes on with it.", file=sys.stderr)
+            print(f"\nStopped at the step `{name}`. The same command resumes it.", file=sys.stderr)
             sys.exit(130)
         if code != 0 or not is_done(project_dir / name):
             status = f"failed (exit status {code})" if code else "ended without being done"
             print(
-                f"\nThe step `{name}` {status}; its own message stands above. When it is mended, the same command "
-                "goes on with this step.",
+                f"\nThe step `{name}` {status}; its own message stands above. When that is fixed, the same command "
+                "resumes with this step.",
                 file=sys.stderr,
             )
             sys.exit(code if code > 0 else 1)
@@ -129,14 +134,14 @@ def run_pipeline(
     if not page.exists() or page.stat().st_mtime < max(
         path.stat().st_mtime for path in project_dir.glob(f"*/{RUN_FILE}")
     ):
-        write_report(project_dir)  # no evaluation has made it since
+        write_report(project_dir)  # no evaluation has written it since
     print("\n" + result(project_dir, list(steps)))
     if all(state == "done" for state in states.values()):
         print("\n" + _ways_out(project, project_dir))
 
 
 def _states(project_dir: Path, wanted: dict[str, list[str]]) -> dict[str, str]:
-    """State of each step's directory. A step made before an earlier one was made again counts as `changed` too."""
+    """Return the state of each step. One that was run before an earlier one was run again counts as `changed` too."""
     states, earlier = {}, ""
     for name, overrides in wanted.items():
         record = read_run(project_dir / name)
@@ -171,7 +176,7 @@ def _ways_out(project: str, project_dir: Path) -> str:
 
 
 def result(project_dir: Path, steps: list[str]) -> str:
-    """The table of the steps, and below it the comparison of the policies where one was made."""
+    """Return the table of the steps and, where the policies were compared, the comparison below it."""
     rows = [_row(project_dir / name, name) for name in steps]
     parts = [table(["step", "time", "metric", "start", "end"], rows)]
     comparison = read_comparison(project_dir)

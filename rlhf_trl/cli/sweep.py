@@ -5,74 +5,78 @@ Hydra multirun over `train.py`: one `accelerate launch train.py` a job, and a ta
     python launch/sweep.py -m stage=dpo seed=1,2 accelerate=ddp 'launch=[--num_processes,"4"]'
 
 Any Hydra launcher and sweeper fits (`hydra/launcher=joblib`, `sweep=optuna`): a job returns the run's objective. Jobs
-that are done are passed over, so the same command goes on where an earlier one ended.
+that are done are skipped, so the same command resumes an earlier sweep.
 """
 
 import itertools
 import math
 import re
 import time
+from argparse import Namespace
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from rlhf_trl.cli.app import run_app
-from rlhf_trl.cli.launcher import BEGIN, launch_command, results_of, run, shown, state_of
-from rlhf_trl.cli.overrides import without_sweeps
-from rlhf_trl.config.command_line import as_typed, config_dirs
+from rlhf_trl.cli.launcher import START_OVERRIDES, launch_command, results_of, run, shell_line, state_of
+from rlhf_trl.cli.overrides import compose, without_sweeps
+from rlhf_trl.config.command_line import config_dirs, unquote_text
 from rlhf_trl.config.values import plain
-from rlhf_trl.runs.conflicts import name_problems
+from rlhf_trl.runs.directory import name_problems
 from rlhf_trl.runs.record import is_done, write_json
 from rlhf_trl.runs.results import SweepJob
 
-# What the sweep reads itself; a run gets a name and a beginning of its own
+# Keys of the sweep itself; each run gets its own name, and is started or resumed by itself
 OWN_KEYS = ("sweep", "accelerate", "launch", "program", "run_name", "resume", "overwrite")
 
 
-# Of these all jobs have the same one: it is the folder that holds them, or how they begin
+# Keys with one value for all jobs: they name the folder of the sweep, or how its jobs start
 ONE_FOR_ALL = ("project", "run_name", "runs_dir", "resume", "overwrite")
 
 
 def main() -> None:
-    """Runs the sweep that the command line describes."""
-    run_app(job, "sweep", problems, "Stopped. The same command goes on with the jobs that are not done.")
+    """Run the sweep that the command line describes."""
+    run_app(job, "sweep", problems, "Stopped. The same command resumes with the jobs that are not done.")
 
 
-def problems(words: list[str], multirun: bool, cfg: DictConfig) -> list[str]:
-    """What a sweep can't do."""
-    if not multirun:
+def problems(args: Namespace) -> list[str]:
+    """Return the problems of a sweep's command line."""
+    cfg, found = compose(without_sweeps(args.overrides), args.config_dirs, "sweep")
+    if cfg is None or found:
+        return found
+    if not args.multirun:
         return ["`launch/sweep.py` is for several runs. Add `-m`; for a single run use `train.py`."]
     if cfg.objective is None:
         return [
-            f"A sweep compares its jobs by a metric, and `stage={cfg.stage.name}` measures none. Start the stage once "
+            f"A sweep compares its jobs by a metric, and `stage={cfg.stage.name}` measures none. Run the stage once "
             "for each value, each time with another `project=...` or `run_name=...`."
         ]
-    several = [word for word in words if without_sweeps([word]) != [word] and name_of(word) in ONE_FOR_ALL]
+    several = [word for word in args.overrides if without_sweeps([word]) != [word] and name_of(word) in ONE_FOR_ALL]
     return name_problems(plain(cfg)[0]) + [
-        f"`{word}`: a sweep has one `{name_of(word)}` for all its jobs, each of which gets a folder of its own. Give "
+        f"`{word}`: a sweep has one `{name_of(word)}` for all its jobs, each of which gets its own folder. Set "
         "one value."
         for word in several
     ]
 
 
 def name_of(override: str) -> str:
-    """`stage.args.x` of `+stage.args.x=1`."""
+    """Return the key of an override, `stage.args.x` of `+stage.args.x=1`."""
     return override.lstrip("+~").split("=")[0]
 
 
 def job(cfg: DictConfig) -> float:
-    """One job of the sweep: runs `train.py` with the job's overrides and returns the run's objective."""
+    """Run `train.py` with the overrides of one job, and return the run's objective."""
     settings = HydraConfig.get()
     number, run_dir = settings.job.num, Path(settings.runtime.output_dir)
-    overrides = [item for item in as_typed(settings.overrides.task) if name_of(item) not in OWN_KEYS]
+    overrides = [item for item in unquote_text(settings.overrides.task) if name_of(item) not in OWN_KEYS]
     program = list(cfg.program or launch_command(cfg.accelerate, cfg.launch))
     outcome = run_job(number, program, config_dirs(), overrides, f"run_name={cfg.run_name}/{number}", run_dir)
     write_json(run_dir.with_suffix(".json"), outcome)  # not in the run directory, which a new start clears
     if outcome.done and outcome.value is not None:
         return outcome.value
     if "BasicSweeper" in settings.sweeper._target_:
-        return math.nan  # it looks at no values, and an exception would end what it shows
+        return math.nan  # it uses no values, and an exception would end its output
     raise RuntimeError(f"Job {number} {outcome.status}: {outcome.message or 'its objective was not measured'}")
 
 
@@ -89,9 +93,9 @@ def run_job(
     log, begun = run_dir.with_suffix(".log"), time.time()
     state = state_of(run_dir, [*overrides, run_name])
     if state != "done":
-        # What was `changed` is train.py's to refuse
-        command = [*program, *config_dirs, *overrides, run_name, *BEGIN.get(state, [])]
-        print(shown(command), flush=True)
+        # `changed` is refused by train.py
+        command = [*program, *config_dirs, *overrides, run_name, *START_OVERRIDES.get(state, [])]
+        print(shell_line(command), flush=True)
         code = run(command, log=log)
         if code != 0 or not is_done(run_dir):
             return SweepJob(
@@ -99,7 +103,7 @@ def run_job(
                 overrides=given,
                 status="failed",
                 seconds=time.time() - begun,
-                message=what_it_said(log) or f"exit status {code}",
+                message=error_message(log) or f"exit status {code}",
                 log=str(log),
             )
     measured = results_of(run_dir)
@@ -115,8 +119,8 @@ def run_job(
     )
 
 
-def what_it_said(log: Path) -> str:
-    """The message at the end of a job's output, without the launcher's words after it; else its last line."""
+def error_message(log: Path) -> str:
+    """Return the error message at the end of a job's output, without the launcher's; else its last line."""
     lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     starts = [i for i, line in enumerate(lines) if re.match(r"(Error|\w+(Error|Exception)): ", line)]
     ours = [i for i in starts if "CalledProcessError" not in lines[i] and "ChildFailedError" not in lines[i]]

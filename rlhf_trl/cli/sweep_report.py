@@ -1,4 +1,4 @@
-"""The table at the end of a sweep: parameters against metrics."""
+"""The report at the end of a sweep, a table of parameters and metrics."""
 
 import sys
 from pathlib import Path
@@ -15,17 +15,17 @@ from rlhf_trl.runs.results import SweepJob
 
 class SweepReport(Callback):
     """
-    A Hydra callback of `launch/sweep.py`: when all jobs have ended it writes `sweep.json` and the report, and prints
+    A Hydra callback of `launch/sweep.py` that writes `sweep.json` and the report when all jobs have ended, and prints
     the table.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
-        """Notes which records are from an earlier sweep in the same directory."""
+        """Remember the records of an earlier sweep in the same directory."""
         self.earlier = {path: path.stat().st_mtime_ns for path in _records(config.hydra.sweep.dir)}
 
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
         """
-        Reads what the jobs left, whatever launcher ran them where.
+        Read the records of all jobs, whichever launcher ran them, and write the report.
 
         Raises:
             SystemExit: if a job failed.

@@ -1,8 +1,8 @@
 """
-The argument names, types and defaults of the classes that YAML fills in, known without importing them.
+Names, types and defaults of the arguments of the classes in conf/, without importing them.
 
-Importing TRL takes seconds; a misspelt key deserves an answer in one. `python -m rlhf_trl.config.argument_names`
-writes `argument_names.json` from the installed libraries, and a test holds the file to them.
+Importing TRL takes seconds; a misspelt key is reported in one. `python -m rlhf_trl.config.argument_names` writes
+`argument_names.json` from the installed libraries, and a test compares the file with them.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ CLASSES = (
 @functools.cache
 def arguments(target: str) -> dict[str, tuple[str, Any]] | None:
     """
-    The arguments of a class, as `{name: (type, default)}`, or `None` for a class the file doesn't know.
+    Return the arguments of a class, as `{name: (type, default)}`, or `None` for a class that isn't in the file.
 
     The type is `"int"`, `"float"`, `"bool"`, `"str"`, or the accepted strings as `"steps|epoch|no"`, followed by `?`
     where `None` is accepted; it is empty where nothing is checked. A default that JSON can't hold is `None`.
@@ -57,7 +57,7 @@ def _read() -> dict[str, dict[str, Any]]:
 
 
 def installed() -> dict[str, dict[str, Any]]:
-    """What the file must hold for the libraries that are installed. Imports them all."""
+    """Return the content of the file for the installed libraries. Imports them all."""
     inspected = {target: _arguments_of(_locate(target)) for target in CLASSES}
     base = inspected[BASE]
     classes: dict[str, dict[str, Any]] = {BASE: base}
@@ -104,7 +104,7 @@ def _plain(default: Any) -> Any:
 
 
 def write() -> None:
-    """Write the file, one argument a line."""
+    """Write the file, one argument per line."""
     blocks = []
     for target, names in installed().items():
         lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(argument)}" for name, argument in names.items())

@@ -1,4 +1,4 @@
-"""Words of a command line, as Hydra reads them and as the user typed them. Imports nothing heavy."""
+"""Overrides of a command line: text in them, and the quotes that Hydra needs around it. Imports nothing heavy."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-# Keys of text, where what looks like a number is meant as it was typed; all below the first ones
+# Keys of text, where a value that looks like a number is text; of the first ones all keys below them
 TEXT_NODES = {"columns", "policies", "sweeps", "tags"}
 TEXT = {
     *("project", "run_name", "run", "policy", "stage.baseline", "stage.gold", "objective", "runs_dir", "run_dir"),
@@ -17,38 +17,38 @@ TEXT = {
 
 
 def is_text_key(path: str) -> bool:
-    """Return whether the value at a dotted path is text (or null), whatever it looks like."""
+    """Return whether the value at a dotted path is text (or null), even if it looks like a number."""
     names = path.split(".")
     return bool({names[-1], path} & TEXT or TEXT_NODES & set(names))
 
 
 def config_dirs() -> list[str]:
-    """Return `--config-dir` as it was given to this Hydra app, for the command lines of its steps."""
+    """Return the `--config-dir` of this Hydra app and its value, for the command lines of its steps."""
     from hydra.core.hydra_config import HydraConfig
 
     sources = HydraConfig.get().runtime.config_sources
     return [part for source in sources if source.provider == "command-line" for part in ("--config-dir", source.path)]
 
 
-# Characters with a meaning in Hydra's grammar, or not allowed in it
-SIGNS = re.compile(r"""[^\w\s.:/@$%|?*+\\-]|[^\x00-\x7f]|[\n*]""")
-TYPED: dict[str, str] = {}  # the word as typed, by the result of `as_meant`
+# Characters with a meaning in Hydra's grammar of values, or outside of it
+SPECIAL_CHARACTERS = re.compile(r"""[^\w\s.:/@$%|?*+\\-]|[^\x00-\x7f]|[\n*]""")
+UNQUOTED: dict[str, str] = {}  # by the override that `quote_text` returned
 
 
-def as_meant(argv: Sequence[str]) -> list[str]:
+def quote_text(argv: Sequence[str]) -> list[str]:
     """
-    Return the words of a command line with quotes around text that the grammar of Hydra would not read as text: a run
-    called `2024` or `1_1`, a path with `=`, brackets or non-ASCII letters, a regular expression. [`as_typed`] removes
-    the quotes again.
+    Put quotes around those values of a command line that are text and that Hydra's grammar would read as something
+    else or not at all: a run called `2024` or `1_1`, a path with `=`, brackets or non-ASCII letters, a regular
+    expression. [`unquote_text`] removes them.
     """
     words = [_quoted(word) for word in argv]
-    TYPED.update({word: typed for word, typed in zip(words, argv, strict=True) if word != typed})
+    UNQUOTED.update({word: typed for word, typed in zip(words, argv, strict=True) if word != typed})
     return words
 
 
-def as_typed(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line as they were before [`as_meant`]."""
-    return [TYPED.get(word, word) for word in words]
+def unquote_text(words: Sequence[str]) -> list[str]:
+    """Return overrides as they were before [`quote_text`]."""
+    return [UNQUOTED.get(word, word) for word in words]
 
 
 def _quoted(word: str) -> str:
@@ -62,19 +62,19 @@ def _quoted(word: str) -> str:
     if items:
         quoted = f"{key}=[{','.join(_quote(item.strip()) for item in items.group(1).split(','))}]"
     elif value[0] in "[{'\"" or "${" in value:
-        return word  # it was meant as grammar
+        return word  # grammar on purpose
     else:
         quoted = f"{key}={_quote(value)}"
     return quoted if parse_override(quoted) is not None else word
 
 
 def _quote(text: str) -> str:
-    # In quotes a backslash means itself, but before a quote
+    # Within quotes a backslash is literal, except before a quote
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + "\\'" * bool(found[2]), text) + "'"
 
 
 def parse_override(word: str) -> Override | None:
-    """Return a parsed override, `None` if it can't be parsed."""
+    """Return an override as Hydra reads it, `None` for one that it can't read."""
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException:

@@ -1,9 +1,8 @@
 """
-What a dot path such as `trl.DPOConfig` or `my_rewards.brevity` leads to.
+Dot paths such as `trl.DPOConfig` or `my_rewards.brevity`: whether they exist, and the object they name.
 
-[`problem`] tells whether it leads to anything, without importing: modules are found as files and their names read from
-the syntax tree. What can't be decided so (names made at run time) counts as present; [`find`], which imports, tells
-later.
+[`problem`] looks without importing: modules are found as files and their names read from the syntax tree. Names that
+are made at run time count as present; [`find`], which imports, reports them later.
 """
 
 import ast
@@ -19,12 +18,12 @@ from pathlib import Path
 import hydra.utils
 from hydra.errors import InstantiationException
 
-from rlhf_trl.errors import ConfigError, own_code
+from rlhf_trl.errors import ConfigError, user_location
 from rlhf_trl.hints import did_you_mean, nearest
 
 
 def problem(path: str) -> str | None:
-    """Why nothing is to be found at `path` (a sentence or two), or `None` where something may be."""
+    """Return the problem of a dot path that doesn't exist (a sentence or two), `None` where it may exist."""
     head, *rest = path.split(".")
     if not head.isidentifier() or not rest:
         return f"`{path}` is no dot path. Write it as `module.name`, without `.py` and slashes."
@@ -58,14 +57,14 @@ def problem(path: str) -> str | None:
 
 def find(path: str) -> functools.partial:
     """
-    Return what is at a dot path, as a partial without arguments, by the rule that Hydra has for a `_target_`: what
-    could run any code or delete files (`os.system`, `shutil.rmtree`) is refused, however it is named.
+    Import the object at a dot path, as a partial without arguments, by Hydra's rules for a `_target_`: functions that
+    run any code or delete files (`os.system`, `shutil.rmtree`) are refused under any name.
 
     Raises:
         ConfigError: if it can't be imported, isn't callable or is refused.
     """
     try:
-        with contextlib.chdir(os.curdir):  # and back: a module may go elsewhere when it is imported
+        with contextlib.chdir(os.curdir):  # importing a module may change the working directory
             return hydra.utils.instantiate({"_target_": path, "_partial_": True})
     except SystemExit as error:
         raise ConfigError(f"`{path}` can't be imported: its module ends the program (`sys.exit()`).") from error
@@ -78,7 +77,7 @@ def find(path: str) -> functools.partial:
             cause = cause.__cause__
         if isinstance(cause, SyntaxError):
             raise ConfigError(f"`{path}` can't be imported: {syntax_problem(cause)}. Fix that line.") from error
-        where = f" ({place})" if (place := own_code(cause)) else ""
+        where = f" ({place})" if (place := user_location(cause)) else ""
         raise ConfigError(f"`{path}` can't be imported: {type(cause).__name__}: {cause}{where}.") from error
 
 
@@ -92,33 +91,33 @@ def signature(function: Callable) -> list[inspect.Parameter]:
     Return the parameters of a callable.
 
     Raises:
-        ConfigError: for one that has no signature, as some of C.
+        ConfigError: for one without a signature, such as some written in C.
     """
     try:
         return list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"The arguments of {function!r} can't be told: {error}. Name a Python function.") from error
+        raise ConfigError(f"The arguments of {function!r} aren't known: {error}. Name a Python function.") from error
 
 
 def not_taken(function: Callable, names: Collection[str], strict: bool = False, given: Collection[str] = ()) -> dict:
     """
-    Return those of the argument `names` that a callable doesn't take, each with a hint at what was meant.
+    Return the argument `names` that a callable doesn't take, each with a suggestion.
 
     Args:
-        strict (`bool`): whether one with `**kwargs`, which takes any name, is yet not to take one that looks like a
-            name in its signature: a reward function has them for the data's columns, and would go on with a default.
-        given (`Collection[str]`): arguments that are passed besides, and so can't have been meant.
+        strict (`bool`): whether a callable with `**kwargs` is not to take names that look like one in its signature:
+            a reward function has `**kwargs` for the data's columns, and would silently use a default.
+        given (`Collection[str]`): arguments that are passed anyway, and so are no suggestion.
     """
     parameters = signature(function)
     own = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - set(given)
     unknown = [name for name in names if name not in own]
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         unknown = [name for name in unknown if strict and nearest(name, own - set(names))]
-    return {name: did_you_mean(name, own) or "Leave it out." for name in unknown}
+    return {name: did_you_mean(name, own) or "Remove it." for name in unknown}
 
 
 def _follow(spec: importlib.machinery.ModuleSpec, rest: list[str]) -> tuple[Path | None, list[str]]:
-    """The source file of the innermost module along the path (`None`: not readable as source) and the names left."""
+    """Return the source file of the innermost module on the path, `None` if it has no source, and the names left."""
     module = Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
     folders = [Path(folder) for folder in spec.submodule_search_locations or []]
     for i, name in enumerate(rest):
@@ -136,7 +135,7 @@ def _follow(spec: importlib.machinery.ModuleSpec, rest: list[str]) -> tuple[Path
 
 
 def _names(module: Path) -> set[str] | None:
-    """The names a module defines at its top level; `None` where some are made at run time."""
+    """Return the names that a module defines at its top level, `None` where some are made at run time."""
     names: set[str] = set()
     for node in _top_level(ast.parse(module.read_text(encoding="utf-8"), filename=str(module)).body):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -152,7 +151,7 @@ def _names(module: Path) -> set[str] | None:
 
 
 def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements of a module's top level, those inside `if`, `try` and `with` included."""
+    """Yield the statements of a module's top level, including those inside `if`, `try` and `with`."""
     for node in body:
         yield node
         if isinstance(node, ast.If | ast.Try | ast.With):

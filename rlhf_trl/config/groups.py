@@ -1,11 +1,11 @@
-"""Groups of the config and their options, as a user types them."""
+"""Groups of the config and their options."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-# The group whose options are whole runs, as files of differences in folders of any depth; by config
+# The group whose options are whole runs, in folders of any depth; by config
 WHOLE_RUNS = {"train": "experiment", "sweep": "experiment", "pipeline": "pipeline"}
-# The folder of a group with what its options share
+# The folder of a group with the keys that its options share
 BASE = "_base"
 # `hydra.help.template`. Hydra's own lists base files as options, and each folder of experiments as a group
 HELP = """\

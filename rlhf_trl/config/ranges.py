@@ -1,8 +1,9 @@
 """
-What values an argument takes: one table for the command line, the dry run and the classes themselves. Imports nothing
-heavy.
+Ranges of options: their notation, and those of the arguments of TRL, PEFT and transformers. Imports nothing heavy.
 
-A rule is `bool`, `text`, the choices `a|b|c`, or an interval of numbers in mathematical notation, `(0, inf)` or
+The ranges of our own classes stand beside them, in the module `options` of their folder (`rlhf_trl.ppo.options`, ...),
+which imports no torch, so that the command line, the dry run and the classes themselves allow the same values. A rule
+is `bool`, `text`, the choices `a|b|c`, or an interval of numbers in mathematical notation, `(0, inf)` or
 `[0, 1]`, with `int` before it for whole numbers only; `?` at its end allows null. NaN and infinity are in none.
 """
 
@@ -60,60 +61,14 @@ ROLLOUTS = {
     "epsilon": NONNEGATIVE,
 }
 GRPO = ROLLOUTS | {"epsilon_high": f"{NONNEGATIVE}?", "delta": f"{POSITIVE}?"}
-PPO = GRPO | {
-    "kl_estimator": "k1|k2|k3",
-    "gamma": SHARE,
-    "lam": SHARE,
-    "vf_coef": NONNEGATIVE,
-    "cliprange_value": NONNEGATIVE,
-    "entropy_coef": NONNEGATIVE,
-    "missing_eos_penalty": f"{NONNEGATIVE}?",
-    "missing_eos_score": f"{NUMBER}?",
-    "length_penalty": NONNEGATIVE,
-    "total_episodes": f"{COUNT}?",
-    "ratio_threshold": "(1, inf)?",  # the ratio of a policy that didn't change is 1
-    "ptx_coef": NONNEGATIVE,
-    "critic": "head|adapter|model",
-    "critic_dtype": "float32|bfloat16|float16?",
-    "critic_learning_rate": f"{NONNEGATIVE}?",
-    "critic_warmup_steps": "int [0, inf)",
-    "ref_dtype": "float32|bfloat16|float16?",
-    "head_init": "zero|normal",
-    "max_invalid_fraction": SHARE,
-}
-REWARD_MODEL = {
-    "loss_type": "pairwise|plackett_luce",
-    "label_smoothing": "[0, 0.5)",
-    "head_init": "normal?",
-    "calibrate_on": "all|best",
-    "center_rewards_coefficient": f"{NONNEGATIVE}?",
-}
 MAX_LENGTH = {"max_length": f"{COUNT}?"}
-KL = {"guard": f"{POSITIVE}?", "guard_action": "stop|skip"}
-ADAPTIVE_KL = KL | {"target": POSITIVE, "horizon": POSITIVE}
-FINAL_KL = KL | {"final": NONNEGATIVE}
-HEALTH = {"baseline": COUNT, "window": COUNT}
-REWARD_NORM = {"clip": f"{POSITIVE}?"}
-MOVING_NORM = REWARD_NORM | {"shift_mean": "bool"}
-REFERENCE_NORM = REWARD_NORM | {"rows": "int [2, inf)", "mean": f"{NUMBER}?", "std": f"{POSITIVE}?"}
-REWARD = {"weight": NUMBER}
-MODEL_REWARD = REWARD | {
-    "batch_size": COUNT,
-    "std_coef": NONNEGATIVE,
-    "trust_remote_code": "bool",
-    "dtype": "auto|float32|bfloat16|float16?",
-}
-HTTP_REWARD = REWARD | {"timeout": POSITIVE, "retries": "int [0, inf)", "backoff": NONNEGATIVE, "batch_size": COUNT}
-LIMITS = {"max_samples": f"{COUNT}?", "max_eval_samples": f"{COUNT}?"}
-ROWS = LIMITS | {"eval_size": f"{POSITIVE}?", "to_chat": "bool"}
-JUDGE = {"all_pairs": "bool"}
 DPO_LOSSES = (
     "sigmoid|hinge|ipo|exo_pair|nca_pair|robust|bco_pair|sppo_hard|aot|aot_unpaired|apo_zero|apo_down|discopop|sft|"
     "sigmoid_norm"
 )
 GRPO_LOSSES = "grpo|bnpo|dr_grpo|dapo|luspo|cispo|sapo|vespo"
 
-# By what `_target_` names
+# By the dot path of a `_target_`
 RULES: dict[str, dict[str, str]] = {
     "trl.SFTConfig": TRAINING | MAX_LENGTH | {"loss_type": "nll|dft"},
     "trl.DPOConfig": TRAINING
@@ -131,68 +86,12 @@ RULES: dict[str, dict[str, str]] = {
     "trl.RewardConfig": TRAINING | MAX_LENGTH | {"center_rewards_coefficient": f"{NONNEGATIVE}?"},
     "trl.GRPOConfig": TRAINING | GRPO | {"loss_type": GRPO_LOSSES},
     "trl.RLOOConfig": TRAINING | ROLLOUTS,
-    "rlhf_trl.ppo.PPOConfig": TRAINING | PPO,
-    "rlhf_trl.reward_modeling.RewardConfig": TRAINING | MAX_LENGTH | REWARD_MODEL,
     "peft.LoraConfig": {"r": COUNT, "lora_alpha": POSITIVE, "lora_dropout": "[0, 1)", "bias": "none|all|lora_only"},
     "transformers.BitsAndBytesConfig": {
         "load_in_4bit": "bool",
         "load_in_8bit": "bool",
         "bnb_4bit_quant_type": "fp4|nf4",
     },
-    "rlhf_trl.callbacks.kl.FixedKL": KL,
-    "rlhf_trl.callbacks.kl.AdaptiveKL": ADAPTIVE_KL,
-    "rlhf_trl.callbacks.kl.LinearKL": FINAL_KL,
-    "rlhf_trl.callbacks.kl.CosineKL": FINAL_KL,
-    "rlhf_trl.callbacks.health.HealthMonitor": HEALTH,
-    "rlhf_trl.callbacks.reward_norm.RewardNorm": REWARD_NORM,
-    "rlhf_trl.callbacks.reward_norm.BatchNorm": MOVING_NORM,
-    "rlhf_trl.callbacks.reward_norm.RunningNorm": MOVING_NORM,
-    "rlhf_trl.callbacks.reward_norm.ReferenceNorm": REFERENCE_NORM,
-    "rlhf_trl.rewards.FunctionReward": REWARD,
-    "rlhf_trl.rewards.ModelReward": MODEL_REWARD,
-    "rlhf_trl.rewards.AdapterReward": MODEL_REWARD,
-    "rlhf_trl.rewards.HttpReward": HTTP_REWARD,
-    "rlhf_trl.tasks.demo.load": LIMITS | {"conversational": "bool"},
-    "rlhf_trl.data.load_files": ROWS,
-    "rlhf_trl.data.load_hub": ROWS,
-    "rlhf_trl.data.mix": LIMITS | {"repeat": "bool"},
-    "rlhf_trl.tasks.reviews.data.load": LIMITS
-    | {"prompt_words": COUNT, "rounds": COUNT, "min_gap": NONNEGATIVE, "judge_share": SHARE},
-    "rlhf_trl.data.filter_prompts": {"max_prompt_length": f"{COUNT}?"},
-    "rlhf_trl.evaluation.judges.RewardJudge": {"tie_margin": NONNEGATIVE},
-    "rlhf_trl.evaluation.judges.ModelJudge": JUDGE | {"max_new_tokens": COUNT, "batch_size": COUNT},
-    "rlhf_trl.evaluation.judges.HTTPJudge": JUDGE
-    | {"timeout": POSITIVE, "retries": "int [0, inf)", "concurrency": COUNT, "max_tokens": COUNT},
-    "rlhf_trl.models.scratch.word_tokenizer": {"vocab_size": COUNT, "min_frequency": COUNT, "lowercase": "bool"},
-}
-# By their place
-RUN = {
-    "seed": SEED,
-    "resume": "bool",
-    "overwrite": "bool",
-    "merge": "bool",
-    "dry_run": "bool",
-    "model.trust_remote_code": "bool",
-    "logger.log_model": "bool",
-    "stage.members": COUNT,
-    "stage.temperature": NONNEGATIVE,
-    "stage.max_completion_length": COUNT,
-    "stage.batch_size": COUNT,
-    "stage.n": COUNT,
-    "stage.max_prompts": f"{COUNT}?",
-    "stage.to_chat": "bool?",
-    "stage.remember": "bool",
-    "stage.score": "bool",
-    "stage.checkpoints": "bool",
-    "stage.references": "bool",
-    "stage.show": "bool",
-    "stage.best_of_n": "int [0, inf)",
-    "stage.best_of_n_batch_size": f"{COUNT}?",
-    "stage.like_length": NONNEGATIVE,
-    "stage.bins": COUNT,
-    "stage.completions": "int [2, inf)",
-    "stage.gaps_above": "numbers?",
-    "stage.task_type": "CAUSAL_LM|SEQ_CLS",
 }
 
 
@@ -249,12 +148,12 @@ def check_values(
     rules: Mapping[str, str], values: Mapping[str, Any], prefix: str = "", error: type[ValueError] = ConfigError
 ) -> None:
     """
-    Stop at values that their rules don't allow.
+    Raise an error for values that their rules don't allow.
 
     Args:
         rules (`Mapping[str, str]`): by argument.
-        values (`Mapping[str, Any]`): by argument; those without a rule are passed over.
-        prefix (`str`): where the config has the arguments, for the message, with a dot at the end.
+        values (`Mapping[str, Any]`): by argument; those without a rule are skipped.
+        prefix (`str`): key of the arguments in the config, for the message, with a dot at the end.
         error (`type`): the exception to raise.
 
     Raises:

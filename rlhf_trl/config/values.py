@@ -1,9 +1,7 @@
-"""The composed config as plain values, which is what the checks look at."""
+"""The composed config as plain values, for the checks."""
 
-import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -11,8 +9,8 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 
 def plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str]]:
-    """The config as nested dicts and lists with interpolations resolved, and what has no value (`None` there)."""
-    problems: dict[str, str] = {}  # by cause: what several keys read is said once
+    """Return the resolved config as nested dicts and lists, and the problems of keys without a value."""
+    problems: dict[str, str] = {}  # by cause: a value that several keys read is reported once
 
     def convert(node: Any, path: str) -> Any:
         if isinstance(node, DictConfig):
@@ -23,7 +21,7 @@ def plain(cfg: DictConfig) -> tuple[dict[str, Any], list[str]]:
 
     def value(node: DictConfig | ListConfig, key: Any, path: str) -> Any:
         if OmegaConf.is_missing(node, key):
-            problems[path] = f"`{path}` has no value. Type `{path}=...`."
+            problems[path] = f"`{path}` has no value. Set `{path}=...`."
             return None
         try:
             return convert(node[key], path)
@@ -50,23 +48,23 @@ def as_dict(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
 def _unresolved(path: str, message: str) -> tuple[str, str]:
     if match := re.search(r"Environment variable '(.+?)' not found", message):
         name = match.group(1)
-        way = f"Type `{path}=...`, or set it for good: `export {name}=...`."
+        way = f"Set `{path}=...`, or set it permanently: `export {name}=...`."
         return name, f"`{path}` is read from the environment variable `{name}`, which is not set. {way}"
     return (
         message,
-        f"`{path}` can't be resolved: {message.rstrip('.')}. Type `{path}=...`, or mend the file it comes from.",
+        f"`{path}` can't be resolved: {message.rstrip('.')}. Set `{path}=...`, or fix the file it comes from.",
     )
 
 
 def sources(cfg: DictConfig) -> dict[str, str]:
-    """The arguments whose value is another key's, `${seed}`, and that key."""
+    """Return the arguments whose value is an interpolation of another key, `${seed}`, and that key."""
     raw = flatten(as_dict(cfg, resolve=False).get("stage", {}).get("args") or {}, "stage.args")
     found = {path: re.fullmatch(r"\$\{(\w[\w.]*)\}", value) for path, value in raw.items() if isinstance(value, str)}
     return {path: match.group(1) for path, match in found.items() if match}
 
 
 def nodes(values: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """All dicts of the config with their path."""
+    """Yield all dicts of the config with their path."""
     if isinstance(values, dict):
         yield path, values
         for key, child in values.items():
@@ -77,7 +75,7 @@ def nodes(values: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def texts(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """All strings of the config with their path."""
+    """Yield all strings of the config with their path."""
     if isinstance(values, str):
         yield path, values
     items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
@@ -86,7 +84,7 @@ def texts(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def at(values: dict[str, Any], path: str) -> Any:
-    """The value at a dotted path, `None` where there is none."""
+    """Return the value at a dotted path, `None` where there is none."""
     node: Any = values
     for key in path.split("."):
         node = node.get(key) if isinstance(node, dict) else None
@@ -94,22 +92,13 @@ def at(values: dict[str, Any], path: str) -> Any:
 
 
 def section(values: dict[str, Any], path: str) -> dict[str, Any]:
-    """The dict at a dotted path, empty where there is none."""
+    """Return the dict at a dotted path, empty where there is none."""
     node = at(values, path)
     return node if isinstance(node, dict) else {}
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`; lists and empty dicts stay as they are."""
+    """Return `{"a": {"b": 1}}` as `{"a.b": 1}`; lists and empty dicts are values."""
     if not isinstance(value, dict) or not value:
         return {path: value}
     return {k: v for key, child in value.items() for k, v in flatten(child, f"{path}.{key}" if path else key).items()}
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, `None` where there is no such file or none that can be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None

@@ -8,7 +8,8 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from rlhf_trl.config.ranges import PPO, TRAINING, check_values
+from rlhf_trl.config.ranges import TRAINING, check_values
+from rlhf_trl.ppo.options import MINI_BATCHES, PPO
 from rlhf_trl.terminal import say
 
 # Inherited options that would do nothing, or something else than their name says, in a per-token PPO. Each is held to
@@ -148,7 +149,7 @@ class PPOConfig(GRPOConfig):
 
     def __post_init__(self):
         if self.steps_per_generation is None and self.generation_batch_size is None:
-            self.steps_per_generation = 4 * self.gradient_accumulation_steps
+            self.steps_per_generation = MINI_BATCHES * self.gradient_accumulation_steps
         if self.ddp_find_unused_parameters is None:
             # every trainable parameter, the value head's too, is used in every forward: looking for others costs time
             self.ddp_find_unused_parameters = False

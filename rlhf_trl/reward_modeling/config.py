@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 import trl
 
-from rlhf_trl.config.ranges import REWARD_MODEL, TRAINING, check_values
+from rlhf_trl.config.ranges import TRAINING, check_values
+from rlhf_trl.reward_modeling.options import REWARD_MODEL
 
 KINDS = ("pairwise", "plackett_luce")
 

@@ -25,7 +25,7 @@ _MODULES = {
 
 
 def __getattr__(name: str):
-    # The checks read `rlhf_trl.rewards.options` before torch is imported, so the classes are imported when asked for
+    # The checks read `options` before torch is imported, so the classes are imported on first use
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

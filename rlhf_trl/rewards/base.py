@@ -6,7 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_trl.config.ranges import REWARD, check_values
+from rlhf_trl.config.ranges import check_values
+from rlhf_trl.rewards.options import REWARD
 
 # Arguments of a reward that aren't columns of the data: ours and those of TRL's trainers. Columns have other names
 RESERVED_COLUMNS = (

@@ -29,13 +29,13 @@ from typing import Any, NamedTuple
 import httpx
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_trl.config.ranges import HTTP_REWARD, check_values
+from rlhf_trl.config.ranges import check_values
 from rlhf_trl.data.formats import PASSED_ON
 from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.fingerprints import tokenizer_fingerprint
 from rlhf_trl.rewards.base import RESERVED_COLUMNS, BaseReward
-from rlhf_trl.rewards.options import http_problems
+from rlhf_trl.rewards.options import HTTP_REWARD, http_problems
 
 logger = logging.getLogger(__name__)
 

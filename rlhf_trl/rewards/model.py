@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_trl.config.ranges import MODEL_REWARD, check_values
+from rlhf_trl.config.ranges import check_values
 from rlhf_trl.data.chat_template import template_kwargs, trained_template_kwargs
 from rlhf_trl.data.formats import PASSED_ON
 from rlhf_trl.data.tokenize import end_tokens, row_ids, written_row_ids
@@ -24,7 +24,7 @@ from rlhf_trl.models.sizes import check_rows, sizes_of
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.patches.peft import active_adapter
 from rlhf_trl.rewards.base import BaseReward
-from rlhf_trl.rewards.options import ensemble_problem
+from rlhf_trl.rewards.options import MODEL_REWARD, ensemble_problem
 from rlhf_trl.runs.paths import ensemble_members
 
 logger = logging.getLogger(__name__)

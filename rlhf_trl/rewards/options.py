@@ -1,5 +1,5 @@
 """
-Rules of the options of rewards: servers, ensembles, combinations, normalizers.
+Rules of the options of rewards: ranges, servers, ensembles, combinations.
 
 The classes call them when they are made, and `rlhf_trl.checks` before anything loads, so this module imports no torch.
 """
@@ -9,8 +9,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from rlhf_trl.config.ranges import COUNT, NONNEGATIVE, NUMBER, POSITIVE
 from rlhf_trl.hints import did_you_mean
 
+REWARD = {"weight": NUMBER}
+MODEL_REWARD = REWARD | {
+    "batch_size": COUNT,
+    "std_coef": NONNEGATIVE,
+    "trust_remote_code": "bool",
+    "dtype": "auto|float32|bfloat16|float16?",
+}
+HTTP_REWARD = REWARD | {"timeout": POSITIVE, "retries": "int [0, inf)", "backoff": NONNEGATIVE, "batch_size": COUNT}
+RULES = {
+    "rlhf_trl.rewards.FunctionReward": REWARD,
+    "rlhf_trl.rewards.ModelReward": MODEL_REWARD,
+    "rlhf_trl.rewards.AdapterReward": MODEL_REWARD,
+    "rlhf_trl.rewards.HttpReward": HTTP_REWARD,
+}
 ENSEMBLES = ("mean", "min", "mean_minus_std")
 
 
@@ -124,23 +139,4 @@ def product_problem(normalizer: str) -> str | None:
     return (
         f"`combine=product` takes rewards of 0 or more, and `{normalizer}` brings about half of them below. Set "
         "`reward_norm=none`, or another `combine`."
-    )
-
-
-def normalizer_problem(args: Mapping[str, Any]) -> str | None:
-    """Return the trainer's argument that would cancel a reward normalizer, `None` if there is none."""
-    if args.get("scale_rewards") in ("group", "batch", True):
-        cause, way = f"scale_rewards={args['scale_rewards']}", "scale_rewards=none"
-        what = "divides the advantages by the std of their rewards, whatever scale these have"
-    elif args.get("multi_objective_aggregation") == "normalize_then_sum":
-        cause, way = "multi_objective_aggregation=normalize_then_sum", "multi_objective_aggregation=sum_then_normalize"
-        what = "normalizes every reward function over a prompt's completions"
-    elif args.get("normalize_advantages") and args.get("beta") == 0:
-        cause, way = "normalize_advantages=true", "normalize_advantages=false"
-        what = "with `stage.args.beta=0` brings advantages to std 1, whatever scale the rewards have"
-    else:
-        return None
-    return (
-        f"A reward normalizer would be cancelled: `stage.args.{cause}` {what}. Set `stage.args.{way}`, or "
-        "`reward_norm=none`."
     )

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, model_validator
 from torch import nn
 
-from rlhf_trl.errors import ConfigError, own_code
+from rlhf_trl.errors import ConfigError, user_location
 from rlhf_trl.models.fingerprints import tokenizer_fingerprint
 from rlhf_trl.rewards.base import RESERVED_COLUMNS, Reward
 from rlhf_trl.rewards.http import json_number
@@ -107,7 +107,7 @@ def application(reward: Reward, token: str | None = None) -> Application:
             raise HTTPException(503, _json_text(f"out of memory: {error}")) from error
         except (Exception, SystemExit) as error:
             # The same request would fail again, so the status is none that a client retries
-            place = f" ({own_code(error)})" if own_code(error) else ""
+            place = f" ({user_location(error)})" if user_location(error) else ""
             detail = _json_text(f"the reward `{reward.__name__}` raised {type(error).__name__}: {error}{place}")
             logger.warning("%s", detail)
             raise HTTPException(422, detail) from error

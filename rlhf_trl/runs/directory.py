@@ -1,152 +1,267 @@
 """
-A run's directory while it is written: claimed by one process, and with the run that it overwrites kept aside until the
-new one has begun. Imports nothing heavy.
+The directory of a run: whether a new run may open it, resume the one in it, or overwrite it, and the backup of an
+overwritten run until the new one has begun. Imports nothing heavy.
 """
 
-import fcntl
 import os
 import shutil
-import socket
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_trl.config.values import at, flatten, plain
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.runs.checkpoints import last_checkpoint
+from rlhf_trl.runs.lock import LOCK_FILE, in_use_problem, lock_owner
+from rlhf_trl.runs.paths import MODEL_FILES, read_paths
+from rlhf_trl.runs.record import CONFIG_FILE, RUN_FILE, is_done, read_run
+from rlhf_trl.runs.results import RunRecord
 
-LOCK = ".lock"
-OLD = ".overwritten"  # the earlier run, whole
-MOVING = f"{OLD}.partial"  # on its way there or back
-GONE = f"{OLD}.deleted"
-# Hydra's folder and logs are of the new run already: Hydra writes them before anything of ours is called
-KEPT = {".hydra", LOCK, OLD, MOVING, GONE}
+# Files that a run would write its own over
+MODELS = ("*.safetensors", "*.bin", *MODEL_FILES, "checkpoint-*/")
+# A resumed run may differ in these from its beginning: none of them can change the weights
+FREE_KEYS = (
+    "resume",
+    "overwrite",
+    "merge",
+    "dry_run",
+    "logger",
+    "health",
+    "runs_dir",
+    "run_dir",
+    "stage.args.output_dir",
+    "stage.args.report_to",
+    "stage.args.save_strategy",
+    "stage.args.save_steps",
+    "stage.args.save_total_limit",
+    "stage.args.logging_steps",
+    "stage.args.logging_first_step",
+    "stage.args.disable_tqdm",
+)
+BACKUP = ".overwritten"  # the earlier run, all of it
+MOVING = f"{BACKUP}.partial"  # on its way there or back
+DELETED = f"{BACKUP}.deleted"
+# Hydra's folder and logs are the new run's already: Hydra writes them before anything of ours is called
+KEPT = {".hydra", LOCK_FILE, BACKUP, MOVING, DELETED}
 
 
-@contextmanager
-def claimed(run_dir: str | os.PathLike) -> Iterator[None]:
+def name_problems(values: dict[str, Any]) -> list[str]:
+    """Return the problems of the names that make the run directory: each must be one path below its parent."""
+    problems = []
+    for key in [key for key in ("runs_dir", "run_dir") if key in values]:
+        if not values[key]:
+            problems.append(f"`{key}` is empty. Set `{key}=FOLDER`, or remove it.")
+    for key in [key for key in ("project", "run_name") if key in values]:
+        name = values[key]
+        if isinstance(name, int | float):
+            continue  # reported with all other text that YAML reads as a number
+        if key == "run_name" and name == "report" != at(values, "stage.name"):
+            problems.append("`run_name` is `report`, the folder of the project's page. Set another `run_name=...`.")
+            continue
+        if isinstance(name, str) and all(part.strip() not in ("", ".", "..") for part in name.split("/")):
+            continue
+        shown = f"`{name}`, which is no folder below" if str(name or "").strip() else "empty, and names a folder in"
+        above = "`runs_dir`" if key == "project" else "the project's"
+        problems.append(
+            f"`{key}` is {shown} {above}. Set a name such as `{key}=mine`; parts of it may be joined by a `/`."
+        )
+    return problems
+
+
+def run_directory_problems(values: dict[str, Any]) -> list[str]:
     """
-    Claim a run directory, which is made if need be, for this process alone. Call it on rank 0.
+    Return what keeps a run from opening its directory as the config says: new, with `resume` or with `overwrite`.
 
-    The claim is a lock of the operating system's on the file `.lock`: it ends with the process, however that ends. The
-    file says whose it is.
-
-    Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if another process has claimed it.
+    A directory is used when it holds `run.json`; Hydra's `.hydra` alone is no run.
     """
+    if problems := name_problems(values):
+        return problems
+    run_dir, resume, overwrite = Path(values["run_dir"]), values.get("resume") is True, values.get("overwrite") is True
+    if resume and overwrite:
+        return ["`resume=true` continues a run and `overwrite=true` deletes it. Set only one of them."]
+    if owner := lock_owner(run_dir):
+        return [in_use_problem(run_dir, owner)]
     try:
-        os.makedirs(run_dir, exist_ok=True)
-        descriptor = os.open(Path(run_dir, LOCK), os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ConfigError(f"`{run_dir}` can't be written: {error.strerror}. Set another `runs_dir=...`.") from error
-    try:
-        _lock(descriptor, run_dir)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
-        yield
-    finally:
-        with suppress(OSError):  # not by `close` alone: a forked worker that is still there holds the lock as well
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
+        record = read_run(run_dir)
+    except ConfigError:
+        record = None
+    if foreign := _foreign(run_dir, record):
+        remedy = ", or delete the folder if it is a damaged run of yours" if RUN_FILE in foreign else ""
+        return [f"`{run_dir}` {foreign}, so it is not a run directory. Set another `run_name=...`{remedy}."]
+    if record is None:
+        return [f"`{run_dir}` holds no run, so there is nothing to resume. Remove `resume=true`."] if resume else []
+    status = record.status
+    if resume:
+        return _resume_problems(run_dir, status, values)
+    if overwrite:
+        return _overwrite_problems(run_dir, values)
+    resumed = "resume it: `resume=true`"
+    if status == "done":
+        resumed = "it is finished, so `resume=true` has nothing to do"
+    return [
+        f"`{run_dir}` already holds a run (its status is `{status}`). Ways out: {resumed}; keep it and start another: "
+        "`run_name=...`; delete it and start again: `overwrite=true`."
+    ]
 
 
-def _lock(descriptor: int, run_dir: str | os.PathLike) -> None:
-    for _ in range(20):  # somebody may be looking at it just now, see `holder`
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.05)
-        except OSError as error:
-            print(f"`{run_dir}` can't be locked ({error.strerror}): don't start the same run a second time.")
-            return None
-    raise ConfigError(under_way(run_dir, _owner(descriptor)))
+def _foreign(run_dir: Path, record: RunRecord | None) -> str | None:
+    """Return what shows that something else than a run of ours is in a directory, `None` where nothing does."""
+    if (run_dir / RUN_FILE).exists():
+        return None if record is not None and record.stage else f"holds a `{RUN_FILE}` that isn't ours"
+    if run_dir.exists() and not run_dir.is_dir():
+        return "is a file"
+    models = [path.name for pattern in MODELS for path in run_dir.glob(pattern)]
+    return f"holds a model (`{models[0]}`) without `{RUN_FILE}`" if models else None
 
 
-def holder(run_dir: str | os.PathLike) -> tuple[int, str] | None:
-    """Process id and host of the process that has claimed a run directory, if it is another one than this."""
-    try:
-        descriptor = os.open(Path(run_dir, LOCK), os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = _owner(descriptor)
-        return None if owner == (os.getpid(), socket.gethostname()) else owner
-    except OSError:  # a file system without locks
-        return None
-    finally:
-        os.close(descriptor)
-    return None
+def _overwrite_problems(run_dir: Path, values: dict[str, Any]) -> list[str]:
+    """Return what would be deleted with the earlier run and is no part of it: other runs, what this command reads."""
+    file = run_dir / CONFIG_FILE
+    members = file.is_file() and (OmegaConf.select(OmegaConf.load(file), "stage.members") or 1) > 1
+    nested = [
+        path.parent
+        for path in sorted(run_dir.rglob(RUN_FILE))
+        if path.parent != run_dir and not (members and path.parent.parent == run_dir and "member_" in str(path))
+    ]
+    if nested:
+        return [
+            f"`overwrite=true` would delete `{nested[0]}`, another run, with the one in `{run_dir}`. Move it, or set "
+            "another `run_name=...`."
+        ]
+    inside = run_dir.resolve()
+    lost = [(key, path) for key, path in read_paths(values) if path.resolve().is_relative_to(inside)]
+    return [
+        f"`overwrite=true` would delete `{path}` with the run in `{run_dir}`, and the command needs it: `{key}`. Set "
+        "another `run_name=...`."
+        for key, path in dict(reversed(lost)).items()
+    ]
 
 
-def _owner(descriptor: int) -> tuple[int, str]:
-    pid, _, host = os.pread(descriptor, 512, 0).decode().partition(" ")
-    return int(pid or 0), host  # it may have been claimed so lately that the file is empty
+def _resume_problems(run_dir: Path, status: str, values: dict[str, Any]) -> list[str]:
+    if status == "done":
+        return [
+            f"The run in `{run_dir}` is finished, so there is nothing to resume. Start another with `run_name=...`, "
+            "or delete it and start again: `overwrite=true`."
+        ]
+    problems = []
+    if at(values, "stage.args.save_only_model") is True:
+        problems.append(
+            "`stage.args.save_only_model=true` keeps no optimizer in a checkpoint, so the run can't be resumed. Start "
+            "again: `overwrite=true`."
+        )
+    if not any(run_dir.glob("checkpoint-*/")) and not any(run_dir.glob(f"member_*/{RUN_FILE}")):
+        problems.append(
+            f"`{run_dir}` holds no checkpoint, so there is nothing to resume. Start again: `overwrite=true`."
+        )
+    return problems or resume_changes(run_dir, values)
 
 
-def under_way(run_dir: str | os.PathLike, owner: tuple[int, str]) -> str:
-    """The problem of a directory that another process has claimed."""
-    pid, host = owner
-    here = host in ("", socket.gethostname())
-    stop = f"stop it with `kill {pid}`" if here else f"stop it there (if it is gone, delete `{Path(run_dir, LOCK)}`)"
-    return (
-        f"The run in `{run_dir}` is still under way, as process {pid}{'' if here else f' on {host}'}. Wait for it, "
-        f"{stop}, or give this one another `run_name=...`."
-    )
+def input_changes(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """
+    Return the problem of a resumed run whose inputs have changed since it began, or none.
+
+    Args:
+        run_dir (`Path`): directory of the run.
+        before, now (`Mapping`): the inputs that `run.json` records, and those of now.
+    """
+    changed = [
+        f"`{key}` was {before[key]} and is {now[key]}" for key in before if key in now and before[key] != now[key]
+    ]
+    if not changed:
+        return []
+    return [
+        f"The run in `{run_dir}` can't be resumed, since what it depends on has changed: {'; '.join(changed)}. "
+        "Restore what it was started with, or start again with another `run_name=...` or `overwrite=true`."
+    ]
 
 
-def entries(run_dir: str | os.PathLike) -> list[Path]:
-    """What a run has left in its directory."""
+def resume_changes(run_dir: Path, values: dict[str, Any]) -> list[str]:
+    """
+    Return the problem of a resume with another config than the run was started with, which lists the changed keys.
+
+    Args:
+        run_dir (`Path`): directory of the run, with the `config.yaml` that it was started with.
+        values (`dict`): the config now, see [`~rlhf_trl.config.values.plain`].
+    """
+    if not (run_dir / CONFIG_FILE).is_file():
+        return [
+            f"`{run_dir}` has no `{CONFIG_FILE}`, so the config it was started with isn't known, and it can't be "
+            "resumed. Restore the file, or start again: `overwrite=true`."
+        ]
+    config = OmegaConf.load(run_dir / CONFIG_FILE)
+    before, now = flatten(plain(config)[0]) if isinstance(config, DictConfig) else {}, flatten(values)
+    changed = [
+        f"`{key}` was {before.get(key, 'not set')} and is {now.get(key, 'not set')}"
+        for key in sorted(before | now)
+        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
+    ]
+    if not changed:
+        return []
+    return [
+        f"The run in `{run_dir}` can't be resumed with another config: {'; '.join(changed)}. Set the values it "
+        "was started with, or another `run_name=...`, or `overwrite=true`."
+    ]
+
+
+def _entries(run_dir: str | os.PathLike) -> list[Path]:
     return [path for path in Path(run_dir).iterdir() if path.name not in KEPT and path.suffix != ".log"]
 
 
-def clear(run_dir: str | os.PathLike) -> None:
-    """Delete what a run has left in its directory."""
-    for path in entries(run_dir):
+def _clear(run_dir: str | os.PathLike) -> None:
+    for path in _entries(run_dir):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
 
 
-def set_aside(run_dir: str | os.PathLike) -> None:
-    """Move what an earlier run has left out of the way of the one that overwrites it."""
+def back_up(run_dir: str | os.PathLike) -> None:
+    """Move the files of an earlier run out of the way of the one that overwrites it."""
     moving = Path(run_dir, MOVING)
     moving.mkdir()
-    for path in entries(run_dir):
+    for path in _entries(run_dir):
         path.rename(moving / path.name)
-    moving.rename(Path(run_dir, OLD))
+    moving.rename(Path(run_dir, BACKUP))
 
 
-def put_back(run_dir: str | os.PathLike) -> None:
-    """Delete what the new run has left, and move the one that it was to overwrite back, if there is one."""
-    old, moving = Path(run_dir, OLD), Path(run_dir, MOVING)
+def restore_backup(run_dir: str | os.PathLike) -> None:
+    """Delete the files of the new run, and move those of the one that it was to overwrite back, if there is one."""
+    backup, moving = Path(run_dir, BACKUP), Path(run_dir, MOVING)
     if not moving.exists():
-        clear(run_dir)
-        if old.exists():
-            old.rename(moving)
+        _clear(run_dir)
+        if backup.exists():
+            backup.rename(moving)
     if moving.exists():
         for path in moving.iterdir():
             path.rename(Path(run_dir, path.name))
         moving.rmdir()
 
 
-def holds_old(run_dir: str | os.PathLike) -> bool:
-    """Whether an earlier run is set aside: the new one has not begun."""
-    return Path(run_dir, OLD).exists()
+def has_backup(run_dir: str | os.PathLike) -> bool:
+    """Return whether an earlier run is backed up: the new one has not begun."""
+    return Path(run_dir, BACKUP).exists()
 
 
-def discard_old(run_dir: str | os.PathLike) -> None:
-    """Delete the run that was set aside: the new one has begun."""
-    old, gone = Path(run_dir, OLD), Path(run_dir, GONE)
-    if old.exists():
-        old.rename(gone)  # at once: a part of it must never be put back
-    shutil.rmtree(gone, ignore_errors=True)
+def delete_backup(run_dir: str | os.PathLike) -> None:
+    """Delete the run that was backed up: the new one has begun."""
+    backup, deleted = Path(run_dir, BACKUP), Path(run_dir, DELETED)
+    if backup.exists():
+        backup.rename(deleted)  # at once: a part of it must never be restored
+    shutil.rmtree(deleted, ignore_errors=True)
+
+
+def has_begun(run_dir: str | os.PathLike) -> bool:
+    """Return whether a run, or a member of an ensemble, has a checkpoint or is done: there is something to resume."""
+    members = list(Path(run_dir).glob("member_*/"))
+    return any(is_done(member) for member in members) or any(
+        last_checkpoint(folder) is not None for folder in (run_dir, *members)
+    )
 
 
 def recover(run_dir: str | os.PathLike) -> None:
-    """Settle what a killed process has left half done: the old run is put back unless the new one has a checkpoint."""
-    has_begun = any(Path(run_dir).glob("checkpoint-*/")) or any(Path(run_dir).glob("member_*/checkpoint-*/"))
-    if (Path(run_dir, OLD).exists() and not has_begun) or Path(run_dir, MOVING).exists():
-        put_back(run_dir)
-    discard_old(run_dir)
+    """Clean up after a killed process: the earlier run is restored unless the new one has a checkpoint."""
+    if (has_backup(run_dir) and not has_begun(run_dir)) or Path(run_dir, MOVING).exists():
+        restore_backup(run_dir)
+    delete_backup(run_dir)

@@ -1,23 +1,37 @@
-"""Where a model is: the embedded checkpoints, earlier runs, local folders and the hub. Imports nothing heavy."""
+"""Paths of models: the embedded checkpoints, earlier runs, local folders and the hub. Imports nothing heavy."""
 
 import functools
-import json
+import glob
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from rlhf_trl.config.values import texts
 from rlhf_trl.errors import PACKAGE, ConfigError
-from rlhf_trl.runs.record import RUN_FILE, read_run
+from rlhf_trl.runs.ranks import is_main_process
+from rlhf_trl.runs.record import ENSEMBLE_FILE, RUN_FILE, read_json, read_run
 
-# In the folder of an ensemble of reward models
-ENSEMBLE_FILE = "ensemble.json"
+DEMO = "demo:"
+ADAPTER_FILE = "adapter_config.json"
+MODEL_FILES = ("config.json", ADAPTER_FILE)
+# Keys that name what is written, or nothing on the disk
+NOT_READ = {"run_dir", "runs_dir", "output_dir", "logging_dir", "output", "run_name", "name", "project", "starts_from"}
+# Keys that may name runs of the project, and keys that may hold globs
+RUNS = {"run", "policy", "policies", "sweeps"}
+GLOBS = {"paths", "eval_paths", "prompts"}
+
+
+def project_dir(config: Mapping[str, Any]) -> Path:
+    """Return the directory of the project's runs, of a composed config or of its plain values."""
+    return Path(str(config.get("runs_dir") or "runs"), str(config.get("project") or ""))
 
 
 def ensemble_members(path: str) -> list[str]:
     """
-    Folders of the reward models, all adapters, that the ensemble in the folder `path` consists of; none where it is
-    no ensemble.
+    Return the folders of the reward models, all adapters, that the ensemble in the folder `path` consists of; none
+    where it is no ensemble.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if its `ensemble.json` doesn't name two adapters that are there.
@@ -25,32 +39,27 @@ def ensemble_members(path: str) -> list[str]:
     file = Path(path, ENSEMBLE_FILE)
     if not file.is_file():
         return []
-    try:
-        members = [str(file.parent / name) for name in json.loads(file.read_text(encoding="utf-8"))["members"]]
-    except (ValueError, TypeError, KeyError):
-        members = []
-    if len(members) > 1 and all(Path(member, "adapter_config.json").is_file() for member in members):
+    names = read_model_config(file).get("members")
+    members = [str(file.parent / str(name)) for name in names] if isinstance(names, list) else []
+    if len(members) > 1 and all(Path(member, ADAPTER_FILE).is_file() for member in members):
         return members
     raise ConfigError(
-        f'`{file}` must hold `{{"members": [...]}}` with the folders of two or more adapters beside it. Mend it, or '
+        f'`{file}` must hold `{{"members": [...]}}` with the folders of two or more adapters beside it. Fix it, or '
         "train the ensemble again."
     )
 
 
-DEMO = "demo:"
-
-
-def resolve_path(path: str | None, run: str | None, project_dir: str) -> str:
+def resolve_path(path: str | None, run: str | None, project_dir: str | os.PathLike) -> str:
     """
-    The folder or hub id that `model.path` and `model.run` mean.
+    Return the folder or hub id that `model.path` and `model.run` mean.
 
     Args:
         path (`str`, *optional*):
             `demo:base` or `demo:sft` (the embedded checkpoints), a folder, or a hub id.
         run (`str`, *optional*):
             Name of an earlier run of the project, which wins over `path`.
-        project_dir (`str`):
-            Folder with the project's runs.
+        project_dir (`str` or `os.PathLike`):
+            Directory of the project's runs.
 
     Returns:
         `str`: an absolute folder, or the hub id as it is.
@@ -61,7 +70,7 @@ def resolve_path(path: str | None, run: str | None, project_dir: str) -> str:
     if run is not None:
         return _finished_run(run, project_dir)
     if path is None:
-        raise ConfigError("No model is named. Give its folder or hub id as `path`, or an earlier run as `run`.")
+        raise ConfigError("No model is named. Set `path` to its folder or hub id, or `run` to an earlier run.")
     if path.startswith(DEMO):
         embedded = PACKAGE / "tasks" / "demo" / "checkpoints" / path.removeprefix(DEMO)
         if not embedded.is_dir():
@@ -71,35 +80,35 @@ def resolve_path(path: str | None, run: str | None, project_dir: str) -> str:
     if local.is_dir():
         return str(local.resolve())
     if path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
-        raise ConfigError(f"The model folder `{path}` doesn't exist. Give an existing folder or a hub id.")
+        raise ConfigError(f"The model folder `{path}` doesn't exist. Set an existing folder or a hub id.")
     return path
 
 
-def find_policy(place: str, project_dir: str) -> str:
-    """The folder or hub id of a policy: a run of the project where there is one of that name, else a path."""
+def find_policy(place: str, project_dir: str | os.PathLike) -> str:
+    """Return the folder or hub id of a policy: a run of the project where there is one of that name, else a path."""
     return resolve_path(place, place if is_run_name(place, project_dir) else None, project_dir)
 
 
-def is_run_name(place: str, project_dir: str) -> bool:
-    """Whether the place of a policy means a run of the project; `./sft` is always the folder."""
+def is_run_name(place: str, project_dir: str | os.PathLike) -> bool:
+    """Return whether the place of a policy means a run of the project; `./sft` is always the folder."""
     run, folder = Path(project_dir, place), Path(place)
     if place.startswith((".", "/", "~")) or ":" in place:
         return False
     if (run / RUN_FILE).is_file():
         if folder.is_dir() and folder.resolve() != run.resolve():
-            _say_which(place, str(run))
+            _note_ambiguity(place, str(run))
         return True
     return not any(sign in place for sign in "/.~") and not folder.is_dir()
 
 
 @functools.cache  # once a process
-def _say_which(place: str, run: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+def _note_ambiguity(place: str, run: str) -> None:
+    if is_main_process():
         print(f"`{place}` is the run `{run}`; the folder of that name here is `./{place}`.")
 
 
 def named_policies(policies: dict[str, str] | list[str]) -> dict[str, str]:
-    """Name and place of policies; of a mere list the names are the places' own, `ppo` of `ppo` and of `runs/x/ppo`."""
+    """Return policies by name; in a list they are named by their paths, `ppo` for `ppo` and for `runs/x/ppo`."""
     if isinstance(policies, dict):
         return policies
     short = [re.split("[/:]", str(place).rstrip("/"))[-1] for place in policies]
@@ -108,7 +117,7 @@ def named_policies(policies: dict[str, str] | list[str]) -> dict[str, str]:
 
 
 def baseline_problem(baseline: str, policies: Iterable[str]) -> str | None:
-    """What is wrong with the baseline of a comparison of `policies`, by name; `None` where nothing is."""
+    """Return what is wrong with the baseline of a comparison of `policies`, by name; `None` where nothing is."""
     names = list(policies)
     if baseline in names:
         return None
@@ -118,9 +127,9 @@ def baseline_problem(baseline: str, policies: Iterable[str]) -> str | None:
     )
 
 
-def _finished_run(run: str, project_dir: str) -> str:
-    run_dir = Path(project_dir, run)
-    record, command = read_run(run_dir), run_command(run, project_dir)
+def _finished_run(run: str, project_dir: str | os.PathLike) -> str:
+    run_dir, command = Path(project_dir, run), run_command(run, project_dir)
+    record = read_run(run_dir)
     if record is None:
         raise ConfigError(
             f"There is no run `{run}` in `{project_dir}`. Make it first with `{command}`, or name another by `run=`."
@@ -133,8 +142,8 @@ def _finished_run(run: str, project_dir: str) -> str:
     return str(run_dir.resolve())
 
 
-def run_command(run: str, project_dir: str) -> str:
-    """The command that makes a run of a project, for messages; with a name of its own its stage stays open."""
+def run_command(run: str, project_dir: str | os.PathLike) -> str:
+    """Return the command that makes a run of a project, for messages; the stage of a renamed run stays open."""
     stages = {path.name.removesuffix(".yaml") for path in (conf_dir() / "stage").glob("*.yaml")}
     parts = [f"stage={run}" if run in stages else f"stage=... run_name={run}", f"project={Path(project_dir).name}"]
     if str(Path(project_dir).parent) != "runs":
@@ -142,7 +151,43 @@ def run_command(run: str, project_dir: str) -> str:
     return " ".join(["accelerate launch train.py", *parts])
 
 
+def read_paths(values: dict[str, Any]) -> list[tuple[str, Path]]:
+    """
+    Return every file and folder that a command reads, with the key that names it: text of the config that is the path
+    of something that exists, runs of the project that it names, and the bases and members of adapters and ensembles.
+    """
+    found = [(key, path) for key, path in _named_paths(values) if os.path.exists(path)]
+    for key, path in found:  # which grows
+        adapter, ensemble = (read_model_config(path / name) for name in (ADAPTER_FILE, ENSEMBLE_FILE))
+        more = [path / str(name) for name in ensemble.get("members") or []]
+        if base := adapter.get("base_model_name_or_path"):
+            more += [Path(base), path / base]
+        found += [(key, each) for each in more if os.path.exists(each) and (key, each) not in found]
+    return found
+
+
+def _named_paths(values: dict[str, Any]) -> Iterator[tuple[str, Path]]:
+    for key, value in texts(values):
+        names = re.split(r"[.\[]", key)
+        if NOT_READ & {names[-1]} or names[0] == "logger" or not value:
+            continue
+        if RUNS & set(names):
+            yield key, project_dir(values) / value
+        yield key, Path(value).expanduser()
+        if GLOBS & set(names):
+            yield from ((key, Path(match)) for match in glob.glob(os.path.expanduser(value), recursive=True))
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """Return a model's JSON file; empty where there is none, or a damaged one, which loading the model reports."""
+    try:
+        content = read_json(path)
+    except ConfigError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def conf_dir() -> Path:
-    """The folder of the YAML files: `rlhf_trl/conf` where a wheel was installed, `conf/` beside it in a clone."""
+    """Return the folder of the YAML files: `rlhf_trl/conf` in a wheel, `conf/` beside `rlhf_trl` in a clone."""
     inside = PACKAGE / "conf"
     return inside if inside.is_dir() else PACKAGE.parent / "conf"

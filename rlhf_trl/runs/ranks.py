@@ -1,15 +1,33 @@
-"""Agreement between the ranks of a run."""
+"""
+The ranks of a launch: which of them writes, and agreement between them. Imports nothing heavy by itself.
+
+Callbacks and trainers ask the object that transformers hands them (`state.is_world_process_zero`, `accelerator`);
+everything else asks [`is_main_process`].
+"""
 
 import os
-
-import torch
-from accelerate.utils import broadcast_object_list
+from typing import TYPE_CHECKING
 
 from rlhf_trl.errors import ConfigError
 
+if TYPE_CHECKING:
+    import torch
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set on any rank. All ranks have to call it, and get the same answer."""
+
+def is_main_process() -> bool:
+    """Return whether this process is rank 0, the one that writes and prints, by the launcher's environment."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def world_size() -> int:
+    """Return the number of ranks, by the launcher's environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def any_rank(flag: bool, device: "torch.device") -> bool:
+    """Return on all ranks whether `flag` is set on any of them. All ranks must call it."""
+    import torch
+
     if not torch.distributed.is_initialized():
         return flag
     found = torch.tensor(int(flag), device=device)
@@ -17,13 +35,16 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(found.item())
 
 
-def is_first_rank() -> bool:
-    """Whether this process is the one that writes and prints, by what the launcher says."""
-    return os.environ.get("RANK", "0") == "0"
+def raise_on_all_ranks(problems: list[str]) -> None:
+    """
+    Raise on all ranks the problems that rank 0 has found, if any: a rank that continued alone would wait forever. All
+    ranks must call it.
 
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: with all problems of rank 0.
+    """
+    from accelerate.utils import broadcast_object_list
 
-def raise_everywhere(problems: list[str]) -> None:
-    """Raise on every rank what rank 0 has found, if anything: a rank that goes on alone would wait for ever."""
     (problems,) = broadcast_object_list([problems])
     if problems:
         raise ConfigError.join(problems)

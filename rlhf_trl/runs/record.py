@@ -20,10 +20,12 @@ from rlhf_trl.runs.reward_results import RewardQuality
 from rlhf_trl.runs.serialization import JsonDataclass, encode
 
 RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
 COMPARISON_FILE = "comparison.json"
 QUALITY_FILE = "reward_quality.json"
 SWEEP_FILE = "sweep.json"
+ENSEMBLE_FILE = "ensemble.json"
 CONFIG_FILE = "config.yaml"
 SAMPLES_FILE = "samples.jsonl"
 PACKAGES = ("rlhf_trl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "hydra-core", "bitsandbytes")
@@ -50,7 +52,7 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    # Half of a surrogate pair, which UTF-8 lacks, stands as JSON's own escape of it
+    # A lone surrogate, which UTF-8 lacks, is written as JSON's own escape of it
     with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(encode(content), file, indent=2, ensure_ascii=False, allow_nan=False, default=float)
         file.flush()
@@ -183,11 +185,11 @@ def start_run(
         stage (`str`):
             Name of the stage.
         command (`str`):
-            The command that starts this run, as it is typed.
+            Command line of the run.
         model (`str`, *optional*):
             Path or hub id of the model that the run starts from.
         inputs (`Mapping`, *optional*):
-            What its result depends on besides the config, see [`~rlhf_trl.stages.inputs.inputs_of`]. A resumed run
+            What its result depends on besides the config, see [`~rlhf_trl.stages.train.inputs_of`]. A resumed run
             keeps those that it began with.
         quantization (`Mapping`, *optional*):
             Quantization of the base under its adapter: whoever loads the adapter loads the base so.

@@ -43,7 +43,7 @@ class RunRecord(JsonDataclass):
     Attributes:
         status: `running`, `done`, `stopped` (by a signal; it can be resumed) or `failed`.
         model: path or hub id of the model that the run started from.
-        inputs: what its result depends on besides the config, see [`~rlhf_trl.stages.inputs.inputs_of`].
+        inputs: what its result depends on besides the config, see [`~rlhf_trl.stages.train.inputs_of`].
         quantization: quantization of the base under its adapter.
         base, base_fingerprint: of a saved adapter its base, and a hash of that where it is a folder.
         reason: why a callback ended the training.

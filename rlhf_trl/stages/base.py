@@ -1,10 +1,10 @@
-"""The frame of every stage: a claimed run directory, its record, and the command that made it."""
+"""The frame of every stage that writes: its run directory, opened and closed, and the command that repeats it."""
 
 import contextlib
-import functools
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,138 +14,170 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_trl.config.command_line import as_typed, config_dirs
+from rlhf_trl.config.command_line import config_dirs, unquote_text
 from rlhf_trl.config.values import plain
-from rlhf_trl.errors import ConfigError, disk_is_full
+from rlhf_trl.errors import ConfigError, Interrupted, disk_is_full
 from rlhf_trl.models.adapters import adapter_config, base_path
 from rlhf_trl.models.fingerprints import weights_fingerprint
 from rlhf_trl.models.quantization import start_quantization
-from rlhf_trl.runs.checkpoints import clear_unfinished, last_checkpoint, last_whole_checkpoint
-from rlhf_trl.runs.conflicts import run_directory_problems
-from rlhf_trl.runs.directory import claimed, discard_old, holds_old, put_back, recover, set_aside
-from rlhf_trl.runs.ranks import raise_everywhere
+from rlhf_trl.runs.checkpoints import clear_unfinished, last_whole_checkpoint
+from rlhf_trl.runs.directory import (
+    back_up,
+    delete_backup,
+    has_backup,
+    has_begun,
+    input_changes,
+    recover,
+    restore_backup,
+    run_directory_problems,
+)
+from rlhf_trl.runs.lock import locked
+from rlhf_trl.runs.ranks import is_main_process, raise_on_all_ranks
 from rlhf_trl.runs.record import CONFIG_FILE, finish_run, read_run, start_run
-from rlhf_trl.stages.inputs import resume_problems
 
 
-def claims_directory(stage: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+@dataclass
+class Run:
     """
-    Let a stage begin only when its run directory is this process's alone, and used as the config says, see
-    `rlhf_trl.runs.directory`. Every rank calls it; rank 0 claims for all.
+    An open run.
 
-    Raises:
-        [`~rlhf_trl.errors.ConfigError`]: on every rank, if another process has claimed the directory, or an earlier
-            run in it doesn't allow this one: it may have begun since the checks.
+    Attributes:
+        checkpoint (`str`, *optional*): path of the checkpoint to resume from.
+        record (`dict`): what else `run.json` is to hold when the run has ended, such as `reason`.
     """
 
-    @functools.wraps(stage)
-    def claimed_stage(cfg: DictConfig) -> Any:
-        with contextlib.ExitStack() as stack:
-            problems = []
-            if PartialState().is_main_process:
-                try:
-                    stack.enter_context(claimed(cfg.run_dir))
-                    recover(cfg.run_dir)
-                    problems = run_directory_problems(plain(cfg)[0])
-                except ConfigError as error:
-                    problems = [str(error)]
-            raise_everywhere(problems)
-            return stage(cfg)
-
-    return claimed_stage
+    checkpoint: str | None = None
+    record: dict[str, Any] = field(default_factory=dict)
 
 
-def begin(cfg: DictConfig, path: str, inputs: Mapping[str, Any] | None = None) -> str | None:
+@contextlib.contextmanager
+def open_run(cfg: DictConfig, start: str, inputs: Mapping[str, Any] | None = None) -> Iterator[Run]:
     """
-    Makes the run directory ready and leaves the config and `run.json` in it. An earlier run that is overwritten is set
-    aside until this one has begun.
+    Open the run directory of a stage, and record in its `run.json` how the run ended. Every rank calls it.
+
+    On entry rank 0 locks the directory, checks that it is free to use as the config says (it may have been taken since
+    the checks), moves an earlier run that is overwritten out of the way, and writes `run.json` and `config.yaml`. On
+    exit the status becomes `done`, `stopped` (by Ctrl-C) or `failed`. A run that failed before its first step
+    leaves the directory as it was: with the earlier run that it was to overwrite, or, where the config was wrong,
+    free.
 
     Args:
-        path (`str`): what the run starts from.
-        inputs (`Mapping`, *optional*): what else its result depends on, see [`~rlhf_trl.stages.inputs.inputs_of`].
+        cfg (`DictConfig`):
+            The config, resolved.
+        start (`str`):
+            Path or hub id of the model that the run starts from.
+        inputs (`Mapping`, *optional*):
+            What else its result depends on, see [`~rlhf_trl.stages.train.inputs_of`].
 
-    Returns:
-        `str` or `None`: the checkpoint to go on from.
+    Yields:
+        [`Run`]: the checkpoint to resume from, and the record to add to.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if a resumed run depends on something that has changed since.
+        [`~rlhf_trl.errors.ConfigError`]: on every rank, if another process has locked the directory, an earlier run in
+            it doesn't allow this one, or a resumed run depends on something that has changed since.
     """
-    state, run_dir = PartialState(), Path(cfg.run_dir)
+    with _locked(cfg):
+        run = Run(_begin(cfg, start, inputs))
+        try:
+            yield run
+        except BaseException as error:
+            _fail(cfg, run, error)
+            raise
+        _end(cfg, "done", run.record)
+
+
+@contextlib.contextmanager
+def _locked(cfg: DictConfig) -> Iterator[None]:
+    """Lock the directory on rank 0, if it may be used as the config says."""
+    with contextlib.ExitStack() as stack:
+        problems = []
+        if is_main_process():
+            try:
+                stack.enter_context(locked(cfg.run_dir))
+                recover(cfg.run_dir)
+                problems = run_directory_problems(plain(cfg)[0])
+            except ConfigError as error:
+                problems = [str(error)]
+        raise_on_all_ranks(problems)
+        yield
+
+
+def _begin(cfg: DictConfig, start: str, inputs: Mapping[str, Any] | None) -> str | None:
+    """Write the config and `run.json`, and return the checkpoint to resume from."""
+    run_dir = Path(cfg.run_dir)
     checkpoint, damaged = last_whole_checkpoint(run_dir) if cfg.resume else (None, {})
-    lacking = [f"`{path}` isn't whole ({', '.join(files)} missing or cut off)" for path, files in damaged.items()]
+    incomplete = [
+        f"`{path}` is incomplete ({', '.join(files)} missing or truncated)" for path, files in damaged.items()
+    ]
     problems = []
-    state.wait_for_everyone()  # no rank may look at the directory after rank 0 has changed it
-    if state.is_main_process:
+    PartialState().wait_for_everyone()  # no rank may look at the directory after rank 0 has changed it
+    if is_main_process():
         record = read_run(run_dir)
-        if checkpoint:
-            problems = resume_problems(run_dir, record.inputs if record else {}, inputs or {})
-        elif lacking:
-            problems = [f"No checkpoint can be resumed: {'; '.join(lacking)}. Start again: `overwrite=true`."]
+        if checkpoint and record is not None:
+            problems = input_changes(run_dir, record.inputs, inputs or {})
+        elif incomplete:
+            problems = [f"No checkpoint can be resumed: {'; '.join(incomplete)}. Start again: `overwrite=true`."]
         elif record is not None and not cfg.resume:
-            set_aside(run_dir)
-    raise_everywhere(problems)
-    if state.is_main_process:
+            back_up(run_dir)
+    raise_on_all_ranks(problems)
+    if is_main_process():
         if checkpoint:
-            for text in lacking:
-                print(f"{text}, so the one before it is taken.")
-            print(f"Going on from {checkpoint}.")
+            for text in incomplete:
+                print(f"{text}, so the one before it is used.")
+            print(f"Resuming from {checkpoint}.")
         start_run(
             run_dir,
             stage=cfg.stage.name,
             command=command(cfg),
-            model=path,
+            model=start,
             inputs=inputs,
-            quantization=quantization(cfg, path),
+            quantization=_quantization(cfg, start),
         )
         OmegaConf.save(cfg, run_dir / CONFIG_FILE)
-    state.wait_for_everyone()
+    PartialState().wait_for_everyone()
     return checkpoint
 
 
-def quantization(cfg: DictConfig, path: str) -> dict[str, Any] | None:
-    """How the base under the adapter of a run that starts from `path` is quantized; `None` where it isn't."""
+def _quantization(cfg: DictConfig, start: str) -> dict[str, Any] | None:
+    """Return how the base under the adapter of a run is quantized, `None` where it isn't."""
     if not (adapter := cfg.get("adapter")) or adapter.peft is None:
         return None
-    found = start_quantization(path, instantiate(adapter.quantization))
+    found = start_quantization(start, instantiate(adapter.quantization))
     return found and found.to_dict()
 
 
-def end(cfg: DictConfig, status: str, **extra) -> None:
-    """Writes on rank 0 how the run ended; of an adapter also its base, and a hash of a local one."""
-    if PartialState().is_main_process:
-        adapter = adapter_config(cfg.run_dir) if status == "done" else None
-        if adapter is not None:
-            extra["base"] = adapter.base_model_name_or_path
-            extra["base_fingerprint"] = weights_fingerprint(base_path(cfg.run_dir, adapter))
-        discard_old(cfg.run_dir)  # of a stage that takes no steps
-        finish_run(cfg.run_dir, status, **extra)
-
-
-def fail(cfg: DictConfig, error: BaseException) -> None:
-    """
-    Writes on rank 0 what ended the run. One that didn't begin leaves the directory as it was: with the earlier run
-    that it was to overwrite, or, where the config was wrong, free.
-    """
-    if not PartialState().is_main_process:
+def _end(cfg: DictConfig, status: str, record: Mapping[str, Any]) -> None:
+    """Record on rank 0 how the run ended; for an adapter also its base, and a hash of a local one."""
+    if not is_main_process():
         return
-    is_wrong = isinstance(error, ConfigError) and not cfg.resume and last_checkpoint(cfg.run_dir) is None
-    if is_wrong or holds_old(cfg.run_dir):
-        put_back(cfg.run_dir)
-    else:
-        if disk_is_full(error):  # room for the record: what was half written is of no use
-            clear_unfinished(cfg.run_dir)
-        end(
-            cfg,
-            "stopped" if isinstance(error, KeyboardInterrupt) else "failed",
-            error=f"{type(error).__name__}: {error}",
-        )
+    base = {}
+    if status == "done" and (adapter := adapter_config(cfg.run_dir)) is not None:
+        base["base"] = adapter.base_model_name_or_path
+        base["base_fingerprint"] = weights_fingerprint(base_path(cfg.run_dir, adapter))
+    delete_backup(cfg.run_dir)  # of a stage that takes no steps
+    finish_run(cfg.run_dir, status, **base, **record)
+
+
+def _fail(cfg: DictConfig, run: Run, error: BaseException) -> None:
+    """Record on rank 0 what ended the run, or leave the directory as it was before."""
+    if isinstance(error, Interrupted):
+        return _end(cfg, "stopped", run.record)
+    if not is_main_process():
+        return None
+    is_wrong = isinstance(error, ConfigError) and not cfg.resume
+    if (is_wrong or has_backup(cfg.run_dir)) and not has_begun(cfg.run_dir):
+        return restore_backup(cfg.run_dir)
+    if disk_is_full(error):  # make room for the record: the unfinished checkpoint is of no use
+        clear_unfinished(cfg.run_dir)
+    status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+    return _end(cfg, status, run.record | {"error": f"{type(error).__name__}: {error}"})
 
 
 def command(cfg: DictConfig, *added: str) -> str:
-    """The command of this run as one would type it, with `added` instead of how it was begun."""
+    """Return the command line of this run, with `added` in place of `resume` and `overwrite`."""
     if HydraConfig.initialized():
-        given = [*config_dirs(), *as_typed(HydraConfig.get().overrides.task)]
-        if HydraConfig.get().mode == RunMode.MULTIRUN:  # this job alone: its name is not in what was typed
+        given = [*config_dirs(), *unquote_text(HydraConfig.get().overrides.task)]
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # this job alone: its name is not on the command line
             given = [*(word for word in given if not word.startswith("run_name=")), f"run_name={cfg.run_name}"]
     else:
         given = [f"stage={cfg.stage.name}", f"project={cfg.project}"]

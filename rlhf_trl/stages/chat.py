@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TextIO
 
 import torch
-from accelerate import PartialState
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, TextStreamer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from rlhf_trl.build import load_policies, project_dir, reward_functions
+from rlhf_trl.build import load_policies, reward_functions
 from rlhf_trl.data.messages import as_text
 from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError
@@ -26,6 +25,7 @@ from rlhf_trl.models.sizes import check_rows, sizes_of
 from rlhf_trl.report.text import number, side_by_side
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.combine import weighted_sum
+from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.terminal import printable
 
 COMMANDS = {
@@ -45,10 +45,10 @@ def chat(cfg: DictConfig) -> None:
         [`~rlhf_trl.errors.ConfigError`]: if a policy or a reward model is missing.
     """
     OmegaConf.resolve(cfg)
-    if not PartialState().is_main_process:
+    if not is_main_process():
         return  # one rank has the terminal
     disable_progress_bar()  # of loading weights
-    policies = load_policies(cfg, project_dir(cfg))
+    policies = load_policies(cfg)
     rewards = reward_functions(cfg, policies[0].tokenizer)
     set_seed(cfg.seed)
     stage = cfg.stage

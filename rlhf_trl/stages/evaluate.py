@@ -1,14 +1,14 @@
 """Comparison of policies on held-out prompts (`stage=evaluate`)."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_trl.build import instantiate_data, instantiated, project_dir, reward_functions
+from rlhf_trl.build import instantiate_data, instantiated, reward_functions
 from rlhf_trl.callbacks.loggers import log_images, log_summary
 from rlhf_trl.config.values import as_dict
 from rlhf_trl.errors import ConfigError
@@ -19,34 +19,33 @@ from rlhf_trl.report.project import project_page
 from rlhf_trl.report.records import swept_keys
 from rlhf_trl.report.text import comparison_text
 from rlhf_trl.runs.checkpoints import checkpoints
-from rlhf_trl.runs.directory import discard_old
-from rlhf_trl.runs.paths import baseline_problem, find_policy, named_policies
+from rlhf_trl.runs.directory import delete_backup
+from rlhf_trl.runs.paths import baseline_problem, find_policy, named_policies, project_dir
+from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.runs.record import COMPARISON_FILE, SWEEP_FILE, read_jobs, read_metrics, write_json
 from rlhf_trl.runs.results import Comparison
-from rlhf_trl.stages.base import begin, claims_directory, end, fail
+from rlhf_trl.stages.base import open_run
 from rlhf_trl.terminal import printable
 
 
-@claims_directory
 def evaluate(cfg: DictConfig) -> None:
     """
-    Compares the policies of `cfg.stage`, writes `comparison.json` and the report beside their runs, prints the tables.
+    Compare the policies of `cfg.stage`, write `comparison.json` and the report beside their runs, and print tables.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if a policy is missing, the data has no held-out prompts, or the judge can't
             be asked.
     """
     OmegaConf.resolve(cfg)
-    stage, where = cfg.stage, project_dir(cfg)
+    stage, runs = cfg.stage, project_dir(cfg)
     named = named_policies(OmegaConf.to_container(stage.policies))
     if problem := baseline_problem(stage.baseline, named):
         raise ConfigError(problem)
-    policies = policies_of(named, stage.checkpoints, stage.sweeps, where)
+    policies = policies_of(named, stage.checkpoints, stage.sweeps, runs)
     base = policies[stage.baseline].path
-    begin(cfg, base)
-    if not PartialState().is_main_process:
-        return  # one rank samples and writes
-    try:
+    with open_run(cfg, start=base):
+        if not is_main_process():
+            return  # one rank samples and writes
         judge = instantiated(cfg.judge)
         judge.check()
         dataset = held_out(instantiate_data(cfg))
@@ -69,10 +68,10 @@ def evaluate(cfg: DictConfig) -> None:
             samples_batch_size=stage.best_of_n_batch_size,
             references=reference_answers(cfg) if stage.references else None,
         )
-        discard_old(cfg.run_dir)
-        write_json(Path(where, COMPARISON_FILE), comparison)  # before anything that could go wrong with the page
-        page = project_page(Path(where), ending=cfg.run_name)
-        path = write_page(page, Path(where, "report"))
+        delete_backup(cfg.run_dir)
+        write_json(runs / COMPARISON_FILE, comparison)  # before anything that could go wrong with the page
+        page = project_page(runs, ending=cfg.run_name)
+        path = write_page(page, runs / "report")
         logger = instantiate(cfg.logger.run)
         with logger(run_dir=cfg.run_dir, name=f"{cfg.project}/{cfg.run_name}", config=as_dict(cfg, resolve=False)):
             log_summary(summary_of(comparison))
@@ -80,10 +79,6 @@ def evaluate(cfg: DictConfig) -> None:
         if stage.show:
             print("\n" + printable(comparison_text(comparison)))
         print(f"\nReport: {path}")
-    except BaseException as error:
-        fail(cfg, error)
-        raise
-    end(cfg, "done")
 
 
 def summary_of(comparison: Comparison) -> dict[str, float]:
@@ -97,11 +92,11 @@ def summary_of(comparison: Comparison) -> dict[str, float]:
 
 
 def policies_of(
-    places: dict[str, str], with_checkpoints: bool, sweeps: Sequence[str], project_dir: str
+    places: dict[str, str], with_checkpoints: bool, sweeps: Sequence[str], project_dir: str | os.PathLike
 ) -> dict[str, Candidate]:
     """
-    Every policy to evaluate: those named, on request the checkpoints of those that are runs (`ppo@96`), and the done
-    runs of sweeps (`ppo beta=0.1`).
+    Return every policy to evaluate: those named, on request the checkpoints of runs among them (`ppo@96`), and the
+    finished runs of sweeps (`ppo beta=0.1`).
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if one is missing.
@@ -122,7 +117,7 @@ def policies_of(
 
 def sweep_runs(folder: Path) -> dict[str, str]:
     """
-    Name and directory of each done run of a sweep; the name has what its jobs differ in.
+    Return the directories of the finished runs of a sweep, by a name with the options that differ.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if there is no sweep, or no run of it is done.
@@ -132,7 +127,7 @@ def sweep_runs(folder: Path) -> dict[str, str]:
     if not done:
         raise ConfigError(
             f"`stage.sweeps` names `{folder.name}`, and there is no sweep with finished runs in `{folder}`. Make it "
-            f"with `python launch/sweep.py -m stage=... project={folder.parent.name} ...`, or leave it out."
+            f"with `python launch/sweep.py -m stage=... project={folder.parent.name} ...`, or remove it."
         )
     keys = swept_keys(jobs)
     title = folder.name.removesuffix("_sweep")
@@ -146,7 +141,7 @@ def sweep_runs(folder: Path) -> dict[str, str]:
 
 def held_out(datasets: DatasetDict) -> Dataset:
     """
-    The eval split.
+    Return the eval split.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if there is none, or nothing in it.
@@ -154,14 +149,14 @@ def held_out(datasets: DatasetDict) -> Dataset:
     dataset = datasets.get("eval")
     if dataset is None or len(dataset) == 0:
         raise ConfigError(
-            "An evaluation needs held-out prompts, and the data has no `eval` split with rows in it. Give `data` one."
+            "An evaluation needs held-out prompts, and the data has no `eval` split with rows. Add one to `data`."
         )
     return dataset
 
 
 def reference_answers(cfg: DictConfig) -> Dataset:
     """
-    The held-out rows of the data with answers of its own, `prompt` and `completion`.
+    Return the held-out rows of the data with its own answers, `prompt` and `completion`.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if the data has no answers.

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_trl.build import instantiate_data, project_dir, reward_functions
+from rlhf_trl.build import instantiate_data, reward_functions
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.annotations import Annotations, read_annotated
 from rlhf_trl.evaluation.generation import load_policy
@@ -17,35 +16,34 @@ from rlhf_trl.hints import did_you_mean, names_of
 from rlhf_trl.report.page import write_page
 from rlhf_trl.report.rewards import reward_page, reward_text
 from rlhf_trl.rewards.base import Reward
-from rlhf_trl.runs.directory import discard_old
-from rlhf_trl.runs.paths import find_policy
+from rlhf_trl.runs.directory import delete_backup
+from rlhf_trl.runs.paths import find_policy, project_dir
+from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.runs.record import QUALITY_FILE, write_json, write_metrics
-from rlhf_trl.stages.base import begin, claims_directory, command, end, fail
+from rlhf_trl.stages.base import command, open_run
 from rlhf_trl.terminal import printable, say
 
 
-@claims_directory
 def evaluate_reward(cfg: DictConfig) -> float | None:
     """
-    Evaluates each reward of `cfg.reward` on the held-out rows of `cfg.data`: writes `reward_quality.json`,
-    `metrics.json` and the page `report/index.html`, and prints the tables.
+    Evaluate each reward of `cfg.reward` on the held-out rows of `cfg.data`: write `reward_quality.json`,
+    `metrics.json` and the page `report/index.html`, and print the tables.
 
     Returns:
         `float` or `None`: the metric named by `cfg.objective`; None on ranks other than the first, which does it all.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if a reward model or policy is missing, the data has no comparisons, a column
-            named for slices isn't there, or a reward gives no finite score.
+            named for slices isn't there, or a reward returns no finite score.
     """
     OmegaConf.resolve(cfg)
     stage = cfg.stage
     if problems := _problems(stage, list(cfg.reward)):
         raise ConfigError.join(problems)
     policy = None if stage.policy is None else find_policy(stage.policy, project_dir(cfg))
-    begin(cfg, ", ".join(cfg.reward))
-    if not PartialState().is_main_process:
-        return None  # one rank scores and writes
-    try:
+    with open_run(cfg, start=", ".join(cfg.reward)):
+        if not is_main_process():
+            return None  # one rank scores and writes
         annotations = read_annotated(rows_of(instantiate_data(cfg)))
         rewards = reward_functions(cfg, tokenizer=None)
         quality = evaluate_rewards(
@@ -66,20 +64,16 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
                 stage.completions,
             )
         metrics = metrics_of(quality)
-        discard_old(cfg.run_dir)
+        delete_backup(cfg.run_dir)
         write_json(Path(cfg.run_dir, QUALITY_FILE), quality)  # before anything that could go wrong with the page
         write_metrics(cfg.run_dir, [{"step": 0, **metrics}])
         page = reward_page(quality, f"{cfg.project}/{cfg.run_name}", command(cfg))
         path = write_page(page, Path(cfg.run_dir, "report"))
         print(f"\n{printable(reward_text(quality))}\n\n{path}")
-    except BaseException as error:
-        fail(cfg, error)
-        raise
-    end(cfg, "done")
     if cfg.objective is not None and cfg.objective not in metrics:
         others = did_you_mean(cfg.objective, metrics)
         say(f"The objective `{cfg.objective}` was not measured, so a sweep would get nothing from this run. {others}")
-    return metrics.get(cfg.objective)
+    return None if cfg.objective is None else metrics.get(cfg.objective)
 
 
 def _problems(stage: DictConfig, rewards: list[str]) -> list[str]:
@@ -96,12 +90,12 @@ def _problems(stage: DictConfig, rewards: list[str]) -> list[str]:
     if stage.gold is not None and stage.gold in rewards and len(rewards) == 1:
         problems.append(
             f"`stage.gold` is `{stage.gold}`, the only reward, so there is none to hold beside it. Add another to "
-            "`reward`, or type `stage.gold=null`."
+            "`reward`, or set `stage.gold=null`."
         )
     if stage.policy is not None and stage.gold is None:
         problems.append(
             "`stage.policy` writes completions that nobody has rated, so best-of-n needs a gold reward to judge them. "
-            "Type `stage.gold=NAME` with the name of one of `reward`, or `stage.policy=null`."
+            "Set `stage.gold=NAME` with the name of one of `reward`, or `stage.policy=null`."
         )
     if stage.policy is not None and stage.temperature == 0:
         problems.append(
@@ -119,7 +113,7 @@ def _benchmark(cfg: DictConfig, annotations: Annotations, rewards: Sequence[Rewa
 
 
 def rows_of(datasets: DatasetDict) -> Dataset:
-    """The eval split; all rows, which is said, where the data has no other split than `train`."""
+    """Return the eval split; with a note all rows, where the data has no other split than `train`."""
     if "eval" in datasets:
         return datasets["eval"]
     say(f"the data has no `eval` split, so rewards are evaluated on all of its {len(datasets['train']):,} rows")

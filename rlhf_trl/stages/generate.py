@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from math import isinf, isnan
 from pathlib import Path
 
-from accelerate import PartialState
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from rlhf_trl.build import instantiate_data, load_policies, project_dir, reward_functions
+from rlhf_trl.build import instantiate_data, load_policies, reward_functions
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.messages import as_text, check_text_or_chat, read_json_chats
 from rlhf_trl.data.rows import Problems, RowError
@@ -24,14 +23,14 @@ from rlhf_trl.evaluation.rewards import combine_scores, score
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.rewards.http import json_number
-from rlhf_trl.stages.base import begin, claims_directory, end, fail
+from rlhf_trl.runs.ranks import is_main_process
+from rlhf_trl.stages.base import open_run
 from rlhf_trl.stages.evaluate import held_out
 
 
-@claims_directory
 def generate(cfg: DictConfig) -> None:
     """
-    Writes completions of `cfg.stage.prompts` by the policy that `cfg.model` names to `cfg.stage.output`.
+    Write completions of `cfg.stage.prompts` by the policy that `cfg.model` names to `cfg.stage.output`.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if there are no prompts, a row has none, or the output exists.
@@ -43,12 +42,11 @@ def generate(cfg: DictConfig) -> None:
         raise ConfigError(
             f"`stage.output` is `{output}`, which exists. Name another file, or delete it first with `overwrite=true`."
         )
-    (policy,) = load_policies(cfg, project_dir(cfg))
-    begin(cfg, policy.path)
-    if not PartialState().is_main_process:
-        return  # one rank samples and writes
-    partial = output.with_name(f".{output.name}.partial")
-    try:
+    (policy,) = load_policies(cfg)
+    with open_run(cfg, start=policy.path):
+        if not is_main_process():
+            return  # one rank samples and writes
+        partial = output.with_name(f".{output.name}.partial")
         output.parent.mkdir(parents=True, exist_ok=True)
         count, rewarded = 0, []  # rows; their rewards
         with open(partial, "w", encoding="utf-8") as file:
@@ -70,12 +68,8 @@ def generate(cfg: DictConfig) -> None:
                 if isinstance(row.get("reward"), float):
                     rewarded.append(row["reward"])
         os.replace(partial, output)
-    except BaseException as error:
-        fail(cfg, error)
-        raise
-    end(cfg, "done")
-    mean = f", mean reward {sum(rewarded) / len(rewarded):.3f}" if rewarded else ""
-    print(f"{count} completions of {len(prompts)} prompts{mean}: {output}")
+        mean = f", mean reward {sum(rewarded) / len(rewarded):.3f}" if rewarded else ""
+        print(f"{count} completions of {len(prompts)} prompts{mean}: {output}")
 
 
 def prompts_of(cfg: DictConfig) -> list[dict]:
@@ -92,13 +86,13 @@ def prompts_of(cfg: DictConfig) -> list[dict]:
 
 def read_prompts(source: str | list[str], limit: int | None = None) -> list[dict]:
     """
-    Rows with `prompt` (text or messages) and whatever columns they have besides.
+    Read rows with `prompt` (text or messages) and any other columns.
 
     Args:
         source (`str` or `list[str]`):
             Files (jsonl, json, csv, parquet) and globs.
         limit (`int`, *optional*):
-            As many of the first ones.
+            Number of rows to read, the first ones.
 
     Raises:
         [`~rlhf_trl.errors.DataError`]: with file and row, if one has no prompt; if there is none at all.
@@ -133,7 +127,7 @@ def as_chat(policy: Policy, to_chat: bool | None) -> bool:
     """
     if to_chat and not policy.chats:
         raise ConfigError(
-            f"`stage.to_chat=true`, and the tokenizer of `{policy.path}` has no chat template. Type "
+            f"`stage.to_chat=true`, and the tokenizer of `{policy.path}` has no chat template. Set "
             "`model.chat_template=FILE.jinja`, or leave `stage.to_chat` at null: then the prompts stay texts."
         )
     return policy.chats if to_chat is None else to_chat
@@ -158,26 +152,26 @@ def completions(
     combine: Callable = weighted_sum,
 ) -> Iterator[dict]:
     """
-    One row for each completion, `n` in a row for each prompt. The same seed and batch size give the same rows.
+    Yield one row per completion, `n` consecutive ones per prompt. The same seed and batch size give the same rows.
 
     Args:
         policy ([`~rlhf_trl.evaluation.generation.Policy`]), rewards (`Sequence[Callable]`):
-            Who writes, and what is said of it.
+            The policy to sample from, and the rewards of its completions.
         prompts (`Sequence[dict]`):
-            Of [`read_prompts`].
+            Rows of [`read_prompts`].
         n (`int`), temperature (`float`), max_completion_length (`int`), batch_size (`int`), seed (`int`):
-            Completions a prompt, and how they are sampled, see [`~rlhf_trl.evaluation.generation.sample`].
+            Completions per prompt, and how to sample them, see [`~rlhf_trl.evaluation.generation.sample`].
         to_chat (`bool`, *optional*):
             Whether a text becomes a user's turn; `None`: where the policy has a chat template.
         system_prompt (`str`, *optional*):
-            What stands before every prompt that is a text.
+            System prompt of every prompt that is a text.
         combine (`Callable`):
-            Makes one of the rewards, see `rlhf_trl.rewards.combine`.
+            Combines the rewards into one, see `rlhf_trl.rewards.combine`.
 
     Yields:
-        `dict`: `prompt` and what else its row held, `completion` (text), `sample` (0 to n - 1), `tokens`, `ended`
-        (whether the end token was written), and with rewards `rewards` by name and `reward`, their combination:
-            `None` where none applies, `"NaN"` where one is no finite number.
+        `dict`: `prompt` and the other columns of its row, `completion` (text), `sample` (0 to n - 1), `tokens`,
+        `ended` (whether the end token was generated), and with rewards `rewards` by name and `reward`, their
+        combination: `None` where none applies, `"NaN"` where one is not finite.
     """
     ends = end_tokens(policy.tokenizer)
     rows = [{**row, "sample": i} for row in prompts for i in range(n)]

@@ -4,16 +4,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from rlhf_trl.build import project_dir, source
+from rlhf_trl.build import from_pretrained_kwargs
 from rlhf_trl.models.merging import merge_adapter
 from rlhf_trl.models.quantization import trained_quantization
-from rlhf_trl.runs.paths import resolve_path
-from rlhf_trl.runs.ranks import is_first_rank
+from rlhf_trl.runs.paths import project_dir, resolve_path
+from rlhf_trl.runs.ranks import is_main_process
 
 
 def merge(cfg: DictConfig) -> None:
     """
-    Writes the merged model of the adapter that `cfg.model` names: into `merged` inside its folder, or inside
+    Write the merged model of the adapter that `cfg.model` names: into `merged` inside its folder, or inside
     `cfg.run_dir` for an adapter of the hub.
 
     Raises:
@@ -21,8 +21,8 @@ def merge(cfg: DictConfig) -> None:
     """
     path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
     output_dir = Path(path if Path(path).is_dir() else cfg.run_dir, "merged")
-    if is_first_rank():
-        merge_adapter(path, str(output_dir), dequantize=cfg.stage.dequantize, **source(cfg))
+    if is_main_process():
+        merge_adapter(path, str(output_dir), dequantize=cfg.stage.dequantize, **from_pretrained_kwargs(cfg))
         print(f"Merged model: {output_dir}")
         if trained_quantization(path) is not None and cfg.stage.dequantize:
             print("Its base is the quantized one that the adapter was trained on, dequantized.")

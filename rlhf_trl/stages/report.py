@@ -1,20 +1,18 @@
 """The project's page (`stage=report`)."""
 
-from pathlib import Path
-
 from omegaconf import DictConfig
 
 from rlhf_trl.report.project import write_report
+from rlhf_trl.runs.paths import project_dir
+from rlhf_trl.runs.ranks import is_main_process
 
 
 def report(cfg: DictConfig) -> None:
     """
-    `stage=report`: makes the report of `cfg.project` anew.
+    Write the report of `cfg.project` again.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if the project has no run.
     """
-    from accelerate import PartialState
-
-    if PartialState().is_main_process:
-        print(f"Report: {write_report(Path(cfg.runs_dir, cfg.project))}")
+    if is_main_process():
+        print(f"Report: {write_report(project_dir(cfg))}")

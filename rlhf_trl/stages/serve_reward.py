@@ -6,12 +6,12 @@ import ipaddress
 import os
 import socket
 
-from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.build import reward_functions
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.rewards.server import application
+from rlhf_trl.runs.ranks import is_main_process
 
 
 def serve_reward(cfg: DictConfig) -> None:
@@ -25,7 +25,7 @@ def serve_reward(cfg: DictConfig) -> None:
     import uvicorn
 
     OmegaConf.resolve(cfg)
-    if not PartialState().is_main_process:
+    if not is_main_process():
         return
     token = os.environ[cfg.stage.token_env] if cfg.stage.token_env else None
     with _bound_socket(cfg.stage.host, cfg.stage.port) as listener:

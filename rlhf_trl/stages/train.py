@@ -1,9 +1,12 @@
 """Training of any stage (`stage=sft|dpo|orpo|kto|grpo|rloo|ppo`), and of one reward model."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
+from datasets import Dataset
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import Trainer, set_seed
@@ -13,30 +16,30 @@ from rlhf_trl.build import (
     check_prompts,
     critic_start,
     demonstrations,
+    from_pretrained_kwargs,
     load_data,
     make_trainer,
-    project_dir,
-    source,
     training_arguments,
 )
 from rlhf_trl.callbacks.base import SaveAndStop
 from rlhf_trl.callbacks.interrupt import Interrupt
-from rlhf_trl.config.values import as_dict
+from rlhf_trl.config.values import as_dict, at, nodes, plain
+from rlhf_trl.data.fingerprint import rows_fingerprint
+from rlhf_trl.errors import Interrupted
 from rlhf_trl.hints import did_you_mean
-from rlhf_trl.models.adapters import adapter_config
+from rlhf_trl.models.adapters import adapter_config, model_fingerprint
 from rlhf_trl.models.merging import merge_adapter
 from rlhf_trl.models.tokenizers import load_tokenizer
-from rlhf_trl.runs.paths import resolve_path
+from rlhf_trl.runs.paths import project_dir, resolve_path
+from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.runs.record import write_metrics
-from rlhf_trl.stages.base import begin, claims_directory, command, end, fail
-from rlhf_trl.stages.inputs import inputs_of
+from rlhf_trl.stages.base import command, open_run
 from rlhf_trl.terminal import say
 
 
-@claims_directory
 def train(cfg: DictConfig) -> float | None:
     """
-    Trains what `cfg.stage` names, evaluates the model, and saves it into `cfg.run_dir`.
+    Train what `cfg.stage` names, evaluate the model, and save it into `cfg.run_dir`.
 
     Args:
         cfg (`DictConfig`):
@@ -47,50 +50,70 @@ def train(cfg: DictConfig) -> float | None:
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if arguments, models, data or an earlier run in `run_dir` don't allow it.
+        [`~rlhf_trl.errors.Interrupted`]: after Ctrl-C.
     """
-    return train_claimed(cfg)
-
-
-def train_claimed(cfg: DictConfig) -> float | None:
-    """[`train`] in a directory that is claimed already, such as that of a member of an ensemble."""
     OmegaConf.resolve(cfg)
     set_seed(cfg.seed)
     args = training_arguments(cfg.stage.args, **critic_start(cfg))
     path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
-    tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **source(cfg))
+    tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **from_pretrained_kwargs(cfg))
     dataset = load_data(cfg, tokenizer)
     check_prompts(args, len(dataset["train"]))
     if "eval" not in dataset:
         args.eval_strategy, args.do_eval, args.eval_on_start = IntervalStrategy.NO, False, False
 
     extra = {"ptx_dataset": demonstrations(cfg, dataset)} if "ptx_data" in cfg else {}
-    checkpoint = begin(cfg, path, inputs_of(cfg, path, dataset | extra))
-    interrupt = Interrupt(resume_command=command(cfg, "resume=true"))
-    try:
+    with open_run(cfg, start=path, inputs=inputs_of(cfg, path, dataset | extra)) as run:
+        interrupt = Interrupt(resume_command=command(cfg, "resume=true"))
         logger = instantiate(cfg.logger.run)
         with logger(run_dir=cfg.run_dir, name=args.run_name, config=as_dict(cfg, resolve=False)):
             trainer = make_trainer(cfg, args, path, tokenizer, dataset, **extra)
             trainer.add_callback(interrupt)  # the last one, so that its message stands last
-            trainer.train(resume_from_checkpoint=checkpoint)
+            try:
+                trainer.train(resume_from_checkpoint=run.checkpoint)
+            finally:
+                interrupt.restore()
             metrics = {} if interrupt.interrupted else finish(cfg, trainer)
-    except BaseException as error:
-        interrupt.restore()
-        fail(cfg, error)
-        raise
-    # A stop by the KL guard or the health monitor is an end the user asked for: the run is done, its record says why
-    reasons = [callback.reason for callback in trainer.callback_handler.callbacks if isinstance(callback, SaveAndStop)]
-    reasons = [reason for reason in reasons if reason]
-    end(cfg, "stopped" if interrupt.interrupted else "done", **({"reason": reasons[0]} if reasons else {}))
-    if interrupt.interrupted:
-        raise SystemExit(130)  # as a shell says that Ctrl-C ended a command
+        # A stop by the KL guard or the health monitor is an end the user asked for: the run is done
+        stoppers = [each for each in trainer.callback_handler.callbacks if isinstance(each, SaveAndStop)]
+        if reasons := [stopper.reason for stopper in stoppers if stopper.reason]:
+            run.record["reason"] = reasons[0]
+        if interrupt.interrupted:
+            raise Interrupted
     if cfg.objective is not None and cfg.objective not in metrics and "eval" in dataset:
         measured = sorted(name for name in metrics if name.startswith("eval_"))
         say(f"`objective` is `{cfg.objective}`, which was not measured. {did_you_mean(cfg.objective, measured)}")
-    return metrics.get(cfg.objective)
+    return None if cfg.objective is None else metrics.get(cfg.objective)
+
+
+def inputs_of(cfg: DictConfig, path: str, dataset: Mapping[Any, Dataset]) -> dict[str, Any]:
+    """
+    Return what the result of a training depends on besides its config; a resumed run must depend on the same.
+
+    Args:
+        path (`str`): path or hub id of the model that the training starts from.
+        dataset (`Mapping[str, Dataset]`): rows of each split, as the trainer gets them.
+
+    Returns:
+        `dict`: the number of ranks, a hash of the rows of each split, and fingerprints of the models that the config
+            names: the start (which is the reference too), reward models, the critic's start.
+    """
+    values, _ = plain(cfg)
+    inputs = {"ranks": PartialState().num_processes}
+    inputs |= {f"data ({split})": rows_fingerprint(rows) for split, rows in dataset.items()}
+    models = {"model": (path, at(values, "model.revision"))}
+    for name, node in nodes({key: values.get(key) for key in ("reward", "critic")}):
+        if node.get("run") or isinstance(node.get("path"), str):
+            where = resolve_path(node.get("path"), node.get("run"), project_dir(cfg))
+            models[name] = (where, node.get("revision"))
+    for name, (where, revision) in models.items():
+        if found := model_fingerprint(where, revision):
+            inputs[name] = found
+    return inputs
 
 
 def finish(cfg: DictConfig, trainer: Trainer) -> dict[str, float]:
-    """Evaluates and saves a trained model; returns the last value of every metric."""
+    """Evaluate and save a trained model, and return the last value of every metric."""
     history = trainer.state.log_history
     measured = any(
         entry["step"] == trainer.state.global_step and any(key.startswith("eval_") for key in entry)
@@ -99,7 +122,7 @@ def finish(cfg: DictConfig, trainer: Trainer) -> dict[str, float]:
     if trainer.eval_dataset is not None and (not measured or trainer.args.load_best_model_at_end):
         trainer.evaluate()
     trainer.save_model(cfg.run_dir)
-    if trainer.is_world_process_zero():
+    if is_main_process():
         # The reference belongs to the training; what is left of the run is the policy alone
         shutil.rmtree(Path(cfg.run_dir, "ref"), ignore_errors=True)
         write_metrics(cfg.run_dir, history)

@@ -13,7 +13,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rlhf_trl.runs.directory import claimed
+from rlhf_trl.runs.lock import locked
 
 given = dict(item.lstrip("+").split("=", 1) for item in sys.argv[1:] if "=" in item)
 run_dir = Path(given.get("runs_dir", "runs"), given.get("project", "default"), given.get("run_name", given["stage"]))
@@ -35,8 +35,8 @@ if (run_dir / "run.json").exists() and not {"resume", "overwrite"} & set(given):
     sys.exit(f"{run_dir} is in use")
 with open("calls.txt", "a") as calls:
     calls.write(" ".join(sys.argv[1:]) + "\n")
-claim = claimed(run_dir)
-claim.__enter__()
+lock = locked(run_dir)
+lock.__enter__()
 interrupted = []
 signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
 write("running")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from rlhf_trl.cli import app, overrides
 from rlhf_trl.cli import main as cli
-from rlhf_trl.cli import overrides
-from rlhf_trl.config.command_line import as_meant, as_typed
+from rlhf_trl.config.command_line import quote_text, unquote_text
 from rlhf_trl.config.groups import option_groups
 from rlhf_trl.runs.paths import conf_dir
 
@@ -26,21 +26,21 @@ ROOT = conf_dir().parent
         (["+stage.args.bta=1"], ["`stage.args.bta`", "PPOConfig", "`beta`"]),
         (["stage.args.max_grad_norm=1"], ["`+stage.args.max_grad_norm=1`"]),
         (["stage.args.max_grad_nrm=1"], ["`+stage.args.max_grad_norm=1`"]),
-        (["+stage.args.beta=1"], ["Type it without the plus: `stage.args.beta=1`"]),
+        (["+stage.args.beta=1"], ["Use it without the plus: `stage.args.beta=1`"]),
         (["stage.arg.beta=1"], ["`stage.args.beta=1`"]),
         (["stage=ppp"], ["`ppo`"]),
         (["model=dmeo"], ["`demo`"]),
         (["reward=[demo,modle]"], ["`modle`", "`model`"]),
         (["experiment=nope"], ["`experiment=nope`", "`reviews/tiny/sft`"]),
-        (["experiment=reviews_tiny_sft"], ["Type `experiment=reviews/tiny/sft`."]),
+        (["experiment=reviews_tiny_sft"], ["Use `experiment=reviews/tiny/sft`."]),
         (["experiment=reviews/tiny/stf"], ["no option `reviews/tiny/stf`. Did you mean `reviews/tiny/sft`"]),
         (["stage=sft", "reward=model"], ["`stage=sft` doesn't read the group `reward`", "`stage=ppo`"]),
         (["stage=sft", "reward_norm.clip=1"], ["`stage=sft` doesn't read the group `reward_norm`", "`stage=ppo`"]),
-        (["critic.path=x"], ["the chosen option of `critic` has no keys. Type `critic=...` as well: adapter, head"]),
-        (["data.feedback.use=x"], ["`data.feedback` has none here. Type `data/feedback=...` as well"]),
+        (["critic.path=x"], ["the chosen option of `critic` has no keys. Set `critic=...` as well: adapter, head"]),
+        (["data.feedback.use=x"], ["`data.feedback` has none here. Set `data/feedback=...` as well"]),
         (["foo=1"], ["no key `foo`", "`seed`"]),
         (["sed=1"], ["`seed=1`"]),
-        (["+stage=sft"], ["Type it without the plus: `stage=sft`"]),
+        (["+stage=sft"], ["Use it without the plus: `stage=sft`"]),
         (["+foo=1"], ["`+foo=1`", "nothing reads"]),
         (["+model.revison=main"], ["`model.revision=...`"]),
         (["dpo"], ["`stage=dpo`"]),
@@ -52,19 +52,19 @@ ROOT = conf_dir().parent
         (["logger=null"], ["`logger=none`"]),
         (["stage=[sft,ppo]"], ["the group `stage` takes one option"]),
         (["stage=../model/demo"], ["leads out of the group `stage`"]),
-        (["~model"], ["`~model` takes away what is read"]),
+        (["~model"], ["`~model` removes a key that is read"]),
         (["~logger"], ["`logger=none`"]),
-        (["~seed"], ["`~seed` takes away what is read", "`seed=...`"]),
-        (["stage=sft", "~stage.dataset_type"], ["`~stage.dataset_type` takes away what is read"]),
-        (["~stage.args.output_dir"], ["`~stage.args.output_dir` takes away what is read"]),
-        (["--stage", "sft"], ["Keys have no dashes: type `stage=...`"]),
-        (["--stage=sft"], ["type `stage=sft`"]),
-        (["seed.value=3"], ["`seed` is 42 and holds no keys. Type `seed=3`"]),
+        (["~seed"], ["`~seed` removes a key that is read", "`seed=...`"]),
+        (["stage=sft", "~stage.dataset_type"], ["`~stage.dataset_type` removes a key that is read"]),
+        (["~stage.args.output_dir"], ["`~stage.args.output_dir` removes a key that is read"]),
+        (["--stage", "sft"], ["Keys have no dashes: use `stage=...`"]),
+        (["--stage=sft"], ["use `stage=sft`"]),
+        (["seed.value=3"], ["`seed` is 42 and holds no keys. Use `seed=3`"]),
         (["+seed.value=3"], ["`+seed.value=3` adds a key that nothing reads"]),
         (["args.learning_rate=1"], ["`stage.args.learning_rate=1`"]),
         (["learning_rate=1"], ["`stage.args.learning_rate=1`"]),
         (["max_grad_norm=1"], ["`+stage.args.max_grad_norm=1`"]),
-        (["stage.args.learning_rate", "=", "1e-4"], ["a space around `=`. Type `stage.args.learning_rate=1e-4`"]),
+        (["stage.args.learning_rate", "=", "1e-4"], ["a space around `=`. Use `stage.args.learning_rate=1e-4`"]),
         (["++seed=abc"], ["`seed` is 'abc'"]),
         (["++sed=1"], ["`++sed=1` adds a key that nothing reads", "`seed=...`"]),
         (["data.x=[a,b"], ["`[` isn't closed", """`'data.x="[a,b"'`"""]),
@@ -73,7 +73,7 @@ ROOT = conf_dir().parent
         (["-m", "stage.args.bta=1,2"], ["`stage.args.beta=1`"]),
     ],
 )
-def test_a_mistake_is_answered_with_what_was_meant(command, tmp_path, words, expected):
+def test_a_mistake_gets_a_suggestion(command, tmp_path, words, expected):
     status, _, message = command(*words)
     assert status == 2 and message.startswith("Error: ") and "Traceback" not in message
     assert all(part in message for part in expected), message
@@ -102,17 +102,17 @@ MEANT = [
 
 
 @pytest.mark.parametrize(("word", "value"), MEANT)
-def test_text_is_read_as_it_was_typed(word, value):
-    (meant,) = as_meant([word])
+def test_text_keeps_its_value(word, value):
+    (meant,) = quote_text([word])
     assert OverridesParser.create().parse_override(meant).value() == value
-    assert as_typed([meant]) == [word] and as_meant([meant]) == [meant]
+    assert unquote_text([meant]) == [word] and quote_text([meant]) == [meant]
 
 
 @pytest.mark.parametrize(
     "word", ["seed=[1,", "dpo", "été=1", "-m", "--config-dir", "stage.args.beta=0.1,0.2", "run_name="]
 )
 def test_words_that_are_no_text_are_left_alone(word):
-    assert as_meant([word]) == [word]
+    assert quote_text([word]) == [word]
 
 
 def test_names_that_look_like_numbers_are_names(command, tmp_path):
@@ -133,7 +133,7 @@ def test_a_name_that_a_file_reads_as_a_number_is_refused(command, tmp_path):
 
 
 @pytest.mark.parametrize("value", ["a=b", "it's", "[x", "a, b", 'say "x"', "~/x", "\u65e5", "{a", "#1", "a(b)"])
-def test_a_quoted_word_as_proposed_says_what_was_meant(value):
+def test_a_suggested_quoted_word_has_the_value(value):
     (word,) = shlex.split(overrides._as_text("run_name", value))
     assert overrides.compose([word])[0].run_name == value
 
@@ -143,7 +143,7 @@ def test_what_may_be_taken_away(command):
         assert overrides.compose(words)[1] == []
 
 
-def test_everything_wrong_is_said_at_once(command):
+def test_all_problems_are_reported_at_once(command):
     words = ["stage=sft", "model=hf", "model.path=/nowhere", "stage.args.lerning_rate=1", "stage.args.bf16=maybe"]
     status, _, message = command(*words, "sed=1", "+stage.args.packin=true")
     assert status == 2 and "5 problems" in message
@@ -151,7 +151,7 @@ def test_everything_wrong_is_said_at_once(command):
         assert part in message
 
 
-def test_the_answer_needs_no_heavy_import():
+def test_the_checks_import_nothing_heavy():
     code = (
         "import sys; sys.argv = ['train.py', 'model.path=/nowhere', 'stage.args.bta=1']\n"
         "from rlhf_trl.cli.main import main\n"
@@ -243,20 +243,20 @@ def test_the_first_rank_speaks_for_all_that_the_launcher_ends_with_it(command, m
         raise Ended
 
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(cli.time, "sleep", end)
+    monkeypatch.setattr(app.time, "sleep", end)
     with pytest.raises(Ended):
         command("stage=ppp")
 
 
 def test_another_rank_speaks_of_an_error_of_its_own(command, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(app.time, "sleep", lambda seconds: None)
     status, _, message = command("stage=ppp")
     assert status == 2 and message.startswith("\nOn rank 1: Error: `stage=ppp`")
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
-def test_a_rank_that_is_no_number_is_said(command, monkeypatch, name):
+def test_a_rank_that_is_no_number_is_reported(command, monkeypatch, name):
     monkeypatch.setenv(name, "abc")
     status, _, message = command("stage=sft", "debug=dry_run")
     assert status == 2 and message.startswith(f"Error: the environment variable `{name}` is 'abc'")
@@ -349,7 +349,7 @@ def test_a_multirun_on_one_device_gives_each_job_a_directory(command, tmp_path):
         assert json.loads(job.read_text())["command"].endswith(f"0.{number + 1} run_name=dpo_sweep/{number}")
 
 
-def test_a_deleted_working_directory_is_said(tmp_path, monkeypatch, capsys):
+def test_a_deleted_working_directory_is_reported(tmp_path, monkeypatch, capsys):
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)

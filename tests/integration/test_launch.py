@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 
-from rlhf_trl.cli.launcher import launch_command, launch_dir, overrides_of, shown, state_of
+from rlhf_trl.cli.launcher import launch_command, launch_dir, overrides_of, shell_line, state_of
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((launch_dir() / "accelerate").glob("*.yaml"))
@@ -59,9 +59,9 @@ def test_launch_command_names_our_configurations_by_their_name(monkeypatch):
     monkeypatch.chdir(ROOT)
     command = launch_command("ddp", ["--num_processes", "4"])
     expected = "accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 4 train.py"
-    assert shown(command) == expected
-    assert shown(launch_command("my.yaml")) == "accelerate launch --config_file my.yaml train.py"
-    assert shown(launch_command()) == "accelerate launch train.py"
+    assert shell_line(command) == expected
+    assert shell_line(launch_command("my.yaml")) == "accelerate launch --config_file my.yaml train.py"
+    assert shell_line(launch_command()) == "accelerate launch train.py"
 
 
 def test_overrides_are_read_back_from_a_recorded_command():

@@ -1,4 +1,4 @@
-"""Functions and classes of the user's own: what is wrong with one is said in a message, and where."""
+"""Functions and classes of the user's own, whose errors are reported with their place."""
 
 import json
 import sys
@@ -73,7 +73,7 @@ def reward(*words: str) -> list[str]:
         ),
     ],
 )
-def test_a_dry_run_says_what_is_wrong(own, command, source, words, parts):
+def test_a_dry_run_reports_what_is_wrong(own, command, source, words, parts):
     own(source)
     status, _, message = command(*reward(*words), "debug=dry_run")
     assert status == 2 and "\nError: " in f"\n{message}" and "Traceback" not in message
@@ -150,7 +150,7 @@ def test_an_argument_that_is_missing_when_called_is_named():
         ("import sys\ndef f(completions):\n    sys.exit()", "`f` in own_code.py ended the program", "failed"),
     ],
 )
-def test_an_error_of_ones_own_shows_ones_own_frames(own, command, tmp_path, source, told, status):
+def test_an_error_in_the_users_code_shows_the_users_frames(own, command, tmp_path, source, told, status):
     own(source)
     code, _, message = command(*reward())
     assert code == 2

@@ -73,12 +73,12 @@ def test_what_is_done_is_not_done_again_and_the_ways_out_are_named(tmp_path):
     code, out, _ = launch("pipeline", tmp_path, *mine, FAKE)
     assert code == 0
     assert len(calls(tmp_path)) == 3
-    assert "done, passed over" in out and "eval_loss" in out and "project=another" in out
+    assert "done, skipped" in out and "eval_loss" in out and "project=another" in out
 
 
 def test_a_step_with_a_word_that_takes_away_is_done_at_the_second_call(tmp_path):
     mine = write_pipeline(tmp_path, {"compare": ["stage=evaluate", "~stage.policies.dpo"]})
-    for said in ("[1/1] compare: ", "[1/1] compare: done, passed over"):
+    for said in ("[1/1] compare: ", "[1/1] compare: done, skipped"):
         code, out, err = launch("pipeline", tmp_path, *mine, FAKE)
         assert code == 0 and said in out, err
     assert len(calls(tmp_path)) == 1
@@ -88,13 +88,13 @@ def test_a_step_with_a_word_that_takes_away_is_done_at_the_second_call(tmp_path)
     ("words", "parts"),
     [
         (["stage=sft"], ["`stage=sft` is a word for a step", """'overrides=["stage=sft"]'"""]),
-        (["overrides=seed"], ["`overrides` is 'seed' and must be a list of words"]),
-        (["steps.sft=stage=sft"], ["`steps.sft` is 'stage=sft' and must be a list of words"]),
+        (["overrides=seed"], ["`overrides` is 'seed' and must be a list of overrides"]),
+        (["steps.sft=stage=sft"], ["`steps.sft` is 'stage=sft' and must be a list of overrides"]),
         (["pipeline=dmo"], ["`demo`"]),
-        (["pipeline=reviews_tiny"], ["Type `pipeline=reviews/tiny`."]),
+        (["pipeline=reviews_tiny"], ["Use `pipeline=reviews/tiny`."]),
         (["pipelin=demo"], ["`pipeline=demo`"]),
         (["--config-dir", "conf", "pipeline=mine"], ["`step` in `conf/pipeline/mine.yaml`", "`steps`"]),
-        (["-m"], ["Leave out `-m`"]),
+        (["-m"], ["Remove `-m`"]),
     ],
 )
 def test_the_pipeline_speaks_as_train_does(tmp_path, words, parts):
@@ -113,13 +113,13 @@ def test_the_pipeline_speaks_as_train_does(tmp_path, words, parts):
         (["stage=ppo", "sed=1,2"], "`seed=1`"),
     ],
 )
-def test_what_a_sweep_can_not_do_is_said(tmp_path, words, part):
+def test_what_a_sweep_can_not_do_is_reported(tmp_path, words, part):
     code, out, err = launch("sweep", tmp_path, "-m", *words)
     assert code == 2 and err.startswith("Error: ") and part in err and out == ""
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failing_step_stops_the_pipeline_and_the_next_call_goes_on_there(tmp_path):
+def test_a_failing_step_stops_the_pipeline_and_the_next_call_resumes_there(tmp_path):
     steps = {**STEPS, "ppo": ["stage=ppo", "+fails=true"]}
     mine = write_pipeline(tmp_path, steps)
     code, out, err = launch("pipeline", tmp_path, *mine, FAKE)
@@ -129,7 +129,7 @@ def test_a_failing_step_stops_the_pipeline_and_the_next_call_goes_on_there(tmp_p
     (tmp_path / "mended").touch()
     code, out, err = launch("pipeline", tmp_path, *mine, FAKE)
     assert code == 0, err
-    assert "sft: done, passed over" in out
+    assert "sft: done, skipped" in out
     # There was no checkpoint, so what the failed step left is not worth keeping
     assert [call.split("conf ")[1] for call in calls(tmp_path)[2:]] == [
         "stage=ppo +fails=true project=mine overwrite=true",
@@ -184,7 +184,7 @@ def test_a_step_that_still_runs_is_left_alone(tmp_path):
     code, _, err = launch("pipeline", tmp_path, *mine, FAKE)
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
-    assert code == 2 and "still under way" in err
+    assert code == 2 and "still in progress" in err
     assert len(calls(tmp_path)) == 1
 
 
@@ -329,7 +329,7 @@ def demo(tmp_path_factory):
     assert json.loads(record.read_text())["status"] == "running"
     code, out, err = launch("pipeline", folder, timeout=1800)
     assert code == 0, err[-3000:]
-    assert "[1/5] sft: done, passed over" in out
+    assert "[1/5] sft: done, skipped" in out
     return folder / "runs/demo", out
 
 
@@ -371,7 +371,7 @@ def test_the_finished_demo_is_shown_again(demo):
 
 
 @pytest.mark.slow
-def test_a_killed_step_goes_on_from_its_last_whole_checkpoint(tmp_path):
+def test_a_killed_step_resumes_from_its_last_complete_checkpoint(tmp_path):
     """SIGKILL to the pipeline and all below it, at a moment after the first checkpoint that nobody chose."""
     steps = {"sft": ["stage=sft", "stage.args.max_steps=40", "stage.args.save_steps=2", *SMALL]}
     mine = write_pipeline(tmp_path, steps, accelerate="cpu")
@@ -384,7 +384,7 @@ def test_a_killed_step_goes_on_from_its_last_whole_checkpoint(tmp_path):
     (run_dir / ".unfinished" / "checkpoint-39").mkdir(parents=True, exist_ok=True)
     code, out, err = launch("pipeline", tmp_path, *mine)
     assert code == 0, err[-3000:]
-    assert "resume=true" in out and "Going on from" in out
+    assert "resume=true" in out and "Resuming from" in out
     record = json.loads((run_dir / "run.json").read_text())
     assert record["status"] == "done"
     steps = [entry["step"] for entry in json.loads((run_dir / "metrics.json").read_text())["history"]]

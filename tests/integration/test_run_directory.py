@@ -15,14 +15,15 @@ import pytest
 from rlhf_trl.checks import find_problems
 from rlhf_trl.errors import ConfigError, disk_is_full
 from rlhf_trl.runs import directory
+from rlhf_trl.runs.lock import lock_owner, locked
 from rlhf_trl.runs.paths import conf_dir
 from tests.helpers.spies import CRASH, Crash
 from tests.helpers.tiny import save_model
 
-CLAIM = """
+LOCK = """
 import sys, time
-from rlhf_trl.directory import claimed
-with claimed(sys.argv[1]):
+from rlhf_trl.runs.lock import locked
+with locked(sys.argv[1]):
     print("mine", flush=True)
     time.sleep(60)
 """
@@ -30,20 +31,20 @@ with claimed(sys.argv[1]):
 
 @pytest.fixture
 def problems(compose, monkeypatch, tmp_path):
-    """`problems(*overrides)`: what the light checks find, seen from an empty folder."""
+    """`problems(*overrides)` returns the problems of a config, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     return lambda *words: find_problems(compose(*words))
 
 
 @pytest.fixture
-def claim():
-    """`claim(run_dir)` starts a process that claims it, and returns that process."""
+def locker():
+    """`locker(run_dir)` starts a process that locks it, and returns that process."""
     started = []
 
     def start(run_dir: Path) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, "-c", CLAIM, run_dir.absolute()], stdout=subprocess.PIPE, text=True, cwd=conf_dir().parent
+            [sys.executable, "-c", LOCK, run_dir.absolute()], stdout=subprocess.PIPE, text=True, cwd=conf_dir().parent
         )
         started.append(process)
         assert process.stdout.readline() == "mine\n"
@@ -67,40 +68,40 @@ def files(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
-# ---- Claims ----
+# ---- Locks ----
 
 
-def test_a_directory_is_claimed_by_one_process(tmp_path, claim):
-    other = claim(tmp_path)
-    refusal = f"under way, as process {other.pid}. .*`kill {other.pid}`"
-    with pytest.raises(ConfigError, match=refusal), directory.claimed(tmp_path):
+def test_a_directory_is_locked_by_one_process(tmp_path, locker):
+    other = locker(tmp_path)
+    refusal = f"in progress, as process {other.pid}. .*`kill {other.pid}`"
+    with pytest.raises(ConfigError, match=refusal), locked(tmp_path):
         pass
     other.send_signal(signal.SIGKILL)
     other.wait()
-    with directory.claimed(tmp_path):  # a killed process leaves no claim
+    with locked(tmp_path):  # a killed process leaves no lock
         assert (tmp_path / ".lock").read_text().split()[0] == str(os.getpid())
-        assert directory.holder(tmp_path) is None  # not of another process
-    with directory.claimed(tmp_path):
+        assert lock_owner(tmp_path) is None  # not of another process
+    with locked(tmp_path):
         pass
 
 
 @pytest.mark.parametrize("words", [[], ["resume=true"], ["overwrite=true"]])
-def test_a_run_under_way_is_left_alone(problems, claim, words):
-    other = claim(make_run("ppo", "running"))
+def test_a_run_in_progress_is_left_alone(problems, locker, words):
+    other = locker(make_run("ppo", "running"))
     (found,) = problems("stage=ppo", *words)
-    assert f"still under way, as process {other.pid}" in found
+    assert f"still in progress, as process {other.pid}" in found
     assert problems("stage=ppo", "run_name=other") == []
 
 
-def test_a_killed_run_is_not_under_way(problems):
+def test_a_killed_run_is_not_in_progress(problems):
     make_run("ppo", "running")
     assert problems("stage=ppo", "overwrite=true") == []
 
 
-def test_what_began_since_the_checks_is_not_overwritten(train, tmp_path, claim):
+def test_what_began_since_the_checks_is_not_overwritten(train, tmp_path, locker):
     """Two starts within seconds: both are checked while the directory is free."""
     run_dir = tmp_path / "test/sft"
-    other = claim(run_dir)
+    other = locker(run_dir)
     with pytest.raises(ConfigError, match=f"process {other.pid}"):
         train(tmp_path, "stage=sft", "overwrite=true")
     other.kill()
@@ -128,7 +129,7 @@ def test_names_of_several_parts_are_names(problems):
 
 @pytest.mark.parametrize("key", ["runs_dir", "run_dir"])
 def test_a_folder_has_a_name(problems, key):
-    assert problems("stage=sft", f"{key}=") == [f"`{key}` is empty. Type `{key}=FOLDER`, or leave it out."]
+    assert problems("stage=sft", f"{key}=") == [f"`{key}` is empty. Set `{key}=FOLDER`, or remove it."]
 
 
 # ---- What overwrite=true never deletes ----
@@ -253,20 +254,20 @@ def used(tmp_path) -> Path:
     return tmp_path
 
 
-def test_an_old_run_is_put_back_whole(used):
+def test_a_backup_is_restored_complete(used):
     before = files(used)
-    directory.set_aside(used)
+    directory.back_up(used)
     (used / "run.json").write_text("new")
     (used / "start").mkdir()
     (used / "train.log").write_text("said")
-    assert directory.holds_old(used)
-    directory.put_back(used)
+    assert directory.has_backup(used)
+    directory.restore_backup(used)
     assert files(used) == before | {"train.log": "said"} and not (used / "start").exists()
 
 
 @pytest.mark.parametrize("step", range(8))
 def test_a_kill_at_any_moment_loses_neither_run(used, monkeypatch, step):
-    """Of setting aside and putting back, whose every rename may be the last that is done."""
+    """Every rename of a backup and its restoration may be the last that is done."""
     before, done = files(used), []
     rename = Path.rename
 
@@ -278,9 +279,9 @@ def test_a_kill_at_any_moment_loses_neither_run(used, monkeypatch, step):
 
     monkeypatch.setattr(Path, "rename", dies)
     try:
-        directory.set_aside(used)
+        directory.back_up(used)
         (used / "run.json").write_text("new")
-        directory.put_back(used)
+        directory.restore_backup(used)
     except KeyboardInterrupt:
         pass
     monkeypatch.setattr(Path, "rename", rename)
@@ -289,12 +290,12 @@ def test_a_kill_at_any_moment_loses_neither_run(used, monkeypatch, step):
     assert {path.name for path in used.iterdir()} == {"run.json", "model.safetensors", "checkpoint-3"}
 
 
-def test_a_run_that_has_begun_is_not_taken_back(used):
-    directory.set_aside(used)
+def test_a_run_that_has_begun_is_kept(used):
+    directory.back_up(used)
     (used / "run.json").write_text("new")
     (used / "checkpoint-1").mkdir()
     directory.recover(used)
-    assert files(used) == {"run.json": "new"} and not directory.holds_old(used)
+    assert files(used) == {"run.json": "new"} and not directory.has_backup(used)
 
 
 OLD = ("stage=sft", "stage.args.max_steps=2", "data.max_samples=64")
@@ -314,7 +315,7 @@ def test_a_run_that_cannot_begin_costs_nothing(train, tmp_path, failure):
     assert files_of(run_dir) == before
     train(tmp_path, *OLD, "overwrite=true", "seed=7")
     assert (run_dir / "model.safetensors").read_bytes() != before[str(run_dir / "model.safetensors")]
-    assert not directory.holds_old(run_dir)
+    assert not directory.has_backup(run_dir)
 
 
 # ---- Resume ----
@@ -373,7 +374,7 @@ def change_ranks(folder):
 def lose(name):
     def change(folder):
         (folder / "test/sft/checkpoint-2" / name).unlink()
-        return rf"No checkpoint can be resumed: `.*checkpoint-2` isn't whole \({name} missing or cut off\)"
+        return rf"No checkpoint can be resumed: `.*checkpoint-2` is incomplete \({name} missing or truncated\)"
 
     return change
 
@@ -381,7 +382,7 @@ def lose(name):
 def cut(name):
     def change(folder):
         os.truncate(folder / "test/sft/checkpoint-2" / name, 100)
-        return rf"No checkpoint can be resumed: `.*checkpoint-2` isn't whole \({name} missing or cut off\)"
+        return rf"No checkpoint can be resumed: `.*checkpoint-2` is incomplete \({name} missing or truncated\)"
 
     return change
 
@@ -430,8 +431,8 @@ def test_a_resume_falls_back_to_the_checkpoint_before_a_damaged_one(train, stopp
         train(stopped, *resumable(stopped), "resume=true")
         assert json.loads((run_dir / "run.json").read_text())["status"] == "done"
         out = capsys.readouterr().out
-        assert re.search(r"checkpoint-9` isn't whole \(.* missing or cut off\), so the one before it is taken", out)
-        assert re.search(r"Going on from .*checkpoint-2\.", out)
+        assert re.search(r"checkpoint-9` is incomplete \(.* missing or truncated\), so the one before it is used", out)
+        assert re.search(r"Resuming from .*checkpoint-2\.", out)
     finally:
         shutil.rmtree(stopped)
         saved.rename(stopped)
@@ -443,13 +444,13 @@ def test_a_run_without_its_config_can_not_be_resumed(train, stopped, monkeypatch
     content = config.read_text()
     config.unlink()
     try:
-        with pytest.raises(ConfigError, match="has no `config.yaml`, so nothing says what the run began with"):
+        with pytest.raises(ConfigError, match="has no `config.yaml`, so the config it was started with isn't known"):
             train(stopped, *resumable(stopped), "resume=true", "stage.args.learning_rate=9")
     finally:
         config.write_text(content)
 
 
-def test_a_resume_of_the_same_goes_on(train, stopped, monkeypatch):
+def test_a_resume_with_the_same_config_is_done(train, stopped, monkeypatch):
     monkeypatch.setattr(Crash, "at", None)
     run_dir = Path(train(stopped, *resumable(stopped), "resume=true"))
     record = json.loads((run_dir / "run.json").read_text())
@@ -459,7 +460,7 @@ def test_a_resume_of_the_same_goes_on(train, stopped, monkeypatch):
 def test_inputs_are_the_models_of_all_roles(compose, tmp_path):
     from datasets import Dataset, DatasetDict
 
-    from rlhf_trl.stages.inputs import inputs_of
+    from rlhf_trl.stages.train import inputs_of
 
     for seed, name in enumerate(("start", "scores", "values")):
         save_model(tmp_path / name, seed=seed)

@@ -1,4 +1,4 @@
-"""TODO tests.integration.test_stages."""
+"""The training stages: composed, trained, saved, resumed, and loaded by plain transformers."""
 
 import dataclasses
 import json
@@ -186,7 +186,7 @@ def ref_and_policy() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("stage", ["dpo", "kto", "grpo", "ppo"])
-def test_an_adapter_goes_on_and_its_start_stays_the_reference(train, sft_lora, stage):
+def test_an_adapter_is_trained_further_and_its_start_stays_the_reference(train, sft_lora, stage):
     name = f"{stage}_on"
     run_dir = train(sft_lora, f"stage={stage}", f"run_name={name}", "model.run=sft", *LORA, SPY)
     start, saved = weights(sft_lora / "test/sft"), weights(run_dir)
@@ -319,7 +319,7 @@ def test_a_wrong_adapter_leaves_the_run_directory_free(train, sft_lora):
 
 
 @pytest.mark.parametrize("leftover", ["of an error", "of an older version", "of a base trained again"])
-def test_a_run_starts_from_what_it_says(train, sft_lora, tmp_path, leftover):
+def test_a_run_starts_from_its_recorded_model(train, sft_lora, tmp_path, leftover):
     """A merged start that another run has left in the directory is not taken for one's own."""
     project, still = tmp_path / "test", ("stage=dpo", "run_name=full", "stage.args.learning_rate=0")
     for name in ("first", "second"):

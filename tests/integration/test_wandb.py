@@ -206,7 +206,7 @@ def test_a_disabled_run_names_no_folder(tmp_path, monkeypatch, capsys):
         ("disabled", ""),
     ],
 )
-def test_what_keeps_wandb_from_taking_a_run_is_said_first(compose, tmp_path, monkeypatch, mode, says):
+def test_what_keeps_wandb_from_a_run_is_reported_first(compose, tmp_path, monkeypatch, mode, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", mode)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(importlib.util.find_spec("rlhf_trl").origin).parent
 # From the lowest to the highest: each imports only from those before it
 LAYERS = (
-    *("errors", "hints", "terminal", "config", "patches", "runs", "data", "models", "health", "report", "rewards"),
+    *("errors", "hints", "config", "patches", "runs", "terminal", "data", "models", "health", "report", "rewards"),
     *("trainers", "reward_modeling", "ppo", "callbacks", "evaluation", "build", "checks", "stages", "cli"),
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))

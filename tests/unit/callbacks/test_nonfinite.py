@@ -47,7 +47,7 @@ def test_a_single_update_with_nan_is_withheld_and_said(train, tmp_path, spoil, c
     at = [load_file(run_dir / f"checkpoint-{step}" / "model.safetensors") for step in range(1, 6)]
     unchanged = [all(torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(at)]
     assert unchanged == [False, True, False, False] and record(run_dir)["status"] == "done"
-    assert "Step 3 had NaN or infinite gradients: this update is not made." in capsys.readouterr().out
+    assert "Step 3 had NaN or infinite gradients: this update is skipped." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("steps, weight, words", [((), 5, "weights, such as"), ((5,), None, "ended at step 5")])

@@ -1,4 +1,4 @@
-"""What the checks find before any model loads: each problem once, all in one error, each with what to type."""
+"""Problems found before any model loads: each once, all in one error, each with what to set."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ from rlhf_trl.models.sizes import empty_model
 
 @pytest.fixture
 def problems(compose, monkeypatch, tmp_path):
-    """`problems(*overrides)`: what the light checks find, seen from an empty folder."""
+    """`problems(*overrides)` returns the problems of a config, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
@@ -182,7 +182,7 @@ ROLLOUT = ["stage=grpo", "stage.args.per_device_train_batch_size=8"]
         (3, ["stage.args.num_generations=6"], []),
         (1, ["stage.args.num_generations=1"], ["2 or more"]),
         (1, ["stage.args.num_generations=0"], ["1 or more"]),
-        (1, ["+stage.args.generation_batch_size=16"], ["the same twice"]),
+        (1, ["+stage.args.generation_batch_size=16"], ["two ways to set the same"]),
         (
             1,
             ["+stage.args.generation_batch_size=20", "stage.args.steps_per_generation=null"],

@@ -24,17 +24,17 @@ def former_names(monkeypatch):
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("stage.kind=prompt", "`stage.kind` was renamed to `stage.dataset_type`. Type `stage.dataset_type=prompt`."),
-        ("+stage.kind=prompt", "`stage.kind` was renamed to `stage.dataset_type`. Type `stage.dataset_type=prompt`."),
-        ("~stage.kind", "`stage.kind` was renamed to `stage.dataset_type`. Type `~stage.dataset_type`."),
+        ("stage.kind=prompt", "`stage.kind` was renamed to `stage.dataset_type`. Use `stage.dataset_type=prompt`."),
+        ("+stage.kind=prompt", "`stage.kind` was renamed to `stage.dataset_type`. Use `stage.dataset_type=prompt`."),
+        ("~stage.kind", "`stage.kind` was renamed to `stage.dataset_type`. Use `~stage.dataset_type`."),
         ("stage.lost=1", "`stage.lost` was removed: nothing reads it. Remove it."),
         (
             "reward.gold.factor=2",
-            "`reward.gold.factor` was renamed to `reward.gold.weight`. Type `reward.gold.weight=2`.",
+            "`reward.gold.factor` was renamed to `reward.gold.weight`. Use `reward.gold.weight=2`.",
         ),
-        ("normalizer=batch", "`normalizer` was renamed to `reward_norm`. Type `reward_norm=batch`."),
-        ("normalizer.clip=3", "`normalizer` was renamed to `reward_norm`. Type `reward_norm.clip=3`."),
-        ("+stage.args.kl_coef=0", "`stage.args.kl_coef` was renamed to `stage.args.beta`. Type `stage.args.beta=0`."),
+        ("normalizer=batch", "`normalizer` was renamed to `reward_norm`. Use `reward_norm=batch`."),
+        ("normalizer.clip=3", "`normalizer` was renamed to `reward_norm`. Use `reward_norm.clip=3`."),
+        ("+stage.args.kl_coef=0", "`stage.args.kl_coef` was renamed to `stage.args.beta`. Use `stage.args.beta=0`."),
     ],
 )
 def test_a_former_key_on_the_command_line_names_the_new_one(command, former_names, word, expected):

@@ -124,7 +124,7 @@ def test_the_plans_mask_of_whole_chats_is_the_trainers(
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo", "rloo"])
-def test_the_plans_prompt_is_what_the_policy_goes_on_from(compose, tmp_path, capsys, monkeypatch, stage):
+def test_the_plans_prompt_is_the_policys_prompt(compose, tmp_path, capsys, monkeypatch, stage):
     given = []
     generate = transformers.LlamaForCausalLM.generate
 
@@ -246,7 +246,7 @@ def test_a_stage_without_training_is_planned_by_what_it_reads(compose, tmp_path,
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_server_that_is_not_there_is_said(compose, tmp_path):
+def test_an_unreachable_server_is_reported(compose, tmp_path):
     words = ["reward=http", "reward.http.url=http://127.0.0.1:9/score"]
     with pytest.raises(
         ConfigError, match="The server of the reward `http` at http://127.0.0.1:9/score can't be reached"
@@ -254,7 +254,7 @@ def test_a_server_that_is_not_there_is_said(compose, tmp_path):
         show_plan(compose("stage=generate", "stage.max_prompts=2", f"runs_dir={tmp_path}", *words))
 
 
-def test_a_disk_that_is_too_small_is_said(compose, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_reported(compose, tmp_path, monkeypatch, capsys):
     free = 10**9
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free}))
     few = ("data.max_samples=8", "data.max_eval_samples=2", "stage.args.per_device_train_batch_size=8")
@@ -262,5 +262,5 @@ def test_a_disk_that_is_too_small_is_said(compose, tmp_path, monkeypatch, capsys
     show_plan(cfg)
     assert "disk           1.0 GB free; the weights take 0.9 MB" in capsys.readouterr().out
     free = 10**5
-    with pytest.raises(ConfigError, match="The trained model takes 0.9 MB, and of the disk of .* 0.1 MB are free"):
+    with pytest.raises(ConfigError, match="The trained model needs 0.9 MB, and the disk of .* has 0.1 MB free"):
         show_plan(cfg)

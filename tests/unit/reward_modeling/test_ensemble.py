@@ -308,7 +308,7 @@ def test_killed_in_the_second_member(tmp_path):
     done = subprocess.run([*command, "resume=true"], timeout=240, **options)
     assert done.returncode == 0, done.stdout[-3000:]
     assert (run_dir / "member_0" / "adapter_model.safetensors").stat().st_mtime_ns == before
-    assert re.search(r"Going on from .*member_1/checkpoint-\d+", done.stdout) and "Member 1 of 2" not in done.stdout
+    assert re.search(r"Resuming from .*member_1/checkpoint-\d+", done.stdout) and "Member 1 of 2" not in done.stdout
     assert ModelReward(str(run_dir)).members == 2
 
 

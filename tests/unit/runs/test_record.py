@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_trl.callbacks.loggers import summary_of
-from rlhf_trl.checks.places import model_problems
+from rlhf_trl.checks.paths import model_problems
 from rlhf_trl.cli.launcher import results_of, state_of
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.report.project import project_page
@@ -52,7 +52,7 @@ def test_a_damaged_file_is_named_with_what_to_do(run_dir, name, read, content):
         ("../comparison.json", lambda run_dir: project_page(run_dir.parent)),
     ],
 )
-def test_everything_that_reads_it_says_so(run_dir, name, look):
+def test_every_reader_reports_the_damage(run_dir, name, look):
     (run_dir / name).write_text('{"history": ["a"]}')
     with pytest.raises(ConfigError, match=f"{Path(name).name}` is damaged"):
         look(run_dir)

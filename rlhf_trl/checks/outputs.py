@@ -1,4 +1,4 @@
-"""Folders that can't be written, names that the file system refuses."""
+"""Output folders that can't be written, and names that the file system refuses."""
 
 import os
 import tempfile
@@ -11,8 +11,8 @@ from rlhf_trl.config.values import at
 WRITE_NOTHING = ("rlhf_trl.stages.chat.chat", "rlhf_trl.stages.serve_reward.serve_reward")
 
 
-def room_problems(values: dict[str, Any]) -> list[str]:
-    """Of the run directory, and of a file that is written outside of it."""
+def folder_problems(values: dict[str, Any]) -> list[str]:
+    """Return the problems of the run directory, and of an output file outside of it."""
     if at(values, "stage.run._target_") in WRITE_NOTHING:
         return []
     run_dir, output = values.get("run_dir"), at(values, "stage.output")
@@ -20,7 +20,7 @@ def room_problems(values: dict[str, Any]) -> list[str]:
     if isinstance(output, str) and not output.startswith(f"{run_dir}/"):
         places["stage.output"] = (os.path.dirname(output) or ".", "`stage.output=...`")
     problems = [
-        f"`{key}`: {problem} Type another {way}."
+        f"`{key}`: {problem} Set another {way}."
         for key, (folder, way) in places.items()
         if isinstance(folder, str) and folder and (problem := folder_problem(Path(folder)))
     ]
@@ -28,7 +28,7 @@ def room_problems(values: dict[str, Any]) -> list[str]:
 
 
 def folder_problem(folder: Path) -> str | None:
-    """Return why nothing can be written into a folder, which need not exist, `None` where it can; leaves nothing."""
+    """Return why a folder, which need not exist, can't be written, or `None`. Nothing is left in it."""
     try:
         parent = nearest_folder(folder)
         longest = os.pathconf(parent, "PC_NAME_MAX")

@@ -1,4 +1,4 @@
-"""One table of values: the command line, the dry run and the classes refuse the same, with what to set."""
+"""Ranges of options: the command line, the dry run and the classes refuse the same values, with what to set."""
 
 import inspect
 import math
@@ -11,8 +11,9 @@ from trl.trainer import dpo_trainer, kto_trainer, sft_trainer
 from rlhf_trl.callbacks.kl import AdaptiveKL, FixedKL, LinearKL
 from rlhf_trl.callbacks.reward_norm import ReferenceNorm, RewardNorm
 from rlhf_trl.checks import find_problems
+from rlhf_trl.checks.ranges import RULES, RUN
 from rlhf_trl.config.argument_names import arguments
-from rlhf_trl.config.ranges import RULES, RUN, problem_of
+from rlhf_trl.config.ranges import problem_of
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.ppo import PPOConfig
 from rlhf_trl.reward_modeling.config import RewardConfig

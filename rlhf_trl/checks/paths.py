@@ -1,29 +1,32 @@
-"""Models, earlier runs and data that are not where the config says."""
+"""Paths of models, earlier runs and data that don't exist or hold something else."""
 
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.config.values import at, nodes, read_json, section
+from rlhf_trl.config.values import at, nodes, section
 from rlhf_trl.data.sources.files import resolve_paths
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest
-from rlhf_trl.runs.conflicts import MODEL_FILES, project_dir, read_paths
 from rlhf_trl.runs.paths import (
+    ADAPTER_FILE,
     DEMO,
-    ENSEMBLE_FILE,
+    MODEL_FILES,
     PACKAGE,
     baseline_problem,
     is_run_name,
     named_policies,
+    project_dir,
+    read_model_config,
+    read_paths,
     run_command,
 )
-from rlhf_trl.runs.record import RUN_FILE, read_run
+from rlhf_trl.runs.record import ENSEMBLE_FILE, RUN_FILE, read_run
 
 
 def model_problems(values: dict[str, Any]) -> list[str]:
-    """Of the model a run starts from, of reward models, and of the policies that are compared."""
+    """Return the problems of the model a run starts from, of reward models, and of the policies to compare."""
     problems = []
     if model := section(values, "model"):
         problems += _model("model", model, values, at(values, "stage.task_type") or "CAUSAL_LM")
@@ -47,13 +50,13 @@ def model_problems(values: dict[str, Any]) -> list[str]:
         problems.append(problem)
     policies = {f"stage.policies.{name}": place for name, place in named.items()}
     for key, place in {**policies, "stage.policy": at(values, "stage.policy")}.items():
-        if isinstance(place, str) and is_run_name(place, str(project_dir(values))):
+        if isinstance(place, str) and is_run_name(place, project_dir(values)):
             problems += _earlier_run(key, place, values)
     return problems
 
 
 def output_problems(values: dict[str, Any]) -> list[str]:
-    """Of a file that is written outside the run directory: it must not take the place of what is read."""
+    """Return the problem of an output file outside the run directory that would overwrite an input, or none."""
     output = at(values, "stage.output")
     if not isinstance(output, str):
         return []
@@ -70,7 +73,7 @@ def output_problems(values: dict[str, Any]) -> list[str]:
 
 
 def model_folder(node: dict[str, Any], values: dict[str, Any]) -> Path:
-    """The local folder that a node with `run` and `path` means, existing or not."""
+    """Return the local folder of a node with `run` and `path`, existing or not."""
     run, path = node.get("run"), str(node.get("path"))
     if run is not None:
         return project_dir(values) / str(run)
@@ -86,14 +89,14 @@ def _model(key: str, node: dict[str, Any], values: dict[str, Any], task_type: st
     elif path is not None:
         problems = _model_path(f"{key}.path", str(path), folder)
     elif key == "model":
-        return []  # it has no value, which is said
+        return []  # reported as a missing value
     else:
-        return [f"`{key}` names no model. Type `{key}.run=...` (a run of this project) or `{key}.path=...`."]
+        return [f"`{key}` names no model. Set `{key}.run=...` (a run of this project) or `{key}.path=...`."]
     return problems or _task_type(key, folder, task_type)
 
 
 def _earlier_run(key: str, run: str, values: dict[str, Any]) -> list[str]:
-    folder, command = project_dir(values) / run, run_command(run, str(project_dir(values)))
+    folder, command = project_dir(values) / run, run_command(run, project_dir(values))
     try:
         record = read_run(folder)
     except ConfigError as error:
@@ -133,7 +136,7 @@ def _looks_like_hub_id(path: str) -> bool:
 
 
 def _not_cached(key: str, hub_id: str, kind: str) -> list[str]:
-    """Offline, what isn't in the cache can't be had."""
+    """Return the problem of a hub id that isn't in the cache of an offline machine, or none."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
         return []
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
@@ -147,7 +150,7 @@ def _not_cached(key: str, hub_id: str, kind: str) -> list[str]:
 
 
 def _beside(path: Path) -> str:
-    """What lies beside a path that doesn't exist and looks like it."""
+    """Return a hint at similar names beside a path that doesn't exist."""
     near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else []
     if near:
         return "Did you mean " + " or ".join(f"`{path.parent / name}`" for name in near) + "?"
@@ -155,13 +158,13 @@ def _beside(path: Path) -> str:
 
 
 def _task_type(key: str, folder: Path, wanted: str) -> list[str]:
-    """A policy where a reward model is asked for, or the other way round, would start with a random head."""
+    """Return the problem of a policy in place of a reward model, or vice versa: its head would be random. Or none."""
     if (folder / ENSEMBLE_FILE).is_file() and not key.startswith("reward."):
         return [
             f"`{key}` is `{folder}`, an ensemble of reward models, which can only score. Name one of its members: "
             f"`{key}.run={folder.name}/member_0`."
         ]
-    adapter, config = (read_json(folder / name) or {} for name in reversed(MODEL_FILES))
+    adapter, config = (read_model_config(folder / name) for name in reversed(MODEL_FILES))
     architecture = str((config.get("architectures") or [""])[0])
     is_reward_model = adapter.get("task_type") == "SEQ_CLS" or "SequenceClassification" in architecture
     is_policy = adapter.get("task_type") == "CAUSAL_LM" or "CausalLM" in architecture
@@ -175,12 +178,12 @@ def _task_type(key: str, folder: Path, wanted: str) -> list[str]:
 
 
 def _no_adapter(key: str, instead: str, folder: Path) -> list[str]:
-    """A full model can't share the policy's base."""
-    if not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+    """Return the problem of a full model where an adapter on the policy's base is needed, or none."""
+    if not (folder / "config.json").is_file() or (folder / ADAPTER_FILE).is_file():
         return []
     return [
         f"`{key}` is `{folder}`, a full model, and an adapter is needed to share the policy's base. Name a run that "
-        f"was trained with `adapter=lora`, or type `{instead}`."
+        f"was trained with `adapter=lora`, or set `{instead}`."
     ]
 
 
@@ -191,7 +194,7 @@ def _file(key: str, path: Any) -> list[str]:
 
 
 def data_problems(values: dict[str, Any]) -> list[str]:
-    """Of the files, folders and hub datasets of the data group, sources of a mixture included."""
+    """Return the problems of the files, folders and hub datasets of the data group, sources of a mixture included."""
     problems = []
     for path, node in nodes(section(values, "data"), "data"):
         for key in ("paths", "eval_paths"):
