@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf_trl.errors import ConfigError, DivergedError
+from rlhf_trl.stages import train as train_module
 from tests.helpers.spies import SPY, Spoil, Spy
 from tests.helpers.tiny import save_model
 
@@ -85,16 +86,16 @@ def test_a_run_killed_after_its_last_step_takes_no_step_more(train, tmp_path, mo
     words = [f"stage={stage}", *SMALL, "stage.args.save_steps=5", "data.max_samples=256", "data.max_eval_samples=4"]
     words += ["stage.args.max_steps=20", "stage.args.save_steps=20", "data.max_samples=256"] * (stage == "ppo")
     words += [SPY]
-    finish = stage.finish
+    finish = train_module.finish
 
     def killed(*args):
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(stage, "finish", killed)
+    monkeypatch.setattr(train_module, "finish", killed)
     with pytest.raises(RuntimeError, match="killed"):
         train(tmp_path, *words)
     trained = {name: weight.clone() for name, weight in Spy.model.state_dict().items()}
-    monkeypatch.setattr(stage, "finish", finish)
+    monkeypatch.setattr(train_module, "finish", finish)
     capsys.readouterr()
     train(tmp_path, *words, "resume=true")
     assert all(torch.equal(weight, trained[name]) for name, weight in Spy.model.state_dict().items())

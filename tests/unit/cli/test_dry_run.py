@@ -260,7 +260,7 @@ def test_a_full_disk_is_reported(compose, tmp_path, monkeypatch, capsys):
     few = ("data.max_samples=8", "data.max_eval_samples=2", "stage.args.per_device_train_batch_size=8")
     cfg = compose("stage=sft", f"runs_dir={tmp_path}", *few)
     show_plan(cfg)
-    assert "disk           1.0 GB free; the weights take 0.9 MB" in capsys.readouterr().out
+    assert "disk           1.0 GB free; the weights need 0.9 MB" in capsys.readouterr().out
     free = 10**5
     with pytest.raises(ConfigError, match="The trained model needs 0.9 MB, and the disk of .* has 0.1 MB free"):
         show_plan(cfg)
