@@ -21,6 +21,8 @@ class WandbSections(WandbCallback):
         trainer ([`~transformers.Trainer`]): the trainer.
     """
 
+    _wandb: Any  # the module, which transformers imports where it is installed
+
     def __init__(self, trainer: Trainer):
         super().__init__()
         trainer.remove_callback(WandbCallback)
@@ -33,17 +35,14 @@ class WandbSections(WandbCallback):
             self._wandb.define_metric(axis)
             self._wandb.define_metric("*", step_metric=axis, step_sync=True, overwrite=True)
 
-    _wandb: Any  # the module, which transformers imports where it is installed
-
     def on_log(self, args, state, control, model, logs: dict[str, float], **kwargs):
         if not self._initialized:
             self.setup(args, state, model)
         if not state.is_world_process_zero:
             return
-        run = self._wandb.run
-        if run is not None and "train_runtime" in logs:  # logged once, at the end of training: no curves
+        if "train_runtime" in logs:  # logged once, at the end of training: no curves
             for name, value in logs.items():
-                run.summary[sectioned(name)] = value
+                self._wandb.run.summary[sectioned(name)] = value
             return
         named = {sectioned(name): value for name, value in logs.items()}
         self._wandb.log({**named, **progress_counts(args, state.global_step)})
