@@ -95,7 +95,7 @@ def test_the_wheel_has_what_the_clone_has(wheel):
 
 
 def user_folder(folder: Path) -> Path:
-    """Where a user stands: a folder with an option of their own, a file of their own and no clone."""
+    """Return the folder of a user without a clone: with an option and a file of their own."""
     (folder / "my_conf" / "data").mkdir(parents=True)
     mine = "defaults:\n  - files\n  - _self_\npaths: my.jsonl\neval_size: null\nsplit_by: row\n"
     (folder / "my_conf" / "data" / "mine.yaml").write_text(mine)
@@ -103,7 +103,7 @@ def user_folder(folder: Path) -> Path:
 
 
 def check_installed(script: list[str], pipeline: list[str], folder: Path, environment: dict[str, str]) -> None:
-    """What must work outside a clone: the script, ours and the user's options, and the pipeline's steps."""
+    """Assert that the script, the package's and the user's options, and the pipeline's steps work outside a clone."""
 
     def run(*command: str) -> str:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)

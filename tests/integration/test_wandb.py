@@ -1,4 +1,4 @@
-"""What W&B gets of a run: sections, one x-axis, tables, figures, groups, a summary to sort by, the model. Offline."""
+"""W&B's view of a run: sections, one x-axis, tables, figures, groups, a summary to sort by, the model. Offline."""
 
 import json
 import re

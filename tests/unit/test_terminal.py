@@ -1,4 +1,4 @@
-"""What reaches a terminal: no control characters of others, and no message behind a progress bar."""
+"""Output to a terminal: no control characters of others, and no message behind a progress bar."""
 
 import io
 import logging

@@ -39,7 +39,7 @@ def path(tmp_path_factory):
 
 
 def healthy(kind: str) -> list[dict]:
-    """What a trainer logs in a run in which all is well, with noise."""
+    """Return the log of a healthy run, with noise."""
     noise = random.Random(0)
     common = {
         "loss": lambda t: 0.1,

@@ -1,4 +1,4 @@
-"""What a dry run says, beside what the run then does."""
+"""The plan of a dry run, against what the run then does."""
 
 import json
 import re

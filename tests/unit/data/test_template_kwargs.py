@@ -47,13 +47,13 @@ def policy_tokenizer(path, template=THINKING):
 
 
 def written(tokenizer):
-    """What a policy writes for each of `ANSWERS`; the last one was cut off."""
+    """Return the ids that a policy generates for each of `ANSWERS`; the last one was truncated."""
     ids = [tokenizer(turn[0]["content"])["input_ids"] + [tokenizer.eos_token_id] for turn in ANSWERS]
     return [*ids[:-1], ids[-1][:-1]]
 
 
 def expected(reward, **kwargs):
-    """What RewardTrainer gives the rows: their ids are made by `tokenize_comparisons`."""
+    """Return RewardTrainer's scores of the rows, whose ids `tokenize_comparisons` makes."""
     rows = [{"prompt": p, "chosen": a, "rejected": a, "chat_template_kwargs": kwargs}
             for p, a in zip(CHATS, ANSWERS, strict=True)]  # fmt: skip
     ids = [row[0] for row in tokenize_comparisons(Dataset.from_list(rows), reward.tokenizer)["completion_ids"]]

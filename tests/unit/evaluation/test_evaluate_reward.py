@@ -1,4 +1,4 @@
-"""How good rewards are: each measure against numbers by hand or brute force, and the stage from data to page."""
+"""Quality of rewards: each measure against numbers by hand or brute force, and the stage from data to page."""
 
 import itertools
 import json

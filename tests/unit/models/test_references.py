@@ -33,7 +33,7 @@ PAIRS = Dataset.from_list(
 
 
 def log_probs(model: PeftModel) -> torch.Tensor:
-    """What TRL's trainers compute of the tokens, shape (2, 7)."""
+    """Return the log-probabilities that TRL's trainers compute for the tokens, shape (2, 7)."""
     inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS, "use_cache": False}
     model.eval()
     with torch.no_grad():

@@ -55,7 +55,7 @@ def figures() -> list[str]:
 
 
 class Tags(HTMLParser):
-    """What a browser would see as elements."""
+    """The elements that a browser would see."""
 
     def __init__(self, html):
         super().__init__()
@@ -325,7 +325,7 @@ def test_the_stage_report_makes_it_anew(project, capsys):
 
 
 def estimates(value, path=()) -> list[tuple]:
-    """Where in a comparison an estimate stands, or a number that can be missing."""
+    """Return the places of a comparison with an estimate, or with a number that can be missing."""
     if not isinstance(value, dict | list):
         return [path] if path[-1] in ("chosen_by", "gold", "model", "repetition", "tie_rate") else []
     items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -355,7 +355,7 @@ def test_a_missing_estimate_is_a_gap_in_the_page(project):
 
 
 def test_an_evaluation_without_runs_has_a_page(project):
-    """Of policies of the hub, say, or by a sweep, whose runs lie deeper."""
+    """Such as one of policies of the hub, or of a sweep, whose runs lie deeper."""
     for name in ("ppo", "reward", "dpo"):
         shutil.rmtree(project / name)
     assert "better than sft on 40" in write_report(project).read_text()
@@ -492,8 +492,8 @@ def browse(tmp_path, html: str, *options: str) -> tuple[str, str]:
 
 def look(tmp_path, html: str, width: int, *options: str) -> tuple[dict, str]:
     """
-    What `PROBE` finds in a window of a given width, and what the console said. Headless Chromium has 500 px at
-    least, so the page is looked at in a frame inside of it.
+    Return the findings of `PROBE` in a window of a given width, and the console's output. Headless Chromium has 500 px
+    at least, so the page is looked at in a frame inside of it.
     """
     html = html.replace("</body>", PROBE.replace("document.title =", "parent.document.title =") + "</body>")
     srcdoc = html.replace("&", "&amp;").replace("'", "&#39;")

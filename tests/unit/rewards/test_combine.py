@@ -1,4 +1,4 @@
-"""How several rewards become one score: the formulas, and what PPO, RLOO and GRPO learn from and log."""
+"""Combination of several rewards: the formulas, and what PPO, RLOO and GRPO learn from and log."""
 
 import functools
 import math

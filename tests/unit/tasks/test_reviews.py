@@ -212,7 +212,7 @@ def test_vader_is_optional(monkeypatch):
 
 
 def test_the_same_comparisons_as_rankings_and_as_pairs(folder):
-    """What `python -m bench.reward` sets side by side."""
+    """The two sides that `python -m bench.reward` compares."""
     found = []
     for pairwise in (False, True):
         feedback = Ratings(scale=[-4, 4], min_gap=1, pairwise_rows=pairwise)

@@ -1,4 +1,4 @@
-"""What all trainers share: TRL's own classes get it as well."""
+"""The mixin of all trainers, which TRL's own classes get as well."""
 
 import pytest
 import trl

@@ -1,4 +1,4 @@
-"""Which tokens end a turn, for a model whose turns end with another token than the tokenizer's EOS, as Gemma's do."""
+"""End tokens of a model whose turns end with another token than the tokenizer's EOS, as Gemma's do."""
 
 import json
 
