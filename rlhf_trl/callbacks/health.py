@@ -18,7 +18,7 @@ from rlhf_trl.callbacks.rollouts import record_rollouts
 from rlhf_trl.callbacks.samples import newest_row, rows_after
 from rlhf_trl.config.ranges import check_values
 from rlhf_trl.data.messages import as_text
-from rlhf_trl.health.signs import BASELINE, LEVELS, SIGNS, WINDOW, Series, all_limits, judge, signs_seen
+from rlhf_trl.health.signs import BASELINE, LEVELS, SIGNS, WINDOW, Series, all_limits, evaluate_signs, signs_seen
 from rlhf_trl.health.text_statistics import rollout_measures
 from rlhf_trl.runs.ranks import any_rank
 from rlhf_trl.terminal import printable
@@ -128,7 +128,7 @@ class HealthMonitor(NonfiniteGuard):
         self.series.add(logs)
         if evaluation:
             return
-        found = judge(self.series, self.limits)
+        found = evaluate_signs(self.series, self.limits)
         if found:
             logs["health/level"] = max(finding.level for finding in found.values())
             logs |= {f"health/{name}": finding.level for name, finding in found.items()}
@@ -169,7 +169,7 @@ class HealthMonitor(NonfiniteGuard):
         lines = [f"health: {len(seen)} of {len(SIGNS)} signs in {judged} log steps."]
         for found in seen:
             steps = f"steps {found.first} to {found.last}, {found.count} log steps"
-            lines.append(f"  {LEVELS[found.level]} {found.sign} ({steps}): {SIGNS[found.sign].turn}.")
+            lines.append(f"  {LEVELS[found.level]} {found.sign} ({steps}): {SIGNS[found.sign].remedy}.")
         return "\n".join(lines)
 
     def _say(self, state: TrainerState, text: str) -> None:

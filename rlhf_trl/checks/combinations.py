@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf_trl.callbacks.options import kl_problems, normalizer_problem
 from rlhf_trl.checks.paths import model_folder
+from rlhf_trl.checks.renamed import renamed_key
 from rlhf_trl.config.values import at, section
 from rlhf_trl.health.signs import limit_problems
 from rlhf_trl.runs.paths import ADAPTER_FILE, read_model_config
@@ -41,7 +42,8 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
         keeps_reference=args.get("_target_") == PPO_CONFIG,
         is_deepspeed=os.environ.get(DEEPSPEED) == "true",
     )
-    problems += limit_problems(section(values, "health.signs"))
+    signs = section(values, "health.signs")
+    problems += limit_problems({name: signs[name] for name in signs if not renamed_key(f"health.signs.{name}")})
     if not str(at(values, "reward_norm._target_") or "RewardNorm").endswith(".RewardNorm"):
         problems += [problem] if (problem := normalizer_problem(args)) else []
     for name, option in (("peft", "lora"), ("quantization", "qlora")):

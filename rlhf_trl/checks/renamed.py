@@ -14,6 +14,11 @@ from rlhf_trl.config.values import at, flatten
 
 # Old key: new key, with all keys below it; `*` stands for one name. None: the key is gone, and nothing is in its place
 RENAMED_KEYS: dict[str, str | None] = {
+    "health.signs.critic_blind": "health.signs.low_explained_variance",
+    "health.signs.eos_missing": "health.signs.missing_eos",
+    "health.signs.length_reward": "health.signs.length_bias",
+    "health.signs.reward_flat": "health.signs.constant_reward",
+    "health.signs.template": "health.signs.mode_collapse",
     "reward.format.kwargs.whole": "reward.format.kwargs.fullmatch",
     "reward.length.kwargs.least": "reward.length.kwargs.min_length",
     "reward.length.kwargs.most": "reward.length.kwargs.max_length",

@@ -1,1 +1,1 @@
-"""Signs of trouble in a run, as pure functions of what it logs."""
+"""Signs of trouble in a run: pure functions of its metrics."""

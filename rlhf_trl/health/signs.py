@@ -1,8 +1,9 @@
 """
-Signs of trouble in an RLHF run, as pure functions of what a trainer logs. Imports nothing heavy.
+Signs of trouble in an RLHF run: pure functions of the metrics that a trainer logs. Imports nothing heavy.
 
 A sign is a number that is compared with three limits (note, warn, stop). [`rlhf_trl.callbacks.health`] measures and
-tells; what isn't logged by the trainers themselves is made from a rollout's texts by [`rollout_measures`].
+reports; metrics that trainers don't log are computed from a rollout's texts by
+[`~rlhf_trl.health.text_statistics.rollout_measures`].
 """
 
 import math
@@ -16,18 +17,18 @@ from rlhf_trl.hints import did_you_mean
 
 LEVELS = ("ok", "note", "warn", "stop")
 BASELINE, WINDOW = 4, 3
-# Log steps whose gradient norms the newest one is compared with
-GRADIENTS = 20
+# Number of log steps whose gradient norms the newest one is compared with
+GRADIENT_WINDOW = 20
 
 
 class Series:
     """
-    The values of each metric in the order they were logged. None, NaN and infinite ones are left out.
+    Values of each metric in the order they were logged. None, NaN and infinite ones are dropped.
 
     Args:
-        baseline (`int`): values at the start that later ones are compared with.
-        window (`int`): newest values that are averaged.
-        watched (`Sequence[str]`): names of reward functions that nothing is learned from.
+        baseline (`int`): number of values at the start that later ones are compared with.
+        window (`int`): number of newest values that are averaged.
+        watched (`Sequence[str]`): names of reward functions of weight 0.
     """
 
     def __init__(self, baseline: int = BASELINE, window: int = WINDOW, watched: Sequence[str] = ()):
@@ -42,24 +43,24 @@ class Series:
                 self._values[name].append(float(value))
 
     def values(self, *names: str) -> list[float]:
-        """Those of the first of `names` that was logged."""
+        """Return the values of the first of `names` that was logged."""
         return next((self._values[name] for name in names if name in self._values), [])
 
     def stems(self, start: str, end: str) -> list[str]:
-        """Names that begin with `start` and end with `end`, without that end."""
+        """Return the names that begin with `start` and end with `end`, without that end."""
         return [name.removesuffix(end) for name in self._values if name.startswith(start) and name.endswith(end)]
 
     def recent(self, *names: str) -> float | None:
-        """Mean of the newest `window` values, `None` until there are as many besides the baseline."""
+        """Return the mean of the newest `window` values, `None` until there are as many besides the baseline."""
         values = self.values(*names)
         return fmean(values[-self.window :]) if len(values) >= self.baseline + self.window else None
 
     def start(self, *names: str) -> float:
-        """Mean of the first `baseline` values."""
+        """Return the mean of the first `baseline` values."""
         return fmean(self.values(*names)[: self.baseline])
 
     def rise(self, *names: str) -> float | None:
-        """How far the newest values are above the first ones."""
+        """Return the difference of the newest values to the first ones."""
         recent = self.recent(*names)
         return None if recent is None else recent - self.start(*names)
 
@@ -104,7 +105,7 @@ def _over_optimization(series: Series) -> float | None:
 
 
 def _drop(series: Series, watched: Sequence[float], std: str, scores: Sequence[float]) -> float | None:
-    """By how many of its standard deviations a watched reward is below its best, if the score has risen since."""
+    """Return how many standard deviations a watched reward is below its best, 0 unless the score has risen since."""
     spread, count, window = series.recent(std), min(len(watched), len(scores)), series.window
     if not spread or count < series.baseline + window:
         return None
@@ -119,7 +120,7 @@ def _drop(series: Series, watched: Sequence[float], std: str, scores: Sequence[f
 
 def _explained(series: Series) -> float | None:
     std, scores = series.recent(*SCORE_STD), series.recent(*SCORE)
-    # Of a constant reward there is nothing to explain
+    # A constant reward has no variance to explain
     constant = std is not None and scores is not None and std <= 1e-6 * max(1.0, abs(scores))
     return None if constant else series.recent("value/explained_variance")
 
@@ -157,31 +158,41 @@ def _spike(series: Series) -> float | None:
     norms = series.values("grad_norm")
     if len(norms) < series.baseline + series.window:
         return None
-    usual = median(norms[:-1][-GRADIENTS:])
+    usual = median(norms[:-1][-GRADIENT_WINDOW:])
     return norms[-1] / usual if usual > 0 else None
 
 
 class Sign(NamedTuple):
-    """What is measured, what its value means in words, and what to turn."""
+    """
+    A sign of trouble.
 
-    measure: Callable[[Series], float | None]  # None: can't be said (yet)
-    says: str  # `{value}` is the measure
-    turn: str
-    limits: dict[str, float | None]  # from which value on, by level; None: never
-    falls: bool = False  # whether low values are the bad ones
-    when: tuple[tuple[str, ...], float] | None = None  # only while the recent mean of a metric is at least this
+    Attributes:
+        measure: returns the value, `None` where it isn't known (yet).
+        message: the value in words, with `{value}`.
+        remedy: options to change.
+        limits: value from which on a level is reached; `None` for never.
+        falls: whether low values are the bad ones.
+        when: name of a metric and a number: the sign is `ok` while the metric's recent mean is below it.
+    """
+
+    measure: Callable[[Series], float | None]
+    message: str
+    remedy: str
+    limits: dict[str, float | None]
+    falls: bool = False
+    when: tuple[tuple[str, ...], float] | None = None
 
 
 SIGNS: dict[str, Sign] = {
     "nan": Sign(
         lambda series: (series.values("health/nonfinite_updates") or [None])[-1],
-        "{value:.0f} updates had NaN or infinite gradients; they were left out",
-        "Lower `stage.args.learning_rate`, or look for rewards out of all scale (`reward_norm=running`)",
+        "{value:.0f} updates had NaN or infinite gradients; they were dropped",
+        "Lower `stage.args.learning_rate`, or look for rewards of an extreme scale (`reward_norm=running`)",
         {"note": None, "warn": None, "stop": 1},
     ),
     "kl_high": Sign(
         lambda series: series.recent(*KL),
-        "the KL to the reference is {value:.3g} nats a sequence",
+        "the KL to the reference is {value:.3g} nats per sequence",
         "Raise `stage.args.beta`, hold it with `kl=adaptive kl.target=6`, or lower `stage.args.learning_rate`",
         {"note": 15.0, "warn": 30.0, "stop": None},
     ),
@@ -211,7 +222,7 @@ SIGNS: dict[str, Sign] = {
         "Lower `stage.args.learning_rate` or `stage.args.num_iterations`",
         {"note": 0.3, "warn": 0.5, "stop": None},
     ),
-    "critic_blind": Sign(
+    "low_explained_variance": Sign(
         _explained,
         "the critic explains {value:.0%} of the returns' variance",
         "Raise `stage.args.critic_learning_rate` or `stage.args.cliprange_value`, or start it from the reward model "
@@ -232,19 +243,19 @@ SIGNS: dict[str, Sign] = {
         "Lower `stage.args.learning_rate`",
         {"note": 0.3, "warn": 0.6, "stop": None},
     ),
-    "reward_flat": Sign(
+    "constant_reward": Sign(
         lambda series: series.recent("objective/most_common_score"),
-        "{value:.0%} of the completions have one and the same reward: there is little to learn from",
+        "{value:.0%} of the completions have the same reward: there is little to learn from",
         "Look at samples.jsonl: a solved or impossible task, or a reward that is cut off (`reward_norm.clip`)",
         {"note": 0.9, "warn": 0.98, "stop": None},
     ),
     "length_drift": Sign(
         _length,
         "completions have become {value:.2g} times as long, or as short, as they were",
-        "Set `stage.args.length_penalty` (ppo), mend a reward that pays for length, or raise `stage.args.beta`",
+        "Set `stage.args.length_penalty` (ppo), fix a reward that pays for length, or raise `stage.args.beta`",
         {"note": 1.6, "warn": 2.0, "stop": None},
     ),
-    "length_reward": Sign(
+    "length_bias": Sign(
         _length_correlation,
         "reward and length of a completion correlate by {value:.2f}",
         "Train the reward model on pairs of like length, or set `stage.args.length_penalty` (ppo)",
@@ -252,19 +263,19 @@ SIGNS: dict[str, Sign] = {
     ),
     "repetition": Sign(
         lambda series: series.rise("completions/repetition"),
-        "{value:.0%} more of a completion's word triples are repeated than at the start",
-        "Raise `stage.args.beta`, or take it from the reward by a function of your own (`reward=[...,function]`)",
+        "{value:.0%} more of a completion's word trigrams are repeated than at the start",
+        "Raise `stage.args.beta`, or penalize it with a reward function (`reward=[...,function]`)",
         {"note": 0.1, "warn": 0.25, "stop": None},
     ),
-    "template": Sign(
+    "mode_collapse": Sign(
         lambda series: series.rise("completions/similarity"),
-        "answers to different prompts share {value:.0%} more of their word triples than at the start",
+        "answers to different prompts share {value:.0%} more of their word trigrams than at the start",
         "Raise `stage.args.beta` or `stage.args.temperature`; see in samples.jsonl what the reward pays for",
         {"note": 0.1, "warn": 0.25, "stop": None},
     ),
-    "eos_missing": Sign(
+    "missing_eos": Sign(
         _eos,
-        "only {value:.0%} of the completions come to an end",
+        "only {value:.0%} of the completions end with EOS",
         "Raise `stage.args.max_completion_length`, or set `stage.args.missing_eos_penalty` (ppo)",
         {"note": 0.8, "warn": 0.5, "stop": None},
         falls=True,
@@ -279,19 +290,25 @@ SIGNS: dict[str, Sign] = {
 
 
 class Finding(NamedTuple):
-    """What a sign says at a log step."""
-
-    level: int  # index of LEVELS
-    value: float
-    text: str  # what it is, its limit, and what to turn
-
-
-def judge(series: Series, limits: Mapping[str, Mapping[str, float | None]]) -> dict[str, Finding]:
     """
-    The signs that can be judged by what was logged so far, whatever their level.
+    Value of a sign at a log step.
+
+    Attributes:
+        level: index of `LEVELS`.
+        text: message with the limit and the remedy; empty at the level `ok`.
+    """
+
+    level: int
+    value: float
+    text: str
+
+
+def evaluate_signs(series: Series, limits: Mapping[str, Mapping[str, float | None]]) -> dict[str, Finding]:
+    """
+    Return the signs that can be evaluated on what was logged so far, whatever their level.
 
     Args:
-        series ([`Series`]): what was logged.
+        series ([`Series`]): the logged metrics.
         limits (`dict`): `{sign: {"note": ..., "warn": ..., "stop": ...}}`, see [`all_limits`].
     """
     found = {}
@@ -303,7 +320,7 @@ def judge(series: Series, limits: Mapping[str, Mapping[str, float | None]]) -> d
         if sign.when is not None and (series.recent(*sign.when[0]) or 0.0) < sign.when[1]:
             level = 0
         limit = limits[name][LEVELS[level]] if level else None
-        text = f"{sign.says.format(value=value)} ({LEVELS[level]} from {limit:g}). {sign.turn}." if level else ""
+        text = f"{sign.message.format(value=value)} ({LEVELS[level]} from {limit:g}). {sign.remedy}." if level else ""
         found[name] = Finding(level, value, text)
     return found
 
@@ -319,7 +336,7 @@ def _level(value: float, limits: Mapping[str, float | None], falls: bool) -> int
 
 def all_limits(changed: Mapping[str, Mapping[str, float | None]] | None = None) -> dict[str, dict[str, float | None]]:
     """
-    The limits of every sign: the defaults, with those in `changed` instead.
+    Return the limits of every sign: the defaults, updated with `changed`.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: with all problems of `changed`.
@@ -330,14 +347,14 @@ def all_limits(changed: Mapping[str, Mapping[str, float | None]] | None = None) 
 
 
 def limit_problems(changed: Mapping[str, Mapping[str, float | None]], key: str = "health.signs") -> list[str]:
-    """Unknown signs and levels, values that are no numbers, and limits that contradict each other."""
+    """Return the problems of `changed`: unknown signs and levels, values that aren't numbers, limits out of order."""
     problems = []
     for name, given in changed.items():
         if name not in SIGNS:
             problems.append(f"`{key}.{name}` is no sign. {did_you_mean(name, SIGNS)}")
             continue
         if not isinstance(given, Mapping):
-            problems.append(f"`{key}.{name}` is {given!r}. Type `{key}.{name}.warn=...`, with a number or null.")
+            problems.append(f"`{key}.{name}` is {given!r}. Set `{key}.{name}.warn=...` to a number or null.")
             continue
         unknown = [level for level in given if level not in LEVELS[1:]]
         wrong = [v for k, v in given.items() if k not in unknown and v is not None and not _is_number(v)]
@@ -364,10 +381,11 @@ def _is_number(value) -> bool:
 
 def verdict(logs: Mapping[str, float | None]) -> str:
     """
-    A cell for a line of metrics: `health ok`, or the worst level with its signs, such as `health warn kl_high`.
+    Return the health of a log step for a line of metrics: `health ok`, or the worst level with its signs, such as
+    `health warn kl_high`.
 
     Args:
-        logs (`dict`): what was logged, with `health/level` and `health/<sign>`; nothing is said where they lack.
+        logs (`dict`): the logged metrics, with `health/level` and `health/<sign>`; without these the text is empty.
     """
     logged = logs.get("health/level")
     if logged is None:
@@ -379,18 +397,25 @@ def verdict(logs: Mapping[str, float | None]) -> str:
 
 
 class Seen(NamedTuple):
-    """A sign that showed in a run."""
+    """
+    A sign that appeared in a run.
+
+    Attributes:
+        level: its highest level, an index of `LEVELS`.
+        first, last: optimizer steps at which it was logged first and last.
+        count: number of log steps.
+    """
 
     sign: str
     level: int
-    first: int  # optimizer steps at which it was logged first and last
+    first: int
     last: int
-    count: int  # log steps
+    count: int
 
 
 def signs_seen(history: Sequence[Mapping[str, Any]]) -> list[Seen]:
     """
-    The signs that showed in a run, the worst first.
+    Return the signs that appeared in a run, the worst first.
 
     Args:
         history (`list[dict]`): `trainer.state.log_history`, or `history` of a run's `metrics.json`.

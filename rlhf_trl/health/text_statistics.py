@@ -6,32 +6,32 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
-# A word, or a character of a script that writes no spaces, or a mark
+# A word, a character of a script that is written without spaces, or a punctuation mark
 WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]")
 
 
 def rollout_measures(prompts: Sequence[str], completions: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
     """
-    Measures of a rollout that signs are made of.
+    Compute the statistics of a rollout that signs are based on.
 
     Args:
         prompts (`Sequence[str]`), completions (`Sequence[str]`):
-            Texts, one of each a row.
+            Texts, one pair per row.
         scores (`Sequence[float]`):
-            The reward of each; NaN where there is none.
+            Combined reward of each; NaN where there is none.
 
     Returns:
-        `dict[str, float]`: `completions/repetition`, the mean share of a completion's word triples that it repeats;
-        `completions/similarity`, the mean share of a completion's triples that are in the answer to another prompt,
+        `dict[str, float]`: `completions/repetition`, the mean share of a completion's word trigrams that it repeats;
+        `completions/similarity`, the mean share of a completion's trigrams that are in the answer to another prompt,
         averaged over the other prompts; `objective/length_correlation` of the score and the length in characters;
         `objective/most_common_score`, the share of the completions with the most common score. NaN where there is
         nothing to measure.
     """
-    triples = [_triples(text) for text in completions]
-    first_of_prompt = dict(reversed(list(zip(prompts, triples, strict=True))))
+    trigrams = [_trigrams(text) for text in completions]
+    first_of_prompt = dict(reversed(list(zip(prompts, trigrams, strict=True))))
     scored = [(score, len(text)) for score, text in zip(scores, completions, strict=True) if math.isfinite(score)]
     return {
-        "completions/repetition": fmean(1 - len(set(row)) / len(row) if row else 0.0 for row in triples),
+        "completions/repetition": fmean(1 - len(set(row)) / len(row) if row else 0.0 for row in trigrams),
         "completions/similarity": _similarity([set(row) for row in first_of_prompt.values()]),
         "objective/length_correlation": _correlation(scored),
         "objective/most_common_score": (
@@ -40,7 +40,7 @@ def rollout_measures(prompts: Sequence[str], completions: Sequence[str], scores:
     }
 
 
-def _triples(text: str) -> list[tuple[str, ...]]:
+def _trigrams(text: str) -> list[tuple[str, ...]]:
     words = WORDS.findall(text.lower())
     return list(zip(words, words[1:], words[2:], strict=False)) or ([tuple(words)] if words else [])
 
@@ -48,9 +48,9 @@ def _triples(text: str) -> list[tuple[str, ...]]:
 def _similarity(answers: Sequence[set]) -> float:
     if len(answers) < 2:
         return math.nan
-    count = Counter(triple for answer in answers for triple in answer)
+    count = Counter(trigram for answer in answers for trigram in answer)
     others = len(answers) - 1
-    return fmean(fmean((count[triple] - 1) / others for triple in answer) if answer else 0.0 for answer in answers)
+    return fmean(fmean((count[trigram] - 1) / others for trigram in answer) if answer else 0.0 for answer in answers)
 
 
 def _correlation(pairs: Sequence[tuple[float, float]]) -> float:

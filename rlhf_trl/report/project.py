@@ -159,7 +159,8 @@ def health_blocks(run: Run) -> list:
     if not seen:
         return [Text("Health: the monitor saw no sign of trouble.")]
     rows = [
-        [LEVELS[sign.level], f"`{sign.sign}`", f"{sign.first} to {sign.last}", SIGNS[sign.sign].turn] for sign in seen
+        [LEVELS[sign.level], f"`{sign.sign}`", f"{sign.first} to {sign.last}", SIGNS[sign.sign].remedy]
+        for sign in seen
     ]
     return [
         Table(["level", "sign", "optimizer steps", "what to turn"], rows, f"What the monitor saw in `{run.name}`.")

@@ -116,7 +116,7 @@ def test_rollouts_are_counted_through_accumulation(path, tmp_path):
 def test_a_run_of_a_sweep_has_its_group_a_summary_and_its_model(train, tmp_path):
     words = ["stage=grpo", "logger=wandb", "logger.run.log_model=true", "run_name=grpo_sweep/3"]
     short = ["stage.args.max_steps=4", "health.baseline=1", "health.window=1", "data.max_eval_samples=8"]
-    run_dir = train(tmp_path, *words, *short, "health.signs.eos_missing.note=1")
+    run_dir = train(tmp_path, *words, *short, "health.signs.missing_eos.note=1")
     found = read_run(run_dir)
     run = found["run"]
     assert (run.run_group, run.job_type, run.display_name) == ("test/grpo_sweep", "grpo", "test/grpo_sweep/3")
@@ -125,7 +125,7 @@ def test_a_run_of_a_sweep_has_its_group_a_summary_and_its_model(train, tmp_path)
     objective = [entry["eval_reward"] for entry in history if "eval_reward" in entry][-1]
     assert found["summary"]["objective"] == pytest.approx(objective)
     assert found["summary"]["objective_name"] == "eval_reward"
-    assert found["summary"]["health/worst"] >= 1 and "eos_missing" in found["summary"]["health/signs"]
+    assert found["summary"]["health/worst"] >= 1 and "missing_eos" in found["summary"]["health/signs"]
     (artifact,) = [artifact for artifact in found["artifacts"] if artifact.type == "model"]  # others are of the table
     assert artifact.name == "model-test-grpo_sweep-3" and "final" in artifact.aliases
     kept = {entry.path for entry in artifact.manifest.contents}
@@ -176,12 +176,12 @@ def test_figures_without_a_run_are_not_drawn():
 def test_a_summary_is_of_what_was_measured(tmp_path):
     assert summary_of(str(tmp_path), "eval_loss") == {}
     history = [
-        {"step": 0, "eval_loss": 2.0}, {"step": 1, "health/level": 2, "health/kl_high": 2, "health/template": 1},
+        {"step": 0, "eval_loss": 2.0}, {"step": 1, "health/level": 2, "health/kl_high": 2, "health/mode_collapse": 1},
         {"step": 2, "eval_loss": None}, {"step": 2, "health/level": 0},
     ]  # fmt: skip
     (tmp_path / "metrics.json").write_text(json.dumps({"eval": {}, "history": history}))
     assert summary_of(str(tmp_path), "eval_loss") == {
-        "objective": 2.0, "objective_name": "eval_loss", "health/worst": 2, "health/signs": "kl_high template"
+        "objective": 2.0, "objective_name": "eval_loss", "health/worst": 2, "health/signs": "kl_high mode_collapse"
     }  # fmt: skip
     assert "objective" not in summary_of(str(tmp_path), None)
 

@@ -19,7 +19,16 @@ from rlhf_trl.callbacks.kl import FixedKL
 from rlhf_trl.callbacks.progress import ProgressLine
 from rlhf_trl.checks import find_problems
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.health.signs import LEVELS, SIGNS, Series, all_limits, judge, limit_problems, signs_seen, verdict
+from rlhf_trl.health.signs import (
+    LEVELS,
+    SIGNS,
+    Series,
+    all_limits,
+    evaluate_signs,
+    limit_problems,
+    signs_seen,
+    verdict,
+)
 from rlhf_trl.health.text_statistics import rollout_measures
 from rlhf_trl.runs.paths import conf_dir
 from tests.helpers.hackable import PHRASE
@@ -84,15 +93,15 @@ PROVOKED = {
     "kl_negative": ("ppo", {"objective/kl": lambda t: -0.5}),
     "entropy_collapse": ("grpo", {"entropy": lambda t: 0.01}),
     "clip_fraction": ("ppo", {"policy/clipfrac": lambda t: 0.7}),
-    "critic_blind": ("ppo", {"value/explained_variance": lambda t: -0.5}),
+    "low_explained_variance": ("ppo", {"value/explained_variance": lambda t: -0.5}),
     "over_optimization": ("ppo", {"rewards/gold/mean": lambda t: 1 - 0.3 * t}),
     "reward_falling": ("grpo", {"reward": lambda t: -1.0, "rewards/gold/mean": lambda t: -1.0}),
-    "reward_flat": ("ppo", {"objective/most_common_score": lambda t: 1.0}),
+    "constant_reward": ("ppo", {"objective/most_common_score": lambda t: 1.0}),
     "length_drift": ("grpo", {"completions/mean_length": lambda t: 5.0}),
-    "length_reward": ("ppo", {"objective/length_correlation": lambda t: -0.95}),
+    "length_bias": ("ppo", {"objective/length_correlation": lambda t: -0.95}),
     "repetition": ("ppo", {"completions/repetition": lambda t: 0.6}),
-    "template": ("grpo", {"completions/similarity": lambda t: 0.7}),
-    "eos_missing": ("grpo", {"completions/clipped_ratio": lambda t: 0.9}),
+    "mode_collapse": ("grpo", {"completions/similarity": lambda t: 0.7}),
+    "missing_eos": ("grpo", {"completions/clipped_ratio": lambda t: 0.9}),
     "gradient_spike": ("ppo", {"grad_norm": lambda t: 100.0 if t == STEPS - 1 else 0.5}),
 }
 
@@ -101,7 +110,7 @@ def judged(stream: list[dict], limits=None, **options) -> list[dict]:
     series, found = Series(watched=["gold"], **options), []
     for entry in stream:
         series.add(entry)
-        found.append(judge(series, all_limits(limits)))
+        found.append(evaluate_signs(series, all_limits(limits)))
     return found
 
 
@@ -120,7 +129,7 @@ def test_a_stream_with_one_trouble_gets_this_sign_and_no_other(sign):
     levels = {name: finding.level for name, finding in found[-1].items() if finding.level}
     expected = {sign} | ({"kl_high"} if sign == "kl_growing" else set())  # it grew to somewhere
     assert levels.keys() == expected and levels[sign] >= LEVELS.index("warn"), found[-1]
-    assert " from " in found[-1][sign].text and found[-1][sign].text.endswith(f"{SIGNS[sign].turn}.")
+    assert " from " in found[-1][sign].text and found[-1][sign].text.endswith(f"{SIGNS[sign].remedy}.")
     # Before, it was as quiet as a healthy one
     assert not any(finding.level for step in found[:5] for finding in step.values())
 
@@ -139,7 +148,7 @@ def test_baseline_and_window_say_when_it_begins():
 
 def test_a_critic_of_a_constant_reward_is_not_blamed():
     stream = [entry | {"objective/scores_std": 0.0, "value/explained_variance": -5.0} for entry in healthy("ppo")]
-    assert "critic_blind" not in judged(stream)[-1]
+    assert "low_explained_variance" not in judged(stream)[-1]
 
 
 def test_over_optimization_needs_a_reward_that_rises():
@@ -164,7 +173,7 @@ def test_limits_can_be_changed_and_switched_off():
     high = [entry | {"objective/kl": 12.0} for entry in healthy("ppo")]
     assert judged(high)[-1]["kl_high"].level == 0
     finding = judged(high, {"kl_high": {"note": 1, "warn": 5, "stop": 10}})[-1]["kl_high"]
-    assert finding.level == 3 and "12 nats a sequence (stop from 10)" in finding.text
+    assert finding.level == 3 and "12 nats per sequence (stop from 10)" in finding.text
     assert judged(high, {"kl_high": {"note": None, "warn": None}})[-1]["kl_high"].level == 0
 
 
@@ -175,8 +184,8 @@ def test_limits_can_be_changed_and_switched_off():
         ({"kl_high": {"warm": 1}}, r"`health.signs.kl_high.warm` is no level. Use note, warn and stop."),
         ({"kl_high": {"warn": "much"}}, r"has the limit 'much'. Use a number"),
         ({"kl_high": {"warn": 5}}, r"limits note 15, warn 5, and this sign is worse the higher"),
-        ({"critic_blind": {"stop": 0.5}}, r"worse the lower it is"),
-        ({"kl_high": 3}, r"Type `health.signs.kl_high.warn=...`"),
+        ({"low_explained_variance": {"stop": 0.5}}, r"worse the lower it is"),
+        ({"kl_high": 3}, r"Set `health.signs.kl_high.warn=...`"),
     ],
 )
 def test_bad_limits_are_told_before_a_model_loads(compose, signs, message):
@@ -187,6 +196,14 @@ def test_bad_limits_are_told_before_a_model_loads(compose, signs, message):
     OmegaConf.set_struct(cfg, False)
     cfg.health.signs = OmegaConf.merge(cfg.health.signs, signs) if not isinstance(signs.get("kl_high"), int) else signs
     assert any("health.signs" in problem for problem in find_problems(cfg))
+
+
+def test_a_former_sign_names_the_new_one_and_is_no_second_problem(compose):
+    cfg = compose("stage=ppo")
+    OmegaConf.set_struct(cfg, False)
+    cfg.health.signs = OmegaConf.merge(cfg.health.signs, {"critic_blind": {"warn": 0.1}})
+    (problem,) = [text for text in find_problems(cfg) if "critic_blind" in text]
+    assert "renamed to `health.signs.low_explained_variance`" in problem
 
 
 @pytest.mark.parametrize("stage", ["ppo", "rloo", "grpo"])
@@ -204,8 +221,8 @@ def test_the_config_has_the_defaults_and_can_switch_it_off(compose, stage):
 def test_the_cell_of_a_line_names_the_worst():
     assert verdict({"reward": 1.0}) == ""
     assert verdict({"health/level": 0, "health/kl_high": 0}) == "health ok"
-    logs = {"health/level": 2, "health/kl_high": 2, "health/template": 2, "health/repetition": 1}
-    assert verdict(logs) == "health warn kl_high template +1"
+    logs = {"health/level": 2, "health/kl_high": 2, "health/mode_collapse": 2, "health/repetition": 1}
+    assert verdict(logs) == "health warn kl_high mode_collapse +1"
 
 
 # ---- What a rollout's texts tell ----
@@ -217,9 +234,9 @@ def test_measures_of_texts():
     assert (found["completions/repetition"], found["completions/similarity"]) == (0.0, 0.0)
     assert found["objective/most_common_score"] == pytest.approx(1 / 3)
     assert math.isnan(found["objective/length_correlation"])  # all are as long
-    # a b c a b c a b c: seven triples, of which four are again those of before
+    # a b c a b c a b c: seven trigrams, of which four are again those of before
     assert rollout_measures(["x"], ["a b c " * 3], [1.0])["completions/repetition"] == pytest.approx(4 / 7)
-    # Of two triples an answer shares one with one of two others
+    # Of two trigrams an answer shares one with one of two others
     shared = rollout_measures(["x", "y", "z"], ["a b c d", "a b c e", "i j k l"], [1.0, 1.0, 3.0])
     assert shared["completions/similarity"] == pytest.approx((0.25 + 0.25 + 0) / 3)
     assert shared["objective/most_common_score"] == pytest.approx(2 / 3)
@@ -258,7 +275,9 @@ def test_every_log_step_has_a_verdict_and_the_measures(path, tmp_path, kind, cap
     assert [entry.get("health/level") is None for entry in entries] == [True] * 6 + [False] * 2
     # Of what there is nothing to say: a KL that began at 0 or below has no growth
     expected = (
-        SIGNS.keys() - {"nan", "over_optimization", "kl_growing"} - (set() if kind == "ppo" else {"critic_blind"})
+        SIGNS.keys()
+        - {"nan", "over_optimization", "kl_growing"}
+        - (set() if kind == "ppo" else {"low_explained_variance"})
     )
     assert {f"health/{name}" for name in expected} <= entries[-1].keys()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train ")]
@@ -304,12 +323,12 @@ def test_a_stop_saves_and_says_why(path, tmp_path, capsys):
 
 def test_the_record_says_why_a_run_was_stopped(train, tmp_path):
     words = ["stage=grpo", "stage.args.max_steps=6", "health.baseline=1", "health.window=2", "data.max_eval_samples=4"]
-    run_dir = train(tmp_path, *words, "health.signs.eos_missing.note=1", "health.signs.eos_missing.warn=null",
-                    "health.signs.eos_missing.stop=1")  # fmt: skip
+    run_dir = train(tmp_path, *words, "health.signs.missing_eos.note=1", "health.signs.missing_eos.warn=null",
+                    "health.signs.missing_eos.stop=1")  # fmt: skip
     record = json.loads(Path(run_dir, "run.json").read_text())
-    assert record["status"] == "done" and record["reason"].startswith("Health monitor: eos_missing")
+    assert record["status"] == "done" and record["reason"].startswith("Health monitor: missing_eos")
     history = json.loads(Path(run_dir, "metrics.json").read_text())["history"]
-    assert signs_seen(history)[0]._asdict() == {"sign": "eos_missing", "level": 3, "first": 3, "last": 3, "count": 1}
+    assert signs_seen(history)[0]._asdict() == {"sign": "missing_eos", "level": 3, "first": 3, "last": 3, "count": 1}
 
 
 @pytest.mark.parametrize("kind", ["ppo", "grpo"])
@@ -340,17 +359,17 @@ def test_an_update_with_nan_gradients_is_left_out_and_ends_the_run(path, tmp_pat
 
 
 def test_a_resumed_run_knows_what_was_before(path, tmp_path, capsys):
-    limits = {"length_reward": {"note": 0.0, "warn": None}, "reward_flat": {"note": 0.0, "warn": None}}
+    limits = {"length_bias": {"note": 0.0, "warn": None}, "constant_reward": {"note": 0.0, "warn": None}}
     options = {"rollouts": 10, "save_strategy": "steps", "save_steps": 8, "learning_rate": 1e-4}
     whole = monitored("grpo", path, tmp_path / "whole", {"signs": limits}, **options)
     whole.train()
-    assert "health note (reward_flat)" in capsys.readouterr().out
+    assert "health note (constant_reward)" in capsys.readouterr().out
     resumed = monitored("grpo", path, tmp_path / "whole", {"signs": limits}, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
     # The same verdicts from the ninth on, and what was explained isn't explained again
-    assert logged(resumed, "health/reward_flat") == logged(whole, "health/reward_flat")
+    assert logged(resumed, "health/constant_reward") == logged(whole, "health/constant_reward")
     assert len(logged(resumed, "health/level")) == 4
-    assert "health note (reward_flat)" not in capsys.readouterr().out
+    assert "health note (constant_reward)" not in capsys.readouterr().out
 
 
 def test_a_reward_of_weight_0_is_watched(path, tmp_path):
@@ -380,21 +399,21 @@ DONE = {
     "beta 0": ({"kl_growing"}, ["stage.args.beta=0", "stage.args.learning_rate=1e-3"]),
     # whether it ends in one answer or in noise is left to rounding
     "learning rate": ({"reward_falling"}, ["stage.args.learning_rate=1e-2"]),
-    "critic": ({"critic_blind"}, ["stage.args.critic_learning_rate=0", "stage.args.critic_detach=true"]),
-    "constant": ({"reward_flat"}, ["reward=function", f"{FUNCTION}={HACK}.constant"]),
+    "critic": ({"low_explained_variance"}, ["stage.args.critic_learning_rate=0", "stage.args.critic_detach=true"]),
+    "constant": ({"constant_reward"}, ["reward=function", f"{FUNCTION}={HACK}.constant"]),
     "length": (
-        {"length_reward", "length_drift"},
+        {"length_bias", "length_drift"},
         ["reward=function", f"{FUNCTION}={HACK}.length", "stage.args.learning_rate=5e-4"],
     ),
     "one answer": (
-        {"template"}, ["reward=function", f"{FUNCTION}={HACK}.one_answer", "stage.args.learning_rate=5e-4"],
+        {"mode_collapse"}, ["reward=function", f"{FUNCTION}={HACK}.one_answer", "stage.args.learning_rate=5e-4"],
     ),
     "again and again": (
         {"repetition"},
         ["reward=function", f"{FUNCTION}={HACK}.again", "stage.args.learning_rate=1e-3", "stage.args.beta=0.01"],
     ),
     "cut off": (
-        {"eos_missing"},
+        {"missing_eos"},
         ["reward=function", f"{FUNCTION}={HACK}.length", "stage.args.learning_rate=5e-4",
          "stage.args.max_completion_length=12"],
     ),
@@ -427,12 +446,12 @@ def test_a_run_that_is_spoilt_on_purpose_is_named(train, tmp_path, what):
     history = json.loads(Path(run_dir, "metrics.json").read_text())["history"]
     seen = {found.sign: LEVELS[found.level] for found in signs_seen(history)}
     if what == "critic":  # it explains nothing, which is a note; and nothing else is wrong
-        assert seen == {"critic_blind": "note"}
+        assert seen == {"low_explained_variance": "note"}
     else:
         warned = {name for name, level in seen.items() if level == "warn"}
         assert named <= warned
     if what == "learning rate":
-        assert warned & {"entropy_collapse", "template", "eos_missing"}
+        assert warned & {"entropy_collapse", "mode_collapse", "missing_eos"}
     if what == "constant":
         assert named == {name for name, level in seen.items() if level == "warn"}
 
@@ -478,7 +497,7 @@ path, out = sys.argv[1], pathlib.Path(sys.argv[2])
 found = {}
 for kind in ("ppo", "grpo"):
     trainer = rl_trainer(kind, path, out / kind, data=prompts(32), per_device_train_batch_size=4, learning_rate=1e-2)
-    limits = {"reward_flat": {"note": 0.0, "warn": None, "stop": None}}
+    limits = {"constant_reward": {"note": 0.0, "warn": None, "stop": None}}
     monitor = HealthMonitor(trainer, signs=limits, baseline=1, window=1)
     trainer.add_callback(monitor)
     rank, measured, look = trainer.accelerator.process_index, [], monitor.on_pre_optimizer_step
