@@ -426,7 +426,7 @@ def reward_functions(
 def callbacks(cfg: DictConfig, trainer: Trainer) -> Iterator[TrainerCallback]:
     """Yield the callbacks of the run: always the record and the progress line, and those that the config names."""
     if "reward" in cfg:
-        yield UnrewardedGuard(trainer)  # before a normalizer changes what the rewards are
+        yield UnrewardedGuard(trainer)
     if "reward_norm" in cfg:
         yield instantiate(cfg.reward_norm)(trainer=trainer, combine=instantiate(cfg.combine))
     if not cfg.get("health"):  # the health monitor is such a guard

@@ -7,6 +7,7 @@ there already: no forward, no generation.
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -14,15 +15,13 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from rlhf_trl.callbacks.base import steps_per_rollout
 from rlhf_trl.callbacks.nonfinite import NonfiniteGuard
 from rlhf_trl.callbacks.options import HEALTH
-from rlhf_trl.callbacks.rollouts import record_rollouts
-from rlhf_trl.callbacks.samples import newest_row, rows_after
 from rlhf_trl.config.ranges import check_values
 from rlhf_trl.data.messages import as_text
 from rlhf_trl.health.signs import BASELINE, LEVELS, SIGNS, WINDOW, Series, all_limits, evaluate_signs, signs_seen
 from rlhf_trl.health.text_statistics import rollout_measures
 from rlhf_trl.runs.ranks import any_rank
 from rlhf_trl.terminal import printable
-from rlhf_trl.trainers.sampling import standard_error
+from rlhf_trl.trainers.rollout_hook import RolloutRecord
 
 STOP = LEVELS.index("stop")
 
@@ -65,11 +64,15 @@ class HealthMonitor(NonfiniteGuard):
         super().__init__(trainer)
         self.limits = all_limits(signs)
         self.baseline, self.window = baseline, window
-        record_rollouts(trainer)
-        self._seen = newest_row(trainer)
+        trainer.on_rollout(self._keep)
+        self._rollout: RolloutRecord | None = None  # made in this step
         self._told: dict[str, int] = {}  # highest level of each sign that was explained
 
     # ---- What a rollout tells ----
+
+    def _keep(self, rollout: RolloutRecord) -> None:
+        if rollout.training:
+            self._rollout = rollout
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -86,35 +89,22 @@ class HealthMonitor(NonfiniteGuard):
         self.reason = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        rows = rows_after(self.trainer, self._seen)
-        self._seen = newest_row(self.trainer)
-        if rows:
-            self._measure(rows)
+        if self._rollout is not None:
+            self._measure(self._rollout)
+            self._rollout = None
         if state.global_step % steps_per_rollout(args) == 0:
             self._end(state, control)
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        self._seen = newest_row(self.trainer)
-
-    def _measure(self, rows: list[int]) -> None:
-        logs, metrics = self.trainer._logs, self.trainer._metrics["train"]
-        prompts, completions = ([as_text(logs[name][i]) for i in rows] for name in ("prompt", "completion"))
-        measures = rollout_measures(prompts, completions, self._scores(rows))
-        if rollout := self.trainer.last_rollout:
-            measures["objective/kl_standard_error"] = standard_error(rollout)
+    def _measure(self, rollout: RolloutRecord) -> None:
+        prompts, completions = ([as_text(text) for text in texts] for texts in (rollout.prompts, rollout.completions))
+        rewards = rollout.rewards
+        rewards = replace(rewards, values=rewards.values.cpu().double(), invalid=rewards.invalid.cpu())
+        measures = rollout_measures(prompts, completions, rewards.scores().tolist())
+        if rollout.kl is not None:
+            measures["objective/kl_standard_error"] = rollout.kl_standard_error
         for name, value in measures.items():
             if math.isfinite(value):
-                metrics[name].append(value)
-
-    def _scores(self, rows: list[int]) -> list[float]:
-        """The weighted sum of each row's rewards; NaN where there is none."""
-        names, weights = self.trainer.reward_func_names, self.trainer.reward_weights.tolist()
-        scores = []
-        for i in rows:
-            parts = [(w, self.trainer._logs["rewards"][n][i]) for n, w in zip(names, weights, strict=True) if w]
-            there = [weight * value for weight, value in parts if math.isfinite(value)]
-            scores.append(sum(there) if there else math.nan)
-        return scores
+                self.trainer._metrics["train"][name].append(value)
 
     # ---- What is said ----
 

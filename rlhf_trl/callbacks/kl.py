@@ -1,8 +1,8 @@
 """
 KL controllers: callbacks that set the KL coefficient of the next rollout, and guard against a KL that runs away.
 
-They read the KL of the rollout just made from `trainer.last_rollout` and write `trainer.beta`, only between rollouts.
-They work with PPO and with TRL's own GRPO and RLOO ([`record_rollouts`]).
+[`~rlhf_trl.trainers.rollout_hook.RolloutHook`] gives them each rollout of PPO, GRPO and RLOO. They read its KL once it
+is optimized, and write `trainer.beta` only between rollouts.
 """
 
 import logging
@@ -14,14 +14,16 @@ from transformers.trainer_callback import ExportableState
 
 from rlhf_trl.callbacks.base import SaveAndStop, steps_per_rollout
 from rlhf_trl.callbacks.options import ADAPTIVE_KL, FINAL_KL, KL, guard_problem
-from rlhf_trl.callbacks.rollouts import record_rollouts
 from rlhf_trl.config.ranges import ROLLOUTS, check_values
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.trainers.sampling import is_negative, sampling_differences, standard_error
+from rlhf_trl.trainers.rollout_hook import RolloutRecord
+from rlhf_trl.trainers.sampling import sampling_differences
 
 logger = logging.getLogger(__name__)
 
 TOLD_IN_A_ROW = 3  # skipped rollouts; all are counted
+STANDARD_ERRORS = 3.0  # of so many rollouts with a KL near 0, about one in a thousand is that low by chance
+ROUNDING = 1e-3  # nats per sequence: differences of half-precision log-probabilities that mean nothing
 
 
 class FixedKL(SaveAndStop, ExportableState):
@@ -64,12 +66,13 @@ class FixedKL(SaveAndStop, ExportableState):
         self.reason: str | None = None
         self._in_a_row = 0  # rollouts skipped
         self._explained = False
+        self._rollout: RolloutRecord | None = None  # the current one
         if trainer is not None:
             self._attach()
 
     def _attach(self) -> None:
-        measured = record_rollouts(self.trainer)
-        if not measured and (self.needs_kl or self.guard is not None):
+        self.trainer.on_rollout(self._keep)
+        if not self.trainer.keeps_reference and (self.needs_kl or self.guard is not None):
             what = f"`{type(self).__name__}`" if self.needs_kl else "The KL guard"
             raise ConfigError(
                 f"{what} needs the KL to the reference, and `{type(self.trainer).__name__}` keeps no reference at "
@@ -77,6 +80,10 @@ class FixedKL(SaveAndStop, ExportableState):
             )
         if problem := guard_problem(self.guard, self.guard_action, self.trainer.is_deepspeed_enabled):
             raise ConfigError(problem)
+
+    def _keep(self, rollout: RolloutRecord) -> None:
+        if rollout.training:
+            self._rollout = rollout
 
     def update(self, kl: float, n: int) -> float:
         """
@@ -98,7 +105,7 @@ class FixedKL(SaveAndStop, ExportableState):
         if saved and state.global_step > 0:
             self.coef, self.skipped = saved["attributes"]["coef"], saved["attributes"]["skipped"]
         self.trainer.beta = self.coef
-        self.reason, self._in_a_row = None, 0
+        self.reason, self._in_a_row, self._rollout = None, 0, None
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self._is_over():
@@ -110,10 +117,10 @@ class FixedKL(SaveAndStop, ExportableState):
         if state.global_step % steps_per_rollout(args):
             return
         self.progress = state.global_step / state.max_steps
-        rollout = self.trainer.last_rollout
-        if not rollout:
+        rollout = self._rollout
+        if rollout is None or rollout.kl is None:
             return
-        self.trainer.beta = self.update(rollout["kl"], rollout["num_sequences"])
+        self.trainer.beta = self.update(rollout.kl, rollout.num_sequences)
         number = state.global_step // steps_per_rollout(args)
         if self._is_over():
             self._act(number, state, control)
@@ -127,14 +134,11 @@ class FixedKL(SaveAndStop, ExportableState):
                 logger.warning(why_negative(rollout, number, sampling_differences(self.trainer)))
 
     def _is_over(self) -> bool:
-        kl = self.trainer.last_rollout.get("kl")
+        kl = None if self._rollout is None else self._rollout.kl
         return self.guard is not None and kl is not None and not kl <= self.guard  # NaN is over
 
     def _act(self, number: int, state: TrainerState, control: TrainerControl) -> None:
-        found = (
-            f"rollout {number} has a KL of {self.trainer.last_rollout['kl']:.4g} nats a sequence, over "
-            f"`kl.guard={self.guard:g}`"
-        )
+        found = f"rollout {number} has a KL of {self._rollout.kl:.4g} nats a sequence, over `kl.guard={self.guard:g}`"
         if self.guard_action == "stop":
             self.reason = f"KL guard: {found}."
             self.stop(state.global_step, control)
@@ -152,13 +156,19 @@ class FixedKL(SaveAndStop, ExportableState):
             logger.warning(message)
 
 
-def why_negative(rollout: dict[str, float], number: int, differences: list[str]) -> str:
+def is_negative(rollout: RolloutRecord) -> bool:
+    """Return whether the KL of a rollout is below 0 by more than its sampling noise: no KL can be."""
+    return rollout.kl < -max(STANDARD_ERRORS * rollout.kl_standard_error, ROUNDING)
+
+
+def why_negative(rollout: RolloutRecord, number: int, differences: list[str]) -> str:
     """
-    One sentence about a rollout whose KL is negative.
+    Return one sentence about a rollout whose KL is negative.
 
     Args:
-        rollout (`dict`): `kl`, `kl_std`, `num_sequences`. number (`int`): which rollout, from 1.
-        differences (`list[str]`): what [`sampling_differences`] found.
+        rollout ([`~rlhf_trl.trainers.rollout_hook.RolloutRecord`]): the rollout, with its KL.
+        number (`int`): which rollout of the run, from 1.
+        differences (`list[str]`): what [`~rlhf_trl.trainers.sampling.sampling_differences`] found.
     """
     cause = (
         f"sampling differs by {', '.join(differences)}"
@@ -167,8 +177,8 @@ def why_negative(rollout: dict[str, float], number: int, differences: list[str])
         "between sampling and scoring"
     )
     return (
-        f"The KL of rollout {number} is negative, {rollout['kl']:.3g} nats a sequence (standard error "
-        f"{standard_error(rollout):.2g}), which no KL can be: the completions don't come from the distribution that "
+        f"The KL of rollout {number} is negative, {rollout.kl:.3g} nats a sequence (standard error "
+        f"{rollout.kl_standard_error:.2g}), which no KL can be: the completions don't come from the distribution that "
         f"scores them; {cause}."
     )
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from trl.trainer.utils import nanstd
 
 from rlhf_trl.callbacks.options import REFERENCE_NORM, REWARD_NORM, normalizer_problem
 from rlhf_trl.config.ranges import check_values
@@ -25,6 +24,7 @@ from rlhf_trl.data.tokenize import split_row_ids
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.rewards.options import combination_problem
+from rlhf_trl.trainers.rollout_hook import RolloutRecord
 
 
 class Moments(NamedTuple):
@@ -94,7 +94,6 @@ class RewardNorm(TrainerCallback):
         self.combine = combine or weighted_sum
         self._sums = getattr(self.combine, "func", self.combine) is weighted_sum  # which trainers do themselves
         self._normalizes = clip is not None or type(self) is not RewardNorm
-        self._raw: Tensor | None = None  # rewards of the rollout that is being made
         if trainer is not None and (self._normalizes or not self._sums):
             self._attach()
 
@@ -104,18 +103,12 @@ class RewardNorm(TrainerCallback):
             raise ConfigError(problem)
         if not self._sums and (problem := combination_problem(vars(trainer.args))):
             raise ConfigError(problem)
-        self._calculate = trainer._calculate_rewards
-        self._weights = trainer.reward_weights
-        if hasattr(trainer, "reward_normalizer"):  # PPO takes both, raw and normalized
-            trainer.reward_normalizer = self.normalize if self._normalizes else None
-            trainer.combine_rewards = weighted_sum if self._sums else self.combine
-            return
-        if not self._sums:
-            # TRL's own sum is to give what `combine` gives: one column holds it, and the others hold nothing
-            trainer.reward_weights = torch.ones_like(self._weights)
-        self._generate = trainer._generate_and_score_completions
-        trainer._calculate_rewards = self._calculate_rewards
-        trainer._generate_and_score_completions = self._generate_and_score_completions
+        trainer.combine_rewards = weighted_sum if self._sums else self.combine
+        if self._normalizes:
+            trainer.on_rollout(self._normalized)
+
+    def _normalized(self, rollout: RolloutRecord) -> Tensor | None:
+        return self.normalize(rollout.rewards.counted) if rollout.training else None
 
     def normalize(self, rewards: Tensor) -> Tensor:
         """
@@ -134,48 +127,6 @@ class RewardNorm(TrainerCallback):
     def scale(self, rewards: Tensor, counted: Tensor) -> Tensor:
         """`rewards` on the normalizer's scale; `counted` are those that moments may be taken of. float64."""
         return rewards
-
-    # GRPO and RLOO learn from and log what `_calculate_rewards` returns: what they logged is put right afterwards
-
-    def _calculate_rewards(self, *args):
-        rewards = self._calculate(*args)
-        if not self.trainer.model.training:
-            self._raw = None if self._sums else rewards
-            return rewards if self._sums else self._in_one_column(rewards, rewards)
-        self._raw, normalized = rewards, self.normalize(rewards) if self._normalizes else rewards
-        scores = [("objective/scores", rewards)]
-        scores += [("objective/scores_normalized", normalized)] if self._normalizes else []
-        for key, values in scores:
-            self.trainer._metrics["train"][key].append(torch.nanmean(self._total(values, rewards)).item())
-        return normalized if self._sums else self._in_one_column(normalized, rewards)
-
-    def _generate_and_score_completions(self, inputs):
-        self._raw = None
-        rollout = self._generate(inputs)
-        if self._raw is not None:
-            self._log_raw(self._raw, "train" if self.trainer.model.training else "eval")
-        return rollout
-
-    def _total(self, values: Tensor, raw: Tensor) -> Tensor:
-        """Scores of shape (N,), of rewards on one scale or the other."""
-        return self.combine(values, raw, self._weights.to(values), self.trainer.reward_func_names)
-
-    def _in_one_column(self, values: Tensor, raw: Tensor) -> Tensor:
-        columns = torch.full_like(raw, torch.nan)
-        columns[:, 0] = self._total(values, raw)
-        return columns
-
-    def _log_raw(self, rewards: Tensor, mode: str) -> None:
-        metrics, logs = self.trainer._metrics[mode], self.trainer._logs["rewards"]
-        columns = dict(zip(self.trainer.reward_func_names, rewards.unbind(dim=1), strict=True))
-        for name, column in columns.items():
-            for _ in range(min(len(column), len(logs[name]))):
-                logs[name].pop()
-            logs[name].extend(column.tolist())
-        stems = {f"rewards/{name}/": column for name, column in columns.items()}
-        for stem, values in (stems | {"reward": self._total(rewards, rewards)}).items():
-            mean, std = (f"{stem}mean", f"{stem}std") if stem.endswith("/") else (stem, f"{stem}_std")
-            metrics[mean][-1], metrics[std][-1] = torch.nanmean(values).item(), nanstd(values).item()
 
 
 class RunningNorm(RewardNorm, ExportableState):
@@ -365,7 +316,7 @@ class ReferenceNorm(RewardNorm, ExportableState):
         for row, answer in zip(rows, answers, strict=True):
             template = trainer.chat_template_kwargs | template_kwargs(row)
             ids.append(split_row_ids(tokenizer, row["prompt"], answer, **template)[1])
-        rewards = self._calculate(rows, prompts, answers, ids)
+        rewards = trainer.score_completions(rows, prompts, answers, ids).values
         trainer._pending_metrics.clear()  # of the reward functions, about completions that were never sampled
         trainer._pending_extra_logs.clear()
         return rewards

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+from collections import deque
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
@@ -11,45 +13,51 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 from rlhf_trl.callbacks.base import progress_counts, steps_per_rollout
 from rlhf_trl.data.messages import as_text
 from rlhf_trl.runs.record import SAMPLES_FILE
+from rlhf_trl.trainers.rollout_hook import RolloutRecord
 
 
-# The trainers' deques have no counter. But each reward in them is an object of its own: identity tells new rows.
-def newest_row(trainer: Trainer) -> float | None:
-    """A mark of the newest row in `trainer._logs`, for [`rows_after`]; `None` where there is none yet."""
-    rewards = next(iter(trainer._logs["rewards"].values()), None)
-    return rewards[-1] if rewards else None
+class Sample(NamedTuple):
+    """A completion, and what each reward function gave it: NaN where it doesn't apply."""
 
-
-def rows_after(trainer: Trainer, mark: float | None) -> list[int]:
-    """Indices of the rows of `trainer._logs` that came after the one marked by `mark`; all where it is gone."""
-    rewards = list(next(iter(trainer._logs["rewards"].values()), ()))
-    start = next((i + 1 for i, value in enumerate(rewards) if value is mark), 0)
-    return list(range(start, len(rewards)))
+    prompt: str | list[dict]
+    completion: str | list[dict]
+    rewards: list[float]
 
 
 class SampleLog(TrainerCallback):
     """
-    Writes prompts, completions and rewards of the newest rollout at each log step, for trainers that generate.
+    Write prompts, completions and rewards of the newest rollout at each log step, for trainers that generate.
 
     Rows go to `samples.jsonl` in the run directory, to a table `samples` that grows over the steps where W&B is on,
     and to TensorBoard's text where that is. Only rank 0 writes.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`], [`~trl.RLOOTrainer`] or a subclass):
-            The trainer, which keeps prompts, completions and rewards of its last rollout.
+        trainer ([`~rlhf_trl.trainers.rollout_hook.RolloutHook`]):
+            The trainer: PPO, GRPO or RLOO.
         run_dir (`str`):
             Directory of the run.
         max_rows (`int`, *optional*, defaults to `8`):
-            Rows a log step, spread evenly over the rollout.
+            Rows per log step, spread evenly over the rollout.
     """
 
     def __init__(self, trainer: Trainer, run_dir: str, max_rows: int = 8):
         self.trainer = trainer
         self.path = Path(run_dir, SAMPLES_FILE)
         self.max_rows = max_rows
-        self._written = None  # newest row that has been written
-        self._stepped = None  # newest row when the last step or evaluation ended
+        self._rollout: list[Sample] = []  # the newest rollout, until it is written
+        self._held_out: deque[Sample] = deque(maxlen=trainer.args.generation_batch_size)  # of an evaluation
         self._table = None
+        trainer.on_rollout(self._keep)
+
+    def _keep(self, rollout: RolloutRecord) -> None:
+        if not self.trainer.is_world_process_zero():
+            return
+        rewards = rollout.rewards.values.tolist()
+        samples = [Sample(*row) for row in zip(rollout.prompts, rollout.completions, rewards, strict=True)]
+        if rollout.training:
+            self._rollout = samples
+        else:
+            self._held_out.extend(samples)
 
     def on_train_begin(self, args, state, control, **kwargs):
         # A resumed run makes the steps after its checkpoint again
@@ -60,22 +68,16 @@ class SampleLog(TrainerCallback):
             partial.write_text("".join(kept), encoding="utf-8")
             os.replace(partial, self.path)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self._stepped = newest_row(self.trainer)
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        self._stepped = newest_row(self.trainer)
-
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
             return
         evaluation = any(key.startswith("eval_") for key in logs)
-        indices = rows_after(self.trainer, self._stepped if evaluation else self._written)
-        self._written = newest_row(self.trainer)
-        if not indices:
+        samples = list(self._held_out if evaluation else self._rollout)
+        (self._held_out if evaluation else self._rollout).clear()
+        if not samples:
             return
-        count = min(self.max_rows, len(indices))
-        rows = [self._row(indices[i * len(indices) // count]) for i in range(count)]
+        count = min(self.max_rows, len(samples))
+        rows = [self._row(samples[i * len(samples) // count]) for i in range(count)]
         where = {
             "step": state.global_step,
             "rollout": math.ceil(state.global_step / steps_per_rollout(args)),
@@ -85,12 +87,11 @@ class SampleLog(TrainerCallback):
             file.writelines(json.dumps({**where, **row}, ensure_ascii=False) + "\n" for row in rows)
         self._log_table([{**where, **row} for row in rows], progress_counts(args, state.global_step))
 
-    def _row(self, index: int) -> dict:
-        logs = self.trainer._logs
-        rewards = {name: values[index] for name, values in logs["rewards"].items()}
+    def _row(self, sample: Sample) -> dict:
+        rewards = dict(zip(self.trainer.reward_func_names, sample.rewards, strict=True))
         return {
-            "prompt": as_text(logs["prompt"][index]),
-            "completion": as_text(logs["completion"][index]),
+            "prompt": as_text(sample.prompt),
+            "completion": as_text(sample.completion),
             "rewards": {name: _rounded(value) for name, value in rewards.items()},
         }
 
@@ -118,7 +119,7 @@ class SampleLog(TrainerCallback):
 
 
 def _rounded(value: float) -> float | None:
-    # The trainer keeps a reward of None, that is not applicable, as NaN; and six digits are what float32 holds
+    # TRL writes a reward of None, that is not applicable, as NaN; and six digits are what float32 holds
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 

@@ -1,10 +1,10 @@
 """A guard against rewards that apply to nothing: a run in which all are None for every completion learns nothing."""
 
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.trainers.rollout_hook import RolloutRecord
 
 # Rollouts in a row. A single one may hold only prompts of a kind that no reward is for.
 PATIENCE = 3
@@ -24,19 +24,18 @@ class UnrewardedGuard(TrainerCallback):
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self._calculate, trainer._calculate_rewards = trainer._calculate_rewards, self._calculate_rewards
+        trainer.on_rollout(self._count)
         self._rollouts = self._in_a_row = 0
         self._silent = [0] * len(trainer.reward_func_names)  # rollouts in a row, of each function
 
-    def _calculate_rewards(self, *args) -> Tensor:
-        rewards = self._calculate(*args)  # (N, functions) of all ranks, NaN for None
-        if self.trainer.model.training:
-            nothing = rewards.isnan().all(dim=0).tolist()
-            self._rollouts += 1
-            self._in_a_row = self._in_a_row + 1 if all(nothing) else 0
-            self._silent = [count + 1 if none else 0 for count, none in zip(self._silent, nothing, strict=True)]
-            self._tell(len(rewards), all(nothing))
-        return rewards
+    def _count(self, rollout: RolloutRecord) -> None:
+        if not rollout.training:
+            return
+        nothing = rollout.rewards.values.isnan().all(dim=0).tolist()
+        self._rollouts += 1
+        self._in_a_row = self._in_a_row + 1 if all(nothing) else 0
+        self._silent = [count + 1 if none else 0 for count, none in zip(self._silent, nothing, strict=True)]
+        self._tell(len(rollout.completions), all(nothing))
 
     def _tell(self, completions: int, nothing: bool) -> None:
         step = self.trainer.state.global_step + 1

@@ -22,7 +22,7 @@ from rlhf_trl.ppo.losses import (
     shape_scores,
     token_rewards,
 )
-from rlhf_trl.trainers.rollouts import Rewards
+from rlhf_trl.trainers.rollout_hook import Rewards
 
 # Tensors of a rollout as `GRPOTrainer` returns it, and the critic's values
 OUTPUTS = (
@@ -164,7 +164,7 @@ def score_rollout(
 
     Args:
         rollout ([`Rollout`]): completions with log-probabilities and values.
-        rewards ([`~rlhf_trl.trainers.rollouts.Rewards`]): rewards of the same N completions, raw and normalized.
+        rewards ([`~rlhf_trl.trainers.rollout_hook.Rewards`]): rewards of the same N completions, raw and normalized.
         args ([`PPOConfig`]): `kl_estimator`, `gamma`, `lam`, `whiten_rewards`, and what shapes the scores.
         beta (`float`, *optional*): KL coefficient of this rollout, `args.beta` unless given.
 
@@ -235,7 +235,7 @@ def held_out_metrics(rollout: Rollout, rewards: Rewards, rows: int | None = None
     Return the metrics of held-out completions, which are means of raw scores, and over how many completions.
 
     Args:
-        rollout ([`Rollout`]), rewards ([`~rlhf_trl.trainers.rollouts.Rewards`]): of the same N completions.
+        rollout ([`Rollout`]), rewards ([`~rlhf_trl.trainers.rollout_hook.Rewards`]): of the same N completions.
         rows (`int`, *optional*): how many of them count; the others, behind them, are copies.
     """
     scores = rewards.scores()

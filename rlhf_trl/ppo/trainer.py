@@ -10,11 +10,11 @@ Private methods of TRL 1.16 and transformers that it overrides, and why:
   again ([`SampledTokens`]).
 - `_get_per_token_logps_and_entropies`: the pass that gives a rollout's log-probabilities gives the values as well.
 - `_generate_and_score_completions`: the reference is scored at `beta=0` too, and values are added.
-- `_calculate_rewards`: NaN and infinite rewards are masked and counted.
 - `_prepare_inputs`: the rollouts of all ranks are scored together, and dealt into mini-batches of all ranks.
 - `_compute_loss`: PPO's loss instead of GRPO's.
 - `_save`, `_load_from_checkpoint`, `_issue_warnings_after_load`: the critic has a file of its own.
 
+The mixins [`~rlhf_trl.trainers.rollout_hook.RolloutHook`] and [`~rlhf_trl.trainers.rollouts.Rollouts`] list theirs.
 `tests/unit/ppo/test_ppo_update.py` holds that seam by comparing a whole update with plain PyTorch.
 """
 
@@ -22,16 +22,16 @@ import functools
 import logging
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
+import trl
 from accelerate.utils import is_peft_model, set_seed
 from datasets import Dataset
 from torch import Tensor
-from trl.trainer.utils import RepeatSampler, nanstd
+from trl.trainer.utils import RepeatSampler
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.roles import (
@@ -66,8 +66,9 @@ from rlhf_trl.ppo.sampled import SampledTokens
 from rlhf_trl.ppo.seeds import EpochSampler, preserved_rng_state
 from rlhf_trl.ppo.update import MicroBatch, micro_batch, micro_batch_loss
 from rlhf_trl.rewards.base import Reward
-from rlhf_trl.rewards.combine import weighted_sum
-from rlhf_trl.trainers.rollouts import GRPOTrainer, Rewards
+from rlhf_trl.trainers.base import TrainerMixin
+from rlhf_trl.trainers.rollout_hook import RolloutHook, RolloutRecord
+from rlhf_trl.trainers.rollouts import Rollouts
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def keeping_reference(holder: Any) -> Iterator[None]:
         holder.beta = beta
 
 
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(RolloutHook, Rollouts, TrainerMixin, trl.GRPOTrainer):
     """
     Trainer for proximal policy optimization from a learned or programmed reward (arXiv 1707.06347, 1909.08593,
     2203.02155).
@@ -102,12 +103,8 @@ class PPOTrainer(GRPOTrainer):
 
     Attributes:
         beta (`float`): the KL coefficient of the next rollout. A KL controller writes it between rollouts.
-        last_rollout (`dict`): `kl` (mean over sequences of the summed k1, in nats), its `kl_std` over them and
-            `num_sequences` of the rollout just made, on every rank alike.
-        reward_normalizer (callable, *optional*): takes the rewards of a rollout, shape (N, functions) with NaN where
-            there is none, and returns what is learned from. `rlhf_trl.callbacks.reward_norm` sets it.
-        combine_rewards (callable): makes one score of the rewards of each completion, see `rlhf_trl.rewards.combine`;
-            their weighted sum, unless `rlhf_trl.callbacks.reward_norm` sets another.
+        last_rollout ([`~rlhf_trl.trainers.rollout_hook.RolloutRecord`], *optional*): the current rollout, with its KL,
+            on every rank alike. See [`~rlhf_trl.trainers.rollout_hook.RolloutHook.on_rollout`].
 
     Raises:
         ConfigError: no reward, fewer prompts than a rollout holds, images in the data, dropout in an adapter.
@@ -183,9 +180,6 @@ class PPOTrainer(GRPOTrainer):
         reuse = self._can_reuse_generation_logprobs()
         self._sampled = SampledTokens(self._policy, self.temperature, head) if reuse else None
         self._last_pass: tuple[Tensor, TokenScores] | None = None  # see `_old_scores`
-        self.last_rollout: dict[str, float] = {}
-        self.reward_normalizer: Callable[[Tensor], Tensor] | None = None
-        self.combine_rewards: Callable[..., Tensor] = weighted_sum
         self._rollout: Rollout | None = None  # the one that is optimized
         self._update_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
         if args.critic_warmup_steps:
@@ -201,6 +195,11 @@ class PPOTrainer(GRPOTrainer):
             set_trainable(self.accelerator.unwrap_model(self.model), roles=(POLICY, CRITIC))
 
     @property
+    def keeps_reference(self) -> bool:
+        """Whether there is a reference: PPO keeps it at `beta=0` too."""
+        return True
+
+    @property
     def in_critic_warmup(self) -> bool:
         """Whether the current rollout trains the critic alone."""
         return self._rollout_index < self.args.critic_warmup_steps
@@ -211,11 +210,11 @@ class PPOTrainer(GRPOTrainer):
 
     # ---- Rewards ----
 
-    def _calculate_rewards(self, *args) -> Tensor:
-        values = super()._calculate_rewards(*args)  # (N, F)
-        invalid = invalid_rewards(self.reward_funcs, self.args.max_invalid_fraction, self.accelerator)
-        self._rewards = Rewards(values, invalid, self.reward_weights, self.reward_func_names, self.combine_rewards)
-        return values
+    def _invalid_rewards(self, values: Tensor) -> Tensor:
+        return invalid_rewards(self.reward_funcs, self.args.max_invalid_fraction, self.accelerator)
+
+    def _rewards_to_learn_from(self, record: RolloutRecord) -> Tensor:
+        return record.rewards.values  # TRL logs them, and [`score_rollout`] learns from them
 
     # ---- Log-probabilities and values ----
 
@@ -315,25 +314,17 @@ class PPOTrainer(GRPOTrainer):
         output = self._generate_and_score_completions(inputs)
         self._metrics[mode].pop("frac_reward_zero_std", None)  # about groups, which PPO doesn't have
         rollout = Rollout.gather(output, self.accelerator, self._tokenizer.pad_token_id, self.eos_token_ids)
-        rewards = self._rewards
-        if self.combine_rewards is not weighted_sum:  # TRL has logged its own sum
-            self._metrics[mode]["reward"][-1] = torch.nanmean(rewards.scores()).item()
-            self._metrics[mode]["reward_std"][-1] = nanstd(rewards.scores()).item()
+        record = self._record
         if mode == "eval":
             rows = None if self.held_out_batch is None else self.held_out_batch.rows
-            metrics, count = held_out_metrics(rollout, rewards, rows)
+            metrics, count = held_out_metrics(rollout, record.rewards, rows)
             if rows is not None:
                 self.held_out_counts |= dict.fromkeys(metrics, count)
         else:
-            if self.reward_normalizer is not None:
-                rewards = replace(rewards, normalized=self.reward_normalizer(rewards.counted))
-            rollout, metrics = score_rollout(rollout, rewards, self.args, self.beta)
+            rollout, metrics = score_rollout(rollout, record.rewards, self.args, self.beta)
             metrics["episodes"] = float((self._rollout_index + 1) * self.args.generation_batch_size)
-            self.last_rollout = {
-                "kl": metrics["objective/kl"],
-                "kl_std": rollout.kl[rollout.valid].std(unbiased=False).item(),
-                "num_sequences": int(rollout.valid.sum()),
-            }
+            record.kl, record.num_sequences = metrics["objective/kl"], int(rollout.valid.sum())
+            record.kl_std = rollout.kl[rollout.valid].std(unbiased=False).item()
         for key, value in metrics.items():
             self._metrics[mode][key].append(value)
         return rollout

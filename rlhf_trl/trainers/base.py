@@ -10,6 +10,7 @@ from rlhf_trl.patches.log_probs import speed_up_log_probs
 from rlhf_trl.patches.peft import repair_token_wrappers
 from rlhf_trl.trainers.checkpoints import CompleteCheckpoints
 from rlhf_trl.trainers.held_out import ExactEvaluation
+from rlhf_trl.trainers.rollout_hook import RolloutHookWithKL
 
 
 class TrainerMixin(CompleteCheckpoints, ExactEvaluation):
@@ -43,10 +44,14 @@ class TrainerMixin(CompleteCheckpoints, ExactEvaluation):
 
 
 def extended(trainer_class: type) -> type:
-    """Return a class of trainers with [`TrainerMixin`]: the class itself, or a subclass of it with the same name."""
+    """
+    Return a class of trainers with [`TrainerMixin`], and with the hook on rollouts if it is one of TRL's GRPO or RLOO:
+    the class itself, or a subclass of it with the same name.
+    """
     if issubclass(trainer_class, TrainerMixin):
         return trainer_class
-    return type(trainer_class.__name__, (TrainerMixin, trainer_class), {"__doc__": trainer_class.__doc__})
+    hook = (RolloutHookWithKL,) if issubclass(trainer_class, trl.GRPOTrainer | trl.RLOOTrainer) else ()
+    return type(trainer_class.__name__, (*hook, TrainerMixin, trainer_class), {"__doc__": trainer_class.__doc__})
 
 
 class DPOTrainer(TrainerMixin, trl.DPOTrainer):

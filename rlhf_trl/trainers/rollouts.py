@@ -8,14 +8,10 @@ what comes out with forwards of its own.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 import trl
 from accelerate.utils import is_peft_model
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from rlhf_trl.data.chat_template import template_kwargs
@@ -23,8 +19,8 @@ from rlhf_trl.data.tokenize import end_tokens, prompt_ids, remember_ends
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.patches.generation import special_tokens_only
 from rlhf_trl.patches.positions import count_positions_from_mask
-from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.trainers.base import TrainerMixin
+from rlhf_trl.trainers.rollout_hook import RolloutHookWithKL
 from rlhf_trl.trainers.sampling import biasing_settings
 
 logger = logging.getLogger(__name__)
@@ -43,43 +39,6 @@ def settings_left_open(model: PreTrainedModel, sampling: GenerationConfig) -> di
         and getattr(sampling, name, None) is None
         and value != defaults.get(name)
     }
-
-
-@dataclass(frozen=True)
-class Rewards:
-    """
-    Rewards of N completions, of all ranks, by F reward functions.
-
-    Attributes:
-        values (`Tensor` of shape (N, F)): raw rewards, NaN where a function doesn't apply or gave an invalid one.
-        invalid (`Tensor` of shape (N, F)): where a function gave NaN or infinity.
-        weights (`Tensor` of shape (F,)), names (`Sequence[str]`): weight and name of each function.
-        combine (callable): function that makes one score of the rewards, see `rlhf_trl.rewards.combine`.
-        normalized (`Tensor` of shape (N, F), *optional*): rewards on the scale that is learned from.
-    """
-
-    values: Tensor
-    invalid: Tensor
-    weights: Tensor
-    names: Sequence[str]
-    combine: Callable[..., Tensor] = weighted_sum
-    normalized: Tensor | None = None
-
-    @property
-    def counted(self) -> Tensor:
-        """The raw rewards of completions without any invalid one, NaN elsewhere; shape (N, F)."""
-        return self.values.masked_fill(self.invalid.any(dim=1, keepdim=True), torch.nan)
-
-    def scores(self) -> Tensor:
-        """Return the combined raw rewards, shape (N,): NaN where no function applies or one is invalid."""
-        return self._combined(self.counted)
-
-    def normalized_scores(self) -> Tensor:
-        """Return the combined normalized rewards, shape (N,): NaN as in [`Rewards.scores`]."""
-        return self._combined(self.normalized)
-
-    def _combined(self, values: Tensor) -> Tensor:
-        return self.combine(values, self.counted, self.weights.to(values), self.names)
 
 
 class Rollouts:
@@ -153,9 +112,9 @@ class Rollouts:
             return super()._generate_single_turn(*args, **kwargs)
 
 
-class GRPOTrainer(Rollouts, TrainerMixin, trl.GRPOTrainer):
-    """`trl.GRPOTrainer` with [`Rollouts`] and [`~rlhf_trl.trainers.base.TrainerMixin`]."""
+class GRPOTrainer(RolloutHookWithKL, Rollouts, TrainerMixin, trl.GRPOTrainer):
+    """`trl.GRPOTrainer` with [`Rollouts`], the hook on them, and [`~rlhf_trl.trainers.base.TrainerMixin`]."""
 
 
-class RLOOTrainer(Rollouts, TrainerMixin, trl.RLOOTrainer):
-    """`trl.RLOOTrainer` with [`Rollouts`] and [`~rlhf_trl.trainers.base.TrainerMixin`]."""
+class RLOOTrainer(RolloutHookWithKL, Rollouts, TrainerMixin, trl.RLOOTrainer):
+    """`trl.RLOOTrainer` with [`Rollouts`], the hook on them, and [`~rlhf_trl.trainers.base.TrainerMixin`]."""

@@ -1,6 +1,5 @@
-"""Why a KL can be negative: completions that were not sampled from the distribution that scores them."""
+"""Sampling settings under which completions come from another distribution than the one that scores them."""
 
-import math
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
@@ -33,31 +32,12 @@ NEUTRAL: dict[str, tuple] = {
     "exponential_decay_length_penalty": (),
     "watermarking_config": (),
 }
-STANDARD_ERRORS = 3.0  # of so many rollouts with a KL near 0, about one in a thousand is that low by chance
-ROUNDING = 1e-3  # nats a sequence: differences of half-precision log-probabilities that mean nothing
-
-
-def is_negative(rollout: dict[str, float]) -> bool:
-    """
-    Whether the KL of a rollout is below 0 by more than its sampling noise: no estimate of a KL, which is 0 or more.
-
-    Args:
-        rollout (`dict`): `kl`, `kl_std`, `num_sequences`, as in `PPOTrainer.last_rollout`.
-    """
-    error = standard_error(rollout)
-    return rollout["kl"] < -max(STANDARD_ERRORS * error, ROUNDING)
-
-
-def standard_error(rollout: dict[str, float]) -> float:
-    """Standard error of a rollout's mean KL, in nats; infinite for a single sequence."""
-    n = rollout["num_sequences"]
-    return rollout["kl_std"] / math.sqrt(n - 1) if n > 1 else math.inf
 
 
 def sampling_differences(trainer: Trainer) -> list[str]:
     """
-    What makes the completions of a trainer that generates come from another distribution than the log-probabilities
-    it scores them with: sampling settings away from their neutral value, a rollout function, vLLM, dropout.
+    Return what makes the completions of a trainer come from another distribution than the log-probabilities that it
+    scores them with: sampling settings away from their neutral value, a rollout function, vLLM, dropout.
 
     Args:
         trainer ([`PPOTrainer`], or one of [`rlhf_trl.trainers.rollouts`]).
@@ -77,7 +57,7 @@ def sampling_differences(trainer: Trainer) -> list[str]:
 
 
 def biasing_settings(args: TrainingArguments) -> list[str]:
-    """Sampling settings of a trainer's arguments that are away from their neutral value, as they would be set."""
+    """Return the sampling settings of a trainer that are away from their neutral value, as they would be set."""
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     settings = {name: getattr(args, name) for name in names} | (args.generation_kwargs or {})
     found = [

@@ -29,14 +29,15 @@ from rlhf_trl.callbacks.samples import SampleLog
 from rlhf_trl.runs.checkpoints import last_checkpoint
 from rlhf_trl.runs.record import finish_run, start_run
 from rlhf_trl.trainers.checkpoints import CompleteCheckpoints
+from rlhf_trl.trainers.rollout_hook import RolloutHookWithKL
 
 
 class SFTTrainer(CompleteCheckpoints, trl.SFTTrainer):
     """As `rlhf_trl.build` makes them, but for the evaluation."""
 
 
-class GRPOTrainer(CompleteCheckpoints, trl.GRPOTrainer):
-    """As `rlhf_trl.build` makes them, but for rollouts and evaluation."""
+class GRPOTrainer(RolloutHookWithKL, CompleteCheckpoints, trl.GRPOTrainer):
+    """As `rlhf_trl.build` makes them, but for sampling and evaluation."""
 
 
 WORDS = "<pad> <eos> the cat dog sat ran on a mat red blue".split()

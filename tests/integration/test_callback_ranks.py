@@ -53,8 +53,10 @@ for kind in TRAINERS:
         trainer.add_callback(controller)
         trainer.train()
         keys = ("objective/kl", "objective/kl_coef", "objective/scores", "objective/scores_normalized")
+        rollout = trainer.last_rollout
         found[f"{kind} {make.__name__}"] = {
-            **norm.state()["attributes"], "coef": controller.coef, "rollout": trainer.last_rollout,
+            **norm.state()["attributes"], "coef": controller.coef,
+            "rollout": [rollout.kl, rollout.kl_std, rollout.num_sequences],
             **{key: logged(trainer, key) for key in keys},
         }
 pathlib.Path(out, f"found_{trainer.accelerator.process_index}.json").write_text(json.dumps(found))

@@ -517,7 +517,8 @@ for kind in ("ppo", "grpo"):
     trainer.train()
     key = "completions/similarity"
     found[kind] = {
-        "step": trainer.state.global_step, "reason": monitor.reason, "rows": [len(rows) for rows in measured],
+        "step": trainer.state.global_step, "reason": monitor.reason,
+        "rows": [len(rollout.completions) for rollout in measured],
         "values": [entry[key] for entry in trainer.state.log_history if key in entry],
         "weights": [parameter.sum().item() for parameter in trainer.model.parameters()],
     }

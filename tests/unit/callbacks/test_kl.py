@@ -4,17 +4,16 @@ import itertools
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from rlhf_trl.callbacks.kl import AdaptiveKL, CosineKL, FixedKL, LinearKL, why_negative
-from rlhf_trl.callbacks.rollouts import record_rollouts
+from rlhf_trl.callbacks.kl import AdaptiveKL, CosineKL, FixedKL, LinearKL, is_negative, why_negative
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.trainers.sampling import is_negative, sampling_differences
+from rlhf_trl.trainers.rollout_hook import RolloutRecord
+from rlhf_trl.trainers.sampling import sampling_differences
 from tests.helpers.architectures import save_architecture
 from tests.helpers.ppo import prompts
 from tests.helpers.rl import TRAINERS, logged, plain_kl, rl_trainer
@@ -37,6 +36,11 @@ class AtFirstStep(TrainerCallback):
             self.look()
 
 
+def measured(kl, kl_std=1.0, num_sequences=8) -> RolloutRecord:
+    """A rollout of which the KL alone is known."""
+    return RolloutRecord(True, [], [], None, kl, kl_std, num_sequences)
+
+
 # ---- What a rollout's KL is ----
 
 
@@ -55,7 +59,7 @@ class AtFirstStep(TrainerCallback):
 def test_the_kl_of_a_rollout_is_that_of_forwards_of_its_own(path, tmp_path, kind, options, steps, lora):
     peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
     trainer = rl_trainer(kind, path, tmp_path, data=prompts(16), peft_config=peft_config, **options)
-    assert record_rollouts(trainer) and record_rollouts(trainer)  # once more changes nothing
+    assert trainer.keeps_reference
     forwards, found = [], []
     original = trainer._get_per_token_logps_and_entropies
 
@@ -66,17 +70,17 @@ def test_the_kl_of_a_rollout_is_that_of_forwards_of_its_own(path, tmp_path, kind
     trainer._get_per_token_logps_and_entropies = counted
 
     def look():
-        found.append((plain_kl(trainer.model, path, trainer._buffered_inputs), dict(trainer.last_rollout)))
+        found.append((plain_kl(trainer.model, path, trainer._buffered_inputs), trainer.last_rollout))
 
     trainer.add_callback(AtFirstStep(steps, look))
     trainer.train()
     assert len(found) == 4
     for expected, rollout in found:
-        assert rollout["num_sequences"] == 8
-        assert rollout["kl"] == pytest.approx(expected.mean().item(), abs=1e-5)
-        assert rollout["kl_std"] == pytest.approx(expected.std(unbiased=False).item(), abs=1e-5)
-    assert abs(found[-1][1]["kl"]) > 1e-3
-    assert logged(trainer, "objective/kl") == pytest.approx([rollout["kl"] for _, rollout in found], abs=1e-6)
+        assert rollout.num_sequences == 8
+        assert rollout.kl == pytest.approx(expected.mean().item(), abs=1e-5)
+        assert rollout.kl_std == pytest.approx(expected.std(unbiased=False).item(), abs=1e-5)
+    assert abs(found[-1][1].kl) > 1e-3
+    assert logged(trainer, "objective/kl") == pytest.approx([rollout.kl for _, rollout in found], abs=1e-6)
     # per rollout: the reference's, the policy's unless GRPO leaves it out, and those of the losses
     micro_batches = trainer.args.steps_per_generation * trainer.args.num_iterations
     aligned = kind == "grpo" and trainer.args.gradient_accumulation_steps % micro_batches == 0
@@ -89,7 +93,7 @@ def test_rollouts_within_one_optimizer_step_count_as_one(path, tmp_path):
     )
     trainer.add_callback(AdaptiveKL(0.1, target=6, horizon=100, trainer=trainer))
     trainer.train()
-    assert trainer.state.global_step == 2 and trainer.last_rollout["num_sequences"] == 8
+    assert trainer.state.global_step == 2 and trainer.last_rollout.num_sequences == 8
     assert trainer.beta == pytest.approx(0.1 * (1 - 0.2 * 8 / 100) ** 2)
 
 
@@ -144,7 +148,7 @@ def test_without_a_reference_a_controller_is_refused(path, tmp_path, kind):
         FixedKL(0.0, trainer=trainer, guard=5.0)
     trainer.add_callback(FixedKL(0.0, trainer=trainer))
     trainer.train()
-    assert logged(trainer, "objective/kl") == [] and trainer.last_rollout == {}
+    assert logged(trainer, "objective/kl") == [] and trainer.last_rollout.kl is None
 
 
 def test_ppo_measures_kl_at_beta_zero_and_a_line_leads_away_from_it(path, tmp_path):
@@ -167,7 +171,7 @@ def test_a_skipped_rollout_moves_no_parameter(path, tmp_path, kind, caplog):
     controller = AdaptiveKL(0.1, 1e-3, horizon=100, trainer=trainer, guard=1e-3, guard_action="skip")
     trainer.add_callback(controller)
     before = []
-    trainer.add_callback(AtFirstStep(2, lambda: before.append((parameters(trainer), trainer.last_rollout["kl"]))))
+    trainer.add_callback(AtFirstStep(2, lambda: before.append((parameters(trainer), trainer.last_rollout.kl))))
     trainer.train()
     over = [kl > 1e-3 for _, kl in before]
     assert not over[0] and any(over)
@@ -190,7 +194,7 @@ def test_a_guard_saves_and_stops_with_the_reason(path, tmp_path, kind, strategy,
     controller = FixedKL(0.1, trainer=trainer, guard=1e-3)
     trainer.add_callback(controller)
     states = []
-    trainer.add_callback(AtFirstStep(2, lambda: states.append((parameters(trainer), trainer.last_rollout["kl"]))))
+    trainer.add_callback(AtFirstStep(2, lambda: states.append((parameters(trainer), trainer.last_rollout.kl))))
     trainer.train()
     last, kl = states[-1]
     assert kl > 1e-3 and all(kl <= 1e-3 for _, kl in states[:-1])
@@ -205,11 +209,10 @@ def test_a_guard_saves_and_stops_with_the_reason(path, tmp_path, kind, strategy,
 
 
 def test_a_kl_that_is_no_number_is_over_any_guard():
-    trainer = SimpleNamespace(last_rollout={"kl": math.nan})
     controller = FixedKL(0.1, guard=5.0)
-    controller.trainer = trainer
+    controller._keep(rollout := measured(math.nan))
     assert controller._is_over()
-    trainer.last_rollout["kl"] = 5.0
+    rollout.kl = 5.0
     assert not controller._is_over()
 
 
@@ -256,7 +259,7 @@ def test_skipping_under_deepspeed_is_refused(path, tmp_path):
     ],
 )
 def test_only_a_kl_below_its_noise_is_negative(kl, std, n, negative):
-    assert is_negative({"kl": kl, "kl_std": std, "num_sequences": n}) == negative
+    assert is_negative(measured(kl, std, n)) == negative
 
 
 @pytest.mark.parametrize(
@@ -316,8 +319,7 @@ def test_a_negative_kl_is_explained_once_and_a_healthy_one_is_not(path, tmp_path
 
 
 def test_a_negative_kl_without_a_known_cause_says_that_too():
-    rollout = {"kl": -0.5, "kl_std": 1.0, "num_sequences": 101}
-    assert why_negative(rollout, 3, []) == (
+    assert why_negative(measured(-0.5, 1.0, 101), 3, []) == (
         "The KL of rollout 3 is negative, -0.5 nats a sequence (standard error 0.1), which no KL can be: the "
         "completions don't come from the distribution that scores them; no sampling setting, rollout function, vLLM "
         "or dropout differs, so look for what changes the model between sampling and scoring."

@@ -135,18 +135,14 @@ def twice(completions, **kwargs):
 
 
 class Seen(list):
-    """Keeps the rewards that functions gave in training, one tensor (rows, functions) a rollout."""
+    """Keeps the rewards that functions gave in training, one tensor (rows, functions) per rollout."""
 
     def watch(self, trainer):
-        calculate = trainer._calculate_rewards
+        def keep(rollout):
+            if rollout.training:
+                self.append(rollout.rewards.values.double())
 
-        def watched(*args):
-            rewards = calculate(*args)
-            if trainer.model.training:
-                self.append(rewards.double())
-            return rewards
-
-        trainer._calculate_rewards = watched
+        trainer.on_rollout(keep)
         return trainer
 
 

@@ -20,7 +20,6 @@ from rlhf_trl.callbacks.kl import AdaptiveKL, LinearKL
 from rlhf_trl.callbacks.reward_norm import RewardNorm, RunningNorm
 from rlhf_trl.ppo import PPOConfig
 from rlhf_trl.ppo.config import REFUSED, added_fields
-from rlhf_trl.trainers.rollouts import Rewards
 from tests.helpers.ppo import count_of_a, logged, make_trainer, prompts, sampled
 from tests.helpers.tiny import make_tokenizer, save_gpt2, save_model
 
@@ -119,7 +118,7 @@ def test_invalid_rewards_are_left_out_and_counted(path, tmp_path, bad, caplog):
     trainer.train()
     assert logged(trainer, "objective/invalid_rewards") == [1]
     assert "1 of 8 completions got a NaN or infinite reward (row" in caplog.text and "`reward`" in caplog.text
-    assert trainer.last_rollout["num_sequences"] == 7
+    assert trainer.last_rollout.num_sequences == 7
     assert all(math.isfinite(value) for value in logged(trainer, "value/loss") + logged(trainer, "objective/scores"))
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
@@ -161,12 +160,13 @@ def scored(trainer, rewards):
         "ref_per_token_logps": logp - 0.1,
         "old_values": torch.zeros(3, 4),
     }
-    values = torch.tensor(rewards)
 
     def made(inputs):
-        trainer._rewards = Rewards(values, torch.zeros(3, 1, dtype=torch.bool), torch.ones(1), ["reward"])
+        trainer.reward_funcs = [lambda **_: rewards]
+        trainer._calculate_rewards([{}] * 3, ["a"] * 3, ["b"] * 3, completions.tolist())
         return output
 
+    trainer._invalid_rewards = lambda values: torch.zeros_like(values, dtype=torch.bool)
     trainer._generate_and_score_completions = made
     trainer.model.train()
     return trainer._make_rollout([]).returns[:, 0].tolist()
@@ -193,12 +193,12 @@ def test_scores_are_normalized_clipped_and_then_pay_for_eos_and_length(path, tmp
     shaping = {key: value for key, value in options.items() if key not in ("running", "clip")}
     trainer = sampled(path, tmp_path, beta=beta, gamma=1.0, lam=1.0, **shaping)
     (RunningNorm if "running" in options else RewardNorm)(clip=options.get("clip"), trainer=trainer)
-    returns = scored(trainer, [[1.0], [2.0], [-4.0]])
+    returns = scored(trainer, [1.0, 2.0, -4.0])
     assert returns == pytest.approx([x - beta * 0.1 * n for x, n in zip(expected, (3, 4, 3), strict=True)], abs=1e-6)
     metrics = {key: values[-1] for key, values in trainer._metrics["train"].items()}
     assert metrics["objective/scores"] == pytest.approx(-1 / 3, abs=1e-6)
     assert metrics["objective/rlhf_reward"] == pytest.approx(sum(returns) / 3, abs=1e-6)
-    assert trainer.last_rollout["kl_std"] == pytest.approx(0.1 * math.sqrt(2) / 3, abs=1e-6)
+    assert trainer.last_rollout.kl_std == pytest.approx(0.1 * math.sqrt(2) / 3, abs=1e-6)
 
 
 def test_evaluation_on_held_out_prompts_leaves_the_random_state_alone(path, tmp_path):

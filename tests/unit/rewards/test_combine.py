@@ -104,14 +104,7 @@ class Seen(list):
     """Keeps the rewards that functions gave, in training and in evaluation; one tensor (rows, functions) each time."""
 
     def watch(self, trainer):
-        calculate = trainer._calculate_rewards
-
-        def watched(*args):
-            rewards = calculate(*args)
-            self.append((trainer.model.training, rewards.clone()))
-            return rewards
-
-        trainer._calculate_rewards = watched
+        trainer.on_rollout(lambda rollout: self.append((rollout.training, rollout.rewards.values)))
 
 
 @pytest.mark.parametrize("kind", TRAINERS)

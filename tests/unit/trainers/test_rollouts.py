@@ -14,7 +14,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer.utils import add_fused_lm_head
 
 from rlhf_trl.build import load_data, make_trainer, training_arguments
-from rlhf_trl.callbacks.rollouts import record_rollouts
 from rlhf_trl.evaluation.generation import Policy, generation_config, sample
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.patches.positions import count_positions_from_mask
@@ -98,7 +97,6 @@ def test_the_first_rollout_of_ppo_is_of_its_policy(tmp_path, name):
 def test_the_first_rollout_of_grpo_and_rloo_is_of_its_policy(tmp_path, kind, name):
     path = save_architecture(tmp_path / "model", name, dropout=0.5)
     trainer = rl_trainer(kind, path, tmp_path)
-    record_rollouts(trainer)
     trainer.train()
     assert logged(trainer, "objective/kl")[0] == pytest.approx(0, abs=1e-4)
 

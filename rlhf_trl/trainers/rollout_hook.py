@@ -1,0 +1,264 @@
+"""
+The hook on rollouts, which KL controllers, reward normalizers, samples and health signs share: `trainer.on_rollout`.
+
+[`RolloutHook`] gives it to any trainer with the engine of TRL's `GRPOTrainer` or `RLOOTrainer`, PPO's included, and
+[`RolloutHookWithKL`] adds the KL to the reference, which PPO measures itself.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from trl.trainer.utils import nanstd
+
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.rewards.combine import weighted_sum
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """
+    Rewards of N completions, of all ranks, by F reward functions.
+
+    Attributes:
+        values (`Tensor` of shape (N, F)): raw rewards, NaN where a function doesn't apply or gave an invalid one.
+        invalid (`Tensor` of shape (N, F)): where a function gave NaN or infinity.
+        weights (`Tensor` of shape (F,)), names (`Sequence[str]`): weight and name of each function.
+        combine (callable): function that makes one score of the rewards, see `rlhf_trl.rewards.combine`.
+        normalized (`Tensor` of shape (N, F), *optional*): rewards on the scale that is learned from.
+    """
+
+    values: Tensor
+    invalid: Tensor
+    weights: Tensor
+    names: Sequence[str]
+    combine: Callable[..., Tensor] = weighted_sum
+    normalized: Tensor | None = None
+
+    @property
+    def counted(self) -> Tensor:
+        """The raw rewards of completions without any invalid one, NaN elsewhere; shape (N, F)."""
+        return self.values.masked_fill(self.invalid.any(dim=1, keepdim=True), torch.nan)
+
+    def scores(self) -> Tensor:
+        """Return the combined raw rewards, shape (N,): NaN where no function applies or one is invalid."""
+        return self._combined(self.counted)
+
+    def normalized_scores(self) -> Tensor:
+        """Return the combined normalized rewards, shape (N,): NaN as in [`Rewards.scores`]."""
+        return self._combined(self.normalized)
+
+    def _combined(self, values: Tensor) -> Tensor:
+        return self.combine(values, self.counted, self.weights.to(values), self.names)
+
+
+@dataclass
+class RolloutRecord:
+    """
+    A rollout as every rank sees it: N completions of all ranks, and their rewards.
+
+    Attributes:
+        training (`bool`): whether it is learned from. A batch of held-out prompts is not.
+        prompts (`list`), completions (`list`): N of each, text or messages.
+        rewards ([`Rewards`]): of the completions.
+        kl (`float`, *optional*): KL to the reference in nats, the mean over sequences of the summed k1 estimate.
+            `None` without a reference, in evaluation, and until it is known: at the latest before the first optimizer
+            step on the rollout.
+        kl_std (`float`, *optional*): standard deviation of the summed k1 over the sequences.
+        num_sequences (`int`): how many sequences `kl` is the mean of.
+    """
+
+    training: bool
+    prompts: list
+    completions: list
+    rewards: Rewards
+    kl: float | None = None
+    kl_std: float | None = None
+    num_sequences: int = 0
+
+    @property
+    def kl_standard_error(self) -> float:
+        """Standard error of `kl`, in nats; infinite for a single sequence."""
+        return self.kl_std / math.sqrt(self.num_sequences - 1) if self.num_sequences > 1 else math.inf
+
+
+class RolloutHook:
+    """
+    Mixin for `trl.GRPOTrainer` and `trl.RLOOTrainer`: functions that are called with each rollout.
+
+    It overrides two private methods of TRL 1.16: `_calculate_rewards`, after which all of a rollout is known and
+    nothing has been learned from it; and `_generate_and_score_completions`, since TRL logs the rewards that it learns
+    from, and the raw ones are to be logged.
+
+    Attributes:
+        last_rollout ([`RolloutRecord`], *optional*): the newest one that is learned from, on every rank alike.
+        combine_rewards (callable): function that makes one score of a completion's rewards, see
+            `rlhf_trl.rewards.combine`; their weighted sum unless a callback sets another.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self._listeners: list[Callable[[RolloutRecord], Tensor | None]] = []
+        self._record: RolloutRecord | None = None  # of the rollout that is being made
+        self.last_rollout: RolloutRecord | None = None
+        self.combine_rewards: Callable[..., Tensor] = weighted_sum
+        super().__init__(*args, **kwargs)
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether there is a reference, so that the KL to it is measured."""
+        return self.beta != 0
+
+    def on_rollout(self, listener: Callable[[RolloutRecord], Tensor | None]) -> None:
+        """
+        Call a function with each rollout, in training and in evaluation, before anything is learned from it.
+
+        Args:
+            listener (callable): function that takes a [`RolloutRecord`]. In training, one of the listeners may return
+                the rewards to learn from, of shape (N, F); the others return `None`. All get the raw rewards, so the
+                order in which they were registered doesn't matter.
+        """
+        self._listeners.append(listener)
+
+    def score_completions(self, inputs, prompts, completions, completion_ids_list) -> Rewards:
+        """Return the rewards of completions, of all ranks on every rank; the arguments are TRL's, of this rank."""
+        values = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        weights, names = self.reward_weights, self.reward_func_names
+        return Rewards(values, self._invalid_rewards(values), weights, names, self.combine_rewards)
+
+    def _invalid_rewards(self, values: Tensor) -> Tensor:
+        return torch.zeros_like(values, dtype=torch.bool)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> Tensor:
+        rewards = self.score_completions(inputs, prompts, completions, completion_ids_list)
+        record = RolloutRecord(self.model.training, gather_object(prompts), gather_object(completions), rewards)
+        if record.training:
+            self.last_rollout = record
+        answers = [answer for listener in self._listeners if (answer := listener(record)) is not None]
+        if len(answers) > 1:
+            raise ConfigError("Two callbacks normalize the rewards. Use one reward normalizer.")
+        record.rewards = replace(rewards, normalized=answers[0] if answers else None)
+        self._record = record
+        return self._rewards_to_learn_from(record)
+
+    def _rewards_to_learn_from(self, record: RolloutRecord) -> Tensor:
+        """
+        Return the rewards whose weighted sum TRL learns from, shape (N, F), and log the scores.
+
+        Where `combine_rewards` is another function, the first column holds what it gives, with weight 1, and the
+        others hold nothing.
+        """
+        rewards, normalized = record.rewards, record.rewards.normalized
+        if self._learns_from_raw_sum(rewards):
+            return rewards.values
+        if record.training:
+            self._metrics["train"]["objective/scores"].append(torch.nanmean(rewards.scores()).item())
+        if record.training and normalized is not None:
+            scores = rewards.normalized_scores()
+            self._metrics["train"]["objective/scores_normalized"].append(torch.nanmean(scores).item())
+        if rewards.combine is weighted_sum:
+            return normalized
+        columns = torch.full_like(rewards.values, torch.nan)
+        columns[:, 0] = rewards.scores() if normalized is None else rewards.normalized_scores()
+        self.reward_weights = torch.ones_like(self.reward_weights)  # until the rollout is made
+        return columns
+
+    @staticmethod
+    def _learns_from_raw_sum(rewards: Rewards) -> bool:
+        return rewards.combine is weighted_sum and rewards.normalized is None
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        weights = self.reward_weights
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            self.reward_weights = weights
+        if not self._learns_from_raw_sum(self._record.rewards):
+            self._log_raw_rewards(self._record.rewards, "train" if self._record.training else "eval")
+        return output
+
+    def _log_raw_rewards(self, rewards: Rewards, mode: str) -> None:
+        metrics, logs = self._metrics[mode], self._logs["rewards"]
+        columns = dict(zip(rewards.names, rewards.values.unbind(dim=1), strict=True))
+        for name, column in columns.items():
+            for _ in range(min(len(column), len(logs[name]))):
+                logs[name].pop()
+            logs[name].extend(column.tolist())
+            metrics[f"rewards/{name}/mean"][-1] = torch.nanmean(column).item()
+            metrics[f"rewards/{name}/std"][-1] = nanstd(column).item()
+        scores = rewards.scores()
+        metrics["reward"][-1], metrics["reward_std"][-1] = torch.nanmean(scores).item(), nanstd(scores).item()
+
+
+class RolloutHookWithKL(RolloutHook):
+    """
+    [`RolloutHook`] for `trl.GRPOTrainer` and `trl.RLOOTrainer` themselves, which measures the KL of each rollout.
+
+    Both compute the log-probabilities of a rollout under policy and reference right after they sampled it, and the KL
+    is taken from there. GRPO skips the policy's where a rollout is optimized in one step: then they are those of the
+    loss's own forwards, in which the policy has not moved yet. No forward is added. Where `beta` is 0 there is no
+    reference, and the KL stays `None`.
+
+    `objective/kl` and `objective/kl_coef` are logged once per rollout. It overrides two more private methods of TRL:
+    `_get_per_token_logps_and_entropies`, to see the log-probabilities, and `_compute_loss`, where the missing ones are
+    computed.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self._passes: list[Tensor] | None = None  # log-probabilities computed since listening began
+        self._sequence_kls: list[Tensor] = []  # summed k1 of this rank's sequences, one tensor per micro-batch
+        self._micro_batches_without_kl = 0
+        super().__init__(*args, **kwargs)
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._passes is not None:
+            self._passes.append(result[0].detach())
+        return result
+
+    def _listen(self, function: Callable, *args) -> tuple[Any, list[Tensor]]:
+        """Return what a function returns, and the log-probabilities computed in it, in order."""
+        self._passes = []
+        try:
+            return function(*args), self._passes
+        finally:
+            self._passes = None
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.model.training:
+            return super()._generate_and_score_completions(inputs)
+        # TRL lets a rollout begin in the middle of an optimizer step: all since the last whole one count as one
+        if self._step % self.args.gradient_accumulation_steps == 0:
+            self._sequence_kls.clear()
+        output, passes = self._listen(super()._generate_and_score_completions, inputs)
+        if len(passes) == 2:  # the policy's, then the reference's
+            self._add_kl(*passes, output)
+            self._measure_kl()
+        elif self.beta != 0:
+            self._micro_batches_without_kl = self.args.steps_per_generation
+        return output
+
+    def _compute_loss(self, model, inputs: dict[str, Any]) -> Tensor:
+        if not self._micro_batches_without_kl or not self.model.training:
+            return super()._compute_loss(model, inputs)
+        loss, passes = self._listen(super()._compute_loss, model, inputs)
+        self._add_kl(passes[0], inputs["ref_per_token_logps"], inputs)
+        self._micro_batches_without_kl -= 1
+        if not self._micro_batches_without_kl:
+            self._measure_kl()
+        return loss
+
+    def _add_kl(self, logps: Tensor, ref_logps: Tensor, inputs: dict[str, Any]) -> None:
+        mask = inputs["completion_mask"].bool()
+        if "tool_mask" in inputs:
+            mask = mask & inputs["tool_mask"].bool()
+        self._sequence_kls.append(torch.where(mask, logps - ref_logps, 0.0).sum(dim=1))
+
+    def _measure_kl(self) -> None:
+        kl, record = self.accelerator.gather(torch.cat(self._sequence_kls)).double(), self.last_rollout
+        record.kl, record.kl_std, record.num_sequences = kl.mean().item(), kl.std(unbiased=False).item(), len(kl)
+        self._metrics["train"]["objective/kl"].append(record.kl)
+        self._metrics["train"]["objective/kl_coef"].append(float(self.beta))
