@@ -1,7 +1,5 @@
 """TRL: fused log-probabilities that are faster on a CPU, with the same numbers. Inactive on accelerators."""
 
-import functools
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -13,6 +11,8 @@ from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_logprob import _use_triton
 from trl.trainer import utils
+
+from rlhf_trl.patches.forward import wrap_forward
 
 # Positions times vocabulary: 256 MiB of float32. A step holds about four such tensors at a time, as with the tiles
 MAX_LOGITS = 2**26
@@ -38,16 +38,14 @@ def speed_up_log_probs(model: PreTrainedModel) -> None:
     """
     if "forward" not in vars(model):
         return
-    forward = model.forward
 
-    @functools.wraps(type(model).forward)
-    def fast_forward(self, *args, fused_lm_head=False, **kwargs):
+    def fast(model, forward, *args, fused_lm_head=False, **kwargs):
         if not fused_lm_head:
             return forward(*args, **kwargs)
         with _fast_on_cpu():
             return forward(*args, fused_lm_head=True, **kwargs)
 
-    model.forward = types.MethodType(fast_forward, model)
+    wrap_forward(model, fast)
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """TRL: position ids of left-padded rows in the fused forward."""
 
-import functools
 import inspect
-import types
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from rlhf_trl.patches.forward import wrap_forward
 
 
 def takes_positions(trunk: nn.Module) -> bool:
@@ -34,14 +34,12 @@ def count_positions_from_mask(model: PreTrainedModel) -> None:
     """
     if not takes_positions(model.base_model):
         return
-    fused_forward = model.forward
 
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, **kwargs):
+    def with_positions(model, forward, *args, fused_lm_head=False, **kwargs):
         if fused_lm_head:
             kwargs["fused_lm_head"] = True
             if kwargs.get("attention_mask") is not None and kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = positions(kwargs["attention_mask"])
-        return fused_forward(*args, **kwargs)
+        return forward(*args, **kwargs)
 
-    model.forward = types.MethodType(forward, model)
+    wrap_forward(model, with_positions)

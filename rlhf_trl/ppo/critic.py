@@ -10,7 +10,6 @@ import copy
 import functools
 import math
 import os
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,6 +27,7 @@ from rlhf_trl.models.loading import load_reward_model
 from rlhf_trl.models.merging import load_merged
 from rlhf_trl.models.roles import CRITIC, adapter_layers, add_role, policy_is_active
 from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.patches.forward import wrap_forward
 from rlhf_trl.patches.peft import active_adapter, recompute_with_the_same_adapter
 from rlhf_trl.patches.positions import positions, takes_positions
 from rlhf_trl.ppo.config import PPOConfig
@@ -114,17 +114,17 @@ def _compute_values(policy: PreTrainedModel, trunk: Callable | None, layers: lis
 
     `with_values` asks for values, and `values_only` spares the policy's pass where a `trunk` gives them.
     """
-    fused_forward = policy.forward
 
-    @functools.wraps(type(policy).forward)
-    def forward(self, *args, fused_lm_head=False, with_values=False, values_only=False, **kwargs):
+    def forward(model, fused_forward, *args, fused_lm_head=False, with_values=False, values_only=False, **kwargs):
         if not fused_lm_head:
             return fused_forward(*args, **kwargs)
         if not with_values or not policy_is_active(layers):  # a reference made of the policy's base has no critic
             return PolicyAndValueOutput(**fused_forward(*args, fused_lm_head=True, **kwargs))
         if trunk is None:
             seen = {}
-            hook = self.base_model.register_forward_hook(lambda _, __, output: seen.update(h=output.last_hidden_state))
+            hook = model.base_model.register_forward_hook(
+                lambda _, __, output: seen.update(h=output.last_hidden_state)
+            )
             try:
                 output = fused_forward(*args, fused_lm_head=True, **kwargs)
             finally:
@@ -134,13 +134,13 @@ def _compute_values(policy: PreTrainedModel, trunk: Callable | None, layers: lis
             output = {} if values_only else fused_forward(*args, fused_lm_head=True, **kwargs)
             hidden = trunk(input_ids=kwargs["input_ids"], attention_mask=kwargs["attention_mask"])
         hidden = hidden[:, :-1]
-        if self.detach_values and trunk is None:
+        if model.detach_values and trunk is None:
             hidden = hidden.detach()
         with torch.autocast(hidden.device.type, enabled=False):
-            values = getattr(self, VALUE_HEAD)(hidden.float()).squeeze(-1)
+            values = getattr(model, VALUE_HEAD)(hidden.float()).squeeze(-1)
         return PolicyAndValueOutput(**output, value_preds=values)
 
-    policy.forward = types.MethodType(forward, policy)
+    wrap_forward(policy, forward)
 
 
 def _hidden_states(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -1,8 +1,5 @@
 """Demonstrations for PPO-ptx: a language-model loss beside PPO's (InstructGPT, arXiv 2203.02155, equation 2)."""
 
-import functools
-import types
-
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -13,6 +10,7 @@ from trl.trainer.utils import add_fused_lm_head, pad
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.tokenize import split_row_ids
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.patches.forward import wrap_forward
 from rlhf_trl.patches.log_probs import speed_up_log_probs
 from rlhf_trl.patches.positions import count_positions_from_mask
 from rlhf_trl.ppo.seeds import permutation
@@ -27,13 +25,11 @@ def add_head_at_temperature_1(model: PreTrainedModel, cast_lm_head_to_fp32: bool
     add_fused_lm_head(model, cast_lm_head_to_fp32=cast_lm_head_to_fp32)
     speed_up_log_probs(model)
     count_positions_from_mask(model)
-    at_1 = model.forward
 
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, at_temperature_1=False, **kwargs):
+    def forward(model, at_1, *args, at_temperature_1=False, **kwargs):
         return (at_1 if at_temperature_1 else of_sampling)(*args, **kwargs)
 
-    model.forward = types.MethodType(forward, model)
+    wrap_forward(model, forward)
 
 
 class Demonstrations:

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import inspect
 import logging
 import os
 import platform
@@ -16,13 +17,16 @@ import bitsandbytes
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import rlhf_trl
 from rlhf_trl.patches.bitsandbytes import keep_trainable
+from rlhf_trl.patches.forward import wrap_forward
 from rlhf_trl.patches.malloc import keep_freed_memory
 from rlhf_trl.patches.peft import cast_head_inputs
 from rlhf_trl.patches.warnings import LOGS, WARNINGS, filter_warnings, no_load_report
 from tests.helpers.library_identity import changes, members
+from tests.helpers.tiny import save_model
 
 PATCHES = Path(rlhf_trl.__file__).parent / "patches"
 TESTS = Path(__file__).parents[2]
@@ -120,3 +124,37 @@ def test_a_score_head_in_float32_reads_a_bfloat16_base():
     cast_head_inputs(head)
     hidden = torch.ones(2, 4, dtype=torch.bfloat16)
     assert head(hidden).dtype == copy.deepcopy(head)(hidden).dtype == torch.float32
+
+
+def test_a_wrapped_forward_keeps_its_signature(tmp_path):
+    path = save_model(tmp_path / "model")
+    model, other = (AutoModelForCausalLM.from_pretrained(path) for _ in range(2))
+    ids = torch.arange(4).reshape(1, 4)
+    logits = model(input_ids=ids).logits
+    wrap_forward(
+        model, lambda model, forward, *args, extra=0, **kwargs: (model, forward(*args, **kwargs).logits + extra)
+    )
+    assert inspect.signature(model.forward).parameters.keys() == inspect.signature(other.forward).parameters.keys()
+    assert model(input_ids=ids)[0] is model
+    torch.testing.assert_close(model(input_ids=ids, extra=1)[1], logits + 1)
+    torch.testing.assert_close(other(input_ids=ids).logits, logits)
+
+
+def stored_on_others(path: Path) -> set[str]:
+    """Return how a module replaces methods or private attributes of objects of others."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        for target in (target for target in targets if isinstance(target, ast.Attribute)):
+            own = isinstance(target.value, ast.Name) and target.value.id == "self"
+            if target.attr == "__class__" or (not own and target.attr.startswith("_")):
+                found.add(ast.unparse(target))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "types.MethodType":
+            found.add("types.MethodType")
+    return found
+
+
+def test_nothing_else_in_the_package_replaces_methods_of_libraries():
+    found = {str(path.relative_to(PATCHES.parent)): stored_on_others(path) for path in PATCHES.parent.rglob("*.py")}
+    others = {name for name, stores in found.items() if stores and not name.startswith("patches/")}
+    assert others <= {"callbacks/rollouts.py", "callbacks/reward_norm.py"}
