@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.ppo.config import PPOConfig
+from rlhf_trl.runs.ranks import is_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def check_inputs(reward_funcs: list, dataset: Dataset | None, ptx_dataset: Datas
             "`per_device_train_batch_size` or `steps_per_generation`, or give more prompts."
         )
     remainder = len(dataset) % prompts
-    if remainder and args.process_index == 0:
+    if remainder and is_main_process():
         logger.warning(
             "An epoch drops %d of %d prompts, other ones each time: rollouts take %d.",
             remainder,

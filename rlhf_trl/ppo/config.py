@@ -4,48 +4,19 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 from trl import GRPOConfig
 
 from rlhf_trl.config.ranges import TRAINING, check_values
-from rlhf_trl.ppo.options import MINI_BATCHES, PPO
+from rlhf_trl.ppo.options import MINI_BATCHES, PPO, argument_problem
 from rlhf_trl.terminal import say
-
-# Inherited options that would do nothing, or something else than their name says, in a per-token PPO. Each is held to
-# GRPOConfig's default (or the value PPO fixes) and refused otherwise, with the reason.
-REFUSED: dict[str, tuple[Any, str]] = {
-    "loss_type": ("dapo", "PPO's loss is the clipped policy and value loss, normalized by the tokens of a mini-batch"),
-    "scale_rewards": ("none", "PPO has no groups to scale by; use `whiten_rewards` or a reward normalizer"),
-    "multi_objective_aggregation": ("sum_then_normalize", "PPO adds the weighted rewards and normalizes advantages"),
-    "importance_sampling_level": ("token", "PPO's ratio is per token"),
-    "mask_truncated_completions": (False, "use `missing_eos_penalty` to discourage completions without an end"),
-    "top_entropy_quantile": (1.0, "PPO trains on every token of a completion"),
-    "use_adaptive_entropy": (False, "only a constant `entropy_coef` is supported"),
-    "entropy_coef_min": (0.0, "only a constant `entropy_coef` is supported"),
-    "entropy_coef_max": (1.0, "only a constant `entropy_coef` is supported"),
-    "entropy_coef_delta": (0.005, "only a constant `entropy_coef` is supported"),
-    "entropy_target": (0.2, "only a constant `entropy_coef` is supported"),
-    "off_policy_mask_threshold": (None, "it masks sequences by group advantages, which PPO doesn't have"),
-    "use_bias_correction_kl": (True, "PPO's KL is in the reward; choose its estimator with `kl_estimator`"),
-    "sync_ref_model": (False, "PPO's reference is the policy's starting point, for the whole run"),
-    "ref_model_mixup_alpha": (0.6, "PPO's reference is the policy's starting point, for the whole run"),
-    "ref_model_sync_steps": (512, "PPO's reference is the policy's starting point, for the whole run"),
-    "sapo_temperature_neg": (1.05, "it belongs to `loss_type='sapo'`"),
-    "sapo_temperature_pos": (1.0, "it belongs to `loss_type='sapo'`"),
-    "vespo_k_pos": (2.0, "it belongs to `loss_type='vespo'`"),
-    "vespo_lambda_pos": (3.0, "it belongs to `loss_type='vespo'`"),
-    "vespo_k_neg": (3.0, "it belongs to `loss_type='vespo'`"),
-    "vespo_lambda_neg": (2.0, "it belongs to `loss_type='vespo'`"),
-    "router_aux_loss_coef": (None, "the load-balancing loss of mixture-of-experts models is not part of PPO's loss"),
-}
 
 
 @dataclass
 class PPOConfig(GRPOConfig):
     """
-    Arguments of [`PPOTrainer`]. Everything `trl.GRPOConfig` takes is accepted, but for the options in `REFUSED`; what
-    is listed here is added, or has another default.
+    Arguments of [`PPOTrainer`]. Everything `trl.GRPOConfig` takes is accepted, but for the options in
+    `rlhf_trl.ppo.options.REFUSED`; what is listed here is added, or has another default.
 
     A *rollout* is `generation_batch_size = per_device_train_batch_size * world size * steps_per_generation`
     completions. It is optimized in `num_iterations` epochs of `steps_per_generation / gradient_accumulation_steps`
@@ -157,7 +128,9 @@ class PPOConfig(GRPOConfig):
             super().__post_init__()
         if self.reward_weights is not None:
             self.reward_weights = [float(weight) for weight in self.reward_weights]
-        self._check_values()
+        check_values(TRAINING | PPO, vars(self), error=ValueError)
+        if problem := argument_problem(vars(self)):
+            raise ValueError(problem)
         if self.total_episodes is not None:
             steps = math.ceil(self.total_episodes / self.generation_batch_size) * self.steps_per_rollout
             if self.max_steps > 0 and self.max_steps != steps:
@@ -197,34 +170,6 @@ class PPOConfig(GRPOConfig):
     def steps_per_rollout(self) -> int:
         """Optimizer steps from one rollout to the next: epochs x mini-batches."""
         return self.num_iterations * self.num_mini_batches
-
-    def _check_values(self):
-        check_values(TRAINING | PPO, vars(self), error=ValueError)
-        for name, (held, reason) in REFUSED.items():
-            if getattr(self, name) != held:
-                raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` has no place in PPO: {reason}. Leave `{name}` at {held!r}."
-                )
-        if self.steps_per_generation % self.gradient_accumulation_steps != 0:
-            raise ValueError(
-                f"A rollout of {self.steps_per_generation} micro-batches (`steps_per_generation`) can't be split into "
-                f"mini-batches of {self.gradient_accumulation_steps} (`gradient_accumulation_steps`). Set "
-                "`steps_per_generation` to a multiple of `gradient_accumulation_steps`."
-            )
-        without_path = {"critic_path": None, "critic_score_head": False}
-        for name, unset in without_path.items():
-            if self.critic == "head" and getattr(self, name) != unset:
-                raise ValueError(
-                    f"`{name}` starts a critic from a reward model, and `critic='head'` reads the policy's own hidden "
-                    f"states. Set `critic` to 'adapter' or 'model', or leave `{name}` out."
-                )
-        if self.critic_dtype is not None and self.critic != "model":
-            raise ValueError("`critic_dtype` is for `critic='model'`; the other critics compute in the policy's type.")
-        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
-            raise ValueError(
-                "`missing_eos_penalty` subtracts from the score of a completion without EOS, `missing_eos_score` "
-                "replaces it. Set one of them to null."
-            )
 
 
 def added_fields() -> list[str]:

@@ -19,7 +19,8 @@ from trl import GRPOConfig
 from rlhf_trl.callbacks.kl import AdaptiveKL, LinearKL
 from rlhf_trl.callbacks.reward_norm import RewardNorm, RunningNorm
 from rlhf_trl.ppo import PPOConfig
-from rlhf_trl.ppo.config import REFUSED, added_fields
+from rlhf_trl.ppo.config import added_fields
+from rlhf_trl.ppo.options import REFUSED
 from tests.helpers.ppo import count_of_a, logged, make_trainer, prompts, sampled
 from tests.helpers.tiny import make_tokenizer, save_gpt2, save_model
 
