@@ -49,8 +49,8 @@ from rlhf_trl.data.splits import leave_out, prompt_keys
 from rlhf_trl.data.tokenize import end_tokens, note_template_end
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.generation import Policy
+from rlhf_trl.models.initial import load_initial_model
 from rlhf_trl.models.loading import load_model
-from rlhf_trl.models.policy import load_start
 from rlhf_trl.models.roles import begin_training
 from rlhf_trl.models.sizes import Sizes, empty_model, id_problem, length_problem, sizes_of
 from rlhf_trl.models.tokenizers import load_tokenizer
@@ -314,7 +314,7 @@ def make_trainer(
         extra["reward_funcs"] = reward_functions(cfg, tokenizer, dataset["train"].column_names)
         args.reward_weights = [reward.weight for reward in extra["reward_funcs"]]
     set_seed(args.seed)  # a new score head must not depend on what was loaded before
-    model, peft_config = load_start(
+    model, peft_config = load_initial_model(
         path,
         cfg.stage.task_type,
         instantiate(cfg.adapter.peft),

@@ -3,14 +3,13 @@
 import math
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from transformers import Trainer
 
 from rlhf_trl.callbacks.base import SaveAndStop
 from rlhf_trl.errors import DivergedError
+from rlhf_trl.models.weights import local_part, nonfinite_weights
 from rlhf_trl.runs.ranks import any_rank
 
 # Consecutive updates, or log lines. A single one may be a bad batch, which costs only that update.
@@ -47,7 +46,7 @@ class NonfiniteGuard(SaveAndStop):
         if self.trainer.is_deepspeed_enabled or self.trainer.accelerator.scaler is not None:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        grads = [_local(p.grad) for p in parameters]
+        grads = [local_part(p.grad) for p in parameters]
         if not any_rank(bool(grads) and not torch.nn.utils.get_total_norm(grads).isfinite().item(), args.device):
             self._in_a_row = 0
             return
@@ -75,7 +74,7 @@ class NonfiniteGuard(SaveAndStop):
             )
 
     def on_train_end(self, args, state, control, model: torch.nn.Module, **kwargs):
-        names = nonfinite_weights(model)
+        names = list(nonfinite_weights(model.named_parameters()))
         if any_rank(bool(names), args.device):
             raise DivergedError(
                 f"The trained model has NaN or infinite weights{_such_as(names)}, so it was not saved. {_remedy(args)}"
@@ -85,19 +84,6 @@ class NonfiniteGuard(SaveAndStop):
                 f"The training ended at step {state.global_step} with NaN or infinite gradients, so the model was not "
                 f"saved. {_remedy(args)}"
             )
-
-
-def nonfinite_weights(model: nn.Module) -> list[str]:
-    """Return the names of the parameters that hold a NaN or an infinity, on this rank. Quantized ones can't."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and not parameter.is_meta and not _local(parameter.detach()).isfinite().all()
-    ]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _such_as(names: list[str]) -> str:

@@ -281,7 +281,7 @@ class ReferenceNorm(RewardNorm, ExportableState):
         self._start(len(self.trainer.reward_funcs))
         for i, function in enumerate(self.trainer.reward_funcs):
             if (calibration := getattr(function, "calibration", None)) is not None:
-                self.calibrate(i, calibration["mean"], calibration["std"], "what its model brings")
+                self.calibrate(i, calibration.mean, calibration.std, "what its model brings")
         if self.column is not None and None in self.gain:
             self._calibrate_on_column(self._score_column())
 

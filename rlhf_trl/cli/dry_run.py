@@ -39,8 +39,8 @@ from rlhf_trl.data.preview import count_trained, render_batch, render_sample
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.generation import TOO_LONG, Policy
 from rlhf_trl.models.adapters import adapter_config
+from rlhf_trl.models.initial import load_initial_model
 from rlhf_trl.models.loading import AUTO_CLASSES, load_model, load_reward_model
-from rlhf_trl.models.policy import load_start
 from rlhf_trl.models.sizes import Sizes, check_rows, empty_model
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.runs.paths import project_dir, resolve_path
@@ -212,7 +212,7 @@ def check_model_files(cfg: DictConfig, heads: list[str] | None) -> None:
             **from_pretrained_kwargs(cfg),
         }
         with _no_progress_bars():
-            load_start(model.path, model.task_type, peft, "", heads=heads, dtype=cfg.model.dtype, **options)
+            load_initial_model(model.path, model.task_type, peft, "", heads=heads, dtype=cfg.model.dtype, **options)
 
 
 def _check_files(model: Model) -> None:

@@ -1,10 +1,10 @@
 """
-A folder that `model.path` takes, from a folder that holds a GGUF file of SmolLM2:
+Conversion of a GGUF file of SmolLM2 to a folder for `model.path`.
 
     python -m rlhf_trl.models.gguf FOLDER_WITH_GGUF OUTPUT_FOLDER [--dtype bfloat16]
 
-Needs the `gguf` package. A GGUF names its architecture and its tokenizer's merges, but not everything that a training
-needs, hence the two repairs below.
+Needs the `gguf` package. A GGUF holds the architecture and the merges of the tokenizer, but not everything that
+training needs, hence the two repairs in [`export`].
 """
 
 import argparse
@@ -16,10 +16,16 @@ from rlhf_trl.errors import ConfigError
 
 def export(source: str | Path, output_dir: str | Path, dtype: str = "bfloat16", max_length: int = 8192) -> Path:
     """
-    Loads the one GGUF file in `source`, dequantizes and repairs it, and saves model and tokenizer to `output_dir`.
+    Dequantize and repair the GGUF file in `source`, and save model and tokenizer to `output_dir`.
+
+    Args:
+        source (`str` or `Path`): folder with one GGUF file.
+        output_dir (`str` or `Path`): folder to write.
+        dtype (`str`): type of the saved weights.
+        max_length (`int`): `model_max_length` of the tokenizer, in tokens.
 
     Raises:
-        `ConfigError`: no GGUF file or more than one in `source`, or `output_dir` already holds files.
+        [`~rlhf_trl.errors.ConfigError`]: if `source` doesn't hold exactly one GGUF file, or `output_dir` holds files.
     """
     source, output_dir = Path(source), Path(output_dir)
     files = sorted(source.glob("*.gguf"))
@@ -33,7 +39,7 @@ def export(source: str | Path, output_dir: str | Path, dtype: str = "bfloat16", 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=files[0].name)
-    # A GGUF keeps no pre-tokenizer: SmolLM2 was trained with every digit a token of its own.
+    # A GGUF has no pre-tokenizer, and SmolLM2 was trained with each digit as a token
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )
@@ -41,7 +47,7 @@ def export(source: str | Path, output_dir: str | Path, dtype: str = "bfloat16", 
     model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=files[0].name, dtype=torch.float32).to(
         getattr(torch, dtype)
     )
-    # The weights are plain by now; left in, these make a reload look for a GGUF again.
+    # The weights are dequantized by now. With these attributes a reload would look for a GGUF again
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(output_dir)
@@ -50,7 +56,7 @@ def export(source: str | Path, output_dir: str | Path, dtype: str = "bfloat16", 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line of `export`."""
+    """Run the command line of [`export`]."""
     parser = argparse.ArgumentParser(
         prog="python -m rlhf_trl.models.gguf", description="GGUF of SmolLM2 -> transformers folder"
     )

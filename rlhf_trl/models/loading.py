@@ -1,11 +1,12 @@
-"""Models from folders and the hub."""
+"""Loading of models from folders and the hub."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
@@ -18,15 +19,13 @@ from transformers import (
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.adapters import (
-    HEADS,
     adapter_config,
-    adapter_heads,
     adapter_weights,
     base_path,
-    check_heads,
     set_adapter_weights,
     with_adapter,
 )
+from rlhf_trl.models.heads import HEADS, adapter_head_names, check_head_count
 from rlhf_trl.models.quantization import trained_quantization
 from rlhf_trl.models.weights import load_weights
 from rlhf_trl.patches.bitsandbytes import keep_trainable
@@ -38,20 +37,20 @@ AUTO_CLASSES = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequen
 
 def model_config(path: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
     """
-    The config of a full model.
+    Return the config of a full model.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if there is none that Transformers knows, or it is not of a decoder-only
-            language model: all stages read and write from left to right.
+        [`~rlhf_trl.errors.ConfigError`]: if Transformers knows none, or the model is no decoder-only language model,
+            as all stages need.
     """
-    if Path(path).is_absolute() and not Path(path).is_dir():  # which the hub would call a malformed id
+    if Path(path).is_absolute() and not Path(path).is_dir():  # the hub would call it a malformed id
         raise ConfigError(f"The model folder `{path}` doesn't exist. Give an existing folder or a hub id.")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError) as error:
         remedy = "Give the folder of a model, or a hub id."
         if "trust_remote_code" in str(error):
-            remedy = "It has code of its own: read it, and set `trust_remote_code` to true where you trust it."
+            remedy = "It has code of its own: read it, and set `trust_remote_code` to true if you trust it."
         raise ConfigError(
             f"The model `{path}` can't be loaded ({' '.join(str(error).split())[:200]}). {remedy}"
         ) from error
@@ -60,8 +59,8 @@ def model_config(path: str, trust_remote_code: bool = False, revision: str | Non
     if getattr(config, "is_encoder_decoder", False) or (encodes and not decodes):
         kind = "encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "encoder-only"
         raise ConfigError(
-            f"`{path}` is an {kind} model (`{config.model_type}`), and all stages take decoder-only ones, which read "
-            "and write from left to right: give one such as Llama, Qwen or GPT-2."
+            f"`{path}` is an {kind} model (`{config.model_type}`), and all stages take decoder-only ones. Use "
+            "a model such as Llama, Qwen or GPT-2."
         )
     return config
 
@@ -77,25 +76,25 @@ def load_model(
     device_map: str | None = None,
 ) -> PreTrainedModel:
     """
-    A model as it was saved: a full one, or an adapter (not trainable) on its base.
+    Load a model as it was saved: a full one, or a frozen adapter on its base.
 
     Args:
         path (`str`):
             Folder or hub id.
         task_type (`str`):
-            `CAUSAL_LM`, or `SEQ_CLS` for one score a sequence.
+            `CAUSAL_LM`, or `SEQ_CLS` for one score per sequence and head.
         dtype (`str`):
             Type of the weights (of the base's, for an adapter): `float32`, `bfloat16`, `auto` (as saved) ...
         attn_implementation (`str`, *optional*), trust_remote_code (`bool`), revision (`str`, *optional*):
             As in `from_pretrained`.
         quantization (`transformers.BitsAndBytesConfig`, *optional*):
-            Quantizes the weights (the base's, for an adapter) at loading. An adapter's base is by default as it was
-            trained.
+            Quantization of the weights (of the base's, for an adapter). By default an adapter's base is quantized as
+            in its training.
         device_map (`str`, *optional*):
-            As in `from_pretrained`; `meta` looks at the files and takes no memory.
+            As in `from_pretrained`; `meta` checks the files and takes no memory.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if a reward model is asked to write, or the base of an adapter is gone.
+        [`~rlhf_trl.errors.ConfigError`]: if a reward model is loaded as a policy, or the base of an adapter is gone.
     """
     options = {
         "dtype": dtype,
@@ -110,7 +109,7 @@ def load_model(
     refuse_reward_model(path, task_type, config.task_type == "SEQ_CLS")
     if device_map != "meta":  # where nothing is computed
         options["quantization_config"] = quantization or trained_quantization(path)
-    heads = adapter_heads(path, revision) if task_type == "SEQ_CLS" else None
+    heads = adapter_head_names(path, revision) if task_type == "SEQ_CLS" else None
     base = load_full(base_path(path, config), task_type, revision=config.revision, heads=heads, **options)
     # A PeftModel forwards every attribute of the model that it wraps
     return cast(PreTrainedModel, with_adapter(base, path, config, revision).eval())
@@ -120,26 +119,27 @@ def load_reward_model(
     path: str, dtype: str | None = None, trust_remote_code: bool = False, device_map: str | None = None
 ) -> PreTrainedModel:
     """
-    A trained reward model, full or an adapter on its base: one score a sequence, or one a head; the names of the heads
-    are in `config.id2label`. An ensemble is one base with an adapter for each member.
+    Load a trained reward model, full or a frozen adapter on its base.
+
+    It gives one score per sequence and head; the names of the heads are in `config.id2label`. An ensemble is one base
+    with an adapter for each member.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if the model has no trained score head, or the members of an ensemble don't
             share a base.
     """
     if members := ensemble_members(path):
-        configs = [adapter_config(member) for member in members]
-        bases = {base_path(member, config) for member, config in zip(members, configs, strict=True) if config}
+        configs = [cast(PeftConfig, adapter_config(member)) for member in members]  # which `ensemble_members` checked
+        bases = {base_path(member, config) for member, config in zip(members, configs, strict=True)}
         if len(bases) > 1:
             raise ConfigError(f"The members of the ensemble `{path}` have several bases: {', '.join(sorted(bases))}.")
         if len({str(trained_quantization(member)) for member in members}) > 1:
             raise ConfigError(f"The members of the ensemble `{path}` were trained on differently quantized bases.")
         model = cast(PeftModel, load_reward_model(members[0], dtype, trust_remote_code, device_map))
-        for i, (member, config) in enumerate(zip(members[1:], configs[1:], strict=True), 1):
-            assert config is not None, f"{member} is no adapter"
-            config.inference_mode = True
-            model.add_adapter(f"member_{i}", config)
-            set_adapter_weights(model, adapter_weights(member), f"member_{i}", member)
+        for i in range(1, len(members)):
+            configs[i].inference_mode = True
+            model.add_adapter(f"member_{i}", configs[i])
+            set_adapter_weights(model, adapter_weights(members[i]), f"member_{i}", members[i])
         return cast(PreTrainedModel, model.eval())
     config = adapter_config(path)
     if config is None:
@@ -158,15 +158,25 @@ def load_full(
     trust_remote_code: bool = False,
     revision: str | None = None,
     heads: Sequence[str] | None = None,
-    **options,
-):
+    **options: Any,
+) -> PreTrainedModel:
+    """
+    Load a full model, not an adapter, as [`load_model`] does.
+
+    Args:
+        path (`str`), task_type (`str`), trust_remote_code (`bool`), revision (`str`, *optional*), **options: see
+            [`load_model`].
+        heads (`Sequence[str]`, *optional*): names of the heads of a new classifier, or of those that a saved one must
+            have.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the model can't be loaded, or doesn't fit the task.
+    """
     config = model_config(path, trust_remote_code, revision)
     architecture = (config.architectures or [""])[0]
     refuse_reward_model(path, task_type, "SequenceClassification" in architecture)
     if revision is not None and not Path(path).is_dir():
-        # TRL loads the reference by the model's path alone: the path must already mean this revision
-        from huggingface_hub import snapshot_download
-
+        # TRL loads the reference by the model's path alone, so the path must be that of the revision
         path, revision = snapshot_download(path, revision=revision), None
     is_scored = "SequenceClassification" in architecture
     if task_type == "SEQ_CLS" and not is_scored:
@@ -177,7 +187,7 @@ def load_full(
     )
     if task_type == "SEQ_CLS":
         if heads is not None:
-            check_heads(path, model.config.num_labels or 0, len(heads))
+            check_head_count(path, cast(int, model.config.num_labels), len(heads))
         for name, head in model.named_children():
             if name in HEADS and isinstance(head, torch.nn.Linear):
                 cast_head_inputs(head)
@@ -187,7 +197,13 @@ def load_full(
 
 
 def refuse_reward_model(path: str, task_type: str, is_reward_model: bool) -> None:
+    """
+    Refuse to load a reward model as a policy.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if it is one.
+    """
     if is_reward_model and task_type == "CAUSAL_LM":
         raise ConfigError(
-            f"`{path}` is a reward model and can't write text. Start from a policy: `model.run=sft`, or its path."
+            f"`{path}` is a reward model and can't write text. Start from a policy: set `model.run=sft`, or its path."
         )

@@ -1,25 +1,25 @@
-"""Merging of adapters, on quantized bases as well."""
+"""Merging of adapters into their base, also a quantized one."""
 
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
+from peft import PeftConfig
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.models.adapters import adapter_config, adapter_heads, base_path, with_adapter
+from rlhf_trl.models.adapters import adapter_config, base_path, with_adapter
 from rlhf_trl.models.calibration import CALIBRATION_FILE
+from rlhf_trl.models.heads import adapter_head_names
 from rlhf_trl.models.loading import load_full
 from rlhf_trl.models.quantization import trained_quantization
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.runs.paths import ensemble_members
-
-# In the folder of a merged model that a run starts from
-MADE_OF_FILE = "made_of.txt"
 
 
 def load_merged(
@@ -30,55 +30,58 @@ def load_merged(
     dequantize: bool = True,
 ) -> PreTrainedModel:
     """
-    An adapter merged into its base: a full model that computes what the adapter does on its base.
+    Return an adapter merged into its base: a full model with the same outputs.
 
     Args:
         source (`str`):
             Folder or hub id of the adapter.
         dtype (`str`), trust_remote_code (`bool`), revision (`str`, *optional*):
-            As in [`load_model`].
+            See [`~rlhf_trl.models.loading.load_model`].
         dequantize (`bool`):
-            Whether the base of an adapter that was trained on a quantized one gets the weights that it had there.
-            Without, they are the unquantized ones, and the model is another than was trained.
+            Whether a base that was quantized in training gets its dequantized weights. Otherwise it gets the
+            unquantized ones, which the adapter was not trained on.
     """
-    config = adapter_config(source, revision)
-    assert config is not None, f"{source} is no adapter"
-    task_type = str(config.task_type or "CAUSAL_LM")
-    scores = task_type == "SEQ_CLS"
-    place, heads = base_path(source, config), adapter_heads(source, revision) if scores else None
+    config = cast(PeftConfig, adapter_config(source, revision))
+    place, task_type = base_path(source, config), str(config.task_type)
+    heads = adapter_head_names(source, revision) if task_type == "SEQ_CLS" else None
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "revision": config.revision, "heads": heads}
-    base: Any = load_full(place, task_type, **options)
+    base = load_full(place, task_type, **options)
     quantization = trained_quantization(source) if dequantize else None
     if quantization is not None:
         _copy_dequantized(load_full(place, task_type, quantization_config=quantization, **options), base)
-    embedding = base.get_input_embeddings()
-    tied = base.get_output_embeddings() is not None and base.get_output_embeddings().weight is embedding.weight
-    model: Any = with_adapter(base, source, config, revision)
-    if tied:  # or what is merged into the one layer would be in the other as well
+    embedding, output = _ends(base)
+    tied = output is not None and output.weight is embedding.weight
+    model = with_adapter(base, source, config, revision)
+    if tied:  # else what is merged into one layer would be in the other, too
         shared = embedding.weight
         for module in model.modules():
             if module is not embedding and dict(module.named_parameters(recurse=False)).get("weight") is shared:
-                module.weight = torch.nn.Parameter(shared.detach().clone())
-    merged = model.merge_and_unload()
+                module.register_parameter("weight", nn.Parameter(shared.detach().clone()))
+    merged = cast(PreTrainedModel, model.merge_and_unload())
     if tied:
-        first, last = merged.get_input_embeddings(), merged.get_output_embeddings()
-        still = torch.equal(first.weight, last.weight)
-        if still:
-            last.weight = first.weight
+        embedding, output = _ends(merged)
+        still = output is not None and torch.equal(embedding.weight, output.weight)
+        if output is not None and still:
+            output.weight = embedding.weight
         merged.config.tie_word_embeddings = merged.config.get_text_config().tie_word_embeddings = still
         merged.all_tied_weights_keys = merged.get_expanded_tied_weights_keys(all_submodels=True)
     return merged
 
 
+def _ends(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear | None]:
+    """Return the embedding of a model, and its output layer if it has one."""
+    return cast(nn.Embedding, model.get_input_embeddings()), cast(nn.Linear | None, model.get_output_embeddings())
+
+
 def _copy_dequantized(quantized: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Give `model` the weights that its `quantized` copy computes with."""
+    """Copy the dequantized weights of `quantized` to `model`."""
     import bitsandbytes
 
     for name, module in quantized.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt):
-            weight = dequantize_bnb_weight(cast(torch.nn.Parameter, module.weight), getattr(module, "state", None))
-            target: Any = model.get_submodule(name)
-            target.weight.data.copy_(weight.T if isinstance(target, Conv1D) else weight)
+            weight = dequantize_bnb_weight(cast(nn.Parameter, module.weight), getattr(module, "state", None))
+            target = model.get_submodule(name)
+            target.get_parameter("weight").data.copy_(weight.T if isinstance(target, Conv1D) else weight)
 
 
 def merge_adapter(
@@ -89,15 +92,15 @@ def merge_adapter(
     dequantize: bool = True,
 ) -> None:
     """
-    Writes an adapter merged into its base, with its tokenizer, as a full model. Call it on one rank.
+    Write an adapter merged into its base, with its tokenizer, as a full model. Call it on one rank.
 
-    Where the adapter changes one of two tied layers, embedding and output layer, the merged model has both.
+    If the adapter changes one of two tied layers, embedding and output layer, they are untied in the merged model.
 
     Args:
         source (`str`):
             Folder or hub id of the adapter.
         output_dir (`str`):
-            Folder to write; it appears whole or not at all.
+            Folder to write; it appears once it is complete.
         revision (`str`, *optional*), trust_remote_code (`bool`):
             As in `from_pretrained`.
         dequantize (`bool`):
@@ -112,7 +115,7 @@ def merge_adapter(
             f"`stage=merge model.run=null model.path={members[0]}`."
         )
     if adapter_config(source, revision) is None:
-        raise ConfigError(f"`{source}` is a full model, there is nothing to merge. Use it as it is.")
+        raise ConfigError(f"`{source}` is a full model, so there is nothing to merge. Use it as it is.")
     merged = load_merged(source, "auto", trust_remote_code, revision, dequantize)
     partial = Path(f"{output_dir}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,36 +1,22 @@
-"""Quantization that an adapter was trained on."""
-
-from pathlib import Path
-from typing import cast
+"""Quantization of the base that an adapter was trained on."""
 
 from transformers import BitsAndBytesConfig
 
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.runs.record import read_run
-from rlhf_trl.runs.results import RunRecord
+from rlhf_trl.models.adapters import base_record
 
 
 def trained_quantization(path: str) -> BitsAndBytesConfig | None:
-    """How the base of the adapter in the folder `path`, a run or one of its checkpoints, was quantized in training."""
-    record = training_record(path)
-    saved = record and record.quantization
-    return cast(BitsAndBytesConfig, BitsAndBytesConfig.from_dict(saved)) if saved else None
-
-
-def training_record(path: str) -> RunRecord | None:
-    """Return the record of the run that is the folder `path` or has it as a checkpoint, `None` where there is none."""
-    if not Path(path).is_dir():
-        return None
-    run = Path(path).parent if Path(path).name.startswith("checkpoint-") else path
-    return read_run(path) or read_run(run)
+    """Return the quantization that the base of the adapter at `path` had in training, `None` if it had none."""
+    return base_record(path).quantization
 
 
 def start_quantization(path: str, wanted: BitsAndBytesConfig | None) -> BitsAndBytesConfig | None:
     """
-    How the base of an adapter that goes on is quantized: as it was in training.
+    Return the quantization of the base for further training of the adapter at `path`: the one of its training.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if another quantization is `wanted`.
+        [`~rlhf_trl.errors.ConfigError`]: if another one is `wanted`.
     """
     trained = trained_quantization(path)
     if trained is None or wanted is None:

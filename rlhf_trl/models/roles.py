@@ -1,17 +1,19 @@
-"""Several roles as adapters on one base: policy, reference, critic and reward in a single `PeftModel`."""
+"""Roles on one base: policy, reference, critic and reward as adapters of a single `PeftModel`."""
 
 import copy
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.adapters import (
-    HEADS,
     adapter_config,
     adapter_weights,
     base_path,
@@ -19,6 +21,7 @@ from rlhf_trl.models.adapters import (
     set_adapter_weights,
 )
 from rlhf_trl.models.fingerprints import weights_fingerprint
+from rlhf_trl.models.heads import HEADS
 from rlhf_trl.models.quantization import trained_quantization
 from rlhf_trl.patches.peft import repair_token_wrappers
 
@@ -30,12 +33,12 @@ REFERENCE = "ref"  # TRL's name
 
 
 def adapter_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model that hold adapters."""
+    """Return the layers of a model that hold adapters."""
     return [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
 
 
 def begin_training(model: PeftModel) -> None:
-    """Let the policy's adapter, frozen till now, be trained, and make the reference that TRL copied its start."""
+    """Make the policy's adapter trainable, and the reference that TRL added a copy of it."""
     repair_token_wrappers(model)
     copy_adapter(model, POLICY, REFERENCE)
     model.peft_config[POLICY].inference_mode = False
@@ -44,10 +47,10 @@ def begin_training(model: PeftModel) -> None:
 
 def copy_adapter(model: PeftModel, source: str, target: str) -> None:
     """
-    Give the adapter `target`, where there is one, the weights of `source`.
+    Copy the weights of the adapter `source` to the adapter `target`, if the model has one.
 
-    TRL 1.16 copies the policy to the reference by names that hold `.default.`: without LoRA's weights of embeddings
-    and without single tokens, whose names end in `.default`.
+    TRL 1.16 copies the policy to the reference by names that contain `.default.`, and so misses LoRA's weights of
+    embeddings and trainable tokens, whose names end in `.default`.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
@@ -56,8 +59,8 @@ def copy_adapter(model: PeftModel, source: str, target: str) -> None:
             parameters[twin].data = parameter.data.clone()
 
 
-def policy_is_active(layers: list[nn.Module]) -> bool:
-    """Whether a forward now computes the policy: true without adapters, and false for a reference made of them."""
+def policy_is_active(layers: Sequence[Any]) -> bool:
+    """Return whether a forward pass computes the policy; true for a model without adapters."""
     return not layers or (not layers[0].disable_adapters and list(layers[0].active_adapters) == [POLICY])
 
 
@@ -68,22 +71,22 @@ def add_role(model: PeftModel, name: str, path: str | None = None) -> Tensor | N
     Args:
         model (`PeftModel`): the policy.
         name (`str`): the adapter's name.
-        path (`str`, *optional*): folder or hub id of a trained adapter to start from. Unset, the adapter starts as a
-            copy of the policy's.
+        path (`str`, *optional*): folder or hub id of a trained adapter to start from; a copy of the policy's when
+            unset.
 
     Returns:
-        `Tensor` or `None`: the weight of the score head that was saved with the adapter, (number of scores, width).
+        `Tensor` of shape (heads, width) or `None`: weight of the score head that was saved with the adapter.
 
     Raises:
-        ConfigError: if `path` is no LoRA adapter, or one of another base.
+        ConfigError: if `path` is no LoRA adapter, or has another base.
     """
     repair_token_wrappers(model)
     if path is None:
-        config = copy.deepcopy(model.peft_config[POLICY])
+        config = cast(LoraConfig, copy.deepcopy(model.peft_config[POLICY]))
         weights = get_peft_model_state_dict(model, adapter_name=POLICY)
     else:
-        config = saved_adapter(path)
-        check_same_base(path, model)
+        config = shared_adapter_config(path)
+        check_same_base(path, config, model)
         if config.bias != "none" or changes_base(config):
             option = "bias" if config.bias != "none" else "init_lora_weights"
             raise ConfigError(
@@ -102,19 +105,19 @@ def add_role(model: PeftModel, name: str, path: str | None = None) -> Tensor | N
 
 
 def set_trainable(model: PeftModel, roles: tuple[str, ...]) -> None:
-    """Let the adapters of `roles` be trained, and no other adapter. PEFT's `set_adapter` leaves a single one so."""
+    """Make the adapters of `roles` trainable and freeze all others; PEFT's `set_adapter` would leave one trainable."""
     adapters = set(model.peft_config)
     for name, parameter in model.named_parameters():
         if adapter := adapters.intersection(name.split(".")):
             parameter.requires_grad_(adapter <= set(roles))
 
 
-def saved_adapter(path: str) -> PeftConfig:
+def shared_adapter_config(path: str) -> LoraConfig:
     """
-    The config of an adapter that is to share the policy's base.
+    Return the config of an adapter that is to share the policy's base.
 
     Raises:
-        ConfigError: if there is no adapter at `path`.
+        ConfigError: if there is no LoRA adapter at `path`.
     """
     config = adapter_config(path)
     if config is None:
@@ -122,24 +125,31 @@ def saved_adapter(path: str) -> PeftConfig:
             f"`{path}` holds no adapter, so it can't share the policy's base. Name a run that was trained with "
             "`adapter=lora`, or use `model` instead of `adapter`, which loads it as a network of its own."
         )
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(
+            f"`{path}` is an adapter of type `{getattr(config.peft_type, 'value', config.peft_type)}`, and only LoRA "
+            "adapters can share the policy's base. Use `model` instead of `adapter`."
+        )
     return config
 
 
-def check_same_base(path: str, model: PeftModel) -> None:
+def check_same_base(path: str, config: PeftConfig, model: PeftModel) -> None:
     """
+    Check that an adapter was trained on the policy's base.
+
     Raises:
-        ConfigError: if the adapter at `path` was trained on another base than the policy's, or on weights that have
-            changed since.
+        ConfigError: if the adapter at `path` was trained on another base or quantization, or if the base has changed
+            since.
     """
-    ours = model.get_base_model().config.name_or_path
-    theirs = base_path(path, adapter_config(path))
+    base = cast(PreTrainedModel, model.get_base_model())
+    ours, theirs = str(base.config.name_or_path), base_path(path, config)
     if Path(ours).is_dir() and Path(theirs).is_dir():
         same = Path(ours).resolve() == Path(theirs).resolve() or weights_fingerprint(ours) == weights_fingerprint(
             theirs
         )
     else:
         same = ours == theirs
-    trained, here = trained_quantization(path), getattr(model.get_base_model().config, "quantization_config", None)
+    trained, here = trained_quantization(path), getattr(base.config, "quantization_config", None)
     if trained is not None and (here is None or trained.to_dict() != here.to_dict()):
         raise ConfigError(
             f"The adapter `{path}` was trained on a quantized base, and the policy's is "

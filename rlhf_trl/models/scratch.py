@@ -1,20 +1,27 @@
-"""A small language model from nothing: a word-level tokenizer fitted to texts and random weights (`stage=init`)."""
+"""Small language models from scratch: a word-level tokenizer fitted to texts, and random weights (`stage=init`)."""
 
 from collections.abc import Iterable, Iterator
 
 from rlhf_trl.errors import DataError
 
-# A word with its apostrophes, or a run of punctuation, each with the space before it: the tokens of a text are put
-# together as they are, so decoding needs no rule, and a prompt's tokens are the same whatever completion follows.
+# A word with its apostrophes, or a run of punctuation, each with the space before it. So decoding joins tokens as they
+# are, and the tokens of a prompt don't depend on its completion.
 WORD = r" ?\w+(?:'\w+)*| ?[^\w\s]+|\s+"
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
 
 
 def word_tokenizer(texts: Iterable[str], vocab_size: int = 8192, min_frequency: int = 2, lowercase: bool = True):
     """
-    A word-level `PreTrainedTokenizerFast` of the words in `texts`; rarer words become `<unk>`, which has no text.
+    Fit a word-level `PreTrainedTokenizerFast` to texts.
 
-    A word and the same word after a space are two entries, as in byte-level BPE.
+    A word and the same word after a space are two entries, as in byte-level BPE. Rarer words become `<unk>`, which has
+    no text.
+
+    Args:
+        texts (`Iterable[str]`): texts to fit to.
+        vocab_size (`int`): size of the vocabulary, special tokens included.
+        min_frequency (`int`): rarer words are `<unk>`.
+        lowercase (`bool`): whether all text becomes lower case.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -33,7 +40,7 @@ def word_tokenizer(texts: Iterable[str], vocab_size: int = 8192, min_frequency: 
 
 
 def random_model(config, tokenizer, seed: int):
-    """A causal language model of `config` (`PreTrainedConfig`) with random weights, sized for the tokenizer."""
+    """Return a causal language model of `config` with random weights, sized for the tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -49,16 +56,16 @@ def random_model(config, tokenizer, seed: int):
 
 def texts_of(rows: Iterable[dict]) -> Iterator[str]:
     """
-    Prompt and completion of each row as one text.
+    Yield prompt and completion of each row as one text.
 
     Raises:
-        `DataError`: a row holds chat messages: a word-level tokenizer has no chat template.
+        [`~rlhf_trl.errors.DataError`]: if a row holds chat messages; the tokenizer has no chat template.
     """
     for number, row in enumerate(rows, 1):
         for column in ("prompt", "completion"):
             if not isinstance(row[column], str):
                 raise DataError(
-                    f"row {number}: `{column}` is a chat, and a new model knows only text. Give data with text, for "
+                    f"row {number}: `{column}` is a chat, and a new model reads only text. Use data with text, for "
                     "example `data=reviews`, or `data.conversational=false` with the embedded data."
                 )
         yield row["prompt"] + row["completion"]

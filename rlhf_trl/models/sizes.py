@@ -1,4 +1,4 @@
-"""How many tokens a model takes and which ones, from its config alone: its positions and its embeddings."""
+"""Limits of a model's inputs, read from its config: number of positions and of embeddings."""
 
 import functools
 import logging
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.errors import ConfigError
@@ -21,14 +22,14 @@ POSITION_TABLE = re.compile(r"(^|[._])(wpe|pos|positions?)([._]|$)")
 
 class Sizes(NamedTuple):
     """
-    What limits the tokens of a model.
+    Limits of a model's inputs.
 
     Attributes:
         name (`str`): folder or hub id, for messages.
-        positions (`int`, *optional*): how many tokens the model was made for; `None` where its config names no limit.
-        is_table (`bool`): whether it has a row of weights for each position, and so none for the next one. Rotary
-            positions go on, though the model never saw them.
-        embeddings (`int`): how many ids the model knows.
+        positions (`int`, *optional*): tokens that the model was made for; `None` if its config names no limit.
+        is_table (`bool`): whether the model has an embedding per position, and so can't read more. With rotary
+            positions it can, though it was never trained on them.
+        embeddings (`int`): number of ids that the model knows.
     """
 
     name: str
@@ -37,18 +38,20 @@ class Sizes(NamedTuple):
     embeddings: int
 
 
-def sizes_of(model: PreTrainedModel, name: str | None = None) -> Sizes:
+def sizes_of(model: PreTrainedModel | PeftModel, name: str | None = None) -> Sizes:
     """Return the sizes of a model, loaded or without weights (on the meta device)."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    # GPT-2's `wpe`, OPT's `embed_positions` (with two rows for padding), the sines of GPT-J and CTRL ...
+    # GPT-2's `wpe`, OPT's `embed_positions` (two more rows, for padding), the sines of GPT-J and CTRL
     tables = [
         tensor.shape[0] - positions
         for tensors in (model.named_parameters(), model.named_buffers())
         for key, tensor in tensors
         if positions is not None and tensor.dim() == 2 and POSITION_TABLE.search(key)
     ]
-    return Sizes(name or str(model.name_or_path), positions, any(0 <= more <= 2 for more in tables), config.vocab_size)
+    return Sizes(
+        name or str(model.config.name_or_path), positions, any(0 <= extra <= 2 for extra in tables), config.vocab_size
+    )
 
 
 @functools.cache
@@ -56,10 +59,10 @@ def empty_model(
     path: str, task_type: str = "CAUSAL_LM", trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedModel:
     """
-    Return the model at `path` (of an adapter: its base; of an ensemble: its members') without weights.
+    Return the model at `path` without weights; the base of an adapter or ensemble.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if its config can't be read, or its kind of model can't do this.
+        [`~rlhf_trl.errors.ConfigError`]: if its config can't be read, or Transformers has no such model for the task.
     """
     path = next(iter(ensemble_members(path)), path)
     if (adapter := adapter_config(path, revision)) is not None:
@@ -78,9 +81,14 @@ def empty_model(
 
 def tokenizer_problem(sizes: Sizes, tokenizer: PreTrainedTokenizerBase, remedy: str) -> str | None:
     """
-    Return what is wrong with a tokenizer that is larger than the model's embedding, `None` where nothing is.
+    Return the problem of a tokenizer that is larger than the model's embedding, `None` if there is none.
 
-    Added tokens over it are no problem by themselves (Gemma 3 has one for images): rows that hold them are.
+    Added tokens beyond it are a problem only in rows that hold them (Gemma 3 has one for images).
+
+    Args:
+        sizes ([`Sizes`]): limits of the model.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer to check.
+        remedy (`str`): sentence that says what to do about another model's tokenizer.
     """
     has = f"`{sizes.name}` has embeddings for {sizes.embeddings:,} ids"
     if tokenizer.vocab_size > sizes.embeddings:
@@ -89,21 +97,21 @@ def tokenizer_problem(sizes: Sizes, tokenizer: PreTrainedTokenizerBase, remedy: 
         token = getattr(tokenizer, f"{name}_id")
         if token is not None and token >= sizes.embeddings:
             return (
-                f"{has}, and the tokenizer's `{name}` is {token:,}. Write a token that the model knows into "
+                f"{has}, and the tokenizer's `{name}` is {token:,}. Set a token that the model knows in "
                 "tokenizer_config.json, or enlarge the embedding first (`resize_token_embeddings` of Transformers)."
             )
     return None
 
 
-def check_rows(sizes: Sizes, rows: Sequence[Sequence[int]], more: int, remedy: str) -> None:
+def check_rows(sizes: Sizes, rows: Sequence[Sequence[int]], new_tokens: int, remedy: str) -> None:
     """
-    Stop at token rows that don't fit into a model; warn where it was never trained on as many positions.
+    Check that rows of ids fit into a model; warn if it was never trained on as many positions.
 
     Args:
-        sizes ([`Sizes`]): of the model.
+        sizes ([`Sizes`]): limits of the model.
         rows (`Sequence[Sequence[int]]`): token ids.
-        more (`int`): how many tokens may be generated after them.
-        remedy (`str`): what to do about a row that is too long.
+        new_tokens (`int`): number of tokens that may be generated after them.
+        remedy (`str`): sentence that says what to do about a row that is too long.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if a row is longer than the model's table of positions, or holds an id that
@@ -111,24 +119,24 @@ def check_rows(sizes: Sizes, rows: Sequence[Sequence[int]], more: int, remedy: s
     """
     longest, largest = max(map(len, rows), default=0), max((max(row, default=0) for row in rows), default=0)
     if not sizes.is_table:
-        more = 0  # most completions end before; the rows that they make are looked at again
-    if problem := length_problem(sizes, longest, more, remedy) or id_problem(sizes, largest):
+        new_tokens = 0  # most completions end before, and the rows that they make are checked again
+    if problem := length_problem(sizes, longest, new_tokens, remedy) or id_problem(sizes, largest):
         raise ConfigError(problem)
 
 
-def length_problem(sizes: Sizes, longest: int, more: int, remedy: str) -> str | None:
-    """Return what is wrong with rows of so many tokens, as [`check_rows`] says it; `None` where nothing is."""
-    if sizes.positions is None or longest + more <= sizes.positions:
+def length_problem(sizes: Sizes, longest: int, new_tokens: int, remedy: str) -> str | None:
+    """Return the problem of a row of `longest` tokens, `None` if there is none; see [`check_rows`]."""
+    if sizes.positions is None or longest + new_tokens <= sizes.positions:
         return None
     if not sizes.is_table:
         _warn_of_length(sizes, remedy)
         return None
-    needs = f"{longest:,} tokens" + (f" and up to {more:,} generated ones" if more else "")
+    needs = f"{longest:,} tokens" + (f" and up to {new_tokens:,} generated ones" if new_tokens else "")
     return f"`{sizes.name}` has {sizes.positions:,} positions, and a row has {needs}. {remedy}"
 
 
 def id_problem(sizes: Sizes, largest: int) -> str | None:
-    """Return what is wrong with an id, as [`check_rows`] says it; `None` where nothing is."""
+    """Return the problem of the largest id of some rows, `None` if there is none; see [`check_rows`]."""
     if largest < sizes.embeddings:
         return None
     return (
@@ -141,6 +149,6 @@ def id_problem(sizes: Sizes, largest: int) -> str | None:
 @functools.cache
 def _warn_of_length(sizes: Sizes, remedy: str) -> None:
     logger.warning(
-        f"`{sizes.name}` was made for {sizes.positions:,} positions, and rows are longer: beyond them it may read and "
-        f"write at random. {remedy}"
+        f"`{sizes.name}` was made for {sizes.positions:,} positions, and rows are longer: beyond them its outputs may "
+        f"be random. {remedy}"
     )

@@ -1,4 +1,4 @@
-"""Tokenizers as a model's training had them."""
+"""Loading of tokenizers."""
 
 import json
 from pathlib import Path
@@ -20,18 +20,20 @@ def load_tokenizer(
     revision: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """
-    The tokenizer of a model, with a padding token (the end token where it has none of its own). It knows which tokens
-    end the model's turns, see [`~rlhf_trl.data.tokenize.end_tokens`].
+    Load the tokenizer of a model.
+
+    It has a padding token (the end token if it has none of its own), adds no EOS to a text, and knows which tokens end
+    the model's turns, see [`~rlhf_trl.data.tokenize.end_tokens`].
 
     Args:
         path (`str`):
-            The model's folder or hub id; for an adapter without tokenizer files, its base's is taken.
+            Folder or hub id of the model. An adapter without tokenizer files has its base's.
         name (`str`, *optional*):
             Folder or hub id of another tokenizer.
         chat_template (`str`, *optional*):
-            File with a Jinja template that replaces the tokenizer's own.
+            Jinja file with a template that replaces the tokenizer's own.
         trust_remote_code (`bool`), revision (`str`, *optional*):
-            As for the model.
+            As in `from_pretrained`.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if there is no tokenizer, or no such template.
@@ -47,14 +49,14 @@ def load_tokenizer(
                     f"`{broken}` is no JSON ({error}). Copy or download the folder again, or set `model.tokenizer`."
                 ) from error
             if name is None:
-                model_config(path, trust_remote_code, revision)  # which says so where the model itself is wrong
+                model_config(path, trust_remote_code, revision)  # raises if the model itself is the cause
             raise ConfigError(
                 f"No tokenizer can be loaded from `{source}` ({error}). Set `model.tokenizer`."
             ) from error
         tokenizer = AutoTokenizer.from_pretrained(base_path(path, config), trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    _let_add_no_eos(tokenizer, source)
+    _stop_adding_eos(tokenizer, source)
     remember_ends(tokenizer, _eos_token_id(path, trust_remote_code, revision))
     if chat_template is not None:
         if not Path(chat_template).is_file():
@@ -69,7 +71,7 @@ def load_tokenizer(
 
 
 def _broken_json(folder: str) -> Path | None:
-    """The file that keeps the tokenizer of a local model from being loaded, if it is one of the tokenizer's."""
+    """Return the malformed JSON file of a local tokenizer, `None` if all can be read."""
     for path in sorted(Path(folder).glob("*token*.json")) if Path(folder).is_dir() else ():
         try:
             json.loads(path.read_text(encoding="utf-8"))
@@ -78,8 +80,8 @@ def _broken_json(folder: str) -> Path | None:
     return None
 
 
-def _let_add_no_eos(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """A policy would go on after its prompt's EOS, and training would have one between prompt and completion."""
+def _stop_adding_eos(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Keep the tokenizer from adding EOS to a text, which would stand between prompt and completion."""
 
     def ids() -> list[int]:
         return tokenizer("a")["input_ids"]
@@ -95,19 +97,19 @@ def _let_add_no_eos(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
         )
     say(
         f"note: the tokenizer of `{source}` adds EOS (`{tokenizer.eos_token}`) to every text, also between prompt and "
-        "completion. Here it doesn't, and EOS stands where a completion ends."
+        "completion. Here it doesn't: EOS is added where a completion ends."
     )
 
 
 def _eos_token_id(path: str, trust_remote_code: bool, revision: str | None) -> int | list[int] | None:
-    """`eos_token_id` of a model's generation config, as `from_pretrained` makes it; of an adapter's base."""
+    """Return `eos_token_id` of a model's generation config, of an adapter's base, as `from_pretrained` reads it."""
     config = adapter_config(path, revision)
     if config is not None:
         path, revision = base_path(path, config), config.revision
     for file in ("generation_config.json", "config.json"):
         try:
             values, _ = PreTrainedConfig.get_config_dict(path, revision=revision, _configuration_file=file)
-        except OSError:  # a file that isn't there
+        except OSError:  # no such file
             continue
         ids = values.get("eos_token_id", values.get("text_config", {}).get("eos_token_id"))
         if ids is not None:

@@ -1,35 +1,39 @@
-"""Weights that load whole or not at all, and fingerprints of them."""
+"""Loading of weights, all of them or none, and checks of their values."""
 
 import logging
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.hints import count_of
+from rlhf_trl.hints import count_of, names_of
 from rlhf_trl.patches.warnings import no_load_report
 
 logger = logging.getLogger(__name__)
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-def load_weights(auto_class: type, path: str, new_head: bool = False, **options) -> PreTrainedModel:
+
+def load_weights(auto_class: type, path: str, new_head: bool = False, **options: Any) -> PreTrainedModel:
     """
-    Load a full model, each of whose weights is in its files.
+    Load a full model, all of whose weights must be in its files.
 
     Args:
         auto_class (`type`):
-            Such as `transformers.AutoModelForCausalLM`.
+            Class such as `transformers.AutoModelForCausalLM`.
         path (`str`):
             Folder or hub id.
         new_head (`bool`):
-            Whether a classifier may get a new head, and leave the one of the files, since they are a policy's.
+            Whether a classifier gets a new head and drops the one in the files, which are a policy's.
         **options:
             As in `from_pretrained`.
 
@@ -37,8 +41,8 @@ def load_weights(auto_class: type, path: str, new_head: bool = False, **options)
         [`~rlhf_trl.errors.ConfigError`]: if weights are missing, have another shape than `config.json` says, aren't
             finite, or can't be read.
     """
-    with no_load_report(), readable(path):
-        # Sizes are ignored only here: what doesn't fit is named below
+    with no_load_report(), reading_weights(path):
+        # With mismatched sizes ignored here, they are named below
         model, found = auto_class.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -51,7 +55,7 @@ def load_weights(auto_class: type, path: str, new_head: bool = False, **options)
         labels = model.config.num_labels
         text = (
             f"{count_of(len(mismatched), 'weight')} of `{path}` {'has' if len(mismatched) == 1 else 'have'} another "
-            f"shape than its config.json says: `{key}` is {_shape(there)}, and {_shape(wanted)} is expected."
+            f"shape than its config.json says: `{key}` is {_as_text(there)}, and {_as_text(wanted)} is expected."
         )
         if wanted[0] == labels != there[0] and not key.startswith(f"{model.base_model_prefix}."):
             text += (
@@ -60,9 +64,9 @@ def load_weights(auto_class: type, path: str, new_head: bool = False, **options)
             )
         raise ConfigError(text)
     if missing:
-        text = f"`{path}` lacks {count_of(len(missing), 'weight')} of {type(model).__name__}: {first_of(missing)}. "
+        text = f"`{path}` lacks {count_of(len(missing), 'weight')} of {type(model).__name__}: {first_names(missing)}. "
         if unexpected:
-            text += f"Its files hold {first_of(unexpected)} instead, which have no place there. "
+            text += f"Its files hold {first_names(unexpected)} instead, which have no place in it. "
         raise ConfigError(f"{text}Rename what has another name, or give a folder that holds the whole model.")
     if unexpected:
         logger.warning(
@@ -70,31 +74,33 @@ def load_weights(auto_class: type, path: str, new_head: bool = False, **options)
             path,
             count_of(len(unexpected), "weight"),
             type(model).__name__,
-            first_of(unexpected),
+            first_names(unexpected),
         )
     check_finite(path, model.named_parameters())
     return model
 
 
 @contextmanager
-def readable(path: str) -> Iterator[None]:
+def reading_weights(path: str) -> Iterator[None]:
     """
+    Turn the errors of missing and damaged weight files into one that names the file.
+
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if files of weights are missing or damaged.
+        [`~rlhf_trl.errors.ConfigError`]: for such an error.
     """
     try:
         yield
     except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, HFValidationError) as error:
-        why, remedy = " ".join(str(error).split())[:200], "Copy or download the folder again."
+        reason, remedy = " ".join(str(error).split())[:200], "Copy or download the folder again."
         if isinstance(error, pickle.UnpicklingError):
-            why = "a pickle that is damaged, or that holds more than weights and could run code"
+            reason = "a pickle that is damaged, or that holds more than weights and could run code"
             remedy = "Give the model as safetensors."
         where = _broken_weights(path) or path
-        raise ConfigError(f"The weights of `{where}` can't be read ({why}). {remedy}") from error
+        raise ConfigError(f"The weights of `{where}` can't be read ({reason}). {remedy}") from error
 
 
 def _broken_weights(folder: str) -> Path | None:
-    """The safetensors file of a local model that can't be opened, if there is one."""
+    """Return the first weight file of a local model that can't be opened, or that is a pickle; `None` without one."""
     for path in sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else ():
         try:
             with safe_open(path, framework="pt"):
@@ -105,21 +111,39 @@ def _broken_weights(folder: str) -> Path | None:
 
 
 def check_finite(path: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """
+    Check that weights hold neither NaN nor infinity.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if one does.
+    """
+    if name := next(nonfinite_weights(weights), None):
+        raise ConfigError(
+            f"`{name}` of `{path}` holds NaN or infinite numbers, so it can't compute anything. Start from an earlier "
+            "model, such as one of the run's checkpoints."
+        )
+
+
+def nonfinite_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
+    """Yield the names of the weights that hold NaN or infinity on this rank. Quantized ones can't."""
     for name, weight in weights:
-        number = weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
         # Ranks that get their weights from the first, as under FSDP and ZeRO-3, have none yet
-        if not number or not weight.numel() or weight.is_meta:
+        if weight.dtype not in FLOATS or weight.is_meta:
             continue
-        if not all(bound.isfinite() for bound in weight.detach().aminmax()):
-            raise ConfigError(
-                f"`{name}` of `{path}` holds NaN or infinite numbers, so it can't compute anything. Start from "
-                "an earlier model, such as one of the run's checkpoints."
-            )
+        local = local_part(weight.detach())
+        if local.numel() and not all(bound.isfinite() for bound in local.aminmax()):
+            yield name
 
 
-def first_of(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names[:3]) + (" ..." if len(names) > 3 else "")
+def local_part(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _shape(shape: Sequence[int]) -> str:
+def first_names(names: Sequence[str]) -> str:
+    """Return the first three names, for messages."""
+    return names_of(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def _as_text(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))

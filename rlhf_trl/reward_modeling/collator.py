@@ -1,4 +1,4 @@
-"""Batches of comparisons."""
+"""Collator of prompts with several completions and their comparisons."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,18 +13,20 @@ from trl.trainer.utils import pad
 @dataclass
 class ComparisonCollator(DataCollatorMixin):
     """
-    Rows (each a prompt with `completion_ids` and what is known of them) as tensors, completions one below the other.
+    Collate rows, each a prompt with K completions, into a micro-batch of N completions.
 
-    - `input_ids`, `attention_mask`, `(N, T)`: padded on the right to the longest completion of the micro-batch;
-    - `groups`, `(N,)`: the number of the row;
-    - `better`, `worse`, `(M,)`: indices of completions; `margin`, `weights`, `label_smoothing`, `(M,)`, where rows
-      bring them;
-    - `targets`, `(N, H)`: NaN where there is none; only if some row has any.
+    Its tensors, with M comparisons and H heads:
+
+    - `input_ids`, `attention_mask` (N, T): padded on the right to the longest completion;
+    - `groups` (N,): number of each completion's row;
+    - `better`, `worse` (M,): indices of completions;
+    - `margin`, `weights`, `label_smoothing` (M,): only if a row has them;
+    - `targets` (N, H): NaN for a missing one; only if a row has any.
 
     Args:
         pad_token_id (`int`): id to pad with.
         heads (`Sequence[str]`): order of the heads in `targets`.
-        label_smoothing (`float`): of comparisons that don't bring their own.
+        label_smoothing (`float`): default for comparisons without their own.
         pad_to_multiple_of (`int`, *optional*): as in `trl.trainer.utils.pad`.
     """
 
@@ -35,7 +37,7 @@ class ComparisonCollator(DataCollatorMixin):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The batch of these rows."""
+        """Return the micro-batch of some rows."""
         ids = [torch.tensor(completion) for row in examples for completion in row["completion_ids"]]
         counts = torch.tensor([len(row["completion_ids"]) for row in examples])
         starts = counts.cumsum(0) - counts
@@ -53,8 +55,10 @@ class ComparisonCollator(DataCollatorMixin):
         }
         batch["groups"] = torch.repeat_interleave(torch.arange(len(examples)), counts)
         for side in ("better", "worse"):
-            places = [int(start) + i for row, start in zip(examples, starts, strict=True) for i in row.get(side) or []]
-            batch[side] = torch.tensor(places, dtype=torch.long)
+            indices = [
+                int(start) + i for row, start in zip(examples, starts, strict=True) for i in row.get(side) or []
+            ]
+            batch[side] = torch.tensor(indices, dtype=torch.long)
         for name, default in (("margin", 0.0), ("weights", 1.0), ("label_smoothing", self.label_smoothing)):
             if any(row.get(name) for row in examples):
                 filled = [row.get(name) or [default] * len(row.get("better") or []) for row in examples]

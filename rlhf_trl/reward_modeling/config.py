@@ -1,4 +1,4 @@
-"""Arguments of the reward model trainer."""
+"""Arguments of [`~rlhf_trl.reward_modeling.RewardTrainer`]."""
 
 from dataclasses import dataclass, field
 
@@ -7,33 +7,33 @@ import trl
 from rlhf_trl.config.ranges import TRAINING, check_values
 from rlhf_trl.reward_modeling.options import REWARD_MODEL
 
-KINDS = ("pairwise", "plackett_luce")
+LOSS_TYPES = ("pairwise", "plackett_luce")
 
 
 @dataclass
 class RewardConfig(trl.RewardConfig):
     """
-    Arguments of [`RewardTrainer`]. Those of `trl.RewardConfig` mean the same; `per_device_train_batch_size` counts
-    prompts, each with all of its completions.
+    Arguments of [`~rlhf_trl.reward_modeling.RewardTrainer`], on top of those of `trl.RewardConfig`.
+
+    `per_device_train_batch_size` counts prompts, each with all of its completions.
 
     Args:
         loss_type (`str`, *optional*, defaults to `"pairwise"`):
-            Of rows that compare completions: `"pairwise"` or `"plackett_luce"`, see [`comparison_losses`].
+            Loss of rows with comparisons, `"pairwise"` or `"plackett_luce"`, see
+            [`~rlhf_trl.reward_modeling.losses.comparison_losses`].
         label_smoothing (`float`, *optional*, defaults to `0.0`):
-            Probability, below 0.5, that a comparison is the wrong way round. Rows with shares of raters who agree
-            (`agreement: smoothing`) bring their own.
+            Probability, below 0.5, that a comparison is reversed. Rows with shares of raters who agree (`agreement:
+            smoothing`) have their own.
         head_init (`str`, *optional*):
-            `"normal"` draws the score head anew with standard deviation 1/sqrt(d + 1) and bias 0, d the width of its
-            input (arXiv 2403.17031). Unset, a new head has the model's `initializer_range`.
+            `"normal"` draws the score head with standard deviation 1/sqrt(d + 1) and bias 0, d the width of its input
+            (arXiv 2403.17031). When unset, a new head has the model's `initializer_range`.
         calibrate_on (`str`, *optional*, defaults to `"all"`):
-            Held-out completions that are the reference for `calibration.json`: `"all"`, or `"best"`, those that
-            are worse than no other one of their prompt.
+            Held-out completions that `calibration.json` is measured on: `"all"`, or `"best"`, those that are worse
+            than no other one of their prompt.
     """
 
     loss_type: str = field(default="pairwise", metadata={"help": "`pairwise` or `plackett_luce`."})
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "Probability that a comparison is the wrong way round."}
-    )
+    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a comparison is reversed."})
     head_init: str | None = field(
         default=None, metadata={"help": "`normal`: score head with standard deviation 1/sqrt(d + 1)."}
     )

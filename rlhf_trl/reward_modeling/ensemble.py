@@ -1,6 +1,6 @@
-"""Scores of the members of a reward model ensemble."""
+"""Evaluation of reward model ensembles on held-out rows."""
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from accelerate import PartialState
@@ -12,36 +12,50 @@ from rlhf_trl.data.lengths import head_names
 from rlhf_trl.reward_modeling.collator import ComparisonCollator
 from rlhf_trl.reward_modeling.losses import reference_scores, score_margins
 from rlhf_trl.reward_modeling.trainer import CALIBRATION_COMPLETIONS
-from rlhf_trl.rewards.model import ModelReward
+from rlhf_trl.rewards.model import ModelReward, disagreement
 
-ROWS_AT_ONCE = 64
+BATCH_ROWS = 64
 
 
-def score(reward: ModelReward, dataset: Dataset, calibrate_on: str) -> tuple[Tensor, dict[str, float]]:
+class EnsembleScores(NamedTuple):
     """
-    What the members of an ensemble say of the rows of the reward stage, dealt to the ranks.
+    Scores of an ensemble on held-out rows.
 
-    Returns:
-        their scores of reference answers, shape (members, n, heads), float64; and the metrics `eval_accuracy` and
-        `eval_disagreement` of all rows.
+    Attributes:
+        references (`Tensor` of shape `(members, n, heads)`): scores of the reference answers, float64.
+        metrics (`dict[str, float]`): `eval_accuracy` of the members' mean score, and `eval_disagreement`.
+    """
+
+    references: Tensor
+    metrics: dict[str, float]
+
+
+def evaluate_ensemble(reward: ModelReward, dataset: Dataset, calibrate_on: str) -> EnsembleScores:
+    """
+    Score the rows of the reward stage with all members, a share of them on each rank. Call it on all ranks.
+
+    Args:
+        reward ([`~rlhf_trl.rewards.ModelReward`]): the ensemble.
+        dataset (`Dataset`): rows of [`~rlhf_trl.data.tokenize_comparisons`].
+        calibrate_on (`str`): which completions are reference answers, see [`~rlhf_trl.reward_modeling.RewardConfig`].
     """
     collate = ComparisonCollator(cast(int, reward.tokenizer.pad_token_id), head_names(dataset) or reward.heads)
     ranks, rank, parts = PartialState().num_processes, PartialState().process_index, []
-    for start in range(rank * ROWS_AT_ONCE, len(dataset), ranks * ROWS_AT_ONCE):
-        rows = [dataset[i] for i in range(start, min(start + ROWS_AT_ONCE, len(dataset)))]
+    for start in range(rank * BATCH_ROWS, len(dataset), ranks * BATCH_ROWS):
+        rows = [dataset[i] for i in range(start, min(start + BATCH_ROWS, len(dataset)))]
         inputs = collate(rows)
-        scores = reward.head_scores([ids for row in rows for ids in row["completion_ids"]]).transpose(0, 1)
-        leads, spread = score_margins(scores.mean(dim=1), inputs), scores.std(dim=1).flatten()
-        parts.append((start, reference_scores(scores, inputs, calibrate_on), leads, spread))  # (n, members, heads)
+        scores = reward.head_scores([ids for row in rows for ids in row["completion_ids"]])  # (members, N, heads)
+        margins, spread = score_margins(scores.mean(dim=0), inputs), disagreement(scores).flatten()
+        parts.append((start, reference_scores(scores.transpose(0, 1), inputs, calibrate_on), margins, spread))
     parts = sorted(gather_object(parts), key=lambda part: part[0])
-    references, leads, spread = (torch.cat(each) for each in list(zip(*parts, strict=True))[1:])
+    references, margins, spread = (torch.cat(each) for each in list(zip(*parts, strict=True))[1:])
     metrics = {"eval_disagreement": spread.mean().item()}
-    if len(leads):
-        metrics["eval_accuracy"] = (leads > 0).float().mean().item()
-    return references[:CALIBRATION_COMPLETIONS].transpose(0, 1).double(), metrics
+    if len(margins):
+        metrics["eval_accuracy"] = (margins > 0).float().mean().item()
+    return EnsembleScores(references[:CALIBRATION_COMPLETIONS].transpose(0, 1).double(), metrics)
 
 
-def mean_of(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each metric that all have."""
+def mean_metrics(metrics: list[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each metric that all have."""
     shared = [key for key in metrics[0] if all(isinstance(each.get(key), int | float) for each in metrics)]
     return {key: sum(each[key] for each in metrics) / len(metrics) for key in shared}

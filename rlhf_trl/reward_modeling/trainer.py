@@ -1,9 +1,4 @@
-"""
-Reward models from K-way rankings, ratings and attributes: the losses, and a trainer on `trl.RewardTrainer`.
-
-N completions of one micro-batch, M comparisons between them, G prompts, H heads. A *comparison* says that one
-completion is better than another one of its prompt.
-"""
+"""Trainer of reward models from K-way rankings, ratings and attributes."""
 
 from typing import Any, cast
 
@@ -16,21 +11,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.data.lengths import head_names, keep_short_completions, tokenize_comparisons
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.models.adapters import score_heads
-from rlhf_trl.models.calibration import calibration_of, write_calibration
+from rlhf_trl.models.calibration import Calibration, write_calibration
+from rlhf_trl.models.heads import score_heads
 from rlhf_trl.reward_modeling.collator import ComparisonCollator
 from rlhf_trl.reward_modeling.config import RewardConfig
 from rlhf_trl.reward_modeling.losses import (
     comparison_losses,
-    comparison_margins,
     loss_counts,
     reference_scores,
     regression_loss,
     score_margins,
+    target_margins,
 )
 from rlhf_trl.trainers.base import TrainerMixin
 
-# The most completions that the calibration of a saved model is measured on
+# Maximum number of completions that a calibration is measured on
 CALIBRATION_COMPLETIONS = 1024
 
 
@@ -38,32 +33,38 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
     """
     `trl.RewardTrainer` for K-way rankings, regression and several heads.
 
-    One row is a prompt with K completions, each of which goes through the model once, all in one micro-batch. Rows are
-    `prompt`, `completions` and `better`, `worse` (indices of the completions of each comparison), with `margin`,
-    `weights` and `label_smoothing` (a number a comparison) or `targets` (a dict of head and number a completion) where
-    they have them; `prompt`, `chosen`, `rejected`; or rows of [`~rlhf_trl.data.tokenize_comparisons`]. Comparisons
-    have the ranking loss, targets the squared error, rows with both have both.
+    A row is a prompt with K completions, each of which goes through the model once, all in one micro-batch. A
+    *comparison* says that one completion is better than another one of its prompt. Rows have one of these formats:
+
+    - `prompt`, `completions`, and `better`, `worse` (indices of the completions of each comparison), optionally with
+      `margin`, `weights` and `label_smoothing` (one number per comparison) or `targets` (a dict of head and number per
+      completion);
+    - `prompt`, `chosen`, `rejected`;
+    - rows of [`~rlhf_trl.data.tokenize_comparisons`].
+
+    Comparisons have the ranking loss, targets the squared error, and rows with both have both.
 
     Overridden: the refusal of `num_labels != 1`, the tokenizing and filtering of datasets, the collator, the columns
-    that are kept, and the loss. The names of the metrics are TRL's; `mse` and, of several heads, `mse_<head>` and
-    `accuracy_<head>` are added. Where rows have targets, accuracy is over the pairs of one prompt whose targets
-    differ.
+    that are kept, and the loss. Metrics have TRL's names; `mse` is added and, with several heads, `mse_<head>` and
+    `accuracy_<head>`. For rows with targets, accuracy is over the pairs of one prompt whose targets differ.
 
-    `save_model` also writes `calibration.json`: mean and standard deviation of the scores of held-out completions
-    (without an eval split: of training ones), numbers or, with several heads, lists in the order of `heads`.
+    `save_model` also writes `calibration.json`, see [`~rlhf_trl.models.calibration.Calibration`], measured on held-out
+    completions (on training ones without an eval split).
 
     Args:
-        model, args, train_dataset, eval_dataset, processing_class, **kwargs: as in `trl.RewardTrainer`; `args` a
+        model, args, train_dataset, eval_dataset, processing_class, **kwargs: as in `trl.RewardTrainer`; `args` is a
             [`RewardConfig`]. A model with several heads has as many `num_labels` as the data has targets.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if the model's heads aren't the data's.
     """
 
+    # TRL and transformers declare them wider
     args: RewardConfig
     model: PreTrainedModel
     processing_class: PreTrainedTokenizerBase
     train_dataset: Dataset
+    eval_dataset: Dataset | dict[str, Dataset] | None
     _tp_size: int
 
     def __init__(
@@ -77,12 +78,12 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
         **kwargs,
     ):
         self.heads = head_names(train_dataset) or ["score"]
-        self._scores: list | None = None  # those of the pass that calibrates
+        self._scores: list | None = None  # scores of the calibration pass
         if not isinstance(model, str):
             _check_heads(model.config.num_labels, self.heads, train_dataset)
             if args.head_init == "normal":
                 init_heads(model, args.seed)
-            model.config.num_labels = 1  # TRL refuses others; `id2label` gives the number back
+            model.config.num_labels = 1  # TRL refuses others; `id2label` below sets the number again
         super().__init__(
             model=model,
             args=args,
@@ -112,26 +113,27 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
             "completion_ids", "better", "worse", "margin", "weights", "label_smoothing", "targets"
         ]  # fmt: skip
 
-    # `compute_loss` divides by what the whole batch holds: accumulation, and how rows lie on ranks, change nothing
+    # `compute_loss` divides by the counts of the whole batch, so that the loss depends neither on accumulation nor on
+    # how rows are distributed over ranks
     loss_is_scaled_for_ga = True
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of a step; and how many prompts with comparisons, and targets, they have on all ranks."""
+        """Return the micro-batches of a step, and the [`loss_counts`] of all of them on all ranks."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = sum((loss_counts(inputs).to(device) for inputs in samples), torch.zeros(2, device=device))
         return samples, self.accelerator.reduce(counts, reduction="sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The ranking loss and the squared error of one micro-batch; records the metrics."""
+        """Return the loss of one micro-batch, ranking loss plus squared error, and record its metrics."""
         mode = "train" if self.model.training else "eval"
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         scores = outputs.logits.float()  # (N, H)
         better, worse, targets = inputs["better"], inputs["worse"], inputs.get("targets")
         counts, ranks = num_items_in_batch, self.accelerator.num_processes
-        if counts is None:  # by itself
+        if counts is None:  # called with a single micro-batch
             counts, ranks = loss_counts(inputs).to(scores.device), 1
-        prompts, given = counts.clamp(min=1)
-        # Adding nothing keeps a gradient where a micro-batch holds ties alone
+        prompts, known = counts.clamp(min=1)
+        # 0 times the scores keeps the graph of a micro-batch with nothing but ties, as DDP needs
         ranking = error = 0.0 * scores.sum()
         if len(better):
             losses, _ = comparison_losses(
@@ -147,12 +149,12 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
             )
             ranking = losses.sum() / prompts
         if targets is not None:
-            error = regression_loss(scores, targets, given)
-        loss = ranks * (ranking + error)  # of which DDP takes the mean over ranks
+            error = regression_loss(scores, targets, known)
+        loss = ranks * (ranking + error)  # DDP takes the mean over ranks
         batch = self.held_out_batch
         if batch is not None:
-            compared, known = counts.tolist()
-            self.held_out_terms = {"ranking": (ranking, compared), "mse": (error, known)}
+            prompt_count, target_count = counts.tolist()
+            self.held_out_terms = {"ranking": (ranking, prompt_count), "mse": (error, target_count)}
         if self._scores is not None and not (batch is not None and batch.copied and self.args.process_index):
             self._scores += reference_scores(scores.detach(), inputs, self.args.calibrate_on).tolist()
         self._record(mode, scores.detach(), inputs)
@@ -160,34 +162,31 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
 
     @torch.no_grad()
     def _record(self, mode: str, scores: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Notes TRL's metrics; means over comparisons are exact, whatever their number in a micro-batch."""
-        metrics, gather = self._metrics[mode], self.accelerator.gather
+        """Record TRL's metrics; means over comparisons are exact, whatever their number in a micro-batch."""
+        metrics, gather = self._metrics[mode], self._gather
         if mode == "train":
             self._total_train_tokens += int(gather(inputs["attention_mask"].sum()).sum()) // self._tp_size
         metrics["num_tokens"] = [self._total_train_tokens]
         metrics["min_reward"].append(gather(scores.min()).min().item())
         self._extend(metrics, {"mean_reward": scores.flatten()})
         metrics["max_reward"].append(gather(scores.max()).max().item())
-        leads = {"": score_margins(scores, inputs)}
-        if self.train_has_targets:  # the same keys on all ranks and in all micro-batches: gathering needs it
+        margins = {"": score_margins(scores, inputs)}
+        if self.train_has_targets:  # gathering needs the same keys on all ranks and in all micro-batches
             targets = inputs.get("targets", torch.full_like(scores, torch.nan))
-            by_head = [
-                comparison_margins(scores[:, i], targets[:, i], inputs["groups"]) for i in range(len(self.heads))
-            ]
+            by_head = [target_margins(scores[:, i], targets[:, i], inputs["groups"]) for i in range(len(self.heads))]
             errors = (scores - targets) ** 2
             named = dict(zip(self.heads, range(len(self.heads)), strict=True)) if len(self.heads) > 1 else {}
             for name, values in {"": errors, **{f"_{head}": errors[:, i] for head, i in named.items()}}.items():
                 self._extend(metrics, {f"mse{name}": values[~values.isnan()]})
-            leads |= {f"_{head}": by_head[i] for head, i in named.items()}
-        for name, values in leads.items():
-            margin = {"margin": values} if not name else {}
-            self._extend(metrics, {f"accuracy{name}": (values > 0).float(), **margin})
+            margins |= {f"_{head}": by_head[i] for head, i in named.items()}
+        for name, values in margins.items():
+            self._extend(metrics, {f"accuracy{name}": (values > 0).float()} | ({} if name else {"margin": values}))
 
     def _extend(self, metrics: dict[str, list[float]], values: dict[str, Tensor]) -> None:
-        """Adds each metric's mean over all ranks as often as there are values, so that means of several are exact."""
+        """Append each metric's mean over all ranks once per value, so that means over micro-batches are exact."""
         batch = self.held_out_batch
         for name, each in values.items():
-            total, count = self.accelerator.gather(
+            total, count = self._gather(
                 torch.stack([each.sum(), each.new_tensor(float(each.numel()))]).unsqueeze(0)
             ).sum(0)
             if batch is not None:
@@ -197,29 +196,26 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
             elif count > 0:
                 metrics[name] += [(total / count).item()] * int(count)
 
+    def _gather(self, tensor: Tensor) -> Tensor:
+        return cast(Tensor, self.accelerator.gather(tensor))
+
     @property
     def train_has_targets(self) -> bool:
-        """Whether the training rows have targets."""
+        """Return whether the training rows have targets."""
         return "targets" in self.train_dataset.column_names
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Saves the model and, at the end of a training, `calibration.json` beside it. All ranks call it."""
+        """Save the model and, at the end of training, `calibration.json` beside it. Call it on all ranks."""
         super().save_model(output_dir, _internal_call)
         if not _internal_call:
             calibration = self.calibrate()
             if self.args.should_save:
-                write_calibration(output_dir or str(self.args.output_dir), calibration)
+                write_calibration(output_dir or cast(str, self.args.output_dir), calibration)
 
-    def calibrate(self) -> dict[str, Any]:
-        """
-        Mean and standard deviation (unbiased) of the scores of reference answers (`calibrate_on`).
-
-        Returns:
-            `dict`: `mean`, `std` (numbers; with several heads lists), `n`, `on` (which answers); `heads`,
-                `covariance` if several.
-        """
+    def calibrate(self) -> Calibration:
+        """Return the calibration on the reference answers that `calibrate_on` chooses. Call it on all ranks."""
         split = "train" if self.eval_dataset is None else "eval"
-        dataset: Any = self.train_dataset if split == "train" else self.eval_dataset
+        dataset: Any = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
         rows, completions = 0, 0
         while rows < len(dataset) and completions < CALIBRATION_COMPLETIONS:
@@ -232,11 +228,11 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
         self.callback_handler.on_predict(self.args, self.state, self.control, {})  # progress bars end
         scores = torch.tensor(gather_object(self._scores), dtype=torch.float64)  # (n, H)
         self._scores, self._metrics["eval"] = None, kept
-        return calibration_of(scores, self.heads, f"{self.args.calibrate_on} completions of {split}")
+        return Calibration.of(scores, self.heads, f"{self.args.calibrate_on} completions of {split}")
 
 
 def init_heads(model: PreTrainedModel, seed: int) -> None:
-    """Draws the weights of a model's score heads from N(0, 1/(d + 1)), d their input width; biases become 0."""
+    """Draw the weights of a model's score heads from N(0, 1/(d + 1)), d their input width, and set biases to 0."""
     generator = torch.Generator().manual_seed(seed)
     for head in score_heads(model):
         std = (head.in_features + 1) ** -0.5
@@ -255,5 +251,5 @@ def _check_heads(labels: int | None, heads: list[str], dataset: Dataset) -> None
     if len(heads) > 1 and "better" in dataset.column_names:
         raise ConfigError(
             f"The data compares completions, which trains one score, and the reward model has {labels} heads. "
-            "Type `data.feedback.use=regression`, or start from a policy."
+            "Set `data.feedback.use=regression`, or start from a policy."
         )

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.models.adapters import adapter_heads
 from rlhf_trl.models.calibration import read_calibration
-from rlhf_trl.models.roles import POLICY, adapter_layers, add_role, saved_adapter
+from rlhf_trl.models.heads import adapter_head_names
+from rlhf_trl.models.roles import POLICY, adapter_layers, add_role, shared_adapter_config
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.patches.peft import cast_head_inputs, save_only
 from rlhf_trl.rewards.base import BaseReward
@@ -45,8 +45,8 @@ class AdapterReward(ModelReward):
         self.path = path
         self._paths = self._member_folders(path, ensemble) or [path]
         for member in self._paths:
-            saved_adapter(member)
-        self.heads = adapter_heads(self._paths[0])
+            shared_adapter_config(member)
+        self.heads = adapter_head_names(self._paths[0])
         self._set_options(path, read_calibration(path), head_weights, ensemble, std_coef, batch_size)
         self.tokenizer = load_tokenizer(self._paths[0])
         self._members: list[Member] = []  # until `attach`

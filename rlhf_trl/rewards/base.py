@@ -7,6 +7,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.config.ranges import check_values
+from rlhf_trl.models.calibration import Moments
 from rlhf_trl.rewards.options import REWARD
 
 # Arguments of a reward that aren't columns of the data: ours and those of TRL's trainers. Columns have other names
@@ -24,13 +25,13 @@ class Reward(Protocol):
     Attributes:
         __name__ (`str`): name under which the reward is logged.
         weight (`float`): factor in the sum of all rewards.
-        calibration (`dict[str, float]`, *optional*): `mean` and `std` of the rewards of reference answers where they
-            were measured, for `reward_norm=reference`.
+        calibration (`Moments`, *optional*): mean and std of the rewards of reference answers where they were measured,
+            for `reward_norm=reference`.
     """
 
     __name__: str
     weight: float
-    calibration: dict[str, float] | None
+    calibration: Moments | None
 
     def __call__(
         self, prompts: list, completions: list, *, completion_ids: list[list[int]], **columns: Any
@@ -79,7 +80,7 @@ class BaseReward:
         check_values(REWARD, {"weight": weight}, f"reward.{name}.")
         self.__name__ = name
         self.weight = float(weight)
-        self.calibration: dict[str, float] | None = None
+        self.calibration: Moments | None = None
 
     def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """See [`Reward.bind`]."""

@@ -16,7 +16,7 @@ from rlhf_trl.data.formats import PASSED_ON
 from rlhf_trl.data.tokenize import end_tokens, row_ids, written_row_ids
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import names_of
-from rlhf_trl.models.calibration import read_calibration, weighted_calibration
+from rlhf_trl.models.calibration import Calibration, read_calibration
 from rlhf_trl.models.fingerprints import tokenizer_fingerprint
 from rlhf_trl.models.loading import load_reward_model
 from rlhf_trl.models.roles import adapter_layers
@@ -103,7 +103,7 @@ class ModelReward(BaseReward):
         else:
             calibration = None
             self.model = path
-            self.tokenizer = load_tokenizer(path.config.name_or_path)
+            self.tokenizer = load_tokenizer(str(path.config.name_or_path))
         # transformers reads the score at the last token that isn't the padding token
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model.requires_grad_(False).eval()
@@ -124,7 +124,7 @@ class ModelReward(BaseReward):
     def _set_options(
         self,
         path: str | PreTrainedModel,
-        calibration: dict[str, Any] | None,
+        calibration: Calibration | None,
         head_weights: dict[str, float] | None,
         ensemble: str,
         std_coef: float,
@@ -135,7 +135,7 @@ class ModelReward(BaseReward):
         self.batch_size = batch_size
         self.ensemble, self.std_coef = ensemble, std_coef
         self._head_weights = self._checked_weights(head_weights, path)
-        self.calibration = weighted_calibration(calibration, self._head_weights, self._combine)
+        self.calibration = calibration.moments(self._head_weights, self._combine) if calibration else None
         self._policy_tokenizer: PreTrainedTokenizerBase | None = None
         self._same_tokenizer = self._has_warned = False
 

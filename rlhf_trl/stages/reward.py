@@ -16,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.build import load_data
 from rlhf_trl.data.lengths import head_names
-from rlhf_trl.models.calibration import calibration_of, write_calibration
+from rlhf_trl.models.calibration import Calibration, write_calibration
 from rlhf_trl.models.tokenizers import load_tokenizer
-from rlhf_trl.reward_modeling.ensemble import mean_of, score
+from rlhf_trl.reward_modeling.ensemble import evaluate_ensemble, mean_metrics
 from rlhf_trl.rewards.model import ModelReward
 from rlhf_trl.runs.checkpoints import last_checkpoint
 from rlhf_trl.runs.directory import delete_backup
@@ -89,15 +89,15 @@ def finish(cfg: DictConfig, folders: list[Path]) -> dict[str, float]:
     split = "eval" if "eval" in dataset else "train"
     heads = head_names(dataset["train"]) or []
     reward = ModelReward(cfg.run_dir, head_weights=dict.fromkeys(heads, 1.0) if len(heads) > 1 else None)
-    references, found = score(reward, dataset[split], calibrate_on)
+    scores = evaluate_ensemble(reward, dataset[split], calibrate_on)
     if split == "eval":
-        metrics = mean_of([(read_metrics(folder) or {})["eval"] for folder in folders])
+        metrics = mean_metrics([(read_metrics(folder) or {})["eval"] for folder in folders])
         if "eval_accuracy" in metrics:
             metrics["eval_member_accuracy"] = metrics["eval_accuracy"]
-        metrics |= found
+        metrics |= scores.metrics
     if is_main_process():
-        of_mean = calibration_of(references.mean(dim=0), reward.heads, f"{calibrate_on} completions of {split}")
-        write_calibration(cfg.run_dir, of_mean | {"members": references.tolist()})
+        on = f"{calibrate_on} completions of {split}"
+        write_calibration(cfg.run_dir, Calibration.of_ensemble(scores.references, reward.heads, on))
         write_metrics(cfg.run_dir, [metrics] if metrics else [])
         told = {
             key: metrics[key]

@@ -112,7 +112,7 @@ def figures(stage: str, model: str, folder: Path, batch_size: int) -> dict[str, 
     found = trainer.evaluate()
     found |= {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     if stage in ("reward", "regression"):
-        found |= {f"calibration_{key}": value for key, value in trainer.calibrate().items() if key != "on"}
+        found |= {f"calibration_{key}": value for key, value in trainer.calibrate().to_json().items() if key != "on"}
     skipped = ("runtime", "per_second", "preparation_time", "epoch", "step")
     return {key: value for key, value in found.items() if not key.endswith(skipped)}
 

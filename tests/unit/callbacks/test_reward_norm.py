@@ -12,7 +12,7 @@ from datasets import Dataset
 from rlhf_trl.callbacks.reward_norm import BatchNorm, ReferenceNorm, RewardNorm, RunningNorm
 from rlhf_trl.callbacks.samples import SAMPLES_FILE, SampleLog
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.models.calibration import read_calibration
+from rlhf_trl.models.calibration import Moments, read_calibration
 from rlhf_trl.rewards.finite import FiniteReward
 from rlhf_trl.rewards.function import FunctionReward
 from rlhf_trl.rewards.model import ModelReward
@@ -369,7 +369,7 @@ def test_references_that_cannot_serve(path, tmp_path, change, message):
 @pytest.mark.parametrize("kind", ["ppo", "rloo"])
 def test_a_reward_that_brings_its_calibration(path, tmp_path, kind):
     brought, measured = (FunctionReward(count_of_a, name=name) for name in ("brought", "measured"))
-    brought.calibration = {"mean": 2.5, "std": 4.0}
+    brought.calibration = Moments(2.5, 4.0)
     trainer = rl_trainer(kind, path, tmp_path, reward_funcs=[FiniteReward(brought), measured])
     norm = ReferenceNorm(trainer=trainer)
     trainer.add_callback(norm)
@@ -389,7 +389,7 @@ def test_calibration_lies_beside_a_reward_model(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert ModelReward(str(tmp_path)).calibration is None
     (tmp_path / "calibration.json").write_text('{"mean": 1, "std": 2.5, "rows": 256}')
-    assert ModelReward(str(tmp_path)).calibration == {"mean": 1.0, "std": 2.5}
+    assert ModelReward(str(tmp_path)).calibration == (1.0, 2.5)
     for wrong in ('{"mean": 1}', '{"mean": 1, "std": 0}', "[1, 2]", "{", '{"mean": null, "std": 1}'):
         (tmp_path / "calibration.json").write_text(wrong)
         with pytest.raises(ConfigError, match="calibration.json` must hold"):

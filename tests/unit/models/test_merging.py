@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.models.initial import load_initial_model
 from rlhf_trl.models.loading import load_model, load_reward_model
 from rlhf_trl.models.merging import load_merged, merge_adapter
-from rlhf_trl.models.policy import load_start
 from rlhf_trl.models.quantization import trained_quantization
 from rlhf_trl.rewards.model import ModelReward
 from rlhf_trl.runs.record import write_json
@@ -74,9 +74,9 @@ def test_an_adapter_is_used_on_the_base_as_it_was_trained(tmp_path, name):
     torch.testing.assert_close(logits(load_model(f"{policy}/checkpoint-8")), trained, rtol=0, atol=0)
 
     # what goes on, and what is merged: into the dequantized base, or into the unquantized one
-    model, _ = load_start(policy, "CAUSAL_LM", config({}), "", dtype="float32")
+    model, _ = load_initial_model(policy, "CAUSAL_LM", config({}), "", dtype="float32")
     torch.testing.assert_close(logits(model), trained, rtol=0, atol=0)
-    start, _ = load_start(policy, "CAUSAL_LM", None, str(tmp_path / "start"), dtype="float32")
+    start, _ = load_initial_model(policy, "CAUSAL_LM", None, str(tmp_path / "start"), dtype="float32")
     torch.testing.assert_close(logits(start), trained, rtol=1e-3, atol=1e-3)
     merge_adapter(policy, str(tmp_path / "original"), dequantize=False)
     original = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
@@ -93,7 +93,7 @@ def test_another_quantization_than_in_training_is_an_error(tmp_path):
     quantized_run(policy)
     other = BitsAndBytesConfig(**NF4 | {"bnb_4bit_quant_type": "fp4"})
     with pytest.raises(ConfigError, match="`bnb_4bit_quant_type=nf4`, and `adapter.quantization` has fp4"):
-        load_start(policy, "CAUSAL_LM", config({}), "", dtype="float32", quantization_config=other)
+        load_initial_model(policy, "CAUSAL_LM", config({}), "", dtype="float32", quantization_config=other)
 
 
 def test_a_qlora_run_says_how_its_base_is_quantized(train, tmp_path, compose, capsys):

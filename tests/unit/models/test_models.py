@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_trl.checks import check
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.adapters import adapter_config, base_path
+from rlhf_trl.models.initial import load_initial_model
 from rlhf_trl.models.loading import load_model, load_reward_model, model_config
 from rlhf_trl.models.merging import merge_adapter
-from rlhf_trl.models.policy import load_start
 from rlhf_trl.models.roles import begin_training
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.runs.paths import resolve_path
@@ -117,14 +117,14 @@ def test_an_adapter_without_a_tokenizer_has_its_bases(tiny_llama, tmp_path):
 
 def test_a_full_start_leaves_the_adapter_to_the_trainer(tiny_llama, tmp_path):
     config = lora()
-    model, peft_config = load_start(tiny_llama, "CAUSAL_LM", config, str(tmp_path / "start"), **OPTIONS)
+    model, peft_config = load_initial_model(tiny_llama, "CAUSAL_LM", config, str(tmp_path / "start"), **OPTIONS)
     assert isinstance(model, LlamaForCausalLM) and peft_config is config
     assert model.config._name_or_path == tiny_llama
 
 
 def test_an_adapter_start_goes_on_as_the_same_adapter(adapter, tiny_llama, tmp_path):
     wanted = lora(lora_dropout=0.1)
-    model, peft_config = load_start(adapter, "CAUSAL_LM", wanted, str(tmp_path / "start"), **OPTIONS)
+    model, peft_config = load_initial_model(adapter, "CAUSAL_LM", wanted, str(tmp_path / "start"), **OPTIONS)
     assert peft_config is None and model.active_adapter == "default"
     assert not any(p.requires_grad for p in model.parameters())  # until TRL's trainer can't round it any more
     begin_training(model)
@@ -135,7 +135,7 @@ def test_an_adapter_start_goes_on_as_the_same_adapter(adapter, tiny_llama, tmp_p
 
 
 def test_an_adapter_start_without_an_adapter_is_merged(adapter, tmp_path):
-    model, peft_config = load_start(adapter, "CAUSAL_LM", None, str(tmp_path / "start"), **OPTIONS)
+    model, peft_config = load_initial_model(adapter, "CAUSAL_LM", None, str(tmp_path / "start"), **OPTIONS)
     assert peft_config is None and isinstance(model, LlamaForCausalLM)
     # TRL loads the reference from here
     reference = AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
@@ -155,13 +155,13 @@ def test_an_adapter_start_without_an_adapter_is_merged(adapter, tmp_path):
 )
 def test_an_adapter_start_of_another_shape_is_an_error(adapter, tmp_path, wanted, said):
     with pytest.raises(ConfigError) as error:
-        load_start(adapter, "CAUSAL_LM", wanted, str(tmp_path / "start"), **OPTIONS)
+        load_initial_model(adapter, "CAUSAL_LM", wanted, str(tmp_path / "start"), **OPTIONS)
     assert said in str(error.value) and "stage=merge" in str(error.value)
 
 
 def test_a_policys_adapter_becomes_a_reward_models(adapter, tmp_path):
     wanted = lora(task_type="SEQ_CLS")
-    model, peft_config = load_start(adapter, "SEQ_CLS", wanted, str(tmp_path / "start"), **OPTIONS)
+    model, peft_config = load_initial_model(adapter, "SEQ_CLS", wanted, str(tmp_path / "start"), **OPTIONS)
     assert peft_config is None and logits(model).shape == (2, 1)
     policy = adapter_weights(load_model(adapter))
     trunk = adapter_weights(model)
@@ -175,12 +175,12 @@ def test_a_policys_adapter_becomes_a_reward_models(adapter, tmp_path):
 
 def test_a_reward_model_is_no_policy(tiny_llama, adapter, tmp_path):
     AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).save_pretrained(tmp_path / "full")
-    model, _ = load_start(adapter, "SEQ_CLS", lora(task_type="SEQ_CLS"), str(tmp_path / "start"), **OPTIONS)
+    model, _ = load_initial_model(adapter, "SEQ_CLS", lora(task_type="SEQ_CLS"), str(tmp_path / "start"), **OPTIONS)
     model.save_pretrained(tmp_path / "scores")
     for path in ("full", "scores"):
         assert logits(load_reward_model(str(tmp_path / path))).shape == (2, 1)
         with pytest.raises(ConfigError, match="reward model and can't write"):
-            load_start(str(tmp_path / path), "CAUSAL_LM", lora(), str(tmp_path / "start"), **OPTIONS)
+            load_initial_model(str(tmp_path / path), "CAUSAL_LM", lora(), str(tmp_path / "start"), **OPTIONS)
     for path in (tiny_llama, adapter):
         with pytest.raises(ConfigError, match="no reward model"):
             load_reward_model(path)
@@ -197,7 +197,7 @@ def test_a_merged_model_has_the_adapters_logits(adapter, tmp_path):
 
 
 def test_a_merged_reward_model_has_the_adapters_scores(adapter, tmp_path):
-    model, _ = load_start(adapter, "SEQ_CLS", lora(task_type="SEQ_CLS"), str(tmp_path / "start"), **OPTIONS)
+    model, _ = load_initial_model(adapter, "SEQ_CLS", lora(task_type="SEQ_CLS"), str(tmp_path / "start"), **OPTIONS)
     model.save_pretrained(tmp_path / "scores")
     AutoTokenizer.from_pretrained(adapter).save_pretrained(tmp_path / "scores")
     merge_adapter(str(tmp_path / "scores"), str(tmp_path / "merged"))
@@ -239,7 +239,7 @@ def test_what_is_no_decoder_is_refused_by_its_config_alone(compose, tmp_path, ki
     config.save_pretrained(tmp_path / "model")  # and no weights
     path, runs = str(tmp_path / "model"), f"runs_dir={tmp_path}"
     said = f"is an {kind} model \\(`{config.model_type}`\\)"
-    for load in (load_model, lambda path: load_start(path, "SEQ_CLS", None, "", **OPTIONS), load_reward_model):
+    for load in (load_model, lambda path: load_initial_model(path, "SEQ_CLS", None, "", **OPTIONS), load_reward_model):
         with pytest.raises(ConfigError, match=said):
             load(path)
     ours = ("model=hf", f"model.path={path}")

@@ -12,8 +12,8 @@ from trl.trainer.utils import use_adapter
 
 from rlhf_trl.checks import check
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.models.initial import load_initial_model
 from rlhf_trl.models.loading import load_model
-from rlhf_trl.models.policy import load_start
 from rlhf_trl.models.roles import REFERENCE, begin_training
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.rewards.adapter import AdapterReward
@@ -71,7 +71,7 @@ def begins_and_stays(tmp_path, name, begun, quantization):
     args = {"report_to": "none", "bf16": False, "use_cpu": True, "gradient_checkpointing": False}
     for kind, options in kinds(name).items():
         path = base if begun == "fresh" else save_adapter(base, str(tmp_path / kind), options)
-        model, peft_config = load_start(
+        model, peft_config = load_initial_model(
             path, "CAUSAL_LM", config(options), "", dtype="float32", quantization_config=quantization
         )
         trainer = DPOTrainer(
@@ -119,7 +119,7 @@ def test_an_adapter_with_tokens_goes_on_to_a_score_head(tmp_path):
         base = save_architecture(tmp_path / name, name)
         for kind, options in kinds(name).items():
             path = save_adapter(base, str(tmp_path / f"{name} {kind}"), options)
-            model, _ = load_start(path, "SEQ_CLS", config(options, "SEQ_CLS"), "", dtype="float32")
+            model, _ = load_initial_model(path, "SEQ_CLS", config(options, "SEQ_CLS"), "", dtype="float32")
             begin_training(model)
             trained = {key.split(".")[-2] for key, p in model.named_parameters() if p.requires_grad and "score" in key}
             assert trained == {"default"}, kind
@@ -133,7 +133,7 @@ def test_roles_of_any_kind_share_a_base(tmp_path, kind):
     rows = IDS.tolist()
     for theirs in ("all-linear", kind):
         path = save_adapter(base, str(tmp_path / f"reward {theirs}"), kinds("qwen2")[theirs], "SEQ_CLS")
-        model, _ = load_start(policy, "CAUSAL_LM", config(kinds("qwen2")[kind]), "", dtype="float32")
+        model, _ = load_initial_model(policy, "CAUSAL_LM", config(kinds("qwen2")[kind]), "", dtype="float32")
         reward = AdapterReward(path)
         reward.bind(load_tokenizer(base))
         reward.attach(model)
@@ -171,12 +171,12 @@ def test_an_adapter_that_can_not_go_on_is_refused(tmp_path, saved, wanted, said)
     base = save_architecture(tmp_path / "base", "llama")
     path = save_adapter(base, str(tmp_path / "adapter"), saved)
     with pytest.raises(ConfigError, match=said):
-        load_start(path, "CAUSAL_LM", config(wanted), "", dtype="float32")
+        load_initial_model(path, "CAUSAL_LM", config(wanted), "", dtype="float32")
 
 
 def test_a_role_that_changes_the_shared_base_is_refused(tmp_path):
     base = save_architecture(tmp_path / "base", "qwen2")
-    policy, _ = load_start(
+    policy, _ = load_initial_model(
         save_adapter(base, str(tmp_path / "policy"), {}), "CAUSAL_LM", config({}), "", dtype="float32"
     )
     for option in ({"bias": "all"}, {"init_lora_weights": "pissa"}):

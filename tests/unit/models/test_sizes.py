@@ -138,7 +138,9 @@ def config_of(compose, tmp_path, stage, model, rows, *overrides):
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo", "rloo"])
 def test_rollouts_beyond_the_positions_are_refused_before_the_model_loads(compose, tmp_path, monkeypatch, stage):
-    monkeypatch.setattr("rlhf_trl.models.policy.load_start", lambda *_, **__: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(
+        "rlhf_trl.models.initial.load_initial_model", lambda *_, **__: pytest.fail("the model is loaded")
+    )
     group = ["reward=length", "reward.length.kwargs.max_length=5"] + ["stage.args.num_generations=2"] * (
         stage != "ppo"
     )
@@ -158,7 +160,9 @@ def test_rollouts_beyond_the_positions_are_refused_before_the_model_loads(compos
 def test_rows_beyond_the_positions_are_refused_before_the_model_loads(
     compose, tmp_path, monkeypatch, stage, max_length
 ):
-    monkeypatch.setattr("rlhf_trl.models.policy.load_start", lambda *_, **__: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(
+        "rlhf_trl.models.initial.load_initial_model", lambda *_, **__: pytest.fail("the model is loaded")
+    )
     model, length = save_gpt2(tmp_path / "m"), f"stage.args.max_length={max_length}"
 
     def rows(tokens: int) -> list[dict]:

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_trl.checks import check
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.models.initial import load_initial_model
 from rlhf_trl.models.loading import load_model, load_reward_model
-from rlhf_trl.models.policy import load_start
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.ppo.config import PPOConfig
 from rlhf_trl.ppo.critic import add_critic
@@ -65,7 +65,7 @@ def test_what_may_be_absent_is_no_error_and_no_warning(tmp_path, caplog, name):
     full, adapter = (save_reward_model(path, tmp_path / f"lora_{lora}", lora) for lora in (False, True))
     caplog.clear()
     assert logits(load_model(path)).isfinite().all()
-    scorer, _ = load_start(path, "SEQ_CLS", None, str(tmp_path / "start"), heads=["a", "b"], **OPTIONS)
+    scorer, _ = load_initial_model(path, "SEQ_CLS", None, str(tmp_path / "start"), heads=["a", "b"], **OPTIONS)
     assert logits(scorer).shape == (2, 2)
     assert logits(load_reward_model(full)).shape == logits(load_reward_model(adapter)).shape == (2, 1)
     assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
@@ -78,7 +78,7 @@ def test_a_weight_of_the_trunk_that_is_missing_is_named(tmp_path, name, task_typ
     lost = trunk_weight(path)
     rewrite(path, lambda weights: weights.pop(lost))
     with pytest.raises(ConfigError, match=rf"lacks 1 weight of \w+: `[\w.]*{lost.split('.', 1)[1]}`"):
-        load_start(path, task_type, None, str(tmp_path / "start"), **OPTIONS)
+        load_initial_model(path, task_type, None, str(tmp_path / "start"), **OPTIONS)
 
 
 def test_a_wrappers_prefix_is_named(tiny_llama):
@@ -211,14 +211,14 @@ def test_an_adapter_of_another_base_is_refused_by_every_load(tiny_llama, tmp_pat
     said = "size mismatch.*Give the base that it was trained on"
     for load in (
         lambda: load_model(policy),
-        lambda: load_start(policy, "CAUSAL_LM", wanted, str(tmp_path / "start"), **OPTIONS),
-        lambda: load_start(policy, "SEQ_CLS", scored, str(tmp_path / "start"), **OPTIONS),
-        lambda: load_start(policy, "CAUSAL_LM", None, str(tmp_path / "start"), **OPTIONS),
+        lambda: load_initial_model(policy, "CAUSAL_LM", wanted, str(tmp_path / "start"), **OPTIONS),
+        lambda: load_initial_model(policy, "SEQ_CLS", scored, str(tmp_path / "start"), **OPTIONS),
+        lambda: load_initial_model(policy, "CAUSAL_LM", None, str(tmp_path / "start"), **OPTIONS),
         lambda: load_reward_model(reward),
     ):
         with pytest.raises(ConfigError, match=said):
             load()
-    model, _ = load_start(save_adapter(tiny_llama, tmp_path / "ours"), "CAUSAL_LM", wanted, "", **OPTIONS)
+    model, _ = load_initial_model(save_adapter(tiny_llama, tmp_path / "ours"), "CAUSAL_LM", wanted, "", **OPTIONS)
     file = f"{tiny_llama}/tokenizer.json"
     Path(reward, "tokenizer.json").write_bytes(Path(file).read_bytes())
     Path(reward, "tokenizer_config.json").write_bytes(Path(tiny_llama, "tokenizer_config.json").read_bytes())

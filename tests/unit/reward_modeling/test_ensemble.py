@@ -132,7 +132,7 @@ def test_the_calibration_is_of_the_combined_score(runs, ensemble):
         ({"ensemble": "mean_minus_std", "std_coef": 0.5}, members.mean(0) - 0.5 * members.std(0)),
     ):
         found = ModelReward(ensemble, **options).calibration
-        assert found == {"mean": pytest.approx(expected.mean().item()), "std": pytest.approx(expected.std().item())}
+        assert found == (pytest.approx(expected.mean().item()), pytest.approx(expected.std().item()))
 
 
 def test_members_with_several_heads(train, runs, tmp_path):
@@ -149,7 +149,7 @@ def test_members_with_several_heads(train, runs, tmp_path):
     parts = [scored(ModelReward(f"{run_dir}/member_{i}", head_weights=weights)) for i in range(2)]
     torch.testing.assert_close(scored(reward), torch.minimum(*parts))
     combined = (members @ torch.tensor([2.0, -1.0] + [0.0] * (len(heads) - 2), dtype=torch.float64)).amin(0)
-    assert reward.calibration["mean"] == pytest.approx(combined.mean().item())
+    assert reward.calibration.mean == pytest.approx(combined.mean().item())
     with pytest.raises(ConfigError, match="has the heads"):
         ModelReward(run_dir)
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from rlhf_trl.data.lengths import tokenize_comparisons
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.models.adapters import score_heads
+from rlhf_trl.models.heads import score_heads
+from rlhf_trl.models.initial import load_initial_model
 from rlhf_trl.models.loading import load_reward_model
 from rlhf_trl.models.merging import merge_adapter
-from rlhf_trl.models.policy import load_start
 from rlhf_trl.reward_modeling.collator import ComparisonCollator
 from rlhf_trl.reward_modeling.config import RewardConfig
 from rlhf_trl.reward_modeling.losses import comparison_losses, ranking_loss, regression_loss
@@ -55,18 +55,18 @@ def loss(scores, ranks, groups=None, **options) -> float:
 )
 @pytest.mark.parametrize("kind", ["pairwise", "plackett_luce"])
 def test_a_pair_with_a_margin(kind, margin, expected):
-    assert loss([0.5, 1.5], [2, 1], kind=kind, margin=margin) == pytest.approx(expected, abs=1e-6)
+    assert loss([0.5, 1.5], [2, 1], loss_type=kind, margin=margin) == pytest.approx(expected, abs=1e-6)
     if margin is not None:
         by_prompt, by_completion = torch.tensor([margin]).double(), torch.tensor([-margin, 0.0]).double()
         for tensor in (by_prompt, by_completion):
-            assert loss([0.5, 1.5], [2, 1], kind=kind, margin=tensor) == pytest.approx(expected, abs=1e-6)
+            assert loss([0.5, 1.5], [2, 1], loss_type=kind, margin=tensor) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1)])
 def test_a_ranking_of_four(order):
     scores, ranks = [FOUR[i] for i in order], [i + 1 for i in order]
     assert loss(scores, ranks) == pytest.approx(0.22761343171342482, abs=1e-9)
-    assert loss(scores, ranks, kind="plackett_luce") == pytest.approx(1.251552095710599, abs=1e-9)
+    assert loss(scores, ranks, loss_type="plackett_luce") == pytest.approx(1.251552095710599, abs=1e-9)
 
 
 def test_prompts_count_alike_whatever_their_number_of_pairs():
@@ -92,10 +92,10 @@ def test_ties_are_not_compared(kind):
 def test_smoothing_turns_comparisons_round():
     right, wrong = 0.31326168751822286, 1.3132616875182228
     for kind in ("pairwise", "plackett_luce"):
-        smooth = loss([1.5, 0.5], [1, 2], kind=kind, label_smoothing=0.1)
+        smooth = loss([1.5, 0.5], [1, 2], loss_type=kind, label_smoothing=0.1)
         assert smooth == pytest.approx(0.9 * right + 0.1 * wrong, abs=1e-9)
-    turned = loss(FOUR, [4, 3, 2, 1], kind="plackett_luce")
-    smooth = loss(FOUR, [1, 2, 3, 4], kind="plackett_luce", label_smoothing=0.2)
+    turned = loss(FOUR, [4, 3, 2, 1], loss_type="plackett_luce")
+    smooth = loss(FOUR, [1, 2, 3, 4], loss_type="plackett_luce", label_smoothing=0.2)
     assert smooth == pytest.approx(0.8 * 1.251552095710599 + 0.2 * turned, abs=1e-9)
 
 
@@ -119,10 +119,10 @@ def test_shapes_and_kinds_that_do_not_fit_are_refused():
     two, three = torch.zeros(2), torch.zeros(3)
     with pytest.raises(ValueError, match="1-D and of one length"):
         ranking_loss(two, three, two.long())
-    with pytest.raises(ValueError, match="one a prompt or one a completion"):
+    with pytest.raises(ValueError, match="one entry per prompt or one per completion"):
         ranking_loss(two, torch.tensor([1, 2]), two.long(), margin=three)
     with pytest.raises(ValueError, match="pairwise, plackett_luce"):
-        ranking_loss(two, two, two.long(), kind="listwise")
+        ranking_loss(two, two, two.long(), loss_type="listwise")
 
 
 def test_missing_targets_have_no_loss_and_no_gradient():
@@ -154,7 +154,7 @@ def arguments(cls, folder, **options):
 
 def classifier(path, heads=("score",), seed=0):
     torch.manual_seed(seed)
-    return load_start(path, "SEQ_CLS", None, merge_dir=f"{path}/start", heads=heads, dtype="float32")[0]
+    return load_initial_model(path, "SEQ_CLS", None, merge_dir=f"{path}/start", heads=heads, dtype="float32")[0]
 
 
 @pytest.mark.parametrize("margin", [False, True], ids=["plain", "margin"])
@@ -268,7 +268,7 @@ def test_a_ranking_goes_through_the_model_once(tmp_path):
     ]  # three prompts of four; no column is padding alone
     scores = trainer.model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits[:, 0]
     lengths = batch["attention_mask"].sum(1)  # more words are better
-    expected = ranking_loss(scores, -lengths, batch["groups"], kind="plackett_luce")
+    expected = ranking_loss(scores, -lengths, batch["groups"], loss_type="plackett_luce")
     assert value.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
@@ -312,7 +312,7 @@ def test_calibration_on_the_best_is_of_what_nothing_beats(tmp_path):
         train_dataset=rankings(10),
         processing_class=tokenizer,
     )
-    calibration = trainer.calibrate()
+    calibration = trainer.calibrate().to_json()
     best = [max(row["completion_ids"], key=len) for row in trainer.train_dataset]
     collate = ComparisonCollator(tokenizer.pad_token_id)
     batch = collate([{"completion_ids": best}])
@@ -377,8 +377,8 @@ def test_heads_learn_their_dimension_and_the_weights_are_chosen_at_use(tmp_path,
     assert long.mean().item() == pytest.approx(calibration["mean"][0], abs=1e-3)
     assert not torch.allclose(long, early, atol=1e-2)
     of_both = ModelReward(path, head_weights={"long": 2, "early": -0.5}).calibration
-    assert of_both["mean"] == pytest.approx(both.mean().item(), abs=1e-3)
-    assert of_both["std"] == pytest.approx(both.std().item(), abs=1e-3)
+    assert of_both.mean == pytest.approx(both.mean().item(), abs=1e-3)
+    assert of_both.std == pytest.approx(both.std().item(), abs=1e-3)
 
 
 def test_head_init_is_the_papers(tmp_path):
@@ -406,7 +406,7 @@ def test_a_reward_model_with_other_heads_than_the_data_is_refused(tmp_path):
         RewardTrainer(model, arguments(RewardConfig, tmp_path), rankings(2), processing_class=make_tokenizer())
     model.save_pretrained(tmp_path / "saved")
     assert list(load_reward_model(str(tmp_path / "saved")).config.id2label.values()) == ["long", "early"]
-    with pytest.raises(ConfigError, match="gives 2 scores a completion, and the data is for 1"):
+    with pytest.raises(ConfigError, match="gives 2 scores per completion, and the data is for 1"):
         classifier(str(tmp_path / "saved"))
     assert classifier(str(tmp_path / "saved"), heads=("long", "early")).config.num_labels == 2
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")  # the names are in the config
