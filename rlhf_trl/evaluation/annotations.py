@@ -1,7 +1,8 @@
 """Annotated completions: comparisons and ratings that rewards are evaluated on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from datasets import Dataset
@@ -96,7 +97,7 @@ def read_annotated(dataset: Dataset) -> Annotations:
     numbers: dict[str, int] = {}
     places: dict[tuple[int, str], int] = {}
     attributes: dict[str, list[tuple[int, int, int]]] = {}
-    for r, row in enumerate(dataset):
+    for r, row in enumerate(cast(Iterable[dict], dataset)):
         number = numbers.setdefault(key_of(row["prompt"]), len(numbers))
         indices = []
         for i, completion in enumerate(row["completions"]):
@@ -131,7 +132,7 @@ def _attribute_comparisons(scores: list[dict[str, float | None]]) -> dict[str, l
     """Return by dimension the pairs of a row's completions of which the first has the higher score."""
     found = {}
     for name in scores[0] if scores else ():
-        known = [(i, each[name]) for i, each in enumerate(scores) if each[name] is not None]
+        known = [(i, score) for i, each in enumerate(scores) if (score := each[name]) is not None]
         found[name] = [(i, j) for i, a in known for j, b in known if a > b]
     return found
 

@@ -1,11 +1,10 @@
 """Completions of policies, and their log-probabilities."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
@@ -24,7 +23,7 @@ class Policy(NamedTuple):
 
     name: str
     path: str
-    model: PreTrainedModel | PeftModel
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
     def ids(self, prompt: Prompt, **template_kwargs) -> list[int]:
@@ -33,7 +32,7 @@ class Policy(NamedTuple):
 
     def completion(self, prompt: Prompt, ids: Sequence[int]) -> Prompt:
         """Return what was written after `prompt`: text, or one assistant message where that is a chat."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
         return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
     @property
@@ -44,7 +43,8 @@ class Policy(NamedTuple):
 
 def load_policy(name: str, path: str, dtype: str) -> Policy:
     """Load a policy onto the device, in evaluation mode."""
-    model = load_model(path, dtype=dtype).eval().to(PartialState().device)
+    model: Any = load_model(path, dtype=dtype)  # `PreTrainedModel.to` is declared without `self`
+    model = model.eval().to(PartialState().device)
     return Policy(name, path, model, load_tokenizer(path))
 
 

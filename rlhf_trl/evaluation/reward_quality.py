@@ -201,7 +201,7 @@ def _mistakes(annotations: Annotations, scores: np.ndarray, margin: np.ndarray) 
     ]
 
 
-def ensemble_disagreement(reward: ModelReward, annotations: Annotations, columns: Mapping[str, list]) -> Disagreement:
+def ensemble_disagreement(reward: ModelReward, annotations: Annotations, columns: dict[str, list]) -> Disagreement:
     """Measure how much the members of a reward model ensemble disagree."""
     count = len(annotations.completions)
     rows = reward.token_rows(annotations.prompts, annotations.completions, [[]] * count, [True] * count, columns)

@@ -205,13 +205,14 @@ def _curves(x_label: str, measured: Mapping[str, LengthBias | RatingCorrelation 
     series = []
     for name, each in measured.items():
         points = each.curve if each else []
-        columns = [[getattr(point, end) for point in points] for end in ("x", "y", "low", "high")]
-        series.append(Series(name, *columns))
+        x, y, low, high = ([getattr(point, end) for point in points] for end in ("x", "y", "low", "high"))
+        series.append(Series(name, x, y, low, high))
     return plots.curves(series, f"score against {x_label}", x_label, "score")
 
 
 def _best_of_n(quality: RewardQuality) -> list:
-    found = {name: entry.best_of_n for name, entry in quality.rewards.items() if len(entry.best_of_n or []) > 1}
+    measured = {name: entry.best_of_n or [] for name, entry in quality.rewards.items()}
+    found = {name: points for name, points in measured.items() if len(points) > 1}
     if not found:
         return [
             Gap(
