@@ -8,6 +8,7 @@ from transformers import ProgressCallback
 from transformers.trainer_utils import has_length
 
 from rlhf_trl.health.signs import verdict
+from rlhf_trl.report.text import compact_number
 from rlhf_trl.terminal import printable
 
 # Metrics of a terminal line, {logged name: label}, about eight per trainer, by a metric that only this trainer logs.
@@ -66,13 +67,6 @@ COLUMNS = {
 }
 
 
-def format_number(value: float) -> str:
-    """Return a number with three significant digits, `0.693` or `-1.5e-05`; integers in full, `12345`."""
-    if value and not 1e-2 <= abs(value) < 1e3:
-        return f"{value:.0f}" if value % 1 == 0 and abs(value) < 1e9 else f"{value:.1e}"
-    return f"{value:.3g}"
-
-
 def choose_columns(logs: dict) -> dict[str, str]:
     """Return the metrics to show of lines like `logs`, {logged name: label}, the most important ones first."""
     for trainers_own, columns in COLUMNS.items():
@@ -101,7 +95,7 @@ def metrics_line(logs: dict, columns: dict[str, str], step: int, max_steps: int)
     cells = []
     for name, label in columns.items():
         value = logs.get(name)
-        text = "-" if value is None else format_number(value) if isinstance(value, (int, float)) else str(value)
+        text = "-" if value is None else compact_number(value) if isinstance(value, (int, float)) else str(value)
         cells.append(f"{label} {text:<7}")
     return f"{step:>{len(str(max_steps))}}/{max_steps}  {' '.join(cells)}".rstrip()
 
@@ -139,7 +133,7 @@ class ProgressLine(ProgressCallback):
             return
         if "train_runtime" in logs:  # the summary at the end
             duration = timedelta(seconds=round(logs["train_runtime"]))
-            line = f"trained {state.global_step} steps in {duration}, mean loss {format_number(logs['train_loss'])}"
+            line = f"trained {state.global_step} steps in {duration}, mean loss {compact_number(logs['train_loss'])}"
             if state.global_step == self.first_step:
                 line = f"all {state.global_step} steps were trained before"
         elif any(name.startswith("eval_") for name in logs):

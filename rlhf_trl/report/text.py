@@ -17,6 +17,13 @@ def number(value: object, form: str = "{:.3f}") -> str:
     return form.format(value) if isinstance(value, (int, float)) and not math.isnan(value) else ""
 
 
+def compact_number(value: float) -> str:
+    """Return a number with three significant digits, `0.693` or `-1.5e-05`; integers in full, `12345`."""
+    if value and not 1e-2 <= abs(value) < 1e3:
+        return f"{value:.0f}" if value % 1 == 0 and abs(value) < 1e9 else f"{value:.1e}"
+    return f"{value:.3g}"
+
+
 def interval(estimate: Estimate | None, form: str = "{:.3f}") -> str:
     """Return an estimate as `mean [low, high]`, the mean alone where the interval is unknown."""
     mean, low, high = (number(each, form) for each in (estimate or (None, None, None)))

@@ -17,9 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, Trainer
 
 from rlhf_trl.callbacks.base import steps_per_rollout
 from rlhf_trl.callbacks.interrupt import Interrupt
-from rlhf_trl.callbacks.progress import choose_columns, format_number, metrics_line
+from rlhf_trl.callbacks.progress import choose_columns, metrics_line
 from rlhf_trl.callbacks.samples import SAMPLES_FILE
 from rlhf_trl.data.messages import as_text
+from rlhf_trl.report.text import compact_number
 from rlhf_trl.runs.checkpoints import _sync, checkpoints, last_checkpoint, rotate
 from rlhf_trl.runs.record import METRICS_FILE, finish_run, read_run, start_run, write_json, write_metrics
 from rlhf_trl.trainers.checkpoints import CompleteCheckpoints
@@ -65,7 +66,7 @@ def test_steps_per_rollout_counts_what_the_trainer_does(tmp_path):
     [(0.693147, "0.693"), (-2.0, "-2"), (1.5e-5, "1.5e-05"), (0, "0"), (12345.0, "12345"), (12345.67, "1.2e+04")],
 )
 def test_numbers_have_few_digits(value, text):
-    assert format_number(value) == text
+    assert compact_number(value) == text
 
 
 def test_lines_stand_under_each_other():
