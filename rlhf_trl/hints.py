@@ -19,6 +19,11 @@ def nearest(word: str, candidates: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(word, list(candidates), n=3, cutoff=0.6)
 
 
+def suggestion(names: Iterable[str]) -> str:
+    """Return the sentence that suggests names: Did you mean `a` or `b`?"""
+    return f"Did you mean {' or '.join(f'`{name}`' for name in names)}?"
+
+
 def did_you_mean(word: str, candidates: Iterable[str], listed: bool = False) -> str:
     """
     Return a sentence with the nearest candidates or, when none is near and they are few, with all of them.
@@ -34,9 +39,9 @@ def did_you_mean(word: str, candidates: Iterable[str], listed: bool = False) -> 
     candidates = sorted(candidates)
     near = nearest(word, candidates)
     if near:
-        return "Did you mean " + " or ".join(f"`{name}`" for name in near) + "?"
+        return suggestion(near)
     if not listed and 0 < len(candidates) <= 30:
-        return "There are: " + ", ".join(f"`{name}`" for name in candidates) + "."
+        return f"There are: {names_of(candidates)}."
     return ""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_trl.config.values import at, nodes, section
 from rlhf_trl.data.sources.files import resolve_paths
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.hints import did_you_mean, nearest
+from rlhf_trl.hints import did_you_mean, nearest, suggestion
 from rlhf_trl.runs.paths import (
     ADAPTER_FILE,
     DEMO,
@@ -153,7 +153,7 @@ def _beside(path: Path) -> str:
     """Return a hint at similar names beside a path that doesn't exist."""
     near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else []
     if near:
-        return "Did you mean " + " or ".join(f"`{path.parent / name}`" for name in near) + "?"
+        return suggestion(str(path.parent / name) for name in near)
     return f"Seen from `{Path.cwd()}`; give a path that exists."
 
 

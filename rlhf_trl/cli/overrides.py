@@ -28,7 +28,7 @@ from rlhf_trl.config.command_line import SPECIAL_CHARACTERS, is_text_key, parse_
 from rlhf_trl.config.groups import BASE, WHOLE_RUNS, help_text, option_groups
 from rlhf_trl.config.values import as_dict, at, flatten, nodes
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.hints import did_you_mean, nearest
+from rlhf_trl.hints import did_you_mean, nearest, suggestion
 from rlhf_trl.runs.paths import conf_dir
 
 SWEEP = "one run takes one value. For several runs use `python launch/sweep.py -m {}`; a list is `{}`"
@@ -227,7 +227,7 @@ def _unreadable(word: str, groups: dict[str, set[str]]) -> str:
     name, sign, value = word.partition("=")
     homes = [group for group, options in groups.items() if word in options]
     if homes or not sign:
-        return f"`{word}` can't be read. {f'Did you mean `{homes[0]}={word}`?' if homes else 'Use `key=value`.'}"
+        return f"`{word}` can't be read. {suggestion([f'{homes[0]}={word}']) if homes else 'Use `key=value`.'}"
     if not re.fullmatch(r"[+~]{0,2}[\w/@:-]+(\.[\w/@:-]+)*", name):
         return f"`{word}` can't be read: `{name}` is no key. Use `key=value`."
     if value[:1] in ("[", "{") and value.count(value[0]) != value.count({"[": "]", "{": "}"}[value[0]]):
@@ -260,8 +260,8 @@ def _unknown_key(word: str, cfg: DictConfig, groups: dict[str, set[str]]) -> str
     parent, node, leaf = _deepest(path, cfg)
     if not isinstance(node, DictConfig):
         return f"`{word}`: `{parent}` is {node!r} and holds no keys. Use `{parent}={value}`."
-    if not parent and (meant := [f"`{key}={value}`" for key in _ending_with(path, cfg)]):
-        return f"`{word}`: there is no key `{leaf}` at the top. Did you mean {' or '.join(meant)}?"
+    if not parent and (meant := [f"{key}={value}" for key in _ending_with(path, cfg)]):
+        return f"`{word}`: there is no key `{leaf}` at the top. {suggestion(meant)}"
     prefix = f"{parent}." if parent else ""
     declared = {str(name) for name in node if not str(name).startswith("_")} if isinstance(node, DictConfig) else set()
     undeclared = set(arguments(str(_target(node))) or ()) - declared
@@ -270,8 +270,8 @@ def _unknown_key(word: str, cfg: DictConfig, groups: dict[str, set[str]]) -> str
     rest = path.removeprefix(f"{prefix}{leaf}")
     near = nearest(leaf, declared | undeclared | (set() if parent else groups.keys()))
     if near:
-        meant = [f"`{'+' * (name in undeclared)}{prefix}{name}{rest}={value}`" for name in near]
-        return f"`{word}`: there is no key `{prefix}{leaf}`. Did you mean {' or '.join(meant)}?"
+        meant = [f"{'+' * (name in undeclared)}{prefix}{name}{rest}={value}" for name in near]
+        return f"`{word}`: there is no key `{prefix}{leaf}`. {suggestion(meant)}"
     if not declared:
         group = parent.replace(".", "/")
         options = f" Set `{group}=...` as well: {', '.join(sorted(groups[group]))}." if group in groups else ""
@@ -391,8 +391,8 @@ def _hint_if_unread(key: str, cfg: DictConfig, value: str = "", known: Collectio
         return None  # one more reward, of any number
     node = OmegaConf.select(cfg, parents[-1]) if parents else cfg
     others = {*known, *(str(name) for name in node)} - {names[-1]} if isinstance(node, DictConfig) else set()
-    meant = [f"`{'.'.join([*names[:-1], name])}{value}`" for name in nearest(names[-1], others)]
-    return f"Did you mean {' or '.join(meant)}?" if meant else "Remove it."
+    meant = [f"{'.'.join([*names[:-1], name])}{value}" for name in nearest(names[-1], others)]
+    return suggestion(meant) if meant else "Remove it."
 
 
 def _options(group: str, words: Sequence[str]) -> list[str]:
