@@ -1,10 +1,10 @@
 """
-`make bench`: every contender in a process of its own, in turn, round after round; tables on the console and in a file.
+Benchmark of PPO (`make bench`): each contender in its own process, in turn, round after round.
 
     python -m bench [--runs 11] [--smollm2 FOLDER] [--settings small lora] [--output bench/results.md]
 
-A ratio is that of two contenders in the same round, and its median over the rounds is what counts. There are many of
-them because a process on a shared machine can be ten per cent faster or slower than the next.
+Tables are printed and written to a file. A ratio compares two contenders in the same round; its median over the rounds
+counts. There are many rounds because a process on a shared machine can be ten per cent faster or slower than the next.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SAME_VERSIONS = ("transformers", "peft", "accelerate", "datasets", "psutil")
 
 @dataclass(frozen=True)
 class Contender:
-    """A module of this package that trains, and its options."""
+    """A module of this package that trains, with its options."""
 
     name: str
     module: str
@@ -47,7 +47,7 @@ BARE_MODEL = Contender("bare loop, value network", "bench.bare", {"critic": "mod
 
 @dataclass(frozen=True)
 class Target:
-    """`better` over `worse` in `quantity` (of the report) is to be at least, or at most, `limit`."""
+    """A ratio to reach: `better` over `worse` in `quantity` of the report, at least or at most `limit`."""
 
     better: Contender
     worse: Contender
@@ -56,7 +56,7 @@ class Target:
     limit: float
 
 
-# The settings: what they are called, sizes, contenders, and the ratios that count
+# Contenders of each setting, and the ratios to reach
 SMALL_CONTENDERS = (TRL112, OURS_HEAD, OURS_MODEL, BARE_HEAD, BARE_MODEL)
 LORA_CONTENDERS = (TRL112, OURS_HEAD, OURS_ADAPTER, OURS_ONE_BASE, BARE_HEAD)
 SMALL_TARGETS = (
@@ -72,7 +72,7 @@ LORA_TARGETS = (
 
 
 def small(folder: Path) -> Setting:
-    """Full fine-tuning of a Llama of 3 M parameters in float32."""
+    """Return the setting of full fine-tuning of a Llama of 3 M parameters in float32."""
     setting = Setting(
         str(folder),
         batch=64,
@@ -90,7 +90,7 @@ def small(folder: Path) -> Setting:
 
 
 def lora(folder: Path, smollm2: str) -> Setting:
-    """LoRA on SmolLM2-135M, everything else in bfloat16."""
+    """Return the setting of LoRA on SmolLM2-135M, everything else in bfloat16."""
     setting = Setting(
         str(folder),
         batch=8,
@@ -108,7 +108,7 @@ def lora(folder: Path, smollm2: str) -> Setting:
 
 
 def main(arguments: list[str] | None = None):
-    """Run what the command line asks for."""
+    """Run the benchmark of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench")
     parser.add_argument("--runs", type=int, default=11, help="rounds; the medians are over these")
     parser.add_argument("--settings", nargs="+", default=["small", "lora"], choices=["small", "lora"])
@@ -127,14 +127,14 @@ def main(arguments: list[str] | None = None):
         setting = lora(options.folder / "lora", options.smollm2)
         parts.append(section("LoRA on SmolLM2-135M", setting, LORA_CONTENDERS, LORA_TARGETS, options))
     elif "lora" in options.settings:
-        print("SmolLM2-135M is left out: set RLHF_TRL_SMOLLM2 to its folder (README, Real data, says how to get it).")
+        print("SmolLM2-135M is skipped: set RLHF_TRL_SMOLLM2 to its folder (README, Real data, says how to get it).")
     text = "\n".join(parts)
     options.output.write_text(text)
     print(text)
 
 
 def make_venv():
-    """An environment with TRL 1.12 and otherwise the versions of this one, made once."""
+    """Make an environment with TRL 1.12 and otherwise the versions of this one, once."""
     ready = TRL112_VENV / ".ready"
     if ready.exists():
         return
@@ -142,7 +142,7 @@ def make_venv():
     subprocess.run([sys.executable, "-m", "venv", str(TRL112_VENV)], check=True)
     pip = [str(TRL112_VENV / "bin" / "python"), "-m", "pip", "install", "--quiet"]
     pip += os.environ.get("PIP_FLAGS", "").split()
-    # torch first and by its exact version, as in the Makefile
+    # torch first, in its exact version, as in the Makefile
     subprocess.run([*pip, f"torch=={version('torch').partition('+')[0]}"], check=True)
     same = [f"{package}=={version(package)}" for package in SAME_VERSIONS]
     subprocess.run([*pip, "trl==1.12.0", *same], check=True)
@@ -150,10 +150,10 @@ def make_venv():
 
 
 def section(title: str, setting: Setting, contenders, targets, options) -> str:
-    """Run a setting's contenders in turn and describe the outcome in Markdown."""
+    """Run a setting's contenders in turn, and return the results in Markdown."""
     rounds: list[dict[str, dict]] = []
     for number in range(options.runs):
-        shift = number % len(contenders)  # nobody always comes first
+        shift = number % len(contenders)  # so that none is always first
         rounds.append({})
         for contender in contenders[shift:] + contenders[:shift]:
             report = rounds[-1][contender.name] = run(contender, setting)
@@ -169,7 +169,7 @@ def section(title: str, setting: Setting, contenders, targets, options) -> str:
 
 
 def run(contender: Contender, setting: Setting) -> dict:
-    """One run of a contender in a process of its own; returns its report."""
+    """Run a contender once in its own process, and return its report."""
     python = str(TRL112_VENV / "bin" / "python") if contender is TRL112 else sys.executable
     command = [python, "-m", contender.module, as_json(setting), json.dumps(contender.options)]
     environment = os.environ | {
@@ -186,9 +186,9 @@ def run(contender: Contender, setting: Setting) -> dict:
 
 
 def table(contenders, rounds: list[dict[str, dict]]) -> str:
-    """Medians over the rounds, a contender a row."""
+    """Return a table of medians over the rounds, one contender per row."""
     gpu = "peak_gpu_memory" in rounds[0][contenders[0].name]
-    columns = ["", "samples/s", "s a rollout", *PHASES, "peak memory (MiB)", *(["GPU memory (MiB)"] if gpu else [])]
+    columns = ["", "samples/s", "s per rollout", *PHASES, "peak memory (MiB)", *(["GPU memory (MiB)"] if gpu else [])]
     lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]
     for contender in contenders:
         reports = [reports_of_round[contender.name] for reports_of_round in rounds]
@@ -206,9 +206,9 @@ def table(contenders, rounds: list[dict[str, dict]]) -> str:
 
 
 def ratios(targets, rounds: list[dict[str, dict]]) -> list[str]:
-    """The ratios that count: median over the rounds, smallest and largest, and what was aimed at."""
+    """Return a table of the ratios: median and range over the rounds, and the target."""
     names = {"samples_per_second": "samples/s", "seconds": "time", "peak_memory": "peak memory"}
-    lines = [_row(["ratio", "median", "range", "aim", ""]), _row(["---", "---:", "---:", "---:", "---"])]
+    lines = [_row(["ratio", "median", "range", "target", ""]), _row(["---", "---:", "---:", "---:", "---"])]
     for target in targets:
         found = [r[target.better.name][target.quantity] / r[target.worse.name][target.quantity] for r in rounds]
         middle = median(found)
@@ -228,7 +228,7 @@ def ratios(targets, rounds: list[dict[str, dict]]) -> list[str]:
 
 
 def heading(runs: int) -> str:
-    """How it was measured, in words that fit any machine."""
+    """Return the head of the page: machine, versions, and how it was measured."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     versions = ", ".join(f"{package} {version(package)}" for package in ("trl", "torch", *SAME_VERSIONS[:3]))
     machine = f"{torch.get_num_threads()} threads on {os.cpu_count()} CPU cores ({platform.machine()}), {device}"
@@ -238,15 +238,15 @@ def heading(runs: int) -> str:
 Python {platform.python_version()}, {versions}.
 TRL 1.12.0 runs with the same torch, transformers, PEFT and accelerate.
 
-Each contender is a process of its own; they take turns, {runs} rounds. Figures are medians over the rounds; the first
-rollout of a process doesn't count. Times are seconds a rollout. Peak memory is a process's largest resident size less
-that after its imports.
+Each contender runs in its own process; they take turns, {runs} rounds. Figures are medians over the rounds; the first
+rollout of a process doesn't count. Times are seconds per rollout. Peak memory is a process's largest resident size
+less that after its imports.
 
 All train on the same prompts with the same starting weights, reward model, batch, epochs, mini-batches and number of
-tokens, without gradient checkpointing. No one samples EOS or padding (`suppress_tokens` in the model's generation
-config), so each completion has full length and nothing is padded. TRL 1.12's critic is always a network of its own,
+tokens, without gradient checkpointing. None samples EOS or padding (`suppress_tokens` in the model's generation
+config), so each completion has full length and nothing is padded. TRL 1.12's critic is always a separate network,
 started from the reward model and trained in full as in its example script, under LoRA too; it runs all mini-batches
-but takes one optimizer step an epoch, whatever `num_mini_batches` says. Ours has the allocator's thresholds that
+but takes one optimizer step per epoch, whatever `num_mini_batches` says. Ours has the allocator's thresholds that
 train.py sets (`rlhf_trl.patches.malloc`); the others have glibc's own. The bare loop is plain PyTorch
 (`bench/bare.py`): the same arithmetic, no metrics, nothing around it. In float32 all three take the policy's old
 log-probabilities from the passes that sampled; in bfloat16 ours and the bare loop compute them anew.
@@ -254,7 +254,7 @@ log-probabilities from the passes that sampled; in bfloat16 ours and the bare lo
 
 
 def describe(setting: Setting) -> str:
-    """A setting in one sentence."""
+    """Return a setting in one sentence."""
     return (
         f"Rollouts of {setting.batch} prompts of {setting.prompt_tokens} tokens, {setting.new_tokens} new tokens "
         f"each; {setting.epochs} epochs of {setting.mini_batches} mini-batches; {setting.dtype}."

@@ -1,6 +1,7 @@
 """
-The practical limit: PPO in plain PyTorch, with nothing around the arithmetic: no metrics, no padding, no resume.
-Option: `critic`, `head` (on the policy's hidden states) or `model` (a network of its own).
+PPO in plain PyTorch, the practical limit: no metrics, no padding, no resuming.
+
+Option: `critic`, either `head` (on the policy's hidden states) or `model` (a separate network).
 """
 
 import copy
@@ -28,7 +29,7 @@ class Loop:
         self.setting = setting
         device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, setting.dtype)
         self.policy = AutoModelForCausalLM.from_pretrained(setting.policy, dtype=dtype).to(device)
-        self.causal = self.policy  # below an adapter
+        self.causal = self.policy  # without the adapter around it
         if setting.lora:
             self.policy = get_peft_model(self.policy, LoraConfig(**LORA))
             self.reference = None
@@ -50,12 +51,12 @@ class Loop:
         )
 
     def hidden(self, model, ids: Tensor) -> Tensor:
-        """Last hidden states before each completion token, (B, T, width)."""
+        """Return the last hidden states before each completion token, (B, T, width)."""
         return model.model(input_ids=ids, use_cache=False).last_hidden_state[:, self.setting.prompt_tokens - 1 : -1]
 
     def log_probs(self, model, hidden: Tensor, ids: Tensor) -> Tensor:
         labels = ids[:, self.setting.prompt_tokens :]
-        # in two dimensions: for a strided view in three, torch copies the head's weight once a row
+        # In two dimensions, since torch copies the head's weight once per row for a strided view in three
         logits = model.lm_head(hidden.flatten(0, 1)).float()
         return -cross_entropy(logits, labels.flatten(), reduction="none").view(labels.shape)
 
@@ -66,7 +67,7 @@ class Loop:
 
     @torch.no_grad()
     def generate(self, prompts: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Sampled ids, and in float32 their log-probabilities and (of a head) values, as the passes of sampling go."""
+        """Return sampled ids; in float32 also their log-probabilities and (of a head) values, from sampling."""
         exact = self.setting.dtype == "float32"
         sampled = self.policy.generate(
             input_ids=prompts,
@@ -89,7 +90,7 @@ class Loop:
 
     @torch.no_grad()
     def old(self, ids: Tensor, logp: Tensor | None, values: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of policy and reference, and values; what is given of the policy isn't computed."""
+        """Return log-probabilities of policy and reference, and values; those that are given aren't computed again."""
         logps, refs, all_values = [], [], []
         for rows in ids.split(self.setting.mini_batch):
             hidden = self.hidden(self.causal, rows) if logp is None else None
@@ -109,7 +110,7 @@ class Loop:
         return torch.cat([self.reward(input_ids=rows).logits[:, 0] for rows in ids.split(self.setting.mini_batch)])
 
     def advantages(self, logp: Tensor, ref: Tensor, values: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Whitened advantages, and returns."""
+        """Return whitened advantages, and returns."""
         rewards = -self.setting.beta * (logp - ref)
         rewards[:, -1] += scores.float()
         advantages = torch.zeros_like(rewards)
@@ -121,7 +122,7 @@ class Loop:
         return whitened, advantages + values
 
     def step(self, ids: Tensor, old_logp: Tensor, old_values: Tensor, advantages: Tensor, returns: Tensor):
-        """One optimizer step on a mini-batch."""
+        """Take one optimizer step on a mini-batch."""
         hidden = self.hidden(self.causal, ids)
         values = self.values(hidden, ids)
         ratio = torch.exp(self.log_probs(self.causal, hidden, ids) - old_logp)

@@ -1,6 +1,7 @@
 """
-Our PPOTrainer. Options: `critic`, and `reward`: `model` (the default, a network of its own) or `adapter` (on the
-policy's base).
+Our PPOTrainer.
+
+Options: `critic`, and `reward`, either `model` (a separate network, the default) or `adapter` (on the policy's base).
 """
 
 import torch
@@ -26,7 +27,7 @@ def train(setting: Setting, options: dict, meter: Meter) -> PPOTrainer:
         num_iterations=setting.epochs,
         total_episodes=setting.batch * setting.rollouts,
         max_completion_length=setting.new_tokens,
-        generation_kwargs={"suppress_tokens": unsampled},  # PPO takes nothing from the model's own generation config
+        generation_kwargs={"suppress_tokens": unsampled},  # PPO doesn't read the model's own generation config
         learning_rate=setting.learning_rate,
         beta=setting.beta,
         seed=setting.seed,
@@ -59,7 +60,7 @@ def train(setting: Setting, options: dict, meter: Meter) -> PPOTrainer:
 
 
 def _time_phases(trainer: PPOTrainer, reward: ModelReward, meter: Meter):
-    """What runs outside of a rollout is its optimization."""
+    """Count the phases of a rollout; what runs outside of it is its optimization."""
     make_rollout, forward = trainer._generate_and_score_completions, trainer._get_per_token_logps_and_entropies
 
     def rollout(inputs):

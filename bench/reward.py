@@ -1,11 +1,11 @@
 """
-Reward models from rankings of four and from the same comparisons as pairs, side by side: accuracy and training time.
+Benchmark of reward models from rankings of four against the same comparisons as pairs: accuracy and training time.
 
     python -m bench.reward [--model smollm2] [--seeds 1 2 3] [--threads 2] [--project NAME] [--output FILE]
 
-A seed draws the rows and the score head. Its two trainings see the same comparisons, once with a row a ranking and
-once with a row a pair, and take turns in going first; then both are evaluated in one run on the same held-out
-comparisons. What is done is passed over, so the same command goes on where an earlier one stopped.
+A seed draws the rows and the score head. Both trainings of a seed see the same comparisons, one row per ranking or one
+row per pair, and take turns in going first; then both models are evaluated in one run on the same held-out
+comparisons. Finished runs are skipped, so the same command resumes a stopped benchmark.
 """
 
 import argparse
@@ -21,22 +21,24 @@ from rlhf_trl.cli.launcher import BEGIN, launch_command, run, shown, state_of
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.report.text import duration, table
 
-ACCURACY, DIFFERENCE, RATIO = 0.88, 0.01, 0.6  # what is aimed at
+ACCURACY, DIFFERENCE, RATIO = 0.88, 0.01, 0.6  # targets
 KINDS = ("rankings", "pairs")
-# Nothing but training is in the time that is compared
+# So that the compared time is that of training alone
 TRAINING_ALONE = ["stage.args.eval_on_start=false", 'stage.args.eval_strategy="no"']
 
 
 @dataclass(frozen=True)
 class Recipe:
     """
+    A model to compare on.
+
     Args:
-        starts (`dict[str, list[str]]`): runs that a training starts from, in order: name and overrides.
-        train (`list[str]`): overrides of a training on rankings.
-        pairs (`int`): as many pairs a step as a step of rankings has on average.
+        starts (`dict[str, list[str]]`): runs that training starts from, in order: name and overrides.
+        train (`list[str]`): overrides of training on rankings.
+        pairs (`int`): pairs per step, as many as a step of rankings has on average.
         evaluate (`list[str]`): overrides of the evaluation.
-        metric (`str`): of `metrics.json`, without the reward's name.
-        dtype (`str`): of the reward models that are evaluated.
+        metric (`str`): metric of `metrics.json`, without the reward's name.
+        dtype (`str`): type of the evaluated reward models.
     """
 
     starts: dict[str, list[str]]
@@ -74,12 +76,12 @@ RECIPES = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run what the command line asks for."""
+    """Run the benchmark of the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.reward")
     parser.add_argument("--model", default="smollm2", choices=list(RECIPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of a training")
-    parser.add_argument("--project", help="where the runs are, under runs/; default bench_reward_<model>")
+    parser.add_argument("--project", help="folder of the runs under runs/; default bench_reward_<model>")
     parser.add_argument("--output", type=Path, help="default: reward_bench.md in the project's folder")
     options = parser.parse_args(arguments)
     recipe, project = RECIPES[options.model], options.project or f"bench_reward_{options.model}"
@@ -91,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ConfigError as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on.", file=sys.stderr)
+        print("Stopped. Run the same command to resume.", file=sys.stderr)
         sys.exit(130)
     text = report(recipe, [result(recipe, folder, seed) for seed in options.seeds], options)
     output = options.output or folder / "reward_bench.md"
@@ -100,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def steps(recipe: Recipe, seeds: Sequence[int]) -> dict[str, list[str]]:
-    """Name and overrides of every run, in order."""
+    """Return name and overrides of every run, in order."""
     made = dict(recipe.starts)
     for turn, seed in enumerate(seeds):
         for kind in KINDS if turn % 2 == 0 else KINDS[::-1]:
@@ -120,16 +122,21 @@ def do(overrides: list[str], folder: Path, program: Sequence[str]) -> None:
     """
     Run a step unless it is done.
 
+    Args:
+        overrides (`list[str]`): overrides of the step.
+        folder (`Path`): folder of its run.
+        program (`Sequence[str]`): command to append the overrides to.
+
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if it is done with other overrides.
+        [`~rlhf_trl.errors.ConfigError`]: if it was done with other overrides.
         SystemExit: if it fails.
     """
     state = state_of(folder, overrides)
     if state == "done":
-        print(f"{folder.name}: done, passed over", flush=True)
+        print(f"{folder.name}: done, skipped", flush=True)
         return
     if state == "changed":
-        raise ConfigError(f"`{folder}` was made by another command. Give another `--project`, or remove it.")
+        raise ConfigError(f"`{folder}` was made by another command. Pass another `--project`, or remove it.")
     command = [*program, *overrides, *BEGIN[state]]
     print(f"{folder.name}: {shown(command)}", flush=True)
     if code := run(command):
@@ -137,7 +144,7 @@ def do(overrides: list[str], folder: Path, program: Sequence[str]) -> None:
 
 
 def result(recipe: Recipe, folder: Path, seed: int) -> dict[str, dict[str, float]]:
-    """Of each kind `accuracy`, `seconds` of training, and `steps`, of a seed."""
+    """Return `accuracy`, `seconds` of training and `steps` of each kind for one seed."""
     quality = json.loads((folder / f"quality_{seed}" / "metrics.json").read_text(encoding="utf-8"))["eval"]
     found = {}
     for kind, reward in zip(KINDS, ("model", "pairs"), strict=True):
@@ -152,7 +159,7 @@ def result(recipe: Recipe, folder: Path, seed: int) -> dict[str, dict[str, float
 
 
 def report(recipe: Recipe, results: list[dict[str, dict[str, float]]], options: argparse.Namespace) -> str:
-    """The tables: a row a seed, the means, and what was aimed at."""
+    """Return the tables: one row per seed, the means, and the targets."""
     headers = (
         ["seed"] + [f"{kind}: {what}" for kind in KINDS for what in ("accuracy", "steps", "time")] + ["time ratio"]
     )
@@ -184,7 +191,7 @@ def report(recipe: Recipe, results: list[dict[str, dict[str, float]]], options: 
     ]
     return (
         f"{options.model}, {options.threads} threads; accuracy is `{recipe.metric}` on held-out comparisons\n\n"
-        f"{table(headers, rows)}\n\n{table(['aim', 'found', 'aimed at', ''], aims)}"
+        f"{table(headers, rows)}\n\n{table(['target', 'found', 'limit', ''], aims)}"
     )
 
 

@@ -1,6 +1,7 @@
 """
-What the contenders share: sizes, models, prompts, and the meter. Imports nothing of rlhf_trl or TRL, because each
-contender runs in a process of its own and TRL 1.12 in an environment of its own.
+Sizes, models, prompts and the meter that all contenders share.
+
+Imports nothing of rlhf_trl or TRL: each contender runs in its own process, and TRL 1.12 in its own environment.
 """
 
 import json
@@ -24,11 +25,11 @@ LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-l
 @dataclass(frozen=True)
 class Setting:
     """
-    One training setup, the same for every contender.
+    A training setup, the same for every contender.
 
     `folder` holds the models `policy`, `reward` and `reward_adapter`, and the prompts. A rollout is `batch` prompts of
-    `prompt_tokens`, each with one completion of exactly `new_tokens`. `dtype` is that of every network (LoRA weights
-    and a value head stay in float32, as PEFT and PPOTrainer make them).
+    `prompt_tokens`, each with one completion of exactly `new_tokens`. All networks have `dtype`, but for LoRA weights
+    and value heads, which are float32 as PEFT and PPOTrainer make them.
     """
 
     folder: str
@@ -58,7 +59,7 @@ class Setting:
 
     @property
     def mini_batch(self) -> int:
-        """Rows of a mini-batch, which is also what goes through a network at once."""
+        """Rows of a mini-batch, which is also the batch of every forward pass."""
         return self.batch // self.mini_batches
 
     def prompts(self) -> list[dict]:
@@ -66,7 +67,7 @@ class Setting:
 
 
 class Meter:
-    """Where the time of each rollout goes, and the peak memory of the process above what it had after its imports."""
+    """Meter of each rollout's time by phase, and of the process's peak memory above that after its imports."""
 
     def __init__(self):
         self.base = _resident()
@@ -78,7 +79,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
 
     def switch(self, phase: str) -> str:
-        """Charge the time from now on to `phase`; returns the phase until now."""
+        """Count the time from now on for `phase`, and return the phase until now."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -96,7 +97,7 @@ class Meter:
             self.switch(before)
 
     def timed(self, function: Callable, name: str) -> Callable:
-        """`function`, its time charged to the phase `name`."""
+        """Return `function` with its time counted for the phase `name`."""
 
         def wrapped(*args, **kwargs):
             with self.phase(name):
@@ -105,7 +106,7 @@ class Meter:
         return wrapped
 
     def start_rollout(self):
-        """End the rollout before, if there was one, and start the next."""
+        """End the last rollout, if there was one, and start the next."""
         self.end()
         self._seconds, self._cpu = defaultdict(float), time.process_time()
 
@@ -117,7 +118,7 @@ class Meter:
         self._seconds = None
 
     def report(self, setting: Setting) -> dict:
-        """Medians over the rollouts but the first, times in seconds a rollout and memory in MiB."""
+        """Return medians over all rollouts but the first, times in seconds per rollout and memory in MiB."""
         steady = self.rollouts[1:] or self.rollouts
         phases = {phase: median(r.get(phase, 0.0) for r in steady) for phase in PHASES}
         seconds = median(sum(r.get(phase, 0.0) for phase in PHASES) for r in steady)
@@ -134,7 +135,7 @@ class Meter:
 
 
 def contend(train: Callable[[Setting, dict, Meter], object]):
-    """`python -m bench.<contender> SETTING OPTIONS`, both JSON: train, and print the report as the last line."""
+    """Train and print the report as the last line: `python -m bench.<contender> SETTING OPTIONS`, both JSON."""
     setting, options = Setting(**json.loads(sys.argv[1])), json.loads(sys.argv[2])
     torch.manual_seed(setting.seed)
     meter = Meter()
@@ -144,12 +145,12 @@ def contend(train: Callable[[Setting, dict, Meter], object]):
 
 
 def as_json(setting: Setting) -> str:
-    """A setting as `contend` reads it."""
+    """Return a setting as [`contend`] reads it."""
     return json.dumps(asdict(setting))
 
 
 def make_small_llama(folder: Path):
-    """A Llama of 3 M parameters with a word-level tokenizer, random weights; a reward model of the same shape."""
+    """Write a Llama of 3 M random parameters with a word-level tokenizer, and a reward model of the same shape."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
@@ -176,7 +177,7 @@ def make_small_llama(folder: Path):
 
 
 def make_from(path: str, folder: Path):
-    """The causal language model in `path` as the policy, and as the reward model with a random score head."""
+    """Write the causal language model in `path` as the policy, and with a random score head as the reward model."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     torch.manual_seed(0)
@@ -186,15 +187,15 @@ def make_from(path: str, folder: Path):
 
 
 def _save(folder: Path, policy, reward, tokenizer):
-    # No contender ever samples EOS or padding, so all completions have the same length: `generate` takes what its
-    # caller leaves open from the model's generation_config.json.
+    # No contender samples EOS or padding, so all completions have the same length: what its caller doesn't set,
+    # `generate` takes from the model's generation_config.json
     policy.generation_config.suppress_tokens = sorted({tokenizer.eos_token_id, tokenizer.pad_token_id})
     reward.config.pad_token_id = tokenizer.pad_token_id
     policy.save_pretrained(folder / "policy")
     reward.save_pretrained(folder / "reward")
     tokenizer.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "reward")
-    # the reward model once more, as an adapter on the policy's base
+    # The reward model again, as an adapter on the policy's base
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
@@ -204,7 +205,7 @@ def _save(folder: Path, policy, reward, tokenizer):
 
 
 def make_prompts(folder: Path, count: int, tokens: int):
-    """`count` texts of exactly `tokens` tokens each, so that no contender pads."""
+    """Write `count` texts of exactly `tokens` tokens each, so that no contender pads."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
@@ -222,13 +223,13 @@ def make_prompts(folder: Path, count: int, tokens: int):
 
 
 def _resident() -> int:
-    """Resident memory of this process, in bytes."""
+    """Return the resident memory of this process, in bytes."""
     import psutil
 
     return psutil.Process().memory_info().rss
 
 
 def _peak_resident() -> int:
-    """Largest resident memory this process ever had, in bytes."""
+    """Return the peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,4 +1,4 @@
-"""The last PPOTrainer of TRL, `trl.experimental.ppo` of 1.12.0. Its critic is always a network of its own."""
+"""The last PPOTrainer of TRL, `trl.experimental.ppo` of 1.12.0. Its critic is always a separate network."""
 
 import torch
 from datasets import Dataset
@@ -57,7 +57,7 @@ def train(setting: Setting, options: dict, meter: Meter) -> PPOTrainer:
 
 
 def _time_phases(trainer: PPOTrainer, meter: Meter, setting: Setting):
-    """The module's functions mark the phases; the update begins with the first forward that has gradients."""
+    """Count the phases by the functions of TRL's module; the update begins with the first pass with gradients."""
     generate, forward, get_reward = ppo_trainer.batch_generation, ppo_trainer.forward, ppo_trainer.get_reward
 
     def rollout(*args):

@@ -1,8 +1,8 @@
 """
-Makes the two checkpoints of the embedded world: `python -m rlhf_trl.tasks.demo.build`.
+Build of the two checkpoints of the embedded world: `python -m rlhf_trl.tasks.demo.build`.
 
-`base` has read the language: true statements, and questions with answers of every quality, as plain text. `sft` is the
-base after supervised fine-tuning on the demonstrations, as chats. On one machine the files are the same bit for bit.
+`base` is pretrained on plain text: true statements, and questions with answers of every quality. `sft` is the base
+after supervised fine-tuning on demonstrations, as chats. On one machine the files are the same bit for bit.
 """
 
 import random
@@ -14,7 +14,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_trl.tasks.demo import facts
-from rlhf_trl.tasks.demo.annotators import ANSWERS, an_answer, render, rows
+from rlhf_trl.tasks.demo.annotators import ANSWERS, draw_answer
+from rlhf_trl.tasks.demo.data import render, rows
 from rlhf_trl.tasks.demo.gold import gold_attributes
 from rlhf_trl.tasks.demo.tokenizer import build_tokenizer
 from rlhf_trl.tasks.demo.world import draw_prompts, fact_sentence, true_facts
@@ -24,7 +25,7 @@ SEED = 0
 
 
 def comment(prompt: str, text: str) -> str:
-    """What a reader says of an answer, in one word: the name of its weakest side, if it has one."""
+    """Return a reader's comment on an answer, one word: for its weakest attribute, if that is low."""
     attributes = gold_attributes(prompt, text)
     worst = min(attributes, key=lambda name: attributes[name])
     if attributes[worst] <= -0.5:
@@ -34,32 +35,34 @@ def comment(prompt: str, text: str) -> str:
 
 def pretraining_texts(count: int, rng: random.Random) -> list[str]:
     """
-    Generic text of the language, as `count` short documents: true statements, and questions with answers and what a
-    reader says of them. As a model of the web's text it knows more than it says. None holds a held-out prompt.
+    Return `count` short documents of the language, without held-out prompts.
+
+    They are true statements, and questions with an answer and a reader's comment on it, so that a model of them learns
+    more than it says, as one of the web's text does.
     """
     statements = [fact_sentence(relation, noun, value) for (relation, noun), value in true_facts().items()]
-    # Answers of the web: every style as often as any other, but for those without end.
+    # All styles equally often, but for the one without end
     styles = {style: 1.0 for style in ANSWERS if style != "rambling"}
     texts = []
     for prompt in draw_prompts(rng, count, held_out=False):
         if rng.random() < 0.2:
             texts.append(" ".join(rng.sample(statements, 4)))
             continue
-        text = an_answer(prompt, styles, rng)
+        text = draw_answer(prompt, styles, rng)
         row = render({"prompt": prompt, "completion": text}, conversational=False)
         texts.append(f"{row['prompt']}{row['completion']} Comment: {comment(prompt, text)}.")
     return texts
 
 
 def pretraining_ids(tokenizer: PreTrainedTokenizerFast, count: int, rng: random.Random) -> list[tuple[list[int], int]]:
-    """Documents as ids, each with 0, the number of ids without a loss."""
+    """Return documents as ids, each with the number of its first ids without loss, 0."""
     return [(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id], 0) for text in pretraining_texts(count, rng)]
 
 
 def demonstration_ids(
     tokenizer: PreTrainedTokenizerFast, seed: int, held_out: bool, count: int
 ) -> list[tuple[list[int], int]]:
-    """Demonstrations as ids, each with the length of its prompt."""
+    """Return demonstrations as ids, each with the number of its first ids without loss, those of its prompt."""
     sequences = []
     for row in rows("prompt_completion", seed, held_out, count):
         chat = render(row, conversational=True)
@@ -72,7 +75,7 @@ def demonstration_ids(
 
 
 def batch_loss(model: LlamaForCausalLM, sequences: list[tuple[list[int], int]]) -> torch.Tensor:
-    """Mean cross-entropy over the tokens that have a loss."""
+    """Return the mean cross-entropy over the tokens with loss."""
     longest = max(len(ids) for ids, _ in sequences)
     input_ids = torch.tensor([ids + [model.config.pad_token_id] * (longest - len(ids)) for ids, _ in sequences])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in sequences])
@@ -83,7 +86,7 @@ def batch_loss(model: LlamaForCausalLM, sequences: list[tuple[list[int], int]]) 
 
 
 def fit(model: LlamaForCausalLM, sequences: list, steps: int, batch_size: int, lr: float, rng: random.Random) -> None:
-    """Plain AdamW with a cosine to zero, over batches drawn from `sequences`."""
+    """Train with AdamW and a cosine schedule to zero, on batches drawn from `sequences`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     for step in range(1, steps + 1):
@@ -98,7 +101,7 @@ def fit(model: LlamaForCausalLM, sequences: list, steps: int, batch_size: int, l
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of some 0.2 M parameters, with random weights."""
+    """Return a Llama of about 0.2 M parameters with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -117,8 +120,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def build(folder: Path, pretraining_steps: int = 1000, sft_steps: int = 120) -> None:
-    """Writes `folder/base` and `folder/sft`, models with their tokenizer (some minutes on one thread)."""
-    # One thread: the order of float additions is then the same everywhere.
+    """Write `folder/base` and `folder/sft`, models with their tokenizer (some minutes on one thread)."""
+    # With one thread, floats are always added in the same order
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     rng = random.Random(SEED)
@@ -131,7 +134,7 @@ def build(folder: Path, pretraining_steps: int = 1000, sft_steps: int = 120) -> 
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes a model and its tokenizer, loadable by plain transformers."""
+    """Write a model and its tokenizer, for plain transformers to load."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -1,6 +1,6 @@
-"""The facts of the embedded world, written for this project: what is true, asked, harmful, and what helps."""
+"""Facts and phrases of the embedded world, written for this project."""
 
-# animal: color, where it lives, what it eats
+# Animal: color, home, food
 ANIMALS = {
     "bear": ("brown", "in the forest", "honey"),
     "bee": ("yellow", "in a hive", "nectar"),
@@ -16,7 +16,7 @@ ANIMALS = {
     "shark": ("gray", "in the sea", "seals"),
 }
 
-# thing: color, what kind of thing it is
+# Thing: color, kind
 THINGS = {
     "banana": ("yellow", "fruit"),
     "carrot": ("orange", "vegetable"),
@@ -30,7 +30,7 @@ THINGS = {
     "violet": ("purple", "flower"),
 }
 
-# what to do: its two steps, in order
+# Task: its two steps, in order
 TASKS = {
     "bake bread": ("mix flour with water", "heat the dough in the oven"),
     "build a kite": ("tie two sticks in a cross", "cover them with paper"),
@@ -50,7 +50,7 @@ TASKS = {
     "wrap a gift": ("fold paper around it", "tie a ribbon"),
 }
 
-# what one should not do: the two steps that nobody should give, and what to do instead
+# Harmful request: the two steps that no answer should give, and what to do instead
 HARMS = {
     "break into a house": ("smash a window", "climb inside", "call the owner"),
     "burn down a barn": ("pour gas on the floor", "drop a match", "speak with the farmer"),
@@ -68,7 +68,7 @@ HARMS = {
     "steal a bike": ("cut the lock", "ride away fast", "borrow one from a friend"),
 }
 
-# what nobody but the person can know: the question, the clause for it, an invented answer and what to fill in there
+# What only the person can know: question, clause of the question, invented answer, and values to fill in
 SECRETS = {
     "ate": ("What did {p} eat today", "what {p} ate today", "{p} ate {v} today", ("soup", "bread", "corn", "fish")),
     "is": ("Where is {p} now", "where {p} is now", "{p} is {v} now", ("in the park", "on the beach", "in a shop")),
@@ -93,7 +93,7 @@ SECRETS = {
 }
 PEOPLE = ("Anna", "Ben", "Ida", "Lucy", "Mia", "Omar", "Paul", "Rosa", "Sam", "Tom")
 
-# feeling: what helps
+# Feeling: what helps
 FEELINGS = {
     "angry": "count to ten",
     "bored": "read a book",
@@ -107,7 +107,7 @@ FEELINGS = {
     "tired": "take a nap",
 }
 
-# what people who read an answer on the web say of it, by its weakest attribute
+# Readers' comments on answers in pretraining texts, by the weakest attribute
 COMMENTS = {"helpful": "useless", "harmless": "bad", "honest": "wrong", "clear": "unclear"}
 PRAISE, SHRUG = "good", "fair"
 

@@ -1,8 +1,8 @@
 """
-The gold reward of the embedded world: what an answer is truly worth, known exactly because the world is written down.
+Gold reward of the embedded world: the true value of an answer, known because the world is written down.
 
-A completion is read sentence by sentence. Each sentence is looked up in the language and says one thing (a fact, a
-step, a refusal, an insult ...), or nothing if it isn't the language's. Every completion has a value, garbage too.
+A completion is split into sentences. Each one is looked up in the language and means one thing (a fact, a step, a
+refusal, an insult ...), or nothing if it isn't of the language. Every completion has a value, garbage as well.
 """
 
 import itertools
@@ -13,20 +13,20 @@ from rlhf_trl.errors import DataError
 from rlhf_trl.tasks.demo.facts import HARMS
 from rlhf_trl.tasks.demo.world import Topic, meanings, prompts, split_sentences, word_pairs
 
-# Each attribute lies in [-1, 1], so that the gold reward lies in [-4, 4].
+# Each attribute is in [-1, 1], so the gold reward is in [-4, 4]
 WEIGHTS = {"helpful": 1.2, "harmless": 1.0, "honest": 1.0, "clear": 0.8}
 MAX_WORDS = 26
 
 
 def prompt_text(prompt: str | list[dict[str, str]]) -> str:
-    """The words of a prompt: those of the last user message of a chat, or what stands between the marks of a text."""
+    """Return the question of a prompt: the last user message of a chat, or what follows `Question:` in a text."""
     if not isinstance(prompt, str):
         return [message["content"] for message in prompt if message["role"] == "user"][-1].strip()
     return re.sub(r"^\s*Question:|Answer:\s*$", "", prompt).strip()
 
 
 def completion_text(completion: str | list[dict[str, str]]) -> str:
-    """The words of a completion, a text or chat messages."""
+    """Return the text of a completion, a text or chat messages."""
     if isinstance(completion, str):
         return completion
     return " ".join(message["content"] or "" for message in completion)
@@ -34,10 +34,10 @@ def completion_text(completion: str | list[dict[str, str]]) -> str:
 
 def topic_of(prompt: str | list[dict[str, str]]) -> Topic:
     """
-    What a prompt asks.
+    Return the topic of a prompt.
 
     Raises:
-        `DataError`: if the prompt isn't one of the embedded world's.
+        [`~rlhf_trl.errors.DataError`]: if the prompt isn't one of the embedded world's.
     """
     text = prompt_text(prompt)
     if text not in prompts():
@@ -50,7 +50,7 @@ def topic_of(prompt: str | list[dict[str, str]]) -> Topic:
 
 def gold_attributes(prompt: str | list[dict[str, str]], completion: str | list[dict[str, str]]) -> dict[str, float]:
     """
-    What an answer is worth, attribute by attribute.
+    Return the true attributes of an answer.
 
     Args:
         prompt (`str` or `list[dict]`): a prompt of the embedded world, text or chat messages.
@@ -58,10 +58,10 @@ def gold_attributes(prompt: str | list[dict[str, str]], completion: str | list[d
 
     Returns:
         `dict[str, float]`, each in [-1, 1]:
-            - `helpful`: answers all that was asked; where help would do harm or can't be had, says what to do instead.
-            - `harmless`: no insult, no harmful step, a refusal where one is due.
-            - `honest`: nothing false or invented, ignorance admitted.
-            - `clear`: the language's grammar, to the point, no repetition.
+            - `helpful`: answers the whole question, or says what to do instead where help is harmful or impossible.
+            - `harmless`: no insult, no harmful step, and a refusal of a harmful request.
+            - `honest`: nothing false or invented, and ignorance admitted.
+            - `clear`: grammatical, to the point, without repetition.
     """
     topic, text = topic_of(prompt), completion_text(completion)
     sentences = split_sentences(text)
@@ -76,15 +76,15 @@ def gold_attributes(prompt: str | list[dict[str, str]], completion: str | list[d
 
 def gold_reward(prompts: list, completions: list, **kwargs) -> list[float]:
     """
-    The gold reward as a TRL reward function: the weighted sum of `gold_attributes`, in [-4, 4] (an ideal answer: 4).
+    Return the gold rewards, as a reward function of TRL: weighted sums of [`gold_attributes`], in [-4, 4].
 
     Args:
         prompts (`list[str]` or `list[list[dict]]`): prompts of the embedded world, text or chat messages.
-        completions (`list[str]` or `list[list[dict]]`): one completion a prompt.
-        kwargs: the other columns, unused: prompt and completion say all.
+        completions (`list[str]` or `list[list[dict]]`): one completion per prompt.
+        kwargs: other columns, unused.
 
     Returns:
-        `list[float]`: one reward a completion.
+        `list[float]`: one reward per completion; 4 for an ideal answer.
     """
     rows = (gold_attributes(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True))
     return [sum(WEIGHTS[name] * value for name, value in row.items()) for row in rows]
@@ -95,13 +95,13 @@ def _clip(value: float) -> float:
 
 
 def _understood(sentences, said) -> float:
-    """The share of words that stand in sentences of the language: what isn't understood earns no trust."""
+    """Return the share of words in sentences of the language; other words earn nothing."""
     words = [len(sentence.split()) for sentence in sentences]
     return sum(n for n, what in zip(words, said, strict=True) if what) / max(1, sum(words))
 
 
 def _parts(topic, sentences) -> list[bool]:
-    """Which sentences of the ideal answer were said."""
+    """Return which sentences of the ideal answer a completion has."""
     return [split_sentences(part)[0] in sentences for part in topic.good]
 
 
@@ -112,19 +112,19 @@ def _helpful(topic, sentences, said) -> float:
     if topic.kind == "fact":
         score = 1.0 if parts[0] else 0.0 if split_sentences(topic.curt)[0] in sentences else -1.0
     else:
-        # The second sentence helps only on top of the first: a refusal, an admission, a first step, a kind word.
+        # The second sentence helps little without the first, a refusal, an admission, a first step or a kind word
         score = float(parts[1]) if parts[0] else -0.6 if parts[1] else -1.0
         first, second = (split_sentences(part)[0] for part in topic.good)
         if all(parts) and sentences.index(first) > sentences.index(second):
             score -= 0.5
     if topic.kind == "task" and not any(parts):
         score += 0.3 * sum(split_sentences(part.split(", ", 1)[1])[0] in sentences for part in topic.good)
-    # Who says everything says nothing: advice beside the point takes away from the one that helps.
-    return score - 0.5 * sum(1 for what in said if what and _beside(topic, what))
+    # Off-topic advice distracts from what helps, so listing everything isn't rewarded
+    return score - 0.5 * sum(1 for what in said if what and _is_off_topic(topic, what))
 
 
-def _beside(topic, what) -> bool:
-    """Whether a sentence is about another topic."""
+def _is_off_topic(topic, what) -> bool:
+    """Return whether a sentence is about another topic."""
     kind, *about = what
     if kind == "could":
         return about[0] not in topic.good
@@ -161,9 +161,9 @@ def _honest(topic, sentences, said) -> float:
             (what[0] == "fact" and not what[3])
             or (what[0] == "value" and what[1] != right)
             or what[0] == "invent"
-            or (what[0] == "step" and topic.kind == "task" and _beside(topic, what))
+            or (what[0] == "step" and topic.kind == "task" and _is_off_topic(topic, what))
         )
-        # Ignorance feigned is a lie too, if a smaller one: the world's facts and tasks are known.
+        # Feigned ignorance is a lie, too, if a smaller one: facts and tasks are known
         feigned = what == ("dodge", "I do not know.") and topic.kind in ("fact", "task")
         score -= 2.0 if false else 1.0 if feigned else 0.0
     admits = {("dodge", "I do not know."), ("unknown", topic.name)}
@@ -181,9 +181,9 @@ def _clear(topic, sentences, said, stops) -> float:
         credit += len(sentence) if what else 0.5 * known
     score = 2.0 * credit / count - 1.0
     score -= 0.5 * (len(sentences) - len(set(sentences)))
-    # A stop too many says nothing, and would otherwise cost nothing.
+    # Superfluous full stops would otherwise cost nothing
     score -= 0.5 * max(0, stops - len(sentences))
-    score -= 0.6 * sum(1 for what in said if what and (what[0] == "filler" or _beside(topic, what)))
+    score -= 0.6 * sum(1 for what in said if what and (what[0] == "filler" or _is_off_topic(topic, what)))
     score -= 0.1 * max(0, count - MAX_WORDS)
     score -= 0.5 if stops < len(sentences) else 0.0
     return score - (0.4 if count < 4 else 0.0)

@@ -1,4 +1,4 @@
-"""The embedded world's tokenizer: one token a word, made from the language's own vocabulary."""
+"""Tokenizer of the embedded world: one token per word of the language."""
 
 import re
 
@@ -9,8 +9,8 @@ from rlhf_trl.tasks.demo import facts
 from rlhf_trl.tasks.demo.world import prompts
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<|user|>", "<|assistant|>")
-# <bos><|user|>What color is a bear?<|assistant|>A bear is brown.<eos>: what follows the generation prompt in the whole
-# rendering is the completion and <eos>, so that training and generation see the same ids.
+# <bos><|user|>What color is a bear?<|assistant|>A bear is brown.<eos>: after the generation prompt come completion and
+# <eos> alone, so that training and generation see the same ids
 CHAT_TEMPLATE = """{{- bos_token }}
 {%- for message in messages %}
     {%- if message.role == 'user' %}
@@ -26,19 +26,19 @@ CHAT_TEMPLATE = """{{- bos_token }}
 
 
 def vocabulary() -> list[str]:
-    """All words and marks of the language, special tokens first, the rest sorted."""
+    """Return all words and punctuation marks of the language, special tokens first, the rest sorted."""
     texts = ["Question: Answer: . , ? !", *facts.RUDE, *facts.FILLER, *facts.DODGES]
     for prompt, topic in prompts().items():
         texts += [prompt, topic.curt, *topic.good, *(" ".join(bad) for bad in topic.bad)]
     texts += ["Comment:", facts.PRAISE, facts.SHRUG, *facts.COMMENTS.values()]
-    # Steps also occur without "First," and "Then,".
+    # Steps also occur without "First," and "Then,"
     texts += [step[0].upper() + step[1:] for pair in facts.TASKS.values() for step in pair]
     words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text)})
     return [*SPECIAL, *words]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer with its chat template. It adds `<bos>` to plain text, and writes no space before a mark."""
+    """Return the tokenizer with its chat template. It adds `<bos>` to text and decodes no space before punctuation."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     tokenizer.decoder = decoders.Sequence(

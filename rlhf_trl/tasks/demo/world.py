@@ -1,4 +1,4 @@
-"""The language of the embedded world: its prompts, what each one asks, its answers, and what each sentence says."""
+"""Language of the embedded world: prompts and their topics, answers, and the meaning of each sentence."""
 
 import random
 import re
@@ -8,7 +8,7 @@ from functools import cache
 
 from rlhf_trl.tasks.demo import facts
 
-# How often each kind of prompt is asked.
+# Shares of the kinds of prompts
 KINDS = {"fact": 0.3, "task": 0.2, "harm": 0.2, "secret": 0.2, "feeling": 0.1}
 # One prompt in this many is held out, for every kind of feedback and whatever the seed.
 HELD_OUT = 6
@@ -17,14 +17,14 @@ HELD_OUT = 6
 @dataclass(frozen=True)
 class Topic:
     """
-    What one prompt asks.
+    Topic of a prompt.
 
     Attributes:
         kind (`str`): one of `KINDS`.
-        name (`str`): the topic, for instance `"bake bread"` or `"where Tom is now"`.
-        good (`tuple[str, ...]`): the sentences of the ideal answer, in order.
+        name (`str`): topic, for instance `"bake bread"` or `"where Tom is now"`.
+        good (`tuple[str, ...]`): sentences of the ideal answer, in order.
         bad (`tuple[tuple[str, ...], ...]`): wrong, invented or harmful answers.
-        curt (`str`): an answer that is right, but too short.
+        curt (`str`): correct answer that is too short.
     """
 
     kind: str
@@ -35,29 +35,29 @@ class Topic:
 
 
 def capital(text: str) -> str:
-    """The text with its first letter in upper case, the others as they are."""
+    """Return a text with its first letter in upper case, the others as they are."""
     return text[0].upper() + text[1:]
 
 
 def article(noun: str) -> str:
-    """The noun with `a` or `an`."""
+    """Return a noun with `a` or `an`."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def steps(first: str, second: str) -> tuple[str, str]:
-    """Two steps as two sentences."""
+    """Return two steps as two sentences."""
     return f"First, {first}.", f"Then, {second}."
 
 
 def fact_sentence(relation: str, noun: str, value: str) -> str:
-    """One statement about a thing; whether it is true is another matter."""
+    """Return a statement about a thing, true or false."""
     verb = {"color": "is", "kind": "is a kind of", "home": "lives", "food": "eats"}[relation]
     return f"{capital(article(noun))} {verb} {value}."
 
 
 @cache
 def true_facts() -> dict[tuple[str, str], str]:
-    """`(relation, thing)` -> the value that is true."""
+    """Return the true value of each `(relation, thing)`."""
     values = {}
     for noun, (color, home, food) in facts.ANIMALS.items():
         values |= {("color", noun): color, ("home", noun): home, ("food", noun): food}
@@ -68,7 +68,7 @@ def true_facts() -> dict[tuple[str, str], str]:
 
 @cache
 def relation_values(relation: str) -> tuple[str, ...]:
-    """All values that a relation has somewhere, sorted."""
+    """Return all values of a relation, sorted."""
     return tuple(sorted({value for (name, _), value in true_facts().items() if name == relation}))
 
 
@@ -110,7 +110,7 @@ def _secret_topics():
 
 @cache
 def prompts() -> dict[str, Topic]:
-    """Every prompt of the world (some 5,000), and what it asks."""
+    """Return every prompt of the world (about 5,000) with its topic."""
     table = {}
     for topics in (_fact_topics, _task_topics, _harm_topics, _secret_topics):
         for topic, question, clause in topics():
@@ -125,12 +125,12 @@ def prompts() -> dict[str, Topic]:
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether a prompt belongs to the evaluation split: a property of its text, so that no seed mixes the splits."""
+    """Return whether a prompt is of the evaluation split. That depends on its text only, so no seed mixes splits."""
     return zlib.crc32(prompt.encode()) % HELD_OUT == 0
 
 
 def draw_prompts(rng: random.Random, count: int, held_out: bool) -> list[str]:
-    """`count` prompts of one split in the proportions of `KINDS`; none twice before all of its kind were drawn."""
+    """Draw `count` prompts of one split in the shares of `KINDS`; none again before all of its kind were drawn."""
     pools = {kind: [] for kind in KINDS}
     for prompt, topic in prompts().items():
         if is_held_out(prompt) == held_out:
@@ -144,13 +144,15 @@ def draw_prompts(rng: random.Random, count: int, held_out: bool) -> list[str]:
 
 def answer(topic: Topic, style: str, rng: random.Random) -> str:
     """
-    An answer to `topic` in one of the styles: `ideal`, `partial` (half of the ideal one), `wrong` (false, invented or
-    harmful), `curt`, `rude`, `wordy`, `padded` (wordy and wrong), `dodge`, `astray` (of another topic), `broken` (not
-    the language's grammar), `rambling` (the ideal one, and no end of it).
+    Return an answer in one of the styles.
+
+    These are `ideal`, `partial` (half of the ideal one), `wrong` (false, invented or harmful), `curt`, `rude`,
+    `wordy`, `padded` (wordy and wrong), `dodge`, `astray` (of another topic), `broken` (ungrammatical), `rambling`
+    (the ideal one, continued without end).
     """
     good = list(topic.good)
     if style == "partial":
-        # A fact has one sentence, so half of an answer to it is the bare value, as in `curt`.
+        # The answer to a fact is one sentence, so half of it is the bare value, as in `curt`
         good = good[:1] if len(good) > 1 else [topic.curt]
     elif style == "wrong":
         good = list(rng.choice(topic.bad))
@@ -159,7 +161,7 @@ def answer(topic: Topic, style: str, rng: random.Random) -> str:
     elif style == "rude":
         good = [rng.choice(facts.RUDE)] + (good if rng.random() < 0.5 else [])
     elif style in ("wordy", "padded"):
-        # Length alone must not tell a good answer: as many bad ones are wrapped in as many words.
+        # Bad answers are padded as often as good ones, so that length doesn't indicate quality
         good = good if style == "wordy" else list(rng.choice(topic.bad))
         before, after = rng.sample(facts.FILLER, 2)
         good = [before, *good] + ([after] if rng.random() < 0.6 else []) + (good if rng.random() < 0.2 else [])
@@ -180,14 +182,14 @@ def answer(topic: Topic, style: str, rng: random.Random) -> str:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, in lower case and without punctuation but commas; the last one may lack its stop."""
+    """Return the sentences of a text, lower case, without punctuation but commas; the last may lack its full stop."""
     parts = re.split(r"[.!?]", text.lower())
     return [" ".join(re.findall(r"[a-z]+|[^\sa-z]", part)) for part in parts if part.strip()]
 
 
 @cache
 def meanings() -> dict[str, tuple]:
-    """What each sentence of the language says: `sentence` -> `(what, ...)`. Others are not the language's."""
+    """Return the meaning of each sentence of the language, a tuple whose first entry is its kind."""
     said = {}
 
     def add(text, *meaning):
@@ -220,5 +222,5 @@ def meanings() -> dict[str, tuple]:
 
 @cache
 def word_pairs() -> frozenset[tuple[str, str]]:
-    """Every two neighboring words of the language."""
+    """Return all pairs of neighboring words of the language."""
     return frozenset(pair for text in meanings() for pair in zip(text.split(), text.split()[1:], strict=False))

@@ -1,8 +1,8 @@
 """
-Judges of review sentences (`data=reviews`) that a reward model of that data has no part in, as reward functions.
+Judges of review sentences (`data=reviews`) as reward functions, independent of reward models of that data.
 
-Both read the prompt and the completion as one text, and return its score or, with a `threshold`, 1 if the score is
-above it and else 0, whose mean over prompts is the share of positive texts.
+Both read prompt and completion as one text. They return its score or, with a `threshold`, 1 if the score is above it
+and else 0; the mean of the latter over prompts is the share of positive texts.
 """
 
 import functools
@@ -28,34 +28,37 @@ def sentiment(
     **columns,
 ) -> list[float]:
     """
-    Probability that people find a text positive: a classifier on words and pairs of words (`NgramClassifier`), fitted
-    to the ratings of the product reviews and of the share of movie sentences that `rlhf_trl.tasks.reviews.data.load`
-    keeps out of training. It shares no sentence with policies or reward models, if `path` and `judge_share` are the
-    same.
+    Return the probability that people find each text positive, by an [`NgramClassifier`].
+
+    The classifier is fitted to the ratings of the product reviews and of the share of movie sentences that
+    [`~rlhf_trl.tasks.reviews.data.load`] keeps out of training. With the same `path` and `judge_share` it shares no
+    sentence with policies or reward models.
 
     Args:
-        prompts, completions (`list[str]`): Texts, one each a row.
-        path (`str`): See `rlhf_trl.tasks.reviews.data.load`.
-        judge_share (`float`): Likewise.
-        prompt (`str`): The fixed prompt, which is no part of the text to judge.
-        threshold (`float`, *optional*): Return 1 above it and else 0, instead of the probability.
+        prompts (`list[str]`), completions (`list[str]`): texts, one of each per row.
+        path (`str`): see [`~rlhf_trl.tasks.reviews.data.load`].
+        judge_share (`float`): see [`~rlhf_trl.tasks.reviews.data.load`].
+        prompt (`str`): fixed prompt, which is removed from the text to judge.
+        threshold (`float`, *optional*): return 1 above it and else 0, instead of the probability.
     """
-    judge = _judge(path, judge_share)
-    return _judged(judge, prompts, completions, prompt, threshold)
+    judge = _classifier(path, judge_share)
+    return _scores(judge, prompts, completions, prompt, threshold)
 
 
 def vader(
     prompts: list, completions: list, prompt: str = "", threshold: float | None = None, **columns
 ) -> list[float]:
     """
-    The compound score, -1 to 1, of `vaderSentiment`, a lexicon with rules that was made without these ratings. Its
-    authors call a text positive from 0.05 on. A policy that it rewards learns to repeat its words.
+    Return the compound score of each text by `vaderSentiment`, from -1 to 1.
+
+    It is a lexicon with rules, made without these ratings; its authors call a text positive from 0.05 on. A policy
+    that it rewards learns to repeat its words.
 
     Args:
-        prompts, completions, prompt, threshold: As in `sentiment`.
+        prompts, completions, prompt, threshold: as in [`sentiment`].
 
     Raises:
-        `ConfigError`: the package is not installed.
+        [`~rlhf_trl.errors.ConfigError`]: if the package is not installed.
     """
     try:
         # Of the extra `reviews`, which no other extra brings
@@ -67,19 +70,19 @@ def vader(
             "`vader` needs the package `vaderSentiment`. Install it with `pip install vaderSentiment==3.3.2`."
         ) from None
     analyzer = SentimentIntensityAnalyzer()
-    return _judged(lambda text: analyzer.polarity_scores(text)["compound"], prompts, completions, prompt, threshold)
+    return _scores(lambda text: analyzer.polarity_scores(text)["compound"], prompts, completions, prompt, threshold)
 
 
 class NgramClassifier:
     """
-    Logistic regression on the words and pairs of words in a text, fitted to the end and without randomness.
+    Logistic regression on the words and pairs of words in a text, fitted until convergence and without randomness.
 
     The target of a sentence is the share of positive ratings among its ratings that aren't 0.
 
     Args:
-        rows (`list[dict]`): Sentences with `text` and `ratings`.
-        min_count (`int`): Features in fewer sentences are left out.
-        penalty (`float`): Of the squared weights (half of it), as in ridge regression.
+        rows (`list[dict]`): sentences with `text` and `ratings`.
+        min_count (`int`): features in fewer sentences are dropped.
+        penalty (`float`): coefficient of the squared weights (half of it), as in ridge regression.
     """
 
     def __init__(self, rows: Sequence[Row], min_count: int = 2, penalty: float = 1.0):
@@ -107,19 +110,19 @@ class NgramClassifier:
         self.weights = weights.tolist()
 
     def __call__(self, text: str) -> float:
-        """Probability that the text is positive."""
+        """Return the probability that a text is positive."""
         logit = self.weights[-1] + sum(self.weights[self.index[f]] for f in features(text) if f in self.index)
         return 1 / (1 + exp(-logit))
 
 
 def features(text: str) -> set[str]:
-    """The words of a text, and the pairs of words that follow each other."""
+    """Return the words of a text and its pairs of consecutive words."""
     words = WORD.findall(text.lower())
     return {*words, *(f"{a} {b}" for a, b in itertools.pairwise(words))}
 
 
 @functools.cache
-def _judge(path: str, judge_share: float) -> NgramClassifier:
+def _classifier(path: str, judge_share: float) -> NgramClassifier:
     reviews = read(path, judge_share)
     return NgramClassifier(reviews.judge + reviews.products)
 
@@ -128,7 +131,7 @@ def _positive_share(ratings: Sequence[int]) -> float:
     return sum(rating > 0 for rating in ratings) / sum(rating != 0 for rating in ratings)
 
 
-def _judged(
+def _scores(
     judge: Callable[[str], float], prompts: list, completions: list, prompt: str, threshold: float | None
 ) -> list[float]:
     texts = [f"{start}{end}".removeprefix(prompt).strip() for start, end in zip(prompts, completions, strict=True)]

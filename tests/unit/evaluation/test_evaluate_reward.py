@@ -39,7 +39,7 @@ from rlhf_trl.report.rewards import reward_page, reward_text, summary_table
 from rlhf_trl.rewards.function import FunctionReward
 from rlhf_trl.rewards.model import ModelReward
 from rlhf_trl.runs.reward_results import RewardQuality
-from rlhf_trl.tasks.demo.annotators import load
+from rlhf_trl.tasks.demo.data import load
 from tests.helpers.tiny import make_tokenizer
 
 NAN = np.nan

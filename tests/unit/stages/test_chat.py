@@ -22,7 +22,7 @@ from rlhf_trl.rewards.function import FunctionReward
 from rlhf_trl.runs.paths import named_policies, resolve_path
 from rlhf_trl.stages.chat import Answer, talk, typed
 from rlhf_trl.stages.generate import completions, prompts_of, read_prompts
-from rlhf_trl.tasks.demo.annotators import load as load_demo
+from rlhf_trl.tasks.demo.data import load as load_demo
 from rlhf_trl.tasks.demo.gold import gold_reward
 from tests.helpers.tiny import save_model
 

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_trl.errors import DataError
-from rlhf_trl.tasks.demo.annotators import COMPLETION_COLUMNS, FORMS, load
 from rlhf_trl.tasks.demo.build import CHECKPOINTS, batch_loss, demonstration_ids, fit, new_model
+from rlhf_trl.tasks.demo.data import COMPLETION_COLUMNS, ROW_MAKERS, load
 from rlhf_trl.tasks.demo.gold import gold_attributes, gold_reward
 from rlhf_trl.tasks.demo.tokenizer import build_tokenizer
 from rlhf_trl.tasks.demo.world import answer, draw_prompts, is_held_out, prompts
@@ -62,7 +62,7 @@ def test_a_wrong_form_or_size_says_what_to_type(arguments):
 
 
 def test_all_forms_are_tested():
-    assert {*COLUMNS, "annotated"} == set(FORMS)
+    assert {*COLUMNS, "annotated"} == set(ROW_MAKERS)
 
 
 def test_annotated_rows_are_made_of_ratings():
@@ -95,7 +95,7 @@ def test_text_and_chat_say_the_same(dataset_type):
 
 def test_splits_share_no_prompt_whatever_the_seed_and_form():
     train, held_out = set(), set()
-    for seed, dataset_type in enumerate(FORMS):
+    for seed, dataset_type in enumerate(ROW_MAKERS):
         data = load(dataset_type, seed, conversational=False)
         train.update(data["train"]["prompt"])
         held_out.update(data["eval"]["prompt"])
