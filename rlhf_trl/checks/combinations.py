@@ -1,88 +1,136 @@
-"""Options that don't go together, with each other or with this machine."""
+"""Options that don't go together."""
 
-import importlib.util
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 from rlhf_trl.callbacks.options import kl_problems, normalizer_problem
+from rlhf_trl.checks.machine import shards_parameters, uses_deepspeed
 from rlhf_trl.checks.paths import model_folder
 from rlhf_trl.checks.renamed import renamed_key
 from rlhf_trl.config.values import at, section
 from rlhf_trl.health.signs import limit_problems
 from rlhf_trl.runs.paths import ADAPTER_FILE, read_model_config
-from rlhf_trl.runs.ranks import world_size
 
 PPO_CONFIG = "rlhf_trl.ppo.PPOConfig"
-DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"  # `accelerate launch` sets it to "true"
+MERGE = "rlhf_trl.stages.merge.merge"
 
 
 def combination_problems(values: dict[str, Any]) -> list[str]:
-    """Return the problems of values that are valid by themselves."""
-    stage, args = section(values, "stage"), section(values, "stage.args")
-    peft, quantization = section(values, "adapter.peft"), section(values, "adapter.quantization")
-    is_rl = stage.get("dataset_type") == "prompt"
-    problems = []
-    if is_rl and not any(isinstance(reward, dict) for reward in section(values, "reward").values()):
-        problems.append(f"`stage={stage.get('name')}` has no reward to maximize. Set `reward=demo` or another option.")
-    weights = [reward.get("weight", 1) for reward in section(values, "reward").values() if isinstance(reward, dict)]
-    if is_rl and weights and all(weight == 0 for weight in weights):
-        problems.append(
-            f"All rewards have weight 0, so `stage={stage.get('name')}` has nothing to maximize. Set the weight of "
-            f"one: `reward.{next(iter(section(values, 'reward')))}.weight=1`."
-        )
-    problems += _noise(args, peft, is_rl)
-    problems += _generation(args)
-    problems += _packing(args)
-    problems += _shared_base(values, args, peft)
-    problems += kl_problems(
+    """Return the problems of options that are valid by themselves and don't go together."""
+    steps = (
+        _objective,
+        _noise,
+        _generation,
+        _packing,
+        _shared_base,
+        _critic_start,
+        _demonstrations,
+        _kl,
+        _health,
+        _reward_norm,
+        _unused_adapter_options,
+        _merge,
+        _directories,
+        _no_training,
+        _quantization,
+    )
+    return [problem for step in steps for problem in step(values)]
+
+
+def _is_rl(values: dict[str, Any]) -> bool:
+    return at(values, "stage.dataset_type") == "prompt"
+
+
+def _objective(values: dict[str, Any]) -> list[str]:
+    """Return the problem of an RL stage with nothing to maximize, or none."""
+    stage, rewards = at(values, "stage.name"), section(values, "reward")
+    if not _is_rl(values):
+        return []
+    weights = [reward.get("weight", 1) for reward in rewards.values() if isinstance(reward, dict)]
+    if not weights:
+        return [f"`stage={stage}` has no reward to maximize. Set `reward=demo` or another option."]
+    if any(weight != 0 for weight in weights):
+        return []
+    return [
+        f"All rewards have weight 0, so `stage={stage}` has nothing to maximize. Set the weight of one: "
+        f"`reward.{next(iter(rewards))}.weight=1`."
+    ]
+
+
+def _kl(values: dict[str, Any]) -> list[str]:
+    args = section(values, "stage.args")
+    return kl_problems(
         section(values, "kl"),
         beta=args.get("beta"),
         keeps_reference=args.get("_target_") == PPO_CONFIG,
-        is_deepspeed=os.environ.get(DEEPSPEED) == "true",
+        is_deepspeed=uses_deepspeed(),
     )
+
+
+def _health(values: dict[str, Any]) -> list[str]:
     signs = section(values, "health.signs")
-    problems += limit_problems({name: signs[name] for name in signs if not renamed_key(f"health.signs.{name}")})
-    if not str(at(values, "reward_norm._target_") or "RewardNorm").endswith(".RewardNorm"):
-        problems += [problem] if (problem := normalizer_problem(args)) else []
-    for name, option in (("peft", "lora"), ("quantization", "qlora")):
-        node = at(values, f"adapter.{name}")
-        if node and "_target_" not in section(values, f"adapter.{name}"):
-            problems.append(f"`adapter.{name}` is not used by this `adapter`. Set `adapter={option}` as well.")
-    if at(stage, "run._target_") == "rlhf_trl.stages.merge.merge":
+    return limit_problems({name: signs[name] for name in signs if not renamed_key(f"health.signs.{name}")})
+
+
+def _reward_norm(values: dict[str, Any]) -> list[str]:
+    if str(at(values, "reward_norm._target_") or "RewardNorm").endswith(".RewardNorm"):
+        return []
+    problem = normalizer_problem(section(values, "stage.args"))
+    return [problem] if problem else []
+
+
+def _unused_adapter_options(values: dict[str, Any]) -> list[str]:
+    """Return the problems of options of an adapter or of its quantization that the chosen adapter doesn't have."""
+    return [
+        f"`adapter.{name}` is not used by this `adapter`. Set `adapter={option}` as well."
+        for name, option in (("peft", "lora"), ("quantization", "qlora"))
+        if at(values, f"adapter.{name}") and "_target_" not in section(values, f"adapter.{name}")
+    ]
+
+
+def _merge(values: dict[str, Any]) -> list[str]:
+    """Return the problems of a merge without an adapter."""
+    problems = []
+    if at(values, "stage.run._target_") == MERGE:
         folder = model_folder(section(values, "model"), values)
         if (folder / "config.json").is_file() and not (folder / ADAPTER_FILE).is_file():
             problems.append(f"`{folder}` is a full model, there is nothing to merge. Use it as it is.")
-    if args and values.get("merge") is True and not peft:
+    if section(values, "stage.args") and values.get("merge") is True and not section(values, "adapter.peft"):
         problems.append(
             "`merge=true` writes the merged model of an adapter, and `adapter=none` trains none. Remove "
             "`merge=true`, or set `adapter=lora`."
         )
-    if args and args.get("resume_from_checkpoint") is not None:
+    return problems
+
+
+def _directories(values: dict[str, Any]) -> list[str]:
+    """Return the problems of trainer arguments that would move the checkpoints out of the run directory."""
+    args, problems = section(values, "stage.args"), []
+    if args.get("resume_from_checkpoint") is not None:
         problems.append("`stage.args.resume_from_checkpoint` is not read. Set `resume=true` to resume this run.")
     if "_target_" in args and args.get("output_dir") != values.get("run_dir"):
         problems.append(
             f"`stage.args.output_dir` is {args.get('output_dir', 'not set')}, and a run's checkpoints are looked for "
             "in `run_dir`. Don't change `stage.args.output_dir`; set `run_name=...` or `runs_dir=...`."
         )
-    if args.get("fsdp") and world_size() == 1:
-        problems.append("`stage.args.fsdp` needs several processes. Launch with `accelerate launch`, or remove it.")
-    if args and "_target_" not in args:
-        problems.append(
-            f"`stage={stage.get('name')}` trains nothing and has no `stage.args`. Remove `debug=smoke` (or "
-            "`stage.args`), which is for stages that train."
-        )
-    problems += _quantization(values, peft, quantization)
-    problems += _precision(args)
-    problems += _packages(values, args, quantization)
     return problems
 
 
-def _noise(args: dict[str, Any], peft: dict[str, Any], is_rl: bool) -> list[str]:
+def _no_training(values: dict[str, Any]) -> list[str]:
+    """Return the problem of trainer arguments in a stage that trains nothing, or none."""
+    args = section(values, "stage.args")
+    if not args or "_target_" in args:
+        return []
+    return [
+        f"`stage={at(values, 'stage.name')}` trains nothing and has no `stage.args`. Remove `debug=smoke` (or "
+        "`stage.args`), which is for stages that train."
+    ]
+
+
+def _noise(values: dict[str, Any]) -> list[str]:
     """Return the problems of noise in training that would be undone, or make the policy differ from its rollouts."""
+    args, peft = section(values, "stage.args"), section(values, "adapter.peft")
     why, or_else = "in an RL stage rollout and update must see the same policy", ""
-    if not is_rl:
+    if not _is_rl(values):
         if not args.get("disable_dropout"):
             return []
         why, or_else = "`stage.args.disable_dropout` would undo it", ", or `stage.args.disable_dropout=false`"
@@ -97,7 +145,9 @@ def _noise(args: dict[str, Any], peft: dict[str, Any], is_rl: bool) -> list[str]
     ]
 
 
-def _generation(args: dict[str, Any]) -> list[str]:
+def _generation(values: dict[str, Any]) -> list[str]:
+    """Return the problems of generation options that change the shape of a rollout."""
+    args = section(values, "stage.args")
     if args.get("use_vllm"):
         return []
     return [
@@ -108,8 +158,9 @@ def _generation(args: dict[str, Any]) -> list[str]:
     ]
 
 
-def _packing(args: dict[str, Any]) -> list[str]:
+def _packing(values: dict[str, Any]) -> list[str]:
     """Return the problems of packing that would let rows in one sequence attend to each other with any model."""
+    args = section(values, "stage.args")
     if args.get("packing_strategy") == "wrapped" and (args.get("packing") or args.get("eval_packing")):
         return [
             "`stage.args.packing_strategy=wrapped` cuts rows anywhere and lets those in one sequence see each other. "
@@ -123,8 +174,9 @@ def _packing(args: dict[str, Any]) -> list[str]:
     return []
 
 
-def _shared_base(values: dict[str, Any], args: dict[str, Any], peft: Any) -> list[str]:
+def _shared_base(values: dict[str, Any]) -> list[str]:
     """Return the problems of adapters beside the policy's: they need a frozen base, all of it on each rank."""
+    args, peft = section(values, "stage.args"), section(values, "adapter.peft")
     asked = ["critic=adapter"] if args.get("critic") == "adapter" else []
     targets = [at(values, f"reward.{name}._target_") for name in section(values, "reward")]
     asked += ["reward=adapter"] if "rlhf_trl.rewards.AdapterReward" in targets else []
@@ -134,18 +186,29 @@ def _shared_base(values: dict[str, Any], args: dict[str, Any], peft: Any) -> lis
             f"`{asked[0]}` is an adapter on the policy's frozen base, and `adapter=none` trains that base. Set "
             f"`adapter=lora` as well, or `{asked[0].split('=')[0]}=model`."
         )
-    if "reward=adapter" in asked and _shards_parameters():
+    if "reward=adapter" in asked and shards_parameters():
         problems.append(
             "`reward=adapter` computes on the policy's base outside of its training forward, which FSDP and ZeRO-3, "
             "where no rank has all of it, don't allow. Set `reward=model`, or launch with ddp or zero2."
         )
-    start = section(values, "critic")
+    return problems
+
+
+def _critic_start(values: dict[str, Any]) -> list[str]:
+    """Return the problem of a critic with the score head of no reward model, or none."""
+    args, start = section(values, "stage.args"), section(values, "critic")
     named = start.get("run") is not None or start.get("path") is not None
-    if args.get("critic_score_head") is True and not (named or args.get("critic_path")):
-        problems.append(
-            "`stage.args.critic_score_head` starts the value head as a reward model's score head, and no reward model "
-            "is named. Set `critic.run=reward`, or `critic.path=...`."
-        )
+    if args.get("critic_score_head") is not True or named or args.get("critic_path"):
+        return []
+    return [
+        "`stage.args.critic_score_head` starts the value head as a reward model's score head, and no reward model is "
+        "named. Set `critic.run=reward`, or `critic.path=...`."
+    ]
+
+
+def _demonstrations(values: dict[str, Any]) -> list[str]:
+    """Return the problems of a loss on demonstrations without data, or of data without the loss."""
+    args, problems = section(values, "stage.args"), []
     if (args.get("ptx_coef") or 0) > 0 and not section(values, "ptx_data"):
         problems.append(
             "`stage.args.ptx_coef` weights a language-model loss on demonstrations, and there are none. Set "
@@ -156,17 +219,12 @@ def _shared_base(values: dict[str, Any], args: dict[str, Any], peft: Any) -> lis
     return problems
 
 
-def _shards_parameters() -> bool:
-    """Return whether FSDP or ZeRO-3 shards the parameters, by the environment that `accelerate launch` sets."""
-    zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    return zero3 or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-
-
-def _quantization(values: dict[str, Any], peft: Any, quantization: Any) -> list[str]:
-    if not quantization:
+def _quantization(values: dict[str, Any]) -> list[str]:
+    """Return the problems of quantizing weights that are trained, or quantized already."""
+    if not section(values, "adapter.quantization"):
         return []
     problems = []
-    if not peft:
+    if not section(values, "adapter.peft"):
         problems.append(
             "`adapter.quantization` is set without `adapter.peft`, and 4-bit weights can't be trained themselves. "
             "Set `adapter=qlora` (with an adapter) or `adapter=none`."
@@ -179,42 +237,3 @@ def _quantization(values: dict[str, Any], peft: Any, quantization: Any) -> list[
             "Set `adapter=lora`, or start from the model as it was before."
         )
     return problems
-
-
-def _precision(args: dict[str, Any]) -> list[str]:
-    asked = [name for name in ("bf16", "fp16") if args.get(name) is True]
-    if not asked or (args.get("use_cpu") is True and asked == ["bf16"]) or _may_have_accelerator():
-        return []
-    out = {
-        "bf16": "Set `stage.args.bf16=false`, or `+stage.args.use_cpu=true` to compute in bfloat16 on the CPU.",
-        "fp16": "Remove `stage.args.fp16`.",
-    }
-    return [
-        f"`stage.args.{name}` is true, and there is no accelerator here that computes in it. {out[name]}"
-        for name in asked
-    ]
-
-
-def _may_have_accelerator() -> bool:
-    """Return `False` only where there is certainly none: no device file of an accelerator, and no Mac."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or os.environ.get("ACCELERATE_USE_CPU") == "True":
-        return False
-    patterns = ("nvidia[0-9]*", "nvidiactl", "dxg", "kfd", "dri/render*", "accel*", "davinci*", "vfio/*", "neuron*")
-    return sys.platform != "linux" or any(True for pattern in patterns for _ in Path("/dev").glob(pattern))
-
-
-def _packages(values: dict[str, Any], args: dict[str, Any], quantization: Any) -> list[str]:
-    report_to = args.get("report_to")
-    wanted = {name: f"`logger={name}`" for name in ("wandb", "tensorboard") if name in (report_to or ())}
-    if args.get("use_vllm") is True:
-        wanted["vllm"] = "`stage.args.use_vllm=true`"
-    if quantization:
-        wanted["bitsandbytes"] = "`adapter.quantization`"
-    if at(values, "stage.run._target_") == "rlhf_trl.stages.serve_reward.serve_reward":
-        wanted |= dict.fromkeys(("fastapi", "uvicorn"), "`stage=serve_reward`")
-    extras = {name: name for name in wanted} | {"bitsandbytes": "qlora", "fastapi": "serve", "uvicorn": "serve"}
-    return [
-        f"{why} needs the package `{name}`, which is not installed. Run `pip install 'rlhf-trl[{extras[name]}]'`."
-        for name, why in wanted.items()
-        if importlib.util.find_spec(name) is None
-    ]

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from rlhf_trl.checks.batches import batch_problems
 from rlhf_trl.checks.combinations import combination_problems
+from rlhf_trl.checks.machine import machine_problems
 from rlhf_trl.checks.names import argument_problems, section_problems, target_problems, text_problems
 from rlhf_trl.checks.outputs import folder_problems
 from rlhf_trl.checks.paths import data_problems, model_problems, output_problems
@@ -59,6 +60,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
         output_problems,
         batch_problems,
         combination_problems,
+        machine_problems,
         reward_problems,
         run_directory_problems,
         folder_problems,

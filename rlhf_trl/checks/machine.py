@@ -1,0 +1,74 @@
+"""Options that this launch and this machine can't run: processes, precision, packages."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlhf_trl.config.values import at, section
+from rlhf_trl.runs.ranks import world_size
+
+
+def machine_problems(values: dict[str, Any]) -> list[str]:
+    """Return the problems of options that this launch or this machine can't run."""
+    return _processes(values) + _precision(values) + _packages(values)
+
+
+def uses_deepspeed() -> bool:
+    """Return whether DeepSpeed makes the updates, by the environment that `accelerate launch` sets."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
+def shards_parameters() -> bool:
+    """Return whether FSDP or ZeRO-3 shards the parameters, by the environment that `accelerate launch` sets."""
+    zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    return zero3 or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def _processes(values: dict[str, Any]) -> list[str]:
+    if not at(values, "stage.args.fsdp") or world_size() > 1:
+        return []
+    return ["`stage.args.fsdp` needs several processes. Launch with `accelerate launch`, or remove it."]
+
+
+def _precision(values: dict[str, Any]) -> list[str]:
+    """Return the problems of a precision that this machine has no accelerator for."""
+    args = section(values, "stage.args")
+    asked = [name for name in ("bf16", "fp16") if args.get(name) is True]
+    if not asked or (args.get("use_cpu") is True and asked == ["bf16"]) or _may_have_accelerator():
+        return []
+    out = {
+        "bf16": "Set `stage.args.bf16=false`, or `+stage.args.use_cpu=true` to compute in bfloat16 on the CPU.",
+        "fp16": "Remove `stage.args.fp16`.",
+    }
+    return [
+        f"`stage.args.{name}` is true, and there is no accelerator here that computes in it. {out[name]}"
+        for name in asked
+    ]
+
+
+def _may_have_accelerator() -> bool:
+    """Return `False` only where there is certainly none: no device file of an accelerator, and no Mac."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or os.environ.get("ACCELERATE_USE_CPU") == "True":
+        return False
+    patterns = ("nvidia[0-9]*", "nvidiactl", "dxg", "kfd", "dri/render*", "accel*", "davinci*", "vfio/*", "neuron*")
+    return sys.platform != "linux" or any(True for pattern in patterns for _ in Path("/dev").glob(pattern))
+
+
+def _packages(values: dict[str, Any]) -> list[str]:
+    """Return the problems of options that need a package which is not installed."""
+    args, report_to = section(values, "stage.args"), at(values, "stage.args.report_to")
+    wanted = {name: f"`logger={name}`" for name in ("wandb", "tensorboard") if name in (report_to or ())}
+    if args.get("use_vllm") is True:
+        wanted["vllm"] = "`stage.args.use_vllm=true`"
+    if section(values, "adapter.quantization"):
+        wanted["bitsandbytes"] = "`adapter.quantization`"
+    if at(values, "stage.run._target_") == "rlhf_trl.stages.serve_reward.serve_reward":
+        wanted |= dict.fromkeys(("fastapi", "uvicorn"), "`stage=serve_reward`")
+    extras = {name: name for name in wanted} | {"bitsandbytes": "qlora", "fastapi": "serve", "uvicorn": "serve"}
+    return [
+        f"{why} needs the package `{name}`, which is not installed. Run `pip install 'rlhf-trl[{extras[name]}]'`."
+        for name, why in wanted.items()
+        if importlib.util.find_spec(name) is None
+    ]
