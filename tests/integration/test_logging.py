@@ -9,6 +9,7 @@ from rlhf_trl.callbacks.loggers import earlier_id, no_logger, tensorboard, wandb
 from rlhf_trl.callbacks.samples import SAMPLES_FILE
 from rlhf_trl.callbacks.wandb_sections import WandbSections
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.runs.paths import conf_dir
 from tests.helpers.wandb_file import read_run
 from tests.helpers.watching import WORDS, add_callbacks, grpo, sft
 
@@ -120,9 +121,7 @@ def test_missing_package_is_one_clear_error(tmp_path, monkeypatch, context):
 def test_logger_options_name_real_targets(name):
     from hydra.utils import instantiate
 
-    from rlhf_trl.callbacks import loggers
-
-    path = f"{loggers.__file__}/../../conf/logger/{name}.yaml"
+    path = conf_dir() / "logger" / f"{name}.yaml"
     root = OmegaConf.create({"project": "demo", "stage": {"name": "sft"}})
     root.logger = OmegaConf.load(path)
     assert root.logger.report_to == name
