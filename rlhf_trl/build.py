@@ -227,7 +227,7 @@ def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
 
 
 def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
-    """The splits `train` and, where there is one, `eval`, of the dataset type that the stage trains on."""
+    """Load the splits `train` and, where there is one, `eval`, in the dataset type that the stage trains on."""
     template_source = cfg.model.chat_template or tokenizer.name_or_path
     with PartialState().main_process_first():
         if tokenizer.chat_template is not None:
@@ -278,7 +278,7 @@ def demonstrations(cfg: DictConfig, dataset: DatasetDict) -> Dataset:
 
 def instantiate_data(cfg: DictConfig, dataset_type: str | None = None) -> DatasetDict:
     """
-    The rows of `cfg.data` of the dataset type that the stage trains on, or of another one.
+    Instantiate `cfg.data` in the dataset type that the stage trains on, or in another one.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: of an option of `data.feedback`, or of the rows.
