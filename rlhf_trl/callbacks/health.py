@@ -1,8 +1,8 @@
 """
-A health monitor for PPO, RLOO and GRPO: it watches what is logged and names signs of trouble, each with what to turn.
+Health monitor for PPO, RLOO and GRPO, which watches the metrics and names signs of trouble, each with a remedy.
 
-What the signs are is in [`rlhf_trl.health.signs`]. Nothing is computed but statistics of texts and numbers that are
-there already: no forward, no generation.
+The signs are in [`rlhf_trl.health.signs`]. They are computed from the texts and metrics that exist already: no forward
+pass, no generation.
 """
 
 import math
@@ -28,7 +28,7 @@ STOP = LEVELS.index("stop")
 
 class HealthMonitor(NonfiniteGuard):
     """
-    Watches a run with rollouts and names signs of trouble, at the levels note, warn and stop.
+    Watch a run with rollouts and name signs of trouble, at the levels note, warn and stop.
 
     Every train log step gets `health/level` and `health/<sign>` (0 ok, 1 note, 2 warn, 3 stop), and the measures
     of the rollout that signs are made of. A sign is explained when it first reaches a level; a summary ends the run.
@@ -66,9 +66,9 @@ class HealthMonitor(NonfiniteGuard):
         self.baseline, self.window = baseline, window
         trainer.on_rollout(self._keep)
         self._rollout: RolloutRecord | None = None  # made in this step
-        self._told: dict[str, int] = {}  # highest level of each sign that was explained
+        self._reported: dict[str, int] = {}  # highest level of each sign that was explained
 
-    # ---- What a rollout tells ----
+    # ---- Measures of a rollout ----
 
     def _keep(self, rollout: RolloutRecord) -> None:
         if rollout.training:
@@ -76,7 +76,7 @@ class HealthMonitor(NonfiniteGuard):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        # First in the line, so that what it adds to the logs reaches every logger
+        # The first callback, so that what it adds to the logs reaches every logger
         callbacks = self.trainer.callback_handler.callbacks
         callbacks.remove(self)
         callbacks.insert(0, self)
@@ -85,7 +85,7 @@ class HealthMonitor(NonfiniteGuard):
         for entry in state.log_history:  # of a resumed run
             self.series.add(entry)
             self.nonfinite_updates = int(entry.get("health/nonfinite_updates") or self.nonfinite_updates)
-        self._told = {found.sign: found.level for found in signs_seen(state.log_history)}
+        self._reported = {found.sign: found.level for found in signs_seen(state.log_history)}
         self.reason = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -106,7 +106,7 @@ class HealthMonitor(NonfiniteGuard):
             if math.isfinite(value):
                 self.trainer._metrics["train"][name].append(value)
 
-    # ---- What is said ----
+    # ---- Signs ----
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
         super().on_log(args, state, control, logs=logs, **kwargs)
@@ -125,8 +125,8 @@ class HealthMonitor(NonfiniteGuard):
         # The trainer has kept its copy before it called its callbacks
         state.log_history[-1] |= {name: value for name, value in logs.items() if name.startswith("health/")}
         for name, finding in found.items():
-            if finding.level > self._told.get(name, 0):
-                self._told[name] = finding.level
+            if finding.level > self._reported.get(name, 0):
+                self._reported[name] = finding.level
                 self._say(state, f"health {LEVELS[finding.level]} ({name}): {finding.text}")
             if finding.level == STOP and self.reason is None:
                 self.reason = f"Health monitor: {name}: {finding.text}"
@@ -146,7 +146,7 @@ class HealthMonitor(NonfiniteGuard):
         super().on_train_end(args, state, control, **kwargs)
 
     def summary(self, state: TrainerState) -> str:
-        """What the signs were, over the whole run."""
+        """Return the summary of the signs over the whole run."""
         judged = sum(1 for entry in state.log_history if entry.get("health/level") is not None)
         if not judged:
             return (

@@ -21,7 +21,7 @@ from rlhf_trl.trainers.sampling import sampling_differences
 
 logger = logging.getLogger(__name__)
 
-TOLD_IN_A_ROW = 3  # skipped rollouts; all are counted
+REPORTED_IN_A_ROW = 3  # skipped rollouts; all are counted
 STANDARD_ERRORS = 3.0  # of so many rollouts with a KL near 0, about one in a thousand is that low by chance
 ROUNDING = 1e-3  # nats per sequence: differences of half-precision log-probabilities that mean nothing
 
@@ -30,25 +30,25 @@ class FixedKL(SaveAndStop, ExportableState):
     """
     A coefficient that doesn't change; the base of the other controllers, which override `update`.
 
-    Once a run it says why, if the KL over a rollout is negative ([`is_negative`]).
+    It warns once per run, with the reason, if the KL of a rollout is negative ([`is_negative`]).
 
     Args:
         coef (`float`): the coefficient of the first rollout (`beta`).
         trainer (*optional*): the trainer whose `beta` is controlled: PPO, or TRL's GRPO or RLOO. Without one, `update`
             can be used by itself.
-        guard (`float`, *optional*): KL in nats a sequence. A rollout above it (or with a KL that is NaN) is not
-            learned from: no parameter moves in its optimizer steps, whose learning rates are passed over.
-        guard_action (`str`, defaults to `"stop"`): what a rollout above `guard` leads to besides. `"stop"` saves a
+        guard (`float`, *optional*): KL in nats per sequence. A rollout above it (or with a KL that is NaN) is not
+            learned from: its optimizer steps move no parameter, while the learning rate schedule advances.
+        guard_action (`str`, defaults to `"stop"`): what else a rollout above `guard` leads to. `"stop"` saves a
             checkpoint at its end and ends the training; under DeepSpeed, which updates within `backward`, the
-            rollout is still learned from. `"skip"` goes on with the next rollout and counts in
-            `objective/skipped_rollouts`: for single rollouts out of line, since a policy that doesn't move doesn't
-            come back either. Either way the controller sees the rollout's KL.
+            rollout is still learned from. `"skip"` continues with the next rollout and counts in
+            `objective/skipped_rollouts`: for single outliers, since a policy that doesn't move doesn't come
+            back either. Either way the controller sees the rollout's KL.
 
     Attributes:
         reason (`str` or `None`): why the guard ended the training.
 
     Raises:
-        ConfigError: at a value out of range; on GRPO and RLOO, whose reference `beta=0` leaves out, if a KL is needed;
+        ConfigError: at a value out of range; on GRPO and RLOO at `beta=0`, without a reference, if a KL is needed;
             at `guard_action="skip"` under DeepSpeed.
     """
 
@@ -96,7 +96,7 @@ class FixedKL(SaveAndStop, ExportableState):
         return self.coef
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the coefficient, and how many rollouts were skipped."""
+        """Return what a checkpoint keeps: the coefficient, and how many rollouts were skipped."""
         return {"args": {}, "attributes": {"coef": self.coef, "skipped": self.skipped}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -138,7 +138,9 @@ class FixedKL(SaveAndStop, ExportableState):
         return self.guard is not None and kl is not None and not kl <= self.guard  # NaN is over
 
     def _act(self, number: int, state: TrainerState, control: TrainerControl) -> None:
-        found = f"rollout {number} has a KL of {self._rollout.kl:.4g} nats a sequence, over `kl.guard={self.guard:g}`"
+        found = (
+            f"rollout {number} has a KL of {self._rollout.kl:.4g} nats per sequence, over `kl.guard={self.guard:g}`"
+        )
         if self.guard_action == "stop":
             self.reason = f"KL guard: {found}."
             self.stop(state.global_step, control)
@@ -147,12 +149,12 @@ class FixedKL(SaveAndStop, ExportableState):
             self.skipped += 1
             self._in_a_row += 1
             message = f"KL guard: {found}. Its update is skipped ({self.skipped} so far)."
-            if self._in_a_row == TOLD_IN_A_ROW:
+            if self._in_a_row == REPORTED_IN_A_ROW:
                 message += (
-                    f" That is {TOLD_IN_A_ROW} in a row, and no more of them are told: a policy that doesn't move "
-                    "stays where it is. Raise `kl.guard`, or type `kl.guard_action=stop`."
+                    f" That is {REPORTED_IN_A_ROW} in a row, and further ones are not reported: a policy that doesn't "
+                    "move stays where it is. Raise `kl.guard`, or set `kl.guard_action=stop`."
                 )
-        if state.is_world_process_zero and self._in_a_row <= TOLD_IN_A_ROW:
+        if state.is_world_process_zero and self._in_a_row <= REPORTED_IN_A_ROW:
             logger.warning(message)
 
 
@@ -177,7 +179,7 @@ def why_negative(rollout: RolloutRecord, number: int, differences: list[str]) ->
         "between sampling and scoring"
     )
     return (
-        f"The KL of rollout {number} is negative, {rollout.kl:.3g} nats a sequence (standard error "
+        f"The KL of rollout {number} is negative, {rollout.kl:.3g} nats per sequence (standard error "
         f"{rollout.kl_standard_error:.2g}), which no KL can be: the completions don't come from the distribution that "
         f"scores them; {cause}."
     )
@@ -192,7 +194,7 @@ class AdaptiveKL(FixedKL):
 
     Args:
         coef (`float`): start value; not 0, which no factor can change.
-        target (`float`): KL to hold, in nats a sequence.
+        target (`float`): KL to hold, in nats per sequence.
         horizon (`float`, defaults to 10 000): sequences over which an error acts; smaller reacts faster.
         trainer, guard, guard_action (*optional*): see [`FixedKL`].
     """
@@ -226,7 +228,7 @@ class AdaptiveKL(FixedKL):
 
 class LinearKL(FixedKL):
     """
-    A coefficient that goes in a straight line from `coef` at the first rollout to `final` at the end of training.
+    A coefficient that changes linearly from `coef` at the first rollout to `final` at the end of training.
 
     Args:
         coef (`float`): start value. final (`float`): end value.
@@ -248,13 +250,13 @@ class LinearKL(FixedKL):
         return self.coef
 
     def share(self) -> float:
-        """How much of the way to `final` is gone, from 0 to 1."""
+        """Return the part of the way to `final` that is done, from 0 to 1."""
         return self.progress
 
 
 class CosineKL(LinearKL):
     """
-    A coefficient that goes along half a cosine, flat at both ends, from `coef` at the first rollout to `final` at the
+    A coefficient that follows half a cosine, flat at both ends, from `coef` at the first rollout to `final` at the
     end of training: final + (coef - final) * (1 + cos(pi * progress)) / 2. Arguments as in [`LinearKL`].
     """
 

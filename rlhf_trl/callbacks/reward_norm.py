@@ -36,32 +36,32 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, rewards: Tensor) -> "Moments":
-        """Of rewards of shape (N, functions), NaN where there is none."""
+        """Return the moments of rewards of shape (N, functions), NaN where there is none."""
         there = ~rewards.isnan()
         count = there.sum(dim=0).double()
         mean = torch.where(there, rewards, 0.0).sum(dim=0) / count.clamp(min=1)
         return cls(count, mean, torch.where(there, rewards - mean, 0.0).square().sum(dim=0))
 
     def merge(self, other: "Moments") -> "Moments":
-        """Moments of both together (Chan, Golub and LeVeque 1979)."""
+        """Return the moments of both together (Chan, Golub and LeVeque 1979)."""
         count = self.count + other.count
         share = other.count / count.clamp(min=1)
         delta = other.mean - self.mean
         return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta.square() * self.count * share)
 
     def std(self, unbiased: bool = True) -> Tensor:
-        """Standard deviations; 0 where there are fewer than two values."""
+        """Return the standard deviations; 0 where there are fewer than two values."""
         return (self.m2 / (self.count - int(unbiased)).clamp(min=1)).sqrt()
 
 
 def is_constant(mean: Tensor | float, std: Tensor | float) -> Tensor | bool:
-    """Where values differ by no more than float32's rounding: scaling them to std 1 would make signal of noise."""
+    """Return where values differ by no more than float32's rounding: scaled to std 1, noise would become signal."""
     return std <= 1e-6 * abs(mean)
 
 
 def standardize(rewards: Tensor, mean: Tensor, std: Tensor, shift_mean: bool = True) -> Tensor:
     """
-    (rewards - mean) / std, plus the mean again unless `shift_mean`. A constant reward is not scaled.
+    Return (rewards - mean) / std, plus the mean again unless `shift_mean`. A constant reward is not scaled.
 
     Args:
         rewards (`Tensor` of shape (N, functions)). mean, std (`Tensor` of shape (functions,)).
@@ -72,7 +72,7 @@ def standardize(rewards: Tensor, mean: Tensor, std: Tensor, shift_mean: bool = T
 
 class RewardNorm(TrainerCallback):
     """
-    Rewards as they are, but for `clip`; the base of the normalizers, which override `scale`.
+    Raw rewards, clipped if asked; the base of the normalizers, which override `scale`.
 
     Args:
         clip (`float`, *optional*): every reward function's (normalized) values are held within plus and minus this.
@@ -112,7 +112,7 @@ class RewardNorm(TrainerCallback):
 
     def normalize(self, rewards: Tensor) -> Tensor:
         """
-        Rewards of a training rollout as they are to be learned from.
+        Return the rewards of a training rollout on the scale to learn from.
 
         Args:
             rewards (`Tensor` of shape (N, functions)): of all ranks; NaN where a function doesn't apply. A row with an
@@ -125,13 +125,13 @@ class RewardNorm(TrainerCallback):
         return scaled.to(rewards)
 
     def scale(self, rewards: Tensor, counted: Tensor) -> Tensor:
-        """`rewards` on the normalizer's scale; `counted` are those that moments may be taken of. float64."""
+        """Return `rewards` on the normalizer's scale, in float64; `counted` are those that enter the moments."""
         return rewards
 
 
 class RunningNorm(RewardNorm, ExportableState):
     """
-    Each reward function to mean 0 and std 1 by the moments of all its rewards so far, those of the rollout included.
+    Scale each reward function to mean 0 and std 1 by the moments of all its rewards so far, the rollout's included.
 
     The std is the unbiased one. Moments move in training only, and are in the checkpoint.
 
@@ -158,7 +158,7 @@ class RunningNorm(RewardNorm, ExportableState):
         return standardize(rewards, self.moments.mean, self.moments.std(), self.shift_mean)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: `count`, `mean` and `m2` of every function."""
+        """Return what a checkpoint keeps: `count`, `mean` and `m2` of every function."""
         moments = self.moments and {key: value.tolist() for key, value in self.moments._asdict().items()}
         return {"args": {}, "attributes": {"moments": moments}}
 
@@ -171,7 +171,7 @@ class RunningNorm(RewardNorm, ExportableState):
 
 class BatchNorm(RewardNorm):
     """
-    Each reward function whitened over the rollout: mean 0, biased variance 1, with 1e-8 inside the root.
+    Whiten each reward function over the rollout: mean 0, biased variance 1, with 1e-8 inside the root.
 
     Args:
         shift_mean (`bool`, defaults to `True`): whether the mean becomes 0; else it stays.
@@ -198,7 +198,7 @@ class BatchNorm(RewardNorm):
 
 class ReferenceNorm(RewardNorm, ExportableState):
     """
-    Each reward function calibrated once and then left alone: gain * reward + bias, so that reference answers or policy
+    Calibrate each reward function once: gain * reward + bias, so that reference answers or policy
     samples have the mean and std asked for (Ziegler et al. 2019; InstructGPT):
 
         gain = std / std of the references;  bias = mean - gain * mean of the references
@@ -237,7 +237,7 @@ class ReferenceNorm(RewardNorm, ExportableState):
 
     def calibrate(self, function: int, mean: float, std: float, source: str) -> None:
         """
-        Sets gain and bias of a reward function.
+        Set gain and bias of a reward function.
 
         Args:
             function (`int`): its index. mean, std (`float`): of its rewards of the references. source (`str`): what
@@ -269,7 +269,7 @@ class ReferenceNorm(RewardNorm, ExportableState):
             self.gain, self.bias = [None] * functions, [None] * functions
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: `gain` and `bias` of every function."""
+        """Return what a checkpoint keeps: `gain` and `bias` of every function."""
         return {"args": {}, "attributes": {"gain": self.gain, "bias": self.bias}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -297,7 +297,7 @@ class ReferenceNorm(RewardNorm, ExportableState):
                 self.calibrate(i, moments.mean[i].item(), moments.std()[i].item(), f"the answers in `{self.column}`")
 
     def _score_column(self) -> Tensor:
-        """Raw rewards of the reference answers, on all ranks; shape (rows, functions)."""
+        """Return the raw rewards of the reference answers, on all ranks; shape (rows, functions)."""
         trainer, data = self.trainer, self.trainer.train_dataset
         columns = list(data.column_names or ())
         if self.column not in columns:

@@ -1,4 +1,4 @@
-"""A guard against rewards that apply to nothing: a run in which all are None for every completion learns nothing."""
+"""Guard against rewards that are None for every completion, from which a run learns nothing."""
 
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
@@ -12,7 +12,7 @@ PATIENCE = 3
 
 class UnrewardedGuard(TrainerCallback):
     """
-    Say when a rollout has no reward at all, or a reward no completion, and end a run that learns nothing.
+    Warn of a rollout without any reward and of a reward that never applies, and end a run that learns nothing.
 
     Args:
         trainer (`transformers.Trainer`): one that takes reward functions: PPO, GRPO, RLOO.
@@ -35,9 +35,9 @@ class UnrewardedGuard(TrainerCallback):
         self._rollouts += 1
         self._in_a_row = self._in_a_row + 1 if all(nothing) else 0
         self._silent = [count + 1 if none else 0 for count, none in zip(self._silent, nothing, strict=True)]
-        self._tell(len(rollout.completions), all(nothing))
+        self._report(len(rollout.completions), all(nothing))
 
-    def _tell(self, completions: int, nothing: bool) -> None:
+    def _report(self, completions: int, nothing: bool) -> None:
         step = self.trainer.state.global_step + 1
         if self._in_a_row == PATIENCE:
             raise ConfigError(self._problem(f"in {PATIENCE} rollouts in a row, the last one at step {step}"))

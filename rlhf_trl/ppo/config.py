@@ -26,9 +26,9 @@ class PPOConfig(GRPOConfig):
         beta (`float`, defaults to `0.05`): KL coefficient in the reward, the start value where a controller changes
             it. The reference is kept at 0, too, so that KL is measured.
         kl_estimator (`str`, defaults to `"k1"`): `"k1"`, `"k2"` or `"k3"`, see [`kl_estimate`].
-        num_generations (`int`, defaults to `1`): completions a prompt.
+        num_generations (`int`, defaults to `1`): completions per prompt.
         num_iterations (`int`, defaults to `4`): PPO epochs over a rollout.
-        steps_per_generation (`int`, *optional*): micro-batches a rollout; unset (and `generation_batch_size` unset)
+        steps_per_generation (`int`, *optional*): micro-batches per rollout; unset (and `generation_batch_size` unset)
             it is 4 mini-batches, `4 * gradient_accumulation_steps`.
         total_episodes (`int`, *optional*): budget in completions; sets `max_steps` to the number of optimizer steps of
             the rollouts needed for it, rounded up, where that is not fewer already.
@@ -42,10 +42,10 @@ class PPOConfig(GRPOConfig):
             not end with an EOS token.
         missing_eos_score (`float`, *optional*): takes the place of such a completion's score; instead of the penalty.
         length_penalty (`float`, defaults to `0.0`): subtracted from the score for every generated token. Rewards are
-            first normalized and clipped (`rlhf_trl.callbacks.reward_norm`), then EOS is looked at, then the length.
+            first normalized and clipped (`rlhf_trl.callbacks.reward_norm`); then come EOS and the length.
         entropy_coef (`float`, defaults to `0.0`): weight of the entropy bonus (mean over the tokens of a mini-batch).
-        ratio_threshold (`float`, *optional*): a micro-batch whose mean ratio exceeds this is left out of the update
-            (its loss is 0) and counted in `policy/skipped`.
+        ratio_threshold (`float`, *optional*): a micro-batch whose mean ratio exceeds this is skipped (its loss is 0)
+            and counted in `policy/skipped`.
         ptx_coef (`float`, defaults to `0.0`): weight of a language-model loss on demonstrations beside PPO's
             (PPO-ptx, arXiv 2203.02155, equation 2; 27.8 there). Above 0 the trainer needs a `ptx_dataset`.
         critic (`str`, defaults to `"head"`): `"head"` is a value head on the policy's last hidden states, `"adapter"`
@@ -63,7 +63,7 @@ class PPOConfig(GRPOConfig):
         ref_dtype (`str`, *optional*): type of the weights of a full reference model, unset the policy's.
         head_init (`str`, defaults to `"zero"`): initial weights of the value head: `"zero"`
             (openai/lm-human-preferences) or `"normal"` with std 1/sqrt(d + 1) (arXiv 2403.17031). The bias is 0.
-        max_invalid_fraction (`float`, defaults to `0.1`): completions whose reward is NaN or infinite are left out of
+        max_invalid_fraction (`float`, defaults to `0.1`): completions whose reward is NaN or infinite are dropped from
             loss, whitening and metrics and counted in `objective/invalid_rewards`; more than this share of a rollout
             stops the run.
         disable_dropout (`bool`, defaults to `True`), adam_epsilon (`float`, defaults to `1e-5`), temperature
@@ -74,7 +74,7 @@ class PPOConfig(GRPOConfig):
     """
 
     beta: float = field(default=0.05, metadata={"help": "KL coefficient in the reward."})
-    num_generations: int | None = field(default=1, metadata={"help": "Completions a prompt."})
+    num_generations: int | None = field(default=1, metadata={"help": "Completions per prompt."})
     num_iterations: int = field(default=4, metadata={"help": "PPO epochs over a rollout."})
     disable_dropout: bool = field(default=True, metadata={"help": "Whether to disable dropout in the models."})
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of AdamW."})
@@ -96,7 +96,7 @@ class PPOConfig(GRPOConfig):
     )
     total_episodes: int | None = field(default=None, metadata={"help": "Budget of the run in completions."})
     ratio_threshold: float | None = field(
-        default=None, metadata={"help": "Micro-batches with a larger mean ratio are left out of the update."}
+        default=None, metadata={"help": "Micro-batches with a larger mean ratio are skipped."}
     )
     ptx_coef: float = field(default=0.0, metadata={"help": "Weight of the language-model loss on demonstrations."})
     critic: str = field(default="head", metadata={"help": "Kind of critic: 'head', 'adapter' or 'model'."})

@@ -144,12 +144,12 @@ def _compute_values(policy: PreTrainedModel, trunk: Callable | None, layers: lis
 
 
 def _hidden_states(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    told = {"position_ids": positions(attention_mask)} if takes_positions(trunk) else {}
-    return trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **told).last_hidden_state
+    extra = {"position_ids": positions(attention_mask)} if takes_positions(trunk) else {}
+    return trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).last_hidden_state
 
 
 def _network(model: PreTrainedModel | PeftModel, args: PPOConfig) -> tuple[PreTrainedModel, Tensor | None]:
-    """A trainable trunk, and the score head that it came with: a reward model's, or a copy of the policy's."""
+    """Return a trainable trunk, a reward model's or a copy of the policy's, and the score head that it came with."""
     policy = model.get_base_model() if is_peft_model(model) else model
     dtype = getattr(torch, args.critic_dtype) if args.critic_dtype else None
     if args.critic_path is not None:

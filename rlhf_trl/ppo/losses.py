@@ -1,5 +1,5 @@
 """
-The arithmetic of PPO on language models as pure functions.
+Per-token rewards, advantages and losses of PPO, as pure functions.
 
 Legend of shapes: B sequences (rows) of a rollout, T completion tokens. `mask` is (B, T) and true where the policy
 wrote a token that counts; it is false on padding, on tokens a tool wrote, and on rows without a valid reward.
@@ -15,7 +15,7 @@ KLEstimator = Literal["k1", "k2", "k3"]
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: KLEstimator = "k1") -> Tensor:
     """
-    Per-token estimate of KL(policy || reference) at tokens sampled from the policy (J. Schulman, "Approximating KL
+    Estimate KL(policy || reference) per token, at tokens sampled from the policy (J. Schulman, "Approximating KL
     divergence", 2020).
 
     Args:
@@ -46,8 +46,8 @@ def shape_scores(
     length_penalty: float = 0.0,
 ) -> Tensor:
     """
-    Scores as they enter the reward: first a completion without an end pays (the "EOS trick", arXiv 2403.17031), then
-    every completion for its length.
+    Shape scores: first penalize completions without an end (the "EOS trick", arXiv 2403.17031), then every completion
+    for its length.
 
     Args:
         scores (`Tensor` of shape (B,)): rewards, normalized and clipped already.
@@ -69,8 +69,8 @@ def shape_scores(
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coef: float | Tensor) -> Tensor:
     """
-    KL-shaped reward of every token: r_t = -coef * kl_t, and the score on top at the last token of the completion,
-    which is the EOS token where there is one (Ziegler et al. 2019, arXiv 1909.08593, eq. 2; arXiv 2403.17031).
+    Return the KL-shaped rewards: r_t = -coef * kl_t, plus the score at the last token of the completion, which is the
+    EOS token where there is one (Ziegler et al. 2019, arXiv 1909.08593, eq. 2; arXiv 2403.17031).
 
     Args:
         scores (`Tensor` of shape (B,)): the reward of each whole completion.
@@ -90,8 +90,8 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coef: float | Tensor
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """
-    Generalized advantage estimation (arXiv 1506.02438, eq. 16). V is read before each token, and it is 0 after the
-    last token of a completion, truncated or not. Tokens with a false mask are stepped over: the token before a gap
+    Estimate advantages by GAE (arXiv 1506.02438, eq. 16). V is read before each token, and it is 0 after the
+    last token of a completion, truncated or not. Tokens with a false mask are skipped: the token before a gap
     sees the value at the first token after it.
 
     Args:
@@ -117,7 +117,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask` is true (a scalar; 0 where nothing is). Both (B, T)."""
+    """Return the mean of `values` where `mask` is true, a scalar; 0 where nothing is. Both are (B, T)."""
     mask = mask.bool()
     return torch.where(mask, values, torch.zeros_like(values)).sum() / mask.sum().clamp(min=1)
 
@@ -150,7 +150,7 @@ def policy_losses(
     delta: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """
-    PPO's clipped surrogate per token, -min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A) with
+    Return PPO's clipped surrogate per token, -min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A) with
     r = exp(logp - old_logp) (arXiv 1707.06347, eq. 7). `delta` bounds r in the first term, and with it the loss of a
     token with a negative advantage (arXiv 2505.07291).
 
@@ -165,7 +165,8 @@ def policy_losses(
 
 def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """
-    Clipped value loss per token, 0.5 * max((v - R)², (clip(v, v_old ± clip) - R)²) (openai/lm-human-preferences).
+    Return the clipped value loss per token, 0.5 * max((v - R)², (clip(v, v_old ± clip) - R)²)
+    (openai/lm-human-preferences).
 
     Returns:
         `(losses, clipped)`, both (B, T): the loss and whether the clipped term is the larger one.
@@ -177,13 +178,13 @@ def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip: floa
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
-    """Mean of [`value_losses`] over the tokens where `mask` is true (a scalar). All tensors (B, T)."""
+    """Return the mean of [`value_losses`] over the tokens where `mask` is true, a scalar. All tensors are (B, T)."""
     return masked_mean(value_losses(values, old_values, returns, clip)[0], mask)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """
-    1 - Var(R - V) / Var(R) over the tokens where `mask` is true: 1 for a perfect critic, 0 for one as good as a
+    Return 1 - Var(R - V) / Var(R) over the tokens where `mask` is true: 1 for a perfect critic, 0 for one as good as a
     constant, NaN where the returns don't vary. All tensors (B, T); a scalar.
     """
 

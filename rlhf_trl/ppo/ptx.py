@@ -34,7 +34,7 @@ def add_head_at_temperature_1(model: PreTrainedModel, cast_lm_head_to_fp32: bool
 
 class Demonstrations:
     """
-    Tokenized demonstrations, dealt in an order that depends on the seed alone, so that a resumed run gets the same.
+    Tokenized demonstrations, in an order that depends on the seed alone, so that a resumed run gets the same.
 
     Args:
         dataset (`Dataset`): rows with `prompt` and `completion`, text or chat. The loss is on the completion's tokens.
@@ -58,7 +58,7 @@ class Demonstrations:
             self.rows.append(split_row_ids(tokenizer, row["prompt"], row["completion"], **template_kwargs(row)))
 
     def indices(self, start: int, n: int) -> list[int]:
-        """The rows that stand at `start` to `start + n - 1` of an endless row of epochs, each dealt anew."""
+        """Return the rows at `start` to `start + n - 1` of an endless sequence of epochs, each shuffled anew."""
         found: list[int] = []
         while len(found) < n:
             epoch, first = divmod(start + len(found), len(self.rows))
@@ -71,7 +71,7 @@ class Demonstrations:
         return sum(len(self.rows[i][1]) for i in indices)
 
     def batch(self, indices: list[int], device: torch.device) -> dict[str, Tensor]:
-        """`prompt_ids`, padded on the left, `completion_ids`, padded on the right, and their masks, (rows, tokens)."""
+        """Return `prompt_ids` (padded left), `completion_ids` (padded right) and their masks, of shape (rows, tokens)."""
         made = {}
         for name, column, side in (("prompt", 0, "left"), ("completion", 1, "right")):
             ids = [torch.tensor(self.rows[i][column], dtype=torch.long) for i in indices]

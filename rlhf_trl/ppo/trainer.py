@@ -94,7 +94,7 @@ class PPOTrainer(RolloutHook, Rollouts, TrainerMixin, trl.GRPOTrainer):
         reward_funcs: one or several of: a path of a reward model (scored on the generated ids, see
             `rlhf_trl.rewards.ModelReward`), a `PreTrainedModel` for sequence classification, or a callable with TRL's
             signature `(prompts, completions, completion_ids, **columns) -> list[float | None]`. None means that a
-            function doesn't apply to a row; NaN or infinity leaves the row out.
+            function doesn't apply to a row; NaN or infinity drops the row.
         args ([`PPOConfig`], *optional*): the arguments.
         train_dataset (`Dataset`): rows with a `prompt`, text or chat messages; the rewards get the other columns.
         eval_dataset (*optional*): held-out prompts; evaluation logs their raw score, KL, length and EOS rate.

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def settings_left_open(model: PreTrainedModel, sampling: GenerationConfig) -> dict[str, Any]:
-    """Settings of the model's own generation config that `generate` would take where `sampling` says nothing."""
+    """Return the settings of the model's own generation config that `generate` would use where `sampling` has none."""
     own, defaults = model.generation_config, GenerationConfig._get_default_generation_params()
     ids = {"bos_token_id", "eos_token_id", "pad_token_id"}
     length = {"max_length"}  # `max_new_tokens` goes before it
@@ -83,21 +83,23 @@ class Rollouts:
             )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.chat_template_kwargs:  # the rewards are told with what a row was rendered, as its own columns tell
+        if (
+            self.chat_template_kwargs
+        ):  # the rewards get what a row was rendered with, as a column of the row's own would give it
             inputs = [
                 row | {"chat_template_kwargs": self.chat_template_kwargs | (row.get("chat_template_kwargs") or {})}
                 for row in inputs
             ]
         if (tools := getattr(self, "tools", None)) and any(row.get("tools") for row in inputs):
             raise ConfigError(
-                f"The rows have tools of their own, and the trainer has {len(tools)} to call. Leave out the column "
+                f"The rows have tools of their own, and the trainer has {len(tools)} to call. Remove the column "
                 "`tools`, or the trainer's argument."
             )
         self._rows = inputs
         return super()._generate_and_score_completions(inputs)
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], list | None, dict[str, Any]]:
-        """Ids of the prompts, with the `tools` and `chat_template_kwargs` of their rows, which TRL leaves out."""
+        """Return the prompts' ids, with the `tools` and `chat_template_kwargs` of their rows, which TRL ignores."""
         if self._is_vlm or getattr(self, "environment_factories", None) is not None:
             return super()._tokenize_prompts(prompts)
         own = {"tools": self.tools, "chat_template": self.chat_template} if getattr(self, "tools", None) else {}

@@ -200,7 +200,7 @@ def test_a_guard_saves_and_stops_with_the_reason(path, tmp_path, kind, strategy,
     assert kl > 1e-3 and all(kl <= 1e-3 for _, kl in states[:-1])
     assert trainer.state.global_step == 2 * len(states) < trainer.state.max_steps
     assert all(torch.equal(last[name], value) for name, value in parameters(trainer).items())
-    assert controller.reason == f"KL guard: rollout {len(states)} has a KL of {kl:.4g} nats a sequence, over " + (
+    assert controller.reason == f"KL guard: rollout {len(states)} has a KL of {kl:.4g} nats per sequence, over " + (
         "`kl.guard=0.001`."
     )
     assert f"{controller.reason} Training stops here, with a checkpoint of step {2 * len(states)}." in caplog.text
@@ -320,7 +320,7 @@ def test_a_negative_kl_is_explained_once_and_a_healthy_one_is_not(path, tmp_path
 
 def test_a_negative_kl_without_a_known_cause_says_that_too():
     assert why_negative(measured(-0.5, 1.0, 101), 3, []) == (
-        "The KL of rollout 3 is negative, -0.5 nats a sequence (standard error 0.1), which no KL can be: the "
+        "The KL of rollout 3 is negative, -0.5 nats per sequence (standard error 0.1), which no KL can be: the "
         "completions don't come from the distribution that scores them; no sampling setting, rollout function, vLLM "
         "or dropout differs, so look for what changes the model between sampling and scoring."
     )
