@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_trl.callbacks.base import steps_per_rollout
 from rlhf_trl.callbacks.nonfinite import NonfiniteGuard
@@ -21,7 +21,7 @@ from rlhf_trl.health.signs import BASELINE, LEVELS, SIGNS, WINDOW, Series, all_l
 from rlhf_trl.health.text_statistics import rollout_measures
 from rlhf_trl.runs.ranks import any_rank
 from rlhf_trl.terminal import printable
-from rlhf_trl.trainers.rollout_hook import RolloutRecord
+from rlhf_trl.trainers.rollout_hook import RolloutHook, RolloutRecord
 
 STOP = LEVELS.index("stop")
 
@@ -53,9 +53,11 @@ class HealthMonitor(NonfiniteGuard):
         ConfigError: at an unknown sign or limits that contradict each other.
     """
 
+    trainer: RolloutHook
+
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: RolloutHook,
         signs: Mapping[str, Mapping[str, float | None]] | None = None,
         baseline: int = BASELINE,
         window: int = WINDOW,

@@ -9,10 +9,11 @@ import logging
 import math
 from typing import Any
 
+from torch.optim import Optimizer
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from rlhf_trl.callbacks.base import SaveAndStop, steps_per_rollout
+from rlhf_trl.callbacks.base import SaveAndStop, resumed_state, steps_per_rollout
 from rlhf_trl.callbacks.options import ADAPTIVE_KL, FINAL_KL, KL, guard_problem
 from rlhf_trl.config.ranges import ROLLOUTS, check_values
 from rlhf_trl.errors import ConfigError
@@ -58,7 +59,7 @@ class FixedKL(SaveAndStop, ExportableState):
         check_values(ROLLOUTS, {"beta": coef}, "stage.args.")
         check_values(KL, {"guard": guard, "guard_action": guard_action}, "kl.")
         self.coef = float(coef)
-        self.trainer = trainer
+        self.trainer: Any = trainer
         self.guard = guard
         self.guard_action = guard_action
         self.progress = 0.0  # share of the run that is done
@@ -100,14 +101,12 @@ class FixedKL(SaveAndStop, ExportableState):
         return {"args": {}, "attributes": {"coef": self.coef, "skipped": self.skipped}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        # transformers would rebuild the callback without its trainer; read the state back here instead
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if saved and state.global_step > 0:
-            self.coef, self.skipped = saved["attributes"]["coef"], saved["attributes"]["skipped"]
+        if saved := resumed_state(self, state):
+            self.coef, self.skipped = saved["coef"], saved["skipped"]
         self.trainer.beta = self.coef
         self.reason, self._in_a_row, self._rollout = None, 0, None
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, optimizer: Optimizer, **kwargs):
         if self._is_over():
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -123,7 +122,7 @@ class FixedKL(SaveAndStop, ExportableState):
         self.trainer.beta = self.update(rollout.kl, rollout.num_sequences)
         number = state.global_step // steps_per_rollout(args)
         if self._is_over():
-            self._act(number, state, control)
+            self._act(rollout, number, state, control)
         else:
             self._in_a_row = 0
         if self.guard is not None and self.guard_action == "skip":
@@ -137,10 +136,8 @@ class FixedKL(SaveAndStop, ExportableState):
         kl = None if self._rollout is None else self._rollout.kl
         return self.guard is not None and kl is not None and not kl <= self.guard  # NaN is over
 
-    def _act(self, number: int, state: TrainerState, control: TrainerControl) -> None:
-        found = (
-            f"rollout {number} has a KL of {self._rollout.kl:.4g} nats per sequence, over `kl.guard={self.guard:g}`"
-        )
+    def _act(self, rollout: RolloutRecord, number: int, state: TrainerState, control: TrainerControl) -> None:
+        found = f"rollout {number} has a KL of {rollout.kl:.4g} nats per sequence, over `kl.guard={self.guard:g}`"
         if self.guard_action == "stop":
             self.reason = f"KL guard: {found}."
             self.stop(state.global_step, control)
@@ -160,7 +157,7 @@ class FixedKL(SaveAndStop, ExportableState):
 
 def is_negative(rollout: RolloutRecord) -> bool:
     """Return whether the KL of a rollout is below 0 by more than its sampling noise: no KL can be."""
-    return rollout.kl < -max(STANDARD_ERRORS * rollout.kl_standard_error, ROUNDING)
+    return rollout.kl is not None and rollout.kl < -max(STANDARD_ERRORS * rollout.kl_standard_error, ROUNDING)
 
 
 def why_negative(rollout: RolloutRecord, number: int, differences: list[str]) -> str:

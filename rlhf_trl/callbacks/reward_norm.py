@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from rlhf_trl.callbacks.base import resumed_state
 from rlhf_trl.callbacks.options import REFERENCE_NORM, REWARD_NORM, normalizer_problem
 from rlhf_trl.config.ranges import check_values
 from rlhf_trl.data.chat_template import template_kwargs
@@ -24,7 +25,7 @@ from rlhf_trl.data.tokenize import split_row_ids
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.rewards.options import combination_problem
-from rlhf_trl.trainers.rollout_hook import RolloutRecord
+from rlhf_trl.trainers.rollout_hook import RolloutRecord, RolloutTrainer
 
 
 class Moments(NamedTuple):
@@ -54,7 +55,7 @@ class Moments(NamedTuple):
         return (self.m2 / (self.count - int(unbiased)).clamp(min=1)).sqrt()
 
 
-def is_constant(mean: Tensor | float, std: Tensor | float) -> Tensor | bool:
+def is_constant(mean: Any, std: Any) -> Any:
     """Return where values differ by no more than float32's rounding: scaled to std 1, noise would become signal."""
     return std <= 1e-6 * abs(mean)
 
@@ -86,11 +87,14 @@ class RewardNorm(TrainerCallback):
     """
 
     def __init__(
-        self, clip: float | None = None, trainer: Trainer | None = None, combine: Callable[..., Tensor] | None = None
+        self,
+        clip: float | None = None,
+        trainer: RolloutTrainer | None = None,
+        combine: Callable[..., Tensor] | None = None,
     ):
         check_values(REWARD_NORM, {"clip": clip}, "reward_norm.")
         self.clip = clip
-        self.trainer = trainer
+        self.trainer: Any = trainer
         self.combine = combine or weighted_sum
         self._sums = getattr(self.combine, "func", self.combine) is weighted_sum  # which trainers do themselves
         self._normalizes = clip is not None or type(self) is not RewardNorm
@@ -144,7 +148,7 @@ class RunningNorm(RewardNorm, ExportableState):
         self,
         shift_mean: bool = True,
         clip: float | None = None,
-        trainer: Trainer | None = None,
+        trainer: RolloutTrainer | None = None,
         combine: Callable[..., Tensor] | None = None,
     ):
         super().__init__(clip, trainer, combine)
@@ -163,9 +167,7 @@ class RunningNorm(RewardNorm, ExportableState):
         return {"args": {}, "attributes": {"moments": moments}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if saved and state.global_step > 0 and saved["attributes"]["moments"]:
-            moments = saved["attributes"]["moments"]
+        if (saved := resumed_state(self, state)) and (moments := saved["moments"]):
             self.moments = Moments(**{key: torch.tensor(value, dtype=torch.float64) for key, value in moments.items()})
 
 
@@ -182,7 +184,7 @@ class BatchNorm(RewardNorm):
         self,
         shift_mean: bool = True,
         clip: float | None = None,
-        trainer: Trainer | None = None,
+        trainer: RolloutTrainer | None = None,
         combine: Callable[..., Tensor] | None = None,
     ):
         super().__init__(clip, trainer, combine)
@@ -225,7 +227,7 @@ class ReferenceNorm(RewardNorm, ExportableState):
         mean: float = 0.0,
         std: float | None = 1.0,
         clip: float | None = None,
-        trainer: Trainer | None = None,
+        trainer: RolloutTrainer | None = None,
         combine: Callable[..., Tensor] | None = None,
     ):
         check_values(REFERENCE_NORM, {"rows": rows, "mean": mean, "std": std}, "reward_norm.")
@@ -244,8 +246,8 @@ class ReferenceNorm(RewardNorm, ExportableState):
                 the references are, for the line that says so.
         """
         constant = is_constant(mean, std)
-        self.gain[function] = 1.0 if self.std is None or constant else self.std / std
-        self.bias[function] = self.mean - self.gain[function] * mean
+        gain = 1.0 if self.std is None or constant else self.std / std
+        self.gain[function], self.bias[function] = gain, self.mean - gain * mean
         if self.trainer is not None and self.trainer.is_world_process_zero():
             name = self.trainer.reward_func_names[function]
             only = ", which don't vary: it is only shifted" if constant and self.std is not None else ""
@@ -273,9 +275,8 @@ class ReferenceNorm(RewardNorm, ExportableState):
         return {"args": {}, "attributes": {"gain": self.gain, "bias": self.bias}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if saved and state.global_step > 0:
-            self.gain, self.bias = saved["attributes"]["gain"], saved["attributes"]["bias"]
+        if saved := resumed_state(self, state):
+            self.gain, self.bias = saved["gain"], saved["bias"]
             return
         self.gain, self.bias = [], []
         self._start(len(self.trainer.reward_funcs))

@@ -5,15 +5,15 @@ import math
 import os
 from collections import deque
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from rlhf_trl.callbacks.base import progress_counts, steps_per_rollout
 from rlhf_trl.data.messages import as_text
 from rlhf_trl.runs.record import SAMPLES_FILE
-from rlhf_trl.trainers.rollout_hook import RolloutRecord
+from rlhf_trl.trainers.rollout_hook import RolloutRecord, RolloutTrainer
 
 
 class Sample(NamedTuple):
@@ -40,7 +40,7 @@ class SampleLog(TrainerCallback):
             Rows per log step, spread evenly over the rollout.
     """
 
-    def __init__(self, trainer: Trainer, run_dir: str, max_rows: int = 8):
+    def __init__(self, trainer: RolloutTrainer, run_dir: str, max_rows: int = 8):
         self.trainer = trainer
         self.path = Path(run_dir, SAMPLES_FILE)
         self.max_rows = max_rows
@@ -68,7 +68,7 @@ class SampleLog(TrainerCallback):
             partial.write_text("".join(kept), encoding="utf-8")
             os.replace(partial, self.path)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs: dict[str, Any], **kwargs):
         if not state.is_world_process_zero:
             return
         evaluation = any(key.startswith("eval_") for key in logs)

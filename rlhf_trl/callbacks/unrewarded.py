@@ -1,10 +1,10 @@
 """Guard against rewards that are None for every completion, from which a run learns nothing."""
 
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.trainers.rollout_hook import RolloutRecord
+from rlhf_trl.trainers.rollout_hook import RolloutRecord, RolloutTrainer
 
 # Rollouts in a row. A single one may hold only prompts of a kind that no reward is for.
 PATIENCE = 3
@@ -22,7 +22,7 @@ class UnrewardedGuard(TrainerCallback):
             of a shorter run without any other.
     """
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: RolloutTrainer):
         self.trainer = trainer
         trainer.on_rollout(self._count)
         self._rollouts = self._in_a_row = 0

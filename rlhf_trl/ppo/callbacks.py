@@ -1,8 +1,9 @@
 """Callbacks that [`PPOTrainer`] adds to itself."""
 
 import math
+from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from rlhf_trl.ppo.critic import is_critic
@@ -48,7 +49,7 @@ class CriticWarmup(TrainerCallback):
         trainer ([`PPOTrainer`]): the trainer, with the property `in_critic_warmup`.
     """
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: Any):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):

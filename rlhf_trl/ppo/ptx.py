@@ -71,7 +71,7 @@ class Demonstrations:
         return sum(len(self.rows[i][1]) for i in indices)
 
     def batch(self, indices: list[int], device: torch.device) -> dict[str, Tensor]:
-        """Return `prompt_ids` (padded left), `completion_ids` (padded right) and their masks, of shape (rows, tokens)."""
+        """Return `prompt_ids` (padded left), `completion_ids` (padded right) and their masks, each (rows, tokens)."""
         made = {}
         for name, column, side in (("prompt", 0, "left"), ("completion", 1, "right")):
             ids = [torch.tensor(self.rows[i][column], dtype=torch.long) for i in indices]

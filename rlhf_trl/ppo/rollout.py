@@ -183,7 +183,7 @@ def score_rollout(
 
     # 2. Normalize. The policy learns from rewards on one scale (arXiv 1909.08593, section 2: mean 0 and variance 1 on
     # reference answers); the raw scores are logged.
-    learned = scores if rewards.normalized is None else rewards.normalized_scores().nan_to_num()
+    learned = rewards.normalized_scores().nan_to_num()
 
     # 3. EOS and length: a completion without an end is penalized (the "EOS trick", arXiv 2403.17031).
     shaped = shape_scores(

@@ -8,11 +8,12 @@ The hook on rollouts, which KL controllers, reward normalizers, samples and heal
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from trl.trainer.utils import nanstd
 
 from rlhf_trl.errors import ConfigError
@@ -49,8 +50,8 @@ class Rewards:
         return self._combined(self.counted)
 
     def normalized_scores(self) -> Tensor:
-        """Return the combined normalized rewards, shape (N,): NaN as in [`Rewards.scores`]."""
-        return self._combined(self.normalized)
+        """Return the combined normalized rewards, shape (N,): NaN as in [`Rewards.scores`]; the raw without any."""
+        return self._combined(self.counted if self.normalized is None else self.normalized)
 
     def _combined(self, values: Tensor) -> Tensor:
         return self.combine(values, self.counted, self.weights.to(values), self.names)
@@ -83,10 +84,54 @@ class RolloutRecord:
     @property
     def kl_standard_error(self) -> float:
         """Standard error of `kl`, in nats; infinite for a single sequence."""
-        return self.kl_std / math.sqrt(self.num_sequences - 1) if self.num_sequences > 1 else math.inf
+        if self.kl_std is None or self.num_sequences < 2:
+            return math.inf
+        return self.kl_std / math.sqrt(self.num_sequences - 1)
 
 
-class RolloutHook:
+Listener = Callable[[RolloutRecord], Tensor | None]
+
+
+class RolloutTrainer(Protocol):
+    """The part of a trainer that callbacks on rollouts use: PPO's, and ours for GRPO and RLOO."""
+
+    args: Any
+    state: TrainerState
+    accelerator: Any
+    model: Any
+    train_dataset: Any
+    callback_handler: Any
+    is_deepspeed_enabled: bool
+    beta: float
+    last_rollout: RolloutRecord | None
+    combine_rewards: Callable[..., Tensor]
+    reward_funcs: list
+    reward_func_names: list[str]
+    reward_weights: Tensor
+    chat_template_kwargs: dict[str, Any]
+    _metrics: dict[str, dict[str, list[float]]]
+    _tokenizer: PreTrainedTokenizerBase
+    _pending_metrics: dict[str, list]
+    _pending_extra_logs: dict[str, list]
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether there is a reference, so that the KL to it is measured."""
+        ...
+
+    def on_rollout(self, listener: Listener) -> None:
+        """See [`RolloutHook.on_rollout`]."""
+
+    def score_completions(self, inputs, prompts, completions, completion_ids_list) -> Rewards:
+        """See [`RolloutHook.score_completions`]."""
+        ...
+
+    def is_world_process_zero(self) -> bool:
+        """Return whether this is the first process of all."""
+        ...
+
+
+class RolloutHook(Trainer):
     """
     Mixin for `trl.GRPOTrainer` and `trl.RLOOTrainer`: functions that are called with each rollout.
 
@@ -100,9 +145,24 @@ class RolloutHook:
             `rlhf_trl.rewards.combine`; their weighted sum unless a callback sets another.
     """
 
+    args: Any
+    accelerator: Any  # its `gather` is typed by all that it takes, not by what it gets
+    model: Any
+    beta: float
+    reward_funcs: list
+    reward_func_names: list[str]
+    reward_weights: Tensor
+    chat_template_kwargs: dict[str, Any]
+    _record: RolloutRecord  # of the rollout that is being made
+    _step: int
+    _metrics: dict[str, dict[str, list[float]]]
+    _logs: dict[str, Any]
+    _tokenizer: PreTrainedTokenizerBase
+    _pending_metrics: dict[str, list]
+    _pending_extra_logs: dict[str, list]
+
     def __init__(self, *args, **kwargs):
-        self._listeners: list[Callable[[RolloutRecord], Tensor | None]] = []
-        self._record: RolloutRecord | None = None  # of the rollout that is being made
+        self._listeners: list[Listener] = []
         self.last_rollout: RolloutRecord | None = None
         self.combine_rewards: Callable[..., Tensor] = weighted_sum
         super().__init__(*args, **kwargs)
@@ -112,7 +172,7 @@ class RolloutHook:
         """Whether there is a reference, so that the KL to it is measured."""
         return self.beta != 0
 
-    def on_rollout(self, listener: Callable[[RolloutRecord], Tensor | None]) -> None:
+    def on_rollout(self, listener: Listener) -> None:
         """
         Call a function with each rollout, in training and in evaluation, before anything is learned from it.
 
@@ -125,7 +185,9 @@ class RolloutHook:
 
     def score_completions(self, inputs, prompts, completions, completion_ids_list) -> Rewards:
         """Return the rewards of completions, of all ranks on every rank; the arguments are TRL's, of this rank."""
-        values = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        values = super()._calculate_rewards(  # pyright: ignore[reportAttributeAccessIssue] GRPO's and RLOO's
+            inputs, prompts, completions, completion_ids_list
+        )
         weights, names = self.reward_weights, self.reward_func_names
         return Rewards(values, self._invalid_rewards(values), weights, names, self.combine_rewards)
 
@@ -159,10 +221,10 @@ class RolloutHook:
         if record.training and normalized is not None:
             scores = rewards.normalized_scores()
             self._metrics["train"]["objective/scores_normalized"].append(torch.nanmean(scores).item())
-        if rewards.combine is weighted_sum:
+        if rewards.combine is weighted_sum and normalized is not None:
             return normalized
         columns = torch.full_like(rewards.values, torch.nan)
-        columns[:, 0] = rewards.scores() if normalized is None else rewards.normalized_scores()
+        columns[:, 0] = rewards.normalized_scores()
         self.reward_weights = torch.ones_like(self.reward_weights)  # until the rollout is made
         return columns
 
@@ -173,7 +235,7 @@ class RolloutHook:
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         weights = self.reward_weights
         try:
-            output = super()._generate_and_score_completions(inputs)
+            output = super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
             self.reward_weights = weights
         if not self._learns_from_raw_sum(self._record.rewards):
@@ -214,7 +276,7 @@ class RolloutHookWithKL(RolloutHook):
         super().__init__(*args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if self._passes is not None:
             self._passes.append(result[0].detach())
         return result
@@ -235,7 +297,7 @@ class RolloutHookWithKL(RolloutHook):
             self._sequence_kls.clear()
         output, passes = self._listen(super()._generate_and_score_completions, inputs)
         if len(passes) == 2:  # the policy's, then the reference's
-            self._add_kl(*passes, output)
+            self._add_kl(passes[0], passes[1], output)
             self._measure_kl()
         elif self.beta != 0:
             self._micro_batches_without_kl = self.args.steps_per_generation
@@ -243,8 +305,8 @@ class RolloutHookWithKL(RolloutHook):
 
     def _compute_loss(self, model, inputs: dict[str, Any]) -> Tensor:
         if not self._micro_batches_without_kl or not self.model.training:
-            return super()._compute_loss(model, inputs)
-        loss, passes = self._listen(super()._compute_loss, model, inputs)
+            return super()._compute_loss(model, inputs)  # pyright: ignore[reportAttributeAccessIssue]
+        loss, passes = self._listen(super()._compute_loss, model, inputs)  # pyright: ignore[reportAttributeAccessIssue]
         self._add_kl(passes[0], inputs["ref_per_token_logps"], inputs)
         self._micro_batches_without_kl -= 1
         if not self._micro_batches_without_kl:
@@ -259,6 +321,7 @@ class RolloutHookWithKL(RolloutHook):
 
     def _measure_kl(self) -> None:
         kl, record = self.accelerator.gather(torch.cat(self._sequence_kls)).double(), self.last_rollout
+        assert record is not None
         record.kl, record.kl_std, record.num_sequences = kl.mean().item(), kl.std(unbiased=False).item(), len(kl)
-        self._metrics["train"]["objective/kl"].append(record.kl)
+        self._metrics["train"]["objective/kl"].append(kl.mean().item())
         self._metrics["train"]["objective/kl_coef"].append(float(self.beta))

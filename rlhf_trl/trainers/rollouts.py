@@ -12,7 +12,7 @@ from typing import Any
 
 import trl
 from accelerate.utils import is_peft_model
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.tokenize import end_tokens, prompt_ids, remember_ends
@@ -41,8 +41,23 @@ def settings_left_open(model: PreTrainedModel, sampling: GenerationConfig) -> di
     }
 
 
-class Rollouts:
+class Rollouts(Trainer):
     """Mixin for `trl.GRPOTrainer` and `trl.RLOOTrainer`, see the module."""
+
+    args: Any
+    accelerator: Any
+    model: Any
+    ref_model: PreTrainedModel | None
+    tools: list
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any]
+    eos_token_ids: list[int]
+    use_vllm: bool
+    vllm_generation: Any
+    generation_config: GenerationConfig
+    generation_kwargs: dict[str, Any]
+    _tokenizer: PreTrainedTokenizerBase
+    _is_vlm: bool
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -96,12 +111,12 @@ class Rollouts:
                 "`tools`, or the trainer's argument."
             )
         self._rows = inputs
-        return super()._generate_and_score_completions(inputs)
+        return super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], list | None, dict[str, Any]]:
         """Return the prompts' ids, with the `tools` and `chat_template_kwargs` of their rows, which TRL ignores."""
         if self._is_vlm or getattr(self, "environment_factories", None) is not None:
-            return super()._tokenize_prompts(prompts)
+            return super()._tokenize_prompts(prompts)  # pyright: ignore[reportAttributeAccessIssue]
         own = {"tools": self.tools, "chat_template": self.chat_template} if getattr(self, "tools", None) else {}
         ids = [
             prompt_ids(self._tokenizer, prompt, **own, **template_kwargs(row))
@@ -111,7 +126,7 @@ class Rollouts:
 
     def _generate_single_turn(self, *args, **kwargs):
         with special_tokens_only(self._policy):
-            return super()._generate_single_turn(*args, **kwargs)
+            return super()._generate_single_turn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class GRPOTrainer(RolloutHookWithKL, Rollouts, TrainerMixin, trl.GRPOTrainer):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from rlhf_trl.trainers.rollout_hook import RolloutTrainer
 
 # Options of `transformers.GenerationConfig` that change probabilities, with the values at which they don't. The
 # temperature isn't among them: TRL divides the logits by it in every log-probability.
@@ -34,7 +34,7 @@ NEUTRAL: dict[str, tuple] = {
 }
 
 
-def sampling_differences(trainer: Trainer) -> list[str]:
+def sampling_differences(trainer: RolloutTrainer) -> list[str]:
     """
     Return what makes the completions of a trainer come from another distribution than the log-probabilities that it
     scores them with: sampling settings away from their neutral value, a rollout function, vLLM, dropout.
@@ -56,7 +56,7 @@ def sampling_differences(trainer: Trainer) -> list[str]:
     return found
 
 
-def biasing_settings(args: TrainingArguments) -> list[str]:
+def biasing_settings(args: Any) -> list[str]:
     """Return the sampling settings of a trainer that are away from their neutral value, as they would be set."""
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     settings = {name: getattr(args, name) for name in names} | (args.generation_kwargs or {})
