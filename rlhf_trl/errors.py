@@ -70,7 +70,7 @@ def user_traceback(error: BaseException) -> str | None:
             last = frames[own[-1]].f_code
             shown = traceback.extract_tb(cause.__traceback__)[own[0] :]
             raised = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
-            where = f"`{last.co_name}` in {_short(last.co_filename)}"
+            where = f"`{last.co_name}` in {short_path(last.co_filename)}"
             what = f"{where} raised {raised}"
             if isinstance(cause, SystemExit):
                 what = f"{where} ended the program (`sys.exit({'' if cause.code is None else cause.code!r})`)"
@@ -81,7 +81,7 @@ def user_traceback(error: BaseException) -> str | None:
 def user_location(error: BaseException) -> str | None:
     """Return where an error left the user's own code, `my_rewards.py, line 3`, or `None`."""
     own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_own(frame)]
-    return f"{_short(own[-1][0].f_code.co_filename)}, line {own[-1][1]}" if own else None
+    return f"{short_path(own[-1][0].f_code.co_filename)}, line {own[-1][1]}" if own else None
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -105,6 +105,7 @@ def _is_own_file(file: str) -> bool:
     return not installed and not any(path.is_relative_to(Path(folder).resolve()) for folder in (STDLIB, PACKAGE))
 
 
-def _short(file: str) -> str:
+def short_path(file: str | Path) -> str:
+    """Return a path relative to the working directory if it is below it, else as it is."""
     path = Path(file)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import psutil
 import yaml
 
-from rlhf_trl.errors import ConfigError
+from rlhf_trl.errors import ConfigError, short_path
 from rlhf_trl.runs.lock import in_use_problem, lock_owner
 from rlhf_trl.runs.paths import conf_dir
 from rlhf_trl.runs.record import CONFIG_FILE, read_metrics, read_run
@@ -41,13 +41,9 @@ def launch_command(accelerate: str | None = None, options: Sequence[str] = ()) -
     command = [*ACCELERATE]
     if accelerate:
         ours = launch_dir() / "accelerate" / f"{accelerate}.yaml"
-        command += ["--config_file", _short(ours) if ours.exists() else accelerate]
+        command += ["--config_file", short_path(ours) if ours.exists() else accelerate]
     script = conf_dir().parent / "train.py"  # only a clone has it
-    return [*command, *options, *([_short(script)] if script.exists() else ["-m", "rlhf_trl.cli"])]
-
-
-def _short(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    return [*command, *options, *([short_path(script)] if script.exists() else ["-m", "rlhf_trl.cli"])]
 
 
 def shell_line(command: Sequence[str]) -> str:
