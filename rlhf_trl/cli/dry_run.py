@@ -36,6 +36,7 @@ from rlhf_trl.config.values import as_dict
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.lengths import head_names
 from rlhf_trl.data.preview import count_trained, render_batch, render_sample
+from rlhf_trl.data.splits import eval_split
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.generation import TOO_LONG, Policy
 from rlhf_trl.models.adapters import adapter_config
@@ -45,13 +46,13 @@ from rlhf_trl.models.sizes import Sizes, check_rows, empty_model
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.runs.paths import project_dir, resolve_path
 from rlhf_trl.runs.ranks import is_main_process
-from rlhf_trl.stages.evaluate import held_out, reference_answers
+from rlhf_trl.stages.evaluate import reference_answers
 from rlhf_trl.stages.evaluate_reward import rows_of
 from rlhf_trl.stages.generate import as_chat, given_prompt, prompts_of
 from rlhf_trl.stages.reward import member_seeds
 from rlhf_trl.terminal import printable
 
-READERS = {"prompt": held_out, "annotated": rows_of}  # which rows a stage reads that trains nothing
+READERS = {"prompt": eval_split, "annotated": rows_of}  # which rows a stage reads that trains nothing
 END = "Dry run: nothing was started and nothing written. Remove `debug=dry_run` to run it."
 
 

@@ -6,8 +6,10 @@ import random
 import unicodedata
 from collections.abc import Hashable, Iterable
 
+from datasets import Dataset, DatasetDict
+
 from rlhf_trl.data.formats import prompt_of
-from rlhf_trl.errors import DataError
+from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.hints import count_of
 
 BATCH_ROWS = 1000
@@ -112,3 +114,18 @@ def draw(size: int, count: int, seed: str) -> list[int]:
     """`count` of `size` indices, ascending; beyond `size` all of them as often as they fit, then a random choice."""
     whole, rest = divmod(count, size)
     return list(range(size)) * whole + sorted(random.Random(seed).sample(range(size), rest))
+
+
+def eval_split(datasets: DatasetDict) -> Dataset:
+    """
+    Return the eval split, for stages that need held-out rows.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if there is none, or nothing in it.
+    """
+    dataset = datasets.get("eval")
+    if dataset is None or len(dataset) == 0:
+        raise ConfigError(
+            "An evaluation needs held-out prompts, and the data has no `eval` split with rows. Add one to `data`."
+        )
+    return dataset

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
@@ -97,7 +97,7 @@ def read_annotated(dataset: Dataset) -> Annotations:
     numbers: dict[str, int] = {}
     places: dict[tuple[int, str], int] = {}
     attributes: dict[str, list[tuple[int, int, int]]] = {}
-    for r, row in enumerate(cast(Iterable[dict], dataset)):
+    for r, row in enumerate(cast(Iterable[dict[str, Any]], dataset)):
         number = numbers.setdefault(key_of(row["prompt"]), len(numbers))
         indices = []
         for i, completion in enumerate(row["completions"]):

@@ -1,7 +1,7 @@
 """Completions of policies, and their log-probabilities."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -30,22 +30,21 @@ class Policy(NamedTuple):
         """Return the token ids of a prompt, as training gives it to the policy; keywords are the chat template's."""
         return prompt_ids(self.tokenizer, prompt, **template_kwargs)
 
-    def completion(self, prompt: Prompt, ids: Sequence[int]) -> Prompt:
+    def completion(self, prompt: Prompt, ids: list[int]) -> Prompt:
         """Return what was written after `prompt`: text, or one assistant message where that is a chat."""
-        text = cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
     @property
     def chats(self) -> bool:
-        """Whether it has a chat template; else it continues a text."""
+        """True for a policy with a chat template; another one continues a text."""
         return self.tokenizer.chat_template is not None
 
 
 def load_policy(name: str, path: str, dtype: str) -> Policy:
     """Load a policy onto the device, in evaluation mode."""
     model: Any = load_model(path, dtype=dtype)  # `PreTrainedModel.to` is declared without `self`
-    model = model.eval().to(PartialState().device)
-    return Policy(name, path, model, load_tokenizer(path))
+    return Policy(name, path, model.eval().to(PartialState().device), load_tokenizer(path))
 
 
 def as_prompt(text: str, policy: Policy, system_prompt: str | None = None) -> Prompt:
@@ -57,7 +56,7 @@ def as_prompt(text: str, policy: Policy, system_prompt: str | None = None) -> Pr
 
 
 def generation_config(temperature: float, max_completion_length: int) -> dict[str, Any]:
-    """Sampling from the whole distribution; at temperature 0 each token is the likeliest one."""
+    """Return the arguments of sampling from the full distribution; at temperature 0 decoding is greedy."""
     drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     return {**(drawing if temperature > 0 else {"do_sample": False}), "max_new_tokens": max_completion_length}
 
@@ -73,21 +72,21 @@ def sample(
     seed: int,
 ) -> list[list[int]]:
     """
-    One completion a prompt, from the policy's whole distribution (no top-k, top-p or repetition penalty).
+    Sample one completion per prompt, from the policy's full distribution (no top-k, top-p or repetition penalty).
 
     Args:
         model ([`~transformers.PreTrainedModel`]), tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The policy.
+            Policy to sample from.
         prompts (`Sequence[list[int]]`):
             Token ids.
         max_completion_length (`int`):
-            Tokens.
+            Limit in tokens.
         temperature (`float`):
-            Logits are divided by it; at 0 each token is the likeliest one.
+            Logits are divided by it; at 0 decoding is greedy.
         batch_size (`int`):
-            Prompts at a time.
+            Number of prompts at a time.
         seed (`int`):
-            Set before the first batch: the same policy, prompts and seed give the same completions.
+            Set before the first batch: the same policy, prompts and seed lead to the same completions.
 
     Returns:
         `list[list[int]]`: token ids, up to the end token and with it where it was written.
@@ -99,7 +98,7 @@ def sample(
     check_rows(sizes, prompts, max_completion_length, TOO_LONG)
     set_seed(seed)
     ends, pad = end_tokens(tokenizer), tokenizer.pad_token_id
-    # The model's own generation config would fill what is left unset here
+    # The model's own generation config would fill in whatever is unset here
     model.generation_config = GenerationConfig(
         **generation_config(temperature, max_completion_length), eos_token_id=ends, pad_token_id=pad
     )
@@ -107,7 +106,7 @@ def sample(
     for batch in _batches(prompts, batch_size):
         width = max(len(ids) for ids in batch)
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=model.device)
-        # From the lengths: the pad token may well be the end token, and stand in a prompt
+        # From the lengths: the pad token may be the end token, and be part of a prompt
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
         # Of GenerationMixin, which models that write have
         written = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()  # pyright: ignore[reportCallIssue]
@@ -117,7 +116,7 @@ def sample(
 
 
 def _to_the_end(ids: list[int], ends: list[int]) -> list[int]:
-    """`ids` up to the first end token and with it."""
+    """Return `ids` up to the first end token, included."""
     return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
@@ -131,8 +130,8 @@ def sample_in_turns(
     seed: int,
 ) -> list[list[int]]:
     """
-    As [`sample`], from the same distribution by other draws, for many completions: after every quarter of the length
-    (16 tokens at least) those that have ended leave, so that a batch doesn't wait for its longest.
+    Sample as [`sample`] does, from the same distribution by other draws, for many completions: after every quarter of
+    the length (16 tokens at least) finished ones are removed, so that a batch doesn't wait for its longest.
     """
     step, ends = max(16, -(-max_completion_length // 4)), end_tokens(tokenizer)
     completions, going = [[] for _ in prompts], list(range(len(prompts)))
@@ -149,7 +148,7 @@ def sample_in_turns(
 
 
 class TokenStatistics(NamedTuple):
-    """Of each token of a completion, in nats: shape (T,) each."""
+    """Log-probability and entropy of each token of a completion, in nats, shape (T,) each."""
 
     logps: Tensor
     entropy: Tensor
@@ -164,17 +163,17 @@ def token_statistics(
     batch_size: int,
 ) -> list[TokenStatistics]:
     """
-    Log-probability of each token of each completion after its prompt, and the entropy of what could have stood there.
+    Compute the log-probability of each token of each completion, and the entropy of its distribution.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The policy that judges.
+            Policy whose distribution is used.
         prompts (`Sequence[list[int]]`), completions (`Sequence[list[int]]`):
-            Token ids, one completion a prompt, each of at least one token.
+            Token ids, one completion per prompt, each of at least one token.
         temperature (`float`):
             Logits are divided by it, as they were in sampling.
         batch_size (`int`):
-            Rows at a time.
+            Number of rows at a time.
     """
     found = []
     rows = list(zip(prompts, completions, strict=True))
@@ -190,7 +189,7 @@ def token_statistics(
             counts[i, len(prompt) : end] = 1
         ids, mask, counts = (tensor.to(model.device) for tensor in (ids, mask, counts))
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        # Of the completions' tokens only: what else is there can be most of it
+        # Only the completions' tokens: the others can be most of them
         kept = counts[:, 1:].bool()
         logits = logits[kept].float() / temperature
         logps = selective_log_softmax(logits, ids[:, 1:][kept]).cpu()
@@ -201,7 +200,7 @@ def token_statistics(
 
 
 def sequence_logps(model: PreTrainedModel, prompts, completions, temperature: float, batch_size: int) -> Tensor:
-    """Log-probability of each whole completion after its prompt, in nats, shape (P,); see [`token_statistics`]."""
+    """Return the log-probability of each completion given its prompt, in nats, shape (P,)."""
     rows = token_statistics(model, prompts, completions, temperature, batch_size)
     return torch.stack([row.logps.sum() for row in rows])
 

@@ -13,7 +13,7 @@ import numpy as np
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.paths import resolve_path
 
-# A verdict and nothing else: a sentence that begins with the article "A" is none
+# A verdict alone: a sentence that begins with the article "A" isn't one
 VERDICT = re.compile(
     r"(?:(?:final )?(?:answer|verdict|winner|response)\s*(?:is)?\W*)?(A|B|C|tie)(?: (?:is better|wins))?", re.I
 )
@@ -21,7 +21,13 @@ BRACKETS = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.I)
 
 
 class Answers(NamedTuple):
-    """What a policy wrote for each prompt: texts, and `rewards` by name, shape (P,); `""` is their combination."""
+    """
+    Answers of a policy to P prompts.
+
+    Attributes:
+        texts: the completions.
+        rewards: rewards by name, shape (P,); the combined one under [`~rlhf_trl.evaluation.rewards.COMBINED`].
+    """
 
     texts: Sequence[str]
     rewards: dict[str, np.ndarray]
@@ -85,11 +91,11 @@ class Judge(Protocol):
 
 class RewardJudge:
     """
-    The answer with the higher reward wins.
+    Judge by a reward: the answer with the higher one wins.
 
     Args:
         reward (`str`, *optional*):
-            Name of one of the group `reward`; `None`: what they are combined to.
+            Name of one of the group `reward`; `None`: the combined reward.
         tie_margin (`float`):
             Rewards no further apart than this are a tie.
     """
@@ -101,10 +107,10 @@ class RewardJudge:
         self.name = f"the reward `{reward}`" if reward else "the reward"
 
     def check(self) -> None:
-        """Nothing can be missing that the config's checks don't see."""
+        """See [`Judge.check`]: the checks of the config have found everything."""
 
     def compare(self, prompts: Sequence[str], policy: Answers, baseline: Answers) -> Verdicts:
-        """See the module."""
+        """See [`Judge.compare`]."""
         if self.reward not in policy.rewards:
             names = ", ".join(f"`{name}`" for name in policy.rewards if name)
             raise ConfigError(
@@ -120,13 +126,13 @@ class RewardJudge:
 
 class TextJudge:
     """
-    Asks somebody who reads both answers, each pair in both orders.
+    Base of judges that read both answers, each pair in both orders.
 
     Args:
         template (`str`):
-            What is asked, with `{prompt}`, `{a}` and `{b}`.
+            Question, with `{prompt}`, `{a}` and `{b}`.
         all_pairs (`bool`):
-            Judge all pairs of policies; else each against the baseline.
+            Judge all pairs of policies, instead of each against the baseline.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if the template lacks one of the three.
@@ -137,41 +143,41 @@ class TextJudge:
     def __init__(self, template: str, all_pairs: bool = False):
         missing = [key for key in ("{prompt}", "{a}", "{b}") if key not in template]
         if missing:
-            raise ConfigError(f"`judge.template` has no `{missing[0]}`, so the judge wouldn't see it. Put it in.")
+            raise ConfigError(f"`judge.template` has no `{missing[0]}`, so the judge wouldn't see it. Add it.")
         self.template, self.all_pairs = template, all_pairs
 
     def check(self) -> None:
         """
-        Called before policies are sampled.
+        Check before policies are sampled that the judge can be asked.
 
         Raises:
-            [`~rlhf_trl.errors.ConfigError`]: if nobody is there to ask.
+            [`~rlhf_trl.errors.ConfigError`]: if it can't.
         """
 
     def ask(self, questions: Sequence[str]) -> list[str]:
-        """One reply a question."""
+        """Return one reply per question."""
         raise NotImplementedError
 
     def compare(self, prompts: Sequence[str], policy: Answers, baseline: Answers) -> Verdicts:
-        """See the module. A prompt counts if both orders have a verdict; its outcome is their mean."""
+        """See [`Judge.compare`]. A prompt counts if both orders have a verdict; its outcome is their mean."""
         questions = [
             self.question(prompt, *order)
             for prompt, one, other in zip(prompts, policy.texts, baseline.texts, strict=True)
             for order in ((one, other), (other, one))
         ]
-        # Many prompts have equal answers from two policies: those need no judge, and are asked for once
+        # Prompts with equal answers of two policies have equal questions: each is asked once
         distinct = list(dict.fromkeys(questions))
         replies = dict(zip(distinct, self.ask(distinct), strict=True))
         return outcomes_of([verdict(replies[question]) for question in questions])
 
     def question(self, prompt: str, a: str, b: str) -> str:
-        """The filled template. Braces in the texts are left alone."""
+        """Fill in the template. Braces in the texts are kept."""
         parts = {"{prompt}": prompt, "{a}": a, "{b}": b}
         return re.sub(r"\{(?:prompt|a|b)\}", lambda match: parts[match.group()], self.template)
 
 
 def verdict(reply: str) -> str | None:
-    """`A`, `B` or `tie` in a judge's reply, `None` if it says none or several: counted, not guessed."""
+    """Return `A`, `B` or `tie` as a judge's reply says, `None` if it names none or several."""
     found = {match.upper() for match in BRACKETS.findall(reply)}
     if not found:
         lines = [line for line in reply.splitlines() if line.strip()]
@@ -185,11 +191,11 @@ def verdict(reply: str) -> str | None:
 
 def outcomes_of(verdicts: Sequence[str | None]) -> Verdicts:
     """
-    The verdicts of both orders put together.
+    Combine the verdicts of both orders.
 
     Args:
         verdicts (`Sequence[str | None]`):
-            Two a prompt: with the policy's answer as A, then as B.
+            Two per prompt: with the policy's answer as A, then as B.
     """
     worth = {"A": (1.0, 0.0), "B": (0.0, 1.0), "tie": (0.5, 0.5), None: (np.nan, np.nan)}
     orders = np.array([worth[one][place % 2] for place, one in enumerate(verdicts)]).reshape(-1, 2)
@@ -206,15 +212,15 @@ def outcomes_of(verdicts: Sequence[str | None]) -> Verdicts:
 
 class ModelJudge(TextJudge):
     """
-    A language model on this machine, which replies greedily.
+    A local language model that replies with greedy decoding.
 
     Args:
         path (`str`):
             Folder or hub id.
         template (`str`), all_pairs (`bool`):
-            See [`TextJudge`]; as a user's turn where the model has a chat template.
+            See [`TextJudge`]; a user's turn where the model has a chat template.
         max_new_tokens (`int`), batch_size (`int`), dtype (`str`):
-            Of its replies.
+            Limit of its replies, number of questions at a time, and type of the weights.
     """
 
     def __init__(
@@ -232,7 +238,7 @@ class ModelJudge(TextJudge):
         self.name = f"the language model `{path}`, in both orders"
 
     def ask(self, questions: Sequence[str]) -> list[str]:
-        """See [`TextJudge`]."""
+        """See [`TextJudge.ask`]."""
         from accelerate import PartialState
 
         from rlhf_trl.data.tokenize import prompt_ids
@@ -258,21 +264,21 @@ class HTTPJudge(TextJudge):
 
     Args:
         url (`str`):
-            Such as `http://localhost:8000/v1`.
+            Base address, such as `http://localhost:8000/v1`.
         model (`str`):
-            Its name there.
+            Name of the model at that endpoint.
         template (`str`), all_pairs (`bool`):
             See [`TextJudge`].
         api_key_env (`str`, *optional*):
-            Environment variable with the key.
+            Environment variable that holds the key.
         timeout (`float`):
-            Seconds until a reply is complete.
+            Limit in seconds for a complete reply.
         retries (`int`):
-            More tries after a broken connection, a timeout, status 429 or 5xx, with pauses of 1, 2, 4 ... seconds.
+            Number of retries after a broken connection, a timeout, status 429 or 5xx, with pauses of 1, 2, 4 ... s.
         concurrency (`int`):
-            Questions under way at a time.
+            Number of concurrent requests.
         max_tokens (`int`):
-            Of a reply.
+            Limit of a reply.
     """
 
     def __init__(
@@ -301,11 +307,11 @@ class HTTPJudge(TextJudge):
             self.headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
 
     def check(self) -> None:
-        """See [`TextJudge`]: one question, so that a wrong address or key doesn't cost the sampling."""
+        """See [`TextJudge.check`]: ask one question, so that a wrong address or key stops before the sampling."""
         self.ask([self.question("1 + 1 =", "2", "3")])
 
     def ask(self, questions: Sequence[str]) -> list[str]:
-        """See [`TextJudge`]."""
+        """See [`TextJudge.ask`]."""
         import httpx
 
         headers = {"Content-Type": "application/json", **self.headers}
@@ -317,7 +323,7 @@ class HTTPJudge(TextJudge):
             try:
                 return [future.result() for future in futures]
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # what one question met, all would
+                pool.shutdown(wait=False, cancel_futures=True)  # the others would fail the same way
                 raise
 
     def _reply(self, client, question: str) -> str:

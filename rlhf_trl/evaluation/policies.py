@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -73,7 +73,8 @@ class Benchmark:
 
     def prompt_ids(self, policy: Policy) -> list[list[int]]:
         """Return the token ids of the prompts, as training gives them to the policy."""
-        return [policy.ids(row["prompt"], **template_kwargs(row)) for row in cast(Iterable[dict], self.dataset)]
+        rows = cast(Iterable[dict[str, Any]], self.dataset)
+        return [policy.ids(row["prompt"], **template_kwargs(row)) for row in rows]
 
     def scored(self, policy: Policy, dataset: Dataset, completion_ids: list[list[int]]) -> Answers:
         """Return a policy's completions for the prompts of `dataset` with their rewards."""
@@ -131,7 +132,7 @@ def evaluate_policies(
             drawn = draw_many(base, benchmark, samples, samples_batch_size)
             curves = best_of_n_curves(drawn, benchmark.rewards)
         if references is not None:
-            found = perplexity(policy, cast(Iterable[dict], references), benchmark.batch_size)
+            found = perplexity(policy, references, benchmark.batch_size)
             results[name] = replace(results[name], reference_perplexity=found)
         del policy  # one at a time besides the baseline
     kept, valid = paired(answers)
@@ -255,9 +256,12 @@ def with_kl(
     )
 
 
-def perplexity(policy: Policy, rows: Iterable[dict], batch_size: int) -> float:
+def perplexity(policy: Policy, rows: Dataset, batch_size: int) -> float:
     """Return exp of the mean loss over the tokens of the rows' completions, the end token among them."""
-    parts = [split_row_ids(policy.tokenizer, row["prompt"], row["completion"], **template_kwargs(row)) for row in rows]
+    parts = [
+        split_row_ids(policy.tokenizer, row["prompt"], row["completion"], **template_kwargs(row))
+        for row in cast(Iterable[dict[str, Any]], rows)
+    ]
     starts, ends = zip(*parts, strict=True)
     found = token_statistics(policy.model, starts, ends, temperature=1.0, batch_size=batch_size)
     return float(torch.cat([row.logps for row in found]).double().mean().neg().exp())

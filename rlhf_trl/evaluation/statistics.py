@@ -1,4 +1,4 @@
-"""Intervals and comparisons over prompts: pure functions on numpy arrays of shape (P,), one value a prompt."""
+"""Intervals and comparisons over prompts: pure functions on numpy arrays of shape (P,), one value per prompt."""
 
 import math
 from collections.abc import Sequence
@@ -10,21 +10,22 @@ from rlhf_trl.runs.results import Estimate
 
 def bootstrap_mean(values: np.ndarray, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Estimate:
     """
-    Mean over prompts with its percentile bootstrap interval (Efron 1979): prompts are drawn with replacement.
+    Return the mean over prompts with its percentile bootstrap interval (Efron 1979): prompts are drawn with
+    replacement.
 
     Args:
         values (`np.ndarray` of shape `(P,)`):
-            One finite value a prompt, at least one.
+            One finite value per prompt, at least one.
         level (`float`):
             Share of the resampled means inside the interval.
         resamples (`int`):
-            How many times the prompts are drawn anew.
+            Number of times that the prompts are resampled.
         seed (`int`):
             Seed of the draws; the same values, level and seed give the same interval.
     """
     values = np.asarray(values, dtype=float)
     random = np.random.default_rng(seed)
-    # In turns of about a million draws, so that many prompts don't need much memory
+    # In chunks of about a million draws, to limit the memory
     turn = max(1, 1_000_000 // len(values))
     means = np.concatenate(
         [
@@ -37,12 +38,12 @@ def bootstrap_mean(values: np.ndarray, level: float = 0.95, resamples: int = 10_
 
 
 def paired_difference(values: np.ndarray, baseline: np.ndarray, **bootstrap) -> Estimate:
-    """Mean of `values - baseline` over the same prompts, with the interval of the differences."""
+    """Return the mean of `values - baseline` over the same prompts, with the interval of the differences."""
     return bootstrap_mean(np.asarray(values, dtype=float) - np.asarray(baseline, dtype=float), **bootstrap)
 
 
 def win_rate(values: np.ndarray, baseline: np.ndarray, **bootstrap) -> Estimate:
-    """Share of prompts on which `values` is above `baseline`; a tie counts half."""
+    """Return the share of prompts on which `values` is above `baseline`; a tie counts half."""
     values, baseline = np.asarray(values, dtype=float), np.asarray(baseline, dtype=float)
     return bootstrap_mean((values > baseline) + 0.5 * (values == baseline), **bootstrap)
 
@@ -51,12 +52,12 @@ def bootstrap_share(
     sums: np.ndarray, counts: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Estimate:
     """
-    sum(sums) / sum(counts), with the percentile bootstrap interval of rows that are drawn with replacement.
+    Return sum(sums) / sum(counts), with the percentile bootstrap interval of rows that are drawn with replacement.
 
     Args:
         sums, counts (`np.ndarray` of shape `(R,)`):
-            Of each row, the sum of its values and how many there are; rows are independent of each other, values of
-            one row need not be.
+            Sum and number of the values of each row; rows are independent of each other, values of one row need not
+            be.
         level, resamples, seed:
             See [`bootstrap_mean`].
 
@@ -78,7 +79,7 @@ def bootstrap_share(
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Correlation coefficient; NaN for fewer than three values, or where one side doesn't vary."""
+    """Return the correlation coefficient; NaN for fewer than three values, or where one side doesn't vary."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if len(x) < 3:
         return np.nan
@@ -88,28 +89,28 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Correlation coefficient of the ranks; equal values share the mean of their ranks."""
+    """Return the correlation coefficient of the ranks; equal values share the mean of their ranks."""
     return pearson(ranks(x), ranks(y))
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, the smallest value first; equal values share the mean of theirs."""
+    """Return ranks from 1, the smallest value first; equal values share the mean of theirs."""
     _, inverse, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts - 1) / 2)[inverse]
 
 
 def best_of_n(select: np.ndarray, measure: np.ndarray, n: int) -> np.ndarray:
     """
-    What the best of `n` samples is worth, expected over all ways to draw them from the `m` at hand, shape `(P,)`.
+    Return the expected value of the best of `n` samples over all ways to draw them from `m`, shape `(P,)`.
 
-    This is the estimator without bias of Nakano et al. 2021 (WebGPT, arXiv 2112.09332): the sample of rank
+    This is the unbiased estimator of Nakano et al. 2021 (WebGPT, arXiv 2112.09332): the sample of rank
     i (from below) is the best of `n` drawn without replacement with probability C(i - 1, n - 1) / C(m, n).
 
     Args:
         select (`np.ndarray` of shape `(P, m)`):
-            What the best is chosen by. Among equals each is chosen as often as another.
+            Values that choose the best. Equal ones are chosen equally often.
         measure (`np.ndarray` of shape `(P, m)`):
-            What the chosen one is worth.
+            Values that are averaged over the chosen ones.
         n (`int`):
             1 to `m`.
     """
@@ -127,7 +128,7 @@ def best_of_n(select: np.ndarray, measure: np.ndarray, n: int) -> np.ndarray:
 
 def best_of_n_kl(n: int) -> float:
     """
-    KL of the best of `n` samples to the policy they come from, in nats a sequence: log n - (n - 1) / n.
+    Return the KL of the best of `n` samples to the policy they are from, in nats per sequence: log n - (n - 1) / n.
 
     Exact where no two samples are equal, else an upper bound (Beirami et al. 2024, arXiv 2401.01879).
     """
@@ -143,8 +144,8 @@ def length_controlled_win_rate(
     ridge: float = 0.01,
 ) -> Estimate:
     """
-    The win rate at equal length: AlpacaEval 2's logistic regression (Dubois et al. 2024, arXiv 2404.04475, eq. 2)
-    without its term for the difficulty of a prompt.
+    Return the win rate at equal length: AlpacaEval 2's logistic regression (Dubois et al. 2024, arXiv 2404.04475, eq.
+    2) without its term for the difficulty of a prompt.
 
     The probability of a win is modeled as sigmoid(a + b tanh(d / std(d))), with `d` the difference in length; the
     result is sigmoid(a), with a percentile interval from prompts drawn with replacement.
@@ -153,11 +154,11 @@ def length_controlled_win_rate(
         outcomes (`np.ndarray` of shape `(P,)`):
             1 for a win, 0.5 for a tie, 0 for a loss.
         length_difference (`np.ndarray` of shape `(P,)`):
-            Length of the policy's answer less that of the baseline's.
+            Length of the policy's answer minus that of the baseline's.
         level (`float`), resamples (`int`), seed (`int`):
             See [`bootstrap_mean`].
         ridge (`float`):
-            Half of it times a² + b² is added to the loss a prompt, divided by P, so that a policy that always wins
+            Half of it times a² + b² is added to the loss per prompt, divided by P, so that a policy that always wins
             has a finite estimate.
     """
     y, d = np.asarray(outcomes, dtype=float), np.asarray(length_difference, dtype=float)
@@ -171,7 +172,7 @@ def length_controlled_win_rate(
         gradient = np.stack([slack.sum(1) - ridge * a, slack @ x - ridge * b])
         aa, ab, bb = weight.sum(1) + ridge, weight @ x, weight @ x**2 + ridge
         step = np.stack([bb * gradient[0] - ab * gradient[1], aa * gradient[1] - ab * gradient[0]]) / (aa * bb - ab**2)
-        step = np.clip(step, -2, 2)  # where wins and losses are apart, a whole Newton step overshoots
+        step = np.clip(step, -2, 2)  # where wins and losses are separable, a full Newton step overshoots
         a, b = a + step[0], b + step[1]
         if np.abs(step).max() < 1e-8:
             break
@@ -189,16 +190,16 @@ def bradley_terry(
     seed: int = 0,
 ) -> dict[str, Estimate | None]:
     """
-    Strength of each policy on one scale, by its maximum likelihood (Bradley and Terry 1952; the iteration of Hunter
+    Fit the strength of each policy on one scale by maximum likelihood (Bradley and Terry 1952; the iteration of Hunter
     2004): the probability that a beats b is sigmoid(strength a - strength b). The baseline has 0.
 
     Args:
         outcomes (`dict` of pair of names to `np.ndarray` of shape `(P,)`):
-            1 where the first one wins, 0.5 for a tie, 0 where the second wins, NaN where nothing was judged. Each
-            pair that was judged counts half a win for either side besides, so that one that always wins has a finite
+            1 where the first one wins, 0.5 for a tie, 0 where the second wins, NaN where nothing was judged. Half a
+            win for either side is added to each pair that was judged, so that a policy that always wins has a finite
             strength.
         names (`Sequence[str]`), baseline (`str`):
-            Of the policies.
+            Names of the policies, and that of the baseline.
         level (`float`), resamples (`int`), seed (`int`):
             See [`bootstrap_mean`]: the same prompts are drawn for all pairs.
 
@@ -238,13 +239,13 @@ def bradley_terry(
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words over all n-grams of all texts together (Li et al. 2016, arXiv 1510.03055)."""
+    """Return the number of different n-grams of words over that of all n-grams (Li et al. 2016, arXiv 1510.03055)."""
     grams = [gram for text in texts for gram in _ngrams(text, n)]
     return len(set(grams)) / len(grams) if grams else float("nan")
 
 
 def repetition(texts: Sequence[str], n: int = 4) -> float:
-    """Share of a text's n-grams of words that it has had before, mean over texts (Welleck et al. 2020, seq-rep-n)."""
+    """Return the mean share of a text's n-grams of words that it repeats (Welleck et al. 2020, seq-rep-n)."""
     grams = [_ngrams(text, n) for text in texts]
     return float(np.mean([1 - len(set(each)) / len(each) if each else 0.0 for each in grams]))
 

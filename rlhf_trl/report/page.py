@@ -1,5 +1,5 @@
 """
-A page of results, as data: sections made of a few kinds of blocks, written as HTML and as text.
+Pages of results as data: sections of a few kinds of blocks, written as HTML and as text.
 
 The HTML is one file without scripts, fonts or pictures from elsewhere: it can be mailed, and reads on a phone, in dark
 mode and on paper. Everything but the SVG of a [`Figure`] is escaped, so that no model's text can become markup.
@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlhf_trl.report.text import WIDTH, side_by_side
+from rlhf_trl.report.plots import Drawing
+from rlhf_trl.report.text import FORBIDDEN, WIDTH, side_by_side
 
 TEMPLATES = Path(__file__).parent
-# What HTML and XML don't allow, and halves of a surrogate pair, which can't be written as UTF-8
-FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 NUMBER = re.compile(r"\s*[-+±−]?\.?\d")
 
 
@@ -29,7 +28,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Gap:
-    """What the page can't show, and what to do about it."""
+    """A measure that is missing, and how to get it."""
 
     text: str
     kind = "gap"
@@ -65,7 +64,7 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Which columns are aligned to the right."""
+        """The columns that are aligned to the right."""
         columns = zip(*self.cells, strict=True) if self.rows else [()] * len(self.headers)
         return [any(column) and all(not cell or NUMBER.match(cell) for cell in column) for column in columns]
 
@@ -76,7 +75,7 @@ class Figure:
     A picture.
 
     Args:
-        svg (`str`):
+        svg (`Drawing`):
             From `rlhf_trl.report.plots`; the one thing that isn't escaped.
         caption (`str`):
             What to see in it.
@@ -84,7 +83,7 @@ class Figure:
             Over the whole width; two that aren't stand side by side where there is room.
     """
 
-    svg: str
+    svg: Drawing
     caption: str
     wide: bool = False
     kind = "figure"
@@ -112,7 +111,7 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Code:
-    """Text as it is; left out of `report.md`."""
+    """Preformatted text, which `report.md` doesn't have."""
 
     text: str
     kind = "code"
@@ -168,8 +167,8 @@ class Page:
     facts: dict[str, str] = field(default_factory=dict)
     footer: str = ""
 
-    def figures(self) -> dict[str, str]:
-        """The drawings of its sections, for loggers: `report/{section} {number}`."""
+    def figures(self) -> dict[str, Drawing]:
+        """Return the drawings of the sections by name, `report/{section} {number}`, for loggers."""
         return {
             f"report/{section.title} {i}": figure.svg
             for section in self.sections
@@ -178,7 +177,7 @@ class Page:
 
 
 def write_page(page: Page, folder: str | os.PathLike) -> Path:
-    """Writes `index.html` and `report.md` into a folder, which is made if need be; returns the HTML file's path."""
+    """Write `index.html` and `report.md` into a folder, created if missing; return the path of the HTML file."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("report.md", to_markdown(page)), ("index.html", to_html(page))):
@@ -189,7 +188,7 @@ def write_page(page: Page, folder: str | os.PathLike) -> Path:
 
 
 def to_html(page: Page) -> str:
-    """The page as one HTML file. What stands between backticks the texts is shown as code."""
+    """Return the page as one HTML file. Text between backticks is shown as code."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup, escape
 
@@ -207,7 +206,7 @@ def to_html(page: Page) -> str:
 
 
 def to_markdown(page: Page) -> str:
-    """The page's texts and tables, which read in a terminal as they are; figures and code are left to the HTML."""
+    """Return the page's texts and tables as Markdown for a terminal; figures and code are in the HTML only."""
     parts = [f"# {_line(page.title)}", page.lead]
     if page.facts:
         parts.append("\n".join(f"- {name}: {value}" for name, value in page.facts.items()))

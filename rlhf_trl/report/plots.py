@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_trl.report.page import FORBIDDEN
+from rlhf_trl.report.text import FORBIDDEN
 
 PALETTE = ("#0072b2", "#d55e00", "#00845f", "#b4558c", "#b07800", "#2f8fc9", "#6b6ecf", "#7a6a53")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
@@ -35,7 +35,7 @@ class Drawing(str):
     size: tuple[float, float]
 
     def pixels(self) -> np.ndarray:
-        """The figure in dark letters on white, shape `(height, width, 4)`, `uint8`."""
+        """Return the figure in dark letters on white, shape `(height, width, 4)`, `uint8`."""
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -57,7 +57,7 @@ class Series:
         name (`str`):
             In the legend, and beside the point where there is but one.
         x, y (`Sequence[float]`):
-            Points; NaN and None are left out.
+            Points; NaN and None are dropped.
         low, high (`Sequence[float]`, *optional*):
             Lower and upper end of an interval around each `y`.
         line (`bool`):
@@ -85,7 +85,7 @@ class Series:
 
 
 def curves(series: Sequence[Series], title: str, x_label: str, y_label: str = "", wide: bool = False) -> Drawing:
-    """Lines with a band where an interval is given: training curves, calibration, accuracy against size."""
+    """Draw lines, with a band where there is an interval: training curves, reliability, accuracy against size."""
 
     def draw(axes, small):
         for i, one in enumerate(series):
@@ -107,7 +107,7 @@ def frontier(
     series: Sequence[Series], title: str, x_label: str, y_label: str, x_scale: str = "linear", wide: bool = True
 ) -> Drawing:
     """
-    Points with their intervals and names, and curves between them: reward against KL, metrics of a sweep.
+    Draw points with their intervals and names, and curves between them: reward against KL, metrics of a sweep.
 
     Args:
         series (`Sequence[Series]`):
@@ -168,7 +168,7 @@ def bars(
     wide: bool = False,
 ) -> Drawing:
     """
-    A horizontal bar a name, with its interval.
+    Draw a horizontal bar per name, with its interval.
 
     Args:
         middle (`float`, *optional*):
@@ -207,8 +207,8 @@ def bars(
 
 def histogram(
     samples: dict[str, Sequence[float]], title: str, x_label: str, bins: int = 24, wide: bool = False
-) -> str:
-    """Shares of the values of each sample in common bins, as outlines: before and after, chosen and rejected."""
+) -> Drawing:
+    """Draw the shares of the values of each sample in common bins, as outlines: before and after, for example."""
     kept = {name: np.asarray(values, float) for name, values in samples.items()}
     kept = {name: values[np.isfinite(values)] for name, values in kept.items()}
     kept = {name: values for name, values in kept.items() if len(values)}
@@ -262,13 +262,13 @@ def _name(axes, x_label: str, y_label: str) -> None:
 
 
 def _text(text: str) -> str:
-    """A name or value that can be drawn: without what UTF-8 lacks, and short enough to leave room for the axes."""
+    """Return a name or value as it can be drawn: valid UTF-8, and short enough to leave room for the axes."""
     text = FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", str(text))
     return text if len(text) <= 60 else f"{text[:40]}…{text[-19:]}"
 
 
 def _shown(name: str) -> str:
-    """A name as a label: matplotlib takes one that begins with `_` for a wish to stand in no legend."""
+    """Return a name as a label: matplotlib drops labels that begin with `_` from the legend."""
     return f" {_text(name)}"
 
 
@@ -291,7 +291,7 @@ def _legend(axes) -> None:
 
 
 def _labels(axes, points: list[tuple]) -> None:
-    """Names beside points, each at the first place that is free of other names, points and lines, or the best one."""
+    """Draw names beside points, each at the place that overlaps least with other names, points and lines."""
     if not points:
         return
     axes.figure.draw_without_rendering()  # places the axes
@@ -324,7 +324,7 @@ def _labels(axes, points: list[tuple]) -> None:
 
 
 def _along(line: np.ndarray, step: float = 4.0) -> list[tuple[float, float]]:
-    """Points along a line, `step` pixels apart."""
+    """Return points along a line, `step` pixels apart."""
     found = []
     for start, end in itertools.pairwise(line):
         count = max(1, int(np.hypot(*(end - start)) / step))
@@ -350,7 +350,7 @@ SIDES = [
 
 
 def _svg(draw: Callable, title: str, wide: bool, height: float | None = None) -> Drawing:
-    """The figure twice: for a wide screen and for a phone, whose letters would else be too small to read."""
+    """Return the figure twice: for a wide screen, and for a phone, where the letters would be too small to read."""
     sizes = [("large-screen", LARGE if wide else HALF), ("small-screen", SMALL)]
     drawing = Drawing("\n".join(_drawn(draw, title, (width, height or tall), name) for name, (width, tall) in sizes))
     drawing.draw, drawing.size = draw, (sizes[0][1][0], height or sizes[0][1][1])

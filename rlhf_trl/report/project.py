@@ -1,8 +1,8 @@
 """
-The report of a project: whether alignment worked, at what price, and what to turn next (`runs/<project>/report`).
+Page of a project: whether alignment worked, at what price, and what to change next (`runs/<project>/report`).
 
-It is made from what the runs and the last evaluation left on disk, so it can be made anew at any time
-(`stage=report`). What is not there is said, with the command that makes it.
+It is made from the files of the runs and of the last evaluation, so it can be made again at any time (`stage=report`).
+What is missing is named, with the command that makes it.
 """
 
 import re
@@ -33,8 +33,8 @@ from rlhf_trl.report.rewards import summary_table
 from rlhf_trl.report.text import duration
 from rlhf_trl.runs.record import COMPARISON_FILE, read_comparison, read_quality
 
-# Training curves: the title of a figure, how to read it, and its metrics by their name in the legend. What a run
-# didn't log is left out, and of several with one title the first is shown.
+# Training curves: title of the figure, how to read it, and its metrics by their name in the legend. Metrics that a run
+# didn't log are dropped, and of several figures with one title the first is shown.
 CURVES = (
     (
         "reward",
@@ -78,7 +78,7 @@ RL_ONLY_NOISE = "objective/kl"  # where it is logged, the loss of a policy gradi
 
 def write_report(project_dir: str | Path) -> Path:
     """
-    Writes `report/index.html` and `report/report.md` into a project's folder; returns the path of the first.
+    Write `report/index.html` and `report/report.md` into a project's folder; return the path of the first.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if the project has no run.
@@ -88,7 +88,16 @@ def write_report(project_dir: str | Path) -> Path:
 
 
 def project_page(project_dir: Path, ending: str | None = None) -> Page:
-    """The page of a project; `ending` is the run that has done all but this page."""
+    """
+    Return the page of a project.
+
+    Args:
+        project_dir (`Path`): folder of the project.
+        ending (`str`, *optional*): name of the run that makes the page as its last act.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the project has no run, or a file of one is damaged.
+    """
     runs, comparison = load_runs(project_dir), read_comparison(project_dir)
     if not runs and not comparison:
         raise ConfigError(
@@ -137,7 +146,7 @@ def ended(run: Run) -> Run:
 
 
 def training_blocks(runs: Sequence[Run]) -> list:
-    """The training curves of each run that trains."""
+    """Return the training curves of each run that trains."""
     blocks: list = []
     for run in runs:
         trains = bool((run.config.get("stage") or {}).get("args"))
@@ -152,7 +161,7 @@ def training_blocks(runs: Sequence[Run]) -> list:
 
 
 def health_blocks(run: Run) -> list:
-    """What the health monitor saw in a run; nothing of a run that it didn't watch."""
+    """Return the signs that the health monitor saw in a run; nothing for a run without monitor."""
     if not any("health/level" in entry for entry in run.history):
         return []
     seen = signs_seen(run.history)
@@ -168,7 +177,7 @@ def health_blocks(run: Run) -> list:
 
 
 def curve_figures(run: Run) -> list[Figure]:
-    """A figure for each metric of `CURVES` that the run logged; each metric once."""
+    """Return a figure for each metric of `CURVES` that the run logged; each metric once."""
     logged = {key for entry in run.history for key in entry}
     figures: dict[str, Figure] = {}
     for title, reading, keys in CURVES:
@@ -191,7 +200,7 @@ def _ending(run: Run) -> str:
 
 
 def reward_model_blocks(runs: Sequence[Run], project: str) -> list:
-    """How good the reward models are: by their training's evaluation, and as measured by stage=evaluate_reward."""
+    """Return the quality of the reward models: by their training's evaluation, and by stage=evaluate_reward."""
     blocks: list = []
     for run in runs:
         if run.record.stage == "reward" and run.metrics:
@@ -224,7 +233,7 @@ def reward_model_blocks(runs: Sequence[Run], project: str) -> list:
 
 
 def run_blocks(runs: Sequence[Run]) -> list:
-    """What was run, with which config, versions and in which time."""
+    """Return the runs with their times, configs and versions."""
     rows = [
         [
             run.name,

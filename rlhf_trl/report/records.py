@@ -36,7 +36,7 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """All log entries."""
+        """Log entries."""
         return self.metrics["history"] if self.metrics else []
 
     def curve(self, key: str) -> tuple[list[float], list[float]]:

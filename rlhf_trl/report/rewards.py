@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 from rlhf_trl.hints import count_of
 from rlhf_trl.report import plots
 from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, SideBySide, Table, Text
-from rlhf_trl.report.plots import Series
+from rlhf_trl.report.plots import Drawing, Series
 from rlhf_trl.report.text import interval, number, table
 from rlhf_trl.runs.reward_results import BestOfNGain, LengthBias, RatingCorrelation, RewardQuality
 
 
 def reward_page(quality: RewardQuality, title: str, command: str) -> Page:
     """
-    The page of an evaluation of rewards.
+    Return the page of an evaluation of rewards.
 
     Args:
-        quality (`dict`): what `rlhf_trl.evaluation.rewards.measure` gives.
-        title (`str`): of which run it is.
-        command (`str`): how it was made.
+        quality (`RewardQuality`): the results.
+        title (`str`): title of the page.
+        command (`str`): command line of the run.
     """
     sections = [
         Section("In short", [summary_table(quality), *_notes(quality)]),
@@ -34,7 +34,7 @@ def reward_page(quality: RewardQuality, title: str, command: str) -> Page:
     ]
     return Page(
         title=title,
-        lead=_lead(quality),
+        lead=_summary(quality),
         kicker="Evaluation of rewards",
         sections=sections,
         facts={
@@ -46,7 +46,7 @@ def reward_page(quality: RewardQuality, title: str, command: str) -> Page:
 
 
 def reward_text(quality: RewardQuality) -> str:
-    """The two main tables, for a terminal."""
+    """Return the two main tables, for a terminal."""
     parts = [
         f"{count_of(quality.comparisons, 'comparison')} of {count_of(quality.completions, 'completion')} of "
         f"{count_of(quality.prompts, 'prompt')}",
@@ -61,7 +61,7 @@ def reward_text(quality: RewardQuality) -> str:
     return "\n".join(parts)
 
 
-def _lead(quality: RewardQuality) -> str:
+def _summary(quality: RewardQuality) -> str:
     said = [
         f"{name} agrees with people on {interval(entry.accuracy, '{:.1%}')} of the comparisons"
         for name, entry in quality.rewards.items()
@@ -72,7 +72,7 @@ def _lead(quality: RewardQuality) -> str:
 
 
 def summary_table(quality: RewardQuality) -> Table:
-    """A row a reward: its accuracy and what else is one number, as it was measured or as it was read from the file."""
+    """Return one row per reward: its accuracy, and the other measures that are one number."""
     headers = ["reward", "accuracy [95 %]", "like length", "ECE", "r length", "r ratings", "best of n", "no score"]
     rows = []
     for name, entry in quality.rewards.items():
@@ -201,18 +201,17 @@ def _ratings(quality: RewardQuality) -> list:
     ]
 
 
-def _curves(x_label: str, measured: Mapping[str, LengthBias | RatingCorrelation | None]) -> str:
+def _curves(x_label: str, measured: Mapping[str, LengthBias | RatingCorrelation | None]) -> Drawing:
     series = []
     for name, each in measured.items():
         points = each.curve if each else []
-        x, y, low, high = ([getattr(point, end) for point in points] for end in ("x", "y", "low", "high"))
-        series.append(Series(name, x, y, low, high))
+        low, high = [point.low for point in points], [point.high for point in points]
+        series.append(Series(name, [point.x for point in points], [point.y for point in points], low, high))
     return plots.curves(series, f"score against {x_label}", x_label, "score")
 
 
 def _best_of_n(quality: RewardQuality) -> list:
-    measured = {name: entry.best_of_n or [] for name, entry in quality.rewards.items()}
-    found = {name: points for name, points in measured.items() if len(points) > 1}
+    found = {name: points for name, entry in quality.rewards.items() if len(points := entry.best_of_n or []) > 1}
     if not found:
         return [
             Gap(

@@ -61,7 +61,7 @@ class Sweep:
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether the objective is a loss."""
+        """True where the objective is a loss."""
         return self.objective is not None and self.objective.endswith("loss")
 
     @property

@@ -1,12 +1,15 @@
 """Numbers, tables and texts side by side, as plain text."""
 
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 
 from rlhf_trl.runs.results import Comparison, Estimate
 
 WIDTH = 100  # columns of a terminal that everybody has
+# Characters that HTML and XML don't allow, and lone surrogates, which can't be written as UTF-8
+FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
 # ---- Numbers ----

@@ -1,4 +1,4 @@
-"""Talking to policies in a terminal (`stage=chat`)."""
+"""Conversations with policies in a terminal (`stage=chat`)."""
 
 import contextlib
 import functools
@@ -29,8 +29,8 @@ from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.terminal import printable
 
 COMMANDS = {
-    "/score": "what the rewards say of the last answers",
-    "/again": "the last prompt once more, with other answers",
+    "/score": "the rewards of the last answers",
+    "/again": "new answers to the last prompt",
     "/new": "forget the conversation (with stage.remember=true)",
     "/help": "this list",
     "/quit": "leave; so do Ctrl-D, and Ctrl-C where nothing is being written",
@@ -39,7 +39,7 @@ COMMANDS = {
 
 def chat(cfg: DictConfig) -> None:
     """
-    Reads prompts from the terminal (or a pipe) and shows the answers of the stage's policies.
+    Read prompts from the terminal (or a pipe) and show the answers of the stage's policies.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if a policy or a reward model is missing.
@@ -65,7 +65,7 @@ def chat(cfg: DictConfig) -> None:
 
 
 class Answer(NamedTuple):
-    """What a policy wrote last, and after what."""
+    """An answer of a policy, and its prompt."""
 
     policy: Policy
     prompt: Prompt
@@ -88,69 +88,69 @@ def talk(
     combine: Callable = weighted_sum,
 ) -> None:
     """
-    The conversation: a prompt a line, until the lines end.
+    Run a conversation: one prompt per line, until the lines end.
 
-    One policy's answer is shown as it is written; those of several stand side by side. Each policy has its own
-    tokenizer, its own template and its own memory.
+    The answer of a single policy is streamed; those of several stand side by side. Each policy has its own tokenizer,
+    chat template and memory.
 
     Args:
-        policies (`Sequence[Policy]`), rewards (`Sequence[Callable]`):
-            Who answers, and what can be asked for its score by `/score`.
+        policies (`Sequence[Policy]`), rewards (`Sequence[Reward]`):
+            Policies that answer, and rewards that `/score` shows.
         sampling (`dict`):
-            Of `transformers.GenerationConfig`, see [`generation_config`].
+            Arguments of `transformers.GenerationConfig`, see [`~rlhf_trl.evaluation.generation.generation_config`].
         remember (`bool`):
             Whether earlier turns stay in the prompt (of policies with a chat template).
         always_score (`bool`):
             Whether every answer is scored.
         system_prompt (`str`, *optional*):
-            What stands before everything.
+            System prompt of every conversation.
         lines (`Iterator[str]`, *optional*), out (`TextIO`, *optional*):
-            Where prompts come from and answers go; the terminal by default.
+            Source of prompts and destination of answers; the terminal by default.
         combine (`Callable`):
-            Makes one of several rewards, see `rlhf_trl.rewards.combine`.
+            Combination of several rewards, see `rlhf_trl.rewards.combine`.
     """
-    out = out or sys.stdout
+    stream = out or sys.stdout
     said = "one prompt a line" if len(policies) == 1 else f"one prompt a line, {len(policies)} answers side by side"
-    print(f"{', '.join(policy.name for policy in policies)}: {said}; /help for more.", file=out, flush=True)
+    print(f"{', '.join(policy.name for policy in policies)}: {said}; /help for more.", file=stream, flush=True)
     memory: dict[str, list[dict]] = {policy.name: [] for policy in policies}
     last: list[Answer] = []
-    text, kept = None, False  # what was asked last; whether its turn is in the memory
-    say = functools.partial(scored, rewards=rewards, combine=combine) if rewards else None
-    for line in lines if lines is not None else typed(out):
+    text, is_remembered = "", False  # the last prompt; whether its turn is in the memory
+    score_of = functools.partial(score_text, rewards=rewards, combine=combine) if rewards else None
+    for line in lines if lines is not None else read_lines(stream):
         line = line.strip()
         if not line:
             continue
         if line == "/quit":
             break
-        if line.startswith("/") and (line != "/again" or text is None):
-            command(line, last, say, memory, out)
+        if line.startswith("/") and (line != "/again" or not text):
+            run_command(line, last, score_of, memory, stream)
             continue
         if line != "/again":
-            text, kept = line, False
-        # The answer that another one is wanted for is forgotten when that one is there
-        before = {name: turns[:-2] if kept else turns[:] for name, turns in memory.items()}
+            text, is_remembered = line, False
+        # `/again` replaces the last turn, once there is a new answer
+        before = {name: turns[:-2] if is_remembered else turns[:] for name, turns in memory.items()}
         try:
-            last = [answer(policy, text, before[policy.name], sampling, system_prompt, out, len(policies) == 1)
+            last = [answer(policy, text, before[policy.name], sampling, system_prompt, stream, len(policies) == 1)
                     for policy in policies]  # fmt: skip
         except KeyboardInterrupt:
-            print("\n(stopped)", file=out, flush=True)
+            print("\n(stopped)", file=stream, flush=True)
             continue
-        except ConfigError as error:  # a prompt that one of them can't take
-            print(printable(f"({error})"), file=out, flush=True)
+        except ConfigError as error:  # a prompt that doesn't fit one of them
+            print(printable(f"({error})"), file=stream, flush=True)
             continue
-        show(last, say if always_score else None, out)
+        show(last, score_of if always_score else None, stream)
         if remember:
-            for given in last:
-                if given.policy.chats:
-                    turn = [{"role": "user", "content": text}, {"role": "assistant", "content": given.text}]
-                    memory[given.policy.name] = before[given.policy.name] + turn
-            kept = True
+            for each in last:
+                if each.policy.chats:
+                    turn = [{"role": "user", "content": text}, {"role": "assistant", "content": each.text}]
+                    memory[each.policy.name] = before[each.policy.name] + turn
+            is_remembered = True
 
 
-def typed(out: TextIO) -> Iterator[str]:
-    """Lines of the standard input, with a mark to type after; ends at Ctrl-D and Ctrl-C."""
+def read_lines(out: TextIO) -> Iterator[str]:
+    """Yield the lines of the standard input, after a prompt mark; ends at Ctrl-D and Ctrl-C."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (arrow keys, and the lines of before)
+        import readline  # noqa: F401  (arrow keys and history)
     while True:
         try:
             line = input("> ")
@@ -158,12 +158,14 @@ def typed(out: TextIO) -> Iterator[str]:
             print(file=out, flush=True)
             return
         if not sys.stdin.isatty():
-            print(printable(line), file=out, flush=True)  # as it would stand in a terminal
+            print(printable(line), file=out, flush=True)  # as a terminal would show it
         yield line
 
 
-def command(line: str, last: list[Answer], say: Callable[[Answer], str] | None, memory: dict, out: TextIO) -> None:
-    """Does what a line that begins with `/` asks for."""
+def run_command(
+    line: str, last: list[Answer], score_of: Callable[[Answer], str] | None, memory: dict, out: TextIO
+) -> None:
+    """Execute a line that begins with `/`."""
     word = line.split()[0]
     if word == "/new":
         for turns in memory.values():
@@ -175,11 +177,11 @@ def command(line: str, last: list[Answer], say: Callable[[Answer], str] | None, 
         print(f"There is no {word}. {did_you_mean(word, COMMANDS)}", file=out, flush=True)
     elif not last:
         print("There is no answer yet.", file=out, flush=True)
-    elif say is None:
+    elif score_of is None:
         print("There is no reward to ask. Start with reward=model, or another option of it.", file=out, flush=True)
     else:
-        scores = {given.policy.name: say(given) for given in last}
-        alike = len(set(scores.values())) == 1  # such as a reward that doesn't know this prompt
+        scores = {each.policy.name: score_of(each) for each in last}
+        alike = len(set(scores.values())) == 1  # such as that of a reward without an answer to this prompt
         for name, said in list(scores.items())[: 1 if alike else None]:
             print(printable(f"  {'' if alike else f'{name}: '}{said}"), file=out, flush=True)
 
@@ -194,7 +196,7 @@ def answer(
     out: TextIO,
     stream: bool,
 ) -> Answer:
-    """One answer, shown as it is written if `stream`."""
+    """Generate one answer, shown token by token if `stream`."""
     prompt = as_prompt(text, policy, system_prompt)
     if turns:
         prompt = [*prompt[:-1], *turns, prompt[-1]]
@@ -203,39 +205,40 @@ def answer(
     ids = torch.tensor([ids], device=policy.model.device)
     tokenizer = policy.tokenizer
     streamer = Stream(tokenizer, out) if stream else None
-    # The model's own generation config would fill what is left unset here
+    # The model's own generation config would fill in whatever is unset here
     policy.model.generation_config = GenerationConfig(
         **sampling, eos_token_id=end_tokens(tokenizer), pad_token_id=tokenizer.pad_token_id
     )
-    written = policy.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer)
+    options = {"attention_mask": torch.ones_like(ids), "streamer": streamer}
+    written = policy.model.generate(input_ids=ids, **options)  # pyright: ignore[reportCallIssue] of GenerationMixin
     return Answer(policy, prompt, written[0, ids.size(1) :].tolist())
 
 
 class Stream(TextStreamer):
-    """transformers' `TextStreamer`, to a file of one's own."""
+    """`transformers.TextStreamer` with a file to write to."""
 
     def __init__(self, tokenizer, out: TextIO):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.out = out
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Shows a piece of text."""
+        """Print a piece of text."""
         print(printable(text), file=self.out, flush=True, end="\n" if stream_end else "")
 
 
-def show(answers: list[Answer], say: Callable[[Answer], str] | None, out: TextIO) -> None:
-    """Answers side by side (a single one has been streamed), with what `say` says of them."""
-    scores = {given.policy.name: say(given) for given in answers} if say else {}
+def show(answers: list[Answer], score_of: Callable[[Answer], str] | None, out: TextIO) -> None:
+    """Print answers side by side (a single one has been streamed), with their scores if `score_of`."""
+    scores = {each.policy.name: score_of(each) for each in answers} if score_of else {}
     if len(answers) > 1:
         titles = [name + (f" ({scores[name]})" if name in scores else "") for name in (a.policy.name for a in answers)]
-        texts = {title: given.text for title, given in zip(titles, answers, strict=True)}
+        texts = {title: each.text for title, each in zip(titles, answers, strict=True)}
         print(printable(side_by_side(texts, shutil.get_terminal_size((100, 24)).columns)), file=out, flush=True)
     else:
         for said in scores.values():
             print(printable(f"  ({said})"), file=out, flush=True)
 
 
-def scored(given: Answer, rewards: Sequence[Reward], combine: Callable) -> str:
+def score_text(given: Answer, rewards: Sequence[Reward], combine: Callable) -> str:
     """Return the reward of an answer in words: `1.25`, or with several rewards `1.25: 2.00 gold, -0.75 short`."""
     completion = given.policy.completion(given.prompt, given.ids)
     try:

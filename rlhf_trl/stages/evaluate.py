@@ -3,14 +3,16 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.build import instantiate_data, instantiated, reward_functions
 from rlhf_trl.callbacks.loggers import log_images, log_summary
 from rlhf_trl.config.values import as_dict
+from rlhf_trl.data.splits import eval_split
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.policies import Benchmark, Candidate, evaluate_policies
 from rlhf_trl.models.tokenizers import load_tokenizer
@@ -38,7 +40,7 @@ def evaluate(cfg: DictConfig) -> None:
     """
     OmegaConf.resolve(cfg)
     stage, runs = cfg.stage, project_dir(cfg)
-    named = named_policies(OmegaConf.to_container(stage.policies))
+    named = named_policies(cast(dict[str, str] | list[str], OmegaConf.to_container(stage.policies)))
     if problem := baseline_problem(stage.baseline, named):
         raise ConfigError(problem)
     policies = policies_of(named, stage.checkpoints, stage.sweeps, runs)
@@ -48,7 +50,7 @@ def evaluate(cfg: DictConfig) -> None:
             return  # one rank samples and writes
         judge = instantiated(cfg.judge)
         judge.check()
-        dataset = held_out(instantiate_data(cfg))
+        dataset = eval_split(instantiate_data(cfg))
         benchmark = Benchmark(
             dataset=dataset,
             rewards=reward_functions(cfg, load_tokenizer(base), dataset.column_names),
@@ -139,21 +141,6 @@ def sweep_runs(folder: Path) -> dict[str, str]:
     }
 
 
-def held_out(datasets: DatasetDict) -> Dataset:
-    """
-    Return the eval split.
-
-    Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if there is none, or nothing in it.
-    """
-    dataset = datasets.get("eval")
-    if dataset is None or len(dataset) == 0:
-        raise ConfigError(
-            "An evaluation needs held-out prompts, and the data has no `eval` split with rows. Add one to `data`."
-        )
-    return dataset
-
-
 def reference_answers(cfg: DictConfig) -> Dataset:
     """
     Return the held-out rows of the data with its own answers, `prompt` and `completion`.
@@ -162,7 +149,7 @@ def reference_answers(cfg: DictConfig) -> Dataset:
         [`~rlhf_trl.errors.ConfigError`]: if the data has no answers.
     """
     try:
-        return held_out(instantiate_data(cfg, dataset_type="prompt_completion"))
+        return eval_split(instantiate_data(cfg, dataset_type="prompt_completion"))
     except ConfigError as error:
         raise ConfigError(
             f"`stage.references=true` measures the perplexity of the data's own answers, and it has none: {error} Set "

@@ -40,7 +40,7 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
     stage = cfg.stage
     if problems := _problems(stage, list(cfg.reward)):
         raise ConfigError.join(problems)
-    policy = None if stage.policy is None else find_policy(stage.policy, project_dir(cfg))
+    policy = None if stage.policy is None else (stage.policy, find_policy(stage.policy, project_dir(cfg)))
     with open_run(cfg, start=", ".join(cfg.reward)):
         if not is_main_process():
             return None  # one rank scores and writes
@@ -58,7 +58,7 @@ def evaluate_reward(cfg: DictConfig) -> float | None:
         if policy is not None:
             quality = with_policy_samples(
                 quality,
-                load_policy(stage.policy, policy, stage.dtype),
+                load_policy(*policy, dtype=stage.dtype),
                 _benchmark(cfg, annotations, rewards),
                 stage.gold,
                 stage.completions,

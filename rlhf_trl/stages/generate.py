@@ -16,6 +16,7 @@ from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.messages import as_text, check_text_or_chat, read_json_chats
 from rlhf_trl.data.rows import Problems, RowError
 from rlhf_trl.data.sources.files import read_file, resolve_paths
+from rlhf_trl.data.splits import eval_split
 from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.generation import Policy, Prompt, as_prompt, sample
@@ -25,7 +26,6 @@ from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.rewards.http import json_number
 from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.stages.base import open_run
-from rlhf_trl.stages.evaluate import held_out
 
 
 def generate(cfg: DictConfig) -> None:
@@ -81,7 +81,7 @@ def prompts_of(cfg: DictConfig) -> list[dict]:
     """
     if cfg.stage.prompts is not None:
         return read_prompts(cfg.stage.prompts, cfg.stage.max_prompts)
-    return held_out(instantiate_data(cfg, "prompt")).to_list()[: cfg.stage.max_prompts]
+    return eval_split(instantiate_data(cfg, "prompt")).to_list()[: cfg.stage.max_prompts]
 
 
 def read_prompts(source: str | list[str], limit: int | None = None) -> list[dict]:

@@ -18,6 +18,7 @@ from datasets import Dataset
 from hydra.utils import instantiate
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from rlhf_trl.data.splits import eval_split
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.generation import sample, sample_in_turns, sequence_logps, token_statistics
 from rlhf_trl.evaluation.judges import Answers, HTTPJudge, ModelJudge, RewardJudge, outcomes_of, verdict
@@ -40,7 +41,7 @@ from rlhf_trl.rewards.combine import combined, minimum, product, threshold, weig
 from rlhf_trl.rewards.function import FunctionReward
 from rlhf_trl.runs.paths import find_policy
 from rlhf_trl.runs.results import Comparison
-from rlhf_trl.stages.evaluate import held_out, policies_of, reference_answers
+from rlhf_trl.stages.evaluate import policies_of, reference_answers
 from tests.helpers.tiny import save_model
 
 
@@ -197,13 +198,26 @@ def test_rewards_that_do_not_apply_are_left_out_and_broken_ones_are_not_hidden()
         np.testing.assert_allclose(combined(scores, rewards, combine), expected)
 
 
-def test_evaluation_combines_as_training_does(policies):
+@pytest.mark.parametrize(
+    ("combine", "kind", "expected"),
+    [
+        (minimum, "minimum", lambda gold, words: min(gold, 0.5 * words)),
+        (product, "product", lambda gold, words: gold * words**0.5),
+        (
+            functools.partial(threshold, constraints={"words": 4.0}),
+            "threshold",
+            lambda gold, words: gold if words >= 4 else 0.5 * (words - 4),
+        ),
+    ],
+)
+def test_evaluation_combines_as_training_does(policies, combine, kind, expected):
     rewards = [FunctionReward(likes_a, name="gold"), FunctionReward(length_of, name="words", weight=0.5)]
-    found = evaluate(named(policies), rewards=rewards, samples=4, combine=minimum)
+    found = evaluate(named(policies), rewards=rewards, samples=4, combine=combine)
     for i, row in enumerate(found.samples):
         for name, text in row.completions.items():
-            assert row.rewards[name] == min(text.split().count("a") + i % 3, 0.5 * len(text.split()))
-    assert found.combine == "minimum" and found.curves
+            words = text.split()
+            assert row.rewards[name] == pytest.approx(expected(words.count("a") + i % 3, len(words)))
+    assert found.combine == kind and found.curves
     mean = np.mean([row.rewards["ppo"] for row in found.samples])
     assert found.policies["ppo"].reward.mean == pytest.approx(mean)
 
@@ -593,7 +607,7 @@ def test_checkpoints_and_sweeps_are_policies_too(tmp_path):
 
 def test_data_without_held_out_prompts_is_refused():
     with pytest.raises(ConfigError, match="held-out"):
-        held_out({"train": Dataset.from_dict({"prompt": ["a"]})})
+        eval_split({"train": Dataset.from_dict({"prompt": ["a"]})})
 
 
 def test_data_without_answers_says_how_to_go_on_without_them(monkeypatch):

@@ -1,5 +1,6 @@
 """Talking to policies (`stage=chat`) and completions of a file of prompts (`stage=generate`)."""
 
+import functools
 import io
 import json
 import math
@@ -17,10 +18,10 @@ from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.generation import Policy, as_prompt, generation_config, sample
 from rlhf_trl.models.loading import load_model
 from rlhf_trl.models.tokenizers import load_tokenizer
-from rlhf_trl.rewards.combine import minimum, product, weighted_sum
+from rlhf_trl.rewards.combine import minimum, product, threshold, weighted_sum
 from rlhf_trl.rewards.function import FunctionReward
 from rlhf_trl.runs.paths import named_policies, resolve_path
-from rlhf_trl.stages.chat import Answer, talk, typed
+from rlhf_trl.stages.chat import Answer, read_lines, talk
 from rlhf_trl.stages.generate import completions, prompts_of, read_prompts
 from rlhf_trl.tasks.demo.data import load as load_demo
 from rlhf_trl.tasks.demo.gold import gold_reward
@@ -203,7 +204,7 @@ def test_ctrl_c_stops_an_answer_and_then_the_conversation(sft, questions, monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.input", pressed)
-    assert list(typed(io.StringIO())) == []
+    assert list(read_lines(io.StringIO())) == []
 
 
 def test_unknown_commands_and_help(sft):
@@ -324,11 +325,21 @@ def test_several_rewards_are_combined_as_in_training(tiny, sft, questions):
         FunctionReward(lambda completions, value=value, **_: [value] * len(completions), name=name)
         for name, value in (("two", 2.0), ("three", 3.0))
     ]
-    for combine, expected in ((weighted_sum, 5.0), (minimum, 2.0), (product, 6.0)):
+    at_least = functools.partial(threshold, constraints={"two": 2.5})
+    for combine, expected in ((weighted_sum, 5.0), (minimum, 2.0), (product, 6.0), (at_least, -0.5)):
         (row,) = completions(tiny, [{"prompt": "a"}], rewards, 1, 1.0, 3, 3, seed=0, combine=combine)
         assert row["reward"] == expected
         told = conversation([sft], [questions[0], "/score"], rewards, combine=combine)
         assert told.splitlines()[-1] == f"  {expected:.2f}: 2.00 two, 3.00 three"
+
+
+def test_rewards_that_cannot_be_combined_do_not_end_a_conversation(sft, questions):
+    rewards = [
+        FunctionReward(lambda completions, value=value, **_: [value] * len(completions), name=name)
+        for name, value in (("two", 2.0), ("below", -3.0))
+    ]
+    told = conversation([sft], [questions[0], "/score", "/quit"], rewards, combine=product)
+    assert "no score: The reward `below` is -3" in told
 
 
 def test_columns_reach_the_rewards(tiny):
