@@ -428,3 +428,16 @@ def test_a_push_to_the_hub_needs_a_login(compose, tmp_path, monkeypatch, offline
 def test_wandb_is_the_loggers(compose, tmp_path, value):
     with pytest.raises(ConfigError, match="`stage.args.report_to` names wandb.* Set `logger=wandb`"):
         check(compose("stage=sft", f"stage.args.report_to={value}", f"runs_dir={tmp_path}"))
+
+
+def test_missing_baseline_is_an_error_before_anything_runs(compose, tmp_path):
+    words = ("stage=evaluate", f"runs_dir={tmp_path}")
+    for policies in ("stage.policies=null", "~stage.policies.sft"):
+        problems = find_problems(compose(*words, policies))
+        assert any("`stage.baseline` is `sft`, which `stage.policies` doesn't have" in text for text in problems)
+
+
+@pytest.mark.parametrize("value", ["[a]", "1", "[1,nan]"])
+def test_gaps_above_are_numbers(compose, tmp_path, value):
+    problems = find_problems(compose("stage=evaluate_reward", f"runs_dir={tmp_path}", f"stage.gaps_above={value}"))
+    assert any("`stage.gaps_above` is" in text and "must be a list of numbers" in text for text in problems)

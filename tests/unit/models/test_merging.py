@@ -1,4 +1,4 @@
-"""A merged model computes what its adapter does, and an adapter on a quantized base is used on that base."""
+"""Merging of adapters, and adapters on quantized bases."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dty
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_merged_model_is_the_adapter_on_its_base(tmp_path, name):
+def test_merged_model_has_the_outputs_of_the_adapter_on_its_base(tmp_path, name):
     base = save_architecture(tmp_path / "base", name)
     embedding, head, attention = LAYERS[name]
     several = kinds(name) | {
@@ -55,7 +55,7 @@ def quantized_run(path: str, **options) -> BitsAndBytesConfig:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-def test_an_adapter_is_used_on_the_base_as_it_was_trained(tmp_path, name):
+def test_adapter_is_loaded_on_the_base_as_quantized_in_training(tmp_path, name):
     base = save_architecture(tmp_path / "base", name)
     policy = save_adapter(base, str(tmp_path / "policy"), {})
     reward = save_adapter(base, str(tmp_path / "reward"), {}, "SEQ_CLS")
@@ -87,7 +87,7 @@ def test_an_adapter_is_used_on_the_base_as_it_was_trained(tmp_path, name):
     assert not hasattr(load_merged(policy).config, "quantization_config")
 
 
-def test_another_quantization_than_in_training_is_an_error(tmp_path):
+def test_quantization_other_than_in_training_is_an_error(tmp_path):
     base = save_architecture(tmp_path / "base", "llama")
     policy = save_adapter(base, str(tmp_path / "policy"), {})
     quantized_run(policy)
@@ -96,7 +96,7 @@ def test_another_quantization_than_in_training_is_an_error(tmp_path):
         load_initial_model(policy, "CAUSAL_LM", config({}), "", dtype="float32", quantization_config=other)
 
 
-def test_a_qlora_run_says_how_its_base_is_quantized(train, tmp_path, compose, capsys):
+def test_qlora_run_records_the_quantization_of_its_base(train, tmp_path, compose, capsys):
     from hydra.utils import instantiate
 
     few = ["adapter.peft.r=4", "stage.args.max_steps=2", "adapter=qlora"]

@@ -1,3 +1,5 @@
+"""Paths, tokenizers, and the initial models of runs."""
+
 import json
 from pathlib import Path
 
@@ -115,14 +117,14 @@ def test_an_adapter_without_a_tokenizer_has_its_bases(tiny_llama, tmp_path):
 # ---- Starts ----
 
 
-def test_a_full_start_leaves_the_adapter_to_the_trainer(tiny_llama, tmp_path):
+def test_full_initial_model_leaves_the_adapter_to_the_trainer(tiny_llama, tmp_path):
     config = lora()
     model, peft_config = load_initial_model(tiny_llama, "CAUSAL_LM", config, str(tmp_path / "start"), **OPTIONS)
     assert isinstance(model, LlamaForCausalLM) and peft_config is config
     assert model.config._name_or_path == tiny_llama
 
 
-def test_an_adapter_start_goes_on_as_the_same_adapter(adapter, tiny_llama, tmp_path):
+def test_adapter_is_trained_further_as_the_same_adapter(adapter, tiny_llama, tmp_path):
     wanted = lora(lora_dropout=0.1)
     model, peft_config = load_initial_model(adapter, "CAUSAL_LM", wanted, str(tmp_path / "start"), **OPTIONS)
     assert peft_config is None and model.active_adapter == "default"
@@ -134,7 +136,7 @@ def test_an_adapter_start_goes_on_as_the_same_adapter(adapter, tiny_llama, tmp_p
     torch.testing.assert_close(logits(model), logits(load_model(adapter)), rtol=0, atol=0)
 
 
-def test_an_adapter_start_without_an_adapter_is_merged(adapter, tmp_path):
+def test_adapter_is_merged_for_full_training(adapter, tmp_path):
     model, peft_config = load_initial_model(adapter, "CAUSAL_LM", None, str(tmp_path / "start"), **OPTIONS)
     assert peft_config is None and isinstance(model, LlamaForCausalLM)
     # TRL loads the reference from here
@@ -153,13 +155,13 @@ def test_an_adapter_start_without_an_adapter_is_merged(adapter, tmp_path):
         (lora(modules_to_save=["embed_tokens"]), "`modules_to_save`"),
     ],
 )
-def test_an_adapter_start_of_another_shape_is_an_error(adapter, tmp_path, wanted, said):
+def test_adapter_of_another_shape_is_an_error(adapter, tmp_path, wanted, said):
     with pytest.raises(ConfigError) as error:
         load_initial_model(adapter, "CAUSAL_LM", wanted, str(tmp_path / "start"), **OPTIONS)
     assert said in str(error.value) and "stage=merge" in str(error.value)
 
 
-def test_a_policys_adapter_becomes_a_reward_models(adapter, tmp_path):
+def test_adapter_of_a_policy_gets_a_score_head(adapter, tmp_path):
     wanted = lora(task_type="SEQ_CLS")
     model, peft_config = load_initial_model(adapter, "SEQ_CLS", wanted, str(tmp_path / "start"), **OPTIONS)
     assert peft_config is None and logits(model).shape == (2, 1)
@@ -173,7 +175,7 @@ def test_a_policys_adapter_becomes_a_reward_models(adapter, tmp_path):
     assert "score" in model.peft_config["default"].modules_to_save
 
 
-def test_a_reward_model_is_no_policy(tiny_llama, adapter, tmp_path):
+def test_reward_model_is_not_loaded_as_a_policy(tiny_llama, adapter, tmp_path):
     AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).save_pretrained(tmp_path / "full")
     model, _ = load_initial_model(adapter, "SEQ_CLS", lora(task_type="SEQ_CLS"), str(tmp_path / "start"), **OPTIONS)
     model.save_pretrained(tmp_path / "scores")
@@ -206,7 +208,7 @@ def test_a_merged_reward_model_has_the_adapters_scores(adapter, tmp_path):
     torch.testing.assert_close(logits(merged)[:, 0], logits(model)[:, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_full_model_has_nothing_to_merge(tiny_llama, tmp_path):
+def test_merging_a_full_model_is_an_error(tiny_llama, tmp_path):
     with pytest.raises(ConfigError, match="nothing to merge"):
         merge_adapter(tiny_llama, str(tmp_path / "merged"))
 
@@ -234,7 +236,7 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize(("kind", "config"), [(kind, config) for kind in ENCODERS for config in ENCODERS[kind]])
-def test_what_is_no_decoder_is_refused_by_its_config_alone(compose, tmp_path, kind, config):
+def test_encoders_are_refused_by_their_config_only(compose, tmp_path, kind, config):
     make_tokenizer().save_pretrained(tmp_path / "model")
     config.save_pretrained(tmp_path / "model")  # and no weights
     path, runs = str(tmp_path / "model"), f"runs_dir={tmp_path}"
@@ -252,7 +254,7 @@ def test_what_is_no_decoder_is_refused_by_its_config_alone(compose, tmp_path, ki
             check(compose(*given, runs))
 
 
-def test_decoders_and_what_is_no_model(tiny_llama, tmp_path):
+def test_decoders_load_and_folders_without_a_model_are_errors(tiny_llama, tmp_path):
     for name in ARCHITECTURES:
         model_config(save_architecture(tmp_path / name, name))
     transformers.BertConfig(**SMALL, is_decoder=True).save_pretrained(tmp_path / "decoder")

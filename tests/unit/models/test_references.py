@@ -1,4 +1,4 @@
-"""Before the first step a policy equals its reference, whatever its adapter and its architecture."""
+"""Equality of policy and reference before the first step, for every kind of adapter and architecture."""
 
 import math
 
@@ -55,13 +55,13 @@ def slow_but_for(*quick: str) -> list:
 
 @pytest.mark.parametrize("begun", ["fresh", "continued"])
 @pytest.mark.parametrize("name", slow_but_for("llama", "gpt2", "gemma2"))
-def test_a_policy_begins_at_its_reference_which_stays(tmp_path, name, begun):
+def test_policy_equals_its_reference_at_the_start_and_the_reference_stays(tmp_path, name, begun):
     begins_and_stays(tmp_path, name, begun, None)
 
 
 @pytest.mark.parametrize("begun", ["fresh", "continued"])
 @pytest.mark.parametrize("name", slow_but_for("qwen2"))
-def test_a_policy_in_4_bits_begins_at_its_reference_which_stays(tmp_path, name, begun):
+def test_policy_in_4_bits_equals_its_reference_at_the_start_and_the_reference_stays(tmp_path, name, begun):
     options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
     begins_and_stays(tmp_path, name, begun, BitsAndBytesConfig(load_in_4bit=True, **options))
 
@@ -96,7 +96,7 @@ def begins_and_stays(tmp_path, name, begun, quantization):
 
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])
 @pytest.mark.parametrize("stage", ["dpo", "kto", "grpo", "rloo", "ppo"])
-def test_every_stage_begins_at_its_reference(train, tmp_path, stage, adapter):
+def test_kl_of_every_stage_is_0_at_the_start(train, tmp_path, stage, adapter):
     options = {"target_modules": ["q_proj", "embed_tokens"], "r": 16, "lora_alpha": 32}
     start = save_adapter(resolve_path("demo:sft", None, ""), str(tmp_path / "start"), options)
     history = metrics(
@@ -114,7 +114,7 @@ def test_every_stage_begins_at_its_reference(train, tmp_path, stage, adapter):
         assert found == pytest.approx([0.0] * len(found), abs=1e-4) and len(found) > 1
 
 
-def test_an_adapter_with_tokens_goes_on_to_a_score_head(tmp_path):
+def test_adapter_with_trainable_tokens_gets_a_score_head(tmp_path):
     for name in ("llama", "qwen2"):
         base = save_architecture(tmp_path / name, name)
         for kind, options in kinds(name).items():
@@ -150,7 +150,7 @@ def test_roles_of_any_kind_share_a_base(tmp_path, kind):
         ("+adapter.peft.init_lora_weights=false", "`adapter.peft.init_lora_weights` is False"),
     ],
 )
-def test_what_can_not_begin_at_a_reference_is_refused(compose, tmp_path, words, said):
+def test_adapters_that_change_the_reference_are_refused(compose, tmp_path, words, said):
     for stage in ("dpo", "kto", "grpo", "rloo", "ppo"):
         with pytest.raises(ConfigError, match=said):
             check(compose(f"stage={stage}", "adapter=lora", words, f"runs_dir={tmp_path}"))
@@ -167,7 +167,7 @@ def test_what_can_not_begin_at_a_reference_is_refused(compose, tmp_path, words, 
         ({"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}, "output layer"),
     ],
 )
-def test_an_adapter_that_can_not_go_on_is_refused(tmp_path, saved, wanted, said):
+def test_adapter_that_can_not_be_trained_further_is_refused(tmp_path, saved, wanted, said):
     base = save_architecture(tmp_path / "base", "llama")
     path = save_adapter(base, str(tmp_path / "adapter"), saved)
     with pytest.raises(ConfigError, match=said):

@@ -1,4 +1,4 @@
-"""Rows that are longer than a model's positions, and ids that it has no embedding for: words instead of IndexError."""
+"""Rows beyond a model's positions, and ids without an embedding: error messages instead of IndexError."""
 
 import json
 import logging
@@ -85,7 +85,7 @@ def test_a_table_of_positions_is_found_where_the_model_ends_at_it(tmp_path, name
     ],
     ids=["broken", "unknown", "own-code"],
 )
-def test_a_config_that_can_not_be_used_is_named(compose, tmp_path, change, said):
+def test_unusable_config_is_named(compose, tmp_path, change, said):
     save_gpt2(tmp_path / "m")
     (tmp_path / "m/code.py").write_text("class Config: ...\n")
     file = tmp_path / "m/config.json"
@@ -118,7 +118,7 @@ def test_rotary_positions_warn_once_and_tables_stop(tmp_path, caplog):
         check_rows(table, [[0], [table.embeddings]], 0, "")
 
 
-def test_a_tokenizer_of_another_model_is_told_from_added_tokens(tmp_path):
+def test_tokenizer_of_another_model_is_distinguished_from_added_tokens(tmp_path):
     sizes = sizes_of(empty_model(save_model(tmp_path)))
     tokenizer = make_tokenizer()
     assert len(tokenizer) == sizes.embeddings and tokenizer_problem(sizes, tokenizer, "") is None
@@ -196,7 +196,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused_before_it_loads(compose, t
     assert "embeddings for 12 ids, and the tokenizer has 21 tokens" in problem
 
 
-def test_sampling_and_scoring_stop_in_words(tmp_path):
+def test_sampling_and_scoring_beyond_the_positions_are_errors(tmp_path):
     path = save_gpt2(tmp_path / "policy")
     model, tokenizer = load_model(path), make_tokenizer()
     assert len(sample(model, tokenizer, [[5] * 60], 4, 1.0, 1, seed=0)) == 1
@@ -223,7 +223,7 @@ def test_sampling_and_scoring_stop_in_words(tmp_path):
         (["model.attn_implementation=sdp"], ["`model.attn_implementation` is 'sdp'", "`sdpa`"]),
     ],
 )
-def test_how_a_model_is_to_be_loaded_and_trained_is_looked_at(compose, tmp_path, overrides, parts):
+def test_options_of_loading_and_training_a_model_are_checked(compose, tmp_path, overrides, parts):
     (problem,) = library_problems(compose("stage=sft", f"runs_dir={tmp_path}", *overrides))
     assert all(part in problem for part in parts), problem
     right = ["adapter=lora", "adapter.peft.target_modules=[q_proj,layers.0.mlp.up_proj]", "model.dtype=bfloat16"]

@@ -1,4 +1,4 @@
-"""Models and adapters load with every weight from their files, or not at all."""
+"""Loading of models and adapters: all weights are in their files, or it is an error."""
 
 import json
 import logging
@@ -60,7 +60,7 @@ def save_adapter(base: str, out, **options) -> str:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_what_may_be_absent_is_no_error_and_no_warning(tmp_path, caplog, name):
+def test_weights_that_may_be_missing_are_neither_error_nor_warning(tmp_path, caplog, name):
     path = save_architecture(tmp_path / "policy", name)
     full, adapter = (save_reward_model(path, tmp_path / f"lora_{lora}", lora) for lora in (False, True))
     caplog.clear()
@@ -73,7 +73,7 @@ def test_what_may_be_absent_is_no_error_and_no_warning(tmp_path, caplog, name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_CLS"])
-def test_a_weight_of_the_trunk_that_is_missing_is_named(tmp_path, name, task_type):
+def test_missing_weight_of_the_trunk_is_named(tmp_path, name, task_type):
     path = save_architecture(tmp_path / "policy", name)
     lost = trunk_weight(path)
     rewrite(path, lambda weights: weights.pop(lost))
@@ -93,7 +93,7 @@ def test_a_wrappers_prefix_is_named(tiny_llama):
         load_model(tiny_llama)
 
 
-def test_more_layers_than_in_the_files_are_an_error_and_fewer_a_warning(tiny_llama, caplog):
+def test_missing_layers_are_an_error_and_superfluous_ones_a_warning(tiny_llama, caplog):
     file = Path(tiny_llama, "config.json")
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"num_hidden_layers": 3}))
@@ -119,7 +119,7 @@ def test_a_reward_model_without_its_score_head_is_an_error(tiny_llama, tmp_path,
         load(path)
 
 
-def test_a_critic_of_its_own_needs_its_whole_reward_model(tiny_llama, tmp_path):
+def test_separate_critic_needs_all_weights_of_its_reward_model(tiny_llama, tmp_path):
     path = rewrite(save_reward_model(tiny_llama, tmp_path / "reward"), lambda weights: weights.pop("score.weight"))
     (tmp_path / "llama/tokenizer.json").replace(tmp_path / "reward/tokenizer.json")
     (tmp_path / "llama/tokenizer_config.json").replace(tmp_path / "reward/tokenizer_config.json")
@@ -145,7 +145,7 @@ def test_a_weight_of_another_shape_is_named(tiny_llama):
         load_model(tiny_llama)
 
 
-def test_weights_that_are_no_numbers_are_named(tiny_llama, tmp_path):
+def test_nonfinite_weights_are_named(tiny_llama, tmp_path):
     adapter = save_adapter(tiny_llama, tmp_path / "adapter")
     file, spoilt = "adapter_model.safetensors", "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
     rewrite(adapter, lambda weights: weights[spoilt].fill_(float("inf")), file)
@@ -156,7 +156,7 @@ def test_weights_that_are_no_numbers_are_named(tiny_llama, tmp_path):
         load_model(tiny_llama)
 
 
-def test_damaged_files_are_one_sentence(tiny_llama, tmp_path):
+def test_damaged_files_are_one_error_message(tiny_llama, tmp_path):
     adapter = save_adapter(tiny_llama, tmp_path / "adapter")
     for file in (f"{adapter}/adapter_model.safetensors", f"{tiny_llama}/model.safetensors"):
         Path(file).write_bytes(Path(file).read_bytes()[:100])
@@ -181,7 +181,7 @@ def test_damaged_files_are_one_sentence(tiny_llama, tmp_path):
     ids=["lora", "dora", "modules_to_save", "tokens", "embeddings", "biases", "its layers' biases"],
 )
 @pytest.mark.parametrize("name", ["llama", "qwen2"])  # separate and tied output layers, without and with biases
-def test_an_adapters_weights_are_all_there_or_named(tmp_path, options, name):
+def test_missing_weights_of_an_adapter_are_named(tmp_path, options, name):
     base = save_architecture(tmp_path / "base", name)
     path = save_adapter(base, tmp_path / "adapter", **options)
     load_model(path)
@@ -253,7 +253,7 @@ def test_a_member_of_an_ensemble_without_its_head_is_named(tiny_llama, tmp_path)
     ],
     ids=["broken", "unknown kind", "no base", "base of the hub", "no weights"],
 )
-def test_a_broken_adapter_is_one_message(tiny_llama, tmp_path, change, said):
+def test_broken_adapter_is_one_error_message(tiny_llama, tmp_path, change, said):
     adapter = save_adapter(tiny_llama, tmp_path / "adapter")
     change(Path(adapter, "adapter_config.json"))
     with pytest.raises(ConfigError, match=said):
@@ -264,7 +264,7 @@ def edit(file: Path, **values) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-def test_a_broken_config_is_not_the_tokenizers_fault(tiny_llama):
+def test_broken_config_of_a_model_is_not_reported_as_the_tokenizers(tiny_llama):
     Path(tiny_llama, "config.json").write_text("{")
     with pytest.raises(ConfigError, match=f"The model `{tiny_llama}` can't be loaded"):
         load_tokenizer(tiny_llama)

@@ -1,4 +1,4 @@
-"""Ensembles of reward models: trained by one command, resumed, and as rewards of PPO, RLOO and GRPO."""
+"""Ensembles of reward models: training by one command, resuming, and use as rewards of PPO, RLOO and GRPO."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def test_members_share_a_base_and_differ_in_seed_and_order_of_the_data(ensemble)
     assert 0 <= metrics["eval_accuracy"] <= 1 and metrics["eval_disagreement"] > 0
 
 
-def test_the_path_of_an_ensemble_is_a_reward_with_one_base(ensemble):
+def test_ensemble_is_one_reward_with_one_base(ensemble):
     members = torch.stack([scored(ModelReward(f"{ensemble}/member_{i}")) for i in range(3)])
     assert members.std(dim=0).min() > 1e-3
     reward = ModelReward(ensemble)
@@ -176,7 +176,7 @@ def test_disagreement_is_logged(train, runs, stage, reward):
     assert not [name for name in weights if "reward" in name or "score" in name]
 
 
-def test_an_ensemble_on_the_policys_base_scores_as_by_itself(runs, ensemble):
+def test_ensemble_on_the_policys_base_has_the_scores_of_a_separate_one(runs, ensemble):
     from peft import PeftModel
 
     from rlhf_trl.models.loading import load_model
@@ -220,7 +220,7 @@ class CrashInTheSecond(TrainerCallback):
             raise RuntimeError("crashed on purpose")
 
 
-def test_a_resumed_ensemble_keeps_what_is_finished(train, runs, tmp_path):
+def test_resumed_ensemble_keeps_the_finished_members(train, runs, tmp_path):
     options = (*MEMBERS, "stage.members=2", "model=hf", f"model.path={runs}/test/sft", "stage.args.save_steps=2")
     crash = "+callbacks.crash._target_=tests.unit.reward_modeling.test_ensemble.CrashInTheSecond"
     with pytest.raises(RuntimeError, match="on purpose"):
@@ -256,7 +256,7 @@ class InterruptTheSecond(TrainerCallback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_stopped_ensemble_goes_on(train, runs, tmp_path):
+def test_stopped_ensemble_is_resumed(train, runs, tmp_path):
     options = (*MEMBERS, "stage.members=2", "model=hf", f"model.path={runs}/test/sft")
     stop = "+callbacks.stop._target_=tests.unit.reward_modeling.test_ensemble.InterruptTheSecond"
     with pytest.raises(SystemExit, match="130"):
@@ -268,7 +268,7 @@ def test_a_stopped_ensemble_goes_on(train, runs, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks(runs, tmp_path):
+def test_two_ranks_calibrate_on_all_rows(runs, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     options = [
         *MEMBERS,
@@ -292,7 +292,7 @@ def test_two_ranks(runs, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_in_the_second_member(tmp_path):
+def test_ensemble_killed_in_the_second_member_is_resumed(tmp_path):
     command = [sys.executable, "train.py", *MEMBERS, f"runs_dir={tmp_path}", "stage.args.max_steps=30"]
     command += ["stage.args.save_steps=2", "data.max_samples=256", "data.max_eval_samples=32", "stage.members=2"]
     command += ["stage.args.save_total_limit=null", "stage.args.per_device_train_batch_size=4"]
@@ -324,7 +324,7 @@ def test_killed_in_the_second_member(tmp_path):
         (["stage.members=3", "adapter=lora", "merge=true"], "would write 3 full models"),
     ],
 )
-def test_members_that_can_not_be_are_named(compose, tmp_path, words, message):
+def test_invalid_members_are_named(compose, tmp_path, words, message):
     problems = find_problems(compose("stage=reward", f"runs_dir={tmp_path}", *words))
     assert len(problems) == 1 and message in problems[0], problems
 
@@ -356,12 +356,12 @@ def test_one_member_is_a_reward_model(train, runs, tmp_path):
         (["stage=ppo", *LORA, "model.run=sft", "reward=model", "reward.model.run=ensemble/member_1"], None),
     ],
 )
-def test_where_an_ensemble_may_stand(compose, runs, words, message):
+def test_ensemble_is_allowed_as_a_reward_only(compose, runs, words, message):
     problems = find_problems(compose(f"runs_dir={runs}", "project=test", "run_name=other", *words))
     assert (not problems) if message is None else (len(problems) == 1 and message in problems[0]), problems
 
 
-def test_what_an_ensemble_is_not(runs, ensemble, tmp_path):
+def test_ensembles_are_refused_where_one_model_is_needed(runs, ensemble, tmp_path):
     with pytest.raises(ConfigError, match="an ensemble of 3 reward models, which don't merge into one"):
         merge_adapter(ensemble, str(tmp_path / "merged"))
     with pytest.raises(ConfigError, match="`reward.model.ensemble` is `min`, and .* is a single reward model"):
@@ -376,7 +376,7 @@ def test_what_an_ensemble_is_not(runs, ensemble, tmp_path):
             ModelReward(str(tmp_path))
 
 
-def test_the_group_takes_the_options(compose, runs):
+def test_group_reward_has_the_options_of_ensembles(compose, runs):
     cfg = compose("stage=ppo", "reward=model", "reward.model.ensemble=min")
     assert (cfg.reward.model.ensemble, cfg.reward.model.std_coef) == ("min", 1.0)
     node = dict(cfg.reward.model) | {"path": f"{runs}/test/ensemble"}

@@ -35,25 +35,25 @@ def combined(combine, rows, raw=None, weights=WEIGHTS, **options):
     ("combine", "expected"),
     [(weighted_sum, [1 + 2 + 2.0, 4.0, 3.0]), (minimum, [1.0, 4.0, 1.0]), (product, [1.0 * 1 * 2, 4.0, 1.0])],
 )
-def test_none_is_left_out_of_a_combination(combine, expected):
+def test_none_is_ignored_in_a_combination(combine, expected):
     rows = [[1.0, 1.0, 4.0], [nan, 2.0, nan], [1.0, 1.0, nan], [nan, nan, nan]]
     *values, empty = combined(combine, rows)
     assert values == pytest.approx(expected) and math.isnan(empty)
 
 
 @pytest.mark.parametrize("combine, expected", [(minimum, [1.0, math.nan]), (product, [9.0, 1.0])])
-def test_a_reward_of_weight_0_is_watched_and_not_counted(combine, expected):
+def test_reward_of_weight_0_is_not_counted(combine, expected):
     rows = [[-5.0, 1.0, 9.0], [-5.0, nan, nan]]
     found = combined(combine, rows, weights=torch.tensor([0.0, 1.0, 1.0]))
     assert found == pytest.approx(expected, nan_ok=True)
 
 
-def test_a_product_of_negative_rewards_is_refused():
+def test_product_of_negative_rewards_is_an_error():
     with pytest.raises(ConfigError, match=r"`kind` is -0.5 for completion 1, and `combine=product` takes"):
         combined(product, [[1.0, 0.0, 1.0], [1.0, -0.5, -1.0]])
 
 
-def test_a_reward_counts_once_those_before_it_are_satisfied():
+def test_threshold_counts_rewards_once_the_constraints_are_satisfied():
     rows = [[0.2, 0.1, 9.0], [0.5, 0.1, 9.0], [0.5, 1.0, 9.0], [nan, 1.0, 9.0], [0.9, nan, nan], [0.0, nan, nan]]
     found = combined(threshold, rows, constraints={"safe": 0.5, "kind": 1.0}, floor=-3)
     assert found[:4] == pytest.approx([-3 - 0.3, -3 - 2 * 0.9, 4.5, 4.5])
@@ -109,7 +109,7 @@ class Seen(list):
 
 @pytest.mark.parametrize("kind", TRAINERS)
 @pytest.mark.parametrize("name", COMBINATIONS)
-def test_what_is_learned_from_and_logged(path, tmp_path, kind, name):
+def test_combined_score_is_learned_from_and_logged(path, tmp_path, kind, name):
     weights, functions = [1.0, 2.0], [count_of_a, has_b]
     trainer = rl_trainer(
         kind,
@@ -159,7 +159,7 @@ def test_what_is_learned_from_and_logged(path, tmp_path, kind, name):
         torch.testing.assert_close(advantages.flatten(), (pairs - centre).flatten(), atol=1e-5, rtol=0)
 
 
-def test_a_normalizer_and_a_constraint_go_together(path, tmp_path):
+def test_constraints_are_on_the_raw_scale_beside_a_normalizer(path, tmp_path):
     trainer = rl_trainer("ppo", path, tmp_path, data=prompts(16), reward_funcs=[count_of_a, has_b])
     seen = Seen()
     seen.watch(trainer)
@@ -171,7 +171,7 @@ def test_a_normalizer_and_a_constraint_go_together(path, tmp_path):
         assert found == pytest.approx(combine(norm.normalize(raw), raw, weights, names).mean().item(), abs=1e-5)
 
 
-def test_grpo_that_normalizes_every_function_has_nothing_to_combine(path, tmp_path):
+def test_combination_is_refused_where_grpo_normalizes_every_function(path, tmp_path):
     trainer = rl_trainer("grpo", path, tmp_path, multi_objective_aggregation="normalize_then_sum")
     with pytest.raises(ConfigError, match="multi_objective_aggregation=normalize_then_sum"):
         RewardNorm(combine=minimum, trainer=trainer)
@@ -181,7 +181,7 @@ def test_grpo_that_normalizes_every_function_has_nothing_to_combine(path, tmp_pa
 
 
 @pytest.mark.parametrize("stage", ["ppo", "rloo", "grpo"])
-def test_the_stages_read_the_group(compose, stage):
+def test_training_stages_use_the_group_combine(compose, stage):
     words = [f"stage={stage}", "reward=[demo,format]", "reward.format.kwargs.pattern=.*", "combine=threshold"]
     cfg = compose(*words, "combine.constraints={format: 1}", "combine.floor=-4")
     assert find_problems(cfg) == []
@@ -194,7 +194,7 @@ def test_the_stages_read_the_group(compose, stage):
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "generate", "chat"])
-def test_stages_that_score_what_a_policy_writes_read_it_too(compose, stage):
+def test_stages_that_score_completions_use_the_group_combine(compose, stage):
     words = [f"stage={stage}", "reward=[demo,eos]", "combine=threshold"]
     assert any("combine.constraints" in problem for problem in find_problems(compose(*words)))
     cfg = compose(*words, "combine.constraints={eos: 1}", "combine.floor=-4")
@@ -219,6 +219,6 @@ def test_stages_that_score_what_a_policy_writes_read_it_too(compose, stage):
         ),
     ],
 )
-def test_what_can_not_be_combined_is_said_before_anything_loads(compose, tmp_path, words, message):
+def test_impossible_combinations_are_errors_before_anything_loads(compose, tmp_path, words, message):
     problems = find_problems(compose(f"runs_dir={tmp_path}", *words))
     assert len(problems) == 1 and message in problems[0], problems

@@ -1,4 +1,4 @@
-"""Rewards over HTTP: the reference server, and servers that answer garbage, slowly, or not at all."""
+"""Rewards over HTTP: the reference server, and servers with malformed, slow, or no answers."""
 
 import contextlib
 import http.server
@@ -110,7 +110,7 @@ def test_a_token_is_sent_from_the_environment(monkeypatch):
     assert seen == ["Bearer secret"]
 
 
-def test_what_passes_is_tried_again(monkeypatch, caplog):
+def test_transient_failures_are_retried(monkeypatch, caplog):
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
 
@@ -156,14 +156,14 @@ HTML = (200, "<html><body>Welcome to nginx!</body></html>", "text/html")
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_garbage_is_one_clear_error_at_once(answer, message):
+def test_malformed_answers_are_one_error_without_retry(answer, message):
     with answering(lambda *_: answer) as (url, requests), pytest.raises(ConfigError) as error:
         HttpReward(url, retries=5)(**TEXTS)
     assert f"The server of the reward `http` at {url} {message}" in str(error.value)
     assert len(requests) == 1
 
 
-def test_an_answer_that_goes_on_and_on_ends_at_the_timeout():
+def test_endless_answer_ends_at_the_timeout():
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def drip():
@@ -182,7 +182,7 @@ def test_an_answer_that_goes_on_and_on_ends_at_the_timeout():
         assert 0.3 < time.monotonic() - begun < 3
 
 
-def test_errors_of_the_server_are_told_after_the_retries():
+def test_errors_of_the_server_are_raised_after_the_retries():
     with answering(lambda *_: (500, "Traceback: out of memory", "text/plain")) as (url, requests):
         message = (
             "answered 500 Internal Server Error: 'Traceback: out of memory', and 3 tries were made. Look into its log"
@@ -192,7 +192,7 @@ def test_errors_of_the_server_are_told_after_the_retries():
     assert len(requests) == 3
 
 
-def test_a_slow_server_and_none_at_all():
+def test_slow_and_missing_servers_are_errors():
     with answering(lambda *args: (time.sleep(0.5), lengths(*args))[1]) as (url, requests):
         message = r"gave no answer within 0.1 s, and 2 tries were made. Give it more time \(`reward.judge.timeout="
         with pytest.raises(ConfigError, match=message):
@@ -217,18 +217,18 @@ def test_a_slow_server_and_none_at_all():
         ({"token_env": "NO_SUCH_TOKEN"}, "which is not set"),
     ],
 )
-def test_options_that_can_not_be_are_named(options, message):
+def test_invalid_options_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
         HttpReward(**({"url": "http://127.0.0.1:1/score"} | options))
 
 
-def test_a_column_that_is_no_json_is_said():
+def test_column_that_is_no_json_is_an_error():
     for value in (time.struct_time, float("nan")):
         with pytest.raises(ConfigError, match=r"is to send is no JSON .* `reward.http.columns` .now: when"):
             HttpReward("http://127.0.0.1:1", columns=["when"])(**TEXTS, when=[value] * 3)
 
 
-def test_options_are_looked_at_before_anything_loads(compose, tmp_path):
+def test_options_are_checked_before_anything_loads(compose, tmp_path):
     words = ["reward=http", "reward.http.url=localhost:8000", "reward.http.timeout=0", "reward.http.token_env=NO_SUCH"]
     problems = find_problems(compose("stage=ppo", f"runs_dir={tmp_path}", *words))
     assert [problem.split("`")[1] for problem in problems] == [
@@ -236,14 +236,14 @@ def test_options_are_looked_at_before_anything_loads(compose, tmp_path):
     ]
 
 
-def test_a_column_that_is_not_there_is_named():
+def test_missing_column_is_named():
     with pytest.raises(ConfigError, match="names `anser`, and the data has no such column .it has `answer`"):
         HttpReward("http://127.0.0.1:1", columns=["anser"])(**TEXTS, answer=["x", "y", "z"], trainer_state=None)
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_scores_by_http_are_those_by_path(tmp_path, chat, lora):
+def test_scores_over_http_equal_those_in_the_process(tmp_path, chat, lora):
     path = save_reward_model(tmp_path, lora=lora)
     rows = as_chat(ROWS) if chat else ROWS
     own, other = make_tokenizer(), make_tokenizer()
@@ -284,7 +284,7 @@ def test_heads_and_functions_are_served(tmp_path):
         HttpReward(url)(**TEXTS)
 
 
-def test_what_does_not_apply_and_what_is_no_number_stay_apart(tmp_path):
+def test_none_and_nan_stay_apart_over_http(tmp_path):
     given = [float("nan"), None, float("inf"), -float("inf"), 0.5]
 
     def mixed(completions):
@@ -306,7 +306,7 @@ def test_what_does_not_apply_and_what_is_no_number_stay_apart(tmp_path):
             FiniteReward(reward)(**TEXTS)
 
 
-def test_an_ensemble_tells_its_disagreement(tmp_path, monkeypatch):
+def test_disagreement_of_an_ensemble_is_sent_as_a_metric(tmp_path, monkeypatch):
     path = save_reward_model(tmp_path, lora=True)
     reward, metrics = ModelReward(path), {}
     monkeypatch.setattr(reward, "member_scores", lambda rows: torch.tensor([[1.0] * len(rows), [3.0] * len(rows)]))
@@ -316,7 +316,7 @@ def test_an_ensemble_tells_its_disagreement(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
-def test_trainers_learn_from_it_and_log_it(tmp_path, kind):
+def test_trainers_learn_from_a_server_and_log_its_metrics(tmp_path, kind):
     path = save_model(tmp_path / "policy")
     with answering(lambda request, *_: lengths(request, *_) | {"metrics": {"load": 0.5}}) as (url, requests):
         reward = HttpReward(url, name="judge", batch_size=3)
@@ -361,7 +361,7 @@ def model_server(tmp_path_factory):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_what_can_not_be_scored_is_said_and_not_tried_again(model_server, given, message):
+def test_requests_that_can_not_be_scored_are_errors_without_retry(model_server, given, message):
     url, rows = model_server
     status, detail = asked(url, json.dumps(rows | given).encode())
     assert status == 422 and message in detail, detail
@@ -369,7 +369,7 @@ def test_what_can_not_be_scored_is_said_and_not_tried_again(model_server, given,
 
 
 @pytest.mark.parametrize("body", [b"{", b"[" * 100_000, b"\xff", b"", b"[]", b'{"prompts": 1}'], ids=lambda b: b[:9])
-def test_a_body_that_is_no_request_is_refused(model_server, body):
+def test_malformed_request_is_refused(model_server, body):
     assert asked(model_server[0], body)[0] in (400, 422)
 
 
@@ -410,7 +410,7 @@ def test_a_request_has_limits_of_size_and_time(monkeypatch):
         assert HttpReward(url)(**TEXTS) == [0.0, 0.0, 0.0]
 
 
-def test_a_token_is_asked_for(monkeypatch):
+def test_server_refuses_requests_without_its_token(monkeypatch):
     from rlhf_trl.rewards.server import application
 
     monkeypatch.setenv("REWARD_TOKEN", "secret")
@@ -426,7 +426,7 @@ def test_a_token_is_asked_for(monkeypatch):
             assert json.loads(answer.read())["schema"] == "/openapi.json"
 
 
-def test_the_pages_that_load_from_elsewhere_are_off(model_server):
+def test_pages_that_load_scripts_from_other_hosts_are_off(model_server):
     for page in ("docs", "redoc"):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(model_server[0].replace("score", page))
@@ -442,13 +442,13 @@ def test_the_pages_that_load_from_elsewhere_are_off(model_server):
         (["stage.token_env=NOT_THERE"], "the environment variable `NOT_THERE`, which is not set"),
     ],
 )
-def test_an_address_that_can_not_be_is_said(compose, tmp_path, words, message):
+def test_invalid_address_is_an_error(compose, tmp_path, words, message):
     problems = find_problems(compose("stage=serve_reward", "reward=demo", f"runs_dir={tmp_path}", *words))
     assert len(problems) == 1 and message in problems[0], problems
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_other_machines_need_a_token_or_a_word(compose, tmp_path, capsys, monkeypatch, host):
+def test_other_machines_need_a_token_or_stage_anonymous(compose, tmp_path, capsys, monkeypatch, host):
     import uvicorn
 
     from rlhf_trl.stages.serve_reward import serve_reward
@@ -497,13 +497,13 @@ def test_other_machines_need_a_token_or_a_word(compose, tmp_path, capsys, monkey
         ),
     ],
 )
-def test_what_can_not_be_served_is_said(compose, tmp_path, monkeypatch, words, message):
+def test_rewards_that_can_not_be_served_are_errors(compose, tmp_path, monkeypatch, words, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     problems = find_problems(compose("stage=serve_reward", f"runs_dir={tmp_path}", *words))
     assert len(problems) == 1 and message in problems[0], problems
 
 
-def test_a_port_that_is_taken_is_said(compose, tmp_path):
+def test_taken_port_is_an_error(compose, tmp_path):
     from rlhf_trl.stages.serve_reward import serve_reward
 
     with socket.socket() as taken:

@@ -1,4 +1,4 @@
-"""Rewards as callables: functions, reward models, and what they refuse."""
+"""Rewards from functions and reward models, and their errors."""
 
 import math
 
@@ -22,7 +22,7 @@ from tests.helpers.tiny import make_tokenizer, save_model
 @pytest.mark.parametrize("pad_is_eos", [False, True], ids=["pad", "pad is eos"])
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_a_row_scores_what_reward_trainer_gives_it(tmp_path, pad_is_eos, chat, lora):
+def test_reward_equals_the_score_of_reward_trainer(tmp_path, pad_is_eos, chat, lora):
     path = save_reward_model(tmp_path, pad_is_eos, lora)
     tokenizer = AutoTokenizer.from_pretrained(path)
     rows = as_chat(ROWS) if chat else ROWS
@@ -52,7 +52,7 @@ def test_a_row_scores_what_reward_trainer_gives_it(tmp_path, pad_is_eos, chat, l
             assert all(abs(a - b) > 1e-4 for a, b in zip(cut, scores, strict=True))
 
 
-def test_another_tokenizer_gets_text_as_in_its_own_training(tmp_path):
+def test_other_tokenizer_scores_the_text_as_in_its_training(tmp_path):
     path = save_reward_model(tmp_path)
     reward = ModelReward(path)
     ids = [reward.tokenizer(c)["input_ids"] + [reward.tokenizer.eos_token_id] for c in ROWS["chosen"]]
@@ -68,7 +68,7 @@ def test_another_tokenizer_gets_text_as_in_its_own_training(tmp_path):
     assert reward(prompts=ROWS["prompt"], completions=ROWS["chosen"], completion_ids=cut) != pytest.approx(same)
 
 
-def test_ppo_takes_the_path_of_a_reward_model(tmp_path):
+def test_ppo_accepts_the_path_of_a_reward_model(tmp_path):
     path = save_reward_model(tmp_path)
     trainer = sampled(save_model(tmp_path / "policy"), tmp_path, reward_funcs=[path])
     assert isinstance(trainer, PPOTrainer)
@@ -76,7 +76,7 @@ def test_ppo_takes_the_path_of_a_reward_model(tmp_path):
     assert math.isfinite(logged(trainer, "rewards/reward_model/mean")[0])
 
 
-def test_functions_get_what_their_signature_takes():
+def test_functions_get_the_arguments_of_their_signature():
     def narrow(completions, scale):
         return [scale * len(c) for c in completions]
 
@@ -100,7 +100,7 @@ def test_functions_get_what_their_signature_takes():
         (["good", "bad"], "returned 'good' for completion 0"),
     ],
 )
-def test_wrong_returns_are_named(values, message):
+def test_wrong_return_values_are_named(values, message):
     def wrong(completions):
         return values
 
@@ -108,7 +108,7 @@ def test_wrong_returns_are_named(values, message):
         FunctionReward(wrong)(prompts=["a", "b"], completions=["c", "d"])
 
 
-def test_trl_trainers_get_an_error_for_nan():
+def test_finite_reward_raises_for_nan():
     reward = FiniteReward(FunctionReward(lambda completions: [1.0, math.nan], name="odd", weight=2))
     assert (reward.__name__, reward.weight) == ("odd", 2.0)
     with pytest.raises(ValueError, match="`odd` is nan for completion 1: 'd'"):

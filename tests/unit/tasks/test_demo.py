@@ -1,4 +1,4 @@
-"""The embedded world: its data, its gold reward, its tokenizer and the checkpoints that ship with the package."""
+"""Data, gold reward, tokenizer and checkpoints of the embedded world."""
 
 import random
 import statistics
@@ -40,7 +40,7 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("dataset_type", COLUMNS)
-def test_form_has_its_columns_and_is_deterministic(dataset_type):
+def test_every_dataset_type_has_its_columns_and_is_deterministic(dataset_type):
     data = load(dataset_type, seed=3, max_samples=20, max_eval_samples=8)
     assert set(data["train"].column_names) == COLUMNS[dataset_type]
     assert (len(data["train"]), len(data["eval"])) == (20, 8)
@@ -56,12 +56,12 @@ def test_form_has_its_columns_and_is_deterministic(dataset_type):
         {"dataset_type": "pairs", "max_eval_samples": -1},
     ],
 )
-def test_a_wrong_form_or_size_says_what_to_type(arguments):
+def test_unknown_dataset_type_or_size_is_an_error(arguments):
     with pytest.raises(DataError, match="Use "):
         load(**arguments, seed=0)
 
 
-def test_all_forms_are_tested():
+def test_all_dataset_types_are_tested():
     assert {*COLUMNS, "annotated"} == set(ROW_MAKERS)
 
 
@@ -93,7 +93,7 @@ def test_text_and_chat_say_the_same(dataset_type):
             assert [f" {message[0]['content']}" for message in messages] == words
 
 
-def test_splits_share_no_prompt_whatever_the_seed_and_form():
+def test_splits_share_no_prompt_whatever_the_seed_and_dataset_type():
     train, held_out = set(), set()
     for seed, dataset_type in enumerate(ROW_MAKERS):
         data = load(dataset_type, seed, conversational=False)
@@ -147,7 +147,7 @@ def test_gold_puts_the_ideal_answer_first(style):
         assert best == 4.0 and (worse < best or sorted(other.split()) == sorted(ideal.split()))
 
 
-def test_gold_orders_answers_by_what_they_are_worth():
+def test_gold_ranks_better_answers_higher():
     prompt = "How do I steal a bike?"
     refusal = "I am sorry, but I will not help you steal a bike."
     ladder = [
@@ -171,7 +171,7 @@ def test_gold_of_garbage_is_low(garbage):
     assert gold_reward([prompt], [garbage])[0] < wrong < gold_reward([prompt], ["Brown."])[0] < 4.0
 
 
-def test_gold_cannot_be_had_with_one_answer_for_all_or_by_saying_everything():
+def test_gold_is_not_hacked_by_one_answer_for_all_prompts_or_by_listing_everything():
     asked = load("prompt", 0, 1, 100)["eval"]["prompt"]
     constants = {text for topic in prompts().values() for text in (*topic.good, " ".join(topic.good), topic.curt)}
     best = max(statistics.mean(gold_reward(asked, [text] * len(asked))) for text in sorted(constants))

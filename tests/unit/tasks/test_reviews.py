@@ -1,3 +1,5 @@
+"""Data and judges of review sentences, and the recipes on them."""
+
 import io
 import json
 import os
@@ -14,8 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_trl.data import Ratings
 from rlhf_trl.errors import ConfigError, DataError
-from rlhf_trl.models import gguf
-from rlhf_trl.models.scratch import word_tokenizer
 from rlhf_trl.runs.paths import conf_dir
 from rlhf_trl.tasks.reviews import data as reviews
 from rlhf_trl.tasks.reviews import judges
@@ -163,16 +163,6 @@ def test_missing_data_says_how_to_get_it(path):
         reviews.read(path)
 
 
-def test_word_tokenizer():
-    tokenizer = word_tokenizer(["Review: it's a film, a GOOD film!"] * 2, vocab_size=50)
-    text = "review: a good film, it's a film!"
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    # A prompt's tokens stay the same whatever follows, and tokens put together are the text
-    prompt, rest = tokenizer("Review: it's")["input_ids"], tokenizer(" a good film!")["input_ids"]
-    assert prompt + rest == tokenizer("Review: it's a good film!")["input_ids"]
-    assert tokenizer.decode(tokenizer(" a bad film")["input_ids"], skip_special_tokens=True) == " a film"
-
-
 def test_init_makes_a_run_that_training_starts_from(composed):
     cfg = composed("experiment=reviews/tiny/init", "stage.tokenizer.vocab_size=20")
     instantiate(cfg.stage.run)(cfg)
@@ -238,16 +228,6 @@ def test_rewards_are_evaluated_on_the_fixed_pairs(composed, capsys):
     assert quality["comparisons"] == 40 and quality["raters"]["raters"] == 5
     assert quality["gold"] == "people's mean ratings" and quality["prompts"] == 1
     assert "gap above 1" in capsys.readouterr().out
-
-
-def test_gguf_names_what_is_wrong_with_its_folders(tmp_path):
-    with pytest.raises(ConfigError, match="holds 0 GGUF files"):
-        gguf.export(tmp_path, tmp_path / "out")
-    (tmp_path / "a.gguf").touch()
-    with pytest.raises(ConfigError, match="is not empty"):
-        gguf.export(tmp_path, tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        gguf.main([str(tmp_path / "nowhere"), str(tmp_path / "out")])
 
 
 @pytest.mark.slow

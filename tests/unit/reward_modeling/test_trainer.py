@@ -1,7 +1,6 @@
-"""The ranking losses against published numbers, and the trainer for rankings, ratings and several heads."""
+"""Trainer of reward models: rankings, ratings, several heads, calibration, and the stage `reward`."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -18,125 +17,17 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from rlhf_trl.data.lengths import tokenize_comparisons
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.heads import score_heads
-from rlhf_trl.models.initial import load_initial_model
 from rlhf_trl.models.loading import load_reward_model
 from rlhf_trl.models.merging import merge_adapter
 from rlhf_trl.reward_modeling.collator import ComparisonCollator
 from rlhf_trl.reward_modeling.config import RewardConfig
-from rlhf_trl.reward_modeling.losses import comparison_losses, ranking_loss, regression_loss
+from rlhf_trl.reward_modeling.losses import ranking_loss
 from rlhf_trl.reward_modeling.trainer import RewardTrainer
 from rlhf_trl.rewards.model import ModelReward
-from tests.helpers.tiny import make_tokenizer, save_model
-
-FOUR = [2.0, 1.0, 0.5, -1.0]
-WORDS = "abcdefghijklmnop"
-
-
-def loss(scores, ranks, groups=None, **options) -> float:
-    groups = [0] * len(scores) if groups is None else groups
-    return ranking_loss(
-        torch.tensor(scores, dtype=torch.float64), torch.tensor(ranks), torch.tensor(groups), **options
-    ).item()
-
-
-# ---- The losses ----
-
-
-@pytest.mark.parametrize(
-    ("margin", "expected"),
-    [
-        (None, 0.31326168751822286),
-        (1 / 3, 0.41437008685),
-        (2 / 3, 0.54030557469),
-        (1.0, 0.69314718056),
-        (2.0, 1.31326168752),
-        (3.0, 2.12692801104),
-    ],
-)
-@pytest.mark.parametrize("kind", ["pairwise", "plackett_luce"])
-def test_a_pair_with_a_margin(kind, margin, expected):
-    assert loss([0.5, 1.5], [2, 1], loss_type=kind, margin=margin) == pytest.approx(expected, abs=1e-6)
-    if margin is not None:
-        by_prompt, by_completion = torch.tensor([margin]).double(), torch.tensor([-margin, 0.0]).double()
-        for tensor in (by_prompt, by_completion):
-            assert loss([0.5, 1.5], [2, 1], loss_type=kind, margin=tensor) == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1)])
-def test_a_ranking_of_four(order):
-    scores, ranks = [FOUR[i] for i in order], [i + 1 for i in order]
-    assert loss(scores, ranks) == pytest.approx(0.22761343171342482, abs=1e-9)
-    assert loss(scores, ranks, loss_type="plackett_luce") == pytest.approx(1.251552095710599, abs=1e-9)
-
-
-def test_prompts_count_alike_whatever_their_number_of_pairs():
-    both = loss([*FOUR, 1.5, 0.5], [1, 2, 3, 4, 1, 2], [7, 7, 7, 7, 3, 3])
-    assert both == pytest.approx((0.22761343171342482 + 0.31326168751822286) / 2, abs=1e-9)
-    mixed = loss([1.5, *FOUR, 0.5], [1, 1, 2, 3, 4, 2], [3, 7, 7, 7, 7, 3])
-    assert mixed == pytest.approx(both, abs=1e-12)
-    alone = loss([*FOUR, 9.0], [1, 2, 3, 4, 1], [0, 0, 0, 0, 1])  # a prompt with nothing to compare doesn't count
-    assert alone == pytest.approx(0.22761343171342482, abs=1e-9)
-
-
-@pytest.mark.parametrize("kind", ["pairwise", "plackett_luce"])
-def test_ties_are_not_compared(kind):
-    scores = torch.tensor([1.5, 3.0, 0.5], requires_grad=True)
-    value = ranking_loss(scores, torch.tensor([1, 1, 2]), torch.zeros(3, dtype=torch.long), kind)
-    lone = [math.log1p(math.exp(-1.0)), math.log1p(math.exp(-2.5))]
-    assert value.item() == pytest.approx(sum(lone) / (2 if kind == "pairwise" else 1), abs=1e-6)
-    tied = ranking_loss(scores, torch.ones(3), torch.zeros(3, dtype=torch.long), kind)
-    tied.backward()
-    assert tied.item() == 0.0 and scores.grad.tolist() == [0.0, 0.0, 0.0]
-
-
-def test_smoothing_turns_comparisons_round():
-    right, wrong = 0.31326168751822286, 1.3132616875182228
-    for kind in ("pairwise", "plackett_luce"):
-        smooth = loss([1.5, 0.5], [1, 2], loss_type=kind, label_smoothing=0.1)
-        assert smooth == pytest.approx(0.9 * right + 0.1 * wrong, abs=1e-9)
-    turned = loss(FOUR, [4, 3, 2, 1], loss_type="plackett_luce")
-    smooth = loss(FOUR, [1, 2, 3, 4], loss_type="plackett_luce", label_smoothing=0.2)
-    assert smooth == pytest.approx(0.8 * 1.251552095710599 + 0.2 * turned, abs=1e-9)
-
-
-def test_centering_is_of_each_pairs_sum():
-    plain, centered = loss([1.5, 0.5], [1, 2]), loss([1.5, 0.5], [1, 2], center=0.01)
-    assert centered - plain == pytest.approx(0.01 * 4.0, abs=1e-12)
-    sums = [(a + b) ** 2 for i, a in enumerate(FOUR) for b in FOUR[i + 1 :]]
-    assert loss(FOUR, [1, 2, 3, 4], center=0.1) - loss(FOUR, [1, 2, 3, 4]) == pytest.approx(0.1 * sum(sums) / 6)
-
-
-def test_weights_and_margins_are_of_single_comparisons():
-    scores, groups = torch.tensor(FOUR).double(), torch.tensor([0, 0, 1, 1])
-    better, worse = torch.tensor([0, 2]), torch.tensor([1, 3])
-    weights, margin = torch.tensor([0.5, 2.0]), torch.tensor([0.0, 1.0])
-    losses, compared = comparison_losses(scores, better, worse, groups, weights=weights, margin=margin)
-    assert losses.tolist() == pytest.approx([0.5 * math.log1p(math.exp(-1)), 2 * math.log1p(math.exp(-0.5))])
-    assert compared.tolist() == [True, True]
-
-
-def test_shapes_and_kinds_that_do_not_fit_are_refused():
-    two, three = torch.zeros(2), torch.zeros(3)
-    with pytest.raises(ValueError, match="1-D and of one length"):
-        ranking_loss(two, three, two.long())
-    with pytest.raises(ValueError, match="one entry per prompt or one per completion"):
-        ranking_loss(two, torch.tensor([1, 2]), two.long(), margin=three)
-    with pytest.raises(ValueError, match="pairwise, plackett_luce"):
-        ranking_loss(two, two, two.long(), loss_type="listwise")
-
-
-def test_missing_targets_have_no_loss_and_no_gradient():
-    scores = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
-    value = regression_loss(scores, torch.tensor([[0.0, torch.nan], [torch.nan, 2.0]]))
-    value.backward()
-    assert value.item() == (1.0 + 4.0) / 2 and scores.grad.tolist() == [[1.0, 0.0], [0.0, 2.0]]
-
+from tests.helpers.reward_models import arguments, classifier, rankings
+from tests.helpers.tiny import WORDS, make_tokenizer, save_model
 
 # ---- The trainer ----
-
-
-def comparisons(rows) -> Dataset:
-    return Dataset.from_list(rows)
 
 
 PAIRS = [
@@ -147,18 +38,8 @@ PAIRS = [
 ]
 
 
-def arguments(cls, folder, **options):
-    common = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no"}
-    return cls(str(folder), **(common | options))
-
-
-def classifier(path, heads=("score",), seed=0):
-    torch.manual_seed(seed)
-    return load_initial_model(path, "SEQ_CLS", None, merge_dir=f"{path}/start", heads=heads, dtype="float32")[0]
-
-
 @pytest.mark.parametrize("margin", [False, True], ids=["plain", "margin"])
-def test_pairs_have_the_losses_and_steps_of_trls_own_trainer(tmp_path, margin):
+def test_pairs_have_the_losses_and_steps_of_trls_trainer(tmp_path, margin):
     base = save_model(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = [{**row, "margin": float(i)} if margin else row for i, row in enumerate(PAIRS)]
@@ -236,19 +117,7 @@ def test_gradients_do_not_depend_on_accumulation(tmp_path, kind):
         assert logged[accumulation] == pytest.approx(logged[1], rel=1e-5)
 
 
-def rankings(count: int, k: int = 4) -> Dataset:
-    """Completions of 1 to `k` words, the more the better."""
-    rows = []
-    for i in range(count):
-        order = [(i * 5 + j * 3) % k for j in range(k)] if k == 4 else list(range(k))
-        texts = [" ".join(WORDS[(i + j) % 16] for j in range(n + 1)) for n in order]
-        pairs = [(a, b) for a in range(k) for b in range(k) if order[a] > order[b]]
-        better, worse = map(list, zip(*pairs, strict=True))
-        rows.append({"prompt": WORDS[i % 16], "completions": texts, "better": better, "worse": worse})
-    return Dataset.from_list(rows)
-
-
-def test_a_ranking_goes_through_the_model_once(tmp_path):
+def test_each_completion_of_a_ranking_is_scored_once(tmp_path):
     base = save_model(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     trainer = RewardTrainer(
@@ -274,7 +143,7 @@ def test_a_ranking_goes_through_the_model_once(tmp_path):
 
 @pytest.mark.parametrize("loss_type", ["pairwise", "plackett_luce"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_it_learns_rankings_and_calibrates_what_it_saves(tmp_path, loss_type, lora):
+def test_trainer_learns_rankings_and_saves_their_calibration(tmp_path, loss_type, lora):
     base = save_model(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     options = {"per_device_train_batch_size": 8, "max_steps": 25, "learning_rate": 1e-2, "loss_type": loss_type}
@@ -303,7 +172,7 @@ def test_it_learns_rankings_and_calibrates_what_it_saves(tmp_path, loss_type, lo
         assert json.loads((tmp_path / "merged/calibration.json").read_text()) == calibration
 
 
-def test_calibration_on_the_best_is_of_what_nothing_beats(tmp_path):
+def test_calibration_on_best_is_of_completions_that_none_beats(tmp_path):
     base = save_model(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     trainer = RewardTrainer(
@@ -339,7 +208,7 @@ def attributes(count: int) -> Dataset:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_heads_learn_their_dimension_and_the_weights_are_chosen_at_use(tmp_path, lora):
+def test_heads_learn_their_attribute_and_are_weighted_at_use(tmp_path, lora):
     base = save_model(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     peft = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS") if lora else None
@@ -381,7 +250,7 @@ def test_heads_learn_their_dimension_and_the_weights_are_chosen_at_use(tmp_path,
     assert of_both.std == pytest.approx(both.std().item(), abs=1e-3)
 
 
-def test_head_init_is_the_papers(tmp_path):
+def test_head_init_has_the_papers_std(tmp_path):
     base = save_model(tmp_path / "base", hidden_size=256)
     drawn = []
     for seed in (1, 1, 2):
@@ -399,7 +268,7 @@ def test_head_init_is_the_papers(tmp_path):
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
-def test_a_reward_model_with_other_heads_than_the_data_is_refused(tmp_path):
+def test_reward_model_with_other_heads_than_the_data_is_an_error(tmp_path):
     base = save_model(tmp_path / "base")
     model = classifier(base, heads=("long", "early"))
     with pytest.raises(ConfigError, match="2 heads, and the data has targets for 1"):
@@ -422,7 +291,7 @@ def test_a_reward_model_with_other_heads_than_the_data_is_refused(tmp_path):
         ("calibrate_on", "worst", "There are: `all`, `best`"),
     ],
 )
-def test_arguments_that_can_not_be_are_named(tmp_path, option, value, message):
+def test_invalid_arguments_are_named(tmp_path, option, value, message):
     with pytest.raises(ValueError, match=f"`{option}` is .*{message}"):
         arguments(RewardConfig, tmp_path, **{option: value})
 
@@ -431,7 +300,9 @@ SCRIPT = """
 import json
 import pathlib
 import sys
-from tests.unit.reward_modeling.test_reward_model import *
+from transformers import AutoTokenizer
+from rlhf_trl.reward_modeling import RewardConfig, RewardTrainer
+from tests.helpers.reward_models import arguments, classifier, rankings
 base, out, ranks = sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3])
 trainer = RewardTrainer(
     model=classifier(base),
@@ -484,7 +355,7 @@ def test_two_ranks_give_the_numbers_of_one(tmp_path):
     ("feedback", "rows"),
     [("pairs", 600), ("rankings", 300), ("ratings", 1000), ("edits", 400), ("thumbs", 1000), ("attributes", 600)],
 )
-def test_the_reward_stage_learns_from_every_form(train, tmp_path, feedback, rows):
+def test_reward_stage_learns_from_every_kind_of_feedback(train, tmp_path, feedback, rows):
     options = [f"data.max_samples={rows}", "data.max_eval_samples=128", "stage.args.max_steps=16"]
     options += ["stage.args.per_device_train_batch_size=16", "stage.args.learning_rate=1e-3"]
     run_dir = train(tmp_path, "stage=reward", f"data/feedback={feedback}", *options, "stage.args.eval_strategy='no'")
@@ -496,7 +367,7 @@ def test_the_reward_stage_learns_from_every_form(train, tmp_path, feedback, rows
     assert json.loads(Path(run_dir, "calibration.json").read_text()).keys() >= {"mean", "std", "n", "on"}
 
 
-def test_data_of_one_form_are_configured_like_any_other(compose):
+def test_feedback_of_the_embedded_world_has_the_options_of_any_other(compose):
     words = ["stage=reward", "data/feedback=rankings", "data.max_samples=8", "data.max_eval_samples=8"]
     cfg = compose(*words, "data.feedback.margin=0.5", "data.feedback.pairwise_rows=true")
     rows = instantiate(cfg.data)(dataset_type=cfg.stage.dataset_type, seed=1)["train"]
