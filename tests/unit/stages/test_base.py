@@ -1,0 +1,72 @@
+"""`open_run`: the directory and the record of a run, however it ends."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_trl.errors import ConfigError, Interrupted
+from rlhf_trl.runs.directory import has_backup
+from rlhf_trl.stages.base import open_run
+
+
+@pytest.fixture
+def config(compose, tmp_path):
+    """`config(*overrides)` returns the config of a run in an empty folder."""
+    return lambda *overrides: compose("stage=init", f"runs_dir={tmp_path}", *overrides)
+
+
+def record(cfg) -> dict:
+    return json.loads(Path(cfg.run_dir, "run.json").read_text())
+
+
+def test_a_run_is_running_and_then_done(config):
+    cfg = config()
+    with open_run(cfg, start="random weights") as run:
+        assert record(cfg)["status"] == "running" and Path(cfg.run_dir, "config.yaml").is_file()
+        assert run.checkpoint is None
+        run.record["reason"] = "enough"
+    found = record(cfg)
+    assert (found["status"], found["reason"], found["model"]) == ("done", "enough", "random weights")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (Interrupted(), "stopped", None),
+        (KeyboardInterrupt(), "stopped", "KeyboardInterrupt: "),
+        (SystemExit(3), "failed", "SystemExit: 3"),
+        (ValueError("no"), "failed", "ValueError: no"),
+    ],
+)
+def test_an_error_is_recorded_and_raised(config, error, status, told):
+    cfg = config()
+    with pytest.raises(type(error)), open_run(cfg, start="random weights"):
+        raise error
+    assert record(cfg)["status"] == status and record(cfg).get("error") == told
+
+
+@pytest.mark.parametrize("error", [ConfigError("no"), ValueError("no")])
+def test_a_run_that_fails_before_its_first_step_leaves_the_earlier_one(config, error):
+    with open_run(config(), start="first"):
+        pass
+    cfg = config("overwrite=true")
+    with pytest.raises(type(error)), open_run(cfg, start="second"):
+        assert has_backup(cfg.run_dir) and record(cfg)["model"] == "second"
+        raise error
+    assert record(cfg)["model"] == "first" and not has_backup(cfg.run_dir)
+
+
+def test_a_wrong_config_leaves_the_directory_free(config):
+    cfg = config()
+    with pytest.raises(ConfigError), open_run(cfg, start="random weights"):
+        raise ConfigError("no")
+    assert not Path(cfg.run_dir, "run.json").exists()
+
+
+def test_a_used_directory_is_not_opened(config):
+    with open_run(config(), start="first"):
+        pass
+    with pytest.raises(ConfigError, match="already holds a run"), open_run(config(), start="second"):
+        pass
+    assert record(config())["model"] == "first"
