@@ -45,7 +45,7 @@ from rlhf_trl.data.chat_template import (
 from rlhf_trl.data.lengths import head_names, keep_one_bos, measure
 from rlhf_trl.data.messages import is_chat
 from rlhf_trl.data.preview import note_rows_without_end
-from rlhf_trl.data.splits import leave_out, prompt_keys
+from rlhf_trl.data.splits import drop_held_out, prompt_keys
 from rlhf_trl.data.tokenize import end_tokens, note_template_end
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.generation import Policy
@@ -270,7 +270,7 @@ def demonstrations(cfg: DictConfig, dataset: DatasetDict) -> Dataset:
     if "eval" not in dataset or cfg.data.get("split_by") == "row":
         return rows
     notes = []
-    rows = leave_out("ptx_data", rows, prompt_keys(rows), set(prompt_keys(dataset["eval"])), notes)
+    rows = drop_held_out("ptx_data", rows, prompt_keys(rows), set(prompt_keys(dataset["eval"])), notes)
     for note in notes:
         say(note)
     return rows

@@ -200,7 +200,7 @@ def data_problems(values: dict[str, Any]) -> list[str]:
         for key in ("paths", "eval_paths"):
             if node.get("_target_") == "rlhf_trl.data.load_files" and node.get(key) is not None:
                 problems += _files(f"{path}.{key}", node[key])
-        if node.get("_target_") == "rlhf_trl.tasks.reviews.data.load" and node.get("path"):
+        if node.get("_target_") == "rlhf_trl.tasks.reviews.load" and node.get("path"):
             folder = Path(node["path"]).expanduser()
             problems += (
                 [] if folder.is_dir() else [f"`{path}.path` is `{folder}`, which is no folder. {_beside(folder)}"]

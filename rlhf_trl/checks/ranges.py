@@ -19,7 +19,7 @@ from rlhf_trl.rewards.options import RULES as REWARD_RULES
 # The examples stand outside the core, which imports nothing from them
 TASK_RULES = {
     "rlhf_trl.tasks.demo.load": LIMITS | {"conversational": "bool"},
-    "rlhf_trl.tasks.reviews.data.load": LIMITS
+    "rlhf_trl.tasks.reviews.load": LIMITS
     | {"prompt_words": COUNT, "rounds": COUNT, "min_gap": NONNEGATIVE, "judge_share": SHARE},
 }
 # By the dot path of a `_target_`

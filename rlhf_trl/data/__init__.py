@@ -1,8 +1,9 @@
 """Datasets: sources, conversion to the dataset type of a stage, and tokenization."""
 
-from rlhf_trl.data.build import build, describe
+from rlhf_trl.data.build import build_dataset, describe
 from rlhf_trl.data.feedback import Attributes, Edits, Pairs, Rankings, Ratings, Thumbs
 from rlhf_trl.data.lengths import filter_prompts, head_names, measure, report_cut_rows, tokenize_comparisons
+from rlhf_trl.data.options import LoadOptions
 from rlhf_trl.data.preview import count_trained, render_batch, render_sample
 from rlhf_trl.data.sources.files import load_files
 from rlhf_trl.data.sources.hub import load_hub
@@ -12,11 +13,12 @@ from rlhf_trl.data.tokenize import prompt_ids, row_ids
 __all__ = [
     "Attributes",
     "Edits",
+    "LoadOptions",
     "Pairs",
     "Rankings",
     "Ratings",
     "Thumbs",
-    "build",
+    "build_dataset",
     "count_trained",
     "describe",
     "filter_prompts",

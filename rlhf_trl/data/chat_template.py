@@ -23,7 +23,7 @@ def render_chat(tokenizer, messages: list[dict], tokenize: bool, **kwargs):
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"the data holds chat messages, but the tokenizer of `{tokenizer.name_or_path}` has no chat template. "
-            "Type `model.chat_template=FILE.jinja` (a reward model's is saved with its tokenizer), or give data "
+            "Set `model.chat_template=FILE.jinja` (a reward model's is saved with its tokenizer), or give data "
             "whose prompts are text."
         )
     # Arrow gives every message all keys of all messages: what is null wasn't there.
@@ -42,9 +42,7 @@ class TemplateRefusal(DataError):
         roles = [message["role"] for message in messages]
         self.said = f"is refused by the chat template ({said.strip()}): its turns are {', '.join(roles)}. "
         if {"system", "developer"} & set(roles):
-            self.said += (
-                "Leave out the system turn (`data.system_prompt`), or put its text into the user's first turn."
-            )
+            self.said += "Remove the system turn (`data.system_prompt`), or put its text into the user's first turn."
         else:
             self.said += "Put turns of one role in a row into one turn, or give another template."
         super().__init__(
@@ -68,8 +66,8 @@ def refusals_named(tokenizer) -> Iterator[None]:
                 render_chat(tokenizer, messages, tokenize=False, add_generation_prompt=False, **kwargs)
             except TemplateRefusal as refusal:
                 known[kind] = refusal.said
-        if known[kind] is not None:
-            raise RowError(None, known[kind])
+        if (said := known[kind]) is not None:
+            raise RowError(None, said)
 
     token = CHAT_CHECK.set(check if tokenizer.chat_template is not None else None)
     try:
@@ -166,7 +164,7 @@ def check_template_answers(tokenizer, source: str) -> None:
         return
     if words not in text:
         raise ConfigError(
-            f"The chat template of `{source}` leaves out what the assistant says, so nothing could be learned from "
+            f"The chat template of `{source}` drops what the assistant says, so nothing could be learned from "
             "any answer. Give another with `model.chat_template=FILE.jinja`."
         )
 

@@ -7,6 +7,7 @@ dict, and raise a `RowError` if it is malformed.
 
 import math
 from collections import Counter
+from typing import Any
 
 from rlhf_trl.data.messages import as_chat, check_text_or_chat, check_turns, is_chat, split_last_turn
 from rlhf_trl.data.rows import RowError
@@ -46,7 +47,7 @@ def check_label(row: dict) -> bool:
 
 def check_margin(row: dict) -> float:
     """`margin`, by how much `chosen` is better, as a finite float."""
-    value = row.get("margin")
+    value: Any = row.get("margin")
     try:
         margin = float(value)
     except (TypeError, ValueError):
@@ -138,7 +139,8 @@ def _take_prompt_out(prompt, given: dict, notes: Counter) -> tuple:
         raise RowError(fields[-1], "shares no prompt with `chosen`, and there is no `prompt`")
     if isinstance(prompt, list) and shared != prompt:
         raise RowError("prompt", f"isn't what `{fields[0]}`, a whole conversation, begins with")
-    if isinstance(prompt, str) and prompt.strip() not in [turn["content"].strip() for turn in shared]:
+    turns = [] if isinstance(shared, str) else [turn["content"].strip() for turn in shared]
+    if isinstance(prompt, str) and prompt.strip() not in turns:
         raise RowError("prompt", f"isn't a turn of the conversation in `{fields[0]}`")
     if isinstance(shared, str):
         notes["the prompt is the text that `chosen` and `rejected` begin with"] += 1
@@ -176,7 +178,7 @@ def read_row(row: dict, format: str, notes: Counter) -> dict:
             prompt = check_text_or_chat(row, "prompt")
             check_turns(prompt, {})
             return {"prompt": prompt}
-        case "text":
+        case _:  # text
             text = check_text_or_chat(row, "text")
             if not isinstance(text, str):
                 raise RowError("text", "is a list, where text should be")

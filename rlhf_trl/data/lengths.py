@@ -34,7 +34,7 @@ def tokenize_comparisons(dataset, tokenizer, max_length: int | None = None, spli
     `Dataset` or `DatasetDict` for the reward stage.
 
     Rows hold `prompt` and `completions`, or `prompt`, `chosen` and `rejected`, which become two completions of which
-    the first is `better`. What is longer than `max_length` is left out as [`keep_short_completions`] says; `split`
+    the first is `better`. What is longer than `max_length` is dropped as [`keep_short_completions`] says; `split`
     names the rows there.
     """
 
@@ -55,7 +55,7 @@ def tokenize_comparisons(dataset, tokenizer, max_length: int | None = None, spli
 def keep_short_completions(dataset, max_length: int | None, split: str = ""):
     """
     `dataset` (with `completion_ids`) without completions of more than `max_length` tokens, and without the comparisons
-    and targets they have a part in; rows that then say nothing are left out. How much that is, is printed.
+    and targets they have a part in; rows that then say nothing are dropped. How much that is, is printed.
     """
     if max_length is None or max(dataset["length"]) <= max_length:
         return dataset
@@ -72,19 +72,19 @@ def keep_short_completions(dataset, max_length: int | None, split: str = ""):
     total, longest = sum(map(len, dataset["completion_ids"])), max(dataset["length"])
     shortest = min(len(ids) for row in dataset["completion_ids"] for ids in row)
     # No cache: the counts are made by going over the rows
-    short = dataset.map(shorten, load_from_cache_file=False, desc="Leaving out long completions")
+    short = dataset.map(shorten, load_from_cache_file=False, desc="Dropping long completions")
     informed = [i for i, row in enumerate(short) if row.get("better") or (row.get("targets") and row["completions"])]
     split = f"{split} " if split else ""
     if not informed:
         raise DataError(
             f"no {split}row is left: the completions are longer than `max_length={max_length}` "
-            f"(the shortest has {shortest} tokens with its prompt). Type `stage.args.max_length={longest}` to keep "
+            f"(the shortest has {shortest} tokens with its prompt). Set `stage.args.max_length={longest}` to keep "
             "all."
         )
     say(
-        f"data: {counts['completions']:,} of {total:,} {split}completions left out, longer than "
+        f"data: {counts['completions']:,} of {total:,} {split}completions dropped, longer than "
         f"`max_length={max_length}` tokens (the longest: {longest:,}), and with them {counts['comparisons']:,} "
-        f"comparisons; {len(dataset) - len(informed):,} of {len(dataset):,} rows say nothing more and are left out"
+        f"comparisons; {len(dataset) - len(informed):,} of {len(dataset):,} rows say nothing more and are dropped"
     )
     return short.select(informed)
 
@@ -126,7 +126,7 @@ def report_cut_rows(dataset, tokenizer, max_length: int | None = None):
         if lost == len(rows):
             raise DataError(
                 f"all {len(rows):,} {split} rows have prompts of `max_length={max_length}` tokens or more, so nothing "
-                f"of any completion is left. Type `stage.args.max_length={longest}` to keep all."
+                f"of any completion is left. Set `stage.args.max_length={longest}` to keep all."
             )
         if cut:
             what = f"; {lost:,} lose the whole completion" if lost else ""
@@ -189,7 +189,7 @@ def filter_prompts(dataset, tokenizer, max_prompt_length: int | None = None):
     """
     `dataset` (a `Dataset` or `DatasetDict`) without prompts of more than `max_prompt_length` tokens.
 
-    How many are left out is printed.
+    How many are dropped is printed.
     """
 
     def length(row):
@@ -212,12 +212,12 @@ def _keep_short(dataset, length, limit: int | None, noun: str, name: str, key: s
     if not short:
         raise DataError(
             f"all {len(dataset):,} {noun} are longer than `{name}={limit}`: the shortest has {min(lengths)} tokens. "
-            f"Type `{key}={max(lengths)}` to keep all."
+            f"Set `{key}={max(lengths)}` to keep all."
         )
     if len(short) == len(dataset):
         return dataset
     say(
-        f"data: {len(dataset) - len(short):,} of {len(dataset):,} {noun} left out, longer than `{name}={limit}` "
+        f"data: {len(dataset) - len(short):,} of {len(dataset):,} {noun} dropped, longer than `{name}={limit}` "
         f"tokens (the longest: {max(lengths):,}); {count_of(len(short), 'row')} kept"
     )
     return dataset.select(short)

@@ -1,7 +1,8 @@
-"""From rows as they stand in a file to checked rows of a dataset type, as Arrow tables."""
+"""Reading of rows: recognition of their format, checks, and conversion to a dataset type."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from rlhf_trl.data.dataset_types import ANNOTATED, CONVERSIONS, SOURCES, annotated_of, choose_format, convert
@@ -26,7 +27,8 @@ from rlhf_trl.data.messages import (
     to_chat,
     without_filled,
 )
-from rlhf_trl.data.rows import Problems, Row, RowError, ending, type_of
+from rlhf_trl.data.options import LoadOptions
+from rlhf_trl.data.rows import Problems, Row, RowError, Source, ending, type_of
 from rlhf_trl.data.splits import prompt_key
 from rlhf_trl.data.tables import BATCH_ROWS, concatenate, make_table
 from rlhf_trl.errors import DataError
@@ -38,50 +40,81 @@ FOREIGN = ("completion", "chosen", "rejected", "messages", "text")
 OF_COMPARISON = ("gap", "share")
 
 
+@dataclass
+class Side:
+    """
+    Rows of one side of a split.
+
+    Args:
+        tables (`list[pyarrow.Table]`): the converted rows.
+        keys (`list`): what each of them is split by: its prompt's key or, with `split_by=row`, its number.
+        known (`dict`): those keys, and the keys of rows that this stage has no use for, but others may have.
+    """
+
+    tables: list = field(default_factory=list)
+    keys: list = field(default_factory=list)
+    known: dict = field(default_factory=dict)
+
+
 class Reader:
     """
-    Turns the rows of sources (files, splits) into Arrow tables in `dataset_type`.
+    Reader of rows in one of the `FORMATS`: converts them to a dataset type, as Arrow tables.
 
-    The options are those of `rlhf_trl.data.build`. Bad rows go to `problems`; `summary` says what was read.
-    `keys` has for each row of the tables what it is split by: its prompt's key or, with `split_by=row`, its number.
-    `known` has also the keys of rows that this stage has no use for, but others may have.
+    Args:
+        dataset_type (`str`): what the stage trains on.
+        options (`LoadOptions`): options of the source.
+        problems (`Problems`): gets malformed rows.
     """
 
-    def __init__(
-        self, dataset_type, problems: Problems, *, format, columns, system_prompt, to_chat, messages, split_by
-    ):
-        self.dataset_type, self.problems, self.format = dataset_type, problems, format
-        self.split_by, self.keys, self.known = split_by, [], {}
-        self.columns = {ours: theirs for ours, theirs in (columns or {}).items() if theirs is not None}
-        self.system_prompt, self.to_chat, self.whole_messages = system_prompt, to_chat, messages == "whole"
-        self.types = {}  # of extra columns: name -> (type, place of the first row that has it)
-        self.kind = None  # (`kind_of` of the first row, its place)
-        self.sources = {}  # format -> names of the sources that hold it
-        self.rows, self.left_out, self.changes, self.unused = Counter(), Counter(), Counter(), {}
+    def __init__(self, dataset_type: str, options: LoadOptions, problems: Problems):
+        self.dataset_type, self.options, self.problems = dataset_type, options, problems
+        self.columns = {ours: theirs for ours, theirs in (options.columns or {}).items() if theirs is not None}
+        self.whole_messages = options.messages == "whole"
+        self.side = Side()  # being read
+        self.types: dict[str, tuple] = {}  # of extra columns: name -> (type, place of the first row that has it)
+        self.kind: tuple[str, str] | None = None  # `kind_of` the first row, and its place
+        self.sources: dict[str, list[str]] = {}  # format -> names of the sources that hold it
+        self.rows, self.dropped, self.changes = Counter(), Counter(), Counter()
+        self.unused: dict[str, None] = {}
 
-    def read(self, name: str, rows: Iterable[Row]):
-        """`rows` of the source `name` as a `pyarrow.Table`; `None` if none can be used."""
+    def read(self, sources: Iterable[Source]) -> Side:
+        """
+        Read the rows of all sources of one side.
+
+        Raises:
+            DataError: if a source has no rows, or not the columns that are needed.
+        """
+        self.side = Side()
+        for name, rows in sources:
+            if (table := self._read_source(name, rows)) is not None:
+                self.side.tables.append(table)
+        return self.side
+
+    def _read_source(self, name: str, rows: Iterable[Row]):
+        """Return the rows of a source as a `pyarrow.Table`; `None` if none can be used."""
         rows = iter(rows)
         head, found = self._head(name, rows)
-        if not found:  # not one row could be read: there are no columns to speak of
+        if not found:  # no row could be read, so there are no columns
             for place, row in chain(head, rows):
-                if not row or isinstance(row, RowError):
-                    self.problems.add(place, row or RowError(None, "is empty"))
+                if isinstance(row, RowError):
+                    self.problems.add(place, row)
+                elif not row:
+                    self.problems.add(place, RowError(None, "is empty"))
             return None
         mapping = self._map_columns(name, found)
         format = self._choose_format(name, found, list(mapping))
         self.sources.setdefault(format, []).append(name)
         self.unused |= dict.fromkeys(self._unused(found, mapping, format))
-        # One row may quote its prompt; where all do, as far as one can see, the answers are whole texts
-        known = [named(row, mapping) for _, row in head if isinstance(row, dict)]
-        self.whole_texts = all(map(repeats_prompt, known))
-        tables, stream = [], self._convert(chain(head, rows), mapping, format)
+        # A single row may quote its prompt; if all of the first rows do, their completions are whole texts
+        known = [rename_columns(row, mapping) for _, row in head if isinstance(row, dict)]
+        whole_texts = all(map(repeats_prompt, known))
+        tables, stream = [], self._convert(chain(head, rows), mapping, format, whole_texts)
         while batch := list(islice(stream, BATCH_ROWS)):
             tables.append(make_table(batch))
         return concatenate(tables) if tables else None
 
     def summary(self) -> list[str]:
-        """Lines on what was read: formats, conversions and how many rows each change concerned."""
+        """Return lines on what was read: formats, conversions, and the number of rows of each change."""
         lines = []
         for format, names in self.sources.items():
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
@@ -90,20 +123,20 @@ class Reader:
             if (format, self.dataset_type) in CONVERSIONS and not as_they_are:
                 line += f" -> {self.dataset_type}: {CONVERSIONS[format, self.dataset_type]}"
             lines.append(line)
-            if self.left_out[format]:
-                lines.append(f"{self.left_out[format]:,} rows labelled false left out")
+            if self.dropped[format]:
+                lines.append(f"{self.dropped[format]:,} rows labelled false dropped")
         lines += [f"{change} ({count:,} rows)" for change, count in self.changes.items() if count]
-        return lines + ([f"columns left out: {', '.join(self.unused)}"] if self.unused else [])
+        return lines + ([f"columns dropped: {', '.join(self.unused)}"] if self.unused else [])
 
     def _head(self, name: str, rows: Iterator[Row]) -> tuple[list[Row], list[str]]:
-        """The first rows of a source, taken from `rows`, and the columns that they have."""
+        """Return the first rows of a source, taken from `rows`, and the columns that they have."""
         head = list(islice(rows, BATCH_ROWS))
         if not head:
             raise DataError(f"{name} holds no rows. Give `data` a source that has some.")
         return head, list(dict.fromkeys(column for _, row in head if isinstance(row, dict) for column in row))
 
     def _map_columns(self, name: str, found: list[str]) -> dict[str, str]:
-        """Our names of the columns -> theirs, as `columns` says; a column that isn't mapped keeps its name."""
+        """Map our names of the columns to the file's; a column that `columns` doesn't name keeps its name."""
         for ours, theirs in self.columns.items():
             if theirs not in found:
                 raise DataError(
@@ -126,7 +159,7 @@ class Reader:
         if "conversations" in mapping and "messages" not in mapping:
             mapping["messages"] = mapping.pop("conversations")
         mapping |= self.columns
-        if "instruction" in mapping and "prompt" not in mapping:  # the columns of the data set Alpaca
+        if "instruction" in mapping and "prompt" not in mapping:  # the columns of the dataset Alpaca
             mapping["prompt"] = mapping.pop("instruction")
             if (
                 "output" in mapping
@@ -140,61 +173,62 @@ class Reader:
         return mapping.get("prompt") == "instruction" and "prompt" not in self.columns
 
     def _choose_format(self, name: str, found: list[str], columns: list[str]) -> str:
-        wanted = self.format
+        wanted = self.options.format
         accepted = SOURCES[self.dataset_type]
         if wanted is None:
             format = choose_format(self.dataset_type, columns)
         elif wanted not in accepted:
             raise DataError(
                 f"`data.format={wanted}` can't give this stage its rows of the dataset type `{self.dataset_type}`. "
-                f"Type one of {names_of(accepted)}, or `data.format=null` to have it recognized."
+                f"Set it to one of {names_of(accepted)}, or to null to have the format recognized."
             )
         else:
             format = wanted if set(FORMATS[wanted]) <= set(columns) else None
         if format is None:
             raise DataError(self._explain_missing(name, found, columns, [wanted] if wanted else accepted))
-        if format == "text" and self.to_chat:
-            raise DataError(f"`data.to_chat=true`: {name} holds plain `text`, which has no turns. Leave it out.")
+        if format == "text" and self.options.to_chat:
+            raise DataError(f"`data.to_chat=true`: {name} holds plain `text`, which has no turns. Remove it.")
         return format
 
     def _explain_missing(self, name: str, found: list[str], columns: list[str], accepted) -> str:
-        """Which columns there are, which are missing for the format that is nearest, and what to type."""
+        """Return which columns there are, which are missing for the nearest format, and what to set."""
         nearest = max(accepted, key=lambda format: sum(column in columns for column in FORMATS[format]))
         missing = [column for column in FORMATS[nearest] if column not in columns]
         present = formats_in(columns)
         header = (
             ""
             if set(columns) & {*CANONICAL} or ending(name) not in (".csv", ".tsv")
-            else (" If the file has no header, give it one: its first line is taken for the columns' names.")
+            else (" If the file has no header, give it one: its first line is read as the columns' names.")
         )
         holds = f", so it holds {names_of(present[:1])} rows" if present else ""
         typed = " ".join(f"data.columns.{column}=NAME" for column in missing)
         return (
             f"{name} can't give rows of the dataset type `{self.dataset_type}`: {names_of(missing)} missing. "
-            f"It has the columns {names_of(found)}{holds}. Type `{typed}` to say which column is which.{header}"
+            f"It has the columns {names_of(found)}{holds}. Set `{typed}` to say which column is which.{header}"
         )
 
-    def _convert(self, rows: Iterable[Row], mapping: dict, format: str) -> Iterator[tuple[str, dict]]:
-        """(place, row in `self.dataset_type`) of every row, with bad ones noted."""
+    def _convert(
+        self, rows: Iterable[Row], mapping: dict, format: str, whole_texts: bool
+    ) -> Iterator[tuple[str, dict]]:
+        """Yield place and converted row of every row, and note malformed ones."""
         for place, row in rows:
             self.rows[format] += 1
             key = None
             try:
                 if isinstance(row, RowError):
                     raise row
-                row = read_json_chats(named(row, mapping), self.changes)
+                row = read_json_chats(rename_columns(row, mapping), self.changes)
                 if self._is_alpaca(mapping):
                     row = alpaca(row, self.changes)
                 if repeats_prompt(row):
-                    done = "it is taken out of them" if self.whole_texts else "it stays there, since other rows' don't"
+                    done = "it is taken out of them" if whole_texts else "it stays there, since other rows' don't"
                     self.changes[f"the prompt is repeated at the beginning of the answers: {done}"] += 1
-                    row = take_prompt_out(row) if self.whole_texts else row
+                    row = take_prompt_out(row) if whole_texts else row
                 if "margin" in mapping:
                     row.setdefault("margin")  # all rows have one or none has: TRL looks at the first
                 made = read_row(row, format, self.changes)
-                key = self._know(prompt_of(made))
-                made = to_chat(made, self.changes) if self.to_chat else made
-                made = self._add_system_prompt(made, place) if self.system_prompt else made
+                key = self._note_key(prompt_of(made))
+                made = self._apply_chat_options(made, place)
                 converted = convert(made, format, self.dataset_type, self.whole_messages)
                 self._check_kind(made if not converted else converted[0], place)
                 extra = self._extra(row, place)
@@ -203,36 +237,41 @@ class Reader:
                 if self.dataset_type == "annotated":
                     extra, converted = {}, [annotated_of({**new, **extra}) for new in converted]
             except RowError as error:
-                root = (error.field or "").split("[")[0]
-                self.problems.add(place, error, mapping.get(root, root) + (error.field or "")[len(root) :])
-                if key is None:
-                    self._know_malformed(row)
+                self._note_malformed(place, row, error, mapping, keyed=key is not None)
                 continue
-            self.left_out[format] += not converted
+            self.dropped[format] += not converted
             for new in converted:
-                self.keys.append(key)
+                self.side.keys.append(key)
                 yield place, {**new, **extra}
 
-    def _know(self, prompt):
+    def _note_key(self, prompt) -> bytes | int:
         """Note the key of the row that is being read, and return it."""
-        key = prompt_key(prompt) if self.split_by == "prompt" else sum(self.rows.values())
-        self.known[key] = None
+        key = prompt_key(prompt) if self.options.split_by == "prompt" else sum(self.rows.values())
+        self.side.known[key] = None
         return key
 
-    def _know_malformed(self, row) -> None:
-        """Another stage may have a use for the row if its prompt is well-formed."""
+    def _note_malformed(self, place: str, row, error: RowError, mapping: dict[str, str], keyed: bool = False) -> None:
+        """Note a malformed row; another stage may have a use for it if its prompt is well-formed."""
+        root = (error.field or "").split("[")[0]
+        self.problems.add(place, error, mapping.get(root, root) + (error.field or "")[len(root) :])
+        if keyed:
+            return
         try:
-            self._know(check_text_or_chat({} if isinstance(row, RowError) else row, "prompt"))
+            self._note_key(check_text_or_chat({} if isinstance(row, RowError) else row, "prompt"))
         except RowError:
             pass
 
-    def _add_system_prompt(self, row: dict, place: str) -> dict:
+    def _apply_chat_options(self, row: dict, place: str) -> dict:
+        """Apply `to_chat` and `system_prompt`."""
+        row = to_chat(row, self.changes) if self.options.to_chat else row
+        if not self.options.system_prompt:
+            return row
         if not is_chat(row):
             raise DataError(
-                f"`data.system_prompt` is given, but {place} holds text, which has no turns. "
-                "Type `data.to_chat=true` to make chats of text."
+                f"`data.system_prompt` is set, but {place} holds text, which has no turns. "
+                "Set `data.to_chat=true` to make chats of text."
             )
-        return add_system_prompt(row, self.system_prompt, self.changes)
+        return add_system_prompt(row, self.options.system_prompt, self.changes)
 
     def _extra(self, row: dict, place: str) -> dict:
         """
@@ -242,7 +281,7 @@ class Reader:
         if self.dataset_type == "prompt":
             extra = {key: value for key, value in row.items() if key not in FOREIGN and key != "prompt"}
         elif self.dataset_type == "annotated":
-            extra = {key: value for key, value in row.items() if key in PASSED_ON or self._tells(key, value)}
+            extra = {key: value for key, value in row.items() if key in PASSED_ON or self._can_slice(key, value)}
         else:
             extra = {key: row[key] for key in PASSED_ON if row.get(key) is not None}
         for key, value in extra.items():
@@ -252,16 +291,16 @@ class Reader:
                 raise RowError(key, f"is {type_of(value)}, of another type than at {where}")
         return extra
 
-    def _tells(self, key: str, value) -> bool:
-        """Whether comparisons can be parted by this value of this column."""
+    def _can_slice(self, key: str, value) -> bool:
+        """Return whether comparisons can be sliced by this value of this column."""
         if key in (*CANONICAL, "margin") or key in ANNOTATED and key not in OF_COMPARISON or value is None:
             return False
-        told = isinstance(value, str | int | float)
-        self.changes[f"`{key}` is neither text nor number and left out"] += not told
-        return told
+        plain = isinstance(value, str | int | float)
+        self.changes[f"`{key}` is neither text nor number and dropped"] += not plain
+        return plain
 
     def _check_kind(self, row: dict, place: str) -> None:
-        """TRL takes all rows for what the first one is, so a `RowError` where one is of another kind."""
+        """Raise a `RowError` for a row of another kind than the first: TRL looks at the first row only."""
         kind = kind_of(row)
         if self.kind is None:
             self.kind = (kind, place)
@@ -271,7 +310,7 @@ class Reader:
             raise RowError(None, f"holds {kind}, but {first} at {where}{hint}")
 
     def _unused(self, found: list[str], mapping: dict, format: str) -> list[str]:
-        """The file's columns that nothing downstream will see."""
+        """Return the file's columns that nothing reads."""
         used = {*FORMATS[format]} | ({"input"} if self._is_alpaca(mapping) else set())
         if format == "preference":
             used |= {"prompt", "margin"}
@@ -285,7 +324,7 @@ class Reader:
         return [column for column in found if column not in theirs]
 
 
-def named(row: dict, mapping: dict[str, str]) -> dict:
-    """A row by our names of its columns; in what a chat template reads, null stands for itself alone."""
+def rename_columns(row: dict, mapping: dict[str, str]) -> dict:
+    """Return a row by our names of its columns, without null fields in what a chat template reads."""
     row = {ours: row[theirs] for ours, theirs in mapping.items() if theirs in row}
     return row | {key: without_filled(row[key]) for key in PASSED_ON if key in row}

@@ -1,19 +1,19 @@
 """Rows as they are read: their places, and what is wrong with malformed ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-
-def type_of(value) -> str:
-    names = {"dict": "an object", "list": "a list", "str": "text", "NoneType": "null", "bool": "true or false"}
-    return names.get(type(value).__name__, f"a number ({value})" if isinstance(value, (int, float)) else f"{value!r}")
+SHOWN_PROBLEMS = 5
 
 
 class RowError(Exception):
     """
-    What is wrong with one row: the field (or `None` for the row as a whole) and one sentence about it.
+    What is wrong with one row.
 
-    `fatal` where it keeps the rest of the file from being read: leaving the row out would lose rows uncounted.
+    Args:
+        field (`str`, *optional*): the field, or `None` for the row as a whole.
+        what (`str`): a sentence about it, without its subject.
+        fatal (`bool`): whether the rest of the file can't be read: dropping the row would lose rows uncounted.
     """
 
     def __init__(self, field: str | None, what: str, fatal: bool = False):
@@ -21,19 +21,48 @@ class RowError(Exception):
         self.field, self.what, self.fatal = field, what, fatal
 
 
+# Place of a row ("pairs.jsonl, line 3"), and its columns or what kept it from being read
+Row = tuple[str, dict | RowError]
+# Name of a source, and its rows
+Source = tuple[str, Iterable[Row]]
+
+
+class Problems:
+    """Malformed rows of all sources of one dataset: the first few as text, and their number."""
+
+    def __init__(self):
+        self.count, self.first, self.fatal = 0, [], False
+
+    def add(self, place: str, error: RowError, column: str | None = None) -> None:
+        """Note a malformed row at `place`; `column` is the field's name in the file, if that is another one."""
+        self.count += 1
+        self.fatal |= error.fatal
+        if len(self.first) < SHOWN_PROBLEMS:
+            field = column or error.field
+            self.first.append(f"{place}: `{field}` {error.what}" if field else f"{place} {error.what}")
+
+    def text(self) -> str:
+        """Return the problems, one per line."""
+        more = [f"  ... and {self.count - len(self.first):,} more"] if self.count > len(self.first) else []
+        return "\n".join([f"  {line}" for line in self.first] + more)
+
+
 class Struct(dict):
     """
-    An object of a file with typed columns (parquet, a dataset), which holds null for every field that other rows have
-    and it doesn't.
+    Object of a source with typed columns (parquet, a dataset), which holds null for every field that it lacks and
+    other rows have.
     """
 
 
-# A row as it is read: where it stands ("pairs.jsonl, line 3"), and its columns or what kept it from being read.
-Row = tuple[str, dict | RowError]
+def typed_row(row: dict, features: Mapping, decode: Callable = lambda value: value) -> Struct:
+    """
+    Return a row with a [`Struct`] for each object that has typed fields.
 
-
-def typed_row(row: dict, features: dict, decode: Callable = lambda value: value) -> Struct:
-    """`row` with a [`Struct`] for each object whose type in `features` has fields; `decode` reads columns of JSON."""
+    Args:
+        row (`dict`): columns and values.
+        features (`Mapping`): type of each column, as `datasets.Features`.
+        decode (`Callable`): parses the values of columns of JSON.
+    """
     return Struct({name: _typed(value, features[name], decode) for name, value in row.items()})
 
 
@@ -42,34 +71,17 @@ def _typed(value, feature, decode: Callable):
         return None
     if isinstance(feature, dict):
         return typed_row(value, feature, decode)
-    if type(feature).__name__ == "Json":
+    if type(feature).__name__ in ("Json", "ExactJson"):
         return decode(value)
     if hasattr(feature, "feature") and isinstance(value, list):
         return [_typed(item, feature.feature, decode) for item in value]
     return value
 
 
-SHOWN_PROBLEMS = 5
-
-
-class Problems:
-    """Malformed rows of everything one run loads: the first few in words, all of them counted."""
-
-    def __init__(self):
-        self.count, self.first, self.fatal = 0, [], False
-
-    def add(self, place: str, error: RowError, column: str | None = None) -> None:
-        """Note a bad row at `place`; `column` is the name of the field in the user's file where that is another."""
-        self.count += 1
-        self.fatal |= error.fatal
-        if len(self.first) < SHOWN_PROBLEMS:
-            field = column or error.field
-            self.first.append(f"{place}: `{field}` {error.what}" if field else f"{place} {error.what}")
-
-    def text(self) -> str:
-        """All that was noted, a line each."""
-        more = [f"  ... and {self.count - len(self.first):,} more"] if self.count > len(self.first) else []
-        return "\n".join([f"  {line}" for line in self.first] + more)
+def type_of(value) -> str:
+    """Return what a value is, for messages."""
+    names = {"dict": "an object", "list": "a list", "str": "text", "NoneType": "null", "bool": "true or false"}
+    return names.get(type(value).__name__, f"a number ({value})" if isinstance(value, (int, float)) else f"{value!r}")
 
 
 def ending(path: str) -> str:

@@ -11,6 +11,7 @@ import functools
 from jinja2 import TemplateError
 
 from rlhf_trl.data.chat_template import render_chat, without_bos
+from rlhf_trl.data.messages import as_chat
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.terminal import say
 
@@ -81,12 +82,13 @@ def row_ids(
             "Add `eos_token` to its tokenizer_config.json, or name another with `model.tokenizer=PATH`."
         )
     start = prompt_ids(tokenizer, prompt, **template_kwargs)
-    if isinstance(completion, str):
+    if isinstance(prompt, str) and isinstance(completion, str):
         ids = tokenizer(without_bos(tokenizer, prompt) + completion)["input_ids"]
         start = ids[: _common(start, ids)]
         ids = ids[len(start) :]
     else:
-        ids = _turn_ids(tokenizer, prompt, completion, start, template_kwargs)
+        messages = as_chat(prompt, "user"), as_chat(completion, "assistant")
+        ids = _turn_ids(tokenizer, *messages, start, template_kwargs)
     if isinstance(completion, str) or len(completion) > 1:
         end = _last_end(tokenizer, ids, ends)
     else:

@@ -16,11 +16,11 @@ def type_problems(function: Callable, given: Mapping[str, Any], prefix: str) -> 
     return [problem for problem in found if problem]
 
 
-def _mismatch(key: str, value: Any, hint: Any) -> str | None:
+def _mismatch(key: str, value, hint: Any) -> str | None:
     options = get_args(hint) if get_origin(hint) not in (list, dict, None) else (hint,)
     for option in options:
         kind = get_origin(option) or option
-        if kind is Any or not (isinstance(value, bool) and kind is not bool) and _is(value, kind):
+        if kind is Any or _is(value, kind):
             parts = get_args(option)
             if kind is list and parts:
                 items = ((f"{key}[{i}]", item, parts[0]) for i, item in enumerate(value))
@@ -35,6 +35,8 @@ def _mismatch(key: str, value: Any, hint: Any) -> str | None:
 
 
 def _is(value: Any, kind: type) -> bool:
+    if isinstance(value, bool) and kind is not bool:
+        return False
     if kind is float:
         return isinstance(value, int | float) and math.isfinite(value)
     return isinstance(value, kind)

@@ -19,7 +19,7 @@ NO_READERS = ("rlhf_trl.checks", "rlhf_trl.config", "rlhf_trl.cli.dry_run", "rlh
 # Nodes whose keys are names of the user's choice
 NAMES = ("callbacks", "reward", "steps", "stage.policies")
 # Where the options of a function with `**options` are parameters
-PASSED_ON = {"rlhf_trl.data.load_files": "rlhf_trl.data.build", "rlhf_trl.data.load_hub": "rlhf_trl.data.build"}
+PASSED_ON = dict.fromkeys(("rlhf_trl.data.load_files", "rlhf_trl.data.load_hub"), "rlhf_trl.data.LoadOptions")
 
 
 def unread_keys(values: dict[str, Any], read: Collection[str], interpolated: Collection[str]) -> list[str]:

@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, NotRequired, TypedDict
+from typing import Any, ClassVar, NamedTuple, NotRequired, TypedDict, TypeVar
 
 from rlhf_trl.data.messages import as_chat, check_text_or_chat, check_turns
 from rlhf_trl.data.rows import RowError, type_of
@@ -52,6 +52,9 @@ class RatedRow(TypedDict):
     ratings: dict[str, list[float]]
     rater: NotRequired[Any]
     columns: NotRequired[dict[str, Any]]
+
+
+CheckedRow = TypeVar("CheckedRow", ComparedRow, RatedRow)
 
 
 class Group(NamedTuple):
@@ -206,9 +209,11 @@ def key_of(value: Text) -> str:
     return value.strip() if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def rater_of(row: dict) -> dict:
-    """Return the rater of a row, in a dict that is empty where the row names none."""
-    return {"rater": row["rater"]} if row.get("rater") is not None else {}
+def add_rater(checked: CheckedRow, row: dict) -> CheckedRow:
+    """Return a checked row with the rater of `row`, where that names one."""
+    if row.get("rater") is not None:
+        checked["rater"] = row["rater"]
+    return checked
 
 
 def check_texts(row: dict, fields: list[str], notes: Counter) -> tuple[Text, list[Text]]:

@@ -87,7 +87,7 @@ def drop_duplicates(rows: Sequence[ComparedRow | RatedRow], notes: Counter) -> l
         if "ratings" in row and "rater" not in row:
             kept.append(row)
             continue
-        notes["rows left out: they repeat another one"] += key in seen
+        notes["rows dropped: they repeat another one"] += key in seen
         kept += [] if key in seen else [row]
         seen.add(key)
     return kept
@@ -100,13 +100,13 @@ def labelled_rows(
     made = []
     for prompt, completion, good in labels:
         if good is None:
-            notes["completions left out: neither good nor bad"] += 1
+            notes["completions dropped: neither good nor bad"] += 1
         elif dataset_type == "unpaired":
             made.append({"prompt": prompt, "completion": completion, "label": good})
         elif good:
             made.append({"prompt": prompt, "completion": completion})
         else:
-            notes["completions left out: bad ones are no demonstrations"] += 1
+            notes["completions dropped: bad ones are no demonstrations"] += 1
     return made
 
 
@@ -146,10 +146,11 @@ def comparison_rows(feedback: Feedback, group: Group) -> list[dict]:
     row |= {"better": [c.better for c in group.comparisons], "worse": [c.worse for c in group.comparisons]}
     if feedback.margin:
         row["margin"] = [feedback.margin * c.gap for c in group.comparisons]
+    shares = [c.share for c in group.comparisons if c.share is not None]  # all have one, or none has
     if feedback.agreement == "weights":
-        row["weights"] = [2 * c.share - 1 for c in group.comparisons]
+        row["weights"] = [2 * share - 1 for share in shares]
     elif feedback.agreement == "smoothing":
-        row["label_smoothing"] = [1 - c.share for c in group.comparisons]
+        row["label_smoothing"] = [1 - share for share in shares]
     if feedback.pairwise_rows:
         lists = {name: row[name] for name in row if name not in ("prompt", "completions")}
         single = [row | {name: [values[m]] for name, values in lists.items()} for m in range(len(group.comparisons))]
@@ -182,7 +183,7 @@ def limit_pairs(groups: list[Group], max_pairs: int, rng: random.Random, notes: 
     kept = set()
     for pairs in by_prompt.values():
         kept.update(pairs if len(pairs) <= max_pairs else rng.sample(pairs, max_pairs))
-        notes[f"pairs left out: more than `max_pairs={max_pairs}` of one prompt"] += max(0, len(pairs) - max_pairs)
+        notes[f"pairs dropped: more than `max_pairs={max_pairs}` of one prompt"] += max(0, len(pairs) - max_pairs)
     return [
         group._replace(comparisons=[c for m, c in enumerate(group.comparisons) if (number, m) in kept])
         for number, group in enumerate(groups)

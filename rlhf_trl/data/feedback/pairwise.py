@@ -13,11 +13,11 @@ from rlhf_trl.data.feedback.base import (
     Feedback,
     Group,
     Text,
+    add_rater,
     check_list,
     check_number,
     check_texts,
     key_of,
-    rater_of,
 )
 from rlhf_trl.data.rows import RowError
 from rlhf_trl.errors import ConfigError
@@ -124,7 +124,7 @@ class Rankings(Feedback):
             if first < i and any({first, i} == {win.better, win.worse} for win in wins):
                 raise RowError(f"completions[{i}]", f"is the same as `completions[{first}]`, and is ranked otherwise")
         keep = [i for i, key in enumerate(keys) if keys.index(key) == i]
-        notes["completions left out: they are in their ranking twice"] += len(keys) - len(keep)
+        notes["completions dropped: they are in their ranking twice"] += len(keys) - len(keep)
         place = {old: new for new, old in enumerate(keep)}
         wins = [
             win._replace(better=place[win.better], worse=place[win.worse]) for win in wins if {*win[:2]} <= {*keep}
@@ -153,7 +153,7 @@ class Edits(Feedback):
 
 def compared_row(row: dict, prompt: Text, completions: list[Text], wins: list[Comparison], ties: list) -> ComparedRow:
     """Return what a reader makes of `row`."""
-    return {"prompt": prompt, "completions": completions, "wins": wins, "ties": ties, **rater_of(row)}
+    return add_rater({"prompt": prompt, "completions": completions, "wins": wins, "ties": ties}, row)
 
 
 def compare_ranks(ranks, count: int) -> tuple[list[Comparison], list[tuple[int, int]]]:
@@ -210,7 +210,7 @@ def compare(feedback: Feedback, rows: list[ComparedRow], dataset_type: str, note
         notes["ties"] += len(row["ties"])
         wins = [Comparison(*win) for win in row["wins"]]
         if not wins:
-            notes["rows left out: all completions tie"] += 1
+            notes["rows dropped: all completions tie"] += 1
             continue
         yield Group(row["prompt"], row["completions"], wins, columns=row.get("columns"))
 

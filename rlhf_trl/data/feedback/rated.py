@@ -14,11 +14,11 @@ from rlhf_trl.data.feedback.base import (
     Group,
     RatedRow,
     Text,
+    add_rater,
     check_list,
     check_number,
     check_texts,
     key_of,
-    rater_of,
 )
 from rlhf_trl.data.rows import RowError
 from rlhf_trl.errors import ConfigError, DataError
@@ -106,7 +106,7 @@ class Ratings(Rated):
         if "ratings" not in row:
             raise RowError("ratings", "is missing")
         ratings = check_on_scale(row["ratings"], "ratings", self.scale)
-        return {"prompt": prompt, "completion": completions[0], "ratings": {SCORE: ratings}, **rater_of(row)}
+        return add_rater({"prompt": prompt, "completion": completions[0], "ratings": {SCORE: ratings}}, row)
 
     def gap(self, a: RatedRow, b: RatedRow) -> float:
         return mean(a["ratings"][SCORE]) - mean(b["ratings"][SCORE])
@@ -144,7 +144,7 @@ class Thumbs(Rated):
         if str(value).strip().lower() not in known:
             raise RowError("thumb", f"is {value!r}, where true or false, up or down should be")
         thumb = float(known[str(value).strip().lower()])
-        return {"prompt": prompt, "completion": completions[0], "ratings": {THUMB: [thumb]}, **rater_of(row)}
+        return add_rater({"prompt": prompt, "completion": completions[0], "ratings": {THUMB: [thumb]}}, row)
 
     def gap(self, a: RatedRow, b: RatedRow) -> float:
         return (mean(a["ratings"][THUMB]) - 0.5) - (mean(b["ratings"][THUMB]) - 0.5)
@@ -217,7 +217,7 @@ class Attributes(Rated):
             name: [] if row.get(name) in (None, "") else check_on_scale(row[name], name, self.scale)
             for name in self.dimensions
         }
-        return {"prompt": prompt, "completion": completions[0], "ratings": ratings, **rater_of(row)}
+        return add_rater({"prompt": prompt, "completion": completions[0], "ratings": ratings}, row)
 
     def gap(self, a: RatedRow, b: RatedRow) -> float | None:
         both = [name for name in self.dimensions if a["ratings"][name] and b["ratings"][name]]
@@ -310,7 +310,7 @@ def drop_unrated(feedback: Rated, rows: list[RatedRow], dataset_type: str, notes
                 "data that has some."
             )
     rated = [row for row in rows if any(row["ratings"].values())]
-    notes["rows left out: rated in no dimension"] += len(rows) - len(rated)
+    notes["rows dropped: rated in no dimension"] += len(rows) - len(rated)
     return rated
 
 
@@ -368,13 +368,13 @@ def _compare_group(feedback: Rated, rows: list[RatedRow], dataset_type: str, not
     targets = [feedback.target(row) for row in rows]
     if dataset_type == "comparisons" and targets[0] is not None:
         return Group(prompt, completions, [], targets)
-    notes["completions left out: no other one of their prompt to compare with"] += len(rows) == 1
+    notes["completions dropped: no other one of their prompt to compare with"] += len(rows) == 1
     annotated = dataset_type == "annotated"
     comparisons = []
     for i, j in combinations(range(len(rows)), 2):
         gap = feedback.gap(rows[i], rows[j])
         if gap is None or gap == 0 or abs(gap) < feedback.min_gap:
-            notes["ties" if gap is not None else "pairs left out: no dimension in which both were rated"] += 1
+            notes["ties" if gap is not None else "pairs dropped: no dimension in which both were rated"] += 1
             continue
         a, b = (i, j) if gap > 0 else (j, i)
         share = feedback.share(rows[a], rows[b]) if feedback.agreement or annotated else None

@@ -6,30 +6,34 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
 from rlhf_trl.data.dataset_types import ANNOTATED, contents
+from rlhf_trl.data.feedback.base import Feedback
 from rlhf_trl.data.feedback.convert import convert
 from rlhf_trl.data.formats import PASSED_ON, repeats_prompt
-from rlhf_trl.data.messages import CHATS, check_template, read_json_chats, to_chat
-from rlhf_trl.data.reader import Reader, named
+from rlhf_trl.data.messages import CHATS, check_template, read_json_chats
+from rlhf_trl.data.options import LoadOptions
+from rlhf_trl.data.reader import Reader, rename_columns
 from rlhf_trl.data.rows import Problems, Row, RowError
 from rlhf_trl.data.tables import BATCH_ROWS, as_array, concatenate, make_table
 from rlhf_trl.errors import DataError
 
+REPEATED = "the prompt is repeated at the beginning of the completions, and stays there: remove it from them"
+
 
 class FeedbackReader(Reader):
     """
-    Reads feedback (pairs, rankings, ...), of which rows are checked one by one and converted a split at a time.
+    Reader of feedback, whose rows are checked one by one and converted one split at a time.
 
     Args:
-        feedback (`rlhf_trl.data.feedback.base.Feedback`): the kind of the rows.
-        dataset_type, problems, system_prompt, to_chat, split_by: as in [`Reader`].
+        feedback (`Feedback`): reads a row of its kind.
+        dataset_type, options, problems: as in [`~rlhf_trl.data.reader.Reader`].
     """
 
-    def __init__(self, feedback, dataset_type, problems: Problems, **options):
-        super().__init__(dataset_type, problems, format=None, columns=None, messages="last_turn", **options)
+    def __init__(self, feedback: Feedback, dataset_type: str, options: LoadOptions, problems: Problems):
+        super().__init__(dataset_type, options, problems)
         self.feedback = feedback
 
-    def read(self, name: str, rows: Iterable[Row]):
-        """Checked rows of the source `name`, each with its `prompt` and as JSON; `None` if none can be used."""
+    def _read_source(self, name: str, rows: Iterable[Row]):
+        """Return checked rows, each with its `prompt` and as JSON, as a `pyarrow.Table`; `None` if there is none."""
         import pyarrow as pa
 
         rows = iter(rows)
@@ -38,54 +42,43 @@ class FeedbackReader(Reader):
         self.sources.setdefault(self.feedback.name, []).append(name)
         if self.dataset_type != "annotated":
             self.unused |= dict.fromkeys(column for column in found if column not in mapping.values())
-        stream = self._checked(chain(head, rows), mapping)
+        stream = self._check(chain(head, rows), mapping)
         tables = []
         while batch := list(islice(stream, BATCH_ROWS)):
-            tables.append(
-                pa.table(
-                    {
-                        "prompt": as_array("prompt", [row["prompt"] for _, row in batch], batch),
-                        "row": as_array("row", [json.dumps(row) for _, row in batch], batch),
-                    }
-                )
-            )
+            columns = {"prompt": [row["prompt"] for _, row in batch], "row": [json.dumps(row) for _, row in batch]}
+            tables.append(pa.table({key: as_array(key, values, batch) for key, values in columns.items()}))
         return concatenate(tables) if tables else None
 
-    def _checked(self, rows: Iterable[Row], mapping: dict[str, str]) -> Iterator[tuple[str, dict]]:
+    def _check(self, rows: Iterable[Row], mapping: dict[str, str]) -> Iterator[tuple[str, dict]]:
+        """Yield place and checked row of every row, and note malformed ones."""
         for place, row in rows:
             self.rows[self.feedback.name] += 1
             try:
                 if isinstance(row, RowError):
                     raise row
                 others = {name: value for name, value in row.items() if name not in (*mapping.values(), *ANNOTATED)}
-                row = read_json_chats(named(row, mapping), self.changes)
-                made = self.feedback.read(row, self.changes)
-                repeated = (
-                    "the prompt is repeated at the beginning of the completions, and stays there: leave it out of them"
-                )
-                self.changes[repeated] += repeats_prompt(made)
+                row = read_json_chats(rename_columns(row, mapping), self.changes)
+                made = dict(self.feedback.read(row, self.changes))
+                self.changes[REPEATED] += repeats_prompt(made)
                 if self.dataset_type == "annotated":
                     made["columns"] = self._extra(others, place)
-                made = to_chat(made, self.changes) if self.to_chat else made
-                made = self._add_system_prompt(made, place) if self.system_prompt else made
+                made = self._apply_chat_options(made, place)
                 self._check_kind(made, place)
                 check_template(made)
             except RowError as error:
-                root = (error.field or "").split("[")[0]
-                self.problems.add(place, error, mapping.get(root, root) + (error.field or "")[len(root) :])
-                self._know_malformed(row)
+                self._note_malformed(place, row, error, mapping)
                 continue
-            self.keys.append(self._know(made["prompt"]))
+            self.side.keys.append(self._note_key(made["prompt"]))
             yield place, made
 
     def summary(self) -> list[str]:
-        """Return the lines of [`Reader`], and which options have no effect in this stage."""
+        """Return the lines of the base class, and which options have no effect in this stage."""
         idle = [f"`data.feedback.{name}`" for name in self.feedback.idle(self.dataset_type)]
         note = [f"note: {', '.join(idle)} changes nothing in rows of {self.dataset_type}"] if idle else []
         return super().summary() + note
 
     def convert(self, side: str, rows, seed: int, notes: list[str]):
-        """The rows of a split as a `Dataset` of the stage's dataset type; what was made of them goes to `notes`."""
+        """Convert the rows of a split to a dataset of the stage's type; `notes` gets what was made of them."""
         from datasets import Dataset
 
         from rlhf_trl.patches.datasets import exact_json

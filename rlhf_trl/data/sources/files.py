@@ -13,10 +13,9 @@ import sys
 import zlib
 from collections.abc import Iterator
 from itertools import chain, islice
-from json.decoder import WHITESPACE
 from pathlib import Path
 
-from rlhf_trl.data.build import build
+from rlhf_trl.data.build import build_dataset
 from rlhf_trl.data.rows import Row, RowError, ending, typed_row
 from rlhf_trl.errors import DataError
 from rlhf_trl.hints import names_of
@@ -31,7 +30,7 @@ def load_files(
     **options,
 ):
     """
-    A `DatasetDict` from local files: .jsonl, .json, .csv, .tsv, .parquet; all but the last also as .gz.
+    Load local files: .jsonl, .json, .csv, .tsv, .parquet; all but the last also as .gz.
 
     Args:
         dataset_type (`str`): `prompt_completion`, `preference`, `unpaired`, `comparisons` or `prompt`: what the stage
@@ -39,8 +38,7 @@ def load_files(
         seed (`int`): decides which rows a limit keeps.
         paths (`str` or `list[str]`): files or globs for training, relative to the working directory.
         eval_paths (`str` or `list[str]`, *optional*): files for evaluation; without them `eval_size` is split off.
-        **options: what `build` takes: `format`, `columns`, `system_prompt`, `to_chat`, `messages`, `eval_size`,
-            `split_by`, `bad_rows`, `max_samples`, `max_eval_samples`, `feedback`.
+        **options: see [`~rlhf_trl.data.LoadOptions`].
 
     Raises:
         `DataError`: one that lists every malformed row's file, line and field; or that says which column is missing.
@@ -49,7 +47,7 @@ def load_files(
     held_out = None
     if eval_paths is not None:
         held_out = [(path, read_file(path)) for path in resolve_paths(eval_paths, "data.eval_paths")]
-    return build(dataset_type, seed, train, held_out, **options)
+    return build_dataset(dataset_type, seed, train, held_out, **options)
 
 
 # A JSON object with one of these is a row, whatever lists it holds.
@@ -67,7 +65,7 @@ def resolve_paths(paths: str | list[str], key: str = "data.paths") -> list[str]:
     listed = [paths] if isinstance(paths, str) else paths
     if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
         raise DataError(
-            f"`{key}` is {paths}, where files should be. Type `{key}=[FILE,...]`, with quotes around numbers."
+            f"`{key}` is {paths}, where files should be. Set `{key}=[FILE,...]`, with quotes around numbers."
         )
     for path in listed:
         here = Path(path).expanduser()
@@ -75,7 +73,7 @@ def resolve_paths(paths: str | list[str], key: str = "data.paths") -> list[str]:
         matches = [str(here)] if here.exists() else sorted(glob.glob(str(here), recursive=True))
         folders = [match for match in matches if Path(match).is_dir()]
         if not matches:
-            problems.append(f"`{key}`: `{path}` names no file, seen from {Path.cwd()}. Type `{key}=[FILE,...]`.")
+            problems.append(f"`{key}`: `{path}` names no file, seen from {Path.cwd()}. Set `{key}=[FILE,...]`.")
         elif folders:
             problems.append(f"`{key}`: `{folders[0]}` is a folder. Name its files: `{key}='{folders[0]}/*.jsonl'`.")
         problems += [
@@ -91,7 +89,7 @@ def resolve_paths(paths: str | list[str], key: str = "data.paths") -> list[str]:
         ]
         files += [match for match in matches if match not in files]
     if not files and not problems:
-        problems.append(f"`{key}` is empty. Type `{key}=[FILE,...]`.")
+        problems.append(f"`{key}` is empty. Set `{key}=[FILE,...]`.")
     if problems:
         raise DataError.join(problems)
     return files
@@ -155,12 +153,19 @@ def _parse_line(line: bytes) -> dict | RowError:
 def _parse_values(text: str) -> list:
     """The JSON values that stand in `text` one after another."""
     decoder, values = json.JSONDecoder(object_pairs_hook=_object), []
-    at = WHITESPACE.match(text, 0).end()
+    at = _skip_space(text, 0)
     while at < len(text):
         value, at = decoder.raw_decode(text, at)
         values.append(value)
-        at = WHITESPACE.match(text, at).end()
+        at = _skip_space(text, at)
     return values
+
+
+def _skip_space(text: str, at: int) -> int:
+    """Return the index of the first character from `at` on that isn't white space of JSON."""
+    while text[at : at + 1] in (" ", "\t", "\n", "\r"):
+        at += 1
+    return at
 
 
 def _what(error: ValueError | RecursionError) -> str:

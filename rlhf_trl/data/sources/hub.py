@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from rlhf_trl.data.build import build
+from rlhf_trl.data.build import build_dataset
 from rlhf_trl.data.rows import Row, typed_row
 from rlhf_trl.data.tables import BATCH_ROWS
 from rlhf_trl.data.validation import type_problems
@@ -22,7 +23,7 @@ def load_hub(
     **options,
 ):
     """
-    A `DatasetDict` from a dataset of the Hugging Face hub, or from a folder that `save_to_disk` wrote.
+    Load a dataset of the Hugging Face hub, or a folder that `save_to_disk` wrote.
 
     Args:
         dataset_type, seed, **options: as in `load_files`.
@@ -37,13 +38,13 @@ def load_hub(
         raise ConfigError.join(wrong)
     splits = [split] if eval_split is None else [split, eval_split]
     loaded = [_load_split(path, name, one, revision) for one in splits]
-    sources = [
-        [(f"{path} ({one})", _dataset_rows(f"{path} ({one})", ds))] for one, ds in zip(splits, loaded, strict=True)
-    ]
-    return build(dataset_type, seed, sources[0], sources[1] if eval_split is not None else None, **options)
+    names = [f"{path} ({one})" for one in splits]
+    train, *held_out = ([(source, _dataset_rows(source, rows))] for source, rows in zip(names, loaded, strict=True))
+    return build_dataset(dataset_type, seed, train, held_out[0] if held_out else None, **options)
 
 
 def _load_split(path: str, name: str | None, split: str, revision: str | None):
+    """Load a split of a dataset of the hub or of a folder; raise a `DataError` that says what to check."""
     from datasets import Dataset, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
@@ -53,7 +54,7 @@ def _load_split(path: str, name: str | None, split: str, revision: str | None):
             loaded = load_from_disk(str(folder))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"`data.path={path}` isn't whole: a data set that `save_to_disk` wrote can't be read from it "
+                f"`data.path={path}` is incomplete: a dataset that `save_to_disk` wrote can't be read from it "
                 f"({type(error).__name__}: {error}). Save it again."
             ) from error
         if isinstance(loaded, Dataset):
@@ -61,8 +62,8 @@ def _load_split(path: str, name: str | None, split: str, revision: str | None):
         if split not in loaded:
             raise DataError(
                 sentences(
-                    f"`data.split={split}`: {path} has the splits {names_of(loaded)}.",
-                    did_you_mean(split, loaded, listed=True),
+                    f"`data.split={split}`: {path} has the splits {names_of(map(str, loaded))}.",
+                    did_you_mean(split, map(str, loaded), listed=True),
                     "Set `data.split=NAME` (or `data.eval_split=NAME`) to one of these.",
                 )
             )
@@ -73,16 +74,18 @@ def _load_split(path: str, name: str | None, split: str, revision: str | None):
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"`data.path={path}` (split `{split}`) can't be loaded: {first} "
-            "Check `data.path`, `data.name` and `data.split`; for files type `data=files data.paths=[FILE,...]`."
+            "Check `data.path`, `data.name` and `data.split`; for files pass `data=files data.paths=[FILE,...]`."
         ) from error
 
 
-def _dataset_rows(label: str, dataset) -> Iterator[Row]:
+def _dataset_rows(source: str, dataset) -> Iterator[Row]:
+    """Yield place and columns of every row."""
     from rlhf_trl.patches.datasets import exact_json
 
     number = 0
-    for batch in exact_json(dataset.with_format(None)).iter(BATCH_ROWS):
+    batches: Any = exact_json(dataset.with_format(None)).iter(BATCH_ROWS)
+    for batch in batches:
         for values in zip(*batch.values(), strict=True):
             number += 1
             row = dict(zip(batch, values, strict=True))
-            yield f"{label}, row {number}", typed_row(row, dataset.features)
+            yield f"{source}, row {number}", typed_row(row, dataset.features)

@@ -1,11 +1,12 @@
-"""Mixing several sources by weight."""
+"""Mixtures of several sources by weight."""
 
 import random
 from collections.abc import Callable
 
 from rlhf_trl.data.build import describe
 from rlhf_trl.data.formats import kind_of
-from rlhf_trl.data.splits import draw, held_out_keys, leave_out, limit, prompt_keys
+from rlhf_trl.data.options import SPLIT_BY, choice_problems
+from rlhf_trl.data.splits import draw, drop_held_out, held_out_keys, limit_rows, prompt_keys
 from rlhf_trl.data.tables import concatenate
 from rlhf_trl.data.validation import type_problems
 from rlhf_trl.errors import ConfigError, DataError
@@ -24,14 +25,14 @@ def mix(
     max_eval_samples: int | None = None,
 ):
     """
-    A `DatasetDict` in which each source has the share of the training rows that its weight says.
+    Mix several sources, each with the share of the training rows that its weight says.
 
-    `weights` are shares (they need not sum to 1). `repeat=false`: the mixture is as large as it can be without using a
-    row twice, so one source is used up and of the others a random choice is left out. `repeat=true`: as large as it
-    has to be to use every row, so that all sources but one repeat rows. Without weights every row is used once. Rows
-    are shuffled by `seed`. `eval` is all evaluation rows of all sources; with `split_by=prompt`, training rows of any
-    source that share a prompt with one of these are dropped first, and counted. Annotated rows get a column
-    `source` with the name of theirs.
+    `weights` are shares (they need not sum to 1). `repeat=false`: the mixture is as large as possible without using a
+    row twice, so one source is used up and a random choice of the others is dropped. `repeat=true`: it is as large as
+    necessary to use every row, so that all sources but one repeat rows. Without weights every row is used once. Rows
+    are shuffled by `seed`. `eval` has all evaluation rows of all sources; with `split_by=prompt`, training rows of any
+    source that share a prompt with one of these are dropped first, and counted. Annotated rows get a column `source`
+    with the name of theirs.
 
     Args:
         dataset_type, seed, max_samples, max_eval_samples: as in `load_files`.
@@ -39,59 +40,75 @@ def mix(
         weights (`dict[str, float]`, *optional*): name -> share, above 0, of every source.
         repeat (`bool`): see above.
         split_by (`str`): see above; `row` keeps rows that share a prompt with evaluation.
+
+    Returns:
+        `DatasetDict`: `train` and, if a source has any, `eval`.
     """
-    from datasets import Dataset, DatasetDict
+    from datasets import DatasetDict
 
-    from rlhf_trl.patches.datasets import exact_json
-
-    wrong = type_problems(mix, {"weights": weights}, "data")
-    if split_by not in ("prompt", "row"):
-        wrong.append(f"`data.split_by={split_by}` isn't known. Type one of `prompt`, `row`.")
+    wrong = [
+        *type_problems(mix, {"weights": weights}, "data"),
+        *choice_problems("data.split_by", split_by, SPLIT_BY),
+    ]
     if wrong:
         raise ConfigError.join(wrong)
     _check_weights(sources, weights)
-    parts = {}
+    loaded = _load(dataset_type, seed, sources)
+    notes: list[str] = []
+    held_out = set().union(*map(held_out_keys, loaded.values()))
+    train = {name: part["train"] for name, part in loaded.items()}
+    if held_out and split_by == "prompt":
+        train = {name: drop_held_out(name, rows, prompt_keys(rows), held_out, notes) for name, rows in train.items()}
+    mixed = limit_rows(_draw(train, weights, repeat, seed, notes), max_samples, seed, "max_samples", notes)
+    splits = {"train": mixed}
+    if evaluated := [part["eval"] for part in loaded.values() if "eval" in part]:
+        splits["eval"] = limit_rows(_concatenate(evaluated), max_eval_samples, seed, "max_eval_samples", notes)
+    mixture = DatasetDict(**splits)
+    mixture.held_out = held_out  # pyright: ignore[reportAttributeAccessIssue]  # a mixture of mixtures reads it
+    head = f"mixture of {len(loaded)} sources, {describe(mixture, dataset_type)}"
+    say("\n".join([head, *(f"  {note}" for note in notes)]))
+    return mixture
+
+
+def _load(dataset_type: str, seed: int, sources: dict[str, Callable]) -> dict:
+    """Load each source; raise a `DataError` that names the one which fails, or the kinds of rows that differ."""
+    loaded = {}
     for name, source in sources.items():
         try:
-            parts[name] = source(dataset_type=dataset_type, seed=seed)
+            loaded[name] = source(dataset_type=dataset_type, seed=seed)
         except DataError as error:
             raise DataError(f"in the source `{name}` (its options are `data.sources.{name}.*`): {error}") from None
-    _check_alike(parts)
+    _check_alike(loaded)
     if dataset_type == "annotated":
-        parts = {name: _with_source(name, splits) for name, splits in parts.items()}
-    notes = []
-    held_out = [part["eval"] for part in parts.values() if "eval" in part]
-    apart = set().union(*map(held_out_keys, parts.values()))
-    train = {name: part["train"] for name, part in parts.items()}
-    if apart and split_by == "prompt":
-        train = {name: leave_out(name, rows, prompt_keys(rows), apart, notes) for name, rows in train.items()}
+        return {name: _with_source(name, splits) for name, splits in loaded.items()}
+    return loaded
+
+
+def _draw(train: dict, weights: dict[str, float] | None, repeat: bool, seed: int, notes: list[str]):
+    """Draw the training rows of each source that the mixture takes, and shuffle them."""
     counts = mixture_counts({name: len(rows) for name, rows in train.items()}, weights, repeat)
-    chosen = []
+    total, chosen = sum(counts.values()), []
     for name, count in counts.items():
-        chosen.append(train[name].select(draw(len(train[name]), count, f"{seed}-{name}")))
-        notes.append(
-            f"{name}: {count:,} of {len(train[name]):,} rows ({count / sum(counts.values()):.1%} of the mixture)"
-        )
-    mixed = exact_json(Dataset(concatenate([rows.with_format("arrow")[:] for rows in chosen])))
+        size = len(train[name])
+        chosen.append(train[name].select(draw(size, count, f"{seed}-{name}")))
+        notes.append(f"{name}: {count:,} of {size:,} rows ({count / total:.1%} of the mixture)")
+    mixed = _concatenate(chosen)
     order = list(range(len(mixed)))
     random.Random(f"{seed}-mix").shuffle(order)
-    result = {"train": limit(mixed.select(order), max_samples, seed, "max_samples", notes)}
-    if held_out:
-        evaluated = exact_json(Dataset(concatenate([rows.with_format("arrow")[:] for rows in held_out])))
-        result["eval"] = limit(evaluated, max_eval_samples, seed, "max_eval_samples", notes)
-    result = DatasetDict(result)
-    result.held_out = apart
-    say(
-        "\n".join(
-            [f"mixture of {len(parts)} sources, {describe(result, dataset_type)}", *(f"  {note}" for note in notes)]
-        )
-    )
-    return result
+    return mixed.select(order)
+
+
+def _concatenate(datasets: list):
+    from datasets import Dataset
+
+    from rlhf_trl.patches.datasets import exact_json
+
+    return exact_json(Dataset(concatenate([rows.with_format("arrow")[:] for rows in datasets])))
 
 
 def mixture_counts(sizes: dict[str, int], weights: dict[str, float] | None, repeat: bool) -> dict[str, int]:
     """
-    How many rows each source gives to a mixture (see `mix`), from the sources' sizes and weights.
+    Return how many rows each source gives to a mixture (see `mix`).
 
     The total is the smallest (`repeat`: the largest) of size / share over the sources; fractions are rounded down, and
     no source gives less than one row.
@@ -106,7 +123,7 @@ def mixture_counts(sizes: dict[str, int], weights: dict[str, float] | None, repe
 
 
 def _with_source(name: str, splits: dict) -> dict:
-    """`splits` with a column `source`, by which an evaluation parts its comparisons."""
+    """Return `splits` with a column `source`, by which an evaluation slices its comparisons."""
     return {
         side: rows if "source" in rows.column_names else rows.add_column("source", [name] * len(rows))
         for side, rows in splits.items()
@@ -128,10 +145,10 @@ def _check_weights(sources: dict, weights: dict[str, float] | None) -> None:
         if name not in sources
     ]
     problems += [
-        f"the source `{name}` has no weight. Type `+data.weights.{name}=1`." for name in sources if name not in weights
+        f"the source `{name}` has no weight. Set `+data.weights.{name}=1`." for name in sources if name not in weights
     ]
     problems += [
-        f"`data.weights.{name}={weight}` is no share. Type a number above 0, or leave the source out."
+        f"`data.weights.{name}={weight}` is no share. Set it above 0, or remove the source."
         for name, weight in weights.items()
         if not weight > 0
     ]
@@ -140,11 +157,11 @@ def _check_weights(sources: dict, weights: dict[str, float] | None) -> None:
 
 
 def _check_alike(parts: dict) -> None:
-    """TRL takes all rows for what the first one is, so a `DataError` where the sources hold rows of several kinds."""
+    """Raise a `DataError` for sources with rows of several kinds: TRL looks at the first row only."""
     kinds = {name: kind_of(part["train"][0]) for name, part in parts.items()}
     if len(set(kinds.values())) > 1:
         listed = "; ".join(f"`{name}`: {kind}" for name, kind in kinds.items())
         raise DataError(
             f"the sources can't be mixed, they hold rows of several kinds ({listed}). "
-            "Type `data.sources.NAME.to_chat=true` for those that hold text, or leave columns out that not all have."
+            "Set `data.sources.NAME.to_chat=true` for those that hold text, or remove columns that not all have."
         )

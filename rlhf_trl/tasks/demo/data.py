@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from datasets import Dataset, DatasetDict
 
-from rlhf_trl.data.build import build
+from rlhf_trl.data.build import build_dataset
 from rlhf_trl.data.feedback import Feedback, Ratings
 from rlhf_trl.errors import DataError
 from rlhf_trl.tasks.demo.annotators import (
@@ -142,4 +142,4 @@ def load(
         [(f"demo ({name})", ((f"demo ({name}), row {i}", row) for i, row in enumerate(made, 1)))]
         for name, made in splits.items()
     )
-    return build(dataset_type, seed, train, held_out, feedback=feedback)
+    return build_dataset(dataset_type, seed, train, held_out, feedback=feedback)

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple
 
-from rlhf_trl.data.build import build
+from rlhf_trl.data.build import build_dataset
 from rlhf_trl.data.dataset_types import comparisons_of
 from rlhf_trl.data.feedback.base import Feedback
 from rlhf_trl.data.feedback.rated import preference_share
@@ -37,7 +37,7 @@ ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 TEST_SENTENCES, TEST_PAIRS, MIN_GAP = 1000, 2000, 0.5
 HOW_TO_GET = (
     "Get the sentences with `pip download --no-deps --no-binary :all: vaderSentiment==3.3.2` and "
-    "`tar xzf vaderSentiment-3.3.2.tar.gz`, then type `data.path=vaderSentiment-3.3.2` or set "
+    "`tar xzf vaderSentiment-3.3.2.tar.gz`, then set `data.path=vaderSentiment-3.3.2` or set "
     "`RLHF_TRL_REVIEWS` to that folder."
 )
 
@@ -136,7 +136,7 @@ def load(
             for row in train[:max_samples]
         )
         named = [("reviews", ((f"reviews, sentence {train[i]['id']}", row) for i, row in enumerate(raw)))]
-        made = build(dataset_type, seed, named, feedback=feedback)["train"]
+        made = build_dataset(dataset_type, seed, named, feedback=feedback)["train"]
         held_out = Dataset.from_list(splits["eval"][:max_eval_samples])
         return DatasetDict({"train": made, "eval": held_out})
     return DatasetDict({name: Dataset.from_list(rows[: limits[name]]) for name, rows in splits.items()})
@@ -235,7 +235,7 @@ def _read_pairs(file: Path, known: set[str]) -> list[Row]:
 
 
 def _read_archive(file: Path) -> tuple[list[Row], list[Row]]:
-    """Movie and product sentences from the tables of the release; a text that occurs again is left out."""
+    """Movie and product sentences from the tables of the release; a text that occurs again is dropped."""
     with tarfile.open(file) as archive:
 
         def table(name: str) -> list[list[str]]:

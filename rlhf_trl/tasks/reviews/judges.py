@@ -31,13 +31,13 @@ def sentiment(
     Return the probability that people find each text positive, by an [`NgramClassifier`].
 
     The classifier is fitted to the ratings of the product reviews and of the share of movie sentences that
-    [`~rlhf_trl.tasks.reviews.data.load`] keeps out of training. With the same `path` and `judge_share` it shares no
+    [`~rlhf_trl.tasks.reviews.load`] keeps out of training. With the same `path` and `judge_share` it shares no
     sentence with policies or reward models.
 
     Args:
         prompts (`list[str]`), completions (`list[str]`): texts, one of each per row.
-        path (`str`): see [`~rlhf_trl.tasks.reviews.data.load`].
-        judge_share (`float`): see [`~rlhf_trl.tasks.reviews.data.load`].
+        path (`str`): see [`~rlhf_trl.tasks.reviews.load`].
+        judge_share (`float`): see [`~rlhf_trl.tasks.reviews.load`].
         prompt (`str`): fixed prompt, which is removed from the text to judge.
         threshold (`float`, *optional*): return 1 above it and else 0, instead of the probability.
     """

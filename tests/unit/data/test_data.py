@@ -16,7 +16,7 @@ from transformers import LlamaForSequenceClassification
 from trl import GRPOTrainer, extract_prompt
 
 from rlhf_trl import data
-from rlhf_trl.data.build import build
+from rlhf_trl.data.build import build_dataset
 from rlhf_trl.data.formats import shared_prompt
 from rlhf_trl.data.sources.files import resolve_paths
 from rlhf_trl.data.sources.mixture import mixture_counts
@@ -67,12 +67,12 @@ def test_own_evaluation_files(tmp_path, capsys):
     train, held_out = write(tmp_path / "train.jsonl", PAIRS[:10]), write(tmp_path / "eval.jsonl", PAIRS[8:14])
     loaded = load(train, eval_paths=held_out, eval_size=0.5)
     assert (len(loaded["train"]), len(loaded["eval"])) == (8, 6)
-    assert "train: 2 rows left out that share a prompt with an eval row" in capsys.readouterr().out
+    assert "train: 2 rows dropped that share a prompt with an eval row" in capsys.readouterr().out
     loaded = load(train, eval_paths=held_out, split_by="row")
     assert (len(loaded["train"]), len(loaded["eval"])) == (10, 6)
     assert "note: 2 of 6 eval rows have a prompt that train has too" in capsys.readouterr().out
     message = error(held_out, eval_paths=held_out)
-    assert "every row of train shares its prompt with an evaluation row. Type `data.split_by=row`" in message
+    assert "every row of train shares its prompt with an evaluation row. Set `data.split_by=row`" in message
 
 
 def test_paths_that_name_nothing(tmp_path, monkeypatch):
@@ -90,7 +90,7 @@ def test_paths_that_name_nothing(tmp_path, monkeypatch):
 def test_a_preference_file_serves_every_form(tmp_path, capsys):
     path = write(tmp_path / "pairs.jsonl", PAIRS[:2])
     assert load(path)["train"][0] == {"prompt": "q0", "chosen": " good 0", "rejected": " bad 0"}
-    assert "columns left out: id" in capsys.readouterr().out
+    assert "columns dropped: id" in capsys.readouterr().out
     assert load(path, "prompt_completion")["train"][0] == {"prompt": "q0", "completion": " good 0"}
     assert "preference -> prompt_completion: `chosen` is the completion" in capsys.readouterr().out
     assert load(path, "unpaired")["train"].to_list()[:2] == [
@@ -181,7 +181,7 @@ def test_plain_text_and_unpaired(tmp_path, capsys):
     (tmp_path / "b.csv").write_text("prompt,completion,label\n" + "".join(f"q,a,{r['label']}\n" for r in rows))
     assert load(tmp_path / "b.csv", "unpaired")["train"]["label"][:] == [True, False, True, False, True]
     assert len(load(tmp_path / "b.csv", "prompt_completion")["train"]) == 3
-    assert "2 rows labelled false left out" in capsys.readouterr().out
+    assert "2 rows labelled false dropped" in capsys.readouterr().out
 
 
 def test_columns_format_to_chat_and_system_prompt(tmp_path):
@@ -265,7 +265,7 @@ def test_malformed_rows_are_one_error(tmp_path):
         f"  {path}, line 6: `chosen` is a number (3), where text or a list of messages should be",
         f"  {path}, line 7: `rejected` is empty",
         "  ... and 2 more",
-        "Mend them, or type `data.bad_rows=drop` to leave them out, counted.",
+        "Fix them, or set `data.bad_rows=drop` to drop and count them.",
     ]
 
 
@@ -282,7 +282,7 @@ def test_bad_rows_drop_is_counted(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [PAIRS[0], "{", {"prompt": "q"}])
     assert len(load(path, bad_rows="drop")["train"]) == 1
     out = capsys.readouterr().out
-    assert "2 malformed rows left out (`bad_rows=drop`)" in out and "line 2 isn't valid JSON" in out
+    assert "2 malformed rows dropped (`bad_rows=drop`)" in out and "line 2 isn't valid JSON" in out
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_missing_columns_say_what_to_type(tmp_path):
     message = error(path)
     assert "can't give rows of the dataset type `preference`: `chosen`, `rejected` missing" in message
     assert "It has the columns `prompt`, `better`, `worse`, so it holds `prompt` rows" in message
-    assert "Type `data.columns.chosen=NAME data.columns.rejected=NAME`" in message
+    assert "Set `data.columns.chosen=NAME data.columns.rejected=NAME`" in message
     message = error(path, columns={"chosen": "beter"})
     assert "has no column `beter`" in message and "Did you mean `better`?" in message
     assert "Did you mean `chosen`?" in error(path, columns={"choosen": "better"})
@@ -358,7 +358,7 @@ def test_options_that_do_not_fit(tmp_path):
     message = error(path, kind=ConfigError, format="preferences", bad_rows="skip", max_samples=0, eval_size=1.5)
     assert message.startswith("4 problems:") and "Did you mean `preference`?" in message
     assert "`data.max_samples=0` keeps no rows" in message and "`data.eval_size=1.5` isn't a size" in message
-    assert "Type `data.to_chat=true`" in error(path, system_prompt="Be brief.")
+    assert "Set `data.to_chat=true`" in error(path, system_prompt="Be brief.")
     text = write(tmp_path / "b.jsonl", [{"text": "x"}])
     assert "which has no turns" in error(text, "prompt_completion", to_chat=True)
 
@@ -381,7 +381,7 @@ def test_options_of_another_type_are_all_named(tmp_path):
 def test_rows_that_are_of_no_use_say_why(tmp_path):
     rows = [{"prompt": "q", "completion": "a", "label": False}] * 3
     message = error(write(tmp_path / "a.jsonl", rows), "prompt_completion")
-    assert "no rows are left for `train`:" in message and "3 rows labelled false left out" in message
+    assert "no rows are left for `train`:" in message and "3 rows labelled false dropped" in message
 
 
 def test_files_that_can_not_be_read(tmp_path):
@@ -454,7 +454,7 @@ def source(name, size, **options):
         (f"{name}, row {i}", {"prompt": f"{name}{i}", "chosen": "a", "rejected": "b", "from": name})
         for i in range(size)
     ]
-    return lambda dataset_type, seed: build(dataset_type, seed, [(name, rows)], **options)
+    return lambda dataset_type, seed: build_dataset(dataset_type, seed, [(name, rows)], **options)
 
 
 @pytest.mark.parametrize(
@@ -490,7 +490,7 @@ def test_mix_does_not_leak(capsys):
     sources = {"a": source("a", 50, eval_size=10), "again": source("a", 50)}
     mixed = data.mix("preference", 0, sources)
     assert len(mixed["eval"]) == 10 and not set(mixed["eval"]["prompt"][:]) & set(mixed["train"]["prompt"][:])
-    assert "again: 10 rows left out that share a prompt with an eval row" in capsys.readouterr().out
+    assert "again: 10 rows dropped that share a prompt with an eval row" in capsys.readouterr().out
     assert len(data.mix("preference", 0, sources, split_by="row")["train"]) == 90
 
 
@@ -507,7 +507,8 @@ def test_mixtures_that_can_not_be():
 
 
 @pytest.mark.parametrize(
-    ("name", "functions"), [("files", ("load_files", "build")), ("hub", ("load_hub", "build")), ("mix", ("mix",))]
+    ("name", "functions"),
+    [("files", ("load_files", "LoadOptions")), ("hub", ("load_hub", "LoadOptions")), ("mix", ("mix",))],
 )
 def test_configs_declare_what_the_functions_take(name, functions):
     config = yaml.safe_load((CONF / f"{name}.yaml").read_text())
@@ -604,7 +605,7 @@ def test_row_ids_of_several_turns_keep_them_all():
 def test_tokenizers_that_lack_something():
     tokenizer = chatml_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match="no chat template. Type `model.chat_template="):
+    with pytest.raises(ConfigError, match="no chat template. Set `model.chat_template="):
         data.prompt_ids(tokenizer, CHATS[0])
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="no EOS token"):
@@ -625,10 +626,10 @@ def test_long_completions_are_left_out_with_their_comparisons_and_counted(capsys
     assert [len(ids[0]) for ids in rows["completion_ids"]] == [length - 1, length]
     assert rows[0]["completion_ids"][1] == data.row_ids(tokenizer, CHATS[0], [assistant("y")])
     said = capsys.readouterr().out
-    assert f"2 of 8 train completions left out, longer than `max_length={length}` tokens" in said
-    assert "with them 2 comparisons; 2 of 4 rows say nothing more and are left out" in said
+    assert f"2 of 8 train completions dropped, longer than `max_length={length}` tokens" in said
+    assert "with them 2 comparisons; 2 of 4 rows say nothing more and are dropped" in said
     assert len(data.tokenize_comparisons(preferences(), tokenizer, None)) == 4
-    with pytest.raises(DataError, match=r"no row is left: .*`max_length=5`.* Type `stage.args.max_length="):
+    with pytest.raises(DataError, match=r"no row is left: .*`max_length=5`.* Set `stage.args.max_length="):
         data.tokenize_comparisons(preferences(), tokenizer, 5)
     # Of three completions one is too long: the comparison of the other two stays, under its new indices
     three = {"prompt": CHATS[0], "completions": [[assistant(text)] for text in ("xxxx", "x", "xx")]}
@@ -656,7 +657,7 @@ def test_filter_prompts(capsys):
     rows = Dataset.from_dict({"prompt": ["a" * i for i in range(1, 11)]})
     assert len(data.filter_prompts(rows, tokenizer, 7)) == 7
     assert (
-        "3 of 10 prompts left out, longer than `max_prompt_length=7` tokens (the longest: 10)"
+        "3 of 10 prompts dropped, longer than `max_prompt_length=7` tokens (the longest: 10)"
         in capsys.readouterr().out
     )
     with pytest.raises(DataError, match="the shortest has 1 tokens"):
@@ -707,11 +708,11 @@ def test_rows_that_a_trainer_will_cut_are_counted(capsys):
 def test_one_label_alone_teaches_nothing(label):
     rows = [{"prompt": f"q{i}", "completion": "a", "label": label} for i in range(3)]
     tokenizer = make_tokenizer()
-    one = build("unpaired", 0, [("one", [(f"row {i}", row) for i, row in enumerate(rows)])])
+    one = build_dataset("unpaired", 0, [("one", [(f"row {i}", row) for i, row in enumerate(rows)])])
     with pytest.raises(DataError, match=f"all 3 training rows are labelled {str(label).lower()}.* Give data that has"):
         data.report_cut_rows(one, tokenizer)
     sources = {
-        str(kind): lambda dataset_type, seed, kind=kind: build(
+        str(kind): lambda dataset_type, seed, kind=kind: build_dataset(
             dataset_type, seed, [("x", [("row", {**rows[0], "label": kind})])]
         )
         for kind in (True, False)

@@ -13,7 +13,7 @@ from hydra import initialize_config_dir
 from hydra.utils import get_class, instantiate
 
 from rlhf_trl import data
-from rlhf_trl.data.build import build
+from rlhf_trl.data.build import build_dataset
 from rlhf_trl.data.feedback.base import Feedback, key_of
 from rlhf_trl.errors import ConfigError, DataError
 
@@ -36,7 +36,7 @@ def made(
 ) -> list[dict]:
     """The training rows that `rows` become, as dicts."""
     source = [("rows", ((f"rows, row {i}", row) for i, row in enumerate(rows, 1)))]
-    return build(dataset_type, seed, source, feedback=feedback, **options)["train"].to_list()
+    return build_dataset(dataset_type, seed, source, feedback=feedback, **options)["train"].to_list()
 
 
 def wins(row: dict) -> set[tuple]:
@@ -119,7 +119,9 @@ def test_files_serve_a_form_and_splits_share_no_prompt(tmp_path, capsys):
 
 def test_forms_can_be_mixed():
     def source(feedback, row):
-        return lambda dataset_type, seed: build(dataset_type, seed, [("rows", [("row 1", row)])], feedback=feedback)
+        return lambda dataset_type, seed: build_dataset(
+            dataset_type, seed, [("rows", [("row 1", row)])], feedback=feedback
+        )
 
     sources = {
         "pairs": source(data.Pairs(margin=1.0), pair(strength=2)),
@@ -287,7 +289,7 @@ def test_options_that_a_stage_has_no_use_for_are_said(capsys):
 
 def test_duplicates_are_dropped_and_counted_but_not_other_raters_votes(capsys):
     assert len(made(data.Pairs(), [pair(rater=1), pair(rater=1), pair(rater=2)])) == 2
-    assert "rows left out: they repeat another one: 1" in capsys.readouterr().out
+    assert "rows dropped: they repeat another one: 1" in capsys.readouterr().out
     assert len(made(data.Pairs(drop_duplicates=False), [pair(rater=1), pair(rater=1)])) == 2
     thumbs = [{"prompt": "p", "completion": "a", "thumb": up} for up in (True, True, False)]
     other = {"prompt": "p", "completion": "b", "thumb": True}
@@ -424,7 +426,7 @@ def test_a_bad_partial_order_is_named(edges, message):
 
 def test_bad_rows_can_be_dropped_and_are_counted(capsys):
     rows = made(data.Pairs(), [pair(), pair(preferred="c")], bad_rows="drop")
-    assert len(rows) == 1 and "1 malformed row left out" in capsys.readouterr().out
+    assert len(rows) == 1 and "1 malformed row dropped" in capsys.readouterr().out
 
 
 def test_files_whose_rows_say_too_little_are_one_clear_error():

@@ -163,7 +163,7 @@ def test_paths_that_can_not_be_read(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="`data.paths`: `link.jsonl` is a link to no file."):
         resolve_paths("*.jsonl")
     for paths in (5, None, ["a", 5]):
-        with pytest.raises(DataError, match=r"where files should be. Type `data.paths=\[FILE,...\]`"):
+        with pytest.raises(DataError, match=r"where files should be. Set `data.paths=\[FILE,...\]`"):
             resolve_paths(paths)
 
 
@@ -178,7 +178,7 @@ def test_the_columns_of_alpaca(tmp_path, capsys):
     assert loaded == [{"prompt": "Sum\n1 and 2", "completion": "3"}, {"prompt": "Hi", "completion": "Oh"}]
     said = capsys.readouterr().out
     assert "`data.columns.prompt=NAME` says otherwise (2 rows)" in said
-    assert "`input` came below its `instruction` (1 rows)" in said and "columns left out" not in said
+    assert "`input` came below its `instruction` (1 rows)" in said and "columns dropped" not in said
     prompts = data.load_files("prompt", 0, str(path))["train"].to_list()  # a reward function may read the rest
     assert prompts[0] == {"prompt": "Sum\n1 and 2", "input": "1 and 2", "output": "3"}
     pairs = [{"instruction": "Sum", "input": "1 and 2", "chosen": "3", "rejected": "4"}]
@@ -192,7 +192,7 @@ def test_columns_that_no_format_has_say_what_to_type(tmp_path):
     path.write_text("question,answer\na,b\n")
     with pytest.raises(DataError) as caught:
         data.load_files("prompt_completion", 0, str(path))
-    assert "Type `data.columns.prompt=NAME data.columns.completion=NAME` to say which" in str(caught.value)
+    assert "Set `data.columns.prompt=NAME data.columns.completion=NAME` to say which" in str(caught.value)
     assert "If the file has no header, give it one: its first line is taken for" in str(caught.value)
 
 

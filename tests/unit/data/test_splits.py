@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from rlhf_trl import data
 from rlhf_trl.build import demonstrations
-from rlhf_trl.data.build import build
+from rlhf_trl.data.build import build_dataset
 from rlhf_trl.data.dataset_types import SOURCES
 from rlhf_trl.data.formats import formats_in
 from rlhf_trl.data.splits import held_out_keys, hold_out, prompt_key, prompt_keys
@@ -86,7 +86,7 @@ def named(rows):
 
 
 def load(dataset_type, rows, held_out=None, **options):
-    return build(dataset_type, 0, named(rows), None if held_out is None else named(held_out), **options)
+    return build_dataset(dataset_type, 0, named(rows), None if held_out is None else named(held_out), **options)
 
 
 @pytest.mark.parametrize(("eval_size", "count"), [(0.2, 18), (10, 10)])
@@ -169,8 +169,10 @@ def test_a_mixture_keeps_what_one_source_holds_out_from_all(tmp_path):
     expected = hold_out(map(prompt_key, PROMPTS), 0.2)
     sources = {
         # A limit and rows labelled false leave few of the prompts that are held out in `eval`
-        "own": lambda dataset_type, seed: build(dataset_type, seed, named(own), eval_size=0.2, max_eval_samples=2),
-        "other": lambda dataset_type, seed: build(dataset_type, seed, named(other)),
+        "own": lambda dataset_type, seed: build_dataset(
+            dataset_type, seed, named(own), eval_size=0.2, max_eval_samples=2
+        ),
+        "other": lambda dataset_type, seed: build_dataset(dataset_type, seed, named(other)),
     }
     for dataset_type in ("prompt_completion", "prompt"):
         mixed = data.mix(dataset_type, 0, sources)
@@ -197,6 +199,6 @@ def test_demonstrations_beside_ppo_have_no_held_out_prompts(tmp_path, capsys):
     cfg = OmegaConf.create({"ptx_data": node, "data": {"split_by": "prompt"}, "seed": 0})
     rows = demonstrations(cfg, dataset)
     assert len(rows) == 82 and not set(prompt_keys(rows)) & set(prompt_keys(dataset["eval"]))
-    assert "ptx_data: 18 rows left out that share a prompt with an eval row" in capsys.readouterr().out
+    assert "ptx_data: 18 rows dropped that share a prompt with an eval row" in capsys.readouterr().out
     cfg.data.split_by = "row"
     assert len(demonstrations(cfg, dataset)) == 100

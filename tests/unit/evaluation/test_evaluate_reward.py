@@ -370,7 +370,7 @@ def test_pairs_keep_the_columns_that_part_them(tmp_path, capsys):
     ]
     found = load_files("annotated", 0, write(tmp_path / "pairs.jsonl", rows), eval_size=None)["train"]
     assert found[0]["subset"] == "hep-go" and found[0]["gap"] == [1.5] and found[0]["better"] == [0]
-    assert "`tags` is neither text nor number and left out (3 rows)" in capsys.readouterr().out
+    assert "`tags` is neither text nor number and dropped (3 rows)" in capsys.readouterr().out
     rows[1] |= {"share": 1.2}
     with pytest.raises(DataError, match="line 2: `share` is 1.2"):
         load_files("annotated", 0, write(tmp_path / "pairs.jsonl", rows), eval_size=None)

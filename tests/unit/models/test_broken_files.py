@@ -22,7 +22,7 @@ def test_chat_template_that_drops_the_answers_is_an_error(train, tmp_path, stage
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.chat_template = ONLY_USERS
     tokenizer.save_pretrained(path)
-    with pytest.raises(ConfigError, match="The chat template of `.*model` leaves out what the assistant says"):
+    with pytest.raises(ConfigError, match="The chat template of `.*model` drops what the assistant says"):
         train(tmp_path, f"stage={stage}", "model=hf", f"model.path={path}", *TWO_STEPS)
 
 
