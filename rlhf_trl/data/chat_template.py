@@ -36,7 +36,7 @@ def render_chat(tokenizer, messages: list[dict], tokenize: bool, **kwargs):
 
 
 class TemplateRefusal(DataError):
-    """A chat template that raises an error for a chat, with what it `said` and what can be done."""
+    """Error of a chat template for a chat, with what it `said` and how to fix it."""
 
     def __init__(self, said: str, messages: list[dict]):
         roles = [message["role"] for message in messages]
@@ -53,7 +53,7 @@ class TemplateRefusal(DataError):
 
 @contextmanager
 def refusals_named(tokenizer) -> Iterator[None]:
-    """Let readers of files name the rows that the tokenizer's chat template refuses, see [`CHAT_CHECK`]."""
+    """Name the rows of files that the tokenizer's chat template refuses, by setting [`CHAT_CHECK`]."""
     known: dict[str, str | None] = {}
 
     def check(messages: list[dict], row: dict) -> None:
@@ -128,7 +128,7 @@ def keep_template_kwargs(dataset, tokenizer, given: dict | None = None):
 
 def check_template_syntax(tokenizer, source: str) -> None:
     """
-    Stop at a chat template that is no Jinja template.
+    Raise an error for a chat template that isn't valid Jinja.
 
     Args:
         source (`str`): where the template comes from, for the message.
@@ -144,12 +144,12 @@ def check_template_syntax(tokenizer, source: str) -> None:
             "another with `model.chat_template=FILE.jinja`."
         ) from error
     except TemplateError:
-        pass  # it refuses this chat; whether it refuses those of the data is told where they are rendered
+        pass  # it refuses this chat; an error for those of the data is raised where they are rendered
 
 
 def check_template_answers(tokenizer, source: str) -> None:
     """
-    Stop at a chat template that doesn't write what the assistant says: every answer would be the same.
+    Raise an error for a chat template that doesn't write the assistant's words: all answers would be the same.
 
     Args:
         source (`str`): where the template comes from, for the message.

@@ -35,7 +35,7 @@ ANNOTATED = ("completions", "better", "worse", "gap", "share", "ratings", "attri
 
 
 def choose_format(dataset_type: str, columns) -> str | None:
-    """The format among `columns` that serves `dataset_type` best, or `None`."""
+    """Return the format among `columns` that serves `dataset_type` best, or `None`."""
     formats = formats_in(columns)
     if dataset_type == "prompt":  # a label is then no feedback but a column for the reward function
         formats = ["prompt_completion" if name == "unpaired" else name for name in formats]
@@ -43,7 +43,9 @@ def choose_format(dataset_type: str, columns) -> str | None:
 
 
 def convert(row: dict, format: str, dataset_type: str, whole_messages: bool = False) -> list[dict]:
-    """A row that `read_row` gave as rows of `dataset_type`: one, two (`unpaired` of a pair), none (labelled false)."""
+    """
+    Convert a row of `read_row`: to one row, two (`unpaired` of a pair), or none (`prompt_completion` labelled false).
+    """
     match format, dataset_type:
         case ("messages", "prompt_completion") if whole_messages:
             split_last_turn(row["messages"], "messages")
@@ -120,7 +122,7 @@ def select_completions(row: dict, keep: list[int]) -> dict:
 
 
 def contents(rows: list[dict], dataset_type: str) -> str:
-    """In words, how much rows of a dataset type hold: prompts, completions, pairs, targets, good and bad ones."""
+    """Return the numbers of rows, prompts, completions, pairs, targets, and labels as text."""
     counts = {"rows": len(rows), "prompts": len({json.dumps(row["prompt"]) for row in rows})}
     if dataset_type in ("comparisons", "annotated"):
         counts["completions"] = sum(len(row["completions"]) for row in rows)

@@ -29,13 +29,15 @@ PASSED_ON = ("tools", "chat_template_kwargs")
 
 
 def formats_in(columns) -> list[str]:
-    """The formats that these columns can be read as. A label tells `unpaired` from `prompt_completion`."""
+    """
+    Return the formats that these columns can be read as. A label distinguishes `unpaired` from `prompt_completion`.
+    """
     formats = [name for name, needed in FORMATS.items() if set(needed) <= set(columns)]
     return [name for name in formats if not (name == "prompt_completion" and "unpaired" in formats)]
 
 
 def check_label(row: dict) -> bool:
-    """`label` as a bool: true and false, 1 and 0, and these words as text (a CSV file has no other way)."""
+    """Return `label` as a bool: true and false, 1 and 0, and these as text (a CSV file has no other way)."""
     if "label" not in row:
         raise RowError("label", "is missing")
     value = row["label"]
@@ -46,7 +48,7 @@ def check_label(row: dict) -> bool:
 
 
 def check_margin(row: dict) -> float:
-    """`margin`, by how much `chosen` is better, as a finite float."""
+    """Return `margin`, by how much `chosen` is better, as a finite float."""
     value: Any = row.get("margin")
     try:
         margin = float(value)
@@ -59,9 +61,9 @@ def check_margin(row: dict) -> float:
 
 def shared_prompt(chosen, rejected):
     """
-    How long the beginning is that `chosen` and `rejected` share: turns of a chat, or characters up to a word's end.
+    Return the length of the beginning that `chosen` and `rejected` share: turns of a chat, or characters of text.
 
-    As `trl.extract_prompt`, but text is never parted within a word, and what follows is never nothing.
+    As `trl.extract_prompt`, but text is never split within a word, and neither answer becomes empty.
     """
     length = 0
     for a, b in zip(chosen[:-1], rejected[:-1], strict=False):
@@ -77,10 +79,10 @@ def shared_prompt(chosen, rejected):
 
 def pair_up(row: dict, answers: tuple[str, ...], notes: Counter) -> dict:
     """
-    Checked `prompt` and answers (`completion`, or `chosen` and `rejected`) of a row, all text or all chat.
+    Return the checked `prompt` and answers (`completion`, or `chosen` and `rejected`) of a row, all text or all chat.
 
-    Where one side is text and the other chat, text becomes the user's or the assistant's turn. A prompt that is
-    missing, or repeated at the beginning of the answers, is taken out of them. `notes` counts what was done.
+    If one side is text and the other chat, text becomes the user's or the assistant's turn. A prompt that is missing,
+    or repeated at the beginning of the answers, is removed from them. `notes` counts what was done.
     """
     given = {field: check_text_or_chat(row, field) for field in answers}
     prompt = check_text_or_chat(row, "prompt") if "prompt" in row else None
@@ -100,7 +102,7 @@ def pair_up(row: dict, answers: tuple[str, ...], notes: Counter) -> dict:
 
 
 def repeats_prompt(row: dict) -> bool:
-    """Whether text answers all begin with the row's prompt, which is text of more than one word."""
+    """Return whether all answers are text that begins with the row's prompt, which is text of more than one word."""
     prompt, answers = row.get("prompt"), [row[name] for name in ("completion", "chosen", "rejected") if name in row]
     answers += row.get("completions") or []
     if not isinstance(prompt, str) or len(prompt.split()) < 2 or not answers:
@@ -109,7 +111,7 @@ def repeats_prompt(row: dict) -> bool:
 
 
 def take_prompt_out(row: dict) -> dict:
-    """A row of which [`repeats_prompt`] is true with the answers alone."""
+    """Return a row whose answers begin with the prompt, without the prompt in them."""
     made = dict(row)
     for name in ("completion", "chosen", "rejected"):
         if name in row:
@@ -124,7 +126,7 @@ def _hold_whole_conversations(given: dict) -> bool:
 
 
 def _take_prompt_out(prompt, given: dict, notes: Counter) -> tuple:
-    """Part whole conversations (or texts) into the prompt they share and the answers."""
+    """Split whole conversations (or texts) into the prompt that they share and the answers."""
     fields = list(given)
     if isinstance(prompt, list) and all(value[: len(prompt)] == prompt for value in given.values()):
         length = min(len(prompt), *(len(value) - 1 for value in given.values()))
@@ -150,7 +152,7 @@ def _take_prompt_out(prompt, given: dict, notes: Counter) -> tuple:
 
 
 def alpaca(row: dict, notes: Counter) -> dict:
-    """A row with an Alpaca `instruction` for a prompt: what it is about, `input`, comes below it."""
+    """Return a row with an Alpaca `instruction` for a prompt, and its `input` below it."""
     notes["`instruction` is the prompt, `output` the completion; `data.columns.prompt=NAME` says otherwise"] += 1
     about = row.get("input")
     if not isinstance(about, str) or not about.strip() or not isinstance(row.get("prompt"), str):
@@ -160,7 +162,7 @@ def alpaca(row: dict, notes: Counter) -> dict:
 
 
 def read_row(row: dict, format: str, notes: Counter) -> dict:
-    """The row's checked fields in `format`, with an explicit prompt where it has one; `notes` counts changes."""
+    """Return the row's checked fields in `format`, with an explicit prompt if it has one; `notes` counts changes."""
     match format:
         case "preference":
             margin = {"margin": check_margin(row)} if "margin" in row else {}
@@ -186,7 +188,7 @@ def read_row(row: dict, format: str, notes: Counter) -> dict:
 
 
 def prompt_of(row: dict) -> str | list[dict]:
-    """What a checked row of any format asks: its prompt, a conversation without its answer, plain text as it is."""
+    """Return the prompt of a checked row of any format: a conversation without its answer, plain text as it is."""
     if "messages" in row:
         turns = row["messages"]
         return turns[:-1] if turns[-1]["role"] == "assistant" else turns
@@ -194,7 +196,7 @@ def prompt_of(row: dict) -> str | list[dict]:
 
 
 def kind_of(row: dict) -> str:
-    """In words, what all rows of a dataset must have in common: text or chat, whole or with a prompt, a margin."""
+    """Return what all rows of a dataset must have in common: text or chat, whole or with a prompt, a margin."""
     if "messages" in row or "text" in row:
         return "whole conversations (chat)" if "messages" in row else "plain `text`"
     return (

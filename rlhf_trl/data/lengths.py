@@ -30,12 +30,14 @@ def keep_one_bos(dataset, tokenizer):
 
 def tokenize_comparisons(dataset, tokenizer, max_length: int | None = None, split: str = ""):
     """
-    Adds `completion_ids` (a list of ints for each completion, by `row_ids`) and `length` (of the longest) to a
-    `Dataset` or `DatasetDict` for the reward stage.
+    Add `completion_ids` (token ids of each completion, see `row_ids`) and `length` (of the longest) to rows.
 
-    Rows hold `prompt` and `completions`, or `prompt`, `chosen` and `rejected`, which become two completions of which
-    the first is `better`. What is longer than `max_length` is dropped as [`keep_short_completions`] says; `split`
-    names the rows there.
+    Args:
+        dataset (`Dataset` or `DatasetDict`): rows with `prompt` and `completions`; or with `prompt`, `chosen` and
+            `rejected`, which become two completions of which the first is `better`.
+        tokenizer: the reward model's.
+        max_length (`int`, *optional*): longer completions are dropped, see [`keep_short_completions`].
+        split (`str`, *optional*): name of the rows, for the message.
     """
 
     def tokenize(row):
@@ -54,8 +56,12 @@ def tokenize_comparisons(dataset, tokenizer, max_length: int | None = None, spli
 
 def keep_short_completions(dataset, max_length: int | None, split: str = ""):
     """
-    `dataset` (with `completion_ids`) without completions of more than `max_length` tokens, and without the comparisons
-    and targets they have a part in; rows that then say nothing are dropped. How much that is, is printed.
+    Drop completions of more than `max_length` tokens, with their comparisons and targets, and rows without any left.
+
+    Args:
+        dataset (`Dataset`): with `completion_ids`.
+        max_length (`int`, *optional*): `None` keeps all.
+        split (`str`, *optional*): name of the rows, for the message that says how many are dropped.
     """
     if max_length is None or max(dataset["length"]) <= max_length:
         return dataset
@@ -90,7 +96,7 @@ def keep_short_completions(dataset, max_length: int | None, split: str = ""):
 
 
 def head_names(dataset) -> list[str] | None:
-    """The names of what completions have targets for, from the columns' types; `None` without targets."""
+    """Return the names of the regression targets, from the columns' types; `None` without targets."""
     from datasets import List
 
     targets = dataset.features.get("targets")  # of that name there may be a column for a reward function too
@@ -99,9 +105,10 @@ def head_names(dataset) -> list[str] | None:
 
 def report_cut_rows(dataset, tokenizer, max_length: int | None = None):
     """
-    `dataset` (a `DatasetDict`) as it is, for trainers that cut each row after `max_length` tokens themselves.
+    Print how many rows a trainer truncates to `max_length` tokens, and how many of them lose the whole completion.
 
-    How many rows are cut is printed, and how many of them lose the whole completion, which then teaches nothing.
+    Returns:
+        `DatasetDict`: the dataset as it is.
 
     Raises:
         [`~rlhf_trl.errors.DataError`]: if no row of a split keeps any of its completion, or all training rows have one
@@ -138,13 +145,13 @@ def report_cut_rows(dataset, tokenizer, max_length: int | None = None):
 
 
 def _lengths(tokenizer, row: dict) -> tuple[int, int]:
-    """Tokens of a row's prompt, and of the whole row (with the longer completion of a pair)."""
+    """Return the tokens of a row's prompt, and of the whole row (with the longer completion of a pair)."""
     prompt = len(prompt_ids(tokenizer, row["prompt"], **template_kwargs(row))) if "prompt" in row else 0
     return prompt, max(map(len, _whole_rows(tokenizer, row)))
 
 
 def _whole_rows(tokenizer, row: dict) -> list[list[int]]:
-    """Ids of what a trainer reads of a row: of a pair both sides; of a mere prompt, that."""
+    """Return the ids that a trainer reads of a row: of a pair both sides; of a prompt alone, that."""
     kwargs = template_kwargs(row)
     if "completion_ids" in row and "length" in row:  # of `tokenize_comparisons`; a column of that name may be anything
         return row["completion_ids"]
@@ -165,10 +172,7 @@ def _whole_rows(tokenizer, row: dict) -> list[list[int]]:
 
 
 def measure(dataset, tokenizer, max_length: int | None = None) -> tuple[int, int]:
-    """
-    Return the tokens of the longest row of a `DatasetDict` and the largest id in it, of rows that are cut after
-    `max_length` tokens.
-    """
+    """Return the tokens of the longest row of a `DatasetDict`, truncated to `max_length`, and the largest id in it."""
 
     def sizes(row):
         ids = [ids[:max_length] for ids in _whole_rows(tokenizer, row)]
@@ -186,11 +190,7 @@ def measure(dataset, tokenizer, max_length: int | None = None) -> tuple[int, int
 
 
 def filter_prompts(dataset, tokenizer, max_prompt_length: int | None = None):
-    """
-    `dataset` (a `Dataset` or `DatasetDict`) without prompts of more than `max_prompt_length` tokens.
-
-    How many are dropped is printed.
-    """
+    """Drop prompts of more than `max_prompt_length` tokens from a `Dataset` or `DatasetDict`, and print how many."""
 
     def length(row):
         return len(prompt_ids(tokenizer, row["prompt"], **template_kwargs(row)))
@@ -201,7 +201,7 @@ def filter_prompts(dataset, tokenizer, max_prompt_length: int | None = None):
 
 
 def _keep_short(dataset, length, limit: int | None, noun: str, name: str, key: str):
-    """The rows of which `length(row)` is at most `limit`. A `DataError` where there is none."""
+    """Return the rows whose `length(row)` is at most `limit`; raise a `DataError` if there is none."""
     if isinstance(dataset, dict):
         kept = {side: _keep_short(rows, length, limit, f"{side} {noun}", name, key) for side, rows in dataset.items()}
         return type(dataset)(kept)

@@ -1,4 +1,4 @@
-"""Prompts and completions as text, whether they are text or messages."""
+"""Text and chat messages: checks, conversions, and the system prompt."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from rlhf_trl.data.rows import RowError, Struct, type_of
 
 
 def as_text(value: str | Sequence[dict]) -> str:
-    """A prompt or a completion as one text: messages as `role: content`, a single answer as its content."""
+    """Return a prompt or a completion as text: messages as `role: content`, a single answer as its content."""
     if isinstance(value, str):
         return value
     contents = [(message["role"], _content(message.get("content"))) for message in value]
@@ -38,9 +38,12 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 def check_messages(value: list, field: str) -> list[dict]:
     """
-    Messages as `{"role", "content"}` dicts (further keys are kept where they aren't null), or a `RowError`.
+    Return messages as `{"role", "content"}` dicts, with other keys that aren't null.
 
-    The `{"from", "value"}` spelling (ShareGPT) with its roles `human` and `gpt` is understood too.
+    The `{"from", "value"}` spelling (ShareGPT) with its roles `human` and `gpt` is accepted too.
+
+    Raises:
+        RowError: if a message is malformed.
     """
     if not value:
         raise RowError(field, "is an empty list")
@@ -70,7 +73,7 @@ def check_messages(value: list, field: str) -> list[dict]:
 
 
 def without_filled(value):
-    """`value` without the null fields of a [`Struct`], which only stand for what other rows have."""
+    """Return a value without the null fields of a [`Struct`], which stand for fields that other rows have."""
     if isinstance(value, list):
         return [without_filled(item) for item in value]
     if isinstance(value, dict):
@@ -80,7 +83,7 @@ def without_filled(value):
 
 
 def check_text_or_chat(row: dict, field: str) -> str | list[dict]:
-    """The value of `field`: text that isn't blank, or checked messages; else a `RowError`."""
+    """Return the value of `field`, text that isn't blank or checked messages; raise a `RowError` for anything else."""
     if field not in row:
         raise RowError(field, "is missing")
     value = row[field]
@@ -96,19 +99,19 @@ def check_text_or_chat(row: dict, field: str) -> str | list[dict]:
 
 
 def as_chat(text: str | list[dict], role: str) -> list[dict]:
-    """Text as a turn of `role`; messages stay what they are."""
+    """Return text as a turn of `role`, and messages as they are."""
     return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
 def split_last_turn(messages: list[dict], field: str) -> tuple[list[dict], list[dict]]:
-    """A conversation as what stands before its last assistant turn, and that turn."""
+    """Split a conversation into the turns before its last assistant turn, and that turn."""
     if messages[-1]["role"] != "assistant":
         raise RowError(field, f"ends with a turn of `{messages[-1]['role']}`, where the assistant's should be")
     return messages[:-1], messages[-1:]
 
 
 def check_turns(prompt, given: dict) -> None:
-    """A `RowError` where a chat prompt doesn't end with the user's turn, or an answer isn't the assistant's."""
+    """Raise a `RowError` if a chat prompt doesn't end with the user's turn, or an answer isn't the assistant's."""
     if isinstance(prompt, str):
         return
     if prompt[-1]["role"] not in ("user", "tool"):
@@ -120,7 +123,7 @@ def check_turns(prompt, given: dict) -> None:
 
 
 def to_chat(row: dict, notes: Counter) -> dict:
-    """Text prompts as the user's turn and text answers as the assistant's."""
+    """Convert text prompts to the user's turn and text answers to the assistant's."""
     if isinstance(row.get("prompt"), str):
         notes["`to_chat`: text prompts became user turns, answers assistant turns"] += 1
     roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
@@ -131,7 +134,7 @@ def to_chat(row: dict, notes: Counter) -> dict:
 
 
 def add_system_prompt(row: dict, system_prompt: str, notes: Counter) -> dict:
-    """`system_prompt` before the turns of `prompt` or `messages`, unless they begin with one of their own."""
+    """Add `system_prompt` before the turns of `prompt` or `messages`, unless they begin with one of their own."""
     field = "messages" if "messages" in row else "prompt"
     if row[field][0]["role"] in ("system", "developer"):
         notes["`system_prompt` not added: they have one of their own"] += 1
@@ -153,7 +156,7 @@ def check_template(row: dict) -> None:
 
 
 def read_json_chats(row: dict, notes: Counter) -> dict:
-    """A row whose chats were written as JSON text, as a table of text holds them, with the chats themselves."""
+    """Parse chats that were written as JSON text, as a table of text holds them."""
     made = dict(row)
     for field in CHATS:
         text = row.get(field)

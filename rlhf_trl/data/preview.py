@@ -24,15 +24,16 @@ def note_rows_without_end(batch, tokenizer) -> None:
 
 
 def count_trained(batch) -> tuple[int, int]:
-    """How many tokens of a trainer's batch are trained on (labels that aren't -100), and how many it holds."""
+    """Return the number of tokens of a trainer's batch that are trained on (labels other than -100), and of all."""
     counted = [(sum(trained), len(ids)) for _, rows in _sides(batch) for ids, trained in rows]
     return sum(trained for trained, _ in counted), sum(tokens for _, tokens in counted)
 
 
 def render_batch(tokenizer, batch) -> str:
     """
-    The first row of a batch as text, as the trainer's collator made it (both sides of a pair), with the tokens that
-    are trained on between [[ and ]].
+    Return the first row of a batch as text, with the tokens that are trained on between [[ and ]].
+
+    The batch is what the trainer's collator made; of a pair both sides are shown.
     """
     shown = [f"label: {bool(batch['label'][0])}"] if "label" in batch else []
     for side, rows in _sides(batch):
@@ -42,7 +43,9 @@ def render_batch(tokenizer, batch) -> str:
 
 
 def _sides(batch) -> list[tuple[str, list[tuple[list[int], list[bool]]]]]:
-    """The rows of a batch, by side of a pair (else ""): ids without padding, and which of them are trained on."""
+    """
+    Return the rows of a batch by side of a pair (else ""): ids without padding, and which of them are trained on.
+    """
     if "chosen_input_ids" in batch:  # ORPO
         return [(side, _rows(batch, f"{side}_")) for side in ("chosen", "rejected")]
     rows = _rows(batch)
@@ -63,15 +66,15 @@ def _rows(batch, prefix: str = "") -> list[tuple[list[int], list[bool]]]:
 
 
 def render_sample(tokenizer, row: dict) -> str:
-    """A row of which nothing is marked, as text: what the policy goes on from, or what a reward model scores."""
+    """Return a row without labels as text: a prompt that the policy continues, or what a reward model scores."""
     if "completion_ids" in row and "length" in row:
-        return "\n".join(_known_of(tokenizer, row, i) for i in range(len(row["completion_ids"])))
+        return "\n".join(_describe_completion(tokenizer, row, i) for i in range(len(row["completion_ids"])))
     ids = prompt_ids(tokenizer, row["prompt"], **template_kwargs(row))
-    return f"{decode_ids(tokenizer, ids)}\n({len(ids)} tokens, from which the policy goes on)"
+    return f"{decode_ids(tokenizer, ids)}\n({len(ids)} tokens, which the policy continues)"
 
 
-def _known_of(tokenizer, row: dict, i: int) -> str:
-    """Completion `i` of a row of the reward stage, with what is known of it."""
+def _describe_completion(tokenizer, row: dict, i: int) -> str:
+    """Return completion `i` of a row of the reward stage, with its comparisons and targets."""
     beaten = sorted(b + 1 for a, b in zip(row.get("better") or [], row.get("worse") or [], strict=True) if a == i)
     known = [f"better than {', '.join(map(str, beaten))}"] if beaten else []
     targets = row["targets"][i] if row.get("targets") else {}
@@ -81,7 +84,7 @@ def _known_of(tokenizer, row: dict, i: int) -> str:
 
 
 def _marked(tokenizer, ids: list[int], trained: list[bool]) -> str:
-    """`ids` as text, each run of trained tokens between [[ and ]]."""
+    """Return `ids` as text, each run of trained tokens between [[ and ]]."""
     text, start = "", 0
     for is_trained, run in itertools.groupby(trained):
         end = start + len(list(run))

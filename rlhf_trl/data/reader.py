@@ -34,7 +34,7 @@ from rlhf_trl.data.tables import BATCH_ROWS, concatenate, make_table
 from rlhf_trl.errors import DataError
 from rlhf_trl.hints import did_you_mean, names_of, sentences
 
-# Columns that prompts don't keep for reward functions: TRL tells chat from text by any of them
+# Columns that prompts don't keep for reward functions: TRL distinguishes chat from text by any of them
 FOREIGN = ("completion", "chosen", "rejected", "messages", "text")
 # Columns of a source that become those of the comparison itself in annotated rows
 OF_COMPARISON = ("gap", "share")

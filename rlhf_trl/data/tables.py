@@ -8,8 +8,10 @@ from rlhf_trl.errors import DataError
 
 def needs_json(value) -> bool:
     """
-    Whether Arrow has no type for a value: an object that isn't a plain `role` and `content` has parts that those of
-    other rows haven't, and an integer may have more than 64 bits.
+    Return whether Arrow has no type for a value.
+
+    An object other than a plain `role` and `content` has fields that those of other rows lack, and an integer may have
+    more than 64 bits.
     """
     if isinstance(value, list):
         return any(map(needs_json, value))
@@ -27,9 +29,14 @@ ABSENT = {"chat_template_kwargs": {}}
 
 def make_table(rows: list[tuple[str, dict]], of_objects: Container[str] | None = None):
     """
-    (place, row)s as an Arrow table. A column with objects of any fields becomes a column of JSON: Arrow's own objects
-    all have the same fields, and null in those that a row doesn't have, which templates would render. So does one with
-    integers of more than 64 bits. `of_objects` names the columns that may be such ones, if not all.
+    Return rows as an Arrow table.
+
+    A column with objects of any fields becomes a column of JSON: Arrow's own objects all have the same fields, and
+    null in those that a row lacks, which templates would render. So does one with integers of more than 64 bits.
+
+    Args:
+        rows (`list[tuple[str, dict]]`): place and columns of each row.
+        of_objects (`Container[str]`, *optional*): columns that may hold such values, if not all.
     """
     import pyarrow as pa
 
@@ -42,7 +49,7 @@ def make_table(rows: list[tuple[str, dict]], of_objects: Container[str] | None =
 
 
 def concatenate(tables: list):
-    """Arrow tables one below the other, null where one lacks a column; a `DataError` where types clash."""
+    """Concatenate Arrow tables, null where one lacks a column; raise a `DataError` where types conflict."""
     import pyarrow as pa
 
     names = {name for table in tables for name in table.column_names if table.schema.field(name).type == pa.json_()}
@@ -69,6 +76,7 @@ def _as_json(values: list):
 
 
 def as_array(key: str, values: list, batch: list[tuple[str, dict]]):
+    """Return values as an Arrow array; raise a `DataError` that names the column and the rows if types conflict."""
     import pyarrow as pa
 
     try:

@@ -1,9 +1,9 @@
 """
-How a prompt and a completion become token ids: the one way for reward models, PPO and evaluation alike.
+Token ids of a prompt and a completion, the same for reward models, PPO and evaluation.
 
 A reward model must see in training just what a policy generates: the prompt's ids as TRL's
-`GRPOTrainer._tokenize_prompts` makes them, the completion's own ids, and EOS where it was generated. Nothing comes
-after it, though a chat template often adds a newline there.
+`GRPOTrainer._tokenize_prompts` makes them, the completion's own ids, and EOS if it was generated. Nothing follows it,
+though a chat template often adds a newline there.
 """
 
 import functools
@@ -32,7 +32,7 @@ def end_tokens(tokenizer) -> list[int]:
 
 
 def remember_ends(tokenizer, eos_token_id: int | list[int] | None) -> None:
-    """Let [`end_tokens`] know the `eos_token_id` of the generation_config of the tokenizer's model."""
+    """Register the `eos_token_id` of the generation_config of the tokenizer's model for [`end_tokens`]."""
     ids = eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]
     tokenizer.model_ends = [token for token in ids if token is not None]
 
@@ -55,7 +55,13 @@ def _template_ends(tokenizer, template: str, ends: tuple[int, ...]) -> list[int]
 
 
 def prompt_ids(tokenizer, prompt: str | list[dict], **template_kwargs) -> list[int]:
-    """Ids of a prompt, text or chat, as GRPOTrainer gives it to the policy; `template_kwargs` are the template's."""
+    """
+    Return the ids of a prompt as GRPOTrainer gives it to the policy.
+
+    Args:
+        prompt (`str` or `list[dict]`): text or chat.
+        **template_kwargs: for the chat template.
+    """
     if isinstance(prompt, str):
         return tokenizer(without_bos(tokenizer, prompt))["input_ids"]
     return render_chat(tokenizer, prompt, tokenize=True, add_generation_prompt=True, **template_kwargs)["input_ids"]
@@ -65,14 +71,15 @@ def row_ids(
     tokenizer, prompt: str | list[dict], completion: str | list[dict], eos: bool = True, **template_kwargs
 ) -> list[int]:
     """
-    Ids of a prompt and its completion, as the policy is trained to write it.
+    Return the ids of a prompt and its completion, as the policy is trained to write it.
 
-    Text: the ids of both in one, as SFT has them, up to the end. Chat: what the template adds after the generation
-    prompt, up to and with the first of the [`end_tokens`] (that of the last turn where `completion` has several). EOS
-    is added where no such token ends the completion.
+    Text: the ids of both together, as SFT has them, up to the end. Chat: what the template adds after the generation
+    prompt, up to and with the first of the [`end_tokens`] (that of the last turn if `completion` has several). EOS is
+    added if no such token ends the completion.
 
     Args:
-        eos (`bool`): `False` for a completion that was cut off: its ids end before the end token.
+        prompt, completion (`str` or `list[dict]`): text or chat.
+        eos (`bool`, *optional*, defaults to `True`): `False` for a truncated completion, without an end token.
         **template_kwargs: for the chat template (`tools`, ...).
     """
     ends = end_tokens(tokenizer)
@@ -100,8 +107,9 @@ def split_row_ids(
     tokenizer, prompt: str | list[dict], completion: str | list[dict], **template_kwargs
 ) -> tuple[list[int], list[int]]:
     """
-    Return [`row_ids`] in two, the prompt's and the completion's, where SFT parts them: at the prompt's end or, where
-    tokens merge across it, before the first one that isn't the prompt's own.
+    Return [`row_ids`] in two, the prompt's and the completion's, split where SFT does.
+
+    That is at the prompt's end or, where tokens merge across it, before the first one that isn't the prompt's own.
     """
     ids = row_ids(tokenizer, prompt, completion, **template_kwargs)
     length = max(1, _common(prompt_ids(tokenizer, prompt, **template_kwargs), ids))
@@ -112,8 +120,8 @@ def written_row_ids(tokenizer, prompt: str | list[dict], written: list[int], **t
     """
     Return the ids of a prompt and of what a policy with this tokenizer has written after it, as training reads them.
 
-    Those are the prompt's ids and then `written`; but where the same text has other tokens at the end of the prompt
-    (they merge across it), the text's, which are what [`row_ids`] gives.
+    Those are the prompt's ids and then `written`; but if tokens of the same text merge across the end of the prompt,
+    the text's ids, which are what [`row_ids`] gives.
     """
     start = prompt_ids(tokenizer, prompt, **template_kwargs)
     if isinstance(prompt, str):
@@ -140,19 +148,19 @@ def _last_end(tokenizer, ids: list[int], ends: list[int]) -> int:
 
 
 def _turn_ids(tokenizer, prompt: list[dict], completion: list[dict], start: list[int], template_kwargs) -> list[int]:
-    """What the chat template adds for `completion` after the generation prompt, whose ids are `start`."""
+    """Return what the chat template adds for `completion` after the generation prompt, whose ids are `start`."""
     ids = render_chat(tokenizer, prompt + completion, tokenize=True, **template_kwargs)["input_ids"]
     if ids[: len(start)] == start:
         return ids[len(start) :]
     # The prompt ends in other tokens alone than followed by the completion: tokens merge across the border, or the
-    # template puts something (an empty thought) into the generation prompt only. The policy goes on from `start`.
+    # template puts something (an empty thought) into the generation prompt only. The policy continues `start`.
     head = render_chat(tokenizer, prompt, tokenize=False, add_generation_prompt=True, **template_kwargs)
     text = render_chat(tokenizer, prompt + completion, tokenize=False, **template_kwargs)
     return tokenizer(text[_common(head, text) :], add_special_tokens=False)["input_ids"]
 
 
 def _common(a, b) -> int:
-    """How many items (characters, ids) `a` and `b` begin with alike."""
+    """Return the number of items (characters, ids) that both begin with."""
     length = 0
     for x, y in zip(a, b, strict=False):
         if x != y:

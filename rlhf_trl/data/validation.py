@@ -10,7 +10,7 @@ TYPE_NAMES |= {dict: "names and values", NoneType: "null"}
 
 
 def type_problems(function: Callable, given: Mapping[str, Any], prefix: str) -> list[str]:
-    """A sentence on each of the given arguments that isn't of the type which `function` (or a class) declares."""
+    """Return the problem of each given argument that isn't of the type which `function` (or a class) declares."""
     hints = get_type_hints(function)
     found = [_mismatch(f"{prefix}.{name}", value, hints[name]) for name, value in given.items()]
     return [problem for problem in found if problem]

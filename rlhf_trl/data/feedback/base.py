@@ -1,4 +1,4 @@
-"""Options that all kinds of feedback share, what a reader makes of a row, and checks of single values."""
+"""Options that all kinds of feedback share, types of checked rows, and checks of single values."""
 
 import json
 import math
@@ -34,7 +34,7 @@ class Comparison(NamedTuple):
 
 
 class ComparedRow(TypedDict):
-    """A checked row that compares several completions of one prompt (pairs, rankings, edits)."""
+    """Checked row that compares several completions of one prompt (pairs, rankings, edits)."""
 
     prompt: Text
     completions: list[Text]
@@ -45,7 +45,7 @@ class ComparedRow(TypedDict):
 
 
 class RatedRow(TypedDict):
-    """A checked row that rates one completion (ratings, thumbs, attributes), with its ratings by dimension."""
+    """Checked row that rates one completion (ratings, thumbs, attributes), with its ratings by dimension."""
 
     prompt: Text
     completion: Text
@@ -205,7 +205,7 @@ class Feedback(ABC):
 
 
 def key_of(value: Text) -> str:
-    """Return what tells prompts and completions, text or chat, apart."""
+    """Return a key by which prompts and completions, text or chat, are compared."""
     return value.strip() if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 

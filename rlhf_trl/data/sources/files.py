@@ -1,7 +1,7 @@
 """
-Rows of local files, one at a time, each with its place (file and line), so that a bad one can be named.
+Local files: their rows one at a time, each with its place (file and line), for messages.
 
-Light on purpose: `resolve_paths` is called by the checks before anything heavy is imported.
+Imports nothing heavy: the checks of a config call `resolve_paths`.
 """
 
 import csv
@@ -33,15 +33,18 @@ def load_files(
     Load local files: .jsonl, .json, .csv, .tsv, .parquet; all but the last also as .gz.
 
     Args:
-        dataset_type (`str`): `prompt_completion`, `preference`, `unpaired`, `comparisons` or `prompt`: what the stage
-            trains on; or `annotated`: comparisons with all that is known of them, for evaluation.
-        seed (`int`): decides which rows a limit keeps.
+        dataset_type (`str`): what the stage trains on, `prompt_completion`, `preference`, `unpaired`, `comparisons` or
+            `prompt`; or `annotated`: comparisons with all annotations, for evaluation.
+        seed (`int`): seeds the choice of rows that a limit keeps.
         paths (`str` or `list[str]`): files or globs for training, relative to the working directory.
         eval_paths (`str` or `list[str]`, *optional*): files for evaluation; without them `eval_size` is split off.
         **options: see [`~rlhf_trl.data.LoadOptions`].
 
+    Returns:
+        `DatasetDict`: `train` and, if there is any, `eval`.
+
     Raises:
-        `DataError`: one that lists every malformed row's file, line and field; or that says which column is missing.
+        DataError: that lists the file, line and field of malformed rows; or says which column is missing.
     """
     train = [(path, read_file(path)) for path in resolve_paths(paths)]
     held_out = None
@@ -57,9 +60,14 @@ DEEPEST = 100  # objects and lists in each other
 
 def resolve_paths(paths: str | list[str], key: str = "data.paths") -> list[str]:
     """
-    The files that `paths` (files and globs, relative to where the user stands) name, each once.
+    Return the files that paths and globs name, each once.
 
-    Raises a `DataError` that lists every path that names no file, or names one in a format that can't be read.
+    Args:
+        paths (`str` or `list[str]`): files and globs, relative to the working directory.
+        key (`str`): key of the config, for the message.
+
+    Raises:
+        DataError: that lists every path that names no file, or one in a format that can't be read.
     """
     files, problems = [], []
     listed = [paths] if isinstance(paths, str) else paths
@@ -96,7 +104,9 @@ def resolve_paths(paths: str | list[str], key: str = "data.paths") -> list[str]:
 
 
 def read_file(path: str) -> Iterator[Row]:
-    """Rows of a .jsonl, .json, .csv, .tsv or .parquet file (but for parquet also as .gz), streamed where possible."""
+    """
+    Yield the rows of a .jsonl, .json, .csv, .tsv or .parquet file (also .gz but for parquet), streamed if possible.
+    """
     try:
         yield from READERS[ending(path)](path)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -104,7 +114,7 @@ def read_file(path: str) -> Iterator[Row]:
 
 
 def _open(path: str):
-    """The file for reading; whether it is compressed is told by its first bytes."""
+    """Open a file for reading, compressed if its first bytes say so."""
     with open(path, "rb") as file:
         start = file.read(2)
     if start in (b"\xff\xfe", b"\xfe\xff"):
@@ -113,7 +123,7 @@ def _open(path: str):
 
 
 def _read_json(path: str) -> Iterator[Row]:
-    """JSON lines, or one JSON value for all rows: people use both endings for both, so the first lines tell."""
+    """Yield rows of JSON lines, or of one JSON value: people use both endings for both, so the first lines decide."""
     with _open(path) as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())  # a blank line is no row
         head = list(islice(lines, 2))
@@ -151,7 +161,7 @@ def _parse_line(line: bytes) -> dict | RowError:
 
 
 def _parse_values(text: str) -> list:
-    """The JSON values that stand in `text` one after another."""
+    """Return the JSON values of a text, one after another."""
     decoder, values = json.JSONDecoder(object_pairs_hook=_object), []
     at = _skip_space(text, 0)
     while at < len(text):
@@ -169,7 +179,7 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _what(error: ValueError | RecursionError) -> str:
-    """What is wrong with text that is no JSON, from the exception it caused."""
+    """Return what is wrong with text that isn't JSON, from the exception it caused."""
     if isinstance(error, UnicodeDecodeError):
         return f"isn't UTF-8 text (byte {error.start + 1})"
     if isinstance(error, json.JSONDecodeError):
@@ -179,7 +189,7 @@ def _what(error: ValueError | RecursionError) -> str:
 
 
 class _Twice(dict):
-    """A JSON object with a key that is there twice."""
+    """JSON object with a duplicate key."""
 
     key: str
 
@@ -194,7 +204,7 @@ def _object(pairs: list[tuple]) -> dict:
 
 
 def _checked(row) -> dict | RowError:
-    """A JSON value as a row, or what keeps it from being one."""
+    """Return a JSON value as a row, or what keeps it from being one."""
     if not isinstance(row, dict):
         return RowError(None, f"is a JSON {type(row).__name__}, not an object")
     if isinstance(row, _Twice):
@@ -204,7 +214,7 @@ def _checked(row) -> dict | RowError:
 
 
 def _fault(value, depth: int = 1) -> str | None:
-    """What is wrong with a value that is valid JSON all the same."""
+    """Return what is wrong with a value that is valid JSON all the same."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -223,8 +233,9 @@ def _fault(value, depth: int = 1) -> str | None:
 
 def _rows_in(path: str, value) -> list:
     """
-    The rows of a file that holds one JSON value: a list, an object with a list of rows beside other things, an object
-    of columns, or one row.
+    Return the rows of a file that holds one JSON value.
+
+    That is a list, an object with a list of rows beside other keys, an object of columns, or one row.
     """
     if not isinstance(value, dict) or isinstance(value, _Twice):
         return value if isinstance(value, list) else [value]
@@ -280,7 +291,7 @@ def _read_csv(path: str) -> Iterator[Row]:
             except StopIteration:
                 return
             except (csv.Error, UnicodeDecodeError) as error:
-                # What follows can't be told from the broken row, so reading ends here.
+                # What follows can't be separated from the broken row, so reading ends here.
                 yield f"{path}, line {line}", RowError(None, f"can't be read as CSV ({error})", fatal=True)
                 return
             # A quoted value may span lines: a row's place is its first line.
@@ -301,7 +312,7 @@ def _read_csv(path: str) -> Iterator[Row]:
 
 
 def _separator(header: str) -> str:
-    """What parts the names of columns: a comma, or else what parts most of a semicolon and a tab."""
+    """Return the separator of a header: a comma, or else the more frequent of a semicolon and a tab."""
 
     def names(separator: str) -> int:
         try:

@@ -10,7 +10,7 @@ to 29 people from -4 (most negative) to 4 (most positive). The data is not part 
   `movie_test_pairs.jsonl` (`chosen_id`, `rejected_id`, `gap`).
 
 The task is controlled sentiment generation. The sentences have no prompt of their own, so they follow one fixed
-prompt: preference pairs are two sentences under it, and a policy is asked to go on from it and the first words of a
+prompt: preference pairs are two sentences under it, and a policy is asked to continue it and the first words of a
 sentence. Test sentences are only ever in the `eval` split. A share of the training sentences is kept out of every
 dataset_type, for the classifier that judges the policies (`rlhf_trl.tasks.reviews.judges.sentiment`).
 """
@@ -173,7 +173,9 @@ def read(path: str | None, judge_share: float = 0.3) -> Reviews:
 
 
 def pairs(rows: list[Row], rounds: int, min_gap: float, seed: int) -> list[tuple[Row, Row]]:
-    """(better, worse) by mean rating: in each round every row meets one other; gaps below `min_gap` make no pair."""
+    """
+    Return (better, worse) by mean rating: each round pairs every row with one other, and drops gaps below `min_gap`.
+    """
     generator, made = random.Random(seed), []
     for _ in range(rounds):
         order = generator.sample(rows, len(rows))
@@ -184,7 +186,7 @@ def pairs(rows: list[Row], rounds: int, min_gap: float, seed: int) -> list[tuple
 
 
 def first_words(text: str, n: int) -> list[str]:
-    """The first `n` words of `text`, at most half of them, so that an ending is left to write."""
+    """Return the first `n` words of `text`, at most half of them, so that an ending is left to write."""
     words = text.split()
     return words[: min(n, len(words) // 2)]
 
@@ -235,7 +237,7 @@ def _read_pairs(file: Path, known: set[str]) -> list[Row]:
 
 
 def _read_archive(file: Path) -> tuple[list[Row], list[Row]]:
-    """Movie and product sentences from the tables of the release; a text that occurs again is dropped."""
+    """Return movie and product sentences from the tables of the release, each text once."""
     with tarfile.open(file) as archive:
 
         def table(name: str) -> list[list[str]]:

@@ -150,7 +150,7 @@ def test_the_plans_prompt_is_the_policys_prompt(compose, tmp_path, capsys, monke
     )
     shown = plan_and_run(cfg, capsys)
     assert re.search(r"First row\n  <user> a b c d <assistant>\s*\n", shown)
-    assert "(6 tokens, from which the policy goes on)" in shown
+    assert "(6 tokens, which the policy continues)" in shown
     assert given and all(len(ids) == 6 for ids in given)
 
 
