@@ -432,10 +432,10 @@ def test_a_hub_dataset_goes_through_load_dataset(monkeypatch):
 def test_folders_that_hold_no_whole_dataset(tmp_path):
     Dataset.from_list(PAIRS).save_to_disk(tmp_path / "saved")
     next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"no")
-    with pytest.raises(DataError, match="saved` isn't whole: .* Save it again."):
+    with pytest.raises(DataError, match="saved` is incomplete: .* Save it again."):
         data.load_hub("preference", 0, str(tmp_path / "saved"))
     (tmp_path / "saved" / "state.json").write_text("{}")
-    with pytest.raises(DataError, match="saved` isn't whole: .*_data_files"):
+    with pytest.raises(DataError, match="saved` is incomplete: .*_data_files"):
         data.load_hub("preference", 0, str(tmp_path / "saved"))
     (tmp_path / "script").mkdir()
     (tmp_path / "script" / "script.py").write_text("")

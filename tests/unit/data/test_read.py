@@ -193,7 +193,7 @@ def test_columns_that_no_format_has_say_what_to_type(tmp_path):
     with pytest.raises(DataError) as caught:
         data.load_files("prompt_completion", 0, str(path))
     assert "Set `data.columns.prompt=NAME data.columns.completion=NAME` to say which" in str(caught.value)
-    assert "If the file has no header, give it one: its first line is taken for" in str(caught.value)
+    assert "If the file has no header, give it one: its first line is read as" in str(caught.value)
 
 
 def test_integers_of_any_size_are_exact(tmp_path):
@@ -202,8 +202,8 @@ def test_integers_of_any_size_are_exact(tmp_path):
     for number in numbers:
         rows = [{"prompt": "a", "answer": number}, {"prompt": "b", "answer": type(number)()}]
         path.write_text("\n".join(map(json.dumps, rows)))
-        assert data.load_files("prompt", 0, str(path))["train"].to_list() == rows
+        assert list(data.load_files("prompt", 0, str(path))["train"]) == rows
     # Beyond the first batch of rows
     rows = [{"prompt": f"{i}", "answer": i} for i in range(1200)] + [{"prompt": "last", "answer": 2**64}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert data.load_files("prompt", 0, str(path))["train"].to_list() == rows
+    assert list(data.load_files("prompt", 0, str(path))["train"]) == rows
