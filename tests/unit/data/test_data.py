@@ -395,7 +395,7 @@ def test_files_that_can_not_be_read(tmp_path):
     assert "short.csv, line 4 has 1 values where the header names 2" in error(tmp_path / "short.csv", "prompt")
     (tmp_path / "quote.csv").write_text('prompt\na\n"b" c\nd\n')
     message = error(tmp_path / "quote.csv", "prompt", bad_rows="drop")  # dropping it would drop the rest, uncounted
-    assert "quote.csv, line 3 can't be read as CSV" in message and "nothing more of the file can be read" in message
+    assert "quote.csv, line 3 can't be read as CSV" in message and "the rest of the file can't be read" in message
     write(tmp_path / "half.jsonl", [{"prompt": "a"}, '{"prompt": "\\ud800"}'])
     assert "half.jsonl, line 2: `prompt` holds half of a surrogate pair" in error(tmp_path / "half.jsonl", "prompt")
     (tmp_path / "fake.parquet").write_text("no")
