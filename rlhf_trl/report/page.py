@@ -27,11 +27,11 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Gap:
+class Missing:
     """A measure that is missing, and how to get it."""
 
     text: str
-    kind = "gap"
+    kind = "missing"
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def _answers(block: SideBySide) -> str:
 
 _MARKDOWN = {
     "text": lambda block: block.text,
-    "gap": lambda block: f"> {_line(block.text)}",
+    "missing": lambda block: f"> {_line(block.text)}",
     "table": _table,
     "figure": lambda block: "",
     "code": lambda block: "",

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_trl.report import plots
-from rlhf_trl.report.page import Figure, Gap, SideBySide, Table, Text
+from rlhf_trl.report.page import Figure, Missing, SideBySide, Table, Text
 from rlhf_trl.report.pareto import pareto
 from rlhf_trl.report.plots import Series
 from rlhf_trl.report.text import interval, number
@@ -228,12 +228,14 @@ def _reward_table(comparison: Comparison) -> Table:
     )
 
 
-def _not_measured(comparison: Comparison) -> list[Gap]:
-    blocks = [Gap(text) for text in dict.fromkeys(_missing(comparison))]
+def _not_measured(comparison: Comparison) -> list[Missing]:
+    blocks = [Missing(text) for text in dict.fromkeys(_missing(comparison))]
     if not comparison.curves and comparison.temperature == 0:
-        blocks.append(Gap("The best of n samples needs samples that differ. Type `stage.temperature=1`."))
+        blocks.append(Missing("The best of n samples needs samples that differ. Type `stage.temperature=1`."))
     elif not comparison.curves:
-        blocks.append(Gap("The best of n samples was not measured. Type `stage.best_of_n=16` with `stage=evaluate`."))
+        blocks.append(
+            Missing("The best of n samples was not measured. Type `stage.best_of_n=16` with `stage=evaluate`.")
+        )
     return blocks
 
 
@@ -246,7 +248,7 @@ def _over_optimization(comparison: Comparison, shown: Sequence[str]) -> list:
     proxies = comparison.proxies
     if not proxies:
         return [
-            Gap(
+            Missing(
                 "Over-optimization shows as the parting of two rewards, and only one was measured. Add what the "
                 "policies were trained on, with weight 0: `'reward=[demo,model]' reward.model.weight=0`."
             )
@@ -292,7 +294,7 @@ def win_blocks(comparison: Comparison) -> list:
     blocks: list = [_win_figure(comparison.baseline, rates)] if rates else []
     blocks.append(_win_table(comparison))
     blocks += [
-        Gap(
+        Missing(
             f"{result.unclear} of {result.judgements} judgements of {name} named neither answer nor a tie; they "
             "count for nobody."
         )
@@ -303,7 +305,9 @@ def win_blocks(comparison: Comparison) -> list:
     if apart := [name for name in comparison.policies if ranking and not ranking.get(name)]:
         base = comparison.baseline
         blocks.append(
-            Gap(f"No judgement leads from {_names(apart)} to {base}, so the strength on {base}'s scale is unknown.")
+            Missing(
+                f"No judgement leads from {_names(apart)} to {base}, so the strength on {base}'s scale is unknown."
+            )
         )
     return blocks
 

@@ -16,7 +16,7 @@ import yaml
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.health.signs import LEVELS, SIGNS, signs_seen
 from rlhf_trl.report import plots
-from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, Table, Text, write_page
+from rlhf_trl.report.page import Code, Details, Figure, Missing, Page, Section, Table, Text, write_page
 from rlhf_trl.report.plots import Series
 from rlhf_trl.report.policies import (
     answer_blocks,
@@ -121,7 +121,7 @@ def project_page(project_dir: Path, ending: str | None = None) -> Page:
         lead = (
             f"The policies of this project were not evaluated, so whether training helped is open. Type `{command}`."
         )
-        sections.append(Section("Evaluation", [Gap(f"There is no `{COMPARISON_FILE}`. Type `{command}`.")]))
+        sections.append(Section("Evaluation", [Missing(f"There is no `{COMPARISON_FILE}`. Type `{command}`.")]))
     sections += [
         Section("Training", training_blocks(runs)),
         Section("Reward model", reward_model_blocks(runs, project_dir.name)),
@@ -156,8 +156,8 @@ def training_blocks(runs: Sequence[Run]) -> list:
         if figures:
             blocks += [Text(f"`{run.name}` ({run.record.stage}), {_ending(run)}"), *health_blocks(run), *figures]
         else:
-            blocks.append(Gap(f"The run `{run.name}` left no metrics (its status is `{run.record.status}`)."))
-    return blocks or [Gap("No run of this project trained anything.")]
+            blocks.append(Missing(f"The run `{run.name}` left no metrics (its status is `{run.record.status}`)."))
+    return blocks or [Missing("No run of this project trained anything.")]
 
 
 def health_blocks(run: Run) -> list:
@@ -221,11 +221,11 @@ def reward_model_blocks(runs: Sequence[Run], project: str) -> list:
                 summary_table(quality),
             ]
         else:
-            blocks.append(Gap(f"The run `{run.name}` left no results (its status is `{run.record.status}`)."))
+            blocks.append(Missing(f"The run `{run.name}` left no results (its status is `{run.record.status}`)."))
     if not measured:
         blocks.append(
-            Gap(
-                "Calibration and weak spots of the reward model were not measured. Type "
+            Missing(
+                "Reliability and weak spots of the reward model were not measured. Type "
                 f"`accelerate launch train.py stage=evaluate_reward project={project}`."
             )
         )

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from rlhf_trl.hints import count_of
 from rlhf_trl.report import plots
-from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, SideBySide, Table, Text
+from rlhf_trl.report.page import Code, Details, Figure, Missing, Page, Section, SideBySide, Table, Text
 from rlhf_trl.report.plots import Drawing, Series
 from rlhf_trl.report.text import interval, number, table
 from rlhf_trl.runs.reward_results import BestOfNGain, LengthBias, RatingCorrelation, RewardQuality
@@ -23,7 +23,7 @@ def reward_page(quality: RewardQuality, title: str, command: str) -> Page:
     sections = [
         Section("In short", [summary_table(quality), *_notes(quality)]),
         Section("Accuracy by slice", [_slices(quality), *_slice_figures(quality)]),
-        Section("Calibration", _reliability(quality)),
+        Section("Reliability", _reliability(quality)),
         Section("Length", _length(quality)),
         Section("People's ratings", _ratings(quality)),
         Section("Best of n", _best_of_n(quality)),
@@ -132,11 +132,11 @@ def _slice_figures(quality: RewardQuality) -> list[Figure]:
 
 
 def _reliability(quality: RewardQuality) -> list:
-    series = [Series("calibrated", [0.5, 1], [0.5, 1], hollow=True, color=7)]
+    series = [Series("perfect reliability", [0.5, 1], [0.5, 1], hollow=True, color=7)]
     for i, (name, entry) in enumerate(quality.rewards.items()):
         bins = entry.reliability.bins
         series.append(Series(name, [b.predicted for b in bins], [b.observed for b in bins], color=i))
-    svg = plots.curves(series, "calibration", "predicted share of raters, sigmoid of the lead", "observed share")
+    svg = plots.curves(series, "reliability", "predicted share of raters, sigmoid of the margin", "observed share")
     text = Text(
         "Each comparison from the side that the reward prefers: the share of raters that sigmoid of the difference of "
         "scores predicts, and the share that prefers that side. Below the line the reward is surer than people are. A "
@@ -177,7 +177,9 @@ def _ratings(quality: RewardQuality) -> list:
     ]
     if not rows:
         return [
-            Gap("The data has no ratings. With `data/feedback=ratings` scores are held beside people's mean rating.")
+            Missing(
+                "The data has no ratings. With `data/feedback=ratings` scores are held beside people's mean rating."
+            )
         ]
     note = ""
     if raters := quality.raters:
@@ -214,7 +216,7 @@ def _best_of_n(quality: RewardQuality) -> list:
     found = {name: points for name, entry in quality.rewards.items() if len(points := entry.best_of_n or []) > 1}
     if not found:
         return [
-            Gap(
+            Missing(
                 "There is no gold reward, or no prompt with several completions. Give ratings, or name a reward that "
                 "is the truth: `stage.gold=NAME`; `stage.policy=sft` lets a policy write the completions."
             )
@@ -263,7 +265,7 @@ def _disagreement(quality: RewardQuality) -> list[Section]:
                 for word, part in zip(("least", "middle", "most"), found.slices, strict=False)
             ]
             caption = f"{name}: the members' scores of a completion have a standard deviation of {found.std:.2f}."
-            blocks.append(Table(["", "std of the lead", "accuracy [95 %]"], rows, caption))
+            blocks.append(Table(["", "std of the margin", "accuracy [95 %]"], rows, caption))
     return [Section("Ensemble", blocks)] if blocks else []
 
 
@@ -298,7 +300,7 @@ def _mistakes(quality: RewardQuality) -> list:
 
 
 def _notes(quality: RewardQuality) -> list:
-    return [Gap(note + ".") for note in quality.notes]
+    return [Missing(note + ".") for note in quality.notes]
 
 
 def _share(value: float | None) -> str:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rlhf_trl.report import plots
-from rlhf_trl.report.page import Code, Details, Figure, Gap, Page, Section, Table, Text, write_page
+from rlhf_trl.report.page import Code, Details, Figure, Missing, Page, Section, Table, Text, write_page
 from rlhf_trl.report.pareto import pareto
 from rlhf_trl.report.plots import Series
 from rlhf_trl.report.records import COSTS, load_run, metric_names, swept_keys
@@ -103,8 +103,8 @@ def sweep_page(folder: Path) -> Page:
     sections = [
         Section("Parameters against metrics", [*_figures(sweep), *_tables(sweep)]),
         Section("Training", _curves(folder, sweep)),
-        Section("Failed", [Gap(f"Job {job.number} {job.status}: {job.message}") for job in failed]),
-        Section("Runs", [_details(folder, job) for job in done] or [Gap("No job is done.")]),
+        Section("Failed", [Missing(f"Job {job.number} {job.status}: {job.message}") for job in failed]),
+        Section("Runs", [_details(folder, job) for job in done] or [Missing("No job is done.")]),
     ]
     return Page(
         title=folder.resolve().name,
@@ -131,7 +131,7 @@ def _lead(sweep: Sweep) -> str:
 
 def _figures(sweep: Sweep) -> list:
     if sweep.objective is None:
-        return [Gap("No job measured its objective.")]
+        return [Missing("No job measured its objective.")]
     return [_frontier(sweep, sweep.objective), *_by_parameter(sweep, sweep.objective)]
 
 

@@ -26,7 +26,6 @@ COMPARISON_FILE = "comparison.json"
 QUALITY_FILE = "reward_quality.json"
 SWEEP_FILE = "sweep.json"
 ENSEMBLE_FILE = "ensemble.json"
-CONFIG_FILE = "config.yaml"
 SAMPLES_FILE = "samples.jsonl"
 PACKAGES = ("rlhf_trl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "hydra-core", "bitsandbytes")
 Result = TypeVar("Result", bound=JsonDataclass)

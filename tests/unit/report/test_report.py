@@ -17,7 +17,7 @@ from rlhf_trl.report.page import (
     Code,
     Details,
     Figure,
-    Gap,
+    Missing,
     Page,
     Section,
     SideBySide,
@@ -69,7 +69,7 @@ class Tags(HTMLParser):
 def test_a_page_escapes_what_models_write_and_fetches_nothing():
     blocks = [
         Text(EVIL),
-        Gap(EVIL),
+        Missing(EVIL),
         Table([EVIL], [[EVIL]], EVIL, note=EVIL),
         SideBySide(EVIL, {EVIL: EVIL}, EVIL),
         Details(EVIL, [Code(EVIL)]),
@@ -88,7 +88,7 @@ def test_the_text_has_the_same_tables(tmp_path):
     table = Table(["policy", "reward", "KL"], [["sft", "1.5 [1, 2]", None], ["a|b", "-2", 0.25]], "All.", marked=[1])
     assert table.numeric == [False, True, True]
     path = write_page(
-        page(table, Code("x: 1"), Gap("No reward model.\nType this."), facts={"prompts": "256"}), tmp_path
+        page(table, Code("x: 1"), Missing("No reward model.\nType this."), facts={"prompts": "256"}), tmp_path
     )
     text = (tmp_path / "report.md").read_text()
     assert path.name == "index.html" and sorted(p.name for p in tmp_path.iterdir()) == ["index.html", "report.md"]
