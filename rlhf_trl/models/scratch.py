@@ -2,6 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
 from rlhf_trl.errors import DataError
 
 # A word with its apostrophes, or a run of punctuation, each with the space before it. So decoding joins tokens as they
@@ -10,7 +14,9 @@ WORD = r" ?\w+(?:'\w+)*| ?[^\w\s]+|\s+"
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
 
 
-def word_tokenizer(texts: Iterable[str], vocab_size: int = 8192, min_frequency: int = 2, lowercase: bool = True):
+def word_tokenizer(
+    texts: Iterable[str], vocab_size: int = 8192, min_frequency: int = 2, lowercase: bool = True
+) -> PreTrainedTokenizerFast:
     """
     Fit a word-level `PreTrainedTokenizerFast` to texts.
 
@@ -23,9 +29,6 @@ def word_tokenizer(texts: Iterable[str], vocab_size: int = 8192, min_frequency: 
         min_frequency (`int`): rarer words are `<unk>`.
         lowercase (`bool`): whether all text becomes lower case.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     pad, eos, unk = SPECIAL_TOKENS
     tokenizer = Tokenizer(models.WordLevel(unk_token=unk))
     if lowercase:
@@ -39,11 +42,8 @@ def word_tokenizer(texts: Iterable[str], vocab_size: int = 8192, min_frequency: 
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, unk_token=unk)
 
 
-def random_model(config, tokenizer, seed: int):
+def random_model(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
     """Return a causal language model of `config` with random weights, sized for the tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     config.vocab_size = len(tokenizer)
     config.pad_token_id, config.eos_token_id, config.bos_token_id = (
         tokenizer.pad_token_id,

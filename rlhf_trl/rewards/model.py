@@ -35,7 +35,7 @@ class Member(NamedTuple):
     One reward model of an ensemble, or a single one.
 
     Attributes:
-        adapter (`str`): adapter that is active while it scores; of no meaning for a single model.
+        adapter (`str`): adapter that is active while it scores; unused for a single model.
         model (`PreTrainedModel` or `PeftModel`): sequence classifier that it scores with.
     """
 
