@@ -100,7 +100,7 @@ class SweepJob(JsonDataclass):
 
     @property
     def done(self) -> bool:
-        """Whether the job ended well."""
+        """True for a job that ended well."""
         return self.status == "done"
 
 
