@@ -37,6 +37,7 @@ def check_inputs(reward_funcs: list, dataset: Dataset | None, ptx_dataset: Datas
         )
     if not isinstance(dataset, Dataset):
         raise ConfigError("PPO needs a dataset of known length. Pass a `datasets.Dataset`, not an iterable one.")
+    assert args.generation_batch_size is not None and args.num_generations is not None
     prompts = args.generation_batch_size // args.num_generations
     if len(dataset) < prompts:
         raise ConfigError(

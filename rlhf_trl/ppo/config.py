@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from trl import GRPOConfig
 
@@ -132,6 +133,7 @@ class PPOConfig(GRPOConfig):
         if problem := argument_problem(vars(self)):
             raise ValueError(problem)
         if self.total_episodes is not None:
+            assert self.generation_batch_size is not None
             steps = math.ceil(self.total_episodes / self.generation_batch_size) * self.steps_per_rollout
             if self.max_steps > 0 and self.max_steps != steps:
                 say(
@@ -154,16 +156,18 @@ class PPOConfig(GRPOConfig):
         num_generations_eval, doubled = self.num_generations_eval, self.generation_batch_size is None
         self.num_generations = 2 if doubled else self.generation_batch_size
         self.num_generations_eval = num_generations_eval or 1
-        self.steps_per_generation = 2 * self.steps_per_generation if doubled else self.steps_per_generation
+        steps: Any = self.steps_per_generation
+        self.steps_per_generation = 2 * steps if doubled else steps
         yield
         self.num_generations, self.num_generations_eval = 1, num_generations_eval
-        if doubled:
-            self.steps_per_generation //= 2
+        if doubled and self.generation_batch_size is not None:
+            self.steps_per_generation = steps
             self.generation_batch_size //= 2
 
     @property
     def num_mini_batches(self) -> int:
         """Optimizer steps in one epoch over a rollout."""
+        assert self.steps_per_generation is not None  # once the arguments are checked
         return self.steps_per_generation // self.gradient_accumulation_steps
 
     @property

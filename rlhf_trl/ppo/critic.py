@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -66,12 +67,13 @@ def add_critic(model: PreTrainedModel | PeftModel, args: PPOConfig, tokenizer: P
     Raises:
         ConfigError: if the critic can't start from what `args.critic_path` holds, or needs an adapter on the policy.
     """
-    policy = model.get_base_model() if is_peft_model(model) else model
+    policy: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if args.critic_path is not None:
         _check_tokenizer(args.critic_path, tokenizer)
-    trunk, score = None, None
+    trunk: Callable | None = None
+    score: Tensor | None = None
     if args.critic == "adapter":
-        if not is_peft_model(model):
+        if not isinstance(model, PeftModel):
             raise ConfigError(
                 "`critic=adapter` is an adapter on the policy's frozen base, and this policy has none: all its "
                 "weights are trained. Give the policy an adapter too (`adapter=lora`), or use `critic=head` or "
@@ -81,9 +83,11 @@ def add_critic(model: PreTrainedModel | PeftModel, args: PPOConfig, tokenizer: P
         layers = adapter_layers(policy)
         recompute_with_the_same_adapter(policy, layers)
 
-        def trunk(**inputs):
+        def adapter_trunk(**inputs) -> Tensor:
             with active_adapter(layers, CRITIC):
                 return _hidden_states(policy.base_model, **inputs)
+
+        trunk = adapter_trunk
 
     elif args.critic == "model":
         network, score = _network(model, args)
@@ -143,18 +147,18 @@ def _compute_values(policy: PreTrainedModel, trunk: Callable | None, layers: lis
     wrap_forward(policy, forward)
 
 
-def _hidden_states(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    extra = {"position_ids": positions(attention_mask)} if takes_positions(trunk) else {}
+def _hidden_states(trunk: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    extra: dict[str, Any] = {"position_ids": positions(attention_mask)} if takes_positions(trunk) else {}
     return trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).last_hidden_state
 
 
-def _network(model: PreTrainedModel | PeftModel, args: PPOConfig) -> tuple[PreTrainedModel, Tensor | None]:
+def _network(model: PreTrainedModel | PeftModel, args: PPOConfig) -> tuple[Any, Tensor | None]:
     """Return a trainable trunk, a reward model's or a copy of the policy's, and the score head that it came with."""
-    policy = model.get_base_model() if is_peft_model(model) else model
+    policy: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     dtype = getattr(torch, args.critic_dtype) if args.critic_dtype else None
     if args.critic_path is not None:
         load = load_merged if adapter_config(args.critic_path) is not None else load_reward_model
-        started = load(args.critic_path, args.critic_dtype or "float32", trust_remote_code=args.trust_remote_code)
+        started: Any = load(args.critic_path, args.critic_dtype or "float32", trust_remote_code=args.trust_remote_code)
         head = next(module for module in started.children() if isinstance(module, nn.Linear))
         trunk, score = started.base_model, head.weight.detach().clone()
     elif getattr(policy, "is_loaded_in_4bit", False) or getattr(policy, "is_loaded_in_8bit", False):
@@ -163,7 +167,7 @@ def _network(model: PreTrainedModel | PeftModel, args: PPOConfig) -> tuple[PreTr
             "trained. Start it from a reward model (`critic.run=reward`), or use `critic=adapter`."
         )
     else:
-        started = copy.deepcopy(model)
+        started: Any = copy.deepcopy(model)
         trunk = (started.merge_and_unload() if is_peft_model(started) else started).base_model
         score = None
     return trunk.to(policy.device, dtype).requires_grad_(True), score

@@ -5,15 +5,11 @@ Legend of shapes: B sequences (rows) of a rollout, T completion tokens. `mask` i
 wrote a token that counts; it is false on padding, on tokens a tool wrote, and on rows without a valid reward.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-KLEstimator = Literal["k1", "k2", "k3"]
 
-
-def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: KLEstimator = "k1") -> Tensor:
+def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: str = "k1") -> Tensor:
     """
     Estimate KL(policy || reference) per token, at tokens sampled from the policy (J. Schulman, "Approximating KL
     divergence", 2020).

@@ -1,5 +1,7 @@
 """Demonstrations for PPO-ptx: a language-model loss beside PPO's (InstructGPT, arXiv 2203.02155, equation 2)."""
 
+from typing import Any
+
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -52,8 +54,10 @@ class Demonstrations:
                 "PPO-ptx needs demonstrations with `prompt` and `completion`"
                 + (f"; `{missing.pop()}` is missing." if missing else ", and there are none.")
             )
-        self.seed, self.pad_token_id = seed, tokenizer.pad_token_id
+        self.seed = seed
+        self.pad_token_id: Any = tokenizer.pad_token_id
         self.rows = []
+        row: Any
         for row in tqdm(dataset, desc="Tokenizing demonstrations", leave=False):
             self.rows.append(split_row_ids(tokenizer, row["prompt"], row["completion"], **template_kwargs(row)))
 

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -86,7 +87,7 @@ def invalid_rewards(functions: Sequence[CheckedReward], max_fraction: float, acc
         ConfigError: if more completions than that have such a reward.
     """
     columns = torch.tensor([function.invalid for function in functions], device=accelerator.device)  # (F, N of a rank)
-    invalid = accelerator.gather(columns.T.contiguous())
+    invalid: Any = accelerator.gather(columns.T.contiguous())
     dropped = invalid.any(dim=1)
     if not dropped.any():
         return invalid

@@ -85,10 +85,10 @@ class Rollout:
     ref_logps: Tensor
     old_values: Tensor
     importance_ratio: Tensor | None = None
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
-    valid: Tensor | None = None
-    kl: Tensor | None = None
+    advantages: Tensor = None  # pyright: ignore[reportAssignmentType] set by `score_rollout`
+    returns: Tensor = None  # pyright: ignore[reportAssignmentType] set by `score_rollout`
+    valid: Tensor = None  # pyright: ignore[reportAssignmentType] set by `score_rollout`
+    kl: Tensor = None  # pyright: ignore[reportAssignmentType] set by `score_rollout`
 
     @classmethod
     def gather(
@@ -137,7 +137,7 @@ class Rollout:
     def select(self, rows: Tensor) -> "Rollout":
         """Return some completions, cut to the longest prompt and the longest completion among them."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        chosen = {name: None if tensor is None else tensor[rows] for name, tensor in tensors.items()}
+        chosen: dict[str, Any] = {name: None if x is None else x[rows] for name, x in tensors.items()}
         prompt = int(chosen["prompt_mask"].sum(dim=1).max())
         completion = max(1, int(chosen["completion_mask"].sum(dim=1).max()))
         for name, tensor in chosen.items():

@@ -81,6 +81,7 @@ class SampledTokens:
         self._logits = output.logits[:, -1]
 
     def _after_trunk(self, module, args, output):
+        assert self.value_head is not None
         self._values.append(self.value_head(output.last_hidden_state[:, -1].float()).squeeze(-1))
 
     def _log_prob(self, logits: Tensor, tokens: Tensor) -> Tensor:

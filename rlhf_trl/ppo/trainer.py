@@ -24,7 +24,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import trl
@@ -286,7 +286,7 @@ class PPOTrainer(RolloutHook, Rollouts, TrainerMixin, trl.GRPOTrainer):
     # ---- Rollout ----
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
-        dataset = self.train_dataset if dataset is None else dataset
+        dataset = cast(Dataset, self.train_dataset if dataset is None else dataset)
         prompts_per_rollout = self.args.generation_batch_size // self.num_generations
         steps_per_epoch = len(dataset) // prompts_per_rollout * self.args.steps_per_rollout
         return EpochSampler(
@@ -308,12 +308,13 @@ class PPOTrainer(RolloutHook, Rollouts, TrainerMixin, trl.GRPOTrainer):
         scores, self._last_pass = self._old_scores(ids, masks, output["completion_ids"].size(1)), None
         return output | {"old_per_token_logps": scores.logps, "old_values": scores.values}
 
-    def _make_rollout(self, inputs: list[dict[str, Any]]) -> Rollout:
+    def _make_rollout(self, inputs: Any) -> Rollout:
         """Generate completions of this rank's prompts, score those of all ranks, and log the metrics."""
         mode = "train" if self.model.training else "eval"
         output = self._generate_and_score_completions(inputs)
         self._metrics[mode].pop("frac_reward_zero_std", None)  # about groups, which PPO doesn't have
-        rollout = Rollout.gather(output, self.accelerator, self._tokenizer.pad_token_id, self.eos_token_ids)
+        pad_token_id = cast(int, self._tokenizer.pad_token_id)
+        rollout = Rollout.gather(output, self.accelerator, pad_token_id, self.eos_token_ids)
         record = self._record
         if mode == "eval":
             rows = None if self.held_out_batch is None else self.held_out_batch.rows
@@ -416,12 +417,11 @@ class PPOTrainer(RolloutHook, Rollouts, TrainerMixin, trl.GRPOTrainer):
     # ---- Checkpoints: the policy's files hold the policy alone, the critic's lies beside them ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
-        if state_dict is None:
-            state_dict = self.accelerator.unwrap_model(self.model).state_dict()
-        super()._save(output_dir, without_critic(state_dict))
+        folder = cast(str, output_dir or self.args.output_dir)
+        state: dict = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
+        super()._save(folder, without_critic(state))
         if self.args.should_save:
-            save_critic(state_dict, output_dir)
+            save_critic(state, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

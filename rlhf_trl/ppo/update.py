@@ -48,6 +48,7 @@ def micro_batch(
         args ([`PPOConfig`]): batch sizes and seed.
         rank (`int`), ranks (`int`): this process, and how many there are.
     """
+    assert args.steps_per_generation is not None and args.generation_batch_size is not None
     epoch, step = divmod(micro_step, args.steps_per_generation)
     mini_batch, accumulated = divmod(step, args.gradient_accumulation_steps)
     micro_batch_size = args.per_device_train_batch_size * ranks
@@ -84,6 +85,7 @@ def micro_batch_loss(
         warmup (`bool`, defaults to `False`): whether the critic alone is trained.
     """
     rollout = batch.rollout
+    assert scores.entropies is not None
 
     def share(x: Tensor) -> Tensor:
         return torch.where(rollout.mask, x, 0.0).sum() / batch.tokens
