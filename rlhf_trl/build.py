@@ -423,7 +423,7 @@ def reward_functions(
     return rewards
 
 
-def callbacks(cfg: DictConfig, trainer: Trainer) -> Iterator[TrainerCallback]:
+def callbacks(cfg: DictConfig, trainer: Any) -> Iterator[TrainerCallback]:
     """Yield the callbacks of the run: always the record and the progress line, and those that the config names."""
     if "reward" in cfg:
         yield UnrewardedGuard(trainer)
