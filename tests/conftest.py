@@ -19,7 +19,7 @@ LOOPBACK = ("127.", "localhost", "::1", "0.0.0.0")
 
 @pytest.fixture(autouse=True, scope="session")
 def no_network():
-    """Connections to other machines fail; those on this machine (two ranks, a W&B process) work."""
+    """Make connections to other machines fail; those on this machine (two ranks, a W&B process) work."""
     connect = socket.socket.connect
 
     def guarded(self, address):

@@ -1,4 +1,4 @@
-"""What all trainers of the package share, and the trainers that add nothing else to TRL's."""
+"""Mixin of all trainers of the package, and the trainers that add nothing else to TRL's."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ class TrainerMixin(CompleteCheckpoints, ExactEvaluation):
             disable_dropout(self.model)
 
     def _precompute_ref_logps(self, *args, **kwargs):
-        """Of DPO and KTO, which call it before their constructors end."""
+        """Precompute the reference log-probabilities of DPO and KTO, which call this before their constructors end."""
         repair_token_wrappers(self.model)
         return super()._precompute_ref_logps(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -37,7 +37,7 @@ def config(options: dict, task_type: str = "CAUSAL_LM") -> LoraConfig:
 
 
 def save_adapter(base: str, out: str, options: dict, task_type: str = "CAUSAL_LM") -> str:
-    """An adapter all of whose weights have moved."""
+    """Return an adapter all of whose weights have moved."""
     torch.manual_seed(1)
     auto_class = AutoModelForSequenceClassification if task_type == "SEQ_CLS" else AutoModelForCausalLM
     labels = {"num_labels": 1} if task_type == "SEQ_CLS" else {}

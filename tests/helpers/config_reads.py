@@ -97,9 +97,7 @@ def _reads(module: str) -> set[str]:
 
 
 class _Reads(ast.NodeVisitor):
-    """
-    Follows `cfg.stage.args.seed`, `cfg.get("critic")`, `stage = cfg.stage`, and `stage[name]` for names in a function.
-    """
+    """Visitor of `cfg.stage.args.seed`, `cfg.get("critic")`, `stage = cfg.stage` and `stage[name]` in a function."""
 
     def __init__(self):
         self.found: set[str] = set()

@@ -42,7 +42,7 @@ def composed(name: str, *words: str) -> DictConfig:
 
 
 def reader_of(group: str) -> list[str]:
-    """A stage that reads the group."""
+    """Return a stage that reads the group."""
     group = group.split("/")[0]  # `data/feedback` is read where `data` is
     readers = [stage for stage in STAGES if f"- /{group}:" in (CONF / "stage" / f"{stage}.yaml").read_text()]
     return [f"stage={'ppo' if 'ppo' in readers else readers[0]}"] if readers else []

@@ -27,7 +27,7 @@ def one_answer(completions, **columns):
 
 
 def constant(completions, **columns):
-    """The same for everything."""
+    """Return the same for everything."""
     return [1.0 for _ in completions]
 
 

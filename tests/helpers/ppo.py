@@ -12,7 +12,7 @@ LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 
 def save_reward_model(base, out, lora=True, seed=5):
-    """A reward model with random weights: an adapter on `base`, or a full model."""
+    """Return a reward model with random weights: an adapter on `base`, or a full model."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
@@ -25,7 +25,7 @@ def save_reward_model(base, out, lora=True, seed=5):
 
 
 def sampled(model, tmp_path, **kwargs):
-    """A trainer that really samples, with PPO's defaults where `make_trainer` has others."""
+    """Return a trainer that really samples, with PPO's defaults where `make_trainer` has others."""
     trainer, _ = make_trainer(model, tmp_path, **({"rollout_func": None, "temperature": 1.0} | kwargs))
     return trainer
 
@@ -40,7 +40,7 @@ def count_of_a(completions, **kwargs):
 
 
 def completion_of(tokenizer, prompt: str, extra: int = 0) -> list[int]:
-    """A completion that depends on the prompt alone: 2 to 6 words, with EOS for most."""
+    """Return a completion that depends on the prompt alone: 2 to 6 words, with EOS for most."""
     generator = torch.Generator().manual_seed(sum(map(ord, prompt)))
     length = int(torch.randint(2, 7, (1,), generator=generator))
     words = [WORDS[int(i)] for i in torch.randint(0, len(WORDS), (length,), generator=generator)]
@@ -79,7 +79,7 @@ class Rollouts:
 
 
 def make_trainer(model, tmp_path, data=None, path=None, **kwargs):
-    """A trainer with small sizes; `path` says where the tokenizer is if `model` is no path."""
+    """Return a trainer with small sizes; `path` says where the tokenizer is if `model` is no path."""
     tokenizer = AutoTokenizer.from_pretrained(path or model)
     defaults = {
         "per_device_train_batch_size": 4,

@@ -10,7 +10,7 @@ import pytest
 
 @contextlib.contextmanager
 def serving(reward, app=None):
-    """The address of the reference server with a reward."""
+    """Return the address of the reference server with a reward."""
     uvicorn = pytest.importorskip("uvicorn")
     from rlhf_trl.rewards.server import application
 

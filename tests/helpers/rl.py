@@ -21,7 +21,7 @@ def count_of_a(completions, **kwargs):
 
 
 def rl_trainer(kind, path, out, data=None, reward_funcs=count_of_a, eval_dataset=None, peft_config=None, **kwargs):
-    """A trainer of `kind` whose rollouts are 8 completions of up to 6 tokens in one mini-batch; two rollouts."""
+    """Return a trainer of `kind` with two rollouts, each 8 completions of up to 6 tokens in one mini-batch."""
     trainer, config, own = TRAINERS[kind]
     defaults = {
         "output_dir": str(out),
@@ -59,7 +59,7 @@ def logged(trainer, key):
 
 
 def plain_kl(model, path, batches) -> torch.Tensor:
-    """Summed k1 of each row of the rollout's micro-batches, row by row and without padding, to the model in `path`."""
+    """Return the summed k1 of each row of the micro-batches to the model in `path`, row by row and without padding."""
     reference = AutoModelForCausalLM.from_pretrained(path)
     sums = []
     for batch in batches:

@@ -21,7 +21,7 @@ from tests.helpers.configs import CONF, GROUPS, OPTIONS, PIPELINES, STAGES, comp
 
 @pytest.fixture(autouse=True)
 def a_users_folder(tmp_path, monkeypatch):
-    """A folder with what the options expect: data, models, and earlier runs of every project."""
+    """Return a folder with what the options expect: data, models, and earlier runs of every project."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     for name in ("reviews", "smollm2"):
@@ -70,7 +70,7 @@ def test_comments_stand_above_their_keys_and_lines_are_short(file):
 
 @pytest.fixture
 def read() -> dict[str, set[str]]:
-    """The keys that some part of the code reads, and those that an interpolation does."""
+    """Return the keys that some part of the code reads, and those that an interpolation does."""
     runs = {values["stage"]["run"]["_target_"] for _, values in every_config() if "stage" in values}
     read = reads_below("rlhf_trl.cli.main", "rlhf_trl.cli.pipeline", "rlhf_trl.cli.sweep", *runs)
     return {"read": read, "interpolated": set().union(*(interpolations(values) for _, values in every_config()))}

@@ -32,7 +32,7 @@ def launch(script: str, folder: Path, *arguments: str, timeout: float = 600) -> 
 
 
 def write_pipeline(folder: Path, steps: dict, **settings) -> list[str]:
-    """A user's own pipeline in a folder of their own."""
+    """Write a user's own pipeline in a folder of their own."""
     (folder / "conf" / "pipeline").mkdir(parents=True, exist_ok=True)
     text = "# @package _global_\n" + yaml.safe_dump({"project": "mine", "steps": steps, **settings}, sort_keys=False)
     (folder / "conf" / "pipeline" / "mine.yaml").write_text(text)
@@ -319,7 +319,7 @@ def test_a_shrunken_pipeline_end_to_end_in_silence(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The whole demo, as `make demo` runs it, interrupted once by SIGKILL."""
+    """Run the whole demo, as `make demo` does, interrupted once by SIGKILL."""
     folder = tmp_path_factory.mktemp("demo")
     process = start("pipeline", folder, start_new_session=True)
     record = folder / "runs/demo/reward/run.json"

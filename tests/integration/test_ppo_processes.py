@@ -52,7 +52,7 @@ if trainer.accelerator.is_main_process:
 
 
 def start(tmp_path, ranks, critic, resume="", epochs=1, out=None):
-    """A process of a run, with a process group of its own."""
+    """Start a process of a run, with a process group of its own."""
     path, reward = tmp_path / "model", tmp_path / "reward"
     if not reward.exists():
         save_model(path)
@@ -68,7 +68,7 @@ def start(tmp_path, ranks, critic, resume="", epochs=1, out=None):
 
 
 def run(tmp_path, ranks, critic, *options, **named):
-    """The log and the final weights of a run, policy's and critic's."""
+    """Return the log and the final weights of a run, policy's and critic's."""
     process = start(tmp_path, ranks, critic, *options, **named)
     error = process.communicate(timeout=300)[1]
     assert process.returncode == 0, error[-3000:]

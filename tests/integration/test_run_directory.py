@@ -327,7 +327,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def stopped(train, tmp_path_factory) -> Path:
-    """A folder with a model, rows, and the run that began from both and crashed after a checkpoint."""
+    """Return a folder with a model, rows, and the run that began from both and crashed after a checkpoint."""
     folder = tmp_path_factory.mktemp("stopped")
     rows = [json.dumps({"prompt": f"What is {i}?", "completion": f" It is {i}."}) for i in range(60)]
     (folder / "rows.jsonl").write_text("\n".join(rows))

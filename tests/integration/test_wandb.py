@@ -38,7 +38,7 @@ def path(tmp_path_factory):
 
 
 def axis_of_all(found: dict) -> str:
-    """The x-axis of the last definition that holds for every metric."""
+    """Return the x-axis of the last definition that holds for every metric."""
     return [metric.step_metric for metric in found["defined"] if metric.glob_name == "*"][-1]
 
 

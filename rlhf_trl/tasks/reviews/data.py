@@ -74,7 +74,7 @@ def load(
     feedback: Feedback | None = None,
 ):
     """
-    The review sentences as a `datasets.DatasetDict` with `train` and `eval` (the test sentences).
+    Return the review sentences as a `datasets.DatasetDict` with `train` and `eval` (the test sentences).
 
     Args:
         dataset_type (`str`):
@@ -144,7 +144,7 @@ def load(
 
 def read(path: str | None, judge_share: float = 0.3) -> Reviews:
     """
-    The sentences under `path`, in a fixed order.
+    Return the sentences under `path`, in a fixed order.
 
     Raises:
         `DataError`: `path` is null or holds neither layout, or a row is malformed (file, row and field are named).

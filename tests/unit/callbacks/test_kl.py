@@ -37,7 +37,7 @@ class AtFirstStep(TrainerCallback):
 
 
 def measured(kl, kl_std=1.0, num_sequences=8) -> RolloutRecord:
-    """A rollout of which the KL alone is known."""
+    """Return a rollout of which the KL alone is known."""
     return RolloutRecord(True, [], [], None, kl, kl_std, num_sequences)
 
 
@@ -289,7 +289,7 @@ def test_dropout_is_named(tmp_path, kind):
 
 
 def flattened(kind, path, out, **kwargs):
-    """A run with a constant reward and an entropy bonus, which takes probability from what was likely before."""
+    """Return a run with a constant reward and an entropy bonus, which makes likely tokens less likely."""
     own = {"head_init": "zero", "vf_coef": 0.0} if kind == "ppo" else {}
     options = {"per_device_train_batch_size": 32, "beta": 1e-4, "entropy_coef": 1.0, "optim": "sgd"}
     trainer = rl_trainer(

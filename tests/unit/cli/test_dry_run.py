@@ -39,7 +39,7 @@ def chat_rows(count: int) -> list[dict]:
 
 @pytest.fixture
 def first_inputs(monkeypatch):
-    """The inputs of the first training step of the trainers that are made from here on."""
+    """Return the inputs of the first training step of the trainers that are made from here on."""
     seen = []
     step = transformers.Trainer.training_step
 
@@ -177,7 +177,7 @@ def test_fewer_prompts_than_a_rollout_is_an_error_before_anything_starts(compose
 
 
 def copy_of(folder, place, change) -> str:
-    """A copy of a saved model whose weights are changed by `change`, a function on a dict of tensors."""
+    """Return a copy of a saved model whose weights are changed by `change`, a function on a dict of tensors."""
     shutil.copytree(folder, place)
     weights = load_file(f"{folder}/model.safetensors")
     change(weights)

@@ -34,7 +34,7 @@ STAGES = {
 def made(
     feedback: Feedback, rows: list[dict], dataset_type: str = "comparisons", seed: int = 0, **options
 ) -> list[dict]:
-    """The training rows that `rows` become, as dicts."""
+    """Return the training rows that `rows` become, as dicts."""
     source = [("rows", ((f"rows, row {i}", row) for i, row in enumerate(rows, 1)))]
     return build_dataset(dataset_type, seed, source, feedback=feedback, **options)["train"].to_list()
 

@@ -82,7 +82,7 @@ def test_one_row_is_no_list_of_rows(tmp_path, row, indent):
 
 
 def problem(path) -> str:
-    """The one thing that is wrong with a file."""
+    """Return the one thing that is wrong with a file."""
     (found,) = [(place, row) for place, row in read_file(str(path)) if isinstance(row, RowError)]
     place, row = found
     return f"{place.removeprefix(str(path))}: {row.field} {row.what}" + (" (fatal)" if row.fatal else "")

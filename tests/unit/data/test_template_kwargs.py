@@ -28,7 +28,7 @@ ANSWERS = [[{"role": "assistant", "content": text}] for text in ("i j k", "l", "
 
 
 def save_reward_model(path, template=THINKING, **recorded) -> str:
-    """A reward model on `tests.helpers.tiny`'s Llama, trained with `recorded` arguments of the template."""
+    """Return a reward model on `tests.helpers.tiny`'s Llama, trained with `recorded` arguments of the template."""
     save_model(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.chat_template = template

@@ -26,7 +26,7 @@ GEMMA = (
 
 
 def sentencepiece(path, adds="<s> $A") -> str:
-    """A tokenizer as Llama 2's, which writes a space as `▁` and puts one before each text; `:▁` is one token."""
+    """Return a tokenizer like Llama 2's: it writes a space as `▁` and puts one before each text; `:▁` is a token."""
     letters = [*"▁:.ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz", ":▁", "▁i"]
     vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[(":", "▁"), ("▁", "i")], unk_token="<unk>"))

@@ -297,7 +297,7 @@ def likes_a(completions, bonus, **columns):
 
 
 def evaluate(candidates: dict[str, Candidate], **changes) -> Comparison:
-    """The comparison with `sft`, by the options of a benchmark and of `evaluate_policies`."""
+    """Return the comparison with `sft`, by the options of a benchmark and of `evaluate_policies`."""
     benchmark = {
         "dataset": Dataset.from_dict({"prompt": ["a b", "c", "d e f"] * 8, "bonus": [0.0, 1.0, 2.0] * 8}),
         "rewards": [FunctionReward(likes_a, weight=2.0)],

@@ -31,7 +31,7 @@ def lora(r: int = 4, task_type: str = "CAUSAL_LM", **kwargs) -> LoraConfig:
 
 @pytest.fixture
 def adapter(tiny_llama, tmp_path) -> str:
-    """An adapter that does something, on the tiny Llama."""
+    """Return an adapter that does something, on the tiny Llama."""
     torch.manual_seed(1)
     model = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_llama), lora(init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")

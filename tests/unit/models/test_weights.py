@@ -35,7 +35,7 @@ def rewrite(folder: str, change, file: str = "model.safetensors") -> str:
 
 
 def trunk_weight(folder: str) -> str:
-    """The name of a matrix inside the layers."""
+    """Return the name of a matrix inside the layers."""
     weights = load_file(f"{folder}/model.safetensors")
     return next(name for name, weight in weights.items() if ".1." in name and weight.dim() == 2)
 

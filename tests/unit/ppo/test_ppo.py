@@ -145,8 +145,8 @@ def test_missing_eos_is_penalized(path, tmp_path):
 
 def scored(trainer, rewards):
     """
-    The rewards-to-go that the trainer gives three completions: one that ends after 3 tokens, one of 4 tokens that
-    doesn't end, one of 4 tokens of which a tool wrote the second. k1 is .1 per token.
+    Return the rewards-to-go that the trainer gives three completions: one that ends after 3 tokens, one of 4 tokens
+    that doesn't end, one of 4 tokens of which a tool wrote the second. k1 is .1 per token.
     """
     eos = trainer.processing_class.eos_token_id
     completions = torch.tensor([[5, 6, eos, 0], [5, 6, 7, 8], [5, 6, 7, eos]])

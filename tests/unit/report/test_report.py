@@ -469,7 +469,7 @@ document.title = JSON.stringify({
 
 
 def browse(tmp_path, html: str, *options: str) -> tuple[str, str]:
-    """The page after it was rendered, and what the browser's console said."""
+    """Return the page after it was rendered, and what the browser's console said."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium on PATH (Debian: `apt-get install chromium`)")

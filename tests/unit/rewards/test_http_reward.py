@@ -35,8 +35,8 @@ TEXTS = {"prompts": ["a", "b", "c"], "completions": ["d", "e f", ""], "completio
 @contextlib.contextmanager
 def answering(answer):
     """
-    The address of a server that answers a request, decoded, with what `answer(request, number, headers)` gives: an
-    object for JSON, or (status, body, content type).
+    Return the address of a server that answers a request, decoded, with what `answer(request, number, headers)` gives:
+    an object for JSON, or (status, body, content type).
     """
     requests = []
 

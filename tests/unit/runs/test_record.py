@@ -20,7 +20,7 @@ DAMAGED = ("", "{", "[]", "3", '{"status": "do', '{"a": "\n"}', "\x00" * 40, "["
 
 @pytest.fixture
 def run_dir(tmp_path) -> Path:
-    """The folder of a run with a record and metrics."""
+    """Return the folder of a run with a record and metrics."""
     folder = tmp_path / "mine" / "sft"
     start_run(folder, "sft", "python train.py stage=sft", None)
     write_metrics(folder, [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.0}])

@@ -50,7 +50,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A policy with another tokenizer, without a chat template."""
+    """Return a policy with another tokenizer, without a chat template."""
     return policy("tiny", save_model(tmp_path_factory.mktemp("tiny")), chats=False)
 
 
