@@ -20,6 +20,7 @@ def without_bos(tokenizer, text: str) -> str:
 
 
 def render_chat(tokenizer, messages: list[dict], tokenize: bool, **kwargs):
+    """Apply the tokenizer's chat template; raise a `ConfigError` where it has none."""
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"the data holds chat messages, but the tokenizer of `{tokenizer.name_or_path}` has no chat template. "

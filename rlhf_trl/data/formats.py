@@ -86,10 +86,10 @@ def pair_up(row: dict, answers: tuple[str, ...], notes: Counter) -> dict:
     """
     given = {field: check_text_or_chat(row, field) for field in answers}
     prompt = check_text_or_chat(row, "prompt") if "prompt" in row else None
-    if isinstance(prompt, list) or any(isinstance(value, list) for value in given.values()):
-        if any(isinstance(value, str) for value in given.values()):
-            notes["text answers became assistant turns"] += 1
-            given = {field: as_chat(value, "assistant") for field, value in given.items()}
+    has_chat = isinstance(prompt, list) or any(isinstance(value, list) for value in given.values())
+    if has_chat and any(isinstance(value, str) for value in given.values()):
+        notes["text answers became assistant turns"] += 1
+        given = {field: as_chat(value, "assistant") for field, value in given.items()}
     if prompt is None or _hold_whole_conversations(given):
         prompt, given = _take_prompt_out(prompt, given, notes)
     elif isinstance(prompt, str) and isinstance(given[answers[0]], list):

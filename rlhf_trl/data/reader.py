@@ -1,5 +1,6 @@
 """Reading of rows: recognition of their format, checks, and conversion to a dataset type."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -256,10 +257,8 @@ class Reader:
         self.problems.add(place, error, mapping.get(root, root) + (error.field or "")[len(root) :])
         if keyed:
             return
-        try:
+        with contextlib.suppress(RowError):
             self._note_key(check_text_or_chat({} if isinstance(row, RowError) else row, "prompt"))
-        except RowError:
-            pass
 
     def _apply_chat_options(self, row: dict, place: str) -> dict:
         """Apply `to_chat` and `system_prompt`."""
@@ -293,7 +292,7 @@ class Reader:
 
     def _can_slice(self, key: str, value) -> bool:
         """Return whether comparisons can be sliced by this value of this column."""
-        if key in (*CANONICAL, "margin") or key in ANNOTATED and key not in OF_COMPARISON or value is None:
+        if key in (*CANONICAL, "margin") or (key in ANNOTATED and key not in OF_COMPARISON) or value is None:
             return False
         plain = isinstance(value, str | int | float)
         self.changes[f"`{key}` is neither text nor number and dropped"] += not plain

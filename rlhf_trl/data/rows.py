@@ -8,7 +8,7 @@ SHOWN_PROBLEMS = 5
 
 class RowError(Exception):
     """
-    What is wrong with one row.
+    Error of one row: the field, and a sentence about it.
 
     Args:
         field (`str`, *optional*): the field, or `None` for the row as a whole.

@@ -183,4 +183,5 @@ def note_template_end(tokenizer, eos_token: str | None = None) -> None:
 
 
 def decode_ids(tokenizer, ids: list[int]) -> str:
+    """Return the text of ids, special tokens included."""
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

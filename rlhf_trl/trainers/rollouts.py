@@ -1,5 +1,5 @@
 """
-What PPO, GRPO and RLOO share: completions are sampled from the very policy that scores and learns from them.
+Rollouts of PPO, GRPO and RLOO: completions are sampled from the very policy that scores and learns from them.
 
 [`Rollouts`] holds for TRL's trainers, on every architecture, that sampling takes the stage's settings alone, that
 prompts are rendered with what their rows say, that padding doesn't move a token to another position, and that there is

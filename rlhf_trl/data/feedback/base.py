@@ -1,5 +1,6 @@
 """Options that all kinds of feedback share, types of checked rows, and checks of single values."""
 
+import contextlib
 import json
 import math
 from abc import ABC, abstractmethod
@@ -231,10 +232,8 @@ def check_texts(row: dict, fields: list[str], notes: Counter) -> tuple[Text, lis
 def check_list(value: Any, field: str) -> list:
     """Return a list, or the list in JSON text (a CSV file has no other way); raise a `RowError` for anything else."""
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             value = json.loads(value)
-        except json.JSONDecodeError:
-            pass
     if not isinstance(value, list):
         raise RowError(field, "is missing" if value is None else f"is {type_of(value)}, where a list should be")
     return value
