@@ -42,9 +42,10 @@ style: $(READY) ## format the code, and fix what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lint: $(READY) ## what .ci/run checks before the tests
+lint: $(READY) ## ruff and pyright: what .ci/run checks before the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(READY) ## our PPO, TRL 1.12's and a bare loop: speed and memory in bench/results.md; about 25 minutes, with SmolLM2 50
 	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python -m bench

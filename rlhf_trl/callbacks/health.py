@@ -64,7 +64,6 @@ class HealthMonitor(NonfiniteGuard):
     ):
         check_values(HEALTH, {"baseline": baseline, "window": window}, "health.")
         super().__init__(trainer)
-        self.trainer: RolloutHook = trainer
         self.limits = all_limits(signs)
         self.baseline, self.window = baseline, window
         trainer.on_rollout(self._keep)
