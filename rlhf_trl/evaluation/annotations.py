@@ -120,7 +120,7 @@ def read_annotated(dataset: Dataset) -> Annotations:
     if not comparisons:
         raise ConfigError(
             f"The data's {count_of(len(dataset), 'row')} for evaluation compare nothing: no completion is better than "
-            "another one of its prompt. Give comparisons (`chosen` and `rejected`), or type `data/feedback=FORM` with "
+            "another one of its prompt. Give comparisons (`chosen` and `rejected`), or set `data/feedback=...` with "
             "the dataset type of the rows."
         )
     return Annotations(
@@ -166,7 +166,7 @@ def _column_slices(annotations: Annotations, columns: Sequence[str] | None) -> d
         if name not in annotations.columns:
             raise ConfigError(
                 f"`stage.slices` names the column `{name}`, and the data's rows have "
-                f"{names_of(annotations.columns) or 'no column of their own'}. Name one of these, or leave it out."
+                f"{names_of(annotations.columns) or 'no column of their own'}. Name one of these, or remove it."
             )
         values = np.array([str(value) for value in annotations.columns[name]], dtype=object)[annotations.row]
         found = sorted(set(values))

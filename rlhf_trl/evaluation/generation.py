@@ -15,7 +15,7 @@ from rlhf_trl.models.sizes import check_rows, sizes_of
 from rlhf_trl.models.tokenizers import load_tokenizer
 
 Prompt = str | list[dict[str, str]]
-TOO_LONG = "Set `stage.max_completion_length` lower, or leave the longest prompts out."
+TOO_LONG = "Set `stage.max_completion_length` lower, or drop the longest prompts."
 
 
 class Policy(NamedTuple):

@@ -365,6 +365,6 @@ class HTTPJudge(TextJudge):
                     "the address up to and with `/v1`."
                 ) from None
         raise ConfigError(
-            f"The judge at `{self.url}` can't be asked, after {self.retries + 1} tries ({problem}). Start it, mend "
+            f"The judge at `{self.url}` can't be asked, after {self.retries + 1} tries ({problem}). Start it, fix "
             "`judge.url`, or raise `judge.timeout` or `judge.retries`; `judge=reward` needs none."
         )

@@ -40,7 +40,7 @@ from rlhf_trl.runs.results import BestOfN, BestOfNCurve, BestOfNPoint, Compariso
 
 NOT_DRAWN = (
     "At `stage.temperature=0` answers are the likeliest ones and no draws from a policy, so KL and entropy can't be "
-    "estimated from them. Type `stage.temperature=1` for these."
+    "estimated from them. Set `stage.temperature=1` for these."
 )
 
 

@@ -94,7 +94,7 @@ def evaluate_rewards(
 def _notes(annotations: Annotations, has_ceiling: bool) -> list[str]:
     notes, unrated = [], annotations.ratings.count([])
     if 0 < unrated < len(annotations.ratings):
-        notes.append(f"{count_of(unrated, 'completion')} without a rating: left out where scores meet ratings")
+        notes.append(f"{count_of(unrated, 'completion')} without a rating: dropped from comparisons with ratings")
     single = sum(len(each) == 1 for each in annotations.ratings)
     if single:
         notes.append(

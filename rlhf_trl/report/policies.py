@@ -38,7 +38,7 @@ def _result(comparison: Comparison, differences: dict[str, Estimate]) -> str:
     gained = f"{interval(differences[best], '{:+.2f}')} reward"
     if wins:
         gained += f", {interval(wins, '{:.0%}')} wins"
-    price = f" at a KL of {kl.mean:.2f} nats a sequence" if kl else ""
+    price = f" at a KL of {kl.mean:.2f} nats per sequence" if kl else ""
     if len(better) > 3:
         first = f"{len(better)} of {len(differences)} policies are better than {base} on {prompts:,} held-out prompts"
         return f"{first}, {best} most: {gained}{price}."
@@ -145,7 +145,7 @@ def frontier_blocks(comparison: Comparison) -> list:
 
 def _frontier(comparison: Comparison, shown: Sequence[str]) -> Figure:
     series = [*_best_of_n_series(comparison), *_family_series(comparison, shown)]
-    x_label = f"KL to {comparison.baseline}, nats a sequence"
+    x_label = f"KL to {comparison.baseline}, nats per sequence"
     return Figure(
         plots.frontier(series, "Reward against KL", x_label, _reward_label(comparison), x_scale="sqrt"),
         "What each policy gained, and how far it went from its start for it; up and to the left is better. Bars "
@@ -224,17 +224,17 @@ def _reward_table(comparison: Comparison) -> Table:
         "Reward and its price.",
         marked=[i for i, is_best in enumerate(best) if is_best],
         note="Marked: no other policy has as much reward for as little KL."
-        + (f" {comparison.dropped} prompts are left out for want of a reward." if comparison.dropped else ""),
+        + (f" {comparison.dropped} prompts are dropped, as they have no reward." if comparison.dropped else ""),
     )
 
 
 def _not_measured(comparison: Comparison) -> list[Missing]:
     blocks = [Missing(text) for text in dict.fromkeys(_missing(comparison))]
     if not comparison.curves and comparison.temperature == 0:
-        blocks.append(Missing("The best of n samples needs samples that differ. Type `stage.temperature=1`."))
+        blocks.append(Missing("The best of n samples needs samples that differ. Set `stage.temperature=1`."))
     elif not comparison.curves:
         blocks.append(
-            Missing("The best of n samples was not measured. Type `stage.best_of_n=16` with `stage=evaluate`.")
+            Missing("The best of n samples was not measured. Set `stage.best_of_n=16` with `stage=evaluate`.")
         )
     return blocks
 
@@ -279,10 +279,14 @@ def _over_optimization(comparison: Comparison, shown: Sequence[str]) -> list:
     return [
         Figure(
             plots.frontier(
-                series, "Two rewards", f"KL to {base}, nats a sequence", "gain in standard deviations", x_scale="sqrt"
+                series,
+                "Two rewards",
+                f"KL to {base}, nats per sequence",
+                "gain in standard deviations",
+                x_scale="sqrt",
             ),
             f"The same policies by each reward, in standard deviations of {base}'s answers. As long as both rise, the "
-            "learned reward is a good guide; where the hollow ones go on and the others don't, it is being fooled.",
+            "learned reward is a good guide; where only the hollow ones keep rising, it is being fooled.",
             wide=True,
         )
     ]
@@ -374,7 +378,7 @@ def cost_blocks(comparison: Comparison) -> list:
             ["policy", *(name for name, _ in kept)],
             [[name, *(read(result) for _, read in kept)] for name, result in policies.items()],
             note=f"KL to {comparison.baseline} in nats, k1 and k3 on the policy's own answers, summed over a "
-            "sequence and a token. Entropy in nats a token. Distinct-n: different n-grams of words among all. "
+            "sequence and per token. Entropy in nats per token. Distinct-n: different n-grams of words among all. "
             "Repeated: 4-grams that an answer has had before. Perplexity: of the data's own answers, a token.",
         )
     ]

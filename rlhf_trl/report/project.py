@@ -43,11 +43,11 @@ CURVES = (
     ),
     ("reward", "Held out it should rise as well.", {"rollouts": "reward", "held out": "eval_reward"}),
     (
-        "KL to the start, nats a sequence",
+        "KL to the start, nats per sequence",
         "How far the policy went; one that grows without end is being pulled by the reward alone.",
         {"rollouts": "objective/kl", "held out": "eval_objective/kl"},
     ),
-    ("KL to the start, nats a token", "How far the policy went.", {"rollouts": "kl"}),
+    ("KL to the start, nats per token", "How far the policy went.", {"rollouts": "kl"}),
     ("accuracy", "Training far above held out is overfitting.", {"training": "accuracy", "held out": "eval_accuracy"}),
     (
         "accuracy",
@@ -59,9 +59,9 @@ CURVES = (
         "By how much it prefers the chosen answer.",
         {"training": "rewards/margins", "held out": "eval_rewards/margins"},
     ),
-    ("entropy, nats a token", "Near 0 the policy has stopped exploring.", {"rollouts": "policy/entropy"}),
+    ("entropy, nats per token", "Near 0 the policy has stopped exploring.", {"rollouts": "policy/entropy"}),
     (
-        "tokens a completion",
+        "tokens per completion",
         "A steady drift means that length is being rewarded.",
         {"rollouts": "completions/mean_length", "held out": "eval_completions/mean_length"},
     ),
@@ -101,7 +101,7 @@ def project_page(project_dir: Path, ending: str | None = None) -> Page:
     runs, comparison = load_runs(project_dir), read_comparison(project_dir)
     if not runs and not comparison:
         raise ConfigError(
-            f"There is nothing to report: `{project_dir}` holds no run. Type `project=...` with one that does."
+            f"There is nothing to report: `{project_dir}` holds no run. Set `project=...` with one that does."
         )
     runs = [ended(run) if run.name == ending else run for run in runs]
     sections, facts = [], {}
@@ -118,10 +118,8 @@ def project_page(project_dir: Path, ending: str | None = None) -> Page:
         ]
     else:
         command = f"accelerate launch train.py stage=evaluate project={project_dir.name}"
-        lead = (
-            f"The policies of this project were not evaluated, so whether training helped is open. Type `{command}`."
-        )
-        sections.append(Section("Evaluation", [Missing(f"There is no `{COMPARISON_FILE}`. Type `{command}`.")]))
+        lead = f"The policies of this project were not evaluated, so whether training helped is open. Run `{command}`."
+        sections.append(Section("Evaluation", [Missing(f"There is no `{COMPARISON_FILE}`. Run `{command}`.")]))
     sections += [
         Section("Training", training_blocks(runs)),
         Section("Reward model", reward_model_blocks(runs, project_dir.name)),

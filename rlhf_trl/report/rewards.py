@@ -98,7 +98,7 @@ def summary_table(quality: RewardQuality) -> Table:
         note="Accuracy: share of comparisons with the higher score on the completion that people prefer; like length: "
         "of those whose lengths are alike. ECE: expected calibration error. r: rank correlation. Best of n: gain in "
         "gold reward over one completion at the largest n, which is in brackets. No score: completions that got none, "
-        "left out.",
+        "dropped.",
     )
 
 

@@ -90,7 +90,7 @@ def comparison_text(comparison: Comparison, samples: int = 3) -> str:
         ]
         for name, result in comparison.policies.items()
     ]
-    dropped = f"; {comparison.dropped} left out for want of a reward" if comparison.dropped else ""
+    dropped = f"; {comparison.dropped} dropped, as they have no reward" if comparison.dropped else ""
     parts = ["\n".join([f"{comparison.prompts} held-out prompts{dropped}", table(headers, rows), *_notes(comparison)])]
     differing = [sample for sample in comparison.samples if len(set(sample.completions.values())) > 1]
     for sample in differing[:samples]:

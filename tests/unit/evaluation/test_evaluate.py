@@ -435,7 +435,7 @@ def test_prompts_without_a_reward_are_left_out_for_all_and_counted(policies):
 
     found = evaluate(named(policies), rewards=[FunctionReward(broken)])
     assert (found.prompts, found.dropped) == (22, 2)
-    assert "2 left out" in comparison_text(found)
+    assert "2 dropped" in comparison_text(found)
 
 
 def test_chat_prompts_reach_rewards_as_messages(policies):

@@ -275,7 +275,7 @@ def test_a_projects_report_shows_what_is_there_and_says_what_is_not(project):
     assert "best of n by model" in html and "&lt;script&gt;" in html and "<script" not in html
     assert "explained variance" not in html  # what wasn't logged has no figure, and a PPO's loss says nothing
     captions = re.findall(r'aria-label="(ppo: [^"]*)"', html)
-    assert set(captions) == {"ppo: reward", "ppo: KL to the start, nats a sequence"}
+    assert set(captions) == {"ppo: reward", "ppo: KL to the start, nats per sequence"}
     assert comparison_text(read_comparison(project)).startswith("40 held-out prompts")
 
 
