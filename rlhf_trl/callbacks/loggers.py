@@ -21,6 +21,7 @@ from rlhf_trl.models.calibration import CALIBRATION_FILE
 from rlhf_trl.report.plots import Drawing
 from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.runs.record import CONFIG_FILE, METRICS_FILE, read_metrics
+from rlhf_trl.terminal import say
 
 WANDB_MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
 WANDB_OFFLINE = "To keep the run here instead: `unset WANDB_MODE`."
@@ -137,7 +138,7 @@ def wandb(
         raise ConfigError(f"W&B can't begin a run: {error} {WANDB_OFFLINE}") from error
     here = Path(run.dir).parent
     where = run.url or f"{here} (offline; to upload it: wandb sync {here})"
-    print("W&B keeps nothing (WANDB_MODE=disabled)." if mode == "disabled" else f"W&B run: {where}", flush=True)
+    say("W&B keeps nothing (WANDB_MODE=disabled)." if mode == "disabled" else f"W&B run: {where}")
     failed = True
     try:
         # Tables wait there for their upload: in the run's directory and not in the user's home

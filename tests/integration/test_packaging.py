@@ -123,7 +123,7 @@ def test_the_wheel_works_without_the_clone(wheel, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}
     pipeline = [sys.executable, "-c", "from rlhf_trl.cli.pipeline import main; main()"]
     check_installed([sys.executable, "-m", "rlhf_trl.cli"], pipeline, user_folder(tmp_path / "home"), environment)
-    command = "from rlhf_trl.cli.launcher import launch_command, shown; print(shown(launch_command('cpu')))"
+    command = "from rlhf_trl.cli.launcher import launch_command, shell_line; print(shell_line(launch_command('cpu')))"
     out = subprocess.run(
         [sys.executable, "-c", command], cwd=tmp_path / "home", env=environment, capture_output=True, text=True
     ).stdout
