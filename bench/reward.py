@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
-from rlhf_trl.cli.launcher import BEGIN, launch_command, run, shown, state_of
+from rlhf_trl.cli.launcher import START_OVERRIDES, launch_command, run, shell_line, state_of
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.report.text import duration, table
 
@@ -137,8 +137,8 @@ def do(overrides: list[str], folder: Path, program: Sequence[str]) -> None:
         return
     if state == "changed":
         raise ConfigError(f"`{folder}` was made by another command. Pass another `--project`, or remove it.")
-    command = [*program, *overrides, *BEGIN[state]]
-    print(f"{folder.name}: {shown(command)}", flush=True)
+    command = [*program, *overrides, *START_OVERRIDES[state]]
+    print(f"{folder.name}: {shell_line(command)}", flush=True)
     if code := run(command):
         sys.exit(code)
 

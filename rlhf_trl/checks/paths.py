@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.config.values import at, nodes, section
-from rlhf_trl.data.sources.files import resolve_paths
+from rlhf_trl.data.file_rows import resolve_paths
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest, suggestion
 from rlhf_trl.runs.paths import (

@@ -1,14 +1,18 @@
 """Datasets: sources, conversion to the dataset type of a stage, and tokenization."""
 
-from rlhf_trl.data.build import build_dataset, describe
-from rlhf_trl.data.feedback import Attributes, Edits, Pairs, Rankings, Ratings, Thumbs
-from rlhf_trl.data.lengths import filter_prompts, head_names, measure, report_cut_rows, tokenize_comparisons
-from rlhf_trl.data.options import LoadOptions
-from rlhf_trl.data.preview import count_trained, render_batch, render_sample
-from rlhf_trl.data.sources.files import load_files
-from rlhf_trl.data.sources.hub import load_hub
-from rlhf_trl.data.sources.mixture import mix
-from rlhf_trl.data.tokenize import prompt_ids, row_ids
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhf_trl.data.build import build_dataset, describe
+    from rlhf_trl.data.feedback import Attributes, Edits, Pairs, Rankings, Ratings, Thumbs
+    from rlhf_trl.data.lengths import filter_prompts, head_names, measure, report_cut_rows, tokenize_comparisons
+    from rlhf_trl.data.options import LoadOptions
+    from rlhf_trl.data.preview import count_trained, render_batch, render_sample
+    from rlhf_trl.data.sources.files import load_files
+    from rlhf_trl.data.sources.hub import load_hub
+    from rlhf_trl.data.sources.mixture import mix
+    from rlhf_trl.data.tokenize import prompt_ids, row_ids
 
 __all__ = [
     "Attributes",
@@ -34,3 +38,35 @@ __all__ = [
     "row_ids",
     "tokenize_comparisons",
 ]
+
+_MODULES = {
+    "Attributes": "feedback",
+    "Edits": "feedback",
+    "LoadOptions": "options",
+    "Pairs": "feedback",
+    "Rankings": "feedback",
+    "Ratings": "feedback",
+    "Thumbs": "feedback",
+    "build_dataset": "build",
+    "count_trained": "preview",
+    "describe": "build",
+    "filter_prompts": "lengths",
+    "head_names": "lengths",
+    "load_files": "sources.files",
+    "load_hub": "sources.hub",
+    "measure": "lengths",
+    "mix": "sources.mixture",
+    "prompt_ids": "tokenize",
+    "render_batch": "preview",
+    "render_sample": "preview",
+    "report_cut_rows": "lengths",
+    "row_ids": "tokenize",
+    "tokenize_comparisons": "lengths",
+}
+
+
+def __getattr__(name: str):
+    # The checks read `options` before torch is imported, so the rest is imported on first use
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

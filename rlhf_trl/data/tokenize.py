@@ -11,7 +11,6 @@ import functools
 from jinja2 import TemplateError
 
 from rlhf_trl.data.chat_template import render_chat, without_bos
-from rlhf_trl.data.messages import as_chat
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.terminal import say
 
@@ -93,9 +92,10 @@ def row_ids(
         ids = tokenizer(without_bos(tokenizer, prompt) + completion)["input_ids"]
         start = ids[: _common(start, ids)]
         ids = ids[len(start) :]
+    elif isinstance(prompt, list) and isinstance(completion, list):
+        ids = _turn_ids(tokenizer, prompt, completion, start, template_kwargs)
     else:
-        messages = as_chat(prompt, "user"), as_chat(completion, "assistant")
-        ids = _turn_ids(tokenizer, *messages, start, template_kwargs)
+        raise TypeError("A prompt and its completion must both be text or both be messages.")
     if isinstance(completion, str) or len(completion) > 1:
         end = _last_end(tokenizer, ids, ends)
     else:

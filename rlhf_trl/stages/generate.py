@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from rlhf_trl.build import instantiate_data, load_policies, reward_functions
 from rlhf_trl.data.chat_template import template_kwargs
+from rlhf_trl.data.file_rows import read_file, resolve_paths
 from rlhf_trl.data.messages import as_text, check_text_or_chat, read_json_chats
 from rlhf_trl.data.rows import Problems, RowError
-from rlhf_trl.data.sources.files import read_file, resolve_paths
 from rlhf_trl.data.splits import eval_split
 from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError, DataError

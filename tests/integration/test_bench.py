@@ -37,22 +37,24 @@ def test_ours_and_the_bare_loop_compute_the_same_rollout(setting):
     trainer = ours.train(setting, {"critic": "head"}, meter)
     meter.end()
     rollout = trainer._rollout
-    assert rollout["prompt_mask"].all() and rollout["mask"].all()
-    assert rollout["completion_ids"].shape == (8, 5)
+    assert rollout.prompt_mask.all() and rollout.mask.all()
+    assert rollout.completion_ids.shape == (8, 5)
 
     loop = bare.Loop(setting)
-    ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
+    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)
     logp, ref, values = loop.old(ids, None, None)
     advantages, returns = loop.advantages(logp, ref, values, loop.score(ids))
     expected = {
-        "old_per_token_logps": logp,
-        "ref_per_token_logps": ref,
+        "old_logps": logp,
+        "ref_logps": ref,
         "old_values": values,
         "advantages": advantages,
         "returns": returns,
     }
     for key, value in expected.items():
-        torch.testing.assert_close(rollout[key], value, atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            getattr(rollout, key), value, atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
     report = meter.report(setting)
     assert all(report["phases"][phase] > 0 for phase in ("generate", "score", "log-probabilities", "update"))

@@ -29,8 +29,8 @@ from rlhf_trl.data.build import build_dataset
 from rlhf_trl.data.dataset_types import comparisons_of
 from rlhf_trl.data.feedback.base import Feedback
 from rlhf_trl.data.feedback.rated import preference_share
+from rlhf_trl.data.file_rows import read_file
 from rlhf_trl.data.rows import RowError
-from rlhf_trl.data.sources.files import read_file
 from rlhf_trl.errors import DataError
 
 ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"

@@ -17,8 +17,8 @@ from trl import GRPOTrainer, extract_prompt
 
 from rlhf_trl import data
 from rlhf_trl.data.build import build_dataset
+from rlhf_trl.data.file_rows import resolve_paths
 from rlhf_trl.data.formats import shared_prompt
-from rlhf_trl.data.sources.files import resolve_paths
 from rlhf_trl.data.sources.mixture import mixture_counts
 from rlhf_trl.data.splits import prompt_keys
 from rlhf_trl.errors import ConfigError, DataError

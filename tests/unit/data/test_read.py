@@ -9,8 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from rlhf_trl import data
+from rlhf_trl.data.file_rows import read_file, resolve_paths
 from rlhf_trl.data.rows import RowError
-from rlhf_trl.data.sources.files import read_file, resolve_paths
 from rlhf_trl.errors import DataError
 
 ROWS = [{"prompt": f"q; {i}", "completion": 'a,\t"é"\nb'} for i in range(3)]

@@ -141,8 +141,8 @@ def test_ppo_scores_what_it_samples_as_reward_trainer_scores_the_row(tmp_path):
         max_completion_length=24, per_device_train_batch_size=64, num_generations=1,
     )  # fmt: skip
     reward.bind(trainer._tokenizer)
+    trainer.on_rollout(lambda rollout: seen.update(rewards=rollout.rewards.values[:, 0]))
     trainer.train()
-    rewards = trainer._rewards_per_func[:, 0]
     ended = [i for i, ids in enumerate(seen["completion_ids"]) if ids[-1] == END and not {0, 1, 2, 3, 4} & set(ids)]
     assert len(ended) > 2
     pairs = {key: [seen[f"{key}s"][i] for i in ended] for key in ("prompt", "completion")}
@@ -155,7 +155,7 @@ def test_ppo_scores_what_it_samples_as_reward_trainer_scores_the_row(tmp_path):
     batch = other.data_collator([dataset[i] for i in range(len(dataset))])
     with torch.no_grad():
         logits = other.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[::2, 0]
-    assert rewards[ended].tolist() == pytest.approx(logits.tolist(), abs=1e-5)
+    assert seen["rewards"][ended].tolist() == pytest.approx(logits.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
