@@ -24,6 +24,11 @@ LOGS = (
         "Failed to load CPU gemm_4bit_forward",
         "an optional faster kernel; logged at every import of PEFT, whether or not anything is quantized",
     ),
+    (
+        "accelerate.accelerator",
+        "[RANK 0] The used dataset had no length",
+        "evaluation splits the rows over the ranks itself, see `rlhf_trl.trainers.held_out`: there is no remainder",
+    ),
     ("httpx", "HTTP Request: ", "one line per request, of rewards over HTTP and of the hub's files"),
 )
 
