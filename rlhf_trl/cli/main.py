@@ -25,7 +25,7 @@ from rlhf_trl.cli.overrides import compose, without_sweeps
 from rlhf_trl.errors import ConfigError, DivergedError, disk_is_full, user_traceback
 from rlhf_trl.patches.malloc import keep_freed_memory
 from rlhf_trl.patches.warnings import filter_warnings
-from rlhf_trl.runs.ranks import is_main_process
+from rlhf_trl.runs.ranks import is_main_process, leave_process_group
 from rlhf_trl.terminal import AboveBars
 
 # Set unless the user has set them. The first four keep the libraries from phoning home.
@@ -105,7 +105,9 @@ def run(cfg: DictConfig) -> float | None:
             from rlhf_trl.cli.dry_run import show_plan
 
             return show_plan(cfg)
-        return hydra.utils.instantiate(cfg.stage.run)(cfg)
+        objective = hydra.utils.instantiate(cfg.stage.run)(cfg)
+        leave_process_group()
+        return objective
     except BaseException as error:  # here, because Hydra would print the overrides in front of the message
         if message := error_message(error, cfg):
             exit_with(f"Error: {message}", 2)

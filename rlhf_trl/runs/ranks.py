@@ -48,3 +48,14 @@ def raise_on_all_ranks(problems: list[str]) -> None:
     (problems,) = broadcast_object_list([problems])
     if problems:
         raise ConfigError.join(problems)
+
+
+def leave_process_group() -> None:
+    """
+    Leave the process group of the ranks, if there are several, at the end of a run: threads of gloo that outlive the
+    interpreter can abort a process whose work is done, and its launcher would report a failure.
+    """
+    if world_size() > 1:
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()

@@ -60,6 +60,7 @@ for kind in TRAINERS:
             **{key: logged(trainer, key) for key in keys},
         }
 pathlib.Path(out, f"found_{trainer.accelerator.process_index}.json").write_text(json.dumps(found))
+trainer.accelerator.end_training()
 """
 
 

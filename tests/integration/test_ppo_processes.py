@@ -48,6 +48,7 @@ trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir) if
 trainer.save_model()
 if trainer.accelerator.is_main_process:
     pathlib.Path(trainer.args.output_dir, "log.json").write_text(json.dumps(trainer.state.log_history))
+trainer.accelerator.end_training()
 """
 
 
