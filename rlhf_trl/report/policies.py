@@ -361,8 +361,8 @@ def cost_blocks(comparison: Comparison) -> list:
     columns: tuple[tuple[str, Callable[[PolicyResult], str]], ...] = (
         ("KL", lambda each: number(_of(each.kl, "mean"), "{:.2f}")),
         ("KL (k3)", lambda each: number(_of(each.kl_k3, "mean"), "{:.2f}")),
-        ("KL a token", lambda each: number(each.kl_per_token, "{:.3f}")),
-        ("k3 a token", lambda each: number(each.kl_k3_per_token, "{:.3f}")),
+        ("KL per token", lambda each: number(each.kl_per_token, "{:.3f}")),
+        ("k3 per token", lambda each: number(each.kl_k3_per_token, "{:.3f}")),
         ("entropy", lambda each: number(each.entropy, "{:.2f}")),
         ("tokens", lambda each: number(each.completion_length, "{:.1f}")),
         ("EOS", lambda each: _share(each.eos_rate)),
