@@ -328,7 +328,7 @@ def test_slices_that_are_not_there():
 
 def test_rows_that_compare_nothing():
     rows = annotated_rows().map(lambda row: {"better": [], "worse": [], "gap": [], "share": []})
-    with pytest.raises(ConfigError, match="2 rows for evaluation compare nothing.*data/feedback=\.\.\."):
+    with pytest.raises(ConfigError, match=r"2 rows for evaluation compare nothing.*data/feedback=\.\.\."):
         read_annotated(rows)
 
 
