@@ -1,7 +1,8 @@
 """Datasets: sources, conversion to the dataset type of a stage, and tokenization."""
 
-import importlib
 from typing import TYPE_CHECKING
+
+from rlhf_trl.config.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from rlhf_trl.data.build import build_dataset, describe
@@ -39,34 +40,30 @@ __all__ = [
     "tokenize_comparisons",
 ]
 
-_MODULES = {
-    "Attributes": "feedback",
-    "Edits": "feedback",
-    "LoadOptions": "options",
-    "Pairs": "feedback",
-    "Rankings": "feedback",
-    "Ratings": "feedback",
-    "Thumbs": "feedback",
-    "build_dataset": "build",
-    "count_trained": "preview",
-    "describe": "build",
-    "filter_prompts": "lengths",
-    "head_names": "lengths",
-    "load_files": "sources.files",
-    "load_hub": "sources.hub",
-    "measure": "lengths",
-    "mix": "sources.mixture",
-    "prompt_ids": "tokenize",
-    "render_batch": "preview",
-    "render_sample": "preview",
-    "report_cut_rows": "lengths",
-    "row_ids": "tokenize",
-    "tokenize_comparisons": "lengths",
-}
-
-
-def __getattr__(name: str):
-    # The checks read `options` before torch is imported, so the rest is imported on first use
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "Attributes": "feedback",
+        "Edits": "feedback",
+        "LoadOptions": "options",
+        "Pairs": "feedback",
+        "Rankings": "feedback",
+        "Ratings": "feedback",
+        "Thumbs": "feedback",
+        "build_dataset": "build",
+        "count_trained": "preview",
+        "describe": "build",
+        "filter_prompts": "lengths",
+        "head_names": "lengths",
+        "load_files": "sources.files",
+        "load_hub": "sources.hub",
+        "measure": "lengths",
+        "mix": "sources.mixture",
+        "prompt_ids": "tokenize",
+        "render_batch": "preview",
+        "render_sample": "preview",
+        "report_cut_rows": "lengths",
+        "row_ids": "tokenize",
+        "tokenize_comparisons": "lengths",
+    },
+)

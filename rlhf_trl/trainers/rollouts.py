@@ -3,8 +3,8 @@ Rollouts of PPO, GRPO and RLOO: completions are sampled from the very policy tha
 
 [`Rollouts`] holds for TRL's trainers, on every architecture, that sampling takes the stage's settings alone, that
 prompts are rendered with what their rows say, that padding doesn't move a token to another position, and that there is
-no dropout. The methods with a leading underscore override private ones of TRL 1.16; tests/test_rollouts.py compares
-what comes out with forwards of its own.
+no dropout. The methods with a leading underscore override private ones of TRL 1.16;
+`tests/unit/trainers/test_rollouts.py` compares what comes out with forwards of its own.
 """
 
 import logging
@@ -98,9 +98,8 @@ class Rollouts(Trainer):
             )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if (
-            self.chat_template_kwargs
-        ):  # the rewards get what a row was rendered with, as a column of the row's own would give it
+        if self.chat_template_kwargs:
+            # The rewards get what a row was rendered with, as a column of the row's own would give it
             inputs = [
                 row | {"chat_template_kwargs": self.chat_template_kwargs | (row.get("chat_template_kwargs") or {})}
                 for row in inputs

@@ -7,6 +7,7 @@ from datasets import Dataset, DatasetDict
 
 from rlhf_trl.data.build import build_dataset
 from rlhf_trl.data.feedback import Feedback, Ratings
+from rlhf_trl.data.messages import as_chat
 from rlhf_trl.errors import DataError
 from rlhf_trl.tasks.demo.annotators import (
     Rater,
@@ -53,20 +54,15 @@ COMPLETION_COLUMNS = (
 )  # fmt: skip
 
 
-def as_chat(role: str, text: str) -> list[dict[str, str]]:
-    """Return a chat of one message."""
-    return [{"role": role, "content": text}]
-
-
 def render(row: Row, conversational: bool) -> Row:
     """Return a row with prompt and completions as chat messages, or as text: `Question: ... Answer:`."""
     rendered = dict(row)
     for name in filter(row.__contains__, COMPLETION_COLUMNS):
         texts = row[name] if isinstance(row[name], list) else [row[name]]
-        texts = [as_chat("assistant", text) if conversational else f" {text}" for text in texts]
+        texts = [as_chat(text, "assistant") if conversational else f" {text}" for text in texts]
         rendered[name] = texts if isinstance(row[name], list) else texts[0]
     text = row["prompt"]
-    rendered["prompt"] = as_chat("user", text) if conversational else f"Question: {text} Answer:"
+    rendered["prompt"] = as_chat(text, "user") if conversational else f"Question: {text} Answer:"
     return rendered
 
 
