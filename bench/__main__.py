@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None):
         setting = lora(options.folder / "lora", options.smollm2)
         parts.append(section("LoRA on SmolLM2-135M", setting, LORA_CONTENDERS, LORA_TARGETS, options))
     elif "lora" in options.settings:
-        print("SmolLM2-135M is skipped: set RLHF_TRL_SMOLLM2 to its folder (README, Real data, says how to get it).")
+        print("SmolLM2-135M is skipped: set RLHF_TRL_SMOLLM2 to its folder (docs/recipes.md says how to get it).")
     text = "\n".join(parts)
     options.output.write_text(text)
     print(text)

@@ -1,4 +1,4 @@
-"""Every file in conf/ composes and passes the checks, and every command in the README and in conf/ can be typed."""
+"""Every file in conf/ composes and passes the checks, and every command in the documentation and in conf/ can be typed."""
 
 import fnmatch
 import json
@@ -17,6 +17,8 @@ from rlhf_trl.config.groups import help_text
 from rlhf_trl.config.values import plain
 from tests.helpers.config_reads import interpolations, reads_below, unread_keys
 from tests.helpers.configs import CONF, GROUPS, OPTIONS, PIPELINES, STAGES, composed, every_config, every_key, words_of
+
+PAGES = [*CONF.parent.glob("*.md"), *CONF.parent.glob("docs/**/*.md")]
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +140,7 @@ def test_the_steps_of_a_pipeline_come_after_what_they_start_from(pipeline):
 
 def test_every_target_of_make_that_is_named_is_there():
     texts = [
-        *CONF.parent.glob("*.md"),
+        *PAGES,
         *CONF.glob("**/*.yaml"),
         *CONF.parent.glob("launch/*.py"),
         CONF.parent / ".ci/run",
@@ -156,9 +158,9 @@ def test_every_sweep_composes(sweep):
 
 
 def commands() -> list[tuple[str, str]]:
-    """(file, command) of all commands in the README, the experiments and the other files of conf/."""
+    """(file, command) of all commands in the documentation, the experiments and the other files of conf/."""
     found = []
-    for path in sorted([*CONF.parent.glob("*.md"), *CONF.glob("**/*.yaml"), *CONF.parent.glob("launch/*.py")]):
+    for path in sorted([*PAGES, *CONF.glob("**/*.yaml"), *CONF.parent.glob("launch/*.py")]):
         text = re.sub(r"\\\n\s*#?\s*", " ", path.read_text(encoding="utf-8"))
         starts = r"(?:accelerate launch|torchrun|python (?:train|launch/\w+)\.py|rlhf-trl(?:-pipeline|-sweep)?)(?= )"
         for line in re.findall(rf"^[#\s$>]*((?:\w+=\S+ )*{starts}.*)$|`({starts}[^`]*)`", text, re.M):

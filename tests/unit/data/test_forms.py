@@ -80,8 +80,8 @@ def test_the_embedded_world_serves_every_form_to_every_stage(compose, name, stag
         assert set(rows["train"]["label"]) == {True, False}
 
 
-def test_the_examples_of_the_readme_compose(tmp_path):
-    section = (CONF.parents[2] / "README.md").read_text().split("## Feedback")[1].split("\n## ")[0]
+def test_the_examples_of_the_documentation_compose(tmp_path):
+    section = (CONF.parents[2] / "docs" / "data.md").read_text().split("## Feedback")[1].split("\n## ")[0]
     whole, lines = re.findall(r"```yaml\n(.*?)```", section, re.S)
     (tmp_path / "experiment").mkdir()
     found = {"pairs": whole}
