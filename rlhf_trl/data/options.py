@@ -48,7 +48,7 @@ class LoadOptions:
     """
 
     format: str | None = None
-    columns: dict[str, str | None] | None = None
+    columns: dict[str, str | list[str] | None] | None = None
     system_prompt: str | None = None
     to_chat: bool = False
     messages: str = "last_turn"

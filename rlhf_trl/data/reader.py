@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
+from rlhf_trl.data.columns import Theirs, rename_columns, roots_of, shown
 from rlhf_trl.data.dataset_types import ANNOTATED, CONVERSIONS, SOURCES, annotated_of, choose_format, convert
 from rlhf_trl.data.formats import (
     CANONICAL,
@@ -26,7 +27,6 @@ from rlhf_trl.data.messages import (
     is_chat,
     read_json_chats,
     to_chat,
-    without_filled,
 )
 from rlhf_trl.data.options import LoadOptions
 from rlhf_trl.data.rows import Problems, Row, RowError, Source, ending, type_of
@@ -107,7 +107,7 @@ class Reader:
         self.sources.setdefault(format, []).append(name)
         self.unused |= dict.fromkeys(self._unused(found, mapping, format))
         # A single row may quote its prompt; if all of the first rows do, their completions are whole texts
-        known = [rename_columns(row, mapping) for _, row in head if isinstance(row, dict)]
+        known = [rename_columns(row, mapping, PASSED_ON) for _, row in head if isinstance(row, dict)]
         whole_texts = all(map(repeats_prompt, known))
         tables, stream = [], self._convert(chain(head, rows), mapping, format, whole_texts)
         while batch := list(islice(stream, BATCH_ROWS)):
@@ -136,14 +136,16 @@ class Reader:
             raise DataError(f"{name} holds no rows. Give `data` a source that has some.")
         return head, list(dict.fromkeys(column for _, row in head if isinstance(row, dict) for column in row))
 
-    def _map_columns(self, name: str, found: list[str]) -> dict[str, str]:
+    def _map_columns(self, name: str, found: list[str]) -> dict[str, Theirs]:
         """Map our names of the columns to the file's; a column that `columns` doesn't name keeps its name."""
         for ours, theirs in self.columns.items():
-            if theirs not in found:
+            missing = [root for root in roots_of(theirs, found) if root not in found]
+            if missing:
                 raise DataError(
                     sentences(
-                        f"`data.columns.{ours}={theirs}`: {name} has no column `{theirs}`, it has {names_of(found)}.",
-                        did_you_mean(theirs, found, listed=True),
+                        f"`data.columns.{ours}={shown(theirs)}`: {name} has no column `{missing[0]}`, it has "
+                        f"{names_of(found)}.",
+                        did_you_mean(missing[0], found, listed=True),
                         f"Set `data.columns.{ours}=NAME` to one of these.",
                     )
                 )
@@ -155,8 +157,8 @@ class Reader:
                         f"Use one of {names_of([*CANONICAL, 'margin'])}.",
                     )
                 )
-        mapped = set(self.columns.values())
-        mapping = {column: column for column in found if column not in mapped}
+        mapped = {root for theirs in self.columns.values() for root in roots_of(theirs, found)}
+        mapping: dict = {column: column for column in found if column not in mapped}
         if "conversations" in mapping and "messages" not in mapping:
             mapping["messages"] = mapping.pop("conversations")
         mapping |= self.columns
@@ -170,7 +172,7 @@ class Reader:
                 mapping["completion"] = mapping.pop("output")
         return mapping
 
-    def _is_alpaca(self, mapping: dict[str, str]) -> bool:
+    def _is_alpaca(self, mapping: dict[str, Theirs]) -> bool:
         return mapping.get("prompt") == "instruction" and "prompt" not in self.columns
 
     def _choose_format(self, name: str, found: list[str], columns: list[str]) -> str:
@@ -218,7 +220,7 @@ class Reader:
             try:
                 if isinstance(row, RowError):
                     raise row
-                row = read_json_chats(rename_columns(row, mapping), self.changes)
+                row = read_json_chats(rename_columns(row, mapping, PASSED_ON), self.changes)
                 if self._is_alpaca(mapping):
                     row = alpaca(row, self.changes)
                 if repeats_prompt(row):
@@ -251,10 +253,12 @@ class Reader:
         self.side.known[key] = None
         return key
 
-    def _note_malformed(self, place: str, row, error: RowError, mapping: dict[str, str], keyed: bool = False) -> None:
+    def _note_malformed(
+        self, place: str, row, error: RowError, mapping: dict[str, Theirs], keyed: bool = False
+    ) -> None:
         """Note a malformed row; another stage may have a use for it if its prompt is well-formed."""
         root = (error.field or "").split("[")[0]
-        self.problems.add(place, error, mapping.get(root, root) + (error.field or "")[len(root) :])
+        self.problems.add(place, error, shown(mapping.get(root, root)) + (error.field or "")[len(root) :])
         if keyed:
             return
         with contextlib.suppress(RowError):
@@ -319,11 +323,5 @@ class Reader:
             used |= {ours for ours in mapping if ours in OF_COMPARISON or ours not in (*FOREIGN, *ANNOTATED)}
         else:
             used |= set(PASSED_ON)
-        theirs = {mapping[ours] for ours in used if ours in mapping}
+        theirs = {root for ours in used if ours in mapping for root in roots_of(mapping[ours], found)}
         return [column for column in found if column not in theirs]
-
-
-def rename_columns(row: dict, mapping: dict[str, str]) -> dict:
-    """Return a row by our names of its columns, without null fields in what a chat template reads."""
-    row = {ours: row[theirs] for ours, theirs in mapping.items() if theirs in row}
-    return row | {key: without_filled(row[key]) for key in PASSED_ON if key in row}

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, NotRequired, TypedDict, TypeVar
 
+from rlhf_trl.data.columns import Theirs, roots_of
 from rlhf_trl.data.messages import as_chat, check_text_or_chat, check_turns
 from rlhf_trl.data.rows import RowError, type_of
 from rlhf_trl.data.validation import type_problems
@@ -41,6 +42,7 @@ class ComparedRow(TypedDict):
     completions: list[Text]
     wins: list[Comparison]
     ties: list[tuple[int, int]]
+    both_bad: NotRequired[bool]
     rater: NotRequired[Any]
     columns: NotRequired[dict[str, Any]]
 
@@ -85,7 +87,8 @@ class Feedback(ABC):
     Options of all kinds of feedback. A subclass reads one kind: it names its columns and checks a row.
 
     Args:
-        columns (`dict`, *optional*): our name of a column -> the file's; null for one that the file doesn't have.
+        columns (`dict`, *optional*): our name of a column -> the file's, a path into one, or a list of these (see
+            [`~rlhf_trl.data.columns`]); null for one that the file doesn't have.
         margin (`float`): margin of the reward model's loss per unit by which one completion is better (of strength,
             rank, or rating), 0 for none (Llama 2, arXiv 2307.09288, equation 2).
         max_pairs (`int`, *optional*): maximum number of comparisons per prompt, including those with negatives; a
@@ -109,7 +112,7 @@ class Feedback(ABC):
     ADVICE: ClassVar[str] = "Give rows of which some completion is better than another one of its prompt."
     agreement: ClassVar[str | None] = None
 
-    columns: dict[str, str | None] | None = None
+    columns: dict[str, str | list[str] | None] | None = None
     margin: float = 0.0
     max_pairs: int | None = None
     negatives: int = 0
@@ -153,7 +156,7 @@ class Feedback(ABC):
         """Our names of the columns that are read."""
         return (*self.NEEDED, *self.OPTIONAL)
 
-    def mapping(self, source: str, found: list[str]) -> dict[str, str]:
+    def mapping(self, source: str, found: list[str]) -> dict[str, Theirs]:
         """
         Map our names of the columns to the file's, for those that the source has.
 
@@ -164,25 +167,31 @@ class Feedback(ABC):
         Raises:
             DataError: if a column that is needed, or that was named, is missing.
         """
-        wanted = {name: name for name in self.known} | dict(self.columns or {})
-        missing = {
+        wanted: dict[str, Theirs | None] = {name: name for name in self.known} | dict(self.columns or {})
+        given = {
             ours: theirs
             for ours, theirs in wanted.items()
-            if theirs is not None and theirs not in found and (ours in self.NEEDED or ours != theirs)
+            if theirs is not None and all(root in found for root in roots_of(theirs, found))
+        }
+        missing = {
+            ours: [root for root in roots_of(theirs, found) if root not in found]
+            for ours, theirs in wanted.items()
+            if theirs is not None and ours not in given and (ours in self.NEEDED or ours != theirs)
         }
         if missing:
             typed = " ".join(f"data.feedback.columns.{ours}=NAME" for ours in missing)
+            names = dict.fromkeys(root for roots in missing.values() for root in roots)
             raise DataError(
-                f"{source} can't be read as {self.name}: it has no column {names_of(missing.values())}, but "
+                f"{source} can't be read as {self.name}: it has no column {names_of(names)}, but "
                 f"{names_of(found)}. Set `{typed}` to say which column is which."
             )
-        if self.agreement and self.ROWS_ARE_VOTES and self.drop_duplicates and wanted["rater"] not in found:
+        if self.agreement and self.ROWS_ARE_VOTES and self.drop_duplicates and "rater" not in given:
             raise DataError(
                 f"{source} doesn't say who gave the feedback, which `data.feedback.agreement={self.agreement}` needs. "
                 "Set `data.feedback.columns.rater=NAME`, or `data.feedback.drop_duplicates=false` to count every row "
                 "as another rater's."
             )
-        return {ours: theirs for ours, theirs in wanted.items() if theirs is not None and theirs in found}
+        return given
 
     @abstractmethod
     def read(self, row: dict, notes: Counter) -> ComparedRow | RatedRow:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import ClassVar
@@ -19,7 +19,9 @@ from rlhf_trl.data.feedback.base import (
     check_texts,
     key_of,
 )
-from rlhf_trl.data.rows import RowError
+from rlhf_trl.data.formats import shared_prompt
+from rlhf_trl.data.messages import check_text_or_chat
+from rlhf_trl.data.rows import RowError, type_of
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import names_of
 
@@ -30,9 +32,16 @@ class Pairs(Feedback):
     Comparisons of two completions: `prompt`, `completion_a`, `completion_b`, `preferred` and, if there is one,
     `strength` (a number from 0: how much better; the unit of `margin`).
 
+    With `columns.prompt: null` the completions are whole conversations (or texts): the prompt is what both begin with.
+    With `columns.preferred: null` the first one is always preferred. `columns.preferred` may be a list of columns, one
+    per answer, of which one is true.
+
     Args:
-        answers (`list`): the values of `preferred` for the first one, the second one, and a tie. With
-            `columns.preferred: null` the first one is always preferred.
+        answers (`list`): the values of `preferred` for the first one, the second one, a tie, and two bad ones, which
+            are no tie: KTO learns from both that they are bad, no other stage learns anything. The last two may be
+            missing.
+        turns (`bool`): prompt and completions are lists of turns as text, of the user and of the assistant.
+        min_strength (`float`): a comparison below this strength is a tie.
         agreement (`str`, *optional*): rows on the same two completions are pooled, the side with more raters wins, and
             the share p of raters who agree (a tie is half a vote for each) becomes the comparison's weight 2p - 1
             (`weights`), or its label smoothing 1 - p (`smoothing`).
@@ -40,44 +49,75 @@ class Pairs(Feedback):
     """
 
     NEEDED: ClassVar[tuple[str, ...]] = ("prompt", "completion_a", "completion_b", "preferred")
-    NULLABLE: ClassVar[tuple[str, ...]] = ("preferred",)
+    NULLABLE: ClassVar[tuple[str, ...]] = ("prompt", "preferred")
     OPTIONAL: ClassVar[tuple[str, ...]] = ("strength", "rater")
     ROWS_ARE_VOTES: ClassVar[bool] = True
 
     answers: list = field(default_factory=lambda: ["a", "b", "tie"])
+    turns: bool = False
+    min_strength: float = 0.0
     agreement: str | None = None  # type: ignore[misc]
 
     def __post_init__(self):
         super().__post_init__()
         known = {str(answer).strip().lower() for answer in self.answers}
-        if len(self.answers) not in (2, 3) or len(known) < len(self.answers):
+        if not 2 <= len(self.answers) <= 4 or len(known) < len(self.answers):
             raise ConfigError(
                 f"`data.feedback.answers` is {list(self.answers)}. Set it to what `preferred` holds for the first "
-                "one, the second one and, if there are any, a tie: three different values."
+                "one, the second one and, if there are any, a tie and two bad ones: different values."
+            )
+        preferred = (self.columns or {}).get("preferred")
+        if isinstance(preferred, list) and len(preferred) != len(self.answers):
+            raise ConfigError(
+                f"`data.feedback.columns.preferred` names {len(preferred)} columns for {len(self.answers)} answers. "
+                "Name a column for each of `data.feedback.answers`."
+            )
+        if self.turns and (self.columns or {}).get("prompt", "prompt") is None:
+            raise ConfigError(
+                "`data.feedback.turns=true` joins the user's turns, the prompt, with the assistant's. Set "
+                "`data.feedback.columns.prompt=NAME`."
             )
 
+    def _minimums(self):
+        return (("min_strength", 0),)
+
     def read(self, row: dict, notes: Counter) -> ComparedRow:
-        prompt, completions = check_texts(row, ["completion_a", "completion_b"], notes)
-        preferred = 0
-        if "preferred" in row:
-            known = [str(answer).strip().lower() for answer in self.answers]
-            value = str(row["preferred"]).strip().lower()
-            if value not in known:
-                raise RowError("preferred", f"is {row['preferred']!r}, not one of {names_of(map(str, self.answers))}")
-            preferred = known.index(value)
+        fields = ("completion_a", "completion_b")
+        if self.turns:
+            row = join_turns(row, fields)
+        elif "prompt" not in row and (self.columns or {}).get("prompt", "prompt") is None:
+            row = take_prompt_out(row, fields, notes)
+        prompt, completions = check_texts(row, list(fields), notes)
+        preferred = 0 if "preferred" not in row else self._answer(row["preferred"])
         strength = 1.0
         if row.get("strength") is not None:
             strength = check_number(row["strength"], "strength")
             if strength < 0:
                 raise RowError("strength", f"is {strength:g}, where a number from 0 should be")
+        if preferred < 2 and strength < self.min_strength:
+            notes["ties: weaker than `min_strength`"] += 1
+            preferred = 2
         same = key_of(completions[0]) == key_of(completions[1])
         if preferred < 2 and same:
             raise RowError("completion_b", "is the same as `completion_a`, and one is preferred")
         if preferred < 2:
             return compared_row(row, prompt, completions, [Comparison(preferred, 1 - preferred, strength)], ties=[])
-        if same:
-            return compared_row(row, prompt, completions[:1], [], ties=[])
-        return compared_row(row, prompt, completions, [], ties=[(0, 1)])
+        made = compared_row(row, prompt, completions[: 2 - same], [], ties=[] if same or preferred == 3 else [(0, 1)])
+        if preferred == 3:
+            made["both_bad"] = True
+        return made
+
+    def _answer(self, value) -> int:
+        """Return which of `answers` a row gives."""
+        known = [str(answer).strip().lower() for answer in self.answers]
+        if isinstance(value, list):
+            flags = [float(str(each).strip().lower() in ("true", "1", "1.0")) for each in value]
+            if sum(flags) != 1:
+                raise RowError("preferred", f"holds {value}, where one should be true (or 1)")
+            return flags.index(1)
+        if str(value).strip().lower() not in known:
+            raise RowError("preferred", f"is {value!r}, not one of {names_of(map(str, self.answers))}")
+        return known.index(str(value).strip().lower())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +128,7 @@ class Rankings(Feedback):
     Pairs may give a partial order; comparisons that follow from several pairs are added.
 
     Args:
+        highest_is_best (`bool`): `ranks` are scores: the largest is best.
         agreement (`str`, *optional*): rows on the same completions are pooled, see [`Pairs`].
         **options: see [`Feedback`]. The unit of `margin` is a rank.
     """
@@ -97,6 +138,7 @@ class Rankings(Feedback):
     OPTIONAL: ClassVar[tuple[str, ...]] = ("better", "rater")
     ROWS_ARE_VOTES: ClassVar[bool] = True
 
+    highest_is_best: bool = False
     agreement: str | None = None  # type: ignore[misc]
 
     def __post_init__(self):
@@ -115,7 +157,7 @@ class Rankings(Feedback):
         fields = {f"completions[{i}]": text for i, text in enumerate(texts)}
         prompt, completions = check_texts({**row, **fields}, list(fields), notes)
         if "ranks" in row:
-            wins, ties = compare_ranks(row["ranks"], len(completions))
+            wins, ties = compare_ranks(row["ranks"], len(completions), self.highest_is_best)
         else:
             wins, ties = transitive_closure(check_list(row.get("better"), "better"), len(completions)), []
         keys = [key_of(completion) for completion in completions]
@@ -156,8 +198,44 @@ def compared_row(row: dict, prompt: Text, completions: list[Text], wins: list[Co
     return add_rater({"prompt": prompt, "completions": completions, "wins": wins, "ties": ties}, row)
 
 
-def compare_ranks(ranks, count: int) -> tuple[list[Comparison], list[tuple[int, int]]]:
-    """Return the comparisons and the ties of `count` completions by their ranks."""
+def join_turns(row: dict, fields: Sequence[str]) -> dict:
+    """
+    Return a row of lists of turns as chats: the prompt is the first user turn, a completion all that follows.
+
+    Args:
+        row (`dict`): `prompt` with the user's turns, `fields` with the assistant's, one for each; lists, or JSON text.
+        fields (`Sequence[str]`): the completions.
+    """
+    turns = {name: check_list(row.get(name), name) for name in ("prompt", *fields)}
+    for name, texts in turns.items():
+        for i, text in enumerate(texts):
+            if not isinstance(text, str) or not text.strip():
+                what = "empty" if isinstance(text, str) else type_of(text)
+                raise RowError(f"{name}[{i}]", f"is {what}, where text should be")
+        if len(texts) != len(turns["prompt"]) or not texts:
+            raise RowError(name, f"has {len(texts)} turns for {len(turns['prompt'])} of `prompt`")
+    users = [{"role": "user", "content": text} for text in turns["prompt"]]
+    made = {**row, "prompt": users[:1]}
+    for name in fields:
+        answers = [{"role": "assistant", "content": text} for text in turns[name]]
+        made[name] = [turn for pair in zip(users, answers, strict=True) for turn in pair][1:]
+    return made
+
+
+def take_prompt_out(row: dict, fields: Sequence[str], notes: Counter) -> dict:
+    """Return a row of whole conversations, or texts, with the prompt that both begin with taken out of them."""
+    a, b = (check_text_or_chat(row, name) for name in fields)
+    if type(a) is not type(b):
+        raise RowError(fields[1], f"is {type_of(b)}, and `{fields[0]}` is {type_of(a)}")
+    length = shared_prompt(a, b)
+    if not length or (isinstance(a, str) and not a[:length].strip()):
+        raise RowError(fields[1], f"shares no prompt with `{fields[0]}`")
+    notes[f"the prompt is what `{fields[0]}` and `{fields[1]}` begin with"] += 1
+    return {**row, "prompt": a[:length], fields[0]: a[length:], fields[1]: b[length:]}
+
+
+def compare_ranks(ranks, count: int, highest_is_best: bool) -> tuple[list[Comparison], list[tuple[int, int]]]:
+    """Return the comparisons and the ties of `count` completions by their ranks, or by their scores."""
     ranks = check_list(ranks, "ranks")
     if len(ranks) != count:
         raise RowError("ranks", f"has {len(ranks)} for {count} completions")
@@ -167,7 +245,8 @@ def compare_ranks(ranks, count: int) -> tuple[list[Comparison], list[tuple[int, 
         if ranks[i] == ranks[j]:
             ties.append((i, j))
         else:
-            wins.append(Comparison(*((i, j) if ranks[i] < ranks[j] else (j, i)), abs(ranks[i] - ranks[j])))
+            first = (ranks[i] < ranks[j]) is not highest_is_best
+            wins.append(Comparison(*((i, j) if first else (j, i)), abs(ranks[i] - ranks[j])))
     return wins, ties
 
 
@@ -210,14 +289,20 @@ def compare(feedback: Feedback, rows: list[ComparedRow], dataset_type: str, note
         notes["ties"] += len(row["ties"])
         wins = [Comparison(*win) for win in row["wins"]]
         if not wins:
-            notes["rows dropped: all completions tie"] += 1
+            notes[f"rows dropped: {'both are bad' if row.get('both_bad') else 'all completions tie'}"] += 1
             continue
         yield Group(row["prompt"], row["completions"], wins, columns=row.get("columns"))
 
 
 def label(rows: list[ComparedRow]) -> Iterator[tuple[Text, Text, bool | None]]:
-    """Yield (prompt, completion, label): true for one that only wins, false for one that only loses, else `None`."""
+    """
+    Yield (prompt, completion, label): true for one that only wins, false for one that only loses and for two bad ones,
+    else `None`.
+    """
     for row in rows:
+        if row.get("both_bad"):
+            yield from ((row["prompt"], completion, False) for completion in row["completions"])
+            continue
         better, worse = ({win[side] for win in row["wins"]} for side in (0, 1))
         for i, completion in enumerate(row["completions"]):
             yield row["prompt"], completion, None if (i in better) == (i in worse) else i in better
@@ -255,4 +340,5 @@ def pool_raters(rows: list[ComparedRow], notes: Counter) -> Iterator[ComparedRow
             wins.append(Comparison(*((i, j) if majority > 0 else (j, i)), gap, share))
             notes["pairs on which raters disagree"] += share < 1
         notes["rows pooled with others on the same completions"] += len(pool) - 1
-        yield {**first, "wins": wins, "ties": ties}
+        both_bad = all(row.get("both_bad", False) for _, row in pool)
+        yield {**first, "wins": wins, "ties": ties, "both_bad": both_bad}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, ClassVar
 
+from rlhf_trl.data.columns import Theirs
 from rlhf_trl.data.feedback.base import (
     Comparison,
     Feedback,
@@ -202,7 +203,7 @@ class Attributes(Rated):
     def known(self) -> tuple[str, ...]:
         return (*self.NEEDED, *self.OPTIONAL, *self.dimensions)
 
-    def mapping(self, source: str, found: list[str]) -> dict[str, str]:
+    def mapping(self, source: str, found: list[str]) -> dict[str, Theirs]:
         mapping = super().mapping(source, found)
         if missing := [name for name in self.dimensions if name not in mapping]:
             raise DataError(

@@ -5,13 +5,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
+from rlhf_trl.data.columns import Theirs, rename_columns, roots_of
 from rlhf_trl.data.dataset_types import ANNOTATED, contents
 from rlhf_trl.data.feedback.base import Feedback
 from rlhf_trl.data.feedback.convert import convert
 from rlhf_trl.data.formats import PASSED_ON, repeats_prompt
 from rlhf_trl.data.messages import CHATS, check_template, read_json_chats
 from rlhf_trl.data.options import LoadOptions
-from rlhf_trl.data.reader import Reader, rename_columns
+from rlhf_trl.data.reader import Reader
 from rlhf_trl.data.rows import Problems, Row, RowError
 from rlhf_trl.data.tables import BATCH_ROWS, as_array, concatenate, make_table
 from rlhf_trl.errors import DataError
@@ -40,24 +41,25 @@ class FeedbackReader(Reader):
         head, found = self._head(name, rows)
         mapping = self.feedback.mapping(name, found) if found else {}
         self.sources.setdefault(self.feedback.name, []).append(name)
+        used = {root for theirs in mapping.values() for root in roots_of(theirs, found)}
         if self.dataset_type != "annotated":
-            self.unused |= dict.fromkeys(column for column in found if column not in mapping.values())
-        stream = self._check(chain(head, rows), mapping)
+            self.unused |= dict.fromkeys(column for column in found if column not in used)
+        stream = self._check(chain(head, rows), mapping, used)
         tables = []
         while batch := list(islice(stream, BATCH_ROWS)):
             columns = {"prompt": [row["prompt"] for _, row in batch], "row": [json.dumps(row) for _, row in batch]}
             tables.append(pa.table({key: as_array(key, values, batch) for key, values in columns.items()}))
         return concatenate(tables) if tables else None
 
-    def _check(self, rows: Iterable[Row], mapping: dict[str, str]) -> Iterator[tuple[str, dict]]:
+    def _check(self, rows: Iterable[Row], mapping: dict[str, Theirs], used: set[str]) -> Iterator[tuple[str, dict]]:
         """Yield place and checked row of every row, and note malformed ones."""
         for place, row in rows:
             self.rows[self.feedback.name] += 1
             try:
                 if isinstance(row, RowError):
                     raise row
-                others = {name: value for name, value in row.items() if name not in (*mapping.values(), *ANNOTATED)}
-                row = read_json_chats(rename_columns(row, mapping), self.changes)
+                others = {name: value for name, value in row.items() if name not in (*used, *ANNOTATED)}
+                row = read_json_chats(rename_columns(row, mapping, PASSED_ON), self.changes)
                 made = dict(self.feedback.read(row, self.changes))
                 self.changes[REPEATED] += repeats_prompt(made)
                 if self.dataset_type == "annotated":

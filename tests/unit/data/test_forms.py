@@ -158,6 +158,97 @@ def test_pairs_in_other_words():
     assert wins(made(chosen, [{"prompt": "p", "chosen": "x", "rejected": "y"}])[0]) == {("x", "y")}
 
 
+def test_columns_are_paths_into_objects_and_lists_and_lists_of_columns(capsys):
+    answers = [{"answer": text, "model": "m", "rank": rank} for text, rank in (("x", 2.0), ("y", 1.0), ("z", 3.0))]
+    nectar = data.Rankings(columns={"completions": "answers.answer", "ranks": "answers.rank"})
+    (row,) = made(nectar, [{"prompt": "p", "answers": answers, "turns": 1}])
+    assert wins(row) == {("y", "x"), ("y", "z"), ("x", "z")}
+    assert "columns dropped: turns" in capsys.readouterr().out
+
+    columns = {"prompt": "info.post", "completion_a": "summaries.0.text", "completion_b": "summaries.1.text"}
+    tldr = data.Pairs(columns=columns | {"preferred": "choice", "rater": "worker"}, answers=[0, 1])
+    given = {"info": {"post": "p"}, "summaries": [{"text": "x"}, {"text": "y"}], "choice": 1, "worker": "w"}
+    assert wins(made(tldr, [given])[0]) == {("y", "x")}
+
+    webgpt = {"completions": ["answer_0", "answer_1"], "ranks": ["score_0", "score_1"]}
+    given = {"prompt": "p", "answer_0": "x", "answer_1": "y", "score_0": -0.5, "score_1": 0.5}
+    feedback = data.Rankings(columns=webgpt, highest_is_best=True, margin=1.0)
+    assert wins(made(feedback, [given])[0]) == {("y", "x")} and made(feedback, [given])[0]["margin"] == [1.0]
+
+    dotted = data.Rankings(columns={"completions": "a.b"})  # a column of that very name
+    assert wins(made(dotted, [{"prompt": "p", "a.b": ["x", "y"], "ranks": [1, 2]}])[0]) == {("x", "y")}
+    ratings = {"prompt": "p", "completion": "c", "annotations": {"kind": {"Rating": 3}}}
+    feedback = data.Attributes(dimensions=["kind"], columns={"kind": "annotations.kind.Rating"}, scale=[1, 5])
+    assert made(feedback, [ratings])[0]["targets"] == [{"kind": 0.0}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "message"),
+    [
+        ({"completions": "replies.text"}, {"ranks": [1]}, "it has no column `replies`, but `prompt`, `ranks`"),
+        (
+            {"completions": "answers.text"},
+            {"answers": [{"text": "x"}, {}], "ranks": [1, 2]},
+            "`answers.text` is missing",
+        ),
+        ({"completions": "answers.5"}, {"answers": [["x", "y"]], "ranks": [1, 2]}, "`answers.5` is missing"),
+        ({"completions": ["a", "b"]}, {"a": "x", "ranks": [1, 2]}, "it has no column `b`, but `prompt`, `a`, `ranks`"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_named(columns, row, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        made(data.Rankings(columns=columns), [{"prompt": "p", **row}])
+
+
+def test_rows_without_feedback_read_paths_too():
+    row = {"extra": {"question": "p"}, "reward_model": {"style": "rule", "ground_truth": "4"}}
+    options = {"columns": {"prompt": "extra.question", "answer": "reward_model.ground_truth"}}
+    rows = build_dataset("prompt", 0, [("rows", [("rows, row 1", row)])], **options)["train"].to_list()
+    assert rows == [{"prompt": "p", "answer": "4"}]
+
+
+FLAGS = {"preferred": ["winner_a", "winner_b", "winner_tie"]}
+
+
+def test_battles_with_a_flag_per_answer_and_lists_of_turns():
+    feedback = data.Pairs(columns=FLAGS, turns=True)
+    flags = {"winner_a": 0, "winner_b": 1, "winner_tie": 0}
+    texts = {"prompt": '["p", "q"]', "completion_a": '["x", "y"]', "completion_b": '["u", "v"]'}
+    (row,) = made(feedback, [texts | flags], "preference")
+    assert row["prompt"] == [{"role": "user", "content": "p"}]
+    roles = [("assistant", "u"), ("user", "q"), ("assistant", "v")]
+    assert row["chosen"] == [{"role": role, "content": text} for role, text in roles]
+    tied = texts | {"winner_a": 0, "winner_b": 0, "winner_tie": 1}
+    assert len(made(feedback, [texts | flags, tied])) == 1
+
+
+def test_two_bad_ones_are_no_tie(capsys):
+    feedback = data.Pairs(columns={"prompt": None}, answers=["a", "b", "tie", "tie (bothbad)"])
+
+    def battle(preferred, a, b):
+        chats = [[{"role": "user", "content": "p"}, {"role": "assistant", "content": text}] for text in (a, b)]
+        return {"completion_a": chats[0], "completion_b": chats[1], "preferred": preferred}
+
+    rows = [battle("tie (bothbad)", "u", "v"), battle("a", "x", "y"), battle("tie", "s", "t")]
+    (row,) = made(feedback, rows)
+    assert [better[0]["content"] for better, _ in [(row["completions"][row["better"][0]], 0)]] == ["x"]
+    assert row["prompt"] == [{"role": "user", "content": "p"}]
+    said = capsys.readouterr().out
+    assert "rows dropped: both are bad: 1" in said and "rows dropped: all completions tie: 1" in said
+    labels = {(row["completion"][0]["content"], row["label"]) for row in made(feedback, rows, "unpaired")}
+    assert labels == {("x", True), ("y", False), ("u", False), ("v", False)}
+    votes = [battle("a", "x", "y") | {"rater": 1}, battle("tie (bothbad)", "x", "y") | {"rater": 2}]
+    (row,) = made(data.Pairs(columns={"prompt": None}, answers=feedback.answers, agreement="weights"), votes)
+    assert row["weights"] == [1.0]  # who finds both bad votes for neither
+
+
+def test_weak_preferences_are_ties_below_the_smallest_strength(capsys):
+    feedback = data.Pairs(columns={"strength": "score_ratio"}, answers=[1, 0], min_strength=2)
+    rows = [pair("x", "y", 1, score_ratio=3.0), pair("u", "v", 0, "q", score_ratio=1.2)]
+    assert [wins(row) for row in made(feedback, rows)] == [{("x", "y")}]
+    assert "ties: weaker than `min_strength` (1 rows)" in capsys.readouterr().out
+
+
 def test_rankings_with_ties_and_partial_orders():
     row = {"prompt": "p", "completions": ["a", "b", "c", "d"], "ranks": [2, 1, 2, 4]}
     (reward,) = made(data.Rankings(margin=0.5), [row])
@@ -381,6 +472,26 @@ def test_chats_and_text_beside_them():
         (data.Pairs(), pair("x", " x"), "`completion_b` is the same as `completion_a`"),
         (data.Pairs(), pair(b=""), "`completion_b` is empty"),
         (data.Pairs(), {**pair(), "prompt": None}, "`prompt` is null"),
+        (
+            data.Pairs(columns=FLAGS),
+            {"prompt": "p", "completion_a": "x", "completion_b": "y", "winner_a": 1, "winner_b": 1, "winner_tie": 0},
+            r"`winner_a, winner_b, winner_tie` holds \[1, 1, 0\], where one should be true",
+        ),
+        (
+            data.Pairs(turns=True),
+            {"prompt": ["p", "q"], "completion_a": ["x"], "completion_b": ["u", "v"], "preferred": "a"},
+            "`completion_a` has 1 turns for 2 of `prompt`",
+        ),
+        (
+            data.Pairs(turns=True),
+            {"prompt": '["p"]', "completion_a": "[null]", "completion_b": '["u"]', "preferred": "a"},
+            r"`completion_a\[0\]` is null, where text should be",
+        ),
+        (
+            data.Pairs(columns={"prompt": None}),
+            {"completion_a": "one and two", "completion_b": "three", "preferred": "a"},
+            "`completion_b` shares no prompt with `completion_a`",
+        ),
         (data.Rankings(), {"prompt": "p", "completions": ["a"], "ranks": [1]}, "`completions` has 1, .* 2 or more"),
         (data.Rankings(), {"prompt": "p", "completions": ["a", "b"], "ranks": [1]}, "`ranks` has 1 for 2"),
         (data.Rankings(), {"prompt": "p", "completions": ["a", "b"], "ranks": [1, None]}, r"`ranks\[1\]` is null"),
@@ -448,19 +559,19 @@ def test_files_whose_rows_say_too_little_are_one_clear_error():
     ("make", "message"),
     [
         (lambda: data.Pairs(columns={"rank": "r"}), "`data.feedback.columns.rank` is no column of pairs"),
-        (lambda: data.Pairs(columns={"prompt": None}), "`data.feedback.columns.prompt` is null"),
+        (lambda: data.Rankings(columns={"prompt": None}), "`data.feedback.columns.prompt` is null"),
         (lambda: data.Pairs(margin=-1), "`data.feedback.margin` is -1. Set it to 0 or more"),
         (lambda: data.Pairs(max_pairs=0), "`data.feedback.max_pairs` is 0. Set it to 1 or more"),
         (lambda: data.Pairs(agreement="votes"), "Use weights, smoothing or null"),
         (lambda: data.Rankings(columns={"ranks": None}), "`data.feedback.columns.better` has to name the column"),
         (lambda: data.Pairs(max_pairs="x"), "`data.feedback.max_pairs` is 'x' and must be an integer or null."),
         (lambda: data.Pairs(answers=5), "`data.feedback.answers` is 5 and must be a list."),
-        (lambda: data.Pairs(answers=["a", "A", "tie"]), "`data.feedback.answers` is .* three different values."),
+        (lambda: data.Pairs(answers=["a", "A", "tie"]), "`data.feedback.answers` is .* different values."),
         (lambda: data.Pairs(shuffle="no"), "`data.feedback.shuffle` is 'no' and must be true or false."),
         (lambda: data.Pairs(margin=float("nan")), "`data.feedback.margin` is nan and must be a number."),
         (
             lambda: data.Pairs(columns={"prompt": 5}),
-            r"`data.feedback.columns.prompt` is 5 and must be text in quotes or null",
+            r"`data.feedback.columns.prompt` is 5 and must be text in quotes or a list or null",
         ),
         (lambda: data.Ratings(scale=["a", "b"]), r"`data.feedback.scale\[0\]` is 'a' and must be a number."),
         (lambda: data.Ratings(good_above="x"), "`data.feedback.good_above` is 'x' and must be a number or null."),
