@@ -1,4 +1,4 @@
-"""Every file in conf/ composes and passes the checks, and every command in the documentation and in conf/ can be typed."""
+"""Every file in conf/ composes and passes the checks, and every command in docs/ and conf/ can be typed."""
 
 import fnmatch
 import json

@@ -1,0 +1,216 @@
+"""
+The reference pages, docs/reference, from the files of conf/ and the dataclasses that check them, and conf/schema.json.
+
+`python -m tests.helpers.reference` writes them; `tests/integration/test_reference.py` fails where they are stale.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from rlhf_trl.config.argument_names import BASE
+from rlhf_trl.ppo.options import REFUSED
+from tests.helpers.config_keys import (
+    MISSING,
+    Key,
+    class_default,
+    field_help,
+    files_of,
+    groups_of,
+    head_of,
+    keys_of,
+    located,
+    type_of,
+)
+from tests.helpers.config_schema import SCHEMA, schema
+from tests.helpers.configs import CONF, GROUPS, STAGES
+
+FOLDER = CONF.parent / "docs" / "reference"
+GENERATED = "<!-- Written by `python -m tests.helpers.reference` -->\n"
+# Whole runs have pages of their own, written by hand or from their heads
+LISTED = ("experiment", "pipeline")
+
+INTRO = """# Reference
+
+Every group, option and key of `conf/`, with the default, the type and the comment of the file that sets it.
+
+- `GROUP=OPTION` chooses an option, `KEY=VALUE` sets a key. A plus adds a key that the config doesn't list:
+  `+stage.args.weight_decay=0.01`.
+- `required` means that the key has no default. `null` is no value. `${...}` is the value of another key.
+- Ranges are intervals: `[0, 1)` is from 0 to below 1, `int [1, inf)` an integer of at least 1.
+
+## Editors
+
+`conf/schema.json` is a JSON schema of the composed config and of experiments. An editor with a YAML language server
+completes keys, options and values, shows their comments, and marks what is misspelt. The first line of a file names
+the schema, relative to the file:
+
+```yaml
+# yaml-language-server: $schema=../../conf/schema.json
+```
+
+For all experiments of a folder at once, in the settings of VS Code:
+`"yaml.schemas": {"conf/schema.json": "my_conf/experiment/**/*.yaml"}`. The path in an installed package is printed by
+`python -c "from rlhf_trl.runs.paths import conf_dir; print(conf_dir() / 'schema.json')"`.
+
+"""
+
+
+def pages() -> dict[str, str]:
+    """Return the reference pages, by their path in docs/reference."""
+    groups = [group for group in sorted(GROUPS) if group not in ("stage", *LISTED)]
+    found = {"config.md": config_page(), "training-arguments.md": training_arguments_page()}
+    found |= {f"stage-{stage}.md": stage_page(stage) for stage in STAGES}
+    found |= {f"{slug(group)}.md": group_page(group) for group in groups}
+    lines = ["## Stages", "", "| | |", "|---|---|"]
+    lines += [f"| [`stage={stage}`](stage-{stage}.md) | {summary(option('stage', stage))} |" for stage in STAGES]
+    lines += ["", "## Groups", "", "| | options |", "|---|---|"]
+    for group in groups:
+        names = ", ".join(f"[`{name}`]({slug(group)}.md#{slug(f'{group}={name}')})" for name in sorted(GROUPS[group]))
+        lines.append(f"| [`{group}`]({slug(group)}.md) | {names} |")
+    lines += ["", "## The run itself", "", "[The keys of a run, of a pipeline and of a sweep](config.md)", ""]
+    found["index.md"] = INTRO + "\n".join(lines)
+    return {name: GENERATED + text for name, text in found.items()}
+
+
+def option(group: str, name: str) -> Path:
+    return CONF / group / f"{name}.yaml"
+
+
+def summary(file: Path) -> str:
+    """Return the first sentence of the comment at the top of a file."""
+    return cell(re.split(r"(?<=[.:])\s", " ".join(head_of(file).split()))[0].rstrip(":"))
+
+
+def config_page() -> str:
+    parts = ["# Runs, pipelines and sweeps\n"]
+    for name in ("train", "pipeline", "sweep"):
+        file = CONF / f"{name}.yaml"
+        parts += [f"## `conf/{name}.yaml`\n", paragraphs(head_of(file)), table(keys_of(file)), ""]
+    for group in LISTED:
+        lines = [f"| `{group}={name}` | {summary(option(group, name))} |" for name in sorted(GROUPS[group])]
+        parts += [f"## `{group}=`\n", "| | |\n|---|---|", *lines, ""]
+    return "\n".join(parts)
+
+
+def group_page(group: str) -> str:
+    parts = [f"# `{group}`\n"]
+    for name in sorted(GROUPS[group]):
+        file = option(group, name)
+        keys = keys_of(file)
+        parts += [f"## `{group}={name}`\n", paragraphs(head_of(file)), based_on(file), table(keys), ""]
+    return "\n".join(part for part in parts if part is not None)
+
+
+def based_on(file: Path) -> str | None:
+    names = ", ".join(f"`{each.stem}`" for each in files_of(file)[:-1])
+    return f"On {names}: its keys are here as well.\n" if names else None
+
+
+def stage_page(stage: str) -> str:
+    file = option("stage", stage)
+    keys = keys_of(file)
+    args = [key for key in keys if key.path.startswith("stage.args.")]
+    groups = ", ".join(f"[`{group}={name}`]({slug(group)}.md)" for group, name in groups_of(file).items())
+    parts = [f"# `stage={stage}`\n", paragraphs(head_of(file)), f"Groups and their defaults: {groups}.\n"]
+    parts += ["## The stage\n", table(key for key in keys if key not in args), ""]
+    target = next((key.value for key in args if key.name == "_target_"), None)
+    if target is None:
+        return "\n".join(parts)
+    parts += ["## Arguments\n", f"Fields of `{target}`.\n", arguments_table(args), ""]
+    parts += ["## Further arguments\n"]
+    base = {field.name for field in dataclasses.fields(located(BASE))}
+    listed = {key.name for key in args} | base
+    refused = REFUSED if target.endswith("PPOConfig") else {}
+    fields = [each for each in dataclasses.fields(located(target)) if each.name not in listed]
+    parts += [
+        "With a plus: `+stage.args.NAME=VALUE`. Besides these, the [training arguments](training-arguments.md) of "
+        "transformers.\n",
+        fields_table(target, (each for each in fields if each.name not in refused)),
+        "",
+    ]
+    if refused:
+        lines = [f"| `{name}` | {cell(reason)} |" for name, (_, reason) in refused.items()]
+        parts += ["## Refused arguments\n", "| | why |\n|---|---|", *lines, ""]
+    return "\n".join(parts)
+
+
+def training_arguments_page() -> str:
+    head = "# Training arguments\n\nFields of `transformers.TrainingArguments`, which all training stages have.\n"
+    return f"{head}\n{fields_table(BASE, dataclasses.fields(located(BASE)))}\n"
+
+
+def table(keys: Iterable[Key]) -> str:
+    """Return a table of keys: what is typed, the default, the type, the comment."""
+    lines = [f"| `{key.path}` | {default(key)} | {cell(type_of(key))} | {cell(key.help)} |" for key in keys]
+    return "\n".join(["| key | default | type | |", "|---|---|---|---|", *lines]) if lines else "No keys.\n"
+
+
+def arguments_table(keys: Iterable[Key]) -> str:
+    """Return a table of the arguments of a stage, with the defaults of their class beside ours."""
+    lines = ["| `stage.args.` | default | of the class | type | |", "|---|---|---|---|---|"]
+    for key in keys:
+        if key.name != "_target_":
+            note = key.help or field_help(key.target, key.name)
+            theirs = code(class_default(key.target, key.name))
+            lines.append(f"| `{key.name}` | {default(key)} | {theirs} | {cell(type_of(key))} | {cell(note)} |")
+    return "\n".join(lines)
+
+
+def fields_table(target: str, fields: Iterable[dataclasses.Field]) -> str:
+    lines = ["| `stage.args.` | default | type | |", "|---|---|---|---|"]
+    for field in fields:
+        kind = type_of(Key(f"stage.args.{field.name}", None, "", "", target))
+        cells = [f"`{field.name}`", code(class_default(target, field.name)), cell(kind)]
+        lines.append(f"| {' | '.join([*cells, cell(field_help(target, field.name))])} |")
+    return "\n".join(lines)
+
+
+def default(key: Key) -> str:
+    if key.text == "":
+        return ""
+    if key.value == MISSING:
+        return "required"
+    return "a text" if "\n" in key.text else code(key.text)
+
+
+def code(text: str) -> str:
+    return f"`{text}`".replace("|", "\\|") if text else ""
+
+
+def cell(text: str) -> str:
+    """Return text for a cell of a table: one line, without what Markdown or HTML would read."""
+    return re.sub(r"<(?=[\w/])", "&lt;", " ".join(text.split())).replace("|", "\\|")
+
+
+def paragraphs(head: str) -> str:
+    """Return the comment at the top of a file, with its commands and indented lines as blocks."""
+    parts = re.split(r"(?m)((?:^ {2,}.*\n?)+)", head)
+    blocks = [f"```\n{_dedented(part)}\n```" if i % 2 else part.strip() for i, part in enumerate(parts)]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _dedented(text: str) -> str:
+    lines = text.rstrip("\n").split("\n")
+    margin = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
+    return "\n".join(line[margin:] for line in lines)
+
+
+def slug(text: str) -> str:
+    """Return the anchor of a heading, as the site makes it; the name of a group's page."""
+    return re.sub(r"[^\w-]", "", text.replace("/", "-" if "=" not in text else "")).lower()
+
+
+def write() -> None:
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    for name, text in pages().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+    SCHEMA.write_text(json.dumps(schema(), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
