@@ -14,6 +14,7 @@ import psutil
 import yaml
 
 from rlhf_trl.errors import ConfigError, short_path
+from rlhf_trl.health.signs import health_of
 from rlhf_trl.runs.lock import in_use_problem, lock_owner
 from rlhf_trl.runs.paths import conf_dir
 from rlhf_trl.runs.record import CONFIG_FILE, read_metrics, read_run
@@ -158,6 +159,7 @@ class Measured(NamedTuple):
         start, end: its first and last value; `None` where it was not measured.
         eval: last value of each metric of the evaluation.
         seconds: duration of the run.
+        health: worst level of the health monitor with its signs; empty where nothing was watched.
     """
 
     objective: str | None
@@ -165,6 +167,7 @@ class Measured(NamedTuple):
     end: float | None
     eval: dict[str, Any]
     seconds: float
+    health: str
 
 
 def results_of(run_dir: str | os.PathLike) -> Measured:
@@ -178,4 +181,4 @@ def results_of(run_dir: str | os.PathLike) -> Measured:
     name = yaml.safe_load(Path(run_dir, CONFIG_FILE).read_text(encoding="utf-8")).get("objective")
     values = [entry[name] for entry in measured["history"] if entry.get(name) is not None] or [None]
     seconds = (record and record.seconds) or 0.0
-    return Measured(name, values[0], values[-1], measured["eval"], seconds)
+    return Measured(name, values[0], values[-1], measured["eval"], seconds, health_of(measured["history"]))

@@ -119,10 +119,18 @@ def compose(
     return None if lost else cfg, found
 
 
-def _composed(config: str, words: Sequence[str], folders: Sequence[str | Path]) -> DictConfig:
+def compose_sweeper(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> DictConfig:
+    """Return the node `hydra.sweeper` of a sweep's command line, whose overrides fit."""
+    return _composed("sweep", without_sweeps(overrides), config_dirs, with_hydra=True).hydra.sweeper
+
+
+def _composed(
+    config: str, words: Sequence[str], folders: Sequence[str | Path], with_hydra: bool = False
+) -> DictConfig:
     search = ",".join(f"file://{Path(folder).resolve()}" for folder in folders)
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return hydra.compose(config, [*([f"hydra.searchpath=[{search}]"] if folders else []), *words])
+        words = [*([f"hydra.searchpath=[{search}]"] if folders else []), *words]
+        return hydra.compose(config, words, return_hydra_config=with_hydra)
 
 
 def without_sweeps(words: Sequence[str]) -> list[str]:

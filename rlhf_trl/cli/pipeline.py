@@ -176,15 +176,12 @@ def _ways_out(project: str, project_dir: Path) -> str:
 
 
 def result(project_dir: Path, steps: list[str]) -> str:
-    """Return the table of the steps and, where the policies were compared, the comparison below it."""
+    """Return the table of the steps and, where policies were compared, the comparisons below it."""
     rows = [_row(project_dir / name, name) for name in steps]
     parts = [table(["step", "time", "metric", "start", "end"], rows)]
-    comparison = read_comparison(project_dir)
-    if comparison:
-        parts.append(printable(comparison_text(comparison)))
-    return "\n\n".join(
-        [*parts, f"Report: {project_dir / 'report' / 'index.html'}\nRuns and comparison: {project_dir}"]
-    )
+    compared = [comparison for name in steps if (comparison := read_comparison(project_dir / name))]
+    parts += [printable(comparison_text(comparison)) for comparison in compared]
+    return "\n\n".join([*parts, f"Report: {project_dir / 'report' / 'index.html'}\nRuns: {project_dir}"])
 
 
 def _row(run_dir: Path, name: str) -> list[str]:

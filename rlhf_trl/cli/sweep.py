@@ -4,8 +4,9 @@ Hydra multirun over `train.py`: one `accelerate launch train.py` a job, and a ta
     python launch/sweep.py -m stage=ppo stage.args.beta=0.02,0.1
     python launch/sweep.py -m stage=dpo seed=1,2 accelerate=ddp 'launch=[--num_processes,"4"]'
 
-Any Hydra launcher and sweeper fits (`hydra/launcher=joblib`, `sweep=optuna`): a job returns the run's objective. Jobs
-that are done are skipped, so the same command resumes an earlier sweep.
+Any Hydra launcher and sweeper fits (`hydra/launcher=joblib`, `sweep=optuna`): a job returns the run's objective, whose
+direction is that of the metric unless `direction` is set. Jobs that are done are skipped, so the same command resumes
+an earlier sweep.
 """
 
 import itertools
@@ -13,26 +14,44 @@ import math
 import re
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.cli.app import run_app
 from rlhf_trl.cli.launcher import START_OVERRIDES, launch_command, results_of, run, shell_line, state_of
-from rlhf_trl.cli.overrides import compose, without_sweeps
+from rlhf_trl.cli.overrides import compose, compose_sweeper, without_sweeps
 from rlhf_trl.config.command_line import config_dirs, unquote_text
-from rlhf_trl.config.values import plain
+from rlhf_trl.config.values import as_dict, plain
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.runs.directions import MAXIMIZE, MINIMIZE, direction_of, direction_problem
 from rlhf_trl.runs.directory import name_problems
 from rlhf_trl.runs.record import is_done, write_json
 from rlhf_trl.runs.results import SweepJob
 
 # Keys of the sweep itself; each run gets its own name, and is started or resumed by itself
-OWN_KEYS = ("sweep", "accelerate", "launch", "program", "run_name", "resume", "overwrite")
-
+OWN_KEYS = ("sweep", "accelerate", "launch", "program", "direction", "run_name", "resume", "overwrite")
 
 # Keys with one value for all jobs: they name the folder of the sweep, or how its jobs start
-ONE_FOR_ALL = ("project", "run_name", "runs_dir", "resume", "overwrite")
+ONE_FOR_ALL = ("project", "run_name", "runs_dir", "direction", "resume", "overwrite")
+
+
+def search_direction(objective: str | None, given: str | None) -> str:
+    """
+    Return the direction of a search (`hydra.sweeper.direction`): as given, else by the name of the objective.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the name doesn't tell.
+    """
+    if (direction := given or direction_of(objective)) is None:
+        raise ConfigError(direction_problem(objective))
+    return direction
+
+
+# When the module is imported, so that the processes of Hydra's launchers have it too
+OmegaConf.register_new_resolver("rlhf_trl.direction", search_direction, replace=True)
 
 
 def main() -> None:
@@ -53,11 +72,22 @@ def problems(args: Namespace) -> list[str]:
             "for each value, each time with another `project=...` or `run_name=...`."
         ]
     several = [word for word in args.overrides if without_sweeps([word]) != [word] and name_of(word) in ONE_FOR_ALL]
-    return name_problems(plain(cfg)[0]) + [
+    found = name_problems(plain(cfg)[0])
+    if cfg.direction not in (None, MINIMIZE, MAXIMIZE):
+        found.append(f"`direction` is `{cfg.direction}`. Set it to `{MINIMIZE}`, `{MAXIMIZE}` or `null`.")
+    elif cfg.direction is None and direction_of(cfg.objective) is None and _searches(args):
+        found.append(direction_problem(cfg.objective))
+    return found + [
         f"`{word}`: a sweep has one `{name_of(word)}` for all its jobs, each of which gets its own folder. Set "
         "one value."
         for word in several
     ]
+
+
+def _searches(args: Namespace) -> bool:
+    """Return whether the sweeper takes its direction from the objective: it looks for the best job."""
+    sweeper = compose_sweeper(args.overrides, args.config_dirs)
+    return "rlhf_trl.direction" in str(as_dict(sweeper, resolve=False).get("direction"))
 
 
 def name_of(override: str) -> str:
@@ -72,12 +102,19 @@ def job(cfg: DictConfig) -> float:
     overrides = [item for item in unquote_text(settings.overrides.task) if name_of(item) not in OWN_KEYS]
     program = list(cfg.program or launch_command(cfg.accelerate, cfg.launch))
     outcome = run_job(number, program, config_dirs(), overrides, f"run_name={cfg.run_name}/{number}", run_dir)
+    outcome = replace(outcome, direction=_direction(cfg, settings.sweeper))
     write_json(run_dir.with_suffix(".json"), outcome)  # not in the run directory, which a new start clears
     if outcome.done and outcome.value is not None:
         return outcome.value
     if "BasicSweeper" in settings.sweeper._target_:
         return math.nan  # it uses no values, and an exception would end its output
     raise RuntimeError(f"Job {number} {outcome.status}: {outcome.message or 'its objective was not measured'}")
+
+
+def _direction(cfg: DictConfig, sweeper: DictConfig) -> str | None:
+    """Return the direction of the sweep: a search's own, else the one that is set, else that of the objective."""
+    found = sweeper.get("direction") or cfg.direction or direction_of(cfg.objective)
+    return found if found in (MINIMIZE, MAXIMIZE) else None
 
 
 def run_job(
@@ -114,6 +151,7 @@ def run_job(
         seconds=measured.seconds,
         objective=measured.objective,
         value=measured.end,
+        health=measured.health,
         eval=measured.eval,
         log=str(log),
     )

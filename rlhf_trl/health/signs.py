@@ -428,3 +428,16 @@ def signs_seen(history: Sequence[Mapping[str, Any]]) -> list[Seen]:
             level = max(int(entry[f"health/{name}"]) for entry in entries)
             seen.append(Seen(name, level, min(steps), max(steps), len(entries)))
     return sorted(seen, key=lambda found: -found.level)
+
+
+def health_of(history: Sequence[Mapping[str, Any]]) -> str:
+    """Return the health of a run in a word or two, `ok` or `warn kl_high`; empty where no monitor watched it."""
+    if not any("health/level" in entry for entry in history):
+        return ""
+    seen = signs_seen(history)
+    if not seen:
+        return LEVELS[0]
+    worst = seen[0].level
+    more = sum(sign.level < worst for sign in seen)
+    shown = [sign.sign for sign in seen if sign.level == worst]
+    return " ".join([LEVELS[worst], *shown, *([f"+{more}"] if more else [])])

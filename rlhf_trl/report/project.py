@@ -1,7 +1,8 @@
 """
 Page of a project: whether alignment worked, at what price, and what to change next (`runs/<project>/report`).
 
-It is made from the files of the runs and of the last evaluation, so it can be made again at any time (`stage=report`).
+It is made from the files of the runs and of one evaluation, the newest or the one named, so it can be made again at
+any time (`stage=report`).
 What is missing is named, with the command that makes it.
 """
 
@@ -28,10 +29,10 @@ from rlhf_trl.report.policies import (
     verdict,
     win_blocks,
 )
-from rlhf_trl.report.records import Run, load_runs
+from rlhf_trl.report.records import Evaluation, Run, chosen_evaluation, load_evaluations, load_runs
 from rlhf_trl.report.rewards import summary_table
 from rlhf_trl.report.text import duration
-from rlhf_trl.runs.record import COMPARISON_FILE, read_comparison, read_quality
+from rlhf_trl.runs.record import COMPARISON_FILE, read_quality
 
 # Training curves: title of the figure, how to read it, and its metrics by their name in the legend. Metrics that a run
 # didn't log are dropped, and of several figures with one title the first is shown.
@@ -76,37 +77,40 @@ CURVES = (
 RL_ONLY_NOISE = "objective/kl"  # where it is logged, the loss of a policy gradient says nothing
 
 
-def write_report(project_dir: str | Path) -> Path:
+def write_report(project_dir: str | Path, evaluation: str | None = None) -> Path:
     """
     Write `report/index.html` and `report/report.md` into a project's folder; return the path of the first.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if the project has no run.
+        [`~rlhf_trl.errors.ConfigError`]: if the project has no run, or no evaluation of that name.
     """
     project_dir = Path(project_dir)
-    return write_page(project_page(project_dir), project_dir / "report")
+    return write_page(project_page(project_dir, evaluation), project_dir / "report")
 
 
-def project_page(project_dir: Path, ending: str | None = None) -> Page:
+def project_page(project_dir: Path, evaluation: str | None = None, ending: str | None = None) -> Page:
     """
     Return the page of a project.
 
     Args:
         project_dir (`Path`): folder of the project.
+        evaluation (`str`, *optional*): name of the evaluation to show; `None`: the newest.
         ending (`str`, *optional*): name of the run that makes the page as its last act.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if the project has no run, or a file of one is damaged.
+        [`~rlhf_trl.errors.ConfigError`]: if the project has no run, no evaluation of that name, or a file of one is
+            damaged.
     """
-    runs, comparison = load_runs(project_dir), read_comparison(project_dir)
-    if not runs and not comparison:
+    runs, evaluations = load_runs(project_dir), load_evaluations(project_dir)
+    shown = chosen_evaluation(evaluations, evaluation)
+    if not runs and not shown:
         raise ConfigError(
             f"There is nothing to report: `{project_dir}` holds no run. Set `project=...` with one that does."
         )
     runs = [ended(run) if run.name == ending else run for run in runs]
     sections, facts = [], {}
-    if comparison:
-        comparison = known(comparison)
+    if shown:
+        comparison = known(shown.comparison)
         lead = verdict(comparison)
         facts = headline(comparison)
         sections += [
@@ -119,11 +123,11 @@ def project_page(project_dir: Path, ending: str | None = None) -> Page:
     else:
         command = f"accelerate launch train.py stage=evaluate project={project_dir.name}"
         lead = f"The policies of this project were not evaluated, so whether training helped is open. Run `{command}`."
-        sections.append(Section("Evaluation", [Missing(f"There is no `{COMPARISON_FILE}`. Run `{command}`.")]))
+        sections.append(Section("Evaluation", [Missing(f"No run left a `{COMPARISON_FILE}`. Run `{command}`.")]))
     sections += [
         Section("Training", training_blocks(runs)),
         Section("Reward model", reward_model_blocks(runs, project_dir.name)),
-        Section("Runs", run_blocks(runs)),
+        Section("Runs", [*evaluation_blocks(evaluations, shown, project_dir.name), *run_blocks(runs)]),
     ]
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     version = runs[-1].record.versions.get("rlhf_trl", "") if runs else ""
@@ -228,6 +232,25 @@ def reward_model_blocks(runs: Sequence[Run], project: str) -> list:
             )
         )
     return blocks
+
+
+def evaluation_blocks(evaluations: Sequence[Evaluation], shown: Evaluation | None, project: str) -> list:
+    """Return the evaluations of a project, where there are several: each keeps its result, and one is shown."""
+    if len(evaluations) < 2:
+        return []
+    rows = [
+        [
+            each.name,
+            (each.run.record.started or "")[:16].replace("T", " ") if each.run else "",
+            each.comparison.prompts,
+            ", ".join(each.comparison.policies),
+        ]
+        for each in reversed(evaluations)
+    ]
+    marked = [i for i, each in enumerate(reversed(evaluations)) if each is shown]
+    note = f"Marked: the one on this page. Another: `stage=report project={project} stage.evaluation=NAME`."
+    headers = ["evaluation", "started (UTC)", "prompts", "policies"]
+    return [Table(headers, rows, "Evaluations of this project.", marked=marked, note=note)]
 
 
 def run_blocks(runs: Sequence[Run]) -> list:

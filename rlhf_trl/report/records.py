@@ -7,8 +7,10 @@ from typing import Any
 
 import yaml
 
-from rlhf_trl.runs.record import CONFIG_FILE, RUN_FILE, read_metrics, read_run
-from rlhf_trl.runs.results import RunRecord, SweepJob
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.hints import names_of
+from rlhf_trl.runs.record import COMPARISON_FILE, CONFIG_FILE, RUN_FILE, read_comparison, read_metrics, read_run
+from rlhf_trl.runs.results import Comparison, RunRecord, SweepJob
 
 NOT_OF_INTEREST = ("_runtime", "_per_second", "epoch", "step", "num_tokens")
 # Cost of a run: the first of these that was measured, else its time
@@ -74,6 +76,58 @@ def load_runs(project_dir: Path) -> list[Run]:
     """
     runs = [load_run(path.parent) for path in project_dir.glob(f"*/{RUN_FILE}")]
     return sorted((run for run in runs if run), key=lambda run: run.record.started or "")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    A comparison of policies in the directory of the run that made it.
+
+    Attributes:
+        name: name of the run.
+        comparison: `comparison.json`.
+        run: the run; `None` where only its comparison is left.
+    """
+
+    name: str
+    comparison: Comparison
+    run: Run | None
+
+
+def load_evaluations(project_dir: Path) -> list[Evaluation]:
+    """
+    Return the evaluations of a project, by the time they were started.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if one of their files is damaged.
+    """
+    found = []
+    for path in project_dir.rglob(COMPARISON_FILE):
+        name = path.parent.relative_to(project_dir)
+        # A hidden folder is the backup of a run that is being overwritten
+        if not name.parts or any(part.startswith(".") for part in name.parts):
+            continue
+        if comparison := read_comparison(path.parent):
+            evaluation = Evaluation(name.as_posix(), comparison, load_run(path.parent))
+            started = evaluation.run.record.started if evaluation.run else None
+            found.append((started or "", path.stat().st_mtime, evaluation.name, evaluation))
+    return [evaluation for *_, evaluation in sorted(found, key=lambda entry: entry[:3])]
+
+
+def chosen_evaluation(evaluations: Sequence[Evaluation], name: str | None) -> Evaluation | None:
+    """
+    Return the evaluation of a name, the newest one without a name; `None` where there is none at all.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if none has the name.
+    """
+    if name is None:
+        return evaluations[-1] if evaluations else None
+    found = next((each for each in evaluations if each.name == name), None)
+    if found is None:
+        have = names_of([each.name for each in evaluations]) or "none"
+        raise ConfigError(f"`stage.evaluation` is `{name}`, and the evaluations of this project are: {have}.")
+    return found
 
 
 def swept_keys(jobs: Sequence[SweepJob]) -> list[str]:

@@ -132,14 +132,14 @@ def read_metrics(run_dir: str | os.PathLike) -> dict[str, Any] | None:
     return content
 
 
-def read_comparison(project_dir: str | os.PathLike) -> Comparison | None:
+def read_comparison(run_dir: str | os.PathLike) -> Comparison | None:
     """
-    Return the last comparison of policies of a project, `None` where there is none.
+    Return the comparison of policies that a run made, `None` where there is none.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if the file is damaged.
     """
-    return _read_result(Path(project_dir, COMPARISON_FILE), Comparison)
+    return _read_result(Path(run_dir, COMPARISON_FILE), Comparison)
 
 
 def read_quality(run_dir: str | os.PathLike) -> RewardQuality | None:

@@ -83,6 +83,8 @@ class SweepJob(JsonDataclass):
         overrides: overrides of the job, name to value.
         status: `done` or `failed`.
         objective, value: name of the metric that counts, and its last value.
+        direction: `minimize` or `maximize`; `None` where it isn't known.
+        health: worst level of the health monitor with its signs; empty where nothing was watched.
         eval: last value of each metric of the evaluation.
         message: error message of a failed job.
         log: file with its output.
@@ -94,6 +96,8 @@ class SweepJob(JsonDataclass):
     seconds: float = 0.0
     objective: str | None = None
     value: float | None = None
+    direction: str | None = None
+    health: str = ""
     eval: dict[str, Any] = field(default_factory=dict)
     message: str | None = None
     log: str = ""

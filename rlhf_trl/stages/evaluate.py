@@ -32,7 +32,8 @@ from rlhf_trl.terminal import printable
 
 def evaluate(cfg: DictConfig) -> None:
     """
-    Compare the policies of `cfg.stage`, write `comparison.json` and the report beside their runs, and print tables.
+    Compare the policies of `cfg.stage`, write `comparison.json` into the run directory and the report beside the runs,
+    and print tables.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if a policy is missing, the data has no held-out prompts, or the judge can't
@@ -71,8 +72,8 @@ def evaluate(cfg: DictConfig) -> None:
             references=reference_answers(cfg) if stage.references else None,
         )
         delete_backup(cfg.run_dir)
-        write_json(runs / COMPARISON_FILE, comparison)  # before anything that could go wrong with the page
-        page = project_page(runs, ending=cfg.run_name)
+        write_json(Path(cfg.run_dir, COMPARISON_FILE), comparison)  # before anything that could go wrong with the page
+        page = project_page(runs, evaluation=cfg.run_name, ending=cfg.run_name)
         path = write_page(page, runs / "report")
         logger = instantiate(cfg.logger.run)
         with logger(run_dir=cfg.run_dir, name=f"{cfg.project}/{cfg.run_name}", config=as_dict(cfg, resolve=False)):

@@ -256,8 +256,8 @@ def test_sweep_takes_another_launcher_and_another_sweeper(tmp_path):
     assert code == 0, err
     found = json.loads((tmp_path / "runs/mine/o/sweep.json").read_text())
     best = yaml.safe_load((tmp_path / "runs/mine/o/optimization_results.yaml").read_text())
-    assert len(found) == 3
-    assert best["best_value"] == pytest.approx(min(job["value"] for job in found))
+    assert len(found) == 3 and {job["direction"] for job in found} == {"maximize"}
+    assert best["best_value"] == pytest.approx(max(job["value"] for job in found))  # of ppo: scores
 
 
 def test_sweep_checks_names_as_train_does_and_wants_its_flag(tmp_path):
@@ -307,7 +307,7 @@ def test_a_shrunken_pipeline_end_to_end_in_silence(tmp_path, monkeypatch):
     project = tmp_path / "runs" / "mine"
     for name in SHRUNKEN:
         assert json.loads((project / name / "run.json").read_text())["status"] == "done"
-    comparison = json.loads((project / "comparison.json").read_text())
+    comparison = json.loads((project / "compare" / "comparison.json").read_text())
     assert list(comparison["policies"]) == ["sft", "ppo", "dpo"]
     assert comparison["prompts"] == 16
     assert "<svg" in (project / "report" / "index.html").read_text()
@@ -353,7 +353,7 @@ def test_the_demo_shows_learning_at_every_stage(demo):
     half = 1.96 * math.sqrt(accuracies[-1] * (1 - accuracies[-1]) / held_out)
     assert accuracies[-1] > accuracies[0]
     assert accuracies[-1] - half > 0.5
-    comparison = json.loads((project / "comparison.json").read_text())
+    comparison = json.loads((project / "compare" / "comparison.json").read_text())
     for name in ("ppo", "dpo"):
         entry = comparison["policies"][name]
         assert entry["difference"]["low"] > 0, name

@@ -415,7 +415,7 @@ def test_a_page_that_fails_leaves_the_scores_and_says_failed(compose, tmp_path, 
         instantiate(cfg.stage.run)(cfg)
     record = json.loads(Path(cfg.run_dir, "run.json").read_text())
     assert record["status"] == "failed" and "no page" in record["error"]
-    assert len(json.loads((tmp_path / "test" / "comparison.json").read_text())["samples"]) == 4
+    assert len(json.loads(Path(cfg.run_dir, "comparison.json").read_text())["samples"]) == 4
 
 
 def length_of(completions, **columns):

@@ -30,6 +30,7 @@ from rlhf_trl.report.page import (
 from rlhf_trl.report.plots import Series
 from rlhf_trl.report.policies import verdict
 from rlhf_trl.report.project import project_page, write_report
+from rlhf_trl.report.records import load_evaluations
 from rlhf_trl.report.sweep import sweep_page, write_sweep_report
 from rlhf_trl.report.text import comparison_text
 from rlhf_trl.runs.record import read_comparison
@@ -246,7 +247,8 @@ def project(tmp_path):
     point = {"reward": estimate(1.5), "chosen_by": 1.0}
     points = [{"n": n, "kl": kl, **point} for n, kl in ((1, 0.0), (2, 0.19), (4, 0.64), (8, 1.2))]
     found["best_of_n"] = {"samples": 8, "curves": [{"by": "", "points": points}, {"by": "model", "points": points}]}
-    (folder / "comparison.json").write_text(json.dumps(found))
+    make_run(folder, "evaluate", "evaluate", None, started="2026-01-01T11:00:00+00:00")
+    (folder / "evaluate" / "comparison.json").write_text(json.dumps(found))
     return folder
 
 
@@ -276,7 +278,7 @@ def test_a_projects_report_shows_what_is_there_and_says_what_is_not(project):
     assert "explained variance" not in html  # what wasn't logged has no figure, and a PPO's loss says nothing
     captions = re.findall(r'aria-label="(ppo: [^"]*)"', html)
     assert set(captions) == {"ppo: reward", "ppo: KL to the start, nats per sequence"}
-    assert comparison_text(read_comparison(project)).startswith("40 held-out prompts")
+    assert comparison_text(read_comparison(project / "evaluate")).startswith("40 held-out prompts")
 
 
 def test_what_the_health_monitor_saw_stands_at_the_training(project):
@@ -320,7 +322,7 @@ def test_the_quality_of_the_reward_model_is_taken_over(project):
 
 
 def test_the_stage_report_makes_it_anew(project, capsys):
-    report(OmegaConf.create({"runs_dir": str(project.parent), "project": project.name}))
+    report(OmegaConf.create({"runs_dir": str(project.parent), "project": project.name, "stage": {"evaluation": None}}))
     assert (project / "report" / "index.html").exists() and "report/index.html" in capsys.readouterr().out
 
 
@@ -335,7 +337,7 @@ def estimates(value, path=()) -> list[tuple]:
 
 def test_a_missing_estimate_is_a_gap_in_the_page(project):
     """NaN is null in the file."""
-    whole = json.loads((project / "comparison.json").read_text())
+    whole = json.loads((project / "evaluate" / "comparison.json").read_text())
     places = estimates({key: whole[key] for key in ("policies", "best_of_n")})
     assert len(places) > 40
     everything = json.loads(json.dumps(whole))
@@ -346,18 +348,37 @@ def test_a_missing_estimate_is_a_gap_in_the_page(project):
             for key in path[:-1]:
                 node = node[key]
             node[path[-1]] = dict.fromkeys(("mean", "low", "high")) if isinstance(node[path[-1]], dict) else None
-        (project / "comparison.json").write_text(json.dumps(found))
+        (project / "evaluate" / "comparison.json").write_text(json.dumps(found))
         assert "nan" not in to_markdown(project_page(project)).split(), path
     for row in everything["samples"]:
         row["rewards"] = dict.fromkeys(row["rewards"])
-    (project / "comparison.json").write_text(json.dumps(everything))
+    (project / "evaluate" / "comparison.json").write_text(json.dumps(everything))
     assert "whether one is better is open" in write_report(project).read_text()
+
+
+def test_each_evaluation_keeps_its_result_and_the_page_shows_the_newest_or_the_one_named(project, capsys):
+    make_run(project, "other", "evaluate", None, started="2026-01-02T10:00:00+00:00")
+    found = comparison(far=entry(1.1, 0.4, 0.5, 0.1)) | {"prompts": 77}
+    (project / "other" / "comparison.json").write_text(json.dumps(found))
+    backup = project / "evaluate" / ".overwritten"  # of a run that is being overwritten
+    backup.mkdir()
+    shutil.copy(project / "other" / "comparison.json", backup)
+    assert [each.name for each in load_evaluations(project)] == ["evaluate", "other"]
+    assert "77 held-out prompts" in project_page(project).lead
+    assert "40 held-out prompts" in project_page(project, "evaluate").lead
+    cfg = {"runs_dir": str(project.parent), "project": project.name}
+    report(OmegaConf.create(cfg | {"stage": {"evaluation": "evaluate"}}))
+    text = (project / "report" / "report.md").read_text()
+    assert re.search(r"^\| evaluate \* ", text, re.M) and re.search(r"^\| other +\| 2026-01-02", text, re.M)
+    with pytest.raises(ConfigError, match="`stage.evaluation` is `none`.*`evaluate`, `other`"):
+        report(OmegaConf.create(cfg | {"stage": {"evaluation": "none"}}))
 
 
 def test_an_evaluation_without_runs_has_a_page(project):
     """Such as one of policies of the hub, or of a sweep, whose runs lie deeper."""
     for name in ("ppo", "reward", "dpo"):
         shutil.rmtree(project / name)
+    (project / "evaluate" / "run.json").unlink()
     assert "better than sft on 40" in write_report(project).read_text()
 
 

@@ -49,7 +49,7 @@ def test_a_damaged_file_is_named_with_what_to_do(run_dir, name, read, content):
         ("metrics.json", lambda run_dir: summary_of(str(run_dir), "eval_loss")),
         ("metrics.json", lambda run_dir: project_page(run_dir.parent)),
         ("metrics.json", lambda run_dir: policies_of({"sft": str(run_dir)}, True, [], str(run_dir.parent))),
-        ("../comparison.json", lambda run_dir: project_page(run_dir.parent)),
+        ("comparison.json", lambda run_dir: project_page(run_dir.parent)),
     ],
 )
 def test_every_reader_reports_the_damage(run_dir, name, look):

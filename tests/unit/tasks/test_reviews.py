@@ -241,7 +241,7 @@ def test_tiny_pipeline_learns_from_people(tmp_path):
     assert np.exp(measured["sft"]["eval"]["eval_loss"]) < 200
     quality = measured["quality"]["eval"]
     assert quality["eval_model/accuracy"] > 0.72 and quality["eval_model/accuracy_gap_above_2"] > 0.78
-    policies = json.loads((runs / "comparison.json").read_text())["policies"]
+    policies = json.loads((runs / "compare" / "comparison.json").read_text())["policies"]
     for name in ("ppo", "dpo"):  # judged by what shares no sentence with the reward model
         assert policies[name]["difference"]["low"] > 0
         assert policies[name]["rewards"]["model"] > policies["sft"]["rewards"]["model"]
