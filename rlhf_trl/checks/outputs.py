@@ -1,4 +1,4 @@
-"""Output folders that can't be written, and names that the file system refuses."""
+"""Output folders that can't be written, names that the file system refuses, and what a run records beside its own."""
 
 import os
 import tempfile
@@ -25,6 +25,27 @@ def folder_problems(values: dict[str, Any]) -> list[str]:
         if isinstance(folder, str) and folder and (problem := folder_problem(Path(folder)))
     ]
     return problems
+
+
+def published_problems(values: dict[str, Any]) -> list[str]:
+    """Return the problems of results that others published: each needs a value, or a range, and its source."""
+    published = values.get("published")
+    if not isinstance(published, dict | None):
+        return [
+            f"`published` is {published!r} and must hold metrics. Set `published: {{METRIC: {{value: ..., ...}}}}`."
+        ]
+    return [
+        f"`published.{name}` is {entry!r}. Set `{{value: NUMBER or [LOWEST, HIGHEST], source: TEXT}}`."
+        for name, entry in (published or {}).items()
+        if not _is_published(entry)
+    ]
+
+
+def _is_published(entry: Any) -> bool:
+    if not isinstance(entry, dict) or entry.keys() != {"value", "source"} or not isinstance(entry["source"], str):
+        return False
+    numbers = entry["value"] if isinstance(entry["value"], list) and len(entry["value"]) == 2 else [entry["value"]]
+    return all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
 
 
 def folder_problem(folder: Path) -> str | None:

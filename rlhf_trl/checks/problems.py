@@ -12,7 +12,7 @@ from rlhf_trl.checks.batches import batch_problems
 from rlhf_trl.checks.combinations import combination_problems
 from rlhf_trl.checks.machine import machine_problems
 from rlhf_trl.checks.names import argument_problems, section_problems, target_problems, text_problems
-from rlhf_trl.checks.outputs import folder_problems
+from rlhf_trl.checks.outputs import folder_problems, published_problems
 from rlhf_trl.checks.paths import data_problems, model_problems, output_problems
 from rlhf_trl.checks.ranges import range_problems
 from rlhf_trl.checks.renamed import renamed_problems
@@ -64,6 +64,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
         reward_problems,
         run_directory_problems,
         folder_problems,
+        published_problems,
     ):
         problems += find(values)
     for path, source in sources(cfg).items():  # name the key that was set, `seed`, not `stage.args.seed`

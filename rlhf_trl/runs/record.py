@@ -174,6 +174,7 @@ def start_run(
     model: str | None,
     inputs: Mapping[str, Any] | None = None,
     quantization: Mapping[str, Any] | None = None,
+    published: Mapping[str, Any] | None = None,
 ) -> None:
     """
     Write `run.json` with status `running`. Call it on rank 0, after the checks.
@@ -192,6 +193,8 @@ def start_run(
             keeps those that it began with.
         quantization (`Mapping`, *optional*):
             Quantization of the base under its adapter: whoever loads the adapter loads the base so.
+        published (`Mapping`, *optional*):
+            Results of others, see [`~rlhf_trl.runs.results.RunRecord`].
     """
     os.makedirs(run_dir, exist_ok=True)
     earlier = read_run(run_dir)
@@ -206,6 +209,7 @@ def start_run(
         versions=versions(),
         inputs={**(inputs or {}), **(earlier.inputs if earlier else {})},
         quantization=None if quantization is None else dict(quantization),
+        published=dict(published or {}),
     )
     write_json(Path(run_dir, RUN_FILE), record)
 

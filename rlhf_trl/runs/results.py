@@ -45,6 +45,8 @@ class RunRecord(JsonDataclass):
         model: path or hub id of the model that the run started from.
         inputs: what its result depends on besides the config, see [`~rlhf_trl.stages.train.inputs_of`].
         quantization: quantization of the base under its adapter.
+        published: what others measured with these settings: metric -> `value` (a number, or the lowest and the
+            highest) and `source`.
         base, base_fingerprint: of a saved adapter its base, and a hash of that where it is a folder.
         reason: why a callback ended the training.
         error: error that ended the run.
@@ -60,6 +62,7 @@ class RunRecord(JsonDataclass):
     versions: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     quantization: dict[str, Any] | None = None
+    published: dict[str, Any] = field(default_factory=dict)
     reason: str | None = field(default=None, metadata={"without": "reason"})
     error: str | None = field(default=None, metadata={"without": "error"})
     base: str | None = field(default=None, metadata={"without": "base"})

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.config.command_line import config_dirs, unquote_text
-from rlhf_trl.config.values import plain
+from rlhf_trl.config.values import as_dict, plain
 from rlhf_trl.errors import ConfigError, Interrupted, disk_is_full
 from rlhf_trl.models.adapters import adapter_config, base_path
 from rlhf_trl.models.fingerprints import weights_fingerprint
@@ -132,6 +132,7 @@ def _begin(cfg: DictConfig, start: str, inputs: Mapping[str, Any] | None) -> str
             model=start,
             inputs=inputs,
             quantization=_quantization(cfg, start),
+            published=as_dict(cfg.published) if cfg.published else None,
         )
         OmegaConf.save(cfg, run_dir / CONFIG_FILE)
     PartialState().wait_for_everyone()

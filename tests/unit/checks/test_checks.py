@@ -54,6 +54,20 @@ def test_defaults_have_no_problem(problems, stage):
     assert problems(f"stage={stage}") == []
 
 
+@pytest.mark.parametrize(
+    ("published", "parts"),
+    [
+        ("{eval_accuracy: {value: 0.6, source: arXiv 1}, eval_loss: {value: [0.5, 0.6], source: a card}}", []),
+        ("{eval_accuracy: 0.6}", ["`published.eval_accuracy` is 0.6", "source: TEXT"]),
+        ("{eval_accuracy: {value: 0.6}}", ["`published.eval_accuracy`", "source: TEXT"]),
+        ("{eval_accuracy: {value: [1, 2, 3], source: x}}", ["`published.eval_accuracy`", "[LOWEST, HIGHEST]"]),
+        ("3", ["`published` is 3", "must hold metrics"]),
+    ],
+)
+def test_published_results_have_a_value_and_a_source(problems, published, parts):
+    one_or_none(problems("stage=dpo", f"++published={published}"), parts)
+
+
 def test_argument_names_are_those_of_the_installed_libraries():
     message = "`python -m rlhf_trl.config.argument_names` writes the file again"
     assert json.loads(json.dumps(argument_names.installed())) == json.loads(argument_names.FILE.read_text()), message

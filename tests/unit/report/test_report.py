@@ -292,6 +292,26 @@ def test_what_the_health_monitor_saw_stands_at_the_training(project):
     assert re.search(r"\| warn +\| `kl_high` +\| +3 to 3 +\| Raise `stage.args.beta`", text)
 
 
+def test_published_results_stand_beside_ours(project):
+    assert "Published results" not in (write_report(project).parent / "report.md").read_text()
+    source = "arXiv 2310.16944"
+    published = {
+        "eval_loss": {"value": [0.5, 0.506], "source": source},
+        "eval_accuracy": {"value": 0.77, "source": source},
+        "MT-Bench": {"value": 7.34, "source": source},
+    }
+    pairs = [{"step": i, "eval_accuracy": 0.5 + i / 10, "eval_loss": 0.6} for i in range(3)]
+    metrics = {"train": {}, "eval": pairs[-1], "history": pairs}
+    make_run(project, "zephyr", "dpo", metrics, published=published)
+    text = (write_report(project).parent / "report.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if source in line]
+    assert rows == [
+        ["zephyr", "eval_loss", "0.5 to 0.506", "0.6", source],
+        ["zephyr", "eval_accuracy", "0.77", "0.7", source],
+        ["zephyr", "MT-Bench", "7.34", "not measured", source],
+    ]
+
+
 def test_figures_for_loggers_are_those_of_the_page(project):
     found = project_page(project).figures()
     assert {"report/Reward and KL 1", "report/Wins 1", "report/Training 1"} <= found.keys()
