@@ -14,6 +14,7 @@ from rlhf_trl.config.values import at, flatten
 
 # Old key: new key, with all keys below it; `*` stands for one name. None: the key is gone, and nothing is in its place
 RENAMED_KEYS: dict[str, str | None] = {
+    "data.format": "data.row_type",
     "health.signs.critic_blind": "health.signs.low_explained_variance",
     "health.signs.eos_missing": "health.signs.missing_eos",
     "health.signs.length_reward": "health.signs.length_bias",

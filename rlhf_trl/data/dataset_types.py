@@ -3,8 +3,8 @@
 import json
 import math
 
-from rlhf_trl.data.formats import formats_in, prompt_of
 from rlhf_trl.data.messages import check_turns, split_last_turn
+from rlhf_trl.data.row_types import prompt_of, row_types_in
 from rlhf_trl.data.rows import RowError
 
 # Formats that can be converted to a dataset type without inventing anything, the most direct first
@@ -34,19 +34,19 @@ CONVERSIONS = {
 ANNOTATED = ("completions", "better", "worse", "gap", "share", "ratings", "attributes")
 
 
-def choose_format(dataset_type: str, columns) -> str | None:
-    """Return the format among `columns` that serves `dataset_type` best, or `None`."""
-    formats = formats_in(columns)
+def choose_row_type(dataset_type: str, columns) -> str | None:
+    """Return the row type among `columns` that serves `dataset_type` best, or `None`."""
+    row_types = row_types_in(columns)
     if dataset_type == "prompt":  # a label is then no feedback but a column for the reward function
-        formats = ["prompt_completion" if name == "unpaired" else name for name in formats]
-    return next((name for name in SOURCES[dataset_type] if name in formats), None)
+        row_types = ["prompt_completion" if name == "unpaired" else name for name in row_types]
+    return next((name for name in SOURCES[dataset_type] if name in row_types), None)
 
 
-def convert(row: dict, format: str, dataset_type: str, whole_messages: bool = False) -> list[dict]:
+def convert(row: dict, row_type: str, dataset_type: str, whole_messages: bool = False) -> list[dict]:
     """
     Convert a row of `read_row`: to one row, two (`unpaired` of a pair), or none (`prompt_completion` labelled false).
     """
-    match format, dataset_type:
+    match row_type, dataset_type:
         case ("messages", "prompt_completion") if whole_messages:
             split_last_turn(row["messages"], "messages")
             return [row]

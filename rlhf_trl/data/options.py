@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from rlhf_trl.config.ranges import COUNT, POSITIVE
 from rlhf_trl.data.dataset_types import SOURCES
 from rlhf_trl.data.feedback.base import Feedback
-from rlhf_trl.data.formats import FORMATS
+from rlhf_trl.data.row_types import ROW_TYPES
 from rlhf_trl.data.validation import type_problems
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, names_of, sentences
@@ -28,7 +28,7 @@ class LoadOptions:
     Options of `load_files` and `load_hub`.
 
     Args:
-        format (`str`, *optional*): what the rows hold (a key of `FORMATS`); `None` recognizes it by the columns.
+        row_type (`str`, *optional*): what the rows hold (a key of `ROW_TYPES`); `None` recognizes it by the columns.
         columns (`dict`, *optional*): our name of a column -> the file's, `{"prompt": "question"}`.
         system_prompt (`str`, *optional*): a system turn before every chat that has none.
         to_chat (`bool`): text prompts become user turns, text completions assistant turns.
@@ -40,14 +40,14 @@ class LoadOptions:
         bad_rows (`str`): `error` stops at malformed rows, `drop` drops and counts them.
         max_samples, max_eval_samples (`int`, *optional*): maximum number of rows per side, a random choice in the
             order of the file.
-        feedback (`Feedback`, *optional*): the rows are feedback of this kind, which names its own columns (`format`,
+        feedback (`Feedback`, *optional*): the rows are feedback of this kind, which names its own columns (`row_type`,
             `columns` and `messages` don't apply). Splits are made before rows become comparisons, limits act after.
 
     Raises:
         ConfigError: for all values that an option can't have.
     """
 
-    format: str | None = None
+    row_type: str | None = None
     columns: dict[str, str | list[str] | None] | None = None
     system_prompt: str | None = None
     to_chat: bool = False
@@ -64,7 +64,7 @@ class LoadOptions:
         if wrong := type_problems(LoadOptions, given, "data"):
             raise ConfigError.join(wrong)
         problems = [
-            *choice_problems("data.format", self.format, (None, *FORMATS)),
+            *choice_problems("data.row_type", self.row_type, (None, *ROW_TYPES)),
             *choice_problems("data.messages", self.messages, ("last_turn", "whole")),
             *choice_problems("data.split_by", self.split_by, SPLIT_BY),
             *choice_problems("data.bad_rows", self.bad_rows, ("error", "drop")),
@@ -76,9 +76,9 @@ class LoadOptions:
         size = self.eval_size
         if size is not None and (size < 0 or (size > 1 and size != int(size))):
             problems.append(f"`data.eval_size={size}` isn't a size. Set it to a share below 1, or a number of rows.")
-        if self.feedback and (self.format is not None or any((self.columns or {}).values())):
+        if self.feedback and (self.row_type is not None or any((self.columns or {}).values())):
             problems.append(
-                "`data.format` and `data.columns` are of data without `data/feedback`. Name the columns of the "
+                "`data.row_type` and `data.columns` are of data without `data/feedback`. Name the columns of the "
                 f"{self.feedback.name} in `data.feedback.columns`."
             )
         if problems:

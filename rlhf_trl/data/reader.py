@@ -1,4 +1,4 @@
-"""Reading of rows: recognition of their format, checks, and conversion to a dataset type."""
+"""Reading of rows: recognition of their type, checks, and conversion to a dataset type."""
 
 import contextlib
 from collections import Counter
@@ -7,19 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from rlhf_trl.data.columns import Theirs, rename_columns, roots_of, shown
-from rlhf_trl.data.dataset_types import ANNOTATED, CONVERSIONS, SOURCES, annotated_of, choose_format, convert
-from rlhf_trl.data.formats import (
-    CANONICAL,
-    FORMATS,
-    PASSED_ON,
-    alpaca,
-    formats_in,
-    kind_of,
-    prompt_of,
-    read_row,
-    repeats_prompt,
-    take_prompt_out,
-)
+from rlhf_trl.data.dataset_types import ANNOTATED, CONVERSIONS, SOURCES, annotated_of, choose_row_type, convert
 from rlhf_trl.data.messages import (
     add_system_prompt,
     check_template,
@@ -29,6 +17,18 @@ from rlhf_trl.data.messages import (
     to_chat,
 )
 from rlhf_trl.data.options import LoadOptions
+from rlhf_trl.data.row_types import (
+    CANONICAL,
+    PASSED_ON,
+    ROW_TYPES,
+    alpaca,
+    kind_of,
+    prompt_of,
+    read_row,
+    repeats_prompt,
+    row_types_in,
+    take_prompt_out,
+)
 from rlhf_trl.data.rows import Problems, Row, RowError, Source, ending, type_of
 from rlhf_trl.data.splits import prompt_key
 from rlhf_trl.data.tables import BATCH_ROWS, concatenate, make_table
@@ -59,7 +59,7 @@ class Side:
 
 class Reader:
     """
-    Reader of rows in one of the `FORMATS`: converts them to a dataset type, as Arrow tables.
+    Reader of rows in one of the `ROW_TYPES`: converts them to a dataset type, as Arrow tables.
 
     Args:
         dataset_type (`str`): what the stage trains on.
@@ -74,7 +74,7 @@ class Reader:
         self.side = Side()  # being read
         self.types: dict[str, tuple] = {}  # of extra columns: name -> (type, place of the first row that has it)
         self.kind: tuple[str, str] | None = None  # `kind_of` the first row, and its place
-        self.sources: dict[str, list[str]] = {}  # format -> names of the sources that hold it
+        self.sources: dict[str, list[str]] = {}  # row type -> names of the sources that hold it
         self.rows, self.dropped, self.changes = Counter(), Counter(), Counter()
         self.unused: dict[str, None] = {}
 
@@ -103,29 +103,29 @@ class Reader:
                     self.problems.add(place, RowError(None, "is empty"))
             return None
         mapping = self._map_columns(name, found)
-        format = self._choose_format(name, found, list(mapping))
-        self.sources.setdefault(format, []).append(name)
-        self.unused |= dict.fromkeys(self._unused(found, mapping, format))
+        row_type = self._choose_row_type(name, found, list(mapping))
+        self.sources.setdefault(row_type, []).append(name)
+        self.unused |= dict.fromkeys(self._unused(found, mapping, row_type))
         # A single row may quote its prompt; if all of the first rows do, their completions are whole texts
         known = [rename_columns(row, mapping, PASSED_ON) for _, row in head if isinstance(row, dict)]
         whole_texts = all(map(repeats_prompt, known))
-        tables, stream = [], self._convert(chain(head, rows), mapping, format, whole_texts)
+        tables, stream = [], self._convert(chain(head, rows), mapping, row_type, whole_texts)
         while batch := list(islice(stream, BATCH_ROWS)):
             tables.append(make_table(batch))
         return concatenate(tables) if tables else None
 
     def summary(self) -> list[str]:
-        """Return lines on what was read: formats, conversions, and the number of rows of each change."""
+        """Return lines on what was read: row types, conversions, and the number of rows of each change."""
         lines = []
-        for format, names in self.sources.items():
+        for row_type, names in self.sources.items():
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-            line = f"{names[0]}{more}: {self.rows[format]:,} rows of {format}"
-            as_they_are = self.whole_messages and format == "messages" and self.dataset_type == "prompt_completion"
-            if (format, self.dataset_type) in CONVERSIONS and not as_they_are:
-                line += f" -> {self.dataset_type}: {CONVERSIONS[format, self.dataset_type]}"
+            line = f"{names[0]}{more}: {self.rows[row_type]:,} rows of {row_type}"
+            as_they_are = self.whole_messages and row_type == "messages" and self.dataset_type == "prompt_completion"
+            if (row_type, self.dataset_type) in CONVERSIONS and not as_they_are:
+                line += f" -> {self.dataset_type}: {CONVERSIONS[row_type, self.dataset_type]}"
             lines.append(line)
-            if self.dropped[format]:
-                lines.append(f"{self.dropped[format]:,} rows labelled false dropped")
+            if self.dropped[row_type]:
+                lines.append(f"{self.dropped[row_type]:,} rows labelled false dropped")
         lines += [f"{change} ({count:,} rows)" for change, count in self.changes.items() if count]
         return lines + ([f"columns dropped: {', '.join(self.unused)}"] if self.unused else [])
 
@@ -175,29 +175,29 @@ class Reader:
     def _is_alpaca(self, mapping: dict[str, Theirs]) -> bool:
         return mapping.get("prompt") == "instruction" and "prompt" not in self.columns
 
-    def _choose_format(self, name: str, found: list[str], columns: list[str]) -> str:
-        wanted = self.options.format
+    def _choose_row_type(self, name: str, found: list[str], columns: list[str]) -> str:
+        wanted = self.options.row_type
         accepted = SOURCES[self.dataset_type]
         if wanted is None:
-            format = choose_format(self.dataset_type, columns)
+            row_type = choose_row_type(self.dataset_type, columns)
         elif wanted not in accepted:
             raise DataError(
-                f"`data.format={wanted}` can't give this stage its rows of the dataset type `{self.dataset_type}`. "
-                f"Set it to one of {names_of(accepted)}, or to null to have the format recognized."
+                f"`data.row_type={wanted}` can't give this stage its rows of the dataset type `{self.dataset_type}`. "
+                f"Set it to one of {names_of(accepted)}, or to null to have it recognized."
             )
         else:
-            format = wanted if set(FORMATS[wanted]) <= set(columns) else None
-        if format is None:
+            row_type = wanted if set(ROW_TYPES[wanted]) <= set(columns) else None
+        if row_type is None:
             raise DataError(self._explain_missing(name, found, columns, [wanted] if wanted else accepted))
-        if format == "text" and self.options.to_chat:
+        if row_type == "text" and self.options.to_chat:
             raise DataError(f"`data.to_chat=true`: {name} holds plain `text`, which has no turns. Remove it.")
-        return format
+        return row_type
 
     def _explain_missing(self, name: str, found: list[str], columns: list[str], accepted) -> str:
-        """Return which columns there are, which are missing for the nearest format, and what to set."""
-        nearest = max(accepted, key=lambda format: sum(column in columns for column in FORMATS[format]))
-        missing = [column for column in FORMATS[nearest] if column not in columns]
-        present = formats_in(columns)
+        """Return which columns there are, which are missing for the nearest row type, and what to set."""
+        nearest = max(accepted, key=lambda row_type: sum(column in columns for column in ROW_TYPES[row_type]))
+        missing = [column for column in ROW_TYPES[nearest] if column not in columns]
+        present = row_types_in(columns)
         header = (
             ""
             if set(columns) & {*CANONICAL} or ending(name) not in (".csv", ".tsv")
@@ -211,11 +211,11 @@ class Reader:
         )
 
     def _convert(
-        self, rows: Iterable[Row], mapping: dict, format: str, whole_texts: bool
+        self, rows: Iterable[Row], mapping: dict, row_type: str, whole_texts: bool
     ) -> Iterator[tuple[str, dict]]:
         """Yield place and converted row of every row, and note malformed ones."""
         for place, row in rows:
-            self.rows[format] += 1
+            self.rows[row_type] += 1
             key = None
             try:
                 if isinstance(row, RowError):
@@ -229,10 +229,10 @@ class Reader:
                     row = take_prompt_out(row) if whole_texts else row
                 if "margin" in mapping:
                     row.setdefault("margin")  # all rows have one or none has: TRL looks at the first
-                made = read_row(row, format, self.changes)
+                made = read_row(row, row_type, self.changes)
                 key = self._note_key(prompt_of(made))
                 made = self._apply_chat_options(made, place)
-                converted = convert(made, format, self.dataset_type, self.whole_messages)
+                converted = convert(made, row_type, self.dataset_type, self.whole_messages)
                 self._check_kind(made if not converted else converted[0], place)
                 extra = self._extra(row, place)
                 for new in converted:
@@ -242,7 +242,7 @@ class Reader:
             except RowError as error:
                 self._note_malformed(place, row, error, mapping, keyed=key is not None)
                 continue
-            self.dropped[format] += not converted
+            self.dropped[row_type] += not converted
             for new in converted:
                 self.side.keys.append(key)
                 yield place, {**new, **extra}
@@ -312,10 +312,10 @@ class Reader:
             hint = " (`data.to_chat=true` makes chats of text)" if "chat" in kind + first else ""
             raise RowError(None, f"holds {kind}, but {first} at {where}{hint}")
 
-    def _unused(self, found: list[str], mapping: dict, format: str) -> list[str]:
+    def _unused(self, found: list[str], mapping: dict, row_type: str) -> list[str]:
         """Return the file's columns that nothing reads."""
-        used = {*FORMATS[format]} | ({"input"} if self._is_alpaca(mapping) else set())
-        if format == "preference":
+        used = {*ROW_TYPES[row_type]} | ({"input"} if self._is_alpaca(mapping) else set())
+        if row_type == "preference":
             used |= {"prompt", "margin"}
         if self.dataset_type == "prompt":
             used |= {ours for ours in mapping if ours not in FOREIGN}

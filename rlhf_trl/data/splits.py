@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable
 
 from datasets import Dataset, DatasetDict
 
-from rlhf_trl.data.formats import prompt_of
+from rlhf_trl.data.row_types import prompt_of
 from rlhf_trl.data.tables import BATCH_ROWS
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.hints import count_of

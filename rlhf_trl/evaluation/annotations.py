@@ -9,8 +9,8 @@ from datasets import Dataset
 
 from rlhf_trl.data.dataset_types import ANNOTATED
 from rlhf_trl.data.feedback.base import key_of
-from rlhf_trl.data.formats import PASSED_ON
 from rlhf_trl.data.messages import as_text
+from rlhf_trl.data.row_types import PASSED_ON
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.reward_measures import length_slices, rating_gap_slices, share_slices
 from rlhf_trl.hints import count_of, names_of

@@ -30,7 +30,7 @@ import httpx
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_trl.config.ranges import check_values
-from rlhf_trl.data.formats import PASSED_ON
+from rlhf_trl.data.row_types import PASSED_ON
 from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.fingerprints import tokenizer_fingerprint

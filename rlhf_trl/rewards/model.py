@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.config.ranges import check_values
 from rlhf_trl.data.chat_template import template_kwargs, trained_template_kwargs
-from rlhf_trl.data.formats import PASSED_ON
+from rlhf_trl.data.row_types import PASSED_ON
 from rlhf_trl.data.tokenize import end_tokens, row_ids, written_row_ids
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import names_of

@@ -40,6 +40,7 @@ class TrainerMixin(CompleteCheckpoints, ExactEvaluation):
     def _precompute_ref_logps(self, *args, **kwargs):
         """Precompute the reference log-probabilities of DPO and KTO, which call this before their constructors end."""
         repair_token_wrappers(self.model)
+        # Of the trainer that this class is mixed into
         return super()._precompute_ref_logps(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -218,6 +218,7 @@ class ExactEvaluation(Trainer):
 
     def concatenated_forward(self, model, batch):
         """Compute ORPO's forward, whose loss is the sum of a mean over tokens and one over rows."""
+        # Of the trainer that this class is mixed into
         output = super().concatenated_forward(model, batch)  # pyright: ignore[reportAttributeAccessIssue]
         if self.held_out_batch is not None:
             self.held_out_terms = {"eval_nll_loss": (output[4], batch["chosen_attention_mask"][:, 1:].sum().item())}

@@ -235,6 +235,7 @@ class RolloutHook(Trainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         weights = self.reward_weights
         try:
+            # Of the trainer that this class is mixed into
             output = super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
             self.reward_weights = weights
@@ -276,6 +277,7 @@ class RolloutHookWithKL(RolloutHook):
         super().__init__(*args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        # Of the trainer that this class is mixed into
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if self._passes is not None:
             self._passes.append(result[0].detach())
@@ -305,7 +307,9 @@ class RolloutHookWithKL(RolloutHook):
 
     def _compute_loss(self, model, inputs: dict[str, Any]) -> Tensor:
         if not self._micro_batches_without_kl or not self.model.training:
+            # Of the trainer that this class is mixed into
             return super()._compute_loss(model, inputs)  # pyright: ignore[reportAttributeAccessIssue]
+        # Of the trainer that this class is mixed into
         loss, passes = self._listen(super()._compute_loss, model, inputs)  # pyright: ignore[reportAttributeAccessIssue]
         self._add_kl(passes[0], inputs["ref_per_token_logps"], inputs)
         self._micro_batches_without_kl -= 1

@@ -110,11 +110,13 @@ class Rollouts(Trainer):
                 "`tools`, or the trainer's argument."
             )
         self._rows = inputs
+        # Of the trainer that this class is mixed into
         return super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], list | None, dict[str, Any]]:
         """Return the prompts' ids, with the `tools` and `chat_template_kwargs` of their rows, which TRL ignores."""
         if self._is_vlm or getattr(self, "environment_factories", None) is not None:
+            # Of the trainer that this class is mixed into
             return super()._tokenize_prompts(prompts)  # pyright: ignore[reportAttributeAccessIssue]
         own = {"tools": self.tools, "chat_template": self.chat_template} if getattr(self, "tools", None) else {}
         ids = [
@@ -125,6 +127,7 @@ class Rollouts(Trainer):
 
     def _generate_single_turn(self, *args, **kwargs):
         with special_tokens_only(self._policy):
+            # Of the trainer that this class is mixed into
             return super()._generate_single_turn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,16 @@ def test_unit_tests_mirror_the_package():
     units = Path(__file__).parent
     folders = {path.parent.relative_to(units).parts[0] for path in units.glob("*/**/test_*.py")}
     assert folders <= {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+
+
+def test_an_ignored_type_error_names_its_rule_and_its_reason():
+    ignored = re.compile(r"#\s*(?:pyright|type): ignore(?P<rule>\[\w+\])?(?P<reason>.*)")
+    without = []
+    for path in MODULES:
+        lines = path.read_text().splitlines()
+        for above, line in zip(["", *lines], lines, strict=False):
+            if found := ignored.search(line):
+                reason = found["reason"].strip(" #") or above.strip().startswith("#")
+                if not (found["rule"] and reason):
+                    without.append(f"{path.relative_to(PACKAGE)}: {line.strip()}")
+    assert not without

@@ -19,8 +19,8 @@ from rlhf_trl.data.feedback.base import (
     check_texts,
     key_of,
 )
-from rlhf_trl.data.formats import shared_prompt
 from rlhf_trl.data.messages import check_text_or_chat
+from rlhf_trl.data.row_types import shared_prompt
 from rlhf_trl.data.rows import RowError, type_of
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import names_of
@@ -56,7 +56,7 @@ class Pairs(Feedback):
     answers: list = field(default_factory=lambda: ["a", "b", "tie"])
     turns: bool = False
     min_strength: float = 0.0
-    agreement: str | None = None  # type: ignore[misc]
+    agreement: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -139,7 +139,7 @@ class Rankings(Feedback):
     ROWS_ARE_VOTES: ClassVar[bool] = True
 
     highest_is_best: bool = False
-    agreement: str | None = None  # type: ignore[misc]
+    agreement: str | None = None
 
     def __post_init__(self):
         super().__post_init__()

@@ -96,7 +96,7 @@ class Ratings(Rated):
     scale: list[float] = field(default_factory=lambda: [1, 5])
     good_above: float | None = None
     use: str = "pairs"
-    agreement: str | None = None  # type: ignore[misc]
+    agreement: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -137,7 +137,7 @@ class Thumbs(Rated):
         "Give prompts with thumbs up and thumbs down, or train with `stage=kto`, which needs no pairs."
     )
 
-    agreement: str | None = None  # type: ignore[misc]
+    agreement: str | None = None
 
     def read(self, row: dict, notes: Counter) -> RatedRow:
         prompt, completions = check_texts(row, ["completion"], notes)

@@ -9,10 +9,10 @@ from rlhf_trl.data.columns import Theirs, rename_columns, roots_of
 from rlhf_trl.data.dataset_types import ANNOTATED, contents
 from rlhf_trl.data.feedback.base import Feedback
 from rlhf_trl.data.feedback.convert import convert
-from rlhf_trl.data.formats import PASSED_ON, repeats_prompt
 from rlhf_trl.data.messages import CHATS, check_template, read_json_chats
 from rlhf_trl.data.options import LoadOptions
 from rlhf_trl.data.reader import Reader
+from rlhf_trl.data.row_types import PASSED_ON, repeats_prompt
 from rlhf_trl.data.rows import Problems, Row, RowError
 from rlhf_trl.data.tables import BATCH_ROWS, as_array, concatenate, make_table
 from rlhf_trl.errors import DataError

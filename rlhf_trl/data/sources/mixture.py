@@ -4,8 +4,8 @@ import random
 from collections.abc import Callable
 
 from rlhf_trl.data.build import describe
-from rlhf_trl.data.formats import kind_of
 from rlhf_trl.data.options import SPLIT_BY, choice_problems
+from rlhf_trl.data.row_types import kind_of
 from rlhf_trl.data.splits import draw, drop_held_out, held_out_keys, limit_rows, prompt_keys
 from rlhf_trl.data.tables import concatenate
 from rlhf_trl.data.validation import type_problems

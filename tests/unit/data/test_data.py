@@ -18,7 +18,7 @@ from trl import GRPOTrainer, extract_prompt
 from rlhf_trl import data
 from rlhf_trl.data.build import build_dataset
 from rlhf_trl.data.file_rows import resolve_paths
-from rlhf_trl.data.formats import shared_prompt
+from rlhf_trl.data.row_types import shared_prompt
 from rlhf_trl.data.sources.mixture import mixture_counts
 from rlhf_trl.data.splits import prompt_keys
 from rlhf_trl.errors import ConfigError, DataError
@@ -102,7 +102,7 @@ def test_a_preference_file_serves_every_form(tmp_path, capsys):
 
 def test_prompt_keeps_columns_for_rewards_but_none_that_trl_would_take_for_the_format(tmp_path):
     rows = [{"prompt": [user("2+2")], "completion": "4", "messages": "m", "label": 4, "answer": 4.0, "tags": ["x"]}]
-    loaded = load(write(tmp_path / "a.jsonl", rows), "prompt", format="prompt")["train"]
+    loaded = load(write(tmp_path / "a.jsonl", rows), "prompt", row_type="prompt")["train"]
     assert loaded.to_list() == [{"prompt": [user("2+2")], "label": 4, "answer": 4.0, "tags": ["x"]}]
 
 
@@ -187,7 +187,7 @@ def test_plain_text_and_unpaired(tmp_path, capsys):
 def test_columns_format_to_chat_and_system_prompt(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"question": "q", "better": "a", "worse": "b", "margin": 1}])
     columns = {"prompt": "question", "chosen": "better", "rejected": "worse", "label": None}
-    loaded = load(path, columns=columns, to_chat=True, system_prompt="Be brief.", format="preference")["train"][0]
+    loaded = load(path, columns=columns, to_chat=True, system_prompt="Be brief.", row_type="preference")["train"][0]
     system = {"role": "system", "content": "Be brief."}
     assert loaded["prompt"] == [system, user("q")]
     assert (loaded["chosen"], loaded["rejected"], loaded["margin"]) == ([assistant("a")], [assistant("b")], 1.0)
@@ -349,13 +349,13 @@ def test_missing_columns_say_what_to_type(tmp_path):
     message = error(path, columns={"chosen": "beter"})
     assert "has no column `beter`" in message and "Did you mean `better`?" in message
     assert "Did you mean `chosen`?" in error(path, columns={"choosen": "better"})
-    assert "`data.format=text` can't give this stage" in error(path, format="text")
-    assert "`completion`, `label` missing" in error(path, "unpaired", format="unpaired")
+    assert "`data.row_type=text` can't give this stage" in error(path, row_type="text")
+    assert "`completion`, `label` missing" in error(path, "unpaired", row_type="unpaired")
 
 
 def test_options_that_do_not_fit(tmp_path):
     path = write(tmp_path / "a.jsonl", PAIRS)
-    message = error(path, kind=ConfigError, format="preferences", bad_rows="skip", max_samples=0, eval_size=1.5)
+    message = error(path, kind=ConfigError, row_type="preferences", bad_rows="skip", max_samples=0, eval_size=1.5)
     assert message.startswith("4 problems:") and "Did you mean `preference`?" in message
     assert "`data.max_samples=0` keeps no rows" in message and "`data.eval_size=1.5` isn't a size" in message
     assert "Set `data.to_chat=true`" in error(path, system_prompt="Be brief.")

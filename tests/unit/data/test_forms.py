@@ -582,7 +582,7 @@ def test_files_whose_rows_say_too_little_are_one_clear_error():
         (lambda: data.Ratings(group_size=1), "`data.feedback.group_size` is 1. Set it to 2 or more"),
         (lambda: data.Ratings(use="regression", margin=1), "`data.feedback.margin` would do nothing"),
         (lambda: data.Attributes(weights={"fun": 1}), "`data.feedback.weights` names `fun`"),
-        (lambda: made(data.Pairs(), [pair()], format="preference"), "`data.feedback.columns`"),
+        (lambda: made(data.Pairs(), [pair()], row_type="preference"), "`data.feedback.columns`"),
     ],
 )
 def test_options_that_can_not_be_are_refused(make, message):

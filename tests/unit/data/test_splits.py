@@ -10,7 +10,7 @@ from rlhf_trl import data
 from rlhf_trl.build import demonstrations
 from rlhf_trl.data.build import build_dataset
 from rlhf_trl.data.dataset_types import SOURCES
-from rlhf_trl.data.formats import formats_in
+from rlhf_trl.data.row_types import row_types_in
 from rlhf_trl.data.splits import held_out_keys, hold_out, prompt_key, prompt_keys
 from rlhf_trl.errors import DataError
 from rlhf_trl.runs.paths import conf_dir
@@ -31,7 +31,7 @@ def assistant(text):
 
 
 # What one person may have in a file of each format. Of every third prompt all that there is is bad.
-FORMATS = {
+ROW_TYPES = {
     "preference": lambda i, p: {"prompt": p, "chosen": "yes", "rejected": "no"},
     "preference, conversations": lambda i, p: {
         "chosen": [user(p), assistant("yes")],
@@ -68,7 +68,7 @@ FEEDBACK = {
         lambda i, p: [{"prompt": p, "completion": f"{c}", "kind": c if i % 3 else None} for c in (-1, 1)],
     ),
 }
-CASES = [(name, None, row, {}) for name, row in FORMATS.items()]
+CASES = [(name, None, row, {}) for name, row in ROW_TYPES.items()]
 CASES += [(name, feedback, row, {}) for name, (feedback, row) in FEEDBACK.items()]
 CASES += [
     (f"{name}, system_prompt", feedback, row, {"to_chat": True, "system_prompt": "Be brief."})
@@ -100,7 +100,7 @@ def test_every_stage_holds_the_same_prompts_out(name, feedback, row, options, ev
     served = {
         dataset_type
         for dataset_type in STAGES.values()
-        if feedback or {*SOURCES[dataset_type]} & {*formats_in(rows[0])}
+        if feedback or {*SOURCES[dataset_type]} & {*row_types_in(rows[0])}
     }
     for dataset_type in served:
         loaded = load(dataset_type, rows, max_samples=60, max_eval_samples=8, **options)
@@ -152,7 +152,7 @@ def test_rows_labelled_false_do_not_move_a_split_by_row():
 
 
 def test_training_rows_leave_out_the_prompts_of_evaluation_files():
-    rows = rows_of(FORMATS["unpaired"])
+    rows = rows_of(ROW_TYPES["unpaired"])
     asked = [{"prompt": [SYSTEM, user(p.upper())], "completion": "no", "label": False} for p in PROMPTS[:10]]
     # The last prompt's only row is malformed where a completion is read
     held_out = [*asked, {"prompt": [user(PROMPTS[10])], "completion": None, "label": True}]
@@ -165,7 +165,7 @@ def test_training_rows_leave_out_the_prompts_of_evaluation_files():
 
 
 def test_a_mixture_keeps_what_one_source_holds_out_from_all(tmp_path):
-    own, other = rows_of(FORMATS["unpaired"]), rows_of(FORMATS["prompt_completion"])
+    own, other = rows_of(ROW_TYPES["unpaired"]), rows_of(ROW_TYPES["prompt_completion"])
     expected = hold_out(map(prompt_key, PROMPTS), 0.2)
     sources = {
         # A limit and rows labelled false leave few of the prompts that are held out in `eval`
@@ -193,9 +193,9 @@ def test_a_side_without_a_row_of_use_is_an_error():
 
 def test_demonstrations_beside_ppo_have_no_held_out_prompts(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows_of(FORMATS["prompt_completion"])))
+    path.write_text("\n".join(json.dumps(row) for row in rows_of(ROW_TYPES["prompt_completion"])))
     node = {"_target_": "rlhf_trl.data.load_files", "_partial_": True, "paths": str(path)}  # no split of its own
-    dataset = load("prompt", rows_of(FORMATS["messages"]), eval_size=0.2)
+    dataset = load("prompt", rows_of(ROW_TYPES["messages"]), eval_size=0.2)
     cfg = OmegaConf.create({"ptx_data": node, "data": {"split_by": "prompt"}, "seed": 0})
     rows = demonstrations(cfg, dataset)
     assert len(rows) == 82 and not set(prompt_keys(rows)) & set(prompt_keys(dataset["eval"]))

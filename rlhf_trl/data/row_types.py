@@ -1,5 +1,5 @@
 """
-Formats of rows in files: recognition, and checks of single rows.
+Row types of files: recognition, and checks of single rows.
 
 A row may hold text or lists of messages (TRL's standard and conversational format). All functions work on one row, a
 dict, and raise a `RowError` if it is malformed.
@@ -12,8 +12,8 @@ from typing import Any
 from rlhf_trl.data.messages import as_chat, check_text_or_chat, check_turns, is_chat, split_last_turn
 from rlhf_trl.data.rows import RowError
 
-# What each format needs at the least, in the order in which formats are recognized: the more telling first.
-FORMATS = {
+# What each row type needs at the least, in the order in which they are recognized: the more telling first.
+ROW_TYPES = {
     "preference": ("chosen", "rejected"),  # `prompt` may be missing: it is then what both have in common
     "unpaired": ("prompt", "completion", "label"),
     "prompt_completion": ("prompt", "completion"),
@@ -28,12 +28,12 @@ CANONICAL = ("prompt", "completion", "chosen", "rejected", "label", "messages", 
 PASSED_ON = ("tools", "chat_template_kwargs")
 
 
-def formats_in(columns) -> list[str]:
+def row_types_in(columns) -> list[str]:
     """
-    Return the formats that these columns can be read as. A label distinguishes `unpaired` from `prompt_completion`.
+    Return the row types that these columns can be read as. A label distinguishes `unpaired` from `prompt_completion`.
     """
-    formats = [name for name, needed in FORMATS.items() if set(needed) <= set(columns)]
-    return [name for name in formats if not (name == "prompt_completion" and "unpaired" in formats)]
+    row_types = [name for name, needed in ROW_TYPES.items() if set(needed) <= set(columns)]
+    return [name for name in row_types if not (name == "prompt_completion" and "unpaired" in row_types)]
 
 
 def check_label(row: dict) -> bool:
@@ -161,9 +161,9 @@ def alpaca(row: dict, notes: Counter) -> dict:
     return {**row, "prompt": f"{row['prompt']}\n{about}"}
 
 
-def read_row(row: dict, format: str, notes: Counter) -> dict:
-    """Return the row's checked fields in `format`, with an explicit prompt if it has one; `notes` counts changes."""
-    match format:
+def read_row(row: dict, row_type: str, notes: Counter) -> dict:
+    """Return the row's checked fields as `row_type`, with an explicit prompt if it has one; `notes` counts changes."""
+    match row_type:
         case "preference":
             margin = {"margin": check_margin(row)} if "margin" in row else {}
             return {**pair_up(row, ("chosen", "rejected"), notes), **margin}
@@ -188,7 +188,7 @@ def read_row(row: dict, format: str, notes: Counter) -> dict:
 
 
 def prompt_of(row: dict) -> str | list[dict]:
-    """Return the prompt of a checked row of any format: a conversation without its answer, plain text as it is."""
+    """Return the prompt of a checked row of any type: a conversation without its answer, plain text as it is."""
     if "messages" in row:
         turns = row["messages"]
         return turns[:-1] if turns[-1]["role"] == "assistant" else turns
