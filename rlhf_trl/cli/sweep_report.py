@@ -6,9 +6,9 @@ from pathlib import Path
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from rlhf_trl.report.records import metric_names, swept_keys
-from rlhf_trl.report.sweep import write_sweep_report
-from rlhf_trl.report.text import WIDTH, duration, number, table
+from rlhf_trl.report.seeds import value_of
+from rlhf_trl.report.sweep import Sweep, outcome, settings_table, write_sweep_report
+from rlhf_trl.report.text import WIDTH, duration, number, short_value, table
 from rlhf_trl.runs.record import SWEEP_FILE, read_jobs, write_json
 from rlhf_trl.runs.results import SweepJob
 
@@ -16,7 +16,7 @@ from rlhf_trl.runs.results import SweepJob
 class SweepReport(Callback):
     """
     A Hydra callback of `launch/sweep.py` that writes `sweep.json` and the report when all jobs have ended, and prints
-    the table.
+    the tables.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
@@ -47,18 +47,19 @@ def _records(folder: str | Path) -> list[Path]:
 
 
 def report(jobs: list[SweepJob]) -> str:
-    """Return a table of the jobs, and the messages of those that failed."""
-    swept, columns = swept_keys(jobs), metric_names(jobs)
-    objective = next((job.objective for job in jobs if job.objective), None)
+    """Return a table of the jobs, one of the settings where they have several seeds, and what failed."""
+    sweep = Sweep.of(jobs)
+    columns, watched = list(sweep.metrics), any(job.health for job in jobs)
     while True:
         text = table(
-            ["job", *swept, "time", *columns],
+            ["job", *sweep.keys, "time", *columns, *(["health"] if watched else [])],
             [
                 [
                     str(job.number),
-                    *(_short(job.overrides.get(name, "")) for name in swept),
+                    *(short_value(job.overrides.get(name, "")) for name in sweep.keys),
                     duration(job.seconds) if job.done else job.status,
-                    *(number(job.value if name == objective else job.eval.get(name), "{:.4g}") for name in columns),
+                    *(number(value_of(job, name), "{:.4g}") for name in columns),
+                    *([job.health] if watched else []),
                 ]
                 for job in jobs
             ],
@@ -67,11 +68,6 @@ def report(jobs: list[SweepJob]) -> str:
             break
         columns.pop()
     failed = [f"Job {job.number} failed: {job.message}\n  {job.log}" for job in jobs if not job.done]
-    return "\n".join([text, *failed])
-
-
-def _short(value: str) -> str:
-    try:
-        return min(value, f"{float(value):.4g}", key=len)
-    except ValueError:
-        return value
+    settings = settings_table(sweep)
+    averaged = ["\n" + table(settings.headers, settings.cells)] if len(sweep.settings) < len(jobs) else []
+    return "\n".join([text, *averaged, *failed, "\n" + outcome(sweep).replace("`", "")])

@@ -33,6 +33,14 @@ def interval(estimate: Estimate | None, form: str = "{:.3f}") -> str:
     return f"{mean} [{low}, {high}]" if mean and low and high else mean
 
 
+def short_value(value: str) -> str:
+    """Return the value of an override with four significant digits where that is shorter: a search has 17 of them."""
+    try:
+        return min(value, f"{float(value):.4g}", key=len)
+    except ValueError:
+        return value
+
+
 def duration(seconds: float) -> str:
     """Return a duration as `48 s`, `3 min 05 s` or `2 h 07 min`."""
     seconds = round(seconds)

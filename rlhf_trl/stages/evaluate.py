@@ -19,7 +19,7 @@ from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.report.page import write_page
 from rlhf_trl.report.project import project_page
 from rlhf_trl.report.records import swept_keys
-from rlhf_trl.report.text import comparison_text
+from rlhf_trl.report.text import comparison_text, short_value
 from rlhf_trl.runs.checkpoints import checkpoints
 from rlhf_trl.runs.directory import delete_backup
 from rlhf_trl.runs.paths import baseline_problem, find_policy, named_policies, project_dir
@@ -132,14 +132,17 @@ def sweep_runs(folder: Path) -> dict[str, str]:
             f"`stage.sweeps` names `{folder.name}`, and there is no sweep with finished runs in `{folder}`. Make it "
             f"with `python launch/sweep.py -m stage=... project={folder.parent.name} ...`, or remove it."
         )
-    keys = swept_keys(jobs)
-    title = folder.name.removesuffix("_sweep")
-    return {
-        " ".join([title, *(f"{key.rsplit('.', 1)[-1]}={job.overrides.get(key, '')}" for key in keys)]): str(
-            (folder / str(job.number)).resolve()
-        )
-        for job in done
-    }
+    keys, title = swept_keys(jobs), folder.name.removesuffix("_sweep")
+    values = [[job.overrides.get(key, "") for key in keys] for job in done]
+    shown = [[short_value(value) for value in each] for each in values]
+    if len({tuple(each) for each in shown}) < len(done):
+        shown = values  # rounded, two of them would have one name
+    paths = [str((folder / str(job.number)).resolve()) for job in done]
+    names = [
+        " ".join([title, *(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in zip(keys, each, strict=True))])
+        for each in shown
+    ]
+    return dict(zip(names, paths, strict=True))
 
 
 def reference_answers(cfg: DictConfig) -> Dataset:

@@ -31,10 +31,12 @@ from rlhf_trl.report.plots import Series
 from rlhf_trl.report.policies import verdict
 from rlhf_trl.report.project import project_page, write_report
 from rlhf_trl.report.records import load_evaluations
+from rlhf_trl.report.seeds import t_quantile
 from rlhf_trl.report.sweep import sweep_page, write_sweep_report
 from rlhf_trl.report.text import comparison_text
 from rlhf_trl.runs.record import read_comparison
 from rlhf_trl.runs.results import Comparison
+from rlhf_trl.stages.evaluate import sweep_runs
 from rlhf_trl.stages.report import report
 
 EVIL = "</p><script>alert(1)</script> | `a` \x00\ud800"
@@ -471,9 +473,10 @@ def test_a_sweeps_report_marks_the_pareto_set(tmp_path):
         make_run(tmp_path, str(job["number"]), "ppo", {"train": {}, "eval": {}, "history": history})
     path = write_sweep_report(tmp_path)
     text, html = (tmp_path / "report" / "report.md").read_text(), path.read_text()
-    marked = re.findall(r"^\| (\d) \*", text, re.M)
-    assert marked == ["0", "1"]  # job 2 has less reward for more KL than job 1
-    assert "Highest `eval_objective/scores`: 2 with beta=0.02, kl=fixed" in text and "1 of 4 jobs failed" in text
+    marked = re.findall(r"^\| +(\S+) \*", text, re.M)
+    assert marked == ["0.02", "0.1"]  # job 2 has less reward for more KL than job 1
+    assert "highest `eval_objective/scores` is that of beta=0.02, kl=fixed, 2;" in text and "No winner" in text
+    assert "1 of 4 jobs failed" in text
     assert "Job 3 failed: out of memory" in text and "eval_runtime" not in text
     assert 'aria-label="curves of eval_objective/scores"' in html and 'aria-label="beta"' in html
 
@@ -481,7 +484,91 @@ def test_a_sweeps_report_marks_the_pareto_set(tmp_path):
 def test_a_sweep_for_the_lowest_loss(tmp_path):
     made = [{**job, "objective": "eval_loss", "eval": {"eval_loss": job["value"]}} for job in jobs()[:3]]
     (tmp_path / "sweep.json").write_text(json.dumps(made))
-    assert sweep_page(tmp_path).lead.startswith("Lowest `eval_loss`: 1 with beta=0.5, kl=adaptive.")
+    assert "lowest `eval_loss` is that of beta=0.5, kl=adaptive, 1;" in sweep_page(tmp_path).lead
+
+
+def seeds(values: dict[str, list[float]], **changes) -> list[dict]:
+    """Return the jobs of a sweep over beta and seeds with these values of the objective."""
+    pairs = [(beta, seed, value) for beta, found in values.items() for seed, value in enumerate(found)]
+    return [
+        jobs()[0]
+        | {"number": i, "value": value, "eval": {"eval_objective/scores": value, "eval_objective/kl": 1.0}}
+        | {"overrides": {"stage": "ppo", "stage.args.beta": beta, "seed": str(seed)}}
+        | changes
+        for i, (beta, seed, value) in enumerate(pairs)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"0.02": [2.0, 2.1, 1.9], "0.1": [1.0, 1.1, 0.9]},
+            "beta=0.02 has the highest `eval_objective/scores`, 2 [1.84, 2.16] over 3 seeds, beyond the noise",
+        ),
+        (
+            {"0.02": [2.0, 1.4, 2.6], "0.1": [1.5, 2.3, 1.3], "0.5": [-9.0, -9.1, -9.2]},
+            "No winner: the highest `eval_objective/scores` differ by no more than the noise of the seeds: beta=0.02, "
+            "2 [1.342, 2.658] over 3 seeds; beta=0.1, 1.7 [1.042, 2.358] over 3 seeds.",
+        ),
+        ({"0.02": [2.0], "0.1": [1.0]}, "No winner is named: every setting has one seed"),
+        ({"0.02": [2.0, 2.2]}, "`eval_objective/scores` of all jobs: 2.1 [0.8294, 3.371] over 2 seeds."),
+    ],
+)
+def test_a_sweep_names_no_winner_within_the_noise_of_its_seeds(tmp_path, values, said):
+    (tmp_path / "sweep.json").write_text(json.dumps(seeds(values)))
+    page_ = sweep_page(tmp_path)
+    assert page_.lead.startswith(said), page_.lead
+    (table_,) = [block for block in page_.sections[0].blocks if isinstance(block, Table)]
+    assert [row[0] for row in table_.cells] == (list(values) if len(values) > 1 else ["all jobs"])
+    assert [row[1] for row in table_.cells] == [str(len(found)) for found in values.values()]
+
+
+def test_a_sweep_without_a_known_direction_crowns_nobody(tmp_path):
+    both = {"0.02": [2.0, 2.1], "0.1": [1.0, 1.1]}
+    made = seeds(both, objective="eval_rewards/rejected")
+    (tmp_path / "sweep.json").write_text(json.dumps(made))
+    page_ = sweep_page(tmp_path)
+    assert "no setting is named the best" in page_.lead and " \\* " not in to_markdown(page_)
+    (tmp_path / "sweep.json").write_text(json.dumps([job | {"direction": "minimize"} for job in made]))
+    assert sweep_page(tmp_path).lead.startswith("beta=0.1 has the lowest `eval_rewards/rejected`")
+
+
+def test_a_sweep_shows_the_health_of_its_jobs_and_what_failed(tmp_path):
+    made = seeds({"0.02": [2.0, 2.1, 1.9], "0.1": [1.0, 1.1, 0.9]}, health="ok")
+    made[1] |= {"health": "warn kl_high"}
+    made[5] |= {"status": "failed", "value": None, "health": ""}
+    (tmp_path / "sweep.json").write_text(json.dumps(made))
+    text = to_markdown(sweep_page(tmp_path))
+    assert "The health monitor warned of beta=0.02, seed=1 (warn kl_high)." in text and "1 of 6 jobs failed" in text
+    assert re.search(r"\| +0.02 \* \| +3 \|.*\| warn kl_high \(1 of 3\) \|", text)
+    assert re.search(r"\| +0.1 +\| 2 of 3 \|.*\| ok +\|", text)
+
+
+def test_jobs_with_other_objectives_are_not_held_beside_each_other(tmp_path):
+    made = jobs()[:2]
+    made[1] |= {"objective": "eval_loss", "value": 99.0, "eval": {"eval_loss": 99.0}}
+    (tmp_path / "sweep.json").write_text(json.dumps(made))
+    assert "`eval_objective/scores` of beta=0.02: 2." in sweep_page(tmp_path).lead
+
+
+def test_parameters_of_a_search_are_rounded(tmp_path):
+    made = jobs()[:2]
+    for job, beta in zip(made, ("0.12345678901234567", "0.3000000000000004"), strict=True):
+        job["overrides"]["stage.args.beta"] = beta
+    (tmp_path / "sweep.json").write_text(json.dumps(made))
+    page_ = sweep_page(tmp_path)
+    for text in (page_.lead, to_markdown(page_), to_html(page_)):
+        assert "0.1235" in text and "0.12345678" not in text
+    assert sorted(sweep_runs(tmp_path)) == [f"{tmp_path.name} beta=0.1235", f"{tmp_path.name} beta=0.3"]
+    made[1]["overrides"]["stage.args.beta"] = "0.12345678901234568"
+    (tmp_path / "sweep.json").write_text(json.dumps(made))
+    assert len(sweep_runs(tmp_path)) == 2  # two jobs, two names
+
+
+@pytest.mark.parametrize(("freedom", "expected"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (10, 2.22814)])
+def test_quantiles_of_students_t(freedom, expected):
+    assert t_quantile(0.975, freedom) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_sweep_that_failed_has_a_report_too(tmp_path):
