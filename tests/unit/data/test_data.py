@@ -367,7 +367,7 @@ def test_options_of_another_type_are_all_named(tmp_path):
     path = write(tmp_path / "a.jsonl", PAIRS)
     assert error(path, kind=ConfigError, columns={"prompt": 5}, system_prompt=5).splitlines() == [
         "2 problems:",
-        "  1. `data.columns.prompt` is 5 and must be text in quotes or null.",
+        "  1. `data.columns.prompt` is 5 and must be text in quotes or a list or null.",
         "  2. `data.system_prompt` is 5 and must be text in quotes or null.",
     ]
     with pytest.raises(ConfigError, match="`data.name` is 2024 and must be text in quotes or null"):
