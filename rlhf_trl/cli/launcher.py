@@ -13,14 +13,12 @@ from typing import Any, NamedTuple
 import psutil
 import yaml
 
+from rlhf_trl.config.program import ACCELERATE
 from rlhf_trl.errors import ConfigError, short_path
 from rlhf_trl.health.signs import health_of
 from rlhf_trl.runs.lock import in_use_problem, lock_owner
 from rlhf_trl.runs.paths import conf_dir
 from rlhf_trl.runs.record import CONFIG_FILE, read_metrics, read_run
-
-# With this interpreter, even if its scripts aren't on PATH; quiet, so that an error of train.py is printed last
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
 
 
 def launch_dir() -> Path:

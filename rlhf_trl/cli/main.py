@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_trl.checks import check, find_problems
 from rlhf_trl.cli.app import exit_with, run_app
 from rlhf_trl.cli.overrides import compose, without_sweeps
+from rlhf_trl.config.program import command_line, is_launched
 from rlhf_trl.errors import ConfigError, DivergedError, disk_is_full, user_traceback
 from rlhf_trl.patches.malloc import keep_freed_memory
 from rlhf_trl.patches.warnings import filter_warnings
@@ -80,18 +81,13 @@ def command_line_problems(args: Namespace) -> list[str]:
     if not args.multirun:
         cfg, problems = compose(args.overrides, args.config_dirs)
         return problems if cfg is None else problems + find_problems(cfg)
-    if _is_launched():
+    if is_launched():
         raise ConfigError(
-            "`accelerate launch train.py -m` would start the whole sweep on every rank. "
-            f"Use `python launch/sweep.py -m {' '.join(args.overrides)}`, which launches each of its jobs."
+            f"`{command_line('-m')}` would start the whole sweep on every rank. "
+            f"Use `{command_line('-m', *args.overrides, app='sweep')}`, which launches each of its jobs."
         )
     _, problems = compose(without_sweeps(args.overrides), args.config_dirs)  # its jobs are checked one by one
     return problems
-
-
-def _is_launched() -> bool:
-    """Return whether a launcher started this process: accelerate sets the first of these even for a single rank."""
-    return bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "RANK"} & os.environ.keys())
 
 
 def run(cfg: DictConfig) -> float | None:

@@ -26,12 +26,13 @@ from rlhf_trl.checks.renamed import renamed_key, renamed_problem
 from rlhf_trl.config.argument_names import arguments
 from rlhf_trl.config.command_line import SPECIAL_CHARACTERS, is_text_key, parse_override
 from rlhf_trl.config.groups import BASE, WHOLE_RUNS, help_text, option_groups
+from rlhf_trl.config.program import command_line
 from rlhf_trl.config.values import as_dict, at, flatten, nodes
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest, suggestion
 from rlhf_trl.runs.paths import conf_dir
 
-SWEEP = "one run takes one value. For several runs use `python launch/sweep.py -m {}`; a list is `{}`"
+SWEEP = "one run takes one value. For several runs use `{}`; a list is `{}`"
 
 NO_OPTION = re.compile(r"Could not (?:find|load) '(.+)'")
 TWICE = re.compile(r"Multiple values for (\S+?)\. To override a value use 'override ([^']+)'")
@@ -191,7 +192,7 @@ def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set
         return problem
     if "requires --multirun" in text or "Ambiguous value" in text:
         name = word.partition("=")[0]
-        ways = SWEEP.format(word, f"'{name}=[{value}]'")
+        ways = SWEEP.format(command_line("-m", word, app="sweep"), f"'{name}=[{value}]'")
         ways += f"; text with a comma is `{_as_text(name, value)}`" if is_text_key(key) else ""
         return f"`{word}` has several values, and {ways}."
     if match := NO_OPTION.search(text):

@@ -18,6 +18,7 @@ from rlhf_trl.cli.app import exit_with, run_app
 from rlhf_trl.cli.launcher import START_OVERRIDES, launch_command, overrides_of, results_of, run, shell_line, state_of
 from rlhf_trl.cli.overrides import compose, without_sweeps
 from rlhf_trl.config.command_line import config_dirs
+from rlhf_trl.config.program import command_line
 from rlhf_trl.config.values import as_dict, plain
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.report.project import write_report
@@ -38,7 +39,8 @@ def problems(args: Namespace) -> list[str]:
     if cfg is None or found:
         return found
     if args.multirun:
-        return ["A pipeline runs its steps once. Remove `-m`; for several runs of a stage: `launch/sweep.py`."]
+        sweep = command_line("-m", app="sweep")
+        return [f"A pipeline runs its steps once. Remove `-m`; for several runs of a stage: `{sweep}`."]
     values, found = plain(cfg)
     steps = values["steps"]
     if not isinstance(steps, dict):
@@ -169,9 +171,10 @@ def _ways_out(project: str, project_dir: Path) -> str:
     again = f"remove `{project_dir}`"
     if project == "demo" and Path("Makefile").exists():
         again = "`make demo-clean`"
+    another = command_line("project=another", app="pipeline")
     return (
         f"All steps of the project `{project}` were done already, nothing was run. To run them again: {again}; to "
-        "keep them and make others beside them: `python launch/pipeline.py project=another`."
+        f"keep them and make others beside them: `{another}`."
     )
 
 

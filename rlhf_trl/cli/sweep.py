@@ -24,6 +24,7 @@ from rlhf_trl.cli.app import run_app
 from rlhf_trl.cli.launcher import START_OVERRIDES, launch_command, results_of, run, shell_line, state_of
 from rlhf_trl.cli.overrides import compose, compose_sweeper, without_sweeps
 from rlhf_trl.config.command_line import config_dirs, unquote_text
+from rlhf_trl.config.program import command_line
 from rlhf_trl.config.values import as_dict, plain
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.directions import MAXIMIZE, MINIMIZE, direction_of, direction_problem
@@ -65,7 +66,7 @@ def problems(args: Namespace) -> list[str]:
     if cfg is None or found:
         return found
     if not args.multirun:
-        return ["`launch/sweep.py` is for several runs. Add `-m`; for a single run use `train.py`."]
+        return [f"A sweep is several runs. Add `-m`; for a single run use `{command_line(*args.overrides)}`."]
     if cfg.objective is None:
         return [
             f"A sweep compares its jobs by a metric, and `stage={cfg.stage.name}` measures none. Run the stage once "

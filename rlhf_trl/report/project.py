@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from rlhf_trl.config.program import command_line
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.health.signs import LEVELS, SIGNS, signs_seen
 from rlhf_trl.report import plots
@@ -122,7 +123,7 @@ def project_page(project_dir: Path, evaluation: str | None = None, ending: str |
             Section("Answers", answer_blocks(comparison)),
         ]
     else:
-        command = f"accelerate launch train.py stage=evaluate project={project_dir.name}"
+        command = command_line("stage=evaluate", f"project={project_dir.name}")
         lead = f"The policies of this project were not evaluated, so whether training helped is open. Run `{command}`."
         sections.append(Section("Evaluation", [Missing(f"No run left a `{COMPARISON_FILE}`. Run `{command}`.")]))
     sections += [
@@ -229,7 +230,7 @@ def reward_model_blocks(runs: Sequence[Run], project: str) -> list:
         blocks.append(
             Missing(
                 "Reliability and weak spots of the reward model were not measured. Type "
-                f"`accelerate launch train.py stage=evaluate_reward project={project}`."
+                f"`{command_line('stage=evaluate_reward', f'project={project}')}`."
             )
         )
     return blocks

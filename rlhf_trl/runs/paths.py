@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_trl.config.program import command_line
 from rlhf_trl.config.values import texts
 from rlhf_trl.errors import PACKAGE, ConfigError
 from rlhf_trl.runs.ranks import is_main_process
@@ -148,7 +149,7 @@ def run_command(run: str, project_dir: str | os.PathLike) -> str:
     parts = [f"stage={run}" if run in stages else f"stage=... run_name={run}", f"project={Path(project_dir).name}"]
     if str(Path(project_dir).parent) != "runs":
         parts.append(f"runs_dir={Path(project_dir).parent}")
-    return " ".join(["accelerate launch train.py", *parts])
+    return command_line(*parts)
 
 
 def read_paths(values: dict[str, Any]) -> list[tuple[str, Path]]:

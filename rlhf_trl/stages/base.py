@@ -1,7 +1,6 @@
 """The frame of every stage that writes: its run directory, opened and closed, and the command that repeats it."""
 
 import contextlib
-import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.config.command_line import config_dirs, unquote_text
+from rlhf_trl.config.program import program
 from rlhf_trl.config.values import as_dict, plain
 from rlhf_trl.errors import ConfigError, Interrupted, disk_is_full
 from rlhf_trl.models.adapters import adapter_config, base_path
@@ -182,8 +182,6 @@ def command(cfg: DictConfig, *added: str) -> str:
             given = [*(word for word in given if not word.startswith("run_name=")), f"run_name={cfg.run_name}"]
     else:
         given = [f"stage={cfg.stage.name}", f"project={cfg.project}"]
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "RANK" in os.environ
-    words = ["accelerate", "launch", "train.py"] if launched else ["python", "train.py"]
     if added:
         given = [word for word in given if not word.startswith(("resume=", "overwrite="))]
-    return shlex.join([*words, *given, *added])
+    return shlex.join([*program(), *given, *added])

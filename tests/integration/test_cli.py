@@ -44,7 +44,7 @@ ROOT = conf_dir().parent
         (["+foo=1"], ["`+foo=1`", "nothing reads"]),
         (["+model.revison=main"], ["`model.revision=...`"]),
         (["dpo"], ["`stage=dpo`"]),
-        (["stage.args.beta=0.1,0.2"], ["python launch/sweep.py -m stage.args.beta=0.1,0.2", "[0.1,0.2]"]),
+        (["stage.args.beta=0.1,0.2"], ["launch/sweep.py -m stage.args.beta=0.1,0.2`", "[0.1,0.2]"]),
         (["stage.args=3"], ["`stage.args`"]),
         (["seed=[1,"], ["`seed=[1,`"]),
         (["stage=sft", "=3"], ["`=3` has no key"]),
@@ -266,7 +266,7 @@ def test_a_rank_that_is_no_number_is_reported(command, monkeypatch, name):
 def test_a_launcher_starts_no_sweep(command, monkeypatch, variable):
     monkeypatch.setenv(variable, "no")
     status, _, message = command("-m", "stage=dpo", "seed=1,2")
-    assert status == 2 and "python launch/sweep.py -m stage=dpo seed=1,2" in message
+    assert status == 2 and "launch/sweep.py -m stage=dpo seed=1,2`" in message
 
 
 def test_a_refused_run_leaves_the_directory_as_it_was(command, tmp_path):

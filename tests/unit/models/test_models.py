@@ -61,8 +61,8 @@ def test_a_path_is_a_folder_an_embedded_checkpoint_or_a_hub_id(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("status", "command"),
     [
-        (None, "`accelerate launch train.py stage=sft project=demo`"),
-        ("stopped", "`accelerate launch train.py stage=sft project=demo resume=true`"),
+        (None, "train.py stage=sft project=demo`"),
+        ("stopped", "train.py stage=sft project=demo resume=true`"),
     ],
 )
 def test_a_run_that_is_missing_or_unfinished_is_an_error_with_the_command(tmp_path, monkeypatch, status, command):
