@@ -9,6 +9,10 @@ from typing import Any
 from rlhf_trl.config.values import at, section
 from rlhf_trl.runs.ranks import world_size
 
+MATH_ANSWER = "rlhf_trl.rewards.math.math_answer"
+# Extras of pyproject.toml that have another name than their package
+EXTRAS = {"bitsandbytes": "qlora", "fastapi": "serve", "uvicorn": "serve", "math_verify": "math"}
+
 
 def machine_problems(values: dict[str, Any]) -> list[str]:
     """Return the problems of options that this launch or this machine can't run."""
@@ -66,7 +70,10 @@ def _packages(values: dict[str, Any]) -> list[str]:
         wanted["bitsandbytes"] = "`adapter.quantization`"
     if at(values, "stage.run._target_") == "rlhf_trl.stages.serve_reward.serve_reward":
         wanted |= dict.fromkeys(("fastapi", "uvicorn"), "`stage=serve_reward`")
-    extras = {name: name for name in wanted} | {"bitsandbytes": "qlora", "fastapi": "serve", "uvicorn": "serve"}
+    rewards = section(values, "reward").values()
+    if any(isinstance(node, dict) and node.get("function") == MATH_ANSWER for node in rewards):
+        wanted["math_verify"] = "`reward=math_answer`"
+    extras = {name: name for name in wanted} | EXTRAS
     return [
         f"{why} needs the package `{name}`, which is not installed. Run `pip install 'rlhf-trl[{extras[name]}]'`."
         for name, why in wanted.items()

@@ -9,6 +9,7 @@ from rlhf_trl.config.values import at, nodes, section
 from rlhf_trl.data.file_rows import resolve_paths
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest, suggestion
+from rlhf_trl.models.options import CHAT_TEMPLATES
 from rlhf_trl.runs.paths import (
     ADAPTER_FILE,
     DEMO,
@@ -30,7 +31,8 @@ def model_problems(values: dict[str, Any]) -> list[str]:
     problems = []
     if model := section(values, "model"):
         problems += _model("model", model, values, at(values, "stage.task_type") or "CAUSAL_LM")
-        problems += _file("model.chat_template", model.get("chat_template"))
+        if (template := model.get("chat_template")) not in CHAT_TEMPLATES:
+            problems += _file("model.chat_template", template)
     for name, reward in section(values, "reward").items():
         if isinstance(reward, dict) and {"run", "path"} <= reward.keys():
             problems += _model(f"reward.{name}", reward, values, "SEQ_CLS")

@@ -7,8 +7,10 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from rlhf_trl.data.tokenize import remember_ends
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.hints import names_of
 from rlhf_trl.models.adapters import adapter_config, base_path
 from rlhf_trl.models.loading import model_config
+from rlhf_trl.models.options import CHAT_TEMPLATES, template_file
 from rlhf_trl.terminal import say
 
 
@@ -31,7 +33,8 @@ def load_tokenizer(
         name (`str`, *optional*):
             Folder or hub id of another tokenizer.
         chat_template (`str`, *optional*):
-            Jinja file with a template that replaces the tokenizer's own.
+            Jinja file with a template that replaces the tokenizer's own, or the name of one that comes with the
+            package (`chatml`, `olmo`, `tulu`, `zephyr`).
         trust_remote_code (`bool`), revision (`str`, *optional*):
             As in `from_pretrained`.
 
@@ -59,10 +62,13 @@ def load_tokenizer(
     _stop_adding_eos(tokenizer, source)
     remember_ends(tokenizer, _eos_token_id(path, trust_remote_code, revision))
     if chat_template is not None:
-        if not Path(chat_template).is_file():
-            raise ConfigError(f"The chat template `{chat_template}` doesn't exist. Give a Jinja file.")
+        if not (file := template_file(chat_template)).is_file():
+            raise ConfigError(
+                f"The chat template `{chat_template}` doesn't exist. Give a Jinja file, or one of "
+                f"{names_of(CHAT_TEMPLATES)}."
+            )
         try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(
                 f"The chat template `{chat_template}` is not UTF-8 ({error}). Save it as UTF-8."

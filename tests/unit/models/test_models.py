@@ -109,6 +109,30 @@ def test_a_tokenizer_gets_a_pad_token_and_a_template(tiny_llama, tmp_path):
         load_tokenizer(tiny_llama, chat_template="gone.jinja")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "chatml",
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n",
+        ),
+        ("zephyr", "<|user|>\na<eos>\n<|assistant|>\nb<eos>\n<|user|>\nc<eos>\n"),
+        ("tulu", "<|user|>\na\n<|assistant|>\nb<eos>\n<|user|>\nc\n"),
+        ("olmo", "<pad><|user|>\na\n<|assistant|>\nb<eos>\n<|user|>\nc\n"),
+    ],
+)
+def test_the_templates_of_the_package_have_names(tiny_llama, name, text):
+    tokenizer = load_tokenizer(tiny_llama, chat_template=name)
+    tokenizer.bos_token = "<pad>"
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c")]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == text
+    start = {"chatml": "<|im_start|>assistant\n"}.get(name, "<|assistant|>\n")
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == text + start
+    answer = [*chat[:1], chat[1]]  # the last turn ends with the end token
+    assert tokenizer.apply_chat_template(answer, tokenize=False).rstrip().endswith(("<eos>", "<|im_end|>"))
+
+
 def test_an_adapter_without_a_tokenizer_has_its_bases(tiny_llama, tmp_path):
     get_peft_model(LlamaForCausalLM.from_pretrained(tiny_llama), lora()).save_pretrained(tmp_path / "bare")
     assert load_tokenizer(str(tmp_path / "bare")).get_vocab() == load_tokenizer(tiny_llama).get_vocab()
