@@ -8,7 +8,7 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2 --dist loadfile
 READY = $(VENV)/.ready
 
-.PHONY: help venv demo demo-clean test test-all style lint bench checkpoints
+.PHONY: help venv demo demo-clean test test-all style lint docs bench checkpoints
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -46,6 +46,9 @@ lint: $(READY) ## ruff and pyright: what .ci/run checks before the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(READY) ## build the documentation site into site/, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(READY) ## our PPO, TRL 1.12's and a bare loop: speed and memory in bench/results.md; about 25 minutes, with SmolLM2 50
 	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python -m bench
