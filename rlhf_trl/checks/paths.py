@@ -91,7 +91,10 @@ def _model(key: str, node: dict[str, Any], values: dict[str, Any], task_type: st
     elif path is not None:
         problems = _model_path(f"{key}.path", str(path), folder)
     elif key == "model":
-        return []  # reported as a missing value
+        return [
+            "`model.path` has no value. Set `model.path=...` to a folder or a hub id, or `model.run=...` to an "
+            "earlier run of this project."
+        ]
     else:
         return [f"`{key}` names no model. Set `{key}.run=...` (a run of this project) or `{key}.path=...`."]
     return problems or _task_type(key, folder, task_type)

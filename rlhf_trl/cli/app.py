@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_trl.cli.overrides import compose, parse_command_line, without_sweeps
+from rlhf_trl.cli.show_config import annotated_config
 from rlhf_trl.config.command_line import quote_text
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.paths import conf_dir
@@ -50,6 +51,8 @@ def run_app(
     try:
         sys.argv[1:] = quote_text(sys.argv[1:])  # Hydra reads them again
         args = parse_command_line(sys.argv[1:])
+        if args.cfg == "job" and not (args.config_name or args.config_path):
+            return print(annotated_config(args, config), end="")
         if args.is_checked and (problems := find_problems(args)):
             raise ConfigError.join(problems)
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config)(task)()

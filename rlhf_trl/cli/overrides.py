@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_trl.checks.renamed import renamed_key, renamed_problem
 from rlhf_trl.config.argument_names import arguments
 from rlhf_trl.config.command_line import SPECIAL_CHARACTERS, is_text_key, parse_override
-from rlhf_trl.config.groups import BASE, WHOLE_RUNS, help_text, option_groups
+from rlhf_trl.config.groups import WHOLE_RUNS, help_text, is_helper, option_groups
 from rlhf_trl.config.program import command_line
 from rlhf_trl.config.values import as_dict, at, flatten, nodes
 from rlhf_trl.errors import ConfigError
@@ -98,7 +98,7 @@ def compose(
         raise ConfigError.join(misshapen)
     while True:
         try:
-            cfg = _composed(config, left, config_dirs)
+            cfg = composed(config, left, config_dirs)
             break
         except (HydraException, yaml.YAMLError) as error:
             word = _culprit(error, left)
@@ -112,7 +112,7 @@ def compose(
     unread = _unread(left, cfg, groups, config, config_dirs) | _removed(left, groups, config, config_dirs)
     if unread:  # so that their consequences aren't reported too
         left = [word for word in left if word not in unread]
-        cfg = _composed(config, left, config_dirs)
+        cfg = composed(config, left, config_dirs)
     found = list(dict.fromkeys([*problems.values(), *unread.values()]))
     for file in files:
         choices = [word for word in left if _key(word) in groups and _key(word) != group]
@@ -122,12 +122,11 @@ def compose(
 
 def compose_sweeper(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> DictConfig:
     """Return the node `hydra.sweeper` of a sweep's command line, whose overrides fit."""
-    return _composed("sweep", without_sweeps(overrides), config_dirs, with_hydra=True).hydra.sweeper
+    return composed("sweep", without_sweeps(overrides), config_dirs, with_hydra=True).hydra.sweeper
 
 
-def _composed(
-    config: str, words: Sequence[str], folders: Sequence[str | Path], with_hydra: bool = False
-) -> DictConfig:
+def composed(config: str, words: Sequence[str], folders: Sequence[str | Path], with_hydra: bool = False) -> DictConfig:
+    """Return what Hydra composes of overrides and, beside ours, further config folders."""
     search = ",".join(f"file://{Path(folder).resolve()}" for folder in folders)
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         words = [*([f"hydra.searchpath=[{search}]"] if folders else []), *words]
@@ -330,9 +329,9 @@ def _misread(words: Sequence[str], groups: dict[str, set[str]]) -> dict[str, str
             problems[word] = f"`{word}` names no option of the group `{key}`. {way} {did_you_mean('', groups[key])}"
         elif sign and key in groups and ".." in value.split("/"):
             problems[word] = f"`{word}` leads out of the group `{key}`. {did_you_mean('', groups[key])}"
-        elif sign and key in groups and value.startswith(f"{BASE}/"):
+        elif sign and key in groups and is_helper(value.split("/")):
             problems[word] = (
-                f"`{word}` is a base file, not an option of the group `{key}`. {did_you_mean('', groups[key])}"
+                f"`{word}` names a helper file, not an option of the group `{key}`. {did_you_mean('', groups[key])}"
             )
     if "=" in problems:  # nor are its neighbors overrides
         at = list(words).index("=")
@@ -353,7 +352,7 @@ def _unread(
     added = {key: word for word in words if word.startswith("+") and "@" not in (key := _key(word))}
     added = {key: word for key, word in added.items() if key not in groups and not key.startswith("hydra.")}
     if any(word.startswith("++") for word in added.values()):  # it may also change an existing key
-        before = _composed(config, [word for word in words if not word.startswith("++")], folders)
+        before = composed(config, [word for word in words if not word.startswith("++")], folders)
         added = {key: word for key, word in added.items() if word[:2] != "++" or _first_new(key, before) is not None}
     renamed = {word: problem for key, word in added.items() if (problem := _renamed(word, key))}
     return renamed | {
@@ -368,7 +367,7 @@ def _removed(words: Sequence[str], groups: dict[str, set[str]], config: str, fol
     away = [word for word in words if word.startswith("~")]
     if not away:
         return {}
-    before = _composed(config, [word for word in words if word not in away], folders)
+    before = composed(config, [word for word in words if word not in away], folders)
     if "stage" in before and not str(OmegaConf.select(before, "stage.run._target_")).startswith("rlhf_trl."):
         return {}  # a function of the user's own may read any key
     values, problems = as_dict(before, resolve=False), {}
@@ -459,7 +458,7 @@ def _without_body(file: Path, group: str, config: str, choices: Sequence[str], f
         text = yaml.safe_dump({"defaults": content.get("defaults", [])})
         Path(bare, group).mkdir()
         Path(bare, group, "bare.yaml").write_text(f"# @package _global_\n{text}", encoding="utf-8")
-        return _composed(config, [*choices, f"{group}=bare"], [*folders, bare])
+        return composed(config, [*choices, f"{group}=bare"], [*folders, bare])
 
 
 def _unread_of_file(file: Path, cfg: DictConfig, before: DictConfig, groups: dict[str, set[str]]) -> list[str]:

@@ -16,7 +16,7 @@ import yaml
 
 from rlhf_trl.checks.ranges import RULES, RUN
 from rlhf_trl.config.argument_names import CLASSES, arguments
-from rlhf_trl.config.groups import BASE
+from rlhf_trl.config.groups import is_helper
 from tests.helpers.configs import CONF
 
 # Of Hydra's `instantiate`, the same in each node
@@ -78,8 +78,7 @@ def package_of(file: Path) -> str:
     """Return the path in the config that the keys of a file have."""
     if file.parent == CONF or file.read_text(encoding="utf-8").startswith("# @package _global_"):
         return ""
-    parents = file.relative_to(CONF).parent.parts
-    return ".".join(parents[: parents.index(BASE)] if BASE in parents else parents)
+    return ".".join(name for name in file.relative_to(CONF).parent.parts if not is_helper([name]))
 
 
 def groups_of(file: Path) -> dict[str, str]:
@@ -89,7 +88,20 @@ def groups_of(file: Path) -> dict[str, str]:
         for entry in (yaml.safe_load(each.read_text()) or {}).get("defaults", []):
             if isinstance(entry, dict):
                 ((group, option),) = entry.items()
+                if str(group).startswith("optional "):
+                    continue  # a helper file
                 found[str(group).removeprefix("override ").removeprefix("/")] = str(option)
+    return found
+
+
+def brought_files(file: Path) -> list[Path]:
+    """Return the files with the values that an option of a group brings to the stages, by `optional _x: ${stage}`."""
+    found = []
+    for entry in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("defaults", []):
+        for group, option in entry.items() if isinstance(entry, dict) else ():
+            if option == "${stage}":
+                folder = file.parent / group.removeprefix("optional ").partition("@")[0]
+                found += [each for each in sorted(folder.glob("*.yaml")) if not is_helper([each.name])]
     return found
 
 

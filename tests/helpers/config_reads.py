@@ -34,7 +34,8 @@ def unread_keys(values: dict[str, Any], read: Collection[str], interpolated: Col
     stage = values.get("stage", {}).get("run", {}).get("_target_")
     read = {key for key in read if not key.startswith("stage.")} | set(interpolated)
     read |= reads_below("rlhf_trl.cli.main", stage) if stage else set()
-    plain = [key for key in plain_keys(values) if key not in read and key.rpartition(".")[0] not in NAMES]
+    parents = {key: key.rpartition(".")[0] for key in plain_keys(values)}
+    plain = [key for key, parent in parents.items() if not {key, f"{parent}.*"} & read and parent not in NAMES]
     return plain + [
         f"{path}.{key}"
         for path, node, target in _called(values)
@@ -53,9 +54,10 @@ def _called(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]
 
 
 def interpolations(values: dict[str, Any]) -> set[str]:
-    """Return the keys that are read by an interpolation."""
+    """Return the keys that are read by an interpolation; `table.*` for `${table.${row}}`, which may read any row."""
     texts = [text for _, node in nodes(values) for value in node.values() for text in _texts(value)]
-    return {source for text in texts for source in re.findall(r"\$\{([\w.]+)\}", text)}
+    tables = {f"{source}.*" for text in texts for source in re.findall(r"\$\{([\w.]+)\.\$\{", text)}
+    return tables | {source for text in texts for source in re.findall(r"\$\{([\w.]+)\}", text)}
 
 
 def plain_keys(values: dict[str, Any], path: str = "") -> Iterator[str]:

@@ -18,6 +18,8 @@ PIPELINES = sorted(GROUPS["pipeline"])
 NEEDS = {
     "stage/merge": ["model.run=sft"],  # what `model=demo` names is a full model
     "critic/adapter": ["adapter=lora"],
+    # The embedded model has learning rates of its own
+    "adapter/lora": ["model=hf", "model.path=organization/name"],
     "model/hf": ["model.path=organization/name"],
     "data/files": ["data.paths=pairs.jsonl"],
     "data/hub": ["data.path=organization/name"],

@@ -84,7 +84,8 @@ def trainer_of(stage: str, model: str, folder: Path, batch_size: int, *words: st
     if rl:
         words += ["reward=function", "reward.function.function=tests.helpers.held_out.score", "health=none"]
         words += ["stage.args.max_completion_length=5"]
-        words += ["stage.args.num_generations=2"] if name != "ppo" else ["stage.args.steps_per_generation=1"]
+        words += ["stage.args.num_generations=2"] if name != "ppo" else []
+        words += ["stage.args.steps_per_generation=1", "stage.args.gradient_accumulation_steps=1"]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("train", words)
     tokenizer = load_tokenizer(model, None, None)

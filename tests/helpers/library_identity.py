@@ -104,6 +104,7 @@ def run(path: str, folder: str) -> None:
     words += ["reward.function.function=tests.helpers.held_out.score"]
     words += ["+adapter.peft.trainable_token_indices=[5,6]", "stage.args.max_completion_length=4"]
     words += ["stage.args.per_device_train_batch_size=8", "stage.args.steps_per_generation=2", "health=none"]
+    words += ["stage.args.gradient_accumulation_steps=1"]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("train", words)
     instantiate(cfg.stage.run)(cfg)

@@ -16,6 +16,7 @@ from rlhf_trl.ppo.options import REFUSED
 from tests.helpers.config_keys import (
     MISSING,
     Key,
+    brought_files,
     class_default,
     field_help,
     files_of,
@@ -101,13 +102,22 @@ def group_page(group: str) -> str:
     for name in sorted(GROUPS[group]):
         file = option(group, name)
         keys = keys_of(file)
-        parts += [f"## `{group}={name}`\n", paragraphs(head_of(file)), based_on(file), table(keys), ""]
+        parts += [f"## `{group}={name}`\n", paragraphs(head_of(file)), based_on(file), table(keys), brought(file), ""]
     return "\n".join(part for part in parts if part is not None)
 
 
 def based_on(file: Path) -> str | None:
     names = ", ".join(f"`{each.stem}`" for each in files_of(file)[:-1])
     return f"On {names}: its keys are here as well.\n" if names else None
+
+
+def brought(file: Path) -> str | None:
+    """Return a table of the values that an option brings to each stage, `None` where it brings none."""
+    lines = [
+        f"| `stage={each.stem}` | {', '.join(f'`{key.path}={key.text}`' for key in keys_of(each))} |"
+        for each in brought_files(file)
+    ]
+    return "\n".join(["Its values for a stage:\n", "| | |\n|---|---|", *lines, ""]) if lines else None
 
 
 def stage_page(stage: str) -> str:

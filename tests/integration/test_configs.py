@@ -16,7 +16,7 @@ from rlhf_trl.cli import overrides
 from rlhf_trl.config.groups import help_text
 from rlhf_trl.config.values import plain
 from tests.helpers.config_reads import interpolations, reads_below, unread_keys
-from tests.helpers.configs import CONF, GROUPS, OPTIONS, PIPELINES, STAGES, composed, every_config, every_key, words_of
+from tests.helpers.configs import CONF, OPTIONS, PIPELINES, STAGES, composed, every_config, every_key, words_of
 
 PAGES = [*CONF.parent.glob("*.md"), *CONF.parent.glob("docs/**/*.md")]
 
@@ -51,15 +51,12 @@ def test_every_option_composes_and_passes_the_checks(group, option):
     assert problems_of(*words_of(group, option)) == []
 
 
-def test_a_base_file_is_no_option():
-    assert (
-        STAGES
-        and not [stage for stage in STAGES if "_base" in stage]
-        and not any("_base" in group for group in GROUPS)
-    )
-    (problem,) = problems_of("stage=_base/offline")
-    assert "`stage=_base/offline` is a base file" in problem and "`dpo`" in problem
-    assert "_base" not in help_text([str(CONF)])
+def test_a_helper_file_is_no_option():
+    assert STAGES and not [name for name in OPTIONS if "/_" in f"/{'/'.join(name)}"]
+    for word in ("stage=_base/offline", "model=_demo/ppo"):
+        (problem,) = problems_of(word)
+        assert f"`{word}` names a helper file" in problem and ("`dpo`" in problem or "`hf`" in problem)
+    assert not re.search(r"\b_(base|demo|values)\b", help_text([str(CONF)]))
 
 
 @pytest.mark.parametrize("file", sorted([*CONF.rglob("*.yaml"), *(CONF.parent / "launch").rglob("*.yaml")]))

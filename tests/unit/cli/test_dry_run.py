@@ -147,6 +147,7 @@ def test_the_plans_prompt_is_the_policys_prompt(compose, tmp_path, capsys, monke
         *group,
         *reward,
         "stage.args.steps_per_generation=1",
+        "stage.args.gradient_accumulation_steps=1",
     )
     shown = plan_and_run(cfg, capsys)
     assert re.search(r"First row\n  <user> a b c d <assistant>\s*\n", shown)
@@ -201,6 +202,7 @@ def test_weights_that_lack_something_are_seen_in_the_files(compose, tmp_path):
     rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a b c"}] * 8)
     data = ["data=files", f"data.paths={rows}", "data.eval_size=null", "data.split_by=row", f"runs_dir={tmp_path}"]
     sizes = ["stage.args.per_device_train_batch_size=8", "stage.args.steps_per_generation=1"]
+    sizes += ["stage.args.gradient_accumulation_steps=1"]
 
     def plan(model: str, scored_by: str):
         given = ["reward=model", "reward.model.run=null", f"reward.model.path={scored_by}"]

@@ -144,7 +144,7 @@ def test_rollouts_beyond_the_positions_are_refused_before_the_model_loads(compos
     group = ["reward=length", "reward.length.kwargs.max_length=5"] + ["stage.args.num_generations=2"] * (
         stage != "ppo"
     )
-    group += ["stage.args.steps_per_generation=1"]
+    group += ["stage.args.steps_per_generation=1", "stage.args.gradient_accumulation_steps=1"]
     rows = [{"prompt": " ".join("abcdefghij"[: 2 + i])} for i in range(8)]  # up to 9 tokens
     cfg = config_of(
         compose, tmp_path, stage, save_gpt2(tmp_path / "m"), rows, *group, "stage.args.max_completion_length=56"

@@ -168,7 +168,7 @@ def test_rollouts_stop_at_the_turn_end_of_the_template(tmp_path, train, kind):
     run = train(
         tmp_path, f"stage={kind}", "model=hf", f"model.path={path}", "data=files", f"data.paths={file}", "reward=eos",
         "data.eval_size=8", "stage.args.max_steps=1", "stage.args.max_completion_length=32", "kl=fixed",
-        "stage.args.learning_rate=0", "stage.args.per_device_train_batch_size=8",
+        "stage.args.learning_rate=0", "stage.args.per_device_train_batch_size=8", "stage.args.steps_per_generation=4",
     )  # fmt: skip
     assert GenerationConfig.from_pretrained(run).eos_token_id == [EOS, END]
 
