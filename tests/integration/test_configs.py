@@ -99,6 +99,43 @@ def test_a_key_that_nothing_reads_is_found(read, key):
     assert unread_keys(OmegaConf.to_container(cfg), **read) == [key]
 
 
+@pytest.fixture(scope="module")
+def validator():
+    """Return the validator of conf/schema.json."""
+    jsonschema = pytest.importorskip("jsonschema")
+    return jsonschema.Draft7Validator(json.loads((CONF / "schema.json").read_text(encoding="utf-8")))
+
+
+def test_the_schema_allows_every_config_and_every_experiment(validator):
+    configs = [
+        (name, values) for name, values in every_config() if "steps" not in values and "accelerate" not in values
+    ]
+    files = [(str(path), OmegaConf.to_container(OmegaConf.load(path))) for path in CONF.glob("experiment/**/*.yaml")]
+    assert len(configs) > 50 and files
+    errors = [
+        (name, error.json_path, error.message[:200])
+        for name, values in configs + files
+        for error in validator.iter_errors(values)
+    ]
+    assert not errors
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "projekt: a",
+        "stage: {args: {learning_rat: 1.0e-5}}",
+        "stage: {args: {learning_rate: fast}}",
+        "stage: {args: {vf_coef: -1}}",
+        "stage: {args: {kl_estimator: k4}}",
+        "stage: {polices: {a: b}}",
+        "model: {pathh: a}",
+    ],
+)
+def test_the_schema_finds_what_is_misspelt(validator, text):
+    assert not validator.is_valid(OmegaConf.to_container(OmegaConf.create(text)))
+
+
 def test_no_key_of_ours_has_a_former_name():
     assert [key for key in every_key() if renamed_key(key)] == []
 
