@@ -41,6 +41,7 @@ from rlhf_trl.data.chat_template import (
     check_template_syntax,
     keep_template_kwargs,
     refusals_named,
+    text_as_chat,
 )
 from rlhf_trl.data.lengths import head_names, keep_one_bos, measure
 from rlhf_trl.data.messages import is_chat
@@ -233,7 +234,7 @@ def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDic
         if tokenizer.chat_template is not None:
             check_template_syntax(tokenizer, template_source)
         with refusals_named(tokenizer):
-            dataset = instantiate_data(cfg)
+            dataset = instantiate_data(cfg, tokenizers=[tokenizer])
         options = as_dict(cfg.stage.args)
         dataset = keep_template_kwargs(dataset, tokenizer, options.get("chat_template_kwargs"))
         dataset = keep_one_bos(dataset, tokenizer)
@@ -264,9 +265,10 @@ def check_prompts(args: Any, count: int) -> None:
         )
 
 
-def demonstrations(cfg: DictConfig, dataset: DatasetDict) -> Dataset:
+def demonstrations(cfg: DictConfig, dataset: DatasetDict, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Return the training rows of `ptx_data` without those whose prompt is held out in `dataset`."""
-    rows = instantiated(cfg.ptx_data)(dataset_type="prompt_completion", seed=cfg.seed)["train"]
+    with text_as_chat([tokenizer]):
+        rows = instantiated(cfg.ptx_data)(dataset_type="prompt_completion", seed=cfg.seed)["train"]
     if "eval" not in dataset or cfg.data.get("split_by") == "row":
         return rows
     notes = []
@@ -276,14 +278,30 @@ def demonstrations(cfg: DictConfig, dataset: DatasetDict) -> Dataset:
     return rows
 
 
-def instantiate_data(cfg: DictConfig, dataset_type: str | None = None) -> DatasetDict:
+def instantiate_data(
+    cfg: DictConfig, dataset_type: str | None = None, tokenizers: Sequence[PreTrainedTokenizerBase] | None = None
+) -> DatasetDict:
     """
     Instantiate `cfg.data` in the dataset type that the stage trains on, or in another one.
+
+    Args:
+        dataset_type (`str`, *optional*): another one than the stage's.
+        tokenizers (`Sequence[PreTrainedTokenizerBase]`, *optional*): those of the models that read the rows, which
+            decide what `data.to_chat: null` does; by default of the policies that the config names or, of annotated
+            rows, of its reward models.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: of an option of `data.feedback`, or of the rows.
     """
-    return instantiated(cfg.data)(dataset_type=dataset_type or cfg.stage.dataset_type, seed=cfg.seed)
+    dataset_type = dataset_type or cfg.stage.dataset_type
+    if tokenizers is None:
+        models = models_of(as_dict(cfg))
+        rewards = [model for model in models if model.key.startswith("reward.")]
+        policies = [model for model in models if model.writes]
+        readers = (dataset_type == "annotated" and rewards) or policies
+        tokenizers = [model.load_tokenizer() for model in readers]
+    with text_as_chat(tokenizers):
+        return instantiated(cfg.data)(dataset_type=dataset_type, seed=cfg.seed)
 
 
 def instantiated(node: DictConfig, **options):

@@ -1,14 +1,15 @@
 """Rendering of chats with the tokenizer's template."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from rlhf_trl.data.messages import CHAT_CHECK, is_chat
+from rlhf_trl.data.messages import CHAT_CHECK, TEMPLATE_TOKENS, is_chat
 from rlhf_trl.data.rows import RowError
 from rlhf_trl.errors import ConfigError, DataError
+from rlhf_trl.terminal import say
 
 
 def without_bos(tokenizer, text: str) -> str:
@@ -75,6 +76,36 @@ def refusals_named(tokenizer) -> Iterator[None]:
         yield
     finally:
         CHAT_CHECK.reset(token)
+
+
+@contextmanager
+def text_as_chat(tokenizers: Sequence) -> Iterator[None]:
+    """
+    Let `data.to_chat: null` make chats of text, if each of the tokenizers has a chat template.
+
+    Args:
+        tokenizers (`Sequence`): those of the models that the rows are read for; without any, text stays text.
+    """
+    templates = [tokenizer.chat_template is not None for tokenizer in tokenizers]
+    if any(templates) and not all(templates):
+        say("note: not all of the models have a chat template, so `data.to_chat: null` keeps text as it is")
+    tokens = frozenset().union(*map(_template_tokens, tokenizers)) if templates and all(templates) else None
+    token = TEMPLATE_TOKENS.set(tokens)
+    try:
+        yield
+    finally:
+        TEMPLATE_TOKENS.reset(token)
+
+
+def _template_tokens(tokenizer) -> set[str]:
+    """Return the special tokens that a chat template writes around the user's turn."""
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError:
+        return set()
+    return {token for token in tokenizer.all_special_tokens if token in text}
 
 
 def template_kwargs(row: dict) -> dict:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 
 from rlhf_trl.data.rows import RowError, Struct, type_of
+from rlhf_trl.errors import DataError
 
 
 def as_text(value: str | Sequence[dict]) -> str:
@@ -28,11 +29,19 @@ def _content(content) -> str:
 # While rows are read for a tokenizer with a chat template: `check(messages, row)`, which raises a `RowError` if the
 # template refuses the chat. `rlhf_trl.data.chat_template.refusals_named` sets it.
 CHAT_CHECK: ContextVar[Callable[[list[dict], dict], None] | None] = ContextVar("chat_check", default=None)
+# While rows are read with `data.to_chat: null` for models with a chat template: the special tokens that it writes.
+# `None`: text stays text. `rlhf_trl.data.chat_template.text_as_chat` sets it.
+TEMPLATE_TOKENS: ContextVar[frozenset[str] | None] = ContextVar("template_tokens", default=None)
 # The columns of all forms that may hold chats
 CHATS = ("prompt", "completion", "chosen", "rejected", "messages", "completions")
 # A chat in text: JSON, or what Python prints of a list
 CHAT_AS_TEXT = re.compile(r"""\s*\[\s*\{[^{}]*["'](role|from)["']\s*:""")
 ROLES = ("system", "developer", "user", "assistant", "tool")
+TO_CHAT = "`to_chat`: text prompts became user turns, answers assistant turns"
+AS_TEMPLATE = (
+    "text prompts became user turns, answers assistant turns, since the model has a chat template "
+    "(`data.to_chat=false` keeps text)"
+)
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -122,10 +131,30 @@ def check_turns(prompt, given: dict) -> None:
                 raise RowError(field, f"{name} with a turn of `{turn['role']}`, where the assistant's should be")
 
 
-def to_chat(row: dict, notes: Counter) -> dict:
-    """Convert text prompts to the user's turn and text answers to the assistant's."""
-    if isinstance(row.get("prompt"), str):
-        notes["`to_chat`: text prompts became user turns, answers assistant turns"] += 1
+def to_chat(row: dict, notes: Counter, wanted: bool | None, place: str) -> dict:
+    """
+    Convert text prompts to the user's turn and text answers to the assistant's, if so wanted.
+
+    Args:
+        notes (`Counter`): counts the rows that are converted.
+        wanted (`bool`, *optional*): `None` converts if the rows are read for models with a chat template, see
+            [`~rlhf_trl.data.chat_template.text_as_chat`].
+        place (`str`): file and row, for the message.
+
+    Raises:
+        DataError: if `wanted` is `None` and the text is a chat already, as the template writes it.
+    """
+    tokens = TEMPLATE_TOKENS.get()
+    if wanted is False or (wanted is None and tokens is None):
+        return row
+    if isinstance(prompt := row.get("prompt"), str):
+        notes[TO_CHAT if wanted else AS_TEMPLATE] += 1
+        if found := sorted(token for token in tokens or () if wanted is None and token in prompt):
+            raise DataError(
+                f"{place}: the text in `prompt` holds `{found[0]}`, which the chat template writes, so it seems to be "
+                "rendered already. Set `data.to_chat=false` to take it as it is, or `data.to_chat=true` to make it "
+                "the user's turn all the same."
+            )
     roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
     made = {key: as_chat(value, roles[key]) if key in roles else value for key, value in row.items()}
     if "completions" in row:

@@ -11,7 +11,7 @@ from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, names_of, sentences
 
 LIMITS = {"max_samples": f"{COUNT}?", "max_eval_samples": f"{COUNT}?"}
-ROWS = LIMITS | {"eval_size": f"{POSITIVE}?", "to_chat": "bool"}
+ROWS = LIMITS | {"eval_size": f"{POSITIVE}?", "to_chat": "bool?"}
 # By the dot path of a `_target_`; `checks/ranges.py` applies them to a config
 RULES = {
     "rlhf_trl.data.load_files": ROWS,
@@ -31,7 +31,9 @@ class LoadOptions:
         row_type (`str`, *optional*): what the rows hold (a key of `ROW_TYPES`); `None` recognizes it by the columns.
         columns (`dict`, *optional*): our name of a column -> the file's, `{"prompt": "question"}`.
         system_prompt (`str`, *optional*): a system turn before every chat that has none.
-        to_chat (`bool`): text prompts become user turns, text completions assistant turns.
+        to_chat (`bool`, *optional*): whether text prompts become user turns, text completions assistant turns; `None`:
+            if the rows are read for models with a chat template, see
+            [`~rlhf_trl.data.chat_template.text_as_chat`].
         messages (`str`): `last_turn` takes a conversation's last assistant turn as the completion, `whole` keeps
             conversations as they are (for SFT: all turns are trained on).
         eval_size (`float` or `int`, *optional*): share (below 1) or number of prompts to hold out; `None`: none.
@@ -50,7 +52,7 @@ class LoadOptions:
     row_type: str | None = None
     columns: dict[str, str | list[str] | None] | None = None
     system_prompt: str | None = None
-    to_chat: bool = False
+    to_chat: bool | None = None
     messages: str = "last_turn"
     eval_size: float | int | None = None
     split_by: str = "prompt"

@@ -266,7 +266,7 @@ class Reader:
 
     def _apply_chat_options(self, row: dict, place: str) -> dict:
         """Apply `to_chat` and `system_prompt`."""
-        row = to_chat(row, self.changes) if self.options.to_chat else row
+        row = to_chat(row, self.changes, self.options.to_chat, place)
         if not self.options.system_prompt:
             return row
         if not is_chat(row):

@@ -81,7 +81,8 @@ def prompts_of(cfg: DictConfig) -> list[dict]:
     """
     if cfg.stage.prompts is not None:
         return read_prompts(cfg.stage.prompts, cfg.stage.max_prompts)
-    return eval_split(instantiate_data(cfg, "prompt")).to_list()[: cfg.stage.max_prompts]
+    # Texts stay texts here, unless the data say otherwise: `stage.to_chat` decides, see `as_chat`
+    return eval_split(instantiate_data(cfg, "prompt", tokenizers=())).to_list()[: cfg.stage.max_prompts]
 
 
 def read_prompts(source: str | list[str], limit: int | None = None) -> list[dict]:

@@ -62,7 +62,7 @@ def train(cfg: DictConfig) -> float | None:
     if "eval" not in dataset:
         args.eval_strategy, args.do_eval, args.eval_on_start = IntervalStrategy.NO, False, False
 
-    extra = {"ptx_dataset": demonstrations(cfg, dataset)} if "ptx_data" in cfg else {}
+    extra = {"ptx_dataset": demonstrations(cfg, dataset, tokenizer)} if "ptx_data" in cfg else {}
     with open_run(cfg, start=path, inputs=inputs_of(cfg, path, dataset | extra)) as run:
         interrupt = Interrupt(resume_command=command(cfg, "resume=true"))
         logger = instantiate(cfg.logger.run)

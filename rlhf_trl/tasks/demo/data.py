@@ -138,4 +138,4 @@ def load(
         [(f"demo ({name})", ((f"demo ({name}), row {i}", row) for i, row in enumerate(made, 1)))]
         for name, made in splits.items()
     )
-    return build_dataset(dataset_type, seed, train, held_out, feedback=feedback)
+    return build_dataset(dataset_type, seed, train, held_out, feedback=feedback, to_chat=False)

@@ -136,7 +136,7 @@ def load(
             for row in train[:max_samples]
         )
         named = [("reviews", ((f"reviews, sentence {train[i]['id']}", row) for i, row in enumerate(raw)))]
-        made = build_dataset(dataset_type, seed, named, feedback=feedback)["train"]
+        made = build_dataset(dataset_type, seed, named, feedback=feedback, to_chat=False)["train"]
         held_out = Dataset.from_list(splits["eval"][:max_eval_samples])
         return DatasetDict({"train": made, "eval": held_out})
     return DatasetDict({name: Dataset.from_list(rows[: limits[name]]) for name, rows in splits.items()})

@@ -14,6 +14,7 @@ from rlhf_trl.data.row_types import row_types_in
 from rlhf_trl.data.splits import held_out_keys, hold_out, prompt_key, prompt_keys
 from rlhf_trl.errors import DataError
 from rlhf_trl.runs.paths import conf_dir
+from tests.helpers.tiny import make_tokenizer
 
 with initialize_config_dir(str(conf_dir()), version_base="1.3"):
     CONFIGS = {path.stem: compose("train", [f"stage={path.stem}"]) for path in sorted(conf_dir().glob("stage/*.yaml"))}
@@ -197,8 +198,8 @@ def test_demonstrations_beside_ppo_have_no_held_out_prompts(tmp_path, capsys):
     node = {"_target_": "rlhf_trl.data.load_files", "_partial_": True, "paths": str(path)}  # no split of its own
     dataset = load("prompt", rows_of(ROW_TYPES["messages"]), eval_size=0.2)
     cfg = OmegaConf.create({"ptx_data": node, "data": {"split_by": "prompt"}, "seed": 0})
-    rows = demonstrations(cfg, dataset)
+    rows = demonstrations(cfg, dataset, make_tokenizer())
     assert len(rows) == 82 and not set(prompt_keys(rows)) & set(prompt_keys(dataset["eval"]))
     assert "ptx_data: 18 rows dropped that share a prompt with an eval row" in capsys.readouterr().out
     cfg.data.split_by = "row"
-    assert len(demonstrations(cfg, dataset)) == 100
+    assert len(demonstrations(cfg, dataset, make_tokenizer())) == 100
