@@ -23,11 +23,11 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.checks.renamed import renamed_key, renamed_problem
-from rlhf_trl.config.argument_names import arguments
+from rlhf_trl.cli.unknown_keys import deepest, target_of, unknown_key_problem
 from rlhf_trl.config.command_line import SPECIAL_CHARACTERS, is_text_key, parse_override
 from rlhf_trl.config.groups import WHOLE_RUNS, help_text, is_helper, option_groups
 from rlhf_trl.config.program import command_line
-from rlhf_trl.config.values import as_dict, at, flatten, nodes
+from rlhf_trl.config.values import as_dict, at, flatten
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest, suggestion
 from rlhf_trl.runs.paths import conf_dir
@@ -208,7 +208,7 @@ def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set
     if "Could not override" in text:
         group = key if key in groups else key.partition(".")[0]  # `combine=min`, or `combine.floor=1`
         not_read = group in groups and group not in cfg
-        return _group_not_read(word, group, cfg, groups[group]) if not_read else _unknown_key(word, cfg, groups)
+        return _group_not_read(word, group, cfg, groups[group]) if not_read else unknown_key_problem(word, cfg, groups)
     return f"`{word}`: {_text(error)}"
 
 
@@ -261,58 +261,6 @@ def _group_not_read(word: str, group: str, cfg: DictConfig, options: set[str]) -
         return f"`{word}`: the chosen option of `{group}` has no keys. Set `{group}=...` as well: {named}."
     others = f" It is read by {', '.join(f'`stage={name}`' for name in readers)}." if readers else ""
     return f"`{word}` would do nothing: `stage={stage}` doesn't read the group `{group}`. Remove it.{others}"
-
-
-def _unknown_key(word: str, cfg: DictConfig, groups: dict[str, set[str]]) -> str:
-    path, _, value = word.lstrip("+~").partition("=")
-    parent, node, leaf = _deepest(path, cfg)
-    if not isinstance(node, DictConfig):
-        return f"`{word}`: `{parent}` is {node!r} and holds no keys. Use `{parent}={value}`."
-    if not parent and (meant := [f"{key}={value}" for key in _ending_with(path, cfg)]):
-        return f"`{word}`: there is no key `{leaf}` at the top. {suggestion(meant)}"
-    prefix = f"{parent}." if parent else ""
-    declared = {str(name) for name in node if not str(name).startswith("_")} if isinstance(node, DictConfig) else set()
-    undeclared = set(arguments(str(_target(node))) or ()) - declared
-    if f"{prefix}{leaf}" == path and leaf in undeclared:
-        return f"`{word}`: `{leaf}` is an argument of `{_target(node)}` that isn't listed. Use `+{path}={value}`."
-    rest = path.removeprefix(f"{prefix}{leaf}")
-    near = nearest(leaf, declared | undeclared | (set() if parent else groups.keys()))
-    if near:
-        meant = [f"{'+' * (name in undeclared)}{prefix}{name}{rest}={value}" for name in near]
-        return f"`{word}`: there is no key `{prefix}{leaf}`. {suggestion(meant)}"
-    if not declared:
-        group = parent.replace(".", "/")
-        options = f" Set `{group}=...` as well: {', '.join(sorted(groups[group]))}." if group in groups else ""
-        return f"`{word}`: there is no key `{prefix}{leaf}`. `{parent}` has none here.{options}"
-    where = f"in `{parent}`" if parent else "at the top"
-    return (
-        f"`{word}`: there is no key `{prefix}{leaf}`. Keys {where}: {', '.join(f'`{n}`' for n in sorted(declared))}."
-    )
-
-
-def _ending_with(path: str, cfg: DictConfig) -> list[str]:
-    """Return up to three keys that end with a path: keys of the config, and unlisted arguments with a `+`."""
-    found = []
-    for parent, node in nodes(as_dict(cfg, resolve=False)):
-        found += [key for name in node if (key := f"{parent}.{name}").endswith(f".{path}")]
-        if path not in node and path in (arguments(str(node.get("_target_"))) or ()):
-            found.append(f"+{parent}.{path}")
-    return found[:3]
-
-
-def _target(node: Any) -> str | None:
-    return node.get("_target_") if isinstance(node, DictConfig) else None
-
-
-def _deepest(path: str, cfg: DictConfig) -> tuple[str, Any, str]:
-    """Return the last node on a path that exists, its path first, and the name that it doesn't have."""
-    names, node = path.split("."), cfg
-    for i, name in enumerate(names):
-        if not isinstance(node, DictConfig) or name not in node or OmegaConf.is_missing(node, name):
-            return ".".join(names[:i]), node, name
-        if i + 1 < len(names):
-            node = node[name]
-    return ".".join(names[:-1]), node, names[-1]
 
 
 def _misread(words: Sequence[str], groups: dict[str, set[str]]) -> dict[str, str]:
@@ -393,9 +341,9 @@ def _hint_if_unread(key: str, cfg: DictConfig, value: str = "", known: Collectio
         return None  # a function or program of the user's own may read any key
     names = key.split(".")
     parents = [".".join(names[:i]) for i in range(1, len(names))]
-    if OPEN_NODES & set(names[:-1]) or any(_target(OmegaConf.select(cfg, parent)) for parent in parents):
+    if OPEN_NODES & set(names[:-1]) or any(target_of(OmegaConf.select(cfg, parent)) for parent in parents):
         return None
-    if parents == ["reward"] and _target(OmegaConf.select(cfg, key)):
+    if parents == ["reward"] and target_of(OmegaConf.select(cfg, key)):
         return None  # one more reward, of any number
     node = OmegaConf.select(cfg, parents[-1]) if parents else cfg
     others = {*known, *(str(name) for name in node)} - {names[-1]} if isinstance(node, DictConfig) else set()
@@ -477,7 +425,7 @@ def _unread_of_file(file: Path, cfg: DictConfig, before: DictConfig, groups: dic
 
 def _first_new(key: str, cfg: DictConfig) -> str | None:
     """Return the first part of a key that the config doesn't have, `None` if it has all of it."""
-    parent, node, name = _deepest(key, cfg)
+    parent, node, name = deepest(key, cfg)
     # `in node` is false for keys without a value
     if not isinstance(node, DictConfig) or name in node.keys():  # noqa: SIM118
         return None
