@@ -12,9 +12,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_trl.cli.overrides import compose, parse_command_line, without_sweeps
+from rlhf_trl.cli.help import help_text, version_text
+from rlhf_trl.cli.overrides import completed_options, compose, parse_command_line, without_sweeps
 from rlhf_trl.cli.show_config import annotated_config
 from rlhf_trl.config.command_line import quote_text
+from rlhf_trl.config.program import App
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.paths import conf_dir
 from rlhf_trl.runs.ranks import is_main_process, world_size
@@ -25,12 +27,15 @@ SECONDS_FOR_RANK_0 = 5.0
 
 def run_app(
     task: Callable[[DictConfig], object],
-    config: str,
+    config: App,
     find_problems: Callable[[Namespace], list[str]],
     interrupted: str,
 ) -> None:
     """
     Run a Hydra app. Errors in its command line are reported before Hydra writes its first file, all in one message.
+
+    `--help` and `--version` are ours. Without any argument the help is shown, since nothing should start by accident;
+    a pipeline runs: its default is the demo.
 
     Args:
         task (`Callable[[DictConfig], object]`):
@@ -47,21 +52,38 @@ def run_app(
         SystemExit: with status 2 after an error of the user's, 130 after Ctrl-C.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra itself ends every error, with status 1 and without its traceback
-    args = Namespace(overrides=[], config_dirs=[])
+    args = Namespace(overrides=[], config_dirs=[], is_checked=False)
     try:
+        if "--version" in sys.argv[1:]:  # which is Hydra's own otherwise
+            return _show(version_text())
         sys.argv[1:] = quote_text(sys.argv[1:])  # Hydra reads them again
         args = parse_command_line(sys.argv[1:])
+        if args.help or (len(sys.argv) == 1 and config != "pipeline"):
+            return _show(help_text(config, args.config_dirs))
         if args.cfg == "job" and not (args.config_name or args.config_path):
             return print(annotated_config(args, config), end="")
+        if args.shell_completion and (words := completed_options(args.config_dirs)):
+            return _show("\n".join(words))
         if args.is_checked and (problems := find_problems(args)):
             raise ConfigError.join(problems)
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config)(task)()
+        sys.stdout.flush()
     except ConfigError as error:
         exit_with(f"Error: {error}", 2)
     except (HydraException, OmegaConfBaseException) as error:
         exit_with(f"Error: {_explain(error, config, args)}", 2)
     except KeyboardInterrupt:
         exit_with(interrupted, 130)
+    except BrokenPipeError:
+        if args.is_checked:
+            raise
+        # `--help | head` has read enough; Python itself flushes once more when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show(text: str) -> None:
+    if is_main_process():
+        print(text, flush=True)
 
 
 def _explain(error: Exception, config: str, args: Namespace) -> str:

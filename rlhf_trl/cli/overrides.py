@@ -6,6 +6,7 @@ imported: it takes well under a second.
 """
 
 import itertools
+import os
 import re
 import shlex
 import tempfile
@@ -25,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_trl.checks.renamed import renamed_key, renamed_problem
 from rlhf_trl.cli.unknown_keys import deepest, target_of, unknown_key_problem
 from rlhf_trl.config.command_line import SPECIAL_CHARACTERS, is_text_key, parse_override
-from rlhf_trl.config.groups import WHOLE_RUNS, help_text, is_helper, option_groups
+from rlhf_trl.config.groups import WHOLE_RUNS, is_helper, option_groups
 from rlhf_trl.config.program import command_line
 from rlhf_trl.config.values import as_dict, at, flatten
 from rlhf_trl.errors import ConfigError
@@ -43,7 +44,7 @@ OPEN_NODES = {"callbacks", "columns", "kwargs", "policies", "sources", "steps", 
 
 def parse_command_line(argv: Sequence[str]) -> Namespace:
     """
-    Parse a command line. `--help` shows the groups of its config folder beside ours.
+    Parse a command line.
 
     Returns:
         `Namespace`: Hydra's options and `overrides`, and further `config_dirs` (`list[str]`), the config folders
@@ -60,9 +61,19 @@ def parse_command_line(argv: Sequence[str]) -> Namespace:
     args.config_dirs = [args.config_dir] if args.config_dir else []
     shows = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
     args.is_checked = not (shows or args.experimental_rerun or args.config_name or args.config_path)
-    folders = [str(conf_dir()), *args.config_dirs]
-    OmegaConf.register_new_resolver("rlhf_trl.help", lambda: help_text(folders), replace=True)  # hydra.help.template
     return args
+
+
+def completed_options(config_dirs: Sequence[str]) -> list[str]:
+    """
+    Return the words that complete `experiment=...` or `pipeline=...` in the command line that a shell asks about.
+    Hydra's completion doesn't look into the folders of a group.
+    """
+    group, sign, begun = os.environ.get("COMP_LINE", "").rpartition(" ")[2].partition("=")
+    if not sign or group not in WHOLE_RUNS.values():
+        return []
+    options = option_groups([str(conf_dir()), *config_dirs])[group]
+    return sorted(f"{group}={name}" for name in options if name.startswith(begun))
 
 
 def compose(

@@ -1,5 +1,7 @@
 """Groups of the config and their options."""
 
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,19 +10,6 @@ WHOLE_RUNS = {"train": "experiment", "sweep": "experiment", "pipeline": "pipelin
 # Folders and files of these names are no options: the keys that options share (`_base`), and the values that an option
 # of another group brings
 HELPER = "_"
-# `hydra.help.template`. Hydra's own lists helper files as options, and each folder of experiments as a group
-HELP = """\
-== Groups ==
-Choose an option: GROUP=OPTION
-
-{}
-
-== Config ==
-Set a key: KEY=VALUE
-
-$CONFIG
-Hydra's own options: --hydra-help
-"""
 
 
 def is_helper(names: Sequence[str]) -> bool:
@@ -41,7 +30,17 @@ def option_groups(folders: Sequence[str]) -> dict[str, set[str]]:
     return groups
 
 
-def help_text(folders: Sequence[str]) -> str:
-    """Return the template of `--help`, with the options of each group in the config folders."""
-    groups = option_groups(folders)
-    return HELP.format("\n".join(f"{group}: {', '.join(sorted(groups[group]))}" for group in sorted(groups)))
+def head_of(file: Path) -> str:
+    """Return the comment at the top of a file, without `@package`."""
+    lines = list(itertools.takewhile(lambda line: line.startswith("#"), _lines(file)))
+    text = [line.removeprefix("#").removeprefix(" ") for line in lines]
+    return "\n".join(text[1:] if text and text[0].startswith("@package") else text)
+
+
+def summary(file: Path) -> str:
+    """Return the first sentence of the comment at the top of a file, up to its colon."""
+    return re.split(r"(?<=[.:])\s", " ".join(head_of(file).split()))[0].rstrip(":.")
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").splitlines()

@@ -51,19 +51,6 @@ class Key:
 # ---- Files ----
 
 
-def head_of(file: Path) -> str:
-    """Return the comment at the top of a file."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    found = []
-    for line in lines:
-        if not line.startswith("#"):
-            break
-        found.append(line.removeprefix("#").removeprefix(" "))
-    if found and found[0].startswith("@package"):
-        del found[0]
-    return "\n".join(found)
-
-
 def files_of(file: Path) -> list[Path]:
     """Return a file and the files of its folder that it is based on, those first."""
     based = []

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rlhf_trl.config.argument_names import BASE
+from rlhf_trl.config.groups import head_of
+from rlhf_trl.config.groups import summary as first_sentence
 from rlhf_trl.ppo.options import REFUSED
 from tests.helpers.config_keys import (
     MISSING,
@@ -21,7 +23,6 @@ from tests.helpers.config_keys import (
     field_help,
     files_of,
     groups_of,
-    head_of,
     keys_of,
     located,
     type_of,
@@ -83,7 +84,7 @@ def option(group: str, name: str) -> Path:
 
 def summary(file: Path) -> str:
     """Return the first sentence of the comment at the top of a file."""
-    return cell(re.split(r"(?<=[.:])\s", " ".join(head_of(file).split()))[0].rstrip(":"))
+    return cell(first_sentence(file))
 
 
 def config_page() -> str:

@@ -175,9 +175,8 @@ def test_the_checks_import_nothing_heavy():
     assert "2 problems" in done.stderr and done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("words", [["--cfg", "job"], ["--help"]])
-def test_help_and_config_are_shown(command, words):
-    status, shown, _ = command(*words)
+def test_the_config_is_shown(command):
+    status, shown, _ = command("--cfg", "job")
     assert status == 0 and "stage:" in shown and "PPOConfig" in shown
 
 
@@ -279,6 +278,19 @@ def test_a_launcher_starts_no_sweep(command, monkeypatch, variable):
     monkeypatch.setenv(variable, "no")
     status, _, message = command("-m", "stage=dpo", "seed=1,2")
     assert status == 2 and "launch/sweep.py -m stage=dpo seed=1,2`" in message
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["--cfg", "job"], ["stage=sft", "--cfg", "job"]])
+def test_what_only_shows_something_imports_no_torch_and_survives_a_closed_pipe(words):
+    code = (
+        f"import sys; sys.argv = ['train.py', *{words}]\n"
+        "from rlhf_trl.cli.main import main\nmain()\n"
+        "assert not {'torch', 'transformers', 'trl', 'datasets', 'numpy', 'peft'} & sys.modules.keys()"
+    )
+    command = f"set -o pipefail; {shlex.quote(sys.executable)} -c {shlex.quote(code)}"
+    for reader in ("cat", "head -n 1", "true"):
+        done = subprocess.run(["bash", "-c", f"{command} | {reader}"], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_refused_run_leaves_the_directory_as_it_was(command, tmp_path):
