@@ -38,7 +38,7 @@ def imports(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_imports_only_from_layers_below_its_own(path):
     own = path.relative_to(PACKAGE).with_suffix("").parts[0]
-    found = {layer(name) for name in imports(path)} - {own}
+    found = {layer(name) for name in imports(path)} - {own, "rlhf_trl"}  # whose `__init__` has the version
     if own == "tasks":  # examples, outside the layers
         assert "tasks" not in found
     else:
