@@ -6,12 +6,15 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_trl.checks import find_problems
 from rlhf_trl.cli import overrides
+from tests.helpers.chat_tokenizers import chatml_tokenizer
 from tests.helpers.configs import CONF
 
 ROOT = CONF.parent
@@ -138,3 +141,131 @@ def test_the_commands_of_a_page_pass_the_checks(page, a_users_folder):
         if problems:
             wrong[line] = problems
     assert not wrong
+
+
+def test_the_shell_completes_options_and_keys():
+    env = {**os.environ, "COMP_LINE": "python train.py stage=d"}
+    found = subprocess.run(
+        [sys.executable, "train.py", "-sc", "query=bash"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert found.stdout.split() == ["stage=dpo"]
+    assert "-sc install=bash" in (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+
+
+# ---- The image ----
+
+
+def test_the_image_is_made_of_what_the_clone_has():
+    """The image itself can't be built here: its steps are those of the Makefile, on files that are there."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    makefile, ignored = (ROOT / "Makefile").read_text(), (ROOT / ".dockerignore").read_text().split()
+    copied = [word for line in re.findall(r"^COPY (.*)$", text, re.M) for word in line.split()[:-1]]
+    assert copied and [name for name in copied if not (ROOT / name).exists() or f"!{name}" not in ignored] == []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (extras,) = re.findall(r"/source\[([\w,]+)\]", text)
+    assert set(extras.split(",")) <= set(project["project"]["optional-dependencies"])
+    installed = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = [*installed["packages"], *installed["force-include"], project["project"]["readme"], "LICENSE"]
+    assert set(needed) <= set(copied)
+    python = re.search(r"^FROM python:([\d.]+)-slim$", text, re.M)[1]
+    assert (
+        project["project"]["requires-python"] == f">={python}"
+        and f"Python {python}" in (ROOT / "constraints.txt").read_text()
+    )
+    assert "grep '^torch==' /source/constraints.txt" in text and "grep '^torch==' constraints.txt" in makefile
+    assert "-c /source/constraints.txt" in text and project["project"]["scripts"]["rlhf-trl"]
+
+
+# ---- What the pages say is run ----
+
+
+def run(words: list[str], folder: Path, **environment: str) -> str:
+    """Run a command in a folder as a user would, and return what it printed."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
+    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def quickstart() -> list[list[str]]:
+    """Return the words of the quickstart's commands, without those that follow the program."""
+    return [
+        shlex.split(line[PROGRAM.search(line).end() :], comments=True)
+        for line in commands_of(ROOT / "docs" / "quickstart.md")
+    ]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_quickstart_run(tmp_path):
+    for words in quickstart():
+        run([sys.executable, str(ROOT / "train.py"), *words], tmp_path)
+    projects = {path.parent.parent.name for path in tmp_path.glob("runs/*/*/run.json")}
+    assert ("mine" in projects and (tmp_path / "runs/mine/comparison.json").exists()) or list(
+        tmp_path.glob("runs/mine/*/comparison.json")
+    )
+
+
+def test_the_first_command_runs_in_a_smoke_test(command, tmp_path):
+    """`python train.py stage=ppo`, two steps of it; every number that it logs is in the glossary."""
+    status, _, err = command("stage=ppo", "debug=smoke")
+    assert status == 0, err
+    metrics = json.loads((tmp_path / "runs/default/smoke_ppo/metrics.json").read_text())
+    names = {name for row in metrics["history"] for name in row} | {*metrics["train"], *metrics["eval"]}
+    glossary = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    known = {name for line in re.findall(r"^\|([^|]*)\|", glossary, re.M) for name in re.findall(r"`([^`]+)`", line)}
+    known |= {f"completions/{name}" for name in known} | {f"rewards/{name}" for name in known}
+    missing = {name.removeprefix("eval_") for name in names - known} - known
+    assert {name for name in missing if not re.match(r"rewards/.*/(mean|std)|health/", name)} == set()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_with_a_tiny_model(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    save_tiny_chat_model(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("RLHF_TRL_NOTEBOOK_MODEL", str(tmp_path / "tiny"))
+    monkeypatch.setenv("RLHF_TRL_NOTEBOOK_EPISODES", "512")
+    notebook = json.loads((ROOT / "docs" / "notebooks" / "qlora_ppo.ipynb").read_text(encoding="utf-8"))
+    names: dict = {}
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and source.startswith("!"):
+            for line in source.splitlines():  # as IPython does: a shell command with names of Python in braces
+                words = shlex.split(re.sub(r"\{(\w+)\}", lambda match: str(names[match[1]]), line[1:]))
+                assert words[0] == "rlhf-trl"
+                run([sys.executable, "-m", "rlhf_trl.cli", *words[1:]], tmp_path)
+        elif cell["cell_type"] == "code":
+            exec(compile(source, "notebook", "exec"), names)
+    assert (tmp_path / "runs/notebook/ppo/adapter_model.safetensors").exists()
+    assert names["after"]["completion"] and len(names["points"]) == 2
+
+
+def save_tiny_chat_model(folder: Path) -> None:
+    """Write a Llama with random weights, its layers wide enough for 4 bits, and a tokenizer of bytes with ChatML."""
+    tokenizer = chatml_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_pages_runs(tmp_path):
+    """docs/your-own.md: the reward function and the trainer, with a tiny model for the hub's."""
+    save_tiny_chat_model(tmp_path / "tiny")
+    for kind, text in BLOCK.findall((ROOT / "docs" / "your-own.md").read_text(encoding="utf-8")):
+        if kind == "python":
+            head, _, body = text.partition("\n")
+            (tmp_path / head[2:]).write_text(
+                body.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "tiny"))
+            )
+    run([sys.executable, "my_ppo.py"], tmp_path)
