@@ -10,13 +10,10 @@ from datasets import Dataset
 from rlhf_trl.data.dataset_types import ANNOTATED
 from rlhf_trl.data.feedback.base import key_of
 from rlhf_trl.data.messages import as_text
-from rlhf_trl.data.row_types import PASSED_ON
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.evaluation.columns import slice_columns
 from rlhf_trl.evaluation.reward_measures import length_slices, rating_gap_slices, share_slices
-from rlhf_trl.hints import count_of, names_of
-
-# A column that was not asked for splits comparisons if it has so many different values
-FEWEST_VALUES, MOST_VALUES = 2, 20
+from rlhf_trl.hints import count_of
 
 
 @dataclass
@@ -161,20 +158,10 @@ def slices_of(
 
 
 def _column_slices(annotations: Annotations, columns: Sequence[str] | None) -> dict[str, np.ndarray]:
+    # By the values that comparisons have
+    compared = {name: [values[row] for row in annotations.row] for name, values in annotations.columns.items()}
     slices = {}
-    for name in annotations.columns if columns is None else columns:
-        if name not in annotations.columns:
-            raise ConfigError(
-                f"`stage.slices` names the column `{name}`, and the data's rows have "
-                f"{names_of(annotations.columns) or 'no column of their own'}. Name one of these, or remove it."
-            )
-        values = np.array([str(value) for value in annotations.columns[name]], dtype=object)[annotations.row]
-        found = sorted(set(values))
-        if columns is not None and len(found) > MOST_VALUES:
-            raise ConfigError(
-                f"`stage.slices` names the column `{name}`, which has {len(found):,} different values; "
-                f"{MOST_VALUES} is the most. Name another column, or put its values into groups."
-            )
-        if columns is not None or (name not in PASSED_ON and FEWEST_VALUES <= len(found) <= MOST_VALUES):
-            slices |= {f"{name}: {value}": values == value for value in found}
+    for name, found in slice_columns(compared, columns).items():
+        values = np.array(found, dtype=object)
+        slices |= {f"{name}: {value}": values == value for value in sorted(set(found))}
     return slices

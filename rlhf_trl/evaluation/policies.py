@@ -14,6 +14,7 @@ from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.messages import as_text
 from rlhf_trl.data.tokenize import end_tokens, split_row_ids
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.evaluation.columns import slice_columns
 from rlhf_trl.evaluation.generation import (
     Policy,
     TokenStatistics,
@@ -36,7 +37,17 @@ from rlhf_trl.evaluation.statistics import (
 )
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.combine import weighted_sum
-from rlhf_trl.runs.results import BestOfN, BestOfNCurve, BestOfNPoint, Comparison, PolicyResult, PromptSample
+from rlhf_trl.runs.results import (
+    BestOfN,
+    BestOfNCurve,
+    BestOfNPoint,
+    Comparison,
+    Estimate,
+    PolicyDifference,
+    PolicyResult,
+    PromptSample,
+    PromptSlice,
+)
 
 NOT_DRAWN = (
     "At `stage.temperature=0` answers are the likeliest ones and no draws from a policy, so KL and entropy can't be "
@@ -71,6 +82,11 @@ class Benchmark:
     batch_size: int
     seed: int
 
+    @property
+    def columns(self) -> dict[str, list]:
+        """The columns of the data besides prompts and completions."""
+        return _columns(self.dataset)
+
     def prompt_ids(self, policy: Policy) -> list[list[int]]:
         """Return the token ids of the prompts, as training gives them to the policy."""
         rows = cast(Iterable[dict[str, Any]], self.dataset)
@@ -80,10 +96,14 @@ class Benchmark:
         """Return a policy's completions for the prompts of `dataset` with their rewards."""
         prompts = dataset["prompt"][:]
         completions = [policy.completion(prompt, ids) for prompt, ids in zip(prompts, completion_ids, strict=True)]
-        columns = {name: dataset[name][:] for name in dataset.column_names if name not in ("prompt", "completion")}
+        columns = _columns(dataset)
         scores = score(self.rewards, prompts, completions, completion_ids, columns, policy.tokenizer)
         rewards = as_arrays(scores) | {COMBINED: combine_scores(scores, self.rewards, self.combine)}
         return Answers([as_text(completion) for completion in completions], rewards)
+
+
+def _columns(dataset: Dataset) -> dict[str, list]:
+    return {name: dataset[name][:] for name in dataset.column_names if name not in ("prompt", "completion")}
 
 
 def evaluate_policies(
@@ -95,6 +115,7 @@ def evaluate_policies(
     samples: int = 0,
     samples_batch_size: int | None = None,
     references: Dataset | None = None,
+    slices: Sequence[str] | None = None,
 ) -> Comparison:
     """
     Compare policies by one completion per prompt of each, sampled with the same prompts and seed.
@@ -116,13 +137,17 @@ def evaluate_policies(
             Number of these at a time; `None`: the benchmark's.
         references (`Dataset`, *optional*):
             Rows with `prompt` and `completion` whose perplexity is measured.
+        slices (`Sequence[str]`, *optional*):
+            Columns of the data to part the prompts by; `None`: all with 2 to 20 different values.
 
     Returns:
         [`~rlhf_trl.runs.results.Comparison`]: content of `comparison.json`.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if no prompt has a reward from every policy.
+        [`~rlhf_trl.errors.ConfigError`]: if no prompt has a reward from every policy, or a column of `slices` is
+            missing.
     """
+    columns = slice_columns(benchmark.columns, slices)
     answers, results, curves = {}, {}, None
     base = load_policy(baseline, candidates[baseline].path, dtype)
     for name, candidate in tqdm(candidates.items(), desc="evaluating", unit="policy"):
@@ -146,6 +171,8 @@ def evaluate_policies(
     for (name, other), verdict in verdicts.items():
         if other == baseline:
             results[name] = with_wins(results[name], verdict, kept[name].texts, kept[baseline].texts)
+    rewards = {name: each.rewards[COMBINED] for name, each in kept.items()}
+    columns = {name: np.array(values, dtype=object)[valid] for name, values in columns.items()}
     outcomes = {pair: verdict.outcomes for pair, verdict in verdicts.items()}
     return Comparison(
         baseline=baseline,
@@ -160,6 +187,8 @@ def evaluate_policies(
         policies=results,
         bradley_terry=bradley_terry(outcomes, list(candidates), baseline) if len(candidates) > 2 else {},
         best_of_n=curves,
+        differences=policy_differences(rewards, baseline),
+        slices=prompt_slices(rewards, columns, baseline),
         samples=prompt_samples(prompts, answers),
     )
 
@@ -191,6 +220,7 @@ def evaluate_policy(
     result = PolicyResult(
         path=candidate.path,
         family=candidate.family,
+        parameters=policy.model.num_parameters(),
         completion_length=float(np.mean([len(row) for row in ids])),
         eos_rate=float(np.mean([row[-1] in end_tokens(policy.tokenizer) for row in ids])),
         entropy=float(torch.cat([row.entropy for row in own]).mean()) if own else None,
@@ -304,6 +334,42 @@ def with_wins(result: PolicyResult, verdicts: Verdicts, texts: Sequence[str], ba
         length_controlled_win_rate=length_controlled_win_rate(outcomes, lengths),
         tie_rate=float((outcomes == 0.5).mean()),
     )
+
+
+def policy_differences(rewards: Mapping[str, np.ndarray], baseline: str) -> list[PolicyDifference]:
+    """Return the paired differences of the combined rewards, arrays of shape (P,), of all but the baseline."""
+    others = [name for name in rewards if name != baseline]
+    return [
+        PolicyDifference(one=one, other=other, difference=_resampled(rewards[one] - rewards[other]))
+        for one, other in combinations(others, 2)
+    ]
+
+
+def prompt_slices(
+    rewards: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray], baseline: str
+) -> list[PromptSlice]:
+    """
+    Return the combined rewards, arrays of shape (P,), on the prompts of each value of each column, shape (P,).
+    """
+    parts = [(name, value, values == value) for name, values in columns.items() for value in sorted(set(values))]
+    return [
+        PromptSlice(
+            column=column,
+            value=value,
+            prompts=int(part.sum()),
+            rewards={name: _resampled(values[part]) for name, values in rewards.items()},
+            differences={
+                name: _resampled(values[part] - rewards[baseline][part])
+                for name, values in rewards.items()
+                if name != baseline
+            },
+        )
+        for column, value, part in parts
+    ]
+
+
+def _resampled(values: np.ndarray) -> Estimate:
+    return bootstrap_mean(values, resamples=2000)  # there may be hundreds of pairs and parts
 
 
 def prompt_samples(prompts: Sequence[str], answers: Mapping[str, Answers]) -> list[PromptSample]:

@@ -156,6 +156,8 @@ class Page:
             A few words above the heading: what kind of page it is.
         facts (`dict[str, str]`):
             A few numbers with their names, under the lead.
+        setup (`dict[str, str]`):
+            What was measured and how, in small letters under the numbers.
         footer (`str`):
             When and by what it was made.
     """
@@ -166,14 +168,12 @@ class Page:
     kicker: str = ""
     facts: dict[str, str] = field(default_factory=dict)
     footer: str = ""
+    setup: dict[str, str] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Drawing]:
-        """Return the drawings of the sections by name, `report/{section} {number}`, for loggers."""
-        return {
-            f"report/{section.title} {i}": figure.svg
-            for section in self.sections
-            for i, figure in enumerate((block for block in section.blocks if isinstance(block, Figure)), start=1)
-        }
+        """Return the drawings of the sections by name, `report/{title}`, for loggers."""
+        figures = [block.svg for section in self.sections for block in section.blocks if isinstance(block, Figure)]
+        return {f"report/{figure.title}": figure for figure in figures}
 
 
 def write_page(page: Page, folder: str | os.PathLike) -> Path:
@@ -210,6 +210,7 @@ def to_markdown(page: Page) -> str:
     parts = [f"# {_line(page.title)}", page.lead]
     if page.facts:
         parts.append("\n".join(f"- {name}: {value}" for name, value in page.facts.items()))
+    parts.append("\n".join(f"- {name}: {_line(text)}" for name, text in page.setup.items()))
     for section in page.sections:
         parts += [f"## {_line(section.title)}", *_blocks(section.blocks)]
     return _writable("\n\n".join(filter(None, [*parts, page.footer])) + "\n")

@@ -33,6 +33,7 @@ class Drawing(str):
 
     draw: Callable
     size: tuple[float, float]
+    title: str
 
     def pixels(self) -> np.ndarray:
         """Return the figure in dark letters on white, shape `(height, width, 4)`, `uint8`."""
@@ -166,11 +167,14 @@ def bars(
     middle: float | None = None,
     form: str = "{:.2f}",
     wide: bool = False,
+    colors: Sequence[int] | None = None,
 ) -> Drawing:
     """
     Draw a horizontal bar per name, with its interval.
 
     Args:
+        colors (`Sequence[int]`, *optional*):
+            Which color each bar has; `None`: all one, as the names tell them apart.
         middle (`float`, *optional*):
             Where bars begin (a win rate: 0.5), with a rule; `None`: at 0.
         form (`str`):
@@ -182,8 +186,8 @@ def bars(
         places = np.arange(len(names))[::-1]
         values_, ends = np.asarray(values, float), np.asarray(high if high is not None else values, float)
         lengths = values_ - start
-        colors = [PALETTE[i % len(PALETTE)] for i in range(len(names))]
-        axes.barh(places, lengths, left=start, height=0.55, color=colors, alpha=0.75, linewidth=0, zorder=2)
+        drawn = [PALETTE[color % len(PALETTE)] for color in colors or [0] * len(names)]
+        axes.barh(places, lengths, left=start, height=0.55, color=drawn, alpha=0.75, linewidth=0, zorder=2)
         if low is not None:
             axes.hlines(places, low, high, color=INK, linewidth=1.4, zorder=3)
         axes.axvline(start, color=INK, linewidth=0.8, alpha=0.6)
@@ -206,9 +210,20 @@ def bars(
 
 
 def histogram(
-    samples: dict[str, Sequence[float]], title: str, x_label: str, bins: int = 24, wide: bool = False
+    samples: dict[str, Sequence[float]],
+    title: str,
+    x_label: str,
+    bins: int = 24,
+    wide: bool = False,
+    colors: dict[str, int] | None = None,
 ) -> Drawing:
-    """Draw the shares of the values of each sample in common bins, as outlines: before and after, for example."""
+    """
+    Draw the shares of the values of each sample in common bins, as outlines: before and after, for example.
+
+    Args:
+        colors (`dict[str, int]`, *optional*):
+            Which color each sample has; `None`: by its place among them.
+    """
     kept = {name: np.asarray(values, float) for name, values in samples.items()}
     kept = {name: values[np.isfinite(values)] for name, values in kept.items()}
     kept = {name: values for name, values in kept.items() if len(values)}
@@ -219,7 +234,8 @@ def histogram(
     def draw(axes, small):
         for i, (name, values) in enumerate(kept.items()):
             shares = np.histogram(values, edges)[0] / len(values)
-            color, dash = PALETTE[i % len(PALETTE)], DASHES[i % len(DASHES)]
+            color = PALETTE[(colors[name] if colors else i) % len(PALETTE)]
+            dash = DASHES[i % len(DASHES)]
             axes.stairs(shares, edges, color=color, linewidth=1.6, linestyle=dash, label=_shown(name), zorder=3)
             axes.stairs(shares, edges, color=color, alpha=0.1, fill=True, zorder=2)
             axes.axvline(values.mean(), color=color, linewidth=1.2, linestyle=dash, zorder=4)
@@ -353,7 +369,7 @@ def _svg(draw: Callable, title: str, wide: bool, height: float | None = None) ->
     """Return the figure twice: for a wide screen, and for a phone, where the letters would be too small to read."""
     sizes = [("large-screen", LARGE if wide else HALF), ("small-screen", SMALL)]
     drawing = Drawing("\n".join(_drawn(draw, title, (width, height or tall), name) for name, (width, tall) in sizes))
-    drawing.draw, drawing.size = draw, (sizes[0][1][0], height or sizes[0][1][1])
+    drawing.draw, drawing.size, drawing.title = draw, (sizes[0][1][0], height or sizes[0][1][1]), title
     return drawing
 
 

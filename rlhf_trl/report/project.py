@@ -7,7 +7,7 @@ What is missing is named, with the command that makes it.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,23 +18,19 @@ from rlhf_trl.config.program import command_line
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.health.signs import LEVELS, SIGNS, signs_seen
 from rlhf_trl.report import plots
+from rlhf_trl.report.answers import answer_blocks, distribution_blocks, slice_blocks
+from rlhf_trl.report.measures import POLICY_COLORS, known, policy_colors
 from rlhf_trl.report.page import Code, Details, Figure, Missing, Page, Section, Table, Text, write_page
 from rlhf_trl.report.plots import Series
-from rlhf_trl.report.policies import (
-    answer_blocks,
-    cost_blocks,
-    distribution_blocks,
-    frontier_blocks,
-    headline,
-    known,
-    verdict,
-    win_blocks,
-)
+from rlhf_trl.report.policies import cost_blocks, frontier_blocks, win_blocks
 from rlhf_trl.report.published import published_tables
 from rlhf_trl.report.records import Evaluation, Run, chosen_evaluation, load_evaluations, load_runs
 from rlhf_trl.report.rewards import summary_table
+from rlhf_trl.report.setup import setup_of
 from rlhf_trl.report.text import duration
+from rlhf_trl.report.verdicts import headline, verdict, verdict_blocks
 from rlhf_trl.runs.record import COMPARISON_FILE, read_quality
+from rlhf_trl.runs.results import Comparison
 
 # Training curves: title of the figure, how to read it, and its metrics by their name in the legend. Metrics that a run
 # didn't log are dropped, and of several figures with one title the first is shown.
@@ -110,14 +106,17 @@ def project_page(project_dir: Path, evaluation: str | None = None, ending: str |
             f"There is nothing to report: `{project_dir}` holds no run. Set `project=...` with one that does."
         )
     runs = [ended(run) if run.name == ending else run for run in runs]
-    sections, facts = [], {}
+    sections, facts, setup, colors = [], {}, {}, run_colors(runs, None)
     if shown:
         comparison = known(shown.comparison)
+        setup, colors = setup_of(replace(shown, comparison=comparison)), run_colors(runs, comparison)
         lead = verdict(comparison)
         facts = headline(comparison)
         sections += [
+            Section("Verdict", verdict_blocks(comparison)),
             Section("Reward and KL", frontier_blocks(comparison)),
             Section("Wins", win_blocks(comparison)),
+            Section("Kinds of prompts", slice_blocks(comparison)),
             Section("What it cost", cost_blocks(comparison)),
             Section("Rewards before and after", distribution_blocks(comparison)),
             Section("Answers", answer_blocks(comparison)),
@@ -127,7 +126,7 @@ def project_page(project_dir: Path, evaluation: str | None = None, ending: str |
         lead = f"The policies of this project were not evaluated, so whether training helped is open. Run `{command}`."
         sections.append(Section("Evaluation", [Missing(f"No run left a `{COMPARISON_FILE}`. Run `{command}`.")]))
     sections += [
-        Section("Training", [*training_blocks(runs), *published_tables(runs)]),
+        Section("Training", [*training_blocks(runs, colors), *published_tables(runs)]),
         Section("Reward model", reward_model_blocks(runs, project_dir.name)),
         Section("Runs", [*evaluation_blocks(evaluations, shown, project_dir.name), *run_blocks(runs)]),
     ]
@@ -138,7 +137,8 @@ def project_page(project_dir: Path, evaluation: str | None = None, ending: str |
         kicker="Alignment report",
         lead=lead,
         facts=facts,
-        sections=sections,
+        setup=setup,
+        sections=[section for section in sections if section.blocks],
         footer=f"Made {made} by rlhf_trl {version} from {project_dir}.",
     )
 
@@ -149,14 +149,33 @@ def ended(run: Run) -> Run:
     return replace(run, record=replace(run.record, status="done", ended=now))
 
 
-def training_blocks(runs: Sequence[Run]) -> list:
+def run_colors(runs: Sequence[Run], comparison: Comparison | None) -> dict[str, int]:
+    """Return the color of each run by name: that of the policy which it made, else one of those that are left."""
+    policies = policy_colors(comparison) if comparison else {}
+    folders = (
+        {str(Path(result.path).resolve()): name for name, result in comparison.policies.items()} if comparison else {}
+    )
+    found: dict[str, int] = {}
+    for run in runs:
+        name = folders.get(str(run.folder.resolve()), run.name)  # a project that was moved has other paths
+        if name in policies:
+            found[run.name] = policies[name]
+    free = len(set(policies.values()))
+    for run in runs:
+        if run.name not in found and run.metrics:
+            found[run.name] = free % POLICY_COLORS
+            free += 1
+    return found
+
+
+def training_blocks(runs: Sequence[Run], colors: Mapping[str, int]) -> list:
     """Return the training curves of each run that trains."""
     blocks: list = []
     for run in runs:
         trains = bool((run.config.get("stage") or {}).get("args"))
         if not trains:
             continue
-        figures = curve_figures(run)
+        figures = curve_figures(run, colors.get(run.name, 0))
         if figures:
             blocks += [Text(f"`{run.name}` ({run.record.stage}), {_ending(run)}"), *health_blocks(run), *figures]
         else:
@@ -180,15 +199,15 @@ def health_blocks(run: Run) -> list:
     ]
 
 
-def curve_figures(run: Run) -> list[Figure]:
-    """Return a figure for each metric of `CURVES` that the run logged; each metric once."""
+def curve_figures(run: Run, color: int) -> list[Figure]:
+    """Return a figure for each metric of `CURVES` that the run logged, in the color of the run; each metric once."""
     logged = {key for entry in run.history for key in entry}
     figures: dict[str, Figure] = {}
     for title, reading, keys in CURVES:
         if title in figures or (title == "loss" and RL_ONLY_NOISE in logged):
             continue
         series = [
-            Series(name, *run.curve(key), color=i)
+            Series(name, *run.curve(key), color=color, hollow=bool(i))
             for i, (name, key) in enumerate(keys.items())
             if len(run.curve(key)[0]) > 1
         ]

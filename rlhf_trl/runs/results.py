@@ -121,6 +121,7 @@ class PolicyResult(JsonDataclass):
 
     Attributes:
         path, family: folder or hub id, and the name that it shares with its checkpoints or the runs of its sweep.
+        parameters: number of parameters, those of adapters and their base included.
         completion_length: mean number of tokens.
         eos_rate: share of the completions that end with an end token.
         entropy: mean over tokens, in nats.
@@ -142,6 +143,7 @@ class PolicyResult(JsonDataclass):
 
     path: str
     family: str | None = None
+    parameters: int | None = field(default=None, metadata={"without": "parameters"})
     completion_length: float
     eos_rate: float
     entropy: float | None = None
@@ -213,6 +215,32 @@ class PromptSample(JsonDataclass):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PolicyDifference(JsonDataclass):
+    """Combined reward of the policy `one` minus that of `other` on the same prompts; neither is the baseline."""
+
+    one: str
+    other: str
+    difference: Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSlice(JsonDataclass):
+    """
+    The `prompts` whose column of the data has a value.
+
+    Attributes:
+        rewards: combined reward of each policy on them.
+        differences: the same minus that of the baseline, by policy; without the baseline.
+    """
+
+    column: str
+    value: str
+    prompts: int
+    rewards: dict[str, Estimate]
+    differences: dict[str, Estimate]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison(JsonDataclass):
     """
     Evaluation of several policies on the same held-out prompts (`comparison.json`).
@@ -228,6 +256,8 @@ class Comparison(JsonDataclass):
         policies: results by name.
         bradley_terry: strength of each policy; `None` where no judgements lead from it to the baseline.
         best_of_n: best-of-n of the baseline.
+        differences: of the other policies between each other.
+        slices: parts of the prompts by the columns of the data.
         samples: every prompt, those without a reward included.
     """
 
@@ -243,6 +273,8 @@ class Comparison(JsonDataclass):
     policies: dict[str, PolicyResult]
     bradley_terry: dict[str, Estimate | None] = field(default_factory=dict)
     best_of_n: BestOfN | None = None
+    differences: list[PolicyDifference] = field(default_factory=list)
+    slices: list[PromptSlice] = field(default_factory=list)
     samples: list[PromptSample]
 
     @property

@@ -70,6 +70,7 @@ def evaluate(cfg: DictConfig) -> None:
             samples=stage.best_of_n,
             samples_batch_size=stage.best_of_n_batch_size,
             references=reference_answers(cfg) if stage.references else None,
+            slices=stage.slices,
         )
         delete_backup(cfg.run_dir)
         write_json(Path(cfg.run_dir, COMPARISON_FILE), comparison)  # before anything that could go wrong with the page

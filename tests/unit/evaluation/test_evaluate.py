@@ -20,9 +20,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from rlhf_trl.data.splits import eval_split
 from rlhf_trl.errors import ConfigError, DataError
+from rlhf_trl.evaluation.columns import slice_columns
 from rlhf_trl.evaluation.generation import sample, sample_in_turns, sequence_logps, token_statistics
 from rlhf_trl.evaluation.judges import Answers, HTTPJudge, ModelJudge, RewardJudge, outcomes_of, verdict
-from rlhf_trl.evaluation.policies import Benchmark, Candidate, evaluate_policies
+from rlhf_trl.evaluation.policies import Benchmark, Candidate, evaluate_policies, policy_differences, prompt_slices
 from rlhf_trl.evaluation.rewards import as_arrays, score
 from rlhf_trl.evaluation.statistics import (
     best_of_n,
@@ -420,6 +421,38 @@ def test_a_page_that_fails_leaves_the_scores_and_says_failed(compose, tmp_path, 
 
 def length_of(completions, **columns):
     return [float(len(text.split())) for text in completions]
+
+
+def test_policies_are_held_beside_each_other_and_by_the_columns_of_the_data():
+    rewards = {"sft": np.arange(6.0), "a": np.arange(6.0) + 1, "b": np.array([0.0, 1, 2, 9, 9, 9])}
+    (pair,) = policy_differences(rewards, "sft")
+    assert (pair.one, pair.other) == ("a", "b") and pair.difference.mean == pytest.approx(-1.5)
+    kinds = np.array(["x", "x", "x", "y", "y", "y"], dtype=object)
+    x, y = prompt_slices(rewards, {"kind": kinds}, "sft")
+    assert (x.column, x.value, x.prompts, y.value) == ("kind", "x", 3, "y")
+    assert [x.rewards[name].mean for name in rewards] == [1.0, 2.0, 1.0]
+    assert (x.differences["b"].mean, y.differences["b"].mean) == (0.0, 5.0) and "sft" not in x.differences
+
+
+def test_columns_to_slice_by():
+    columns = {"kind": ["a", "b", "a"], "id": [str(i) for i in range(3)], "same": [1, 1, 1]}
+    assert slice_columns({**columns, "many": list(range(21))}, None).keys() == {"kind", "id"}
+    assert slice_columns(columns, ["same"]) == {"same": ["1", "1", "1"]}
+    with pytest.raises(ConfigError, match="`stage.slices` names the column `kin`.*`kind`"):
+        slice_columns(columns, ["kin"])
+    with pytest.raises(ConfigError, match="21 different values"):
+        slice_columns({"many": list(range(21))}, ["many"])
+
+
+def test_a_comparison_holds_kinds_and_differences(policies):
+    dataset = Dataset.from_dict({"prompt": ["a b"] * 4, "kind": ["x", "y", "x", "x"]})
+    found = evaluate(
+        named({**policies, "twin": policies["sft"]}), dataset=dataset, rewards=[FunctionReward(length_of)]
+    )
+    assert [(part.value, part.prompts) for part in found.slices] == [("x", 3), ("y", 1)]
+    assert [(pair.one, pair.other) for pair in found.differences] == [("ppo", "twin")]
+    assert found.policies["ppo"].parameters > 1000
+    assert Comparison.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
 def test_three_policies_are_ranked(policies):

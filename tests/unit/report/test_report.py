@@ -28,12 +28,13 @@ from rlhf_trl.report.page import (
     write_page,
 )
 from rlhf_trl.report.plots import Series
-from rlhf_trl.report.policies import verdict
 from rlhf_trl.report.project import project_page, write_report
 from rlhf_trl.report.records import load_evaluations
 from rlhf_trl.report.seeds import t_quantile
+from rlhf_trl.report.setup import describe_data
 from rlhf_trl.report.sweep import sweep_page, write_sweep_report
 from rlhf_trl.report.text import comparison_text
+from rlhf_trl.report.verdicts import DONT, LOOK, SHIP, policy_verdicts, verdict, verdict_blocks
 from rlhf_trl.runs.record import read_comparison
 from rlhf_trl.runs.results import Comparison
 from rlhf_trl.stages.evaluate import sweep_runs
@@ -78,7 +79,7 @@ def test_a_page_escapes_what_models_write_and_fetches_nothing():
         Details(EVIL, [Code(EVIL)]),
         Figure(figures()[0], EVIL),
     ]
-    html = to_html(Page(EVIL, EVIL, [Section(EVIL, blocks)], EVIL, {EVIL: EVIL}, EVIL))
+    html = to_html(Page(EVIL, EVIL, [Section(EVIL, blocks)], EVIL, {EVIL: EVIL}, EVIL, {EVIL: EVIL}))
     tags = Tags(html).found
     assert "script" not in {tag for tag, _ in tags} and html.count("&lt;script&gt;") > 10
     places = [value for _, attrs in tags for name, value in attrs.items() if name in ("src", "href", "xlink:href")]
@@ -98,7 +99,7 @@ def test_the_text_has_the_same_tables(tmp_path):
     assert "| a\\|b * |         -2 | 0.25 |" in text and "| ------ | ---------: | ---: |" in text
     assert "> No reward model. Type this." in text and "- prompts: 256" in text and "x: 1" not in text
     html = path.read_text()
-    assert re.search(r'<td class="n">0.25</td>', html) and html.count('<tr class="marked">') == 1
+    assert re.search(r'<td class="n" data-name="KL">0.25</td>', html) and html.count('<tr class="marked">') == 1
 
 
 def test_a_fence_is_longer_than_what_it_holds():
@@ -244,7 +245,9 @@ def project(tmp_path):
     make_run(folder, "dpo", "dpo", None, status="failed", ended=None)
     found = comparison(
         ppo=entry(1.8, 0.9, 2.0, 0.8, family="ppo"),
-        far=entry(1.2, None, 1.0, 0.2, gaps={"kl": "`far` has another vocabulary."}, unclear=3, judgements=80),
+        far=entry(
+            1.2, None, 1.0, 0.2, family="far", gaps={"kl": "`far` has another vocabulary."}, unclear=3, judgements=80
+        ),
     )
     point = {"reward": estimate(1.5), "chosen_by": 1.0}
     points = [{"n": n, "kl": kl, **point} for n, kl in ((1, 0.0), (2, 0.19), (4, 0.64), (8, 1.2))]
@@ -260,11 +263,10 @@ def test_a_projects_report_shows_what_is_there_and_says_what_is_not(project):
     assert path == project / "report" / "index.html"
     headings = re.findall(r"^## (.*)", text, re.M)
     assert headings == [
-        *("Reward and KL", "Wins", "What it cost", "Rewards before and after", "Answers"),
+        *("Verdict", "Reward and KL", "Wins", "What it cost", "Rewards before and after", "Answers"),
         *("Training", "Reward model", "Runs"),
     ]
-    assert text.count("rewards differ by") == 10 and "prompt 39" in text  # the widest differences first
-    assert text.index("prompt 39") < text.index("prompt 38")
+    assert text.count("rewards differ by") == 10
     for gap in (
         "`far` has another vocabulary.",
         "3 of 80 judgements of far named neither",
@@ -316,7 +318,7 @@ def test_published_results_stand_beside_ours(project):
 
 def test_figures_for_loggers_are_those_of_the_page(project):
     found = project_page(project).figures()
-    assert {"report/Reward and KL 1", "report/Wins 1", "report/Training 1"} <= found.keys()
+    assert {"report/Reward against KL", "report/Win rates", "report/ppo: reward"} <= found.keys()
     html = write_report(project).read_text()
     assert all(drawing.split("\n")[-1].strip() in html for drawing in found.values())
 
@@ -438,8 +440,112 @@ def test_below_the_best_of_n_is_said():
     points = [{"n": n, "kl": kl, "reward": estimate(2.0 + kl), "chosen_by": 1} for n, kl in ((1, 0.0), (8, 1.2))]
     found["best_of_n"] = {"samples": 8, "curves": [{"by": "model", "points": points}]}
     assert "ppo is below what the best of n samples of sft by `model` gets" in verdict(Comparison.from_json(found))
+    call, reasons = policy_verdicts(Comparison.from_json(found))["ppo"]
+    assert call == LOOK and reasons == ["the best of n samples of sft has more reward for the same KL"]
+    (table_,) = verdict_blocks(Comparison.from_json(found))
+    # At a KL of .9 best-of-n has 2.9 +- .1; the policy 1.5 +- .1
+    assert table_.cells[0][2:5] == ["+0.50 [+0.40, +0.60]", "-1.40 [-1.54, -1.26]", "n = 1"]
     found["policies"]["ppo"]["kl"] = estimate(5.0)  # beyond what n samples reach: nothing to hold it against
     assert "best of n" not in verdict(Comparison.from_json(found))
+    assert verdict_blocks(Comparison.from_json(found))[0].cells[0][3] == "further than n = 8"
+
+
+@pytest.mark.parametrize(
+    ("policies", "call", "why"),
+    [
+        ({"ppo": entry(1.8, 0.9, 2.0, 0.8)}, SHIP, "better than sft beyond chance"),
+        ({"ppo": entry(0.5, 0.9, 0.0, -0.5)}, DONT, "less reward than sft"),
+        ({"ppo": entry(1.05, 0.9, 0.0, 0.05)}, LOOK, "no difference to sft beyond chance on 40 prompts"),
+        ({"ppo": entry(1.05, 9.0, 4.0, 0.05)}, DONT, "over-optimized"),
+        ({"ppo": entry(1.4, 9.0, 4.0, 0.4)}, LOOK, "over-optimized"),
+        ({"ppo": entry(1.8, 0.9, 2.0, 0.8, eos_rate=0.5)}, LOOK, "ends 50% of its answers"),
+        ({"ppo": entry(1.8, 0.9, 2.0, 0.8, win_rate=estimate(0.4, 0.05))}, LOOK, "the reward prefers sft"),
+        ({"ppo": entry(1.8, 0.9, 2.0, None)}, LOOK, "could not be held beside"),
+    ],
+)
+def test_each_policy_has_a_verdict(policies, call, why):
+    found = policy_verdicts(Comparison.from_json(comparison(**policies)))["ppo"]
+    assert found.call == call and why in "; ".join(found.reasons)
+
+
+def test_the_policies_are_held_beside_each_other():
+    found = comparison(ppo=entry(1.8, 0.9, 2.0, 0.8), dpo=entry(2.5, 0.8, 2.0, 1.5))
+    found["differences"] = [{"one": "ppo", "other": "dpo", "difference": {"mean": -0.7, "low": -0.9, "high": -0.5}}]
+    both = Comparison.from_json(found)
+    verdicts = policy_verdicts(both)
+    assert (verdicts["ppo"].call, verdicts["dpo"].call) == (LOOK, SHIP)
+    assert verdicts["ppo"].reasons == ["dpo has more reward (+0.70 [+0.50, +0.90]), and no more KL beyond chance"]
+    assert verdict_blocks(both)[1].cells == [["dpo - ppo", "+0.70 [+0.50, +0.90]", "dpo is better"]]
+    found["policies"]["dpo"]["kl"] = estimate(3.0)  # a price
+    assert policy_verdicts(Comparison.from_json(found))["ppo"].call == SHIP
+
+
+def colors_of(drawing: str) -> set[str]:
+    return set(re.findall(r"var\(--(c\d)", drawing))
+
+
+def test_a_policy_has_one_color_in_all_figures(project):
+    """Sft has the first color, ppo the second, far the third; a run without policy one of the rest."""
+    found = project_page(project).figures()
+    assert colors_of(found["report/Win rates"]) == {"c1", "c2"}
+    assert colors_of(found["report/Rewards of sft and ppo"]) == {"c0", "c1"}
+    assert colors_of(found["report/Rewards of sft and far"]) == {"c0", "c2"}
+    assert colors_of(found["report/ppo: reward"]) == {"c1"} and colors_of(found["report/reward: accuracy"]) == {"c3"}
+    assert colors_of(found["report/Two rewards: model"]) == {"c0", "c1", "c6"}  # far has no KL
+    assert colors_of(found["report/Reward against KL"]) == {"c0", "c1", "c6", "c7"}
+    assert colors_of(plots.bars(["a", "b", "c"], [0.1, 0.2, 0.3])) == {"c0"}  # names tell bars apart
+
+
+def test_answers_are_drawn_at_random_before_the_most_different_are_shown(project):
+    blocks = next(part for part in project_page(project).sections if part.title == "Answers").blocks
+    kinds = [block.kind for block in blocks]
+    assert kinds == ["text", *["side_by_side"] * 5, "text", *["side_by_side"] * 10]
+    numbers = [int(block.prompt.split()[1]) for block in blocks if block.kind == "side_by_side"]
+    assert len(set(numbers)) == 15 and min(numbers[:5]) < 20  # not the widest
+    left = [i for i in range(40) if i not in numbers[:5]]
+    assert numbers[5:] == sorted(left, reverse=True)[:10]
+
+
+def test_rewards_by_kind_of_prompt(project):
+    whole = json.loads((project / "evaluate" / "comparison.json").read_text())
+    whole["slices"] = [
+        {
+            "column": "kind",
+            "value": kind,
+            "prompts": count,
+            "rewards": {"sft": estimate(1.0), "ppo": estimate(1.0 + gain), "far": estimate(1.0)},
+            "differences": {"ppo": estimate(gain), "far": estimate(0.0)},
+        }
+        for kind, count, gain in (("fact", 30, 0.9), ("joke", 10, -0.5))
+    ]
+    (project / "evaluate" / "comparison.json").write_text(json.dumps(whole))
+    text = to_markdown(project_page(project))
+    assert re.search(r"\| joke +\| +10 \| +1.00 \[0.90, 1.10\] \| -0.50 \[-0.60, -0.40\] \|", text)
+    assert "Worse than sft beyond chance: ppo on `joke`." in text
+
+
+def test_the_setup_says_what_was_compared(project):
+    whole = json.loads((project / "evaluate" / "comparison.json").read_text())
+    whole |= {"temperature": 1.0, "max_completion_length": 64}
+    for result in whole["policies"].values():
+        result["parameters"] = 134_515_008
+    whole["policies"]["sft"]["path"] = "HuggingFaceTB/SmolLM2-135M"
+    (project / "evaluate" / "comparison.json").write_text(json.dumps(whole))
+    config = {"data": {"_target_": "rlhf_trl.data.load_hub", "path": "trl-lib/ultrafeedback_binarized"}}
+    (project / "evaluate" / "config.yaml").write_text(json.dumps(config))
+    setup = project_page(project).setup
+    assert setup["Policies"] == (
+        "sft (the baseline, from `HuggingFaceTB/SmolLM2-135M`), ppo and far; 134.5 M parameters each"
+    )
+    assert setup["Data"] == "40 held-out prompts of `trl-lib/ultrafeedback_binarized`"
+    assert setup["Reward"].startswith("`gold`, sft 1.00 ± 1.00 (standard deviation); `model`, reported only, sft 0.00")
+    assert setup["Judge"] == "the reward" and setup["Sampling"].endswith("temperature 1, up to 64 tokens")
+    assert setup["Evaluation"] == "`evaluate`"
+    files = {"_target_": "rlhf_trl.data.load_files", "paths": ["/data/a.jsonl", "b.jsonl"], "eval_paths": None}
+    assert describe_data(files) == "`a.jsonl`, `b.jsonl`"
+    assert describe_data({"sources": {"own": files, "demo": {"_target_": "rlhf_trl.tasks.demo.load"}}}).endswith(
+        "`demo`"
+    )
 
 
 # ---- The report of a sweep ----
@@ -590,6 +696,7 @@ document.title = JSON.stringify({
   wide: wide.map(node => node.tagName + '.' + node.className),
   shown: [...document.querySelectorAll('figure svg')].filter(node => node.getBoundingClientRect().height > 50).length,
   figures: document.querySelectorAll('figure').length,
+  scrolled: [...document.querySelectorAll('.stack')].filter(node => node.scrollWidth > node.clientWidth + 1).length,
   paper: getComputedStyle(document.body).backgroundColor,
 });
 </script>
@@ -644,6 +751,7 @@ def test_a_browser_shows_the_report_on_a_phone_and_on_a_desk(project, tmp_path, 
         found, console = look(tmp_path, html, width, *(["--blink-settings=preferredColorScheme=0"] if dark else []))
         assert console == ""
         assert found["width"] == width and found["scroll"] <= width and found["wide"] == []
+        assert found["scrolled"] == 0  # tables are stacked on a phone
         assert found["shown"] == found["figures"] == figures  # one of the two sizes of each
         assert found["paper"] == ("rgb(20, 23, 28)" if dark else "rgb(255, 255, 255)")
 

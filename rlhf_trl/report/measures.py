@@ -1,0 +1,145 @@
+"""Measures of a comparison of policies that its tables, figures and verdicts share."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf_trl.report.plots import PALETTE
+from rlhf_trl.report.text import number
+from rlhf_trl.runs.results import Comparison, Estimate, PolicyResult
+
+# The last colors are those of the best-of-n curves
+POLICY_COLORS = len(PALETTE) - 2
+
+
+def known(comparison: Comparison) -> Comparison:
+    """Return the comparison with `None` in place of estimates without a mean, which could not be made."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            is_unknown = "mean" in value and value["mean"] is None
+            return None if is_unknown else {key: without(item) for key, item in value.items()}
+        return [without(item) for item in value] if isinstance(value, list) else value
+
+    return Comparison.from_json(without(comparison.to_json()))
+
+
+def kl_of(comparison: Comparison, name: str) -> float:
+    """Return the KL of a policy to the baseline, NaN where it is unknown."""
+    kl = comparison.policies[name].kl
+    return kl.mean if kl else 0.0 if name == comparison.baseline else float("nan")
+
+
+def base_of(comparison: Comparison, reward: str) -> tuple[float | None, float | None]:
+    """Return mean and standard deviation of a reward over the baseline's answers; `""` is the combined reward."""
+    if reward:
+        return comparison.base.rewards[reward], comparison.base.reward_std[reward]
+    rewards = [sample.rewards[comparison.baseline] for sample in comparison.samples]
+    values = [value for value in rewards if value is not None]
+    return (float(np.mean(values)), float(np.std(values))) if values else (None, None)
+
+
+def gain_of(comparison: Comparison, result: PolicyResult, reward: str) -> float | None:
+    """Return what a policy gained by a reward, in standard deviations of the baseline's answers."""
+    value = result.rewards[reward] if reward else part_of(result.reward, "mean")
+    return scaled(value, *base_of(comparison, reward))
+
+
+def scaled(value: float | None, mean: float | None, std: float | None) -> float | None:
+    """Return a value in standard deviations; `None` where one of the three is missing, or nothing varies."""
+    return None if value is None or mean is None or not std else (value - mean) / std
+
+
+def part_of(estimate: Estimate | None, part: str) -> float | None:
+    """Return the mean, or an end of the interval, of an estimate; `None` where it could not be made."""
+    return None if estimate is None else getattr(estimate, part)
+
+
+def share(value: float | None) -> str:
+    """Return a share in percent, an empty text for `None`."""
+    return number(value, "{:.0%}")
+
+
+def names_in_words(names: Sequence[str]) -> str:
+    """Return names with an `and` before the last."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def policy_colors(comparison: Comparison) -> dict[str, int]:
+    """Return the color of each policy, the same in every figure; checkpoints and runs of a sweep share theirs."""
+    found: dict[str, int] = {}
+    for name, result in comparison.policies.items():
+        found.setdefault(result.family or name, len(found) % POLICY_COLORS)
+    return {name: found[result.family or name] for name, result in comparison.policies.items()}
+
+
+def curve_color(place: int) -> int:
+    """Return the color of a best-of-n curve, none of the policies'."""
+    return len(PALETTE) - 1 - place % (len(PALETTE) - POLICY_COLORS)
+
+
+class BesideBestOfN(NamedTuple):
+    """
+    A policy beside the best of n samples of the baseline, which needs no training.
+
+    Attributes:
+        by: reward that chooses the samples; the combined reward if empty.
+        difference: reward of the policy minus that of best-of-n at the policy's KL; `None` where the KL is beyond the
+            largest n.
+        as_good_as: smallest n whose reward is at least the policy's; `None` if no measured one is.
+        largest: largest n that was measured.
+    """
+
+    by: str
+    difference: Estimate | None
+    as_good_as: int | None
+    largest: int
+
+    @property
+    def is_below(self) -> bool:
+        """True where best-of-n has more reward for the same KL, beyond chance."""
+        return self.difference is not None and self.difference.high < 0
+
+    @property
+    def rank(self) -> str:
+        """The n that has as much reward, in words."""
+        return f"n = {self.as_good_as}" if self.as_good_as else f"more than n = {self.largest}"
+
+
+def beside_best_of_n(comparison: Comparison, name: str) -> BesideBestOfN | None:
+    """
+    Return a policy beside best-of-n, chosen by what the policies were trained on where that was measured; `None` where
+    one of the two is unknown. The interval takes both errors as independent: on the same prompts it is too wide rather
+    than too narrow.
+    """
+    result = comparison.policies[name]
+    if not comparison.curves or not result.kl or not result.reward:
+        return None
+    curve = comparison.curves[-1]
+    points = [(point.n, point.kl, point.reward) for point in curve.points if point.reward]
+    if not points:
+        return None
+    sizes, kls, rewards = zip(*points, strict=True)
+    as_good = next((n for n, _, reward in points if reward.mean >= result.reward.mean), None)
+    difference = None
+    if result.kl.mean <= kls[-1]:
+        at = max(result.kl.mean, 0.0)  # an estimate of a small KL may be below 0
+        mean, low, high = (np.interp(at, kls, [reward[i] for reward in rewards]) for i in range(3))
+        gap = result.reward.mean - mean
+        half = float(np.hypot(result.reward.high - result.reward.low, high - low)) / 2
+        difference = Estimate(float(gap), float(gap - half), float(gap + half))
+    return BesideBestOfN(curve.by, difference, as_good, sizes[-1])
+
+
+def difference_of(comparison: Comparison, one: str, other: str) -> Estimate | None:
+    """Return the reward of one policy minus that of another on the same prompts; `None` where it wasn't measured."""
+    if other == comparison.baseline:
+        return comparison.policies[one].difference
+    for found in comparison.differences:
+        if (found.one, found.other) == (one, other):
+            return found.difference
+        if (found.one, found.other) == (other, one):
+            mean, low, high = found.difference
+            return Estimate(-mean, -high, -low)
+    return None
