@@ -21,7 +21,9 @@ ROOT = CONF.parent
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
 # What starts a stage in this process, and options of launchers before it
-PROGRAM = re.compile(r"(?:python train\.py|rlhf-trl|accelerate launch .*?(?:train\.py|-m rlhf_trl\.cli))(?= |$)")
+PROGRAM = re.compile(
+    r"^(?:\w+=\S+ )*(?:python train\.py|rlhf-trl|accelerate launch .*?(?:train\.py|-m rlhf_trl\.cli))(?= |$)"
+)
 DATA_FILE = re.compile(r"[\w./]+\.(?:jsonl|json|csv|parquet)\b")
 FETCHED = re.compile(
     r"""<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=["'](?:https?:)?//[^"']*|url\(["']?(?:https?:)?//"""
@@ -71,6 +73,11 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
         link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", text) for link in link if link
     ]
     assert links and not [link for link in links if not link.startswith("http") and not (ROOT / link).exists()]
+
+
+def test_the_pictures_are_small_and_say_how_they_were_made():
+    assert sum(path.stat().st_size for path in (ROOT / "docs" / "assets").iterdir()) < 1_000_000
+    assert "python -m tests.helpers.gallery runs/demo" in (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
 
 
 def commands_of(page: Path) -> list[str]:
