@@ -17,6 +17,8 @@ from rlhf_trl.hints import did_you_mean
 
 LEVELS = ("ok", "note", "warn", "stop")
 BASELINE, WINDOW = 4, 3
+# A difference of means counts from so many of its standard errors on: it is looked for at every log step
+STANDARD_ERRORS = 4
 # Number of log steps whose gradient norms the newest one is compared with
 GRADIENT_WINDOW = 20
 
@@ -65,6 +67,20 @@ class Series:
         return None if recent is None else recent - self.start(*names)
 
 
+def sampling_noise(values: Sequence[float]) -> float:
+    """
+    Return the standard deviation of a log step's value around its trend, such as the sampling error of the mean of a
+    small rollout.
+
+    It is estimated from second differences, whose variance is six times that of the values (von Neumann et al. 1941,
+    "The mean square successive difference"), so that a steady rise or fall doesn't count as noise. An estimate from
+    few values may be far too small, hence the factor.
+    """
+    triples = zip(values, values[1:], values[2:], strict=False)
+    squares = [(a - 2 * b + c) ** 2 for a, b, c in triples]
+    return math.sqrt(fmean(squares) / 6) * (1 + 4 / len(squares)) if squares else 0.0
+
+
 KL = ("objective/kl",)
 SCORE = ("objective/scores", "reward")
 SCORE_STD = ("objective/scores_std", "reward_std")
@@ -105,7 +121,10 @@ def _over_optimization(series: Series) -> float | None:
 
 
 def _drop(series: Series, watched: Sequence[float], std: str, scores: Sequence[float]) -> float | None:
-    """Return how many standard deviations a watched reward is below its best, 0 unless the score has risen since."""
+    """
+    Return how many standard deviations a watched reward is below its best; 0 unless the score has risen since, or if
+    sampling may be the reason.
+    """
     spread, count, window = series.recent(std), min(len(watched), len(scores)), series.window
     if not spread or count < series.baseline + window:
         return None
@@ -115,7 +134,8 @@ def _drop(series: Series, watched: Sequence[float], std: str, scores: Sequence[f
     best = max(range(len(means)), key=means.__getitem__)
     if fmean(scores[-window:]) <= fmean(scores[best : best + window]):
         return 0.0
-    return (means[best] - means[-1]) / spread
+    drop = means[best] - means[-1]
+    return drop / spread if drop > STANDARD_ERRORS * sampling_noise(watched) * math.sqrt(2 / window) else 0.0
 
 
 def _explained(series: Series) -> float | None:
@@ -131,7 +151,10 @@ def _fall(series: Series) -> float | None:
         return None
     # The std of the start counts as well: a policy that has collapsed has none of its own
     std = max(std, series.start(*SCORE_STD))
-    return -rise / std if std > 0 else None
+    if std <= 0:
+        return None
+    error = sampling_noise(series.values(*SCORE)) * math.sqrt(1 / series.baseline + 1 / series.window)
+    return -rise / std if -rise > STANDARD_ERRORS * error else min(0.0, -rise / std)
 
 
 def _length(series: Series) -> float | None:

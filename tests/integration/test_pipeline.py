@@ -3,15 +3,19 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import yaml
+
+from rlhf_trl.runs.record import read_comparison, read_quality
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -329,7 +333,7 @@ def demo(tmp_path_factory):
     assert json.loads(record.read_text())["status"] == "running"
     code, out, err = launch("pipeline", folder, timeout=1800)
     assert code == 0, err[-3000:]
-    assert "[1/5] sft: done, skipped" in out
+    assert "[1/6] sft: done, skipped" in out
     return folder / "runs/demo", out
 
 
@@ -359,6 +363,41 @@ def test_the_demo_shows_learning_at_every_stage(demo):
         assert entry["difference"]["low"] > 0, name
         assert math.isfinite(entry["kl"]["mean"]) and entry["kl"]["mean"] > 0
     assert "KL to sft" in out and "eval_accuracy" in out
+
+
+@pytest.mark.slow
+def test_the_demos_report_has_no_hole_and_its_ppo_no_sign(demo):
+    project, out = demo
+    page = (project / "report" / "report.md").read_text()
+    assert "Health: the monitor saw no sign of trouble." in page and "not measured" not in page
+    quality = read_quality(project / "quality")
+    assert quality is not None
+    assert quality.rewards["gold"].accuracy.mean > quality.rewards["model"].accuracy.low > 0.5
+    assert "health: ok, none of" in out and "health note" not in out and "health warn" not in out
+
+
+@pytest.mark.slow
+def test_the_demos_ppo_is_not_below_the_best_of_n_of_its_reward_model(demo):
+    """PPO of three seeds, from the demo's SFT policy and reward model: gold reward at its KL, against the curve there."""
+    project, _ = demo
+    folder, seeds = project.parent.parent, {"ppo": 42, "ppo_1": 1, "ppo_2": 2}
+    shutil.copytree(project, project.with_name("seeds"))
+    steps = yaml.safe_load((ROOT / "conf/pipeline/demo.yaml").read_text())["steps"]
+    policies = ",".join(f"{name}: {name}" for name in ["sft", *seeds])
+    commands = [[*steps["ppo"], f"run_name={name}", f"seed={seed}"] for name, seed in seeds.items() if name != "ppo"]
+    commands += [[*steps["compare"], "run_name=compare", "overwrite=true", f"stage.policies={{{policies}}}"]]
+    for words in commands:
+        command = [sys.executable, str(ROOT / "train.py"), "project=seeds", *words]
+        done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0, done.stderr[-3000:]
+    comparison = read_comparison(project.with_name("seeds"))
+    assert comparison is not None
+    curve = next(curve for curve in comparison.curves if curve.by == "model")
+    kls, rewards = zip(*((point.kl, point.reward.mean) for point in curve.points), strict=True)
+    for name in seeds:
+        result = comparison.policies[name]
+        assert kls[0] < result.kl.mean < kls[-1]
+        assert result.reward.mean >= np.interp(result.kl.mean, kls, rewards), name
 
 
 @pytest.mark.slow
