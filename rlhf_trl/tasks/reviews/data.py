@@ -21,6 +21,7 @@ import json
 import random
 import statistics
 import tarfile
+from collections import Counter
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from rlhf_trl.data.dataset_types import comparisons_of
 from rlhf_trl.data.feedback.base import Feedback
 from rlhf_trl.data.feedback.rated import preference_share
 from rlhf_trl.data.file_rows import read_file
+from rlhf_trl.data.messages import to_chat
 from rlhf_trl.data.rows import RowError
 from rlhf_trl.errors import DataError
 
@@ -71,6 +73,7 @@ def load(
     judge_share: float = 0.3,
     max_samples: int | None = None,
     max_eval_samples: int | None = None,
+    conversational: bool = False,
     feedback: Feedback | None = None,
 ):
     """
@@ -91,6 +94,8 @@ def load(
         min_gap (`float`): Least gap of the mean ratings of a training pair.
         judge_share (`float`): Share of the training sentences that is kept out, for the judge.
         max_samples, max_eval_samples (`int`, *optional*): Limits of the two splits.
+        conversational (`bool`): Whether rows hold chat messages: the prompt as the user's turn, a sentence as the
+            assistant's.
         feedback (`rlhf_trl.data.Ratings`, *optional*): make the training rows of the raters' own ratings (scale -4 to
             4) instead; `rounds` and `min_gap` are then those of `feedback`, and `max_samples` counts sentences.
 
@@ -129,12 +134,15 @@ def load(
             "prompt": lambda row: {"prompt": " ".join([prompt, *first_words(row["text"], prompt_words)])},
         }[dataset_type]
         splits = {"train": [make(row) for row in train], "eval": [make(row) for row in reviews.test]}
+    if conversational:
+        splits = {name: [_chat(row) for row in rows] for name, rows in splits.items()}
     limits = {"train": max_samples, "eval": max_eval_samples}
     if feedback:
-        raw = (
+        raw = [
             {"prompt": prompt, "completion": " " + row["text"], "ratings": row["ratings"]}
             for row in train[:max_samples]
-        )
+        ]
+        raw = [_chat(row) for row in raw] if conversational else raw
         named = [("reviews", ((f"reviews, sentence {train[i]['id']}", row) for i, row in enumerate(raw)))]
         made = build_dataset(dataset_type, seed, named, feedback=feedback, to_chat=False)["train"]
         held_out = Dataset.from_list(splits["eval"][:max_eval_samples])
@@ -206,6 +214,14 @@ def _annotated(prompt: str, better: Row, worse: Row, gap: float | None = None) -
         "share": [preference_share(better["ratings"], worse["ratings"])],
         "ratings": [better["ratings"], worse["ratings"]],
     }
+
+
+def _chat(row: Row) -> Row:
+    """Return a row of texts as messages."""
+    answers = {key: row[key].strip() for key in ("completion", "chosen", "rejected") if key in row}
+    if "completions" in row:
+        answers["completions"] = [text.strip() for text in row["completions"]]
+    return to_chat(row | answers, Counter())
 
 
 def _hash(row: Row) -> str:

@@ -1,7 +1,7 @@
 """
 Judges of review sentences (`data=reviews`) as reward functions, independent of reward models of that data.
 
-Both read prompt and completion as one text. They return its score or, with a `threshold`, 1 if the score is above it
+Both read prompt and completion as one text; of a chat, whose prompt is a request, the completion. They return its score or, with a `threshold`, 1 if the score is above it
 and else 0; the mean of the latter over prompts is the share of positive texts.
 """
 
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from math import exp
 
+from rlhf_trl.data.messages import as_text
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.tasks.reviews.data import Row, read
 
@@ -134,6 +135,9 @@ def _positive_share(ratings: Sequence[int]) -> float:
 def _scores(
     judge: Callable[[str], float], prompts: list, completions: list, prompt: str, threshold: float | None
 ) -> list[float]:
-    texts = [f"{start}{end}".removeprefix(prompt).strip() for start, end in zip(prompts, completions, strict=True)]
+    texts = [
+        (f"{start}{end}".removeprefix(prompt) if isinstance(end, str) else as_text(end)).strip()
+        for start, end in zip(prompts, completions, strict=True)
+    ]
     scores = [judge(text) for text in texts]
     return scores if threshold is None else [float(score > threshold) for score in scores]

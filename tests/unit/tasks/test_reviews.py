@@ -98,6 +98,25 @@ def test_forms(folder, dataset_type):
     assert len(data.judge) == 24 and not texts(splits["train"]) & held_out
 
 
+@pytest.mark.parametrize("dataset_type", [*FORMS, "comparisons", "annotated"])
+def test_rows_as_chats_say_the_same(folder, dataset_type):
+    options = {"seed": 1, "path": str(folder), "prompt": "Write a review."}
+    plain, chats = (reviews.load(dataset_type, conversational=given, **options) for given in (False, True))
+    for side in ("train", "eval"):
+        for text, chat in zip(plain[side], chats[side], strict=True):
+            assert chat["prompt"] == [{"role": "user", "content": text["prompt"]}]
+            for key in ("completion", "chosen", "rejected"):
+                assert chat.get(key) == ((key in text and [{"role": "assistant", "content": text[key].strip()}]) or None)
+            answers = [[{"role": "assistant", "content": one.strip()}] for one in text.get("completions", [])]
+            assert chat.get("completions", []) == answers
+
+
+def test_ratings_as_chats_make_chats_on_both_sides(folder):
+    feedback = Ratings(scale=[-4, 4])
+    splits = reviews.load("preference", seed=1, path=str(folder), conversational=True, feedback=feedback)
+    assert {rows[0]["chosen"][0]["role"] for rows in splits.values()} == {"assistant"}
+
+
 def test_pairs_follow_the_ratings(folder):
     mean = {row["text"]: row["mean"] for part in reviews.read(str(folder))[:4] for row in part}
     splits = reviews.load("preference", seed=0, path=str(folder), rounds=3, min_gap=1.0)
@@ -190,6 +209,10 @@ def test_sentiment_judges_the_whole_text(folder):
     good, bad = judges.sentiment(prompts, completions, path=str(folder), prompt="Review:")
     assert good > 0.8 > 0.2 > bad
     assert judges.sentiment(prompts, completions, path=str(folder), threshold=0.5) == [1.0, 0.0]
+    # Of a chat the completion: its prompt is a request
+    request = [{"role": "user", "content": "Write a cold and dull sentence."}]
+    chat = [{"role": "assistant", "content": "The film is lovely and warm"}]
+    assert judges.sentiment([request], [chat], path=str(folder), prompt="Review:")[0] == pytest.approx(good)
     assert (
         judges.NgramClassifier(made_up_rows("a", 30)).weights == judges.NgramClassifier(made_up_rows("a", 30)).weights
     )
