@@ -19,6 +19,10 @@ LEVELS = ("ok", "note", "warn", "stop")
 BASELINE, WINDOW = 4, 3
 # A difference of means counts from so many of its standard errors on: it is looked for at every log step
 STANDARD_ERRORS = 4
+# Of one degree of freedom: median of the squares of values with mean 0 and variance 1
+CHI_SQUARED_MEDIAN = 0.4549
+# Times as long, or as short, as at the start: completions whose length has changed
+LENGTH_CHANGE = 1.1
 # Number of log steps whose gradient norms the newest one is compared with
 GRADIENT_WINDOW = 20
 
@@ -72,13 +76,16 @@ def sampling_noise(values: Sequence[float]) -> float:
     Return the standard deviation of a log step's value around its trend, such as the sampling error of the mean of a
     small rollout.
 
-    It is estimated from second differences, whose variance is six times that of the values (von Neumann et al. 1941,
-    "The mean square successive difference"), so that a steady rise or fall doesn't count as noise. An estimate from
-    few values may be far too small, hence the factor.
+    It is estimated from second differences, whose variance is six times that of the values (compare von Neumann et al.
+    1941, "The mean square successive difference"), so that a steady rise or fall doesn't count as noise; from their
+    median, so that a collapse doesn't. An estimate from few values may be far too small, hence the last factor.
     """
     triples = zip(values, values[1:], values[2:], strict=False)
     squares = [(a - 2 * b + c) ** 2 for a, b, c in triples]
-    return math.sqrt(fmean(squares) / 6) * (1 + 4 / len(squares)) if squares else 0.0
+    if not squares:
+        return 0.0
+    variance = median(squares) / CHI_SQUARED_MEDIAN / 6
+    return math.sqrt(variance) * (1 + 8 / len(squares))
 
 
 KL = ("objective/kl",)
@@ -165,9 +172,17 @@ def _length(series: Series) -> float | None:
     return max(factor, 1 / max(factor, 1e-9))
 
 
-def _length_correlation(series: Series) -> float | None:
-    correlation = series.recent("objective/length_correlation")
-    return None if correlation is None else abs(correlation)
+def _length_bias(series: Series) -> float | None:
+    """
+    Return the correlation of reward and length, 0 unless lengths have moved the way that it pays: prompts that need
+    long answers and score high correlate too, and a policy can't gain by that.
+    """
+    correlation, now = series.recent("objective/length_correlation"), series.recent(*LENGTH)
+    if correlation is None or now is None:
+        return None
+    factor = now / max(series.start(*LENGTH), 1e-9)
+    paid = factor if correlation > 0 else 1 / max(factor, 1e-9)
+    return abs(correlation) if paid >= LENGTH_CHANGE else 0.0
 
 
 def _eos(series: Series) -> float | None:
@@ -279,8 +294,8 @@ SIGNS: dict[str, Sign] = {
         {"note": 1.6, "warn": 2.0, "stop": None},
     ),
     "length_bias": Sign(
-        _length_correlation,
-        "reward and length of a completion correlate by {value:.2f}",
+        _length_bias,
+        "reward and length of a completion correlate by {value:.2f} either way, and lengths move the way that it pays",
         "Train the reward model on pairs of like length, or set `stage.args.length_penalty` (ppo)",
         {"note": 0.7, "warn": 0.85, "stop": None},
     ),

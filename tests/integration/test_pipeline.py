@@ -378,7 +378,7 @@ def test_the_demos_report_has_no_hole_and_its_ppo_no_sign(demo):
 
 @pytest.mark.slow
 def test_the_demos_ppo_is_not_below_the_best_of_n_of_its_reward_model(demo):
-    """PPO of three seeds, from the demo's SFT policy and reward model: gold reward at its KL, against the curve there."""
+    """PPO of three seeds, from the demo's SFT policy and reward model: gold reward, and the curve's at the same KL."""
     project, _ = demo
     folder, seeds = project.parent.parent, {"ppo": 42, "ppo_1": 1, "ppo_2": 2}
     shutil.copytree(project, project.with_name("seeds"))

@@ -1,8 +1,9 @@
 """
 Judges of review sentences (`data=reviews`) as reward functions, independent of reward models of that data.
 
-Both read prompt and completion as one text; of a chat, whose prompt is a request, the completion. They return its score or, with a `threshold`, 1 if the score is above it
-and else 0; the mean of the latter over prompts is the share of positive texts.
+Both read prompt and completion as one text; of a chat, whose prompt is a request, the completion. They return its
+score or, with a `threshold`, 1 if the score is above it and else 0; the mean of the latter over prompts is the share
+of positive texts.
 """
 
 import functools

@@ -98,7 +98,7 @@ PROVOKED = {
     "reward_falling": ("grpo", {"reward": lambda t: -1.0, "rewards/gold/mean": lambda t: -1.0}),
     "constant_reward": ("ppo", {"objective/most_common_score": lambda t: 1.0}),
     "length_drift": ("grpo", {"completions/mean_length": lambda t: 5.0}),
-    "length_bias": ("ppo", {"objective/length_correlation": lambda t: -0.95}),
+    "length_bias": ("ppo", {"objective/length_correlation": lambda t: -0.95, "completions/mean_length": lambda t: 11}),
     "repetition": ("ppo", {"completions/repetition": lambda t: 0.6}),
     "mode_collapse": ("grpo", {"completions/similarity": lambda t: 0.7}),
     "missing_eos": ("grpo", {"completions/clipped_ratio": lambda t: 0.9}),
@@ -151,6 +151,15 @@ def test_a_critic_of_a_constant_reward_is_not_blamed():
     assert "low_explained_variance" not in judged(stream)[-1]
 
 
+def test_a_correlation_with_length_is_no_bias_while_lengths_do_not_follow_it():
+    for change, level in ((0.0, 0), (-0.3, 0), (0.3, 2)):
+        stream = [
+            entry | {"objective/length_correlation": 0.9, "completions/mean_length": 14 * (1 + change * (t > 4))}
+            for t, entry in enumerate(healthy("ppo"))
+        ]
+        assert judged(stream)[-1]["length_bias"].level == level
+
+
 def test_over_optimization_needs_a_reward_that_rises():
     falling = [entry | {"rewards/gold/mean": -0.5 * t} for t, entry in enumerate(healthy("ppo"))]
     assert judged(falling)[-1]["over_optimization"].level == 2
@@ -170,20 +179,27 @@ def test_over_optimization_needs_a_reward_that_rises():
 
 
 def test_the_sampling_error_of_small_rollouts_is_no_sign():
-    """Rewards of rollouts of 16 completions, of 50 runs: one that stays as it is, and one that is over-optimized."""
-    shown = {"flat": 0, "over-optimized": 0}
+    """Means of 16 rewards in 50 runs of each kind: (score, watched reward) by log step, of 60."""
+    kinds = {
+        "flat": lambda t: (0.0, 0.0),
+        "rising": lambda t: (t / 60, 0.0),
+        "over-optimized": lambda t: (t / 20, min(t, 20) / 40 - max(0, t - 20) / 20),
+        "falling": lambda t: (-t / 30, -t / 30),
+    }
+    shown: dict[str, list[str]] = {kind: [] for kind in kinds}
     for run in range(50):
         noise = random.Random(run)
-        for kind in shown:
-            series, levels = Series(watched=["gold"]), []
+        for kind, means in kinds.items():
+            series, signs = Series(watched=["gold"]), set()
             for t in range(60):
-                change = min(t, 20) / 40 - max(0, t - 20) / 20 if kind == "over-optimized" else 0.0
-                gold, score = (mean + noise.gauss(0, 1) / math.sqrt(16) for mean in (change, 3 * t / 60))
+                score, gold = (mean + noise.gauss(0, 1) / math.sqrt(16) for mean in means(t))
                 series.add({"objective/scores": score, "objective/scores_std": 1.0})
                 series.add({"rewards/gold/mean": gold, "rewards/gold/std": 1.0})
-                levels.append(any(finding.level for finding in evaluate_signs(series, all_limits()).values()))
-            shown[kind] += any(levels)
-    assert shown["flat"] <= 2 and shown["over-optimized"] == 50
+                signs |= {name for name, found in evaluate_signs(series, all_limits()).items() if found.level}
+            shown[kind] += signs
+    assert len(shown["flat"]) <= 3 and len(shown["rising"]) <= 3
+    assert shown["over-optimized"].count("over_optimization") == 50
+    assert shown["falling"].count("reward_falling") == 50
 
 
 def test_limits_can_be_changed_and_switched_off():

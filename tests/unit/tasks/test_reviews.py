@@ -106,7 +106,8 @@ def test_rows_as_chats_say_the_same(folder, dataset_type):
         for text, chat in zip(plain[side], chats[side], strict=True):
             assert chat["prompt"] == [{"role": "user", "content": text["prompt"]}]
             for key in ("completion", "chosen", "rejected"):
-                assert chat.get(key) == ((key in text and [{"role": "assistant", "content": text[key].strip()}]) or None)
+                if key in text:
+                    assert chat[key] == [{"role": "assistant", "content": text[key].strip()}]
             answers = [[{"role": "assistant", "content": one.strip()}] for one in text.get("completions", [])]
             assert chat.get("completions", []) == answers
 
