@@ -221,7 +221,7 @@ def _chat(row: Row) -> Row:
     answers = {key: row[key].strip() for key in ("completion", "chosen", "rejected") if key in row}
     if "completions" in row:
         answers["completions"] = [text.strip() for text in row["completions"]]
-    return to_chat(row | answers, Counter())
+    return to_chat(row | answers, Counter(), wanted=True, place="reviews")
 
 
 def _hash(row: Row) -> str:
