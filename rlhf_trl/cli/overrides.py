@@ -39,7 +39,7 @@ NO_OPTION = re.compile(r"Could not (?:find|load) '(.+)'")
 TWICE = re.compile(r"Multiple values for (\S+?)\. To override a value use 'override ([^']+)'")
 GLOBAL = re.compile(r"#\s*@package\s+_global_\s*")
 # Nodes whose keys the user chooses
-OPEN_NODES = {"callbacks", "columns", "kwargs", "policies", "sources", "steps", "weights"}
+OPEN_NODES = {"callbacks", "columns", "kwargs", "policies", "published", "sources", "steps", "weights"}
 
 
 def parse_command_line(argv: Sequence[str]) -> Namespace:

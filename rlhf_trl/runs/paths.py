@@ -108,10 +108,13 @@ def _note_ambiguity(place: str, run: str) -> None:
         print(f"`{place}` is the run `{run}`; the folder of that name here is `./{place}`.")
 
 
-def named_policies(policies: dict[str, str] | list[str]) -> dict[str, str]:
-    """Return policies by name; in a list they are named by their paths, `ppo` for `ppo` and for `runs/x/ppo`."""
+def named_policies(policies: dict[str, str | None] | list[str]) -> dict[str, str]:
+    """
+    Return policies by name, without those that are null; in a list they are named by their paths, `ppo` for `ppo` and
+    for `runs/x/ppo`.
+    """
     if isinstance(policies, dict):
-        return policies
+        return {name: place for name, place in policies.items() if place is not None}
     short = [re.split("[/:]", str(place).rstrip("/"))[-1] for place in policies]
     unique = len(set(short)) == len(short)
     return {name if unique else str(place): str(place) for name, place in zip(short, policies, strict=True)}

@@ -41,7 +41,7 @@ def evaluate(cfg: DictConfig) -> None:
     """
     OmegaConf.resolve(cfg)
     stage, runs = cfg.stage, project_dir(cfg)
-    named = named_policies(cast(dict[str, str] | list[str], OmegaConf.to_container(stage.policies)))
+    named = named_policies(cast(dict[str, str | None] | list[str], OmegaConf.to_container(stage.policies)))
     if problem := baseline_problem(stage.baseline, named):
         raise ConfigError(problem)
     policies = policies_of(named, stage.checkpoints, stage.sweeps, runs)

@@ -17,7 +17,7 @@ PACKAGE = Path(importlib.util.find_spec("rlhf_trl").origin).parent
 # Checking a key, or showing it in a plan, isn't reading it
 NO_READERS = ("rlhf_trl.checks", "rlhf_trl.config", "rlhf_trl.cli.dry_run", "rlhf_trl.cli.overrides")
 # Nodes whose keys are names of the user's choice
-NAMES = ("callbacks", "reward", "steps", "stage.policies")
+NAMES = ("callbacks", "reward", "steps", "stage.policies", "published")
 # Where the options of a function with `**options` are parameters
 PASSED_ON = dict.fromkeys(("rlhf_trl.data.load_files", "rlhf_trl.data.load_hub"), "rlhf_trl.data.LoadOptions")
 
@@ -64,7 +64,7 @@ def plain_keys(values: dict[str, Any], path: str = "") -> Iterator[str]:
     """Yield the innermost keys that aren't arguments of a `_target_`; a node with one is such a key itself."""
     for key, value in values.items():
         inner = f"{path}.{key}".removeprefix(".")
-        if isinstance(value, dict) and value and "_target_" not in value:
+        if isinstance(value, dict) and value and "_target_" not in value and path != "published":
             yield from plain_keys(value, inner)
         else:
             yield inner

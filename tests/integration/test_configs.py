@@ -35,10 +35,13 @@ def a_users_folder(tmp_path, monkeypatch):
     texts = [path.read_text() for path in CONF.glob("**/*.yaml")]
     projects = {"default"} | {name for text in texts for name in re.findall(r"\bproject[:=] ?(\w+)", text)}
     for project in projects:
-        for run in ("init", "sft", "reward", "ppo", "dpo"):
+        for run in ("init", "sft", "reward", "ppo", "dpo", "helpful", "harmless"):
             folder = tmp_path / "runs" / project / run
-            folder.mkdir(parents=True)
+            (folder / "merged").mkdir(parents=True)
+            (folder / "merged" / "config.json").write_text("{}")
             (folder / "run.json").write_text(json.dumps({"status": "done", "stage": run}))
+    (tmp_path / "my_rewards.py").write_text("def short(completions): return [0.0] * len(completions)")
+    monkeypatch.syspath_prepend(tmp_path)
 
 
 def problems_of(*words: str) -> list[str]:

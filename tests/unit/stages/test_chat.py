@@ -241,6 +241,7 @@ def test_policies_are_named_by_a_list_or_a_mapping(compose, tmp_path):
     assert named_policies(["sft", "runs/x/ppo", "demo:base"]) == {
         "sft": "sft", "ppo": "runs/x/ppo", "base": "demo:base"
     }  # fmt: skip
+    assert named_policies({"sft": "sft", "dpo": None}) == {"sft": "sft"}
     assert named_policies(["a/sft", "b/sft"]) == {"a/sft": "a/sft", "b/sft": "b/sft"}
     assert named_policies({"old": "sft"}) == {"old": "sft"}
     for run_name in ("sft", "ppo"):
