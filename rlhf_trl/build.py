@@ -52,6 +52,7 @@ from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.generation import Policy
 from rlhf_trl.models.initial import load_initial_model
 from rlhf_trl.models.loading import load_model
+from rlhf_trl.models.precision import precision_line, weights_dtype
 from rlhf_trl.models.roles import begin_training
 from rlhf_trl.models.sizes import Sizes, empty_model, id_problem, length_problem, sizes_of
 from rlhf_trl.models.tokenizers import load_tokenizer
@@ -222,8 +223,6 @@ def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
         args = instantiate(values)
     except InstantiationException as error:
         raise ConfigError(f"`stage.args` is refused by `{node._target_}`: {error.__cause__ or error}") from error
-    if node.get("bf16") is None and not args.bf16 and not args.fp16:
-        say("bf16 is off: this machine has no accelerator with bfloat16, so training is in float32.")
     return args
 
 
@@ -332,13 +331,14 @@ def make_trainer(
         extra["reward_funcs"] = reward_functions(cfg, tokenizer, dataset["train"].column_names)
         args.reward_weights = [reward.weight for reward in extra["reward_funcs"]]
     set_seed(args.seed)  # a new score head must not depend on what was loaded before
+    peft = instantiate(cfg.adapter.peft)
     model, peft_config = load_initial_model(
         path,
         cfg.stage.task_type,
-        instantiate(cfg.adapter.peft),
+        peft,
         merge_dir=f"{cfg.run_dir}/start",
         heads=head_names(dataset["train"]),
-        dtype=cfg.model.dtype,
+        dtype=weights_dtype(cfg.model.dtype, is_trained=peft is None, bf16=args.bf16),
         attn_implementation=cfg.model.attn_implementation,
         quantization_config=instantiate(cfg.adapter.quantization),
         **from_pretrained_kwargs(cfg),
@@ -359,6 +359,7 @@ def make_trainer(
         reward.attach(trainer.model)
     if isinstance(trainer.model, PeftModel):
         begin_training(trainer.model)
+    say(precision_line(trainer.model, args))
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     for callback in callbacks(cfg, trainer):

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rlhf_trl.config.values import at, nodes, section
 from rlhf_trl.data.file_rows import resolve_paths
 from rlhf_trl.errors import ConfigError
@@ -16,6 +18,7 @@ from rlhf_trl.runs.paths import (
     MODEL_FILES,
     PACKAGE,
     baseline_problem,
+    finish_command,
     is_run_name,
     named_policies,
     project_dir,
@@ -23,7 +26,12 @@ from rlhf_trl.runs.paths import (
     read_paths,
     run_command,
 )
-from rlhf_trl.runs.record import ENSEMBLE_FILE, RUN_FILE, read_run
+from rlhf_trl.runs.record import CONFIG_FILE, ENSEMBLE_FILE, RUN_FILE, read_run
+
+FOR_EMBEDDED = (
+    "`model=demo`, which is the default, brings values that fit the embedded model of 0.2 M parameters alone, such as "
+    "learning rates and lengths."
+)
 
 
 def model_problems(values: dict[str, Any]) -> list[str]:
@@ -31,6 +39,7 @@ def model_problems(values: dict[str, Any]) -> list[str]:
     problems = []
     if model := section(values, "model"):
         problems += _model("model", model, values, at(values, "stage.task_type") or "CAUSAL_LM")
+        problems += _values_of_the_embedded_model(model, values)
         if (template := model.get("chat_template")) not in CHAT_TEMPLATES:
             problems += _file("model.chat_template", template)
     for name, reward in section(values, "reward").items():
@@ -100,8 +109,20 @@ def _model(key: str, node: dict[str, Any], values: dict[str, Any], task_type: st
     return problems or _task_type(key, folder, task_type)
 
 
+def _values_of_the_embedded_model(model: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    """Return the problem of a run of another model with `model=demo`, whose values fit the embedded one, or none."""
+    run, file = model.get("run"), project_dir(values) / str(model.get("run")) / CONFIG_FILE
+    if run is None or not str(model.get("path")).startswith(DEMO) or not file.is_file():
+        return []
+    started = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("model")
+    if started is None or str(started.get("path")).startswith(DEMO):  # `stage=init` has no model
+        return []
+    other = started["path"] or "another model"
+    return [f"`model.run` is `{run}`, a run of {other}. {FOR_EMBEDDED} Set `model=hf` as well."]
+
+
 def _earlier_run(key: str, run: str, values: dict[str, Any]) -> list[str]:
-    folder, command = project_dir(values) / run, run_command(run, project_dir(values))
+    folder = project_dir(values) / run
     try:
         record = read_run(folder)
     except ConfigError as error:
@@ -110,13 +131,13 @@ def _earlier_run(key: str, run: str, values: dict[str, Any]) -> list[str]:
         others = [path.parent.name for path in folder.parent.glob(f"*/{RUN_FILE}")]
         hint = f" {did_you_mean(run, others)}" if nearest(run, others) else ""
         return [
-            f"`{key}` is `{run}`, and there is no such run in `{folder.parent}`.{hint} Make it first: `{command}`."
+            f"`{key}` is `{run}`, and there is no such run in `{folder.parent}`.{hint} Make it first: "
+            f"`{run_command(run, project_dir(values))}`."
         ]
     if record.status != "done":
-        command = record.command or command
         return [
             f"`{key}` is `{run}`, and that run is not finished (its status is `{record.status}`). "
-            f"Finish it first: `{command} resume=true`."
+            f"Finish it first: `{finish_command(run, project_dir(values))}`."
         ]
     return []
 

@@ -1,7 +1,6 @@
 """Dry run (`debug=dry_run`): the plan of a run, printed before any model loads."""
 
 import contextlib
-import io
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -42,6 +41,7 @@ from rlhf_trl.evaluation.generation import TOO_LONG, Policy
 from rlhf_trl.models.adapters import adapter_config
 from rlhf_trl.models.initial import load_initial_model
 from rlhf_trl.models.loading import AUTO_CLASSES, load_model, load_reward_model
+from rlhf_trl.models.precision import weights_dtype
 from rlhf_trl.models.sizes import Sizes, check_rows, empty_model
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.runs.paths import project_dir, resolve_path
@@ -234,10 +234,8 @@ def first_batch(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, dataset: Da
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if TRL refuses the arguments or the rows.
     """
-    said = contextlib.redirect_stdout(io.StringIO())  # the note on bf16, which was printed before
     with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
-        with said:
-            args: Any = training_arguments(cfg.stage.args, output_dir=folder, report_to="none", push_to_hub=False)
+        args: Any = training_arguments(cfg.stage.args, output_dir=folder, report_to="none", push_to_hub=False)
         args.eval_strategy = IntervalStrategy.NO
         args.precompute_ref_log_probs = False  # of DPO and KTO: those of the placeholder would mean nothing
         trainer = build_trainer(
@@ -287,7 +285,8 @@ def _disk(cfg: DictConfig) -> dict[str, str]:
     """
     model = models_of(as_dict(cfg))[0]
     empty = empty_model(model.path, model.task_type, model.trust_remote_code, model.revision)
-    dtype = empty.dtype if cfg.model.dtype in (None, "auto") else getattr(torch, cfg.model.dtype)
+    name = weights_dtype(cfg.model.dtype, is_trained=cfg.adapter.peft is None)
+    dtype = empty.dtype if name == "auto" else getattr(torch, name)
     folder = nearest_folder(Path(cfg.run_dir))
     weights, free = empty.num_parameters() * dtype.itemsize, shutil.disk_usage(folder).free
     if not cfg.adapter.peft and weights > free:

@@ -20,12 +20,15 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_trl.checks import check, find_problems
+from rlhf_trl.checks.paths import FOR_EMBEDDED
 from rlhf_trl.cli.app import exit_with, run_app
-from rlhf_trl.cli.overrides import compose, without_sweeps
+from rlhf_trl.cli.overrides import compose, composed, without_sweeps
 from rlhf_trl.config.program import command_line, is_launched
+from rlhf_trl.config.values import as_dict, at
 from rlhf_trl.errors import ConfigError, DivergedError, disk_is_full, user_traceback
 from rlhf_trl.patches.malloc import keep_freed_memory
 from rlhf_trl.patches.warnings import filter_warnings
+from rlhf_trl.runs.paths import DEMO
 from rlhf_trl.runs.ranks import is_main_process, leave_process_group
 from rlhf_trl.terminal import AboveBars
 
@@ -80,7 +83,10 @@ def command_line_problems(args: Namespace) -> list[str]:
     """
     if not args.multirun:
         cfg, problems = compose(args.overrides, args.config_dirs)
-        return problems if cfg is None else problems + find_problems(cfg)
+        if cfg is None:
+            return problems
+        # Overrides that don't fit can't be composed again
+        return (problems or _values_of_the_embedded_model(cfg, args)) + find_problems(cfg)
     if is_launched():
         raise ConfigError(
             f"`{command_line('-m')}` would start the whole sweep on every rank. "
@@ -88,6 +94,17 @@ def command_line_problems(args: Namespace) -> list[str]:
         )
     _, problems = compose(without_sweeps(args.overrides), args.config_dirs)  # its jobs are checked one by one
     return problems
+
+
+def _values_of_the_embedded_model(cfg: DictConfig, args: Namespace) -> list[str]:
+    """Return the problem of another model with `model=demo`, or none."""
+    path = at(as_dict(cfg, resolve=False), "model.path")
+    if path is None or str(path).startswith(DEMO):
+        return []
+    whole = composed("train", args.overrides, args.config_dirs, with_hydra=True)
+    if whole.hydra.runtime.choices.get("model") != "demo":
+        return []
+    return [f"`model.path` is `{path}`. {FOR_EMBEDDED} Set `model=hf` as well."]
 
 
 def run(cfg: DictConfig) -> float | None:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import psutil
 
+from rlhf_trl.config.command_line import unquote_text
 from rlhf_trl.errors import PACKAGE, short_path
 
 App = Literal["train", "pipeline", "sweep"]
@@ -112,6 +113,12 @@ def _launcher() -> list[str]:
     if words[1:3] in (["-m", "accelerate.commands.launch"], ["-m", "torch.distributed.run"]):
         return [short_path(words[0]), *words[1:]]
     return []
+
+
+def typed_overrides() -> list[str]:
+    """Return the overrides of the command line, as typed; none where this process isn't one of our programs."""
+    words = unquote_text(sys.argv[1:]) if _started() else []
+    return [word for word in words if word[:1] not in ("-", "~") and "=" in word]
 
 
 def typed_config_dir() -> list[str]:

@@ -41,7 +41,7 @@ class Policy(NamedTuple):
         return self.tokenizer.chat_template is not None
 
 
-def load_policy(name: str, path: str, dtype: str) -> Policy:
+def load_policy(name: str, path: str, dtype: str | None) -> Policy:
     """Load a policy onto the device, in evaluation mode."""
     model: Any = load_model(path, dtype=dtype)  # `PreTrainedModel.to` is declared without `self`
     return Policy(name, path, model.eval().to(PartialState().device), load_tokenizer(path))

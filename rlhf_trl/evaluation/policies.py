@@ -111,7 +111,7 @@ def evaluate_policies(
     baseline: str,
     benchmark: Benchmark,
     judge: Judge,
-    dtype: str,
+    dtype: str | None,
     samples: int = 0,
     samples_batch_size: int | None = None,
     references: Dataset | None = None,
@@ -129,8 +129,8 @@ def evaluate_policies(
             Prompts, sampling and rewards.
         judge ([`~rlhf_trl.evaluation.judges.Judge`]):
             Judge of the win rates.
-        dtype (`str`):
-            Type of the weights.
+        dtype (`str`, *optional*):
+            Type of the weights. Unset, bfloat16 where the device supports it.
         samples (`int`):
             Completions per prompt of the baseline, of which best-of-n is measured; 0: none.
         samples_batch_size (`int`, *optional*):

@@ -26,6 +26,7 @@ from rlhf_trl.models.adapters import (
     with_adapter,
 )
 from rlhf_trl.models.heads import HEADS, adapter_head_names, check_head_count
+from rlhf_trl.models.precision import weights_dtype
 from rlhf_trl.models.quantization import trained_quantization
 from rlhf_trl.models.weights import load_weights
 from rlhf_trl.patches.bitsandbytes import keep_trainable
@@ -68,7 +69,7 @@ def model_config(path: str, trust_remote_code: bool = False, revision: str | Non
 def load_model(
     path: str,
     task_type: str = "CAUSAL_LM",
-    dtype: str = "float32",
+    dtype: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -83,8 +84,9 @@ def load_model(
             Folder or hub id.
         task_type (`str`):
             `CAUSAL_LM`, or `SEQ_CLS` for one score per sequence and head.
-        dtype (`str`):
-            Type of the weights (of the base's, for an adapter): `float32`, `bfloat16`, `auto` (as saved) ...
+        dtype (`str`, *optional*):
+            Type of the weights (of the base's, for an adapter): `float32`, `bfloat16`, `auto` (as saved) ... Unset,
+            bfloat16 where the device supports it, else float32.
         attn_implementation (`str`, *optional*), trust_remote_code (`bool`), revision (`str`, *optional*):
             As in `from_pretrained`.
         quantization (`transformers.BitsAndBytesConfig`, *optional*):
@@ -97,7 +99,7 @@ def load_model(
         [`~rlhf_trl.errors.ConfigError`]: if a reward model is loaded as a policy, or the base of an adapter is gone.
     """
     options = {
-        "dtype": dtype,
+        "dtype": weights_dtype(dtype, is_trained=False),
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
         "quantization_config": quantization,
@@ -149,7 +151,7 @@ def load_reward_model(
         scores = config.task_type == "SEQ_CLS"
     if not scores:
         raise ConfigError(f"`{path}` is no reward model: it has no score head. Train one with `stage=reward`.")
-    return load_model(path, "SEQ_CLS", dtype or "float32", trust_remote_code=trust_remote_code, device_map=device_map)
+    return load_model(path, "SEQ_CLS", dtype, trust_remote_code=trust_remote_code, device_map=device_map)
 
 
 def load_full(
@@ -190,7 +192,8 @@ def load_full(
             check_head_count(path, cast(int, model.config.num_labels), len(heads))
         for name, head in model.named_children():
             if name in HEADS and isinstance(head, torch.nn.Linear):
-                cast_head_inputs(head)
+                # A score of 4 in bfloat16 is a multiple of 1/64, and a trained head would round its updates away
+                cast_head_inputs(head.float())
     if getattr(model, "is_loaded_in_4bit", False):
         keep_trainable(model)
     return model

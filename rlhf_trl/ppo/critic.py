@@ -155,7 +155,7 @@ def _hidden_states(trunk: Any, input_ids: Tensor, attention_mask: Tensor) -> Ten
 def _network(model: PreTrainedModel | PeftModel, args: PPOConfig) -> tuple[Any, Tensor | None]:
     """Return a trainable trunk, a reward model's or a copy of the policy's, and the score head that it came with."""
     policy: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    dtype = getattr(torch, args.critic_dtype) if args.critic_dtype else None
+    dtype = getattr(torch, args.critic_dtype or "float32")  # also of a copy of a frozen base in bfloat16
     if args.critic_path is not None:
         load = load_merged if adapter_config(args.critic_path) is not None else load_reward_model
         started: Any = load(args.critic_path, args.critic_dtype or "float32", trust_remote_code=args.trust_remote_code)

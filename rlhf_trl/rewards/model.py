@@ -66,7 +66,7 @@ class ModelReward(BaseReward):
         path (`str` or `PreTrainedModel`): folder, hub id, or a loaded model whose config names its tokenizer.
         weight (`float`), name (`str`, defaults to `"reward_model"`): see [`Reward`].
         batch_size (`int`): completions scored at a time.
-        dtype (`str`, *optional*): such as `"bfloat16"`; float32 when unset.
+        dtype (`str`, *optional*): such as `"bfloat16"`. Unset, bfloat16 where the device supports it.
         trust_remote_code (`bool`): for hub models with code of their own.
         head_weights (`dict[str, float]`, *optional*): weight of each head that counts; the reward is the weighted sum.
             Needed for a model with several heads.

@@ -5,10 +5,10 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rlhf_trl.config.program import command_line
+from rlhf_trl.config.program import command_line, typed_config_dir, typed_overrides
 from rlhf_trl.config.values import texts
 from rlhf_trl.errors import PACKAGE, ConfigError
 from rlhf_trl.runs.ranks import is_main_process
@@ -132,27 +132,57 @@ def baseline_problem(baseline: str, policies: Iterable[str]) -> str | None:
 
 
 def _finished_run(run: str, project_dir: str | os.PathLike) -> str:
-    run_dir, command = Path(project_dir, run), run_command(run, project_dir)
+    run_dir = Path(project_dir, run)
     record = read_run(run_dir)
     if record is None:
         raise ConfigError(
-            f"There is no run `{run}` in `{project_dir}`. Make it first with `{command}`, or name another by `run=`."
+            f"There is no run `{run}` in `{project_dir}`. Make it first with `{run_command(run, project_dir)}`, or "
+            "name another by `run=`."
         )
     if record.status != "done":
         raise ConfigError(
             f"The run `{run}` in `{project_dir}` is not finished (its status is `{record.status}`). "
-            f"Finish it first with `{command} resume=true`."
+            f"Finish it first with `{finish_command(run, project_dir)}`."
         )
     return str(run_dir.resolve())
 
 
 def run_command(run: str, project_dir: str | os.PathLike) -> str:
-    """Return the command that makes a run of a project, for messages; the stage of a renamed run stays open."""
-    stages = {path.name.removesuffix(".yaml") for path in (conf_dir() / "stage").glob("*.yaml")}
-    parts = [f"stage={run}" if run in stages else f"stage=... run_name={run}", f"project={Path(project_dir).name}"]
-    if str(Path(project_dir).parent) != "runs":
-        parts.append(f"runs_dir={Path(project_dir).parent}")
-    return command_line(*parts)
+    """
+    Return the command that makes a run of a project, for messages: the experiment of that name beside the one that the
+    command line chooses, else the stage, with what the command line says of model, adapter and data. The stage of a
+    renamed run stays open.
+    """
+    typed, project = typed_overrides(), Path(project_dir)
+    experiments = [word.partition("=")[2] for word in typed if word.startswith("experiment=")]
+    siblings = [str(PurePosixPath(name).parent / run) for name in experiments]
+    if siblings and config_file("experiment", siblings[-1]):
+        parts, groups = [f"experiment={siblings[-1]}"], ("project", "runs_dir", "model", "data")
+    else:
+        parts = [f"stage={run}"] if config_file("stage", run) else ["stage=...", f"run_name={run}"]
+        parts += [
+            f"project={project.name}",
+            *([f"runs_dir={project.parent}"] if str(project.parent) != "runs" else []),
+        ]
+        groups = ("model", "adapter", "data")
+    typed = [word for word in typed if word != f"model.run={run}"]
+    more = [word for word in typed if re.split("[=./]", word.lstrip("+"))[0] in groups]
+    if "model=hf" in more and not any(word.startswith(("model.path=", "model.run=")) for word in more):
+        more.append("model.path=...")
+    return command_line(*parts, *more)
+
+
+def finish_command(run: str, project_dir: str | os.PathLike) -> str:
+    """Return the command that resumes an unfinished run of a project: its own, as it was typed."""
+    record = read_run(Path(project_dir, run))
+    command = record.command if record and record.command else run_command(run, project_dir)
+    return f"{re.sub(r' (resume|overwrite)=[^ ]+', '', command)} resume=true"
+
+
+def config_file(group: str, option: str) -> Path | None:
+    """Return the file of an option of a group, ours or in the `--config-dir` of the command line, if there is one."""
+    folders = [conf_dir(), *map(Path, typed_config_dir()[1:])]
+    return next((file for folder in folders if (file := folder / group / f"{option}.yaml").is_file()), None)
 
 
 def read_paths(values: dict[str, Any]) -> list[tuple[str, Path]]:

@@ -1,0 +1,98 @@
+"""Types of the weights: what is trained is in float32, what is frozen in bfloat16 where the device supports it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForSequenceClassification
+
+from rlhf_trl.models import precision
+from rlhf_trl.models.loading import load_model, load_reward_model
+from rlhf_trl.models.precision import weights_dtype
+from tests.helpers.tiny import save_model
+
+
+@pytest.fixture
+def with_bf16(monkeypatch):
+    monkeypatch.setattr(precision, "is_torch_bf16_gpu_available", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_trained", "bf16", "expected"),
+    [
+        (None, True, True, "float32"),
+        (None, False, True, "bfloat16"),
+        (None, True, False, "float32"),
+        (None, False, False, "float32"),
+        ("auto", False, True, "auto"),
+        ("bfloat16", True, False, "bfloat16"),
+    ],
+)
+def test_type_of_the_weights(dtype, is_trained, bf16, expected):
+    assert weights_dtype(dtype, is_trained, bf16) == expected
+
+
+def test_what_is_only_evaluated_follows_the_device(tmp_path, with_bf16, monkeypatch):
+    path = save_model(tmp_path / "model")
+    assert load_model(path).dtype == torch.bfloat16
+    assert load_model(path, dtype="float32").dtype == torch.float32
+    monkeypatch.undo()
+    assert load_model(path).dtype == torch.float32
+
+
+def test_the_score_head_of_a_bfloat16_reward_model_is_in_float32(tmp_path, with_bf16):
+    path = save_model(tmp_path / "policy")
+    classifier = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
+    classifier.save_pretrained(path := str(tmp_path / "scores"))
+    model, exact = load_reward_model(path), load_reward_model(path, "float32")
+    ids = torch.randint(3, 20, (8, 12))
+    with torch.no_grad():
+        scores, expected = model(input_ids=ids).logits, exact(input_ids=ids).logits
+    assert model.dtype == torch.bfloat16 and scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, atol=0.1 * expected.abs().max().item(), rtol=0)
+    assert not torch.equal(scores, scores.bfloat16().float())
+
+
+# Of the weights that are trained and of those that are frozen
+TYPES = {
+    "stage=sft": ("float32", None),
+    "stage=sft adapter=lora": ("float32", "bfloat16"),
+    "stage=sft adapter=lora model.dtype=float32": ("float32", "float32"),
+    "stage=dpo adapter=dora": ("float32", "bfloat16"),
+    "stage=reward adapter=lora": ("float32", "bfloat16 and float32"),
+    "stage=ppo adapter=lora critic=model": ("float32", "bfloat16"),
+    "stage=ppo adapter=lora critic=adapter": ("float32", "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("words", TYPES)
+def test_trained_weights_are_in_float32_on_a_base_in_bfloat16(train, tmp_path, capsys, words):
+    """A run in mixed precision, here on the CPU, says its types and learns."""
+    path = save_model(tmp_path / "model", hidden_size=32)
+    given = ["model=hf", f"model.path={path}", "stage.args.bf16=true", "+stage.args.use_cpu=true"]
+    few = [
+        "stage.args.max_steps=2",
+        "stage.args.logging_steps=1",
+        "stage.args.eval_strategy=no",
+        "stage.args.eval_on_start=false",
+    ]
+    few += ["data.max_eval_samples=8"]
+    if "ppo" in words:
+        few += [
+            "stage.args.steps_per_generation=2",
+            "stage.args.gradient_accumulation_steps=1",
+            "stage.args.max_steps=8",
+        ]
+        few += ["stage.args.max_completion_length=8"]
+    run = Path(train(tmp_path, *given, *few, *words.split()))
+    trained, frozen = TYPES[words]
+    said = capsys.readouterr().out
+    line = f"Trained weights are in {trained}" + (f", frozen ones in {frozen}" if frozen else "")
+    assert f"{line}. Mixed precision: computed in bfloat16." in said
+    losses = [entry["loss"] for entry in json.loads((run / "metrics.json").read_text())["history"] if "loss" in entry]
+    assert losses and all(loss is not None for loss in losses)
+    file = run / ("adapter_model.safetensors" if frozen else "model.safetensors")
+    with safe_open(file, "pt") as weights:
+        assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float32}  # noqa: SIM118
