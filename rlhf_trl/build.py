@@ -7,7 +7,7 @@ Beside `stages/` the only code that sees the whole config.
 import functools
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import PartialState
@@ -359,7 +359,7 @@ def make_trainer(
         reward.attach(trainer.model)
     if isinstance(trainer.model, PeftModel):
         begin_training(trainer.model)
-    say(precision_line(trainer.model, args))
+    say(precision_line(cast(torch.nn.Module, trainer.model), args))
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     for callback in callbacks(cfg, trainer):

@@ -190,9 +190,9 @@ ROLLOUT = ["stage=grpo", "stage.args.per_device_train_batch_size=8"]
         (
             1,
             ["stage.args.num_generations=6"],
-            ["8 completions", "groups of 6", "steps_per_generation=3", "generations=4"],
+            ["8 completions", "groups of 6", "gradient_accumulation_steps=3", "generations=4"],
         ),
-        (2, ["stage.args.num_generations=6"], ["16 completions", "x 2 (ranks)", "steps_per_generation=3"]),
+        (2, ["stage.args.num_generations=6"], ["16 completions", "x 2 (ranks)", "gradient_accumulation_steps=3"]),
         (3, ["stage.args.num_generations=6"], []),
         (1, ["stage.args.num_generations=1"], ["2 or more"]),
         (1, ["stage.args.num_generations=0"], ["1 or more"]),
