@@ -1,13 +1,15 @@
 """Page and tables of an evaluation of rewards (`stage=evaluate_reward`)."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from rlhf_trl.hints import count_of
 from rlhf_trl.report import plots
 from rlhf_trl.report.page import Code, Details, Figure, Missing, Page, Section, SideBySide, Table, Text
 from rlhf_trl.report.plots import Drawing, Series
-from rlhf_trl.report.text import interval, number, table
+from rlhf_trl.report.reward_reading import reading
+from rlhf_trl.report.text import WIDTH, interval, number, table
 from rlhf_trl.runs.reward_results import BestOfNGain, LengthBias, RatingCorrelation, RewardQuality
 
 
@@ -21,7 +23,7 @@ def reward_page(quality: RewardQuality, title: str, command: str) -> Page:
         command (`str`): command line of the run.
     """
     sections = [
-        Section("In short", [summary_table(quality), *_notes(quality)]),
+        Section("In short", [summary_table(quality), *_readings(quality), *_notes(quality)]),
         Section("Accuracy by slice", [_slices(quality), *_slice_figures(quality)]),
         Section("Reliability", _reliability(quality)),
         Section("Length", _length(quality)),
@@ -46,7 +48,7 @@ def reward_page(quality: RewardQuality, title: str, command: str) -> Page:
 
 
 def reward_text(quality: RewardQuality) -> str:
-    """Return the two main tables, for a terminal."""
+    """Return the two main tables and what they mean, for a terminal."""
     parts = [
         f"{count_of(quality.comparisons, 'comparison')} of {count_of(quality.completions, 'completion')} of "
         f"{count_of(quality.prompts, 'prompt')}",
@@ -58,6 +60,8 @@ def reward_text(quality: RewardQuality) -> str:
         *(block for each in _rewardbench(quality) for block in each.blocks),
     ):
         parts.append("\n" + table(one.headers, one.cells))
+    for text in _readings(quality):
+        parts.append("\n" + textwrap.fill(text.text.replace("`", ""), WIDTH))
     return "\n".join(parts)
 
 
@@ -100,6 +104,15 @@ def summary_table(quality: RewardQuality) -> Table:
         "gold reward over one completion at the largest n, which is in brackets. No score: completions that got none, "
         "dropped.",
     )
+
+
+def _readings(quality: RewardQuality) -> list[Text]:
+    """Return what the figures mean, a paragraph per reward."""
+    return [
+        Text(f"`{name}`: {' '.join(said)}" if len(quality.rewards) > 1 else " ".join(said))
+        for name in quality.rewards
+        if (said := reading(quality, name))
+    ]
 
 
 def _slices(quality: RewardQuality) -> Table:
