@@ -147,12 +147,12 @@ def frontier(
             axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")  # matplotlib's own are formulas
             places = sorted({float(x) for one in series for x in one.x if x is not None})
             if len(places) <= 8:  # the values of a sweep
-                axes.set_xticks(places, [f"{place:g}" for place in places])
+                axes.set_xticks(places, [f"{place:.4g}" for place in places])
             axes.minorticks_off()
         axes.margins(x=0.06, y=0.12)
         _name(axes, x_label, y_label)
         _legend(axes)
-        _labels(axes, taken)
+        _labels(axes, taken, small)
 
     return _svg(draw, title, wide)
 
@@ -306,8 +306,11 @@ def _legend(axes) -> None:
         )
 
 
-def _labels(axes, points: list[tuple]) -> None:
-    """Draw names beside points, each at the place that overlaps least with other names, points and lines."""
+def _labels(axes, points: list[tuple], small: bool) -> None:
+    """
+    Draw names beside points, each at the place that overlaps least with other names, points and lines. In a small
+    figure a name that would cover another one or leave the axes is left to the table.
+    """
     if not points:
         return
     axes.figure.draw_without_rendering()  # places the axes
@@ -335,7 +338,10 @@ def _labels(axes, points: list[tuple]) -> None:
             far = max(abs(place[0]), abs(place[1])) > 10
             return 8 * outside + 6 * names + 4 * marks + 2 * crossed + far
 
-        found = note(min(SIDES, key=trouble))
+        best = min(SIDES, key=trouble)
+        if small and trouble(best) >= 6:
+            continue
+        found = note(best)
         boxes.append(found.get_window_extent())
 
 

@@ -60,8 +60,7 @@ def reward_text(quality: RewardQuality) -> str:
         *(block for each in _rewardbench(quality) for block in each.blocks),
     ):
         parts.append("\n" + table(one.headers, one.cells))
-    for text in _readings(quality):
-        parts.append("\n" + textwrap.fill(text.text.replace("`", ""), WIDTH))
+    parts += ["", *(textwrap.fill(text.text.replace("`", ""), WIDTH) for text in _readings(quality))]
     return "\n".join(parts)
 
 
@@ -96,22 +95,23 @@ def summary_table(quality: RewardQuality) -> Table:
     if quality.raters:
         one = quality.raters.one_rater
         rows.append(["(one rater)", number(one.accuracy), "", "", "", number(one.spearman, "{:+.2f}"), "", ""])
-    return Table(
-        headers,
-        rows,
-        note="Accuracy: share of comparisons with the higher score on the completion that people prefer; like length: "
+    note = (
+        "Accuracy: share of comparisons with the higher score on the completion that people prefer; like length: "
         "of those whose lengths are alike. ECE: expected calibration error. r: rank correlation. Best of n: gain in "
-        "gold reward over one completion at the largest n, which is in brackets. No score: completions that got none, "
-        "dropped.",
+        "gold reward over one completion at the largest n, which is in brackets."
     )
+    if not any(row[-1] for row in rows):
+        return Table(headers[:-1], [row[:-1] for row in rows], note=note)
+    return Table(headers, rows, note=f"{note} No score: completions that got none, dropped.")
 
 
 def _readings(quality: RewardQuality) -> list[Text]:
-    """Return what the figures mean, a paragraph per reward."""
+    """Return what the figures mean, a paragraph per sentence."""
+    several = len(quality.rewards) > 1
     return [
-        Text(f"`{name}`: {' '.join(said)}" if len(quality.rewards) > 1 else " ".join(said))
+        Text(f"`{name}`: {sentence}" if several else sentence)
         for name in quality.rewards
-        if (said := reading(quality, name))
+        for sentence in reading(quality, name)
     ]
 
 

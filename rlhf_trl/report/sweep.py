@@ -150,9 +150,8 @@ def outcome(sweep: Sweep) -> str:
         return f"None of the {count} jobs measured its objective. Look at what the failed ones say."
     said = [_winner(sweep)]
     if unhealthy := [job for job in sweep.done if job.health.startswith(("warn", "stop"))]:
-        names = ", ".join(f"{_label(job.overrides, sweep.keys) or job.number} ({job.health})" for job in unhealthy[:3])
-        more = f" and {len(unhealthy) - 3} more" if len(unhealthy) > 3 else ""
-        said.append(f"The health monitor warned of {names}{more}.")
+        signs = sorted({sign for job in unhealthy for sign in job.health.split()[1:] if not sign.startswith("+")})
+        said.append(f"The health monitor warned in {len(unhealthy)} of {len(sweep.done)} jobs ({', '.join(signs)}).")
     if failed:
         said.append(f"{failed} of {count} jobs failed.")
     return " ".join(said)
@@ -176,10 +175,12 @@ def _winner(sweep: Sweep) -> str:
             "more than chance."
         )
     if near:
-        names = "; ".join(f"{sweep.label(each)}, {_shown(sweep, each)}" for each in [first, *near][:4])
+        names = "; ".join(sweep.label(each) for each in near[:3])
         more = f" and {len(near) - 3} more" if len(near) > 3 else ""
-        told = f"No winner: the {extreme} {name} differ by no more than the noise of the seeds"
-        return f"{told}: {names}{more}."
+        return (
+            f"No winner: the {extreme} {name}, {_shown(sweep, first)} of {sweep.label(first)}, differs by no more "
+            f"than the noise of the seeds from {names}{more}."
+        )
     return f"{sweep.label(first)} has the {extreme} {name}, {_shown(sweep, first)}, beyond the noise of the seeds."
 
 
