@@ -31,6 +31,7 @@ from tests.helpers.config_schema import SCHEMA, schema
 from tests.helpers.configs import CONF, GROUPS, STAGES
 
 FOLDER = CONF.parent / "docs" / "reference"
+ARGS = "stage.args."
 GENERATED = "<!-- Written by `python -m tests.helpers.reference` -->\n"
 # Whole runs have pages of their own, written by hand or from their heads
 LISTED = ("experiment", "pipeline")
@@ -60,11 +61,18 @@ For all experiments of a folder at once, in the settings of VS Code:
 
 """
 
+LEARNING_RATES = """# Learning rates
+
+What `stage.args.learning_rate` and `stage.args.critic_learning_rate` are unless they are set. Their sources are in the
+comments of the files; what others published is in [Troubleshooting](../troubleshooting.md#learning-rates).
+"""
+
 
 def pages() -> dict[str, str]:
     """Return the reference pages, by their path in docs/reference."""
     groups = [group for group in sorted(GROUPS) if group not in ("stage", *LISTED)]
     found = {"config.md": config_page(), "training-arguments.md": training_arguments_page()}
+    found["learning-rates.md"] = learning_rates_page()
     found |= {f"stage-{stage}.md": stage_page(stage) for stage in STAGES}
     found |= {f"{slug(group)}.md": group_page(group) for group in groups}
     lines = ["## Stages", "", "| | |", "|---|---|"]
@@ -118,20 +126,60 @@ def brought(file: Path) -> str | None:
         f"| `stage={each.stem}` | {', '.join(f'`{key.path}={key.text}`' for key in keys_of(each))} |"
         for each in brought_files(file)
     ]
-    return "\n".join(["Its values for a stage:\n", "| | |\n|---|---|", *lines, ""]) if lines else None
+    return "\n".join(["\nIts values for a stage:\n", "| | |\n|---|---|", *lines, ""]) if lines else None
+
+
+def arguments_set_by(group: str, name: str, stage: str) -> dict[str, str]:
+    """Return the arguments that an option of a group sets for a stage, as the files have them."""
+    file = option(group, name)
+    files = [file, *(each for each in brought_files(file) if each.stem == stage)]
+    values = {key.path: key.text for each in files for key in keys_of(each)}
+    found = {path.removeprefix(ARGS): text for path, text in values.items() if path.startswith(ARGS)}
+    if rate := values.get(f"{group}.learning_rates.{stage}"):
+        found["learning_rate"] = rate
+    return found
+
+
+def set_by_options(stage: str) -> str | None:
+    """Return a table of the arguments that options of the stage's groups set, `None` where they set none."""
+    lines = []
+    for group in groups_of(option("stage", stage)):
+        for name in sorted(GROUPS[group]):
+            if values := arguments_set_by(group, name, stage):
+                words = ", ".join(f"`{key}={text}`" for key, text in values.items())
+                lines.append(f"| [`{group}={name}`]({slug(group)}.md#{slug(f'{group}={name}')}) | {words} |")
+    return "\n".join(["Options that set arguments:\n", "| | |\n|---|---|", *lines, ""]) if lines else None
+
+
+def learning_rates_page() -> str:
+    """Return the page of the learning rates that each training stage starts with."""
+    lines = []
+    for stage in STAGES:
+        args = {key.name: key.text for key in keys_of(option("stage", stage)) if key.path.startswith(ARGS)}
+        if "learning_rate" in args:
+            others = [arguments_set_by("adapter", name, stage)["learning_rate"] for name in ("lora", "qlora")]
+            demo = arguments_set_by("model", "demo", stage)["learning_rate"]
+            lines.append(f"| [`{stage}`](stage-{stage}.md) | {' | '.join([args['learning_rate'], *others, demo])} |")
+    critics = [
+        f"| [`critic={name}`](critic.md#{slug(f'critic={name}')}) | {rate} |"
+        for name in sorted(GROUPS["critic"])
+        if (rate := arguments_set_by("critic", name, "ppo").get("critic_learning_rate"))
+    ]
+    head = "| `stage=` | full | `adapter=lora`, `dora` | `adapter=qlora` | `model=demo`, full |\n|---|---|---|---|---|"
+    return "\n".join([LEARNING_RATES, head, *lines, "\n| PPO's critic | |\n|---|---|", *critics, ""])
 
 
 def stage_page(stage: str) -> str:
     file = option("stage", stage)
     keys = keys_of(file)
-    args = [key for key in keys if key.path.startswith("stage.args.")]
+    args = [key for key in keys if key.path.startswith(ARGS)]
     groups = ", ".join(f"[`{group}={name}`]({slug(group)}.md)" for group, name in groups_of(file).items())
     parts = [f"# `stage={stage}`\n", paragraphs(head_of(file)), f"Groups and their defaults: {groups}.\n"]
     parts += ["## The stage\n", table(key for key in keys if key not in args), ""]
     target = next((key.value for key in args if key.name == "_target_"), None)
     if target is None:
         return "\n".join(parts)
-    parts += ["## Arguments\n", f"Fields of `{target}`.\n", arguments_table(args), ""]
+    parts += ["## Arguments\n", f"Fields of `{target}`.\n", arguments_table(args), "", set_by_options(stage) or ""]
     parts += ["## Further arguments\n"]
     base = {field.name for field in dataclasses.fields(located(BASE))}
     listed = {key.name for key in args} | base
