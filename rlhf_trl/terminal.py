@@ -1,6 +1,9 @@
 """Output to a terminal: no control characters, above progress bars, once per launch. Imports nothing heavy."""
 
+import logging
 import re
+import sys
+import warnings
 from typing import TextIO
 
 from tqdm import tqdm
@@ -42,3 +45,28 @@ class AboveBars:
     def flush(self) -> None:
         """See `io.TextIOBase.flush`."""
         self.stream.flush()
+
+
+def keep_output_above_bars() -> None:
+    """
+    Let the handlers of `logging` and Python's warnings write above progress bars. Below rank 0 the root logger's
+    handlers write errors only. Call it again when more libraries have been imported: each brings a handler.
+    """
+    root = logging.getLogger()
+    loggers = [each for each in root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
+    for logger in (root, *loggers):
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.StreamHandler) or isinstance(handler, logging.FileHandler):
+                continue
+            # Those whose stream is a property take the one of the moment, and can't be set
+            if vars(handler).get("stream") in (sys.stdout, sys.stderr):
+                handler.setStream(AboveBars(handler.stream))
+            if logger is root and not is_main_process():
+                handler.setLevel(logging.ERROR)
+    warnings.showwarning = show_warning
+
+
+def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """Write a warning on one line above the progress bars. See `warnings.showwarning`."""
+    text = f"{category.__name__}: {message} ({filename}, line {lineno})"
+    tqdm.write(printable(text), file=file or sys.stderr)

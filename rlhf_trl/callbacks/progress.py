@@ -9,7 +9,7 @@ from transformers.trainer_utils import has_length
 
 from rlhf_trl.health.signs import verdict
 from rlhf_trl.report.text import compact_number
-from rlhf_trl.terminal import printable
+from rlhf_trl.terminal import keep_output_above_bars, printable
 
 # Metrics of a terminal line, {logged name: label}, about eight per trainer, by a metric that only this trainer logs.
 # All metrics go to metrics.json and to the logger.
@@ -105,7 +105,8 @@ class ProgressLine(ProgressCallback):
     Progress bars of training and evaluation, and one aligned line of the main metrics per log step.
 
     Replaces `transformers.ProgressCallback` and `transformers.PrinterCallback`. Only rank 0 prints. With
-    `disable_tqdm=True` there are lines but no bars; outside of a terminal, bars are updated every 30 seconds.
+    `disable_tqdm=True` there are lines but no bars; outside of a terminal, the bar of training is updated every 30
+    seconds, and evaluations have none.
     """
 
     def __init__(self):
@@ -114,18 +115,22 @@ class ProgressLine(ProgressCallback):
 
     def _bar(self, args, **kwargs):
         interval = 0.1 if sys.stderr.isatty() else 30
-        return tqdm(dynamic_ncols=True, disable=args.disable_tqdm, mininterval=interval, **kwargs)
+        options = {"dynamic_ncols": True, "delay": 0, "mininterval": interval, "disable": args.disable_tqdm}
+        return tqdm(**options | kwargs)
 
     def on_train_begin(self, args, state, control, **kwargs):
         # The speed must not count the steps before a resume
         self.current_step = self.first_step = state.global_step
         if state.is_world_process_zero:
-            self.training_bar = self._bar(args, total=state.max_steps, initial=state.global_step)
+            keep_output_above_bars()  # of the libraries that were imported since
+            self.training_bar = self._bar(args, total=state.max_steps, initial=state.global_step, leave=True)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if state.is_world_process_zero and has_length(eval_dataloader):
             if self.prediction_bar is None:
-                self.prediction_bar = self._bar(args, total=len(eval_dataloader), leave=False, desc="eval")
+                hidden = args.disable_tqdm or not sys.stderr.isatty()  # below another bar: escape codes in a file
+                total = len(eval_dataloader)
+                self.prediction_bar = self._bar(args, total=total, leave=False, desc="eval", disable=hidden)
             self.prediction_bar.update(1)
 
     def on_log(self, args, state, control, logs: dict[str, float], **kwargs):

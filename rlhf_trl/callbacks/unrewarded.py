@@ -12,7 +12,8 @@ PATIENCE = 3
 
 class UnrewardedGuard(TrainerCallback):
     """
-    Warn of a rollout without any reward and of a reward that never applies, and end a run that learns nothing.
+    Warn of completions and rollouts without any reward and of a reward that never applies, and end a run that learns
+    nothing.
 
     Args:
         trainer (`transformers.Trainer`): one that takes reward functions: PPO, GRPO, RLOO.
@@ -26,18 +27,20 @@ class UnrewardedGuard(TrainerCallback):
         self.trainer = trainer
         trainer.on_rollout(self._count)
         self._rollouts = self._in_a_row = 0
+        self._said = False  # that some completions have no reward
         self._silent = [0] * len(trainer.reward_func_names)  # rollouts in a row, of each function
 
     def _count(self, rollout: RolloutRecord) -> None:
         if not rollout.training:
             return
-        nothing = rollout.rewards.values.isnan().all(dim=0).tolist()
+        missing = rollout.rewards.values.isnan()
+        nothing = missing.all(dim=0).tolist()
         self._rollouts += 1
         self._in_a_row = self._in_a_row + 1 if all(nothing) else 0
         self._silent = [count + 1 if none else 0 for count, none in zip(self._silent, nothing, strict=True)]
-        self._report(len(rollout.completions), all(nothing))
+        self._report(len(rollout.completions), int(missing.all(dim=1).sum()), all(nothing))
 
-    def _report(self, completions: int, nothing: bool) -> None:
+    def _report(self, completions: int, unrewarded: int, nothing: bool) -> None:
         step = self.trainer.state.global_step + 1
         if self._in_a_row == PATIENCE:
             raise ConfigError(self._problem(f"in {PATIENCE} rollouts in a row, the last one at step {step}"))
@@ -45,6 +48,12 @@ class UnrewardedGuard(TrainerCallback):
             return
         if nothing:
             tqdm.write(f"Step {step}: every reward is None for all {completions} completions: nothing to learn from.")
+        elif unrewarded and not self._said:
+            self._said = True
+            tqdm.write(
+                f"Step {step}: every reward is None for {unrewarded} of {completions} completions, which are not "
+                "learned from. (This is said once.)"
+            )
         for name, count in zip(self.trainer.reward_func_names, self._silent, strict=True):
             if count == PATIENCE:
                 tqdm.write(f"Step {step}: the reward `{name}` was None for every completion of {PATIENCE} rollouts.")

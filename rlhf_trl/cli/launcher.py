@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import psutil
 import yaml
 
+from rlhf_trl.cli.outcome import STEP
 from rlhf_trl.config.program import ACCELERATE
 from rlhf_trl.errors import ConfigError, short_path
 from rlhf_trl.health.signs import health_of
@@ -70,7 +71,13 @@ def run(command: Sequence[str], log: Path | None = None) -> int:
         KeyboardInterrupt: when a signal ended the command.
     """
     pipe = subprocess.PIPE if log else None
-    child = subprocess.Popen(command, start_new_session=True, stdout=pipe, stderr=subprocess.STDOUT if log else None)
+    child = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stdout=pipe,
+        stderr=subprocess.STDOUT if log else None,
+        env={**os.environ, STEP: "1"},
+    )
     signals = []
 
     def forward(number, frame):

@@ -6,7 +6,6 @@ written. Nothing heavy is imported before the config is in order, so that `--hel
 answered at once.
 """
 
-import logging
 import os
 import re
 import sys
@@ -22,15 +21,17 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_trl.checks import check, find_problems
 from rlhf_trl.checks.paths import FOR_EMBEDDED
 from rlhf_trl.cli.app import exit_with, run_app
+from rlhf_trl.cli.outcome import first_line, last_lines
 from rlhf_trl.cli.overrides import compose, composed, without_sweeps
+from rlhf_trl.config.command_line import unquote_text
 from rlhf_trl.config.program import command_line, is_launched
 from rlhf_trl.config.values import as_dict, at
 from rlhf_trl.errors import ConfigError, DivergedError, disk_is_full, user_traceback
 from rlhf_trl.patches.malloc import keep_freed_memory
 from rlhf_trl.patches.warnings import filter_warnings
 from rlhf_trl.runs.paths import DEMO
-from rlhf_trl.runs.ranks import is_main_process, leave_process_group
-from rlhf_trl.terminal import AboveBars
+from rlhf_trl.runs.ranks import leave_process_group
+from rlhf_trl.terminal import close_bars, keep_output_above_bars, say
 
 # Set unless the user has set them. The first four keep the libraries from phoning home.
 DEFAULT_ENVIRONMENT = {
@@ -109,9 +110,12 @@ def _values_of_the_embedded_model(cfg: DictConfig, args: Namespace) -> list[str]
 
 def run(cfg: DictConfig) -> float | None:
     """Check the config and run its stage, or with `dry_run` print its plan."""
-    keep_logs_above_bars()
+    keep_output_above_bars()
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         cfg.run_name = f"{cfg.run_name}_sweep/{HydraConfig.get().job.num}"  # which is also Hydra's folder of this job
+    say(
+        first_line(cfg, writes=HydraConfig.get().output_subdir is not None)
+    )  # `check` imports torch, which takes a while
     try:
         check(cfg)
         if cfg.get("dry_run"):
@@ -120,20 +124,14 @@ def run(cfg: DictConfig) -> float | None:
             return show_plan(cfg)
         objective = hydra.utils.instantiate(cfg.stage.run)(cfg)
         leave_process_group()
+        if lines := last_lines(cfg, unquote_text(HydraConfig.get().overrides.task)):
+            say(f"\n{lines}")
         return objective
     except BaseException as error:  # here, because Hydra would print the overrides in front of the message
         if message := error_message(error, cfg):
             exit_with(f"Error: {message}", 2)
+        close_bars()  # so that the traceback begins on a line of its own
         raise
-
-
-def keep_logs_above_bars() -> None:
-    """Let the handlers of `logging` write above progress bars, and below rank 0 errors only."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-            handler.setStream(AboveBars(handler.stream))
-            if not is_main_process():
-                handler.setLevel(logging.ERROR)
 
 
 def error_message(error: BaseException, cfg: DictConfig) -> str | None:

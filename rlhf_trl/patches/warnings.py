@@ -1,6 +1,7 @@
 """Library messages that a user can do nothing about, each with its reason. All other warnings are shown."""
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,13 @@ WARNINGS = (
         UserWarning,
         "the Trainer's default; no harm on a CPU",
     ),
+    (
+        "Input and output embeddings are no longer tied after merging",
+        UserWarning,
+        "PEFT writes the merged model so that it loads with the right weights",
+    ),
 )
-# (logger, start of the message, reason)
+# (logger, start of the message without accelerate's `[RANK 0]`, reason)
 LOGS = (
     (
         "bitsandbytes.backends.cpu.ops",
@@ -26,16 +32,41 @@ LOGS = (
     ),
     (
         "accelerate.accelerator",
-        "[RANK 0] The used dataset had no length",
+        "The used dataset had no length",
         "evaluation splits the rows over the ranks itself, see `rlhf_trl.trainers.held_out`: there is no remainder",
     ),
+    *(
+        (
+            f"trl.trainer.{name}_trainer",
+            "All reward functions returned None for the following kwargs",
+            "`rlhf_trl.callbacks.unrewarded` says it, with the number of completions instead of one whole row",
+        )
+        for name in ("grpo", "rloo")
+    ),
+    *(
+        (
+            "transformers.trainer",
+            f"There were missing keys in the checkpoint model loaded: ['{name}.weight'].",
+            "a resumed model with tied embeddings: its output layer is the input layer, and is not saved twice",
+        )
+        for name in ("lm_head", "embed_out")
+    ),
+    (
+        "matplotlib.font_manager",
+        "Matplotlib is building the font cache",
+        "once per machine, and nothing to do about it",
+    ),
+    ("matplotlib.font_manager", "generated new fontManager", "the end of the same"),
     ("httpx", "HTTP Request: ", "one line per request, of rewards over HTTP and of the hub's files"),
 )
+# Loggers with a handler of their own, whose lines (retries of a download) Hydra's handler would print once more
+ONCE = ("datasets", "huggingface_hub")
 
 
 def filter_warnings() -> None:
     """
-    Filter `WARNINGS` and `LOGS` in the whole process, which must be the command line's own.
+    Filter `WARNINGS` and `LOGS`, and print the lines of `ONCE` once. This is for the whole process, which must be the
+    command line's own.
 
     Call it before the libraries are imported: some warn at once.
 
@@ -46,6 +77,8 @@ def filter_warnings() -> None:
         warnings.filterwarnings("ignore", message=message, category=category)
     for name, message, _ in LOGS:
         logging.getLogger(name).addFilter(DropPrefix(message))
+    for name in ONCE:
+        logging.getLogger(name).propagate = False
 
 
 class DropPrefix:
@@ -67,7 +100,7 @@ class DropPrefix:
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record is logged."""
-        return not record.getMessage().startswith(self.prefix)
+        return not re.sub(r"^\[RANK \d+\] ", "", record.getMessage()).startswith(self.prefix)
 
 
 @contextmanager

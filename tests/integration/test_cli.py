@@ -280,6 +280,21 @@ def test_a_launcher_starts_no_sweep(command, monkeypatch, variable):
     assert status == 2 and "launch/sweep.py -m stage=dpo seed=1,2`" in message
 
 
+def test_the_first_line_of_a_run_stands_there_before_torch_is_imported(tmp_path):
+    code = """
+import sys
+sys.argv = ["train.py", "stage=ppo"]
+import rlhf_trl.cli.main as cli
+def stop(cfg):
+    print("torch" in sys.modules)
+    sys.exit()
+cli.check = stop
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "rlhf_trl ppo -> runs/default/ppo\nFalse\n"
+
+
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["--cfg", "job"], ["stage=sft", "--cfg", "job"]])
 def test_what_only_shows_something_imports_no_torch_and_survives_a_closed_pipe(words):
     code = (

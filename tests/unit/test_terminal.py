@@ -2,12 +2,15 @@
 
 import io
 import logging
+import subprocess
+import sys
+import warnings
 
 from tqdm import tqdm
 
 from rlhf_trl.callbacks.progress import ProgressLine
 from rlhf_trl.stages.chat import Stream
-from rlhf_trl.terminal import AboveBars, close_bars, printable
+from rlhf_trl.terminal import AboveBars, close_bars, keep_output_above_bars, printable
 from tests.helpers.tiny import make_tokenizer
 
 
@@ -40,3 +43,28 @@ def test_messages_stand_on_a_line_of_their_own():
     assert not bar.disable
     close_bars()
     assert out.getvalue().endswith("\n") and not tqdm._instances
+
+
+def test_warnings_and_the_handlers_of_libraries_write_above_the_bars(monkeypatch):
+    out, library = io.StringIO(), logging.getLogger("a_library")
+    monkeypatch.setattr(sys, "stderr", out)
+    handler = logging.StreamHandler()
+    library.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            keep_output_above_bars()
+            keep_output_above_bars()
+            assert isinstance(handler.stream, AboveBars) and handler.stream.stream is out
+            bar = tqdm(total=2, file=out, delay=0)
+            warnings.warn("Something is odd", UserWarning, stacklevel=1)
+            library.warning("said")
+            bar.close()
+    finally:
+        library.removeHandler(handler)
+    assert "\rUserWarning: Something is odd (" in out.getvalue() and "\rsaid\n" in out.getvalue()
+
+
+def test_bars_of_libraries_appear_late_and_leave_no_line():
+    code = "import rlhf_trl.cli.main, tqdm\nbar = tqdm.tqdm(total=9)\nprint(bar.delay, bar.leave, bar.mininterval)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2.0", "False", "30.0"] and done.stderr == ""

@@ -50,3 +50,11 @@ def test_one_rollout_without_a_reward_is_only_said(guarded, capsys):
 def test_one_reward_of_several_that_never_applies_is_said_once(guarded, capsys):
     guarded("rloo", never, count_of_a, max_steps=4).train()
     assert capsys.readouterr().out.count("the reward `never` was None for every completion of 3 rollouts") == 1
+
+
+def test_completions_without_a_reward_are_said_once(guarded, capsys):
+    def sometimes(completions, **kwargs):
+        return [None, *(1.0 for _ in completions[1:])]
+
+    guarded("ppo", sometimes, max_steps=3).train()
+    assert capsys.readouterr().out.count("every reward is None for 1 of 8 completions") == 1

@@ -67,6 +67,7 @@ def test_library_messages_that_help_nobody_are_dropped_and_others_stay(caplog):
         library = logging.getLogger(name)
         assert len(library.filters) == len(set(map(id, library.filters)))
         library.warning("%s 1", message)
+        library.warning("[RANK 0] %s", message)  # as accelerate's loggers write
         library.warning("Another message")
     assert [record.message for record in caplog.records] == ["Another message"] * len(LOGS)
 
