@@ -1,8 +1,10 @@
 """The composed config as YAML (`--cfg job`), each value with a comment that names the file it comes from."""
 
+import re
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 import yaml
@@ -14,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_trl.cli.overrides import composed
 from rlhf_trl.config.command_line import parse_override
 from rlhf_trl.config.groups import option_groups
-from rlhf_trl.config.values import flatten
+from rlhf_trl.config.values import as_dict, at, flatten
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.paths import conf_dir
 
@@ -24,7 +26,7 @@ COMMAND_LINE = "command line"
 def annotated_config(args: Namespace, config: str) -> str:
     """
     Return the config of a command line as YAML. The comment after a value names the file that set it last, or the
-    command line; that after an interpolation also has its value.
+    command line; that after a reference to another key has the value and where that one comes from.
 
     Args:
         args (`Namespace`): see [`~rlhf_trl.cli.overrides.parse_command_line`].
@@ -43,10 +45,10 @@ def annotated_config(args: Namespace, config: str) -> str:
         return f"{shown}\n"
     if args.resolve:
         OmegaConf.resolve(shown)
-    text = OmegaConf.to_yaml(shown)
+    text, raw = OmegaConf.to_yaml(shown), as_dict(cfg, resolve=False)
     lines = text.splitlines()
     for path, node in leaves(yaml.compose(text), package):
-        comment = ", ".join(filter(None, [value_of(node, cfg, path), origin_of(path, found)]))
+        comment = ", ".join(filter(None, [value_of(node, cfg, path), origin_of(source_of(path, raw), found)]))
         # That of a list or a text of several lines stands behind its key
         line = node.end_mark.line if isinstance(node, yaml.ScalarNode) and node.style != "|" else node.start_mark.line
         if isinstance(node, yaml.SequenceNode) and not node.flow_style:
@@ -83,13 +85,24 @@ def origins(words: Sequence[str], folders: Sequence[str | Path], config: str) ->
     return found
 
 
+def source_of(path: str, values: dict[str, Any]) -> str:
+    """Return the key that a reference, `${seed}` or `${table.${row}}`, takes its value from; else the key itself."""
+    text = at(values, path)
+    if not isinstance(text, str):
+        return path
+    while (inner := re.search(r"\$\{([\w.]+)\}", text)) and inner.group() != text:
+        text = f"{text[: inner.start()]}{at(values, inner[1])}{text[inner.end() :]}"
+    named = re.fullmatch(r"\$\{([\w.]+)\}", text)
+    return source_of(named[1], values) if named else path
+
+
 def origin_of(path: str, found: dict[str, str]) -> str | None:
     """Return where a key comes from: what set it, or a node above it as a whole, last."""
     above = [name for name in found if path == name or path.startswith(f"{name}.")]
     return found[above[-1]] if above else None
 
 
-def leaves(node: yaml.Node, path: str):
+def leaves(node: yaml.Node, path: str) -> Iterator[tuple[str, yaml.Node]]:
     """Yield the nodes of all values that are no mappings, with their dotted paths."""
     if not isinstance(node, yaml.MappingNode) or not node.value:
         yield path, node

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_trl.cli.overrides import composed
+from rlhf_trl.cli.main import command_line_problems
+from rlhf_trl.cli.overrides import composed, parse_command_line
 from rlhf_trl.config.groups import option_groups
 from tests.helpers.architectures import save_architecture
 from tests.helpers.configs import CONF
@@ -156,6 +157,31 @@ def test_adapters_and_stages_of_the_users_own(tmp_path):
     assert (wide.stage.args.learning_rate, wide.adapter.peft.r) == (1e-5, 256)
     for words in ([], ["adapter=lora"], ["model=demo"]):
         assert config("stage=cpo", *words, folders=[tmp_path]).stage.args.learning_rate == 4e-5
+
+
+def test_another_model_never_gets_the_values_of_the_embedded_one(tmp_path, models, monkeypatch):
+    """Neither by its path nor by its run; a run of `stage=init`, which has no start, may."""
+    monkeypatch.chdir(tmp_path)
+    for run, start in {"sft": {"path": "demo:base"}, "mine": {"path": models["llama"]}, "init": None}.items():
+        folder = tmp_path / "runs" / "default" / run
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"status": "done", "stage": "sft"}))
+        (folder / "config.yaml").write_text(json.dumps({} if start is None else {"model": start}))
+
+    def problems(*words: str) -> list[str]:
+        return command_line_problems(parse_command_line(words))
+
+    for words in (["model.run=sft"], ["model.run=init"], ["model=hf", "model.run=mine"], ["model.path=demo:base"]):
+        assert problems("stage=dpo", *words) == []
+    for words in (
+        ["model.run=mine"],
+        [f"model.path={models['llama']}"],
+        ["model=demo", f"model.path={models['llama']}"],
+    ):
+        (problem,) = problems("stage=dpo", *words)
+        assert words[-1].replace("=", "` is `") in problem and "Set `model=hf` as well" in problem
+    (problem,) = problems("stage=dpo", "model=hf")
+    assert "`model.path` has no value" in problem and "`model.run=...`" in problem
 
 
 def test_no_helper_file_is_listed_or_left_unused():
