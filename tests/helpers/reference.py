@@ -11,6 +11,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import yaml
+
 from rlhf_trl.config.argument_names import BASE
 from rlhf_trl.config.groups import head_of
 from rlhf_trl.config.groups import summary as first_sentence
@@ -73,6 +75,7 @@ def pages() -> dict[str, str]:
     groups = [group for group in sorted(GROUPS) if group not in ("stage", *LISTED)]
     found = {"config.md": config_page(), "training-arguments.md": training_arguments_page()}
     found["learning-rates.md"] = learning_rates_page()
+    found["recipes.md"] = recipes_page()
     found |= {f"stage-{stage}.md": stage_page(stage) for stage in STAGES}
     found |= {f"{slug(group)}.md": group_page(group) for group in groups}
     lines = ["## Stages", "", "| | |", "|---|---|"]
@@ -82,6 +85,7 @@ def pages() -> dict[str, str]:
         names = ", ".join(f"[`{name}`]({slug(group)}.md#{slug(f'{group}={name}')})" for name in sorted(GROUPS[group]))
         lines.append(f"| [`{group}`]({slug(group)}.md) | {names} |")
     lines += ["", "## The run itself", "", "[The keys of a run, of a pipeline and of a sweep](config.md)", ""]
+    lines += ["## Whole runs", "", "[The recipes, with what others published of them](recipes.md)", ""]
     found["index.md"] = INTRO + "\n".join(lines)
     return {name: GENERATED + text for name, text in found.items()}
 
@@ -104,6 +108,32 @@ def config_page() -> str:
         lines = [f"| `{group}={name}` | {summary(option(group, name))} |" for name in sorted(GROUPS[group])]
         parts += [f"## `{group}=`\n", "| | |\n|---|---|", *lines, ""]
     return "\n".join(parts)
+
+
+def recipes_page() -> str:
+    """Return a table of the experiments, what was published of them, and the head of each file."""
+    contents = {name: yaml.safe_load(option("experiment", name).read_text()) for name in sorted(GROUPS["experiment"])}
+    parts = [
+        "# Recipes\n",
+        "Whole runs, from `conf/experiment`: each file is the difference from the stage's defaults.\n",
+        "| `experiment=` | start | data |\n|---|---|---|",
+    ]
+    published = [
+        "\n## Published results\n",
+        "Of others, with the same settings. The report of a project shows them beside those of its own runs.\n",
+        "| `experiment=` | metric | value | source |\n|---|---|---|---|",
+    ]
+    for name, values in contents.items():
+        model, data = values.get("model", {}), values.get("data", {})
+        start = model.get("path") or (f"run `{model['run']}`" if "run" in model else "")
+        sources = [node["path"] for node in (data, *data.get("sources", {}).values()) if "path" in node]
+        link = f"[`{name}`](#{slug(f'experiment={name}')})"
+        parts.append(f"| {link} | {cell(start)} | {cell(', '.join(dict.fromkeys(sources)))} |")
+        for metric, entry in values.get("published", {}).items():
+            value = " to ".join(map(str, entry["value"])) if isinstance(entry["value"], list) else entry["value"]
+            published.append(f"| {link} | {cell(metric)} | {value} | {cell(entry['source'])} |")
+    heads = [f"## `experiment={name}`\n\n{paragraphs(head_of(option('experiment', name)))}" for name in contents]
+    return "\n".join([*parts, *published, "", *heads])
 
 
 def group_page(group: str) -> str:

@@ -1,5 +1,7 @@
 """Every recipe of conf/experiment passes the checks, and takes two steps with a tiny model and rows of its schema."""
 
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,21 @@ def test_the_head_of_a_recipe_says_what_it_takes_and_what_came_of_it():
             text = (CONF / "experiment" / family / f"{name}.yaml").read_text()
             head = text.split("defaults:")[0]
             assert f"experiment={family}/{name}" in head and "Hardware:" in head and "Here:" in head, (family, name)
+
+
+def test_the_batches_of_a_head_are_those_of_the_file(compose):
+    seen = 0
+    for name in [f"{family}/{name}" for family, names in RECIPES.items() for name in names]:
+        head = " ".join((CONF / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0].split("\n# "))
+        args = compose(f"experiment={name}").stage.get("args", {})
+        for text in re.findall(r"((?:\d+ (?:\w+ )?x )+\d+ GPUs) = ([\d,]+)", head):
+            numbers = [int(number) for number in re.findall(r"\d+", text[0])]
+            assert math.prod(numbers) == int(text[1].replace(",", "")), name
+            steps = (args.gradient_accumulation_steps, args.get("steps_per_generation"))
+            if "as here" not in head:
+                assert numbers[0] == args.per_device_train_batch_size and numbers[1] in steps, name
+            seen += 1
+    assert seen > 15
 
 
 def test_the_rows_and_models_of_this_test_are_those_of_the_recipes(compose):

@@ -104,6 +104,14 @@ def test_the_examples_of_the_documentation_compose(tmp_path):
         assert given.get("columns", {}).items() <= feedback.columns.items()
 
 
+def test_the_published_schemas_of_the_documentation_are_options():
+    text = (CONF.parents[2] / "docs" / "data.md").read_text()
+    rows = re.findall(r"^\| .* \| (\w+) \| (`columns: .*) \|$", text, re.M)
+    assert len(rows) > 5
+    for name, options in rows:
+        FORMS[name](**yaml.safe_load("{" + ", ".join(re.findall(r"`([^`]*: [^`]*)`", options)) + "}"))
+
+
 def test_files_serve_a_form_and_splits_share_no_prompt(tmp_path, capsys):
     path = tmp_path / "stars.csv"
     lines = [f'q{i},"a{i} {j}","[{j + 1}, {j + 2}]"' for i in range(20) for j in range(4)]
