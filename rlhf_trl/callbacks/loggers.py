@@ -18,7 +18,9 @@ from rlhf_trl.errors import ConfigError
 from rlhf_trl.health.signs import signs_seen
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.models.calibration import CALIBRATION_FILE
+from rlhf_trl.patches.profiling import without_wandb_profiling
 from rlhf_trl.report.plots import Drawing
+from rlhf_trl.report.tables import Rows
 from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.runs.record import CONFIG_FILE, METRICS_FILE, read_metrics
 from rlhf_trl.terminal import say
@@ -142,7 +144,8 @@ def wandb(
     failed = True
     try:
         # Tables wait there for their upload: in the run's directory and not in the user's home
-        with _environment("WANDB_DATA_DIR", str(Path(run_dir, "wandb").absolute())):
+        data = _environment("WANDB_DATA_DIR", str(Path(run_dir, "wandb").absolute()))
+        with data, without_wandb_profiling():
             yield
             for key, value in summary_of(run_dir, config.get("objective")).items():
                 run.summary[key] = value
@@ -228,6 +231,13 @@ def log_images(drawings: "Mapping[str, Drawing]") -> None:
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
         wandb.log({name: wandb.Image(drawing.pixels()) for name, drawing in drawings.items()})
+
+
+def log_tables(tables: "Mapping[str, Rows]") -> None:
+    """Log tables of `rlhf_trl.report.tables` by name to the active W&B run; do nothing without one."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.log({name: wandb.Table(columns=table.columns, data=table.rows) for name, table in tables.items()})
 
 
 def earlier_id(run_dir: str) -> str | None:

@@ -10,15 +10,17 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.build import instantiate_data, instantiated, reward_functions
-from rlhf_trl.callbacks.loggers import log_images, log_summary
+from rlhf_trl.callbacks.loggers import log_images, log_summary, log_tables
 from rlhf_trl.config.values import as_dict
 from rlhf_trl.data.splits import eval_split
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.policies import Benchmark, Candidate, evaluate_policies
 from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.report.measures import known
 from rlhf_trl.report.page import write_page
 from rlhf_trl.report.project import project_page
 from rlhf_trl.report.records import swept_keys
+from rlhf_trl.report.tables import comparison_tables
 from rlhf_trl.report.text import comparison_text, short_value
 from rlhf_trl.runs.checkpoints import checkpoints
 from rlhf_trl.runs.directory import delete_backup
@@ -79,6 +81,7 @@ def evaluate(cfg: DictConfig) -> None:
         logger = instantiate(cfg.logger.run)
         with logger(run_dir=cfg.run_dir, name=f"{cfg.project}/{cfg.run_name}", config=as_dict(cfg, resolve=False)):
             log_summary(summary_of(comparison))
+            log_tables(comparison_tables(known(comparison)))
             log_images(page.figures())
         if stage.show:
             print("\n" + printable(comparison_text(comparison)))

@@ -12,13 +12,15 @@ from transformers.integrations import WandbCallback
 from rlhf_trl.callbacks import loggers
 from rlhf_trl.callbacks.base import progress_counts
 from rlhf_trl.callbacks.health import HealthMonitor
-from rlhf_trl.callbacks.loggers import log_images, log_summary, summary_of
+from rlhf_trl.callbacks.loggers import log_images, log_summary, log_tables, summary_of
 from rlhf_trl.callbacks.samples import SampleLog
 from rlhf_trl.callbacks.wandb_sections import WandbSections, sectioned
 from rlhf_trl.checks import check
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.health.signs import SIGNS
 from rlhf_trl.report import plots
+from rlhf_trl.report.tables import Rows, comparison_tables
+from rlhf_trl.runs.results import Comparison, Estimate, PolicyResult, PromptSample
 from tests.helpers.ppo import prompts
 from tests.helpers.rl import TRAINERS, rl_trainer
 from tests.helpers.tiny import save_model
@@ -60,8 +62,8 @@ def test_metrics_of_rollouts_stand_in_sections_over_rollouts(path, tmp_path, kin
     found = read_run(tmp_path)
     assert axis_of_all(found) == "train/rollout"
     entries = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-    # TRL writes times of its own beside (`profiling/...`)
-    rows = [row for row in found["history"] if "train/global_step" in row and "samples/path" not in row]
+    assert not [name for row in found["history"] for name in row if name.startswith("profiling")]
+    rows = [row for row in found["history"] if "samples/path" not in row]
     assert len(rows) == len(entries) > 6
     for row, entry in zip(rows, entries, strict=True):
         for name, value in entry.items():
@@ -150,7 +152,7 @@ def test_a_given_group_wins(tmp_path):
 
 
 def drawings():
-    return {"report/Wins 1": plots.bars(["ppo"], [0.6], [0.5], [0.7])}
+    return {"report/Win rates": plots.bars(["ppo"], [0.6], [0.5], [0.7])}
 
 
 def test_figures_are_images(tmp_path):
@@ -159,18 +161,43 @@ def test_figures_are_images(tmp_path):
         log_images(drawings())
     found = read_run(tmp_path)
     (row,) = found["history"]
-    assert row["report/Wins 1/_type"] == "image-file" and row["report/Wins 1/width"] > 300
-    with Image.open(found["files"] / row["report/Wins 1/path"]) as image:
+    assert row["report/Win rates/_type"] == "image-file" and row["report/Win rates/width"] > 300
+    with Image.open(found["files"] / row["report/Win rates/path"]) as image:
         pixels = np.asarray(image.convert("RGB"))
     assert (pixels == 255).mean() > 0.5 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 5  # drawn, on white
     assert found["summary"]["ppo/reward"] == 1.5
 
 
+def test_the_comparison_and_the_answers_are_tables(tmp_path):
+    estimate = Estimate(1.5, 1.0, 2.0)
+    policy = {"completion_length": 9.0, "eos_rate": 1.0, "reward": estimate, "rewards": {"gold": 1.5}}
+    results = {
+        "sft": PolicyResult(path="a", **policy),
+        "ppo": PolicyResult(path="b", **policy, difference=estimate, win_rate=estimate, kl=None),
+    }
+    sample = PromptSample(prompt="Why?", completions={"sft": "So.", "ppo": "No."}, rewards={"sft": 1.0, "ppo": None})
+    comparison = Comparison(baseline="sft", prompts=1, dropped=0, policies=results, samples=[sample])
+    with loggers.wandb(str(tmp_path), "demo/evaluate", {}, project="p"):
+        log_tables(comparison_tables(comparison))
+    (row,) = read_run(tmp_path)["history"]
+    tables = {}
+    for name in ("comparison", "answers"):
+        assert row[f"report/{name}/_type"] == "table-file"
+        tables[name] = json.loads((read_run(tmp_path)["files"] / row[f"report/{name}/path"]).read_text())
+    assert tables["answers"]["columns"] == ["prompt", "sft", "sft reward", "ppo", "ppo reward"]
+    assert tables["answers"]["data"] == [["Why?", "So.", 1.0, "No.", None]]
+    rows = [dict(zip(tables["comparison"]["columns"], row, strict=True)) for row in tables["comparison"]["data"]]
+    assert [(row["policy"], row["verdict"], row["reward_low"]) for row in rows] == [
+        ("sft", None, 1.0), ("ppo", "ship", 1.0)
+    ]  # fmt: skip
+
+
 def test_figures_without_a_run_are_not_drawn():
     drawing = plots.bars(["ppo"], [0.6])
     drawing.pixels = lambda: pytest.fail("drawn")
-    log_images({"report/Wins 1": drawing})
+    log_images({"report/Win rates": drawing})
     log_summary({"ppo/reward": 1.5})
+    log_tables({"report/answers": Rows(["prompt"], [["a"]])})
 
 
 def test_a_summary_is_of_what_was_measured(tmp_path):
