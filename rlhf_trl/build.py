@@ -48,6 +48,7 @@ from rlhf_trl.data.messages import is_chat
 from rlhf_trl.data.preview import note_rows_without_end
 from rlhf_trl.data.splits import drop_held_out, prompt_keys
 from rlhf_trl.data.tokenize import end_tokens, note_template_end
+from rlhf_trl.data.unknown import check_known
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.generation import Policy
 from rlhf_trl.models.initial import load_initial_model
@@ -234,6 +235,8 @@ def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDic
             check_template_syntax(tokenizer, template_source)
         with refusals_named(tokenizer):
             dataset = instantiate_data(cfg, tokenizers=[tokenizer])
+        remedy = "Set `model=hf model.path=...` to a model of their language, or `data=demo` for the embedded model."
+        check_known(dataset["train"], tokenizer, cfg.model.tokenizer or tokenizer.name_or_path, remedy)
         options = as_dict(cfg.stage.args)
         dataset = keep_template_kwargs(dataset, tokenizer, options.get("chat_template_kwargs"))
         dataset = keep_one_bos(dataset, tokenizer)

@@ -14,6 +14,14 @@ def count_of(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def size_of(number: float) -> str:
+    """Return a large number in three digits: 135 M, 6.9 B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:g}"
+
+
 def nearest(word: str, candidates: Iterable[str]) -> list[str]:
     """Return up to three candidates that look like `word`, the most similar first."""
     return difflib.get_close_matches(word, list(candidates), n=3, cutoff=0.6)

@@ -1,7 +1,7 @@
 """Dry run (`debug=dry_run`): the plan of a run, printed before any model loads."""
 
 import contextlib
-import shutil
+import copy
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +11,9 @@ import torch
 from datasets import DatasetDict
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerBase
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
@@ -26,23 +27,50 @@ from rlhf_trl.build import (
     instantiated,
     load_data,
     models_of,
-    reward_functions,
     training_arguments,
 )
-from rlhf_trl.callbacks.base import steps_per_rollout
-from rlhf_trl.checks.outputs import nearest_folder
-from rlhf_trl.config.values import as_dict
+from rlhf_trl.checks.disk import disk_need
+from rlhf_trl.checks.learning_rates import learning_rate_warnings
+from rlhf_trl.checks.reward_calls import Scale, sample_of
+from rlhf_trl.checks.services import hub_problem, vllm_problem
+from rlhf_trl.cli.plan import (
+    adapter_text,
+    critic_text,
+    critic_weights,
+    cut_warning,
+    learning_rate_text,
+    lengths_text,
+    offline_lines,
+    offline_steps,
+    precision_text,
+    quantization_text,
+    rewards_text,
+    rollout_lines,
+    weights_of,
+)
+from rlhf_trl.cli.probes import (
+    Collected,
+    check_other_tokenizers,
+    completion_lengths,
+    disk_text,
+    first_rows,
+    own_answers,
+    prompt_lengths,
+    reward_scales,
+    scale_warning,
+)
+from rlhf_trl.config.values import as_dict, at
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.lengths import head_names
 from rlhf_trl.data.preview import count_trained, render_batch, render_sample
 from rlhf_trl.data.splits import eval_split
-from rlhf_trl.errors import ConfigError
+from rlhf_trl.data.unknown import check_known
 from rlhf_trl.evaluation.generation import TOO_LONG, Policy
 from rlhf_trl.models.adapters import adapter_config
 from rlhf_trl.models.initial import load_initial_model
 from rlhf_trl.models.loading import AUTO_CLASSES, load_model, load_reward_model
 from rlhf_trl.models.precision import weights_dtype
-from rlhf_trl.models.sizes import Sizes, check_rows, empty_model
+from rlhf_trl.models.sizes import Sizes, check_rows, empty_model, sizes_of
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.runs.paths import project_dir, resolve_path
 from rlhf_trl.runs.ranks import is_main_process
@@ -52,99 +80,144 @@ from rlhf_trl.stages.generate import as_chat, given_prompt, prompts_of
 from rlhf_trl.stages.reward import member_seeds
 from rlhf_trl.terminal import printable
 
+OTHER_TEXTS = "Name a policy of their language, or other prompts."
 READERS = {"prompt": eval_split, "annotated": rows_of}  # which rows a stage reads that trains nothing
 END = "Dry run: nothing was started and nothing written. Remove `debug=dry_run` to run it."
 
 
 def show_plan(cfg: DictConfig) -> None:
     """
-    Print stage, model, data, batch arithmetic, steps, and a rendered sample with its loss mask.
+    Print what a run comes to: models, data, learning rates, lengths, batch arithmetic, disk, and a rendered sample
+    with its loss mask; and warnings of what is to be expected of it.
 
-    The data are read and the tokenizer is loaded; the files of models are inspected, and nothing is written.
+    The data are read and the tokenizers are loaded; the files of models are inspected, reward functions are called on
+    a few rows, and nothing is written.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: for everything that would stop the run later and can be found now.
+        [`~rlhf_trl.errors.ConfigError`]: with everything that would stop the run later and can be found now.
     """
-    if "args" not in cfg.stage:
-        lines = plan_without_training(cfg)
-        if is_main_process():
-            _show(lines)
-            print(f"\n{END}")
-        return
-    path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
-    args: Any = training_arguments(cfg.stage.args, **critic_start(cfg))
-    tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **from_pretrained_kwargs(cfg))
-    dataset = load_data(cfg, tokenizer)
-    check_prompts(args, len(dataset["train"]))
-    check_model_files(cfg, head_names(dataset["train"]))
-    rows = {name: len(part) for name, part in dataset.items()}
-    lines = {
-        "stage": f"{cfg.stage.name} ({cfg.stage.trainer._target_})",
-        "run directory": cfg.run_dir,
-        "starts from": path,
-        "adapter": cfg.adapter.peft._target_ if cfg.adapter.peft else "none, all weights are trained",
-        "data": ", ".join(f"{count:,} rows for {name}" for name, count in rows.items()),
-        **_steps(args, rows["train"]),
-        **_disk(cfg),
-        "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-    }
-    if cfg.stage.get("members", 1) > 1:
-        seeds = member_seeds(cfg)
-        lines["members"] = f"{len(seeds)}, one after another, each as above; seeds {seeds[0]} to {seeds[-1]}"
-    if "reward" in cfg:
-        for reward in reward_functions(cfg, tokenizer, dataset["train"].column_names, models=False):
-            reward.check()
-        lines["rewards"] = ", ".join(f"{name} x {node.weight}" for name, node in cfg.reward.items())
-    if "combine" in cfg:
-        lines["score"] = cfg.combine._target_.rsplit(".", 1)[-1].replace("_", " ") + " of the rewards"
-    if hasattr(args, "critic"):
-        lines["critic"] = f"{args.critic}, from {args.critic_path or 'the policy'}"
-    batch = None if cfg.stage.dataset_type == "prompt" else first_batch(cfg, tokenizer, dataset)
-    if batch is not None:
-        trained, tokens = count_trained(batch)
-        lines["first batch"] = f"{trained:,} of {tokens:,} tokens are trained on"
+    lines, warnings, sample = plan_of_training(cfg) if "args" in cfg.stage else (*plan_without_training(cfg), "")
     if not is_main_process():
         return
-    _show(lines)
-    print("\nFirst row")
-    scored = batch is None or "completion_ids" in dataset["train"].column_names
-    shown = render_sample(tokenizer, dataset["train"][0]) if scored else render_batch(tokenizer, batch)
-    for line in shown.splitlines():
-        print(f"  {printable(line)}")
-    print(f"\n{END}")
-
-
-def _show(lines: dict[str, str]) -> None:
     width = max(map(len, lines))
     print("\nPlan")
     for name, text in lines.items():
         print(f"  {name:<{width}}  {text}")
+    if warnings:
+        print("\nWarnings")
+    for text in warnings:
+        print(f"  - {printable(text)}")
+    if sample:
+        print("\nFirst row")
+    for line in sample.splitlines():
+        print(f"  {printable(line)}")
+    print(f"\n{END}")
 
 
-def plan_without_training(cfg: DictConfig) -> dict[str, str]:
+def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
     """
-    Return the plan of a stage that trains nothing, by what its config has: models, prompts or data, rewards, a judge,
-    a file to write.
+    Return the plan of a training: its lines by name, warnings, and the first row as text.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: with every problem.
     """
-    problems, stage = [], cfg.stage
+    found, stage = Collected(), cfg.stage
+    path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
+    args: Any = training_arguments(stage.args, **critic_start(cfg))
+    tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **from_pretrained_kwargs(cfg))
+    found.note(vllm_problem(args))
+    found.note(hub_problem(args))
+    dataset = DatasetDict()
+    with found():
+        dataset = load_data(cfg, tokenizer)
+    start = check_model_files(cfg, args.bf16, head_names(dataset["train"]) if dataset else None, found)
+    if not dataset or start is None:
+        found.stop()
+        raise AssertionError("what is missing is a problem")
+    model, peft_config = start
+    rows, generates = dataset["train"], stage.dataset_type == "prompt"
+    with found():
+        check_prompts(args, len(rows))
+    check_other_tokenizers(cfg, tokenizer, rows, found)
+    answers = own_answers(cfg, [tokenizer]) if generates else []
+    scales: dict[str, Scale] = {}
+    if "reward" in cfg:
+        sample = sample_of(first_rows(rows, None), answers, tokenizer)
+        scales = reward_scales(cfg, tokenizer, rows.column_names, sample, found)
+    weights = weights_of(model, peft_config)
+    critic = critic_weights(args, model, weights, cfg.model.trust_remote_code)
+    batch, steps = None, 0
+    if generates:
+        batches, steps = rollout_lines(args, len(rows))
+    elif not found.problems:
+        with found():
+            batch, steps = first_batch(cfg, tokenizer, dataset)
+        batches = offline_lines(args, steps)
+    else:
+        batches = {}
+    copies = sum(weights.total for written in (cfg.merge, is_merged_first(cfg, path)) if written)
+    need = disk_need(args, weights, critic, steps, copies)
+    disk = disk_text(cfg, need, found)
+    found.stop()
+
+    quantization = quantization_text(instantiate(cfg.adapter.quantization))
+    limit, positions = at(as_dict(stage), "prepare.max_prompt_length"), sizes_of(model).positions
+    prompts = prompt_lengths(tokenizer, first_rows(rows)) if generates else []
+    lines = {
+        "stage": f"{stage.name} ({stage.trainer._target_})",
+        "run directory": cfg.run_dir,
+        "starts from": path,
+        "adapter": adapter_text(instantiate(cfg.adapter.peft), weights),
+        **({"quantization": quantization} if quantization else {}),
+        "precision": precision_text(args, model.dtype, bool(cfg.adapter.peft)),
+        "learning rate": learning_rate_text(args),
+        "data": ", ".join(f"{len(part):,} rows for {name}" for name, part in dataset.items()),
+        "lengths": lengths_text(args, prompts, limit, positions),
+        **({"temperature": f"{args.temperature:g}"} if generates else {}),
+        **batches,
+        "disk": disk,
+    }
+    if stage.get("members", 1) > 1:
+        seeds = member_seeds(cfg)
+        lines["members"] = f"{len(seeds)}, one after another, each as above; seeds {seeds[0]} to {seeds[-1]}"
+    if "reward" in cfg:
+        lines["rewards"] = rewards_text(cfg.reward, scales)
+    if "combine" in cfg:
+        lines["score"] = cfg.combine._target_.rsplit(".", 1)[-1].replace("_", " ") + " of the rewards"
+    if hasattr(args, "critic"):
+        lines["critic"] = critic_text(args, critic)
+    if batch is not None:
+        trained, tokens = count_trained(batch)
+        lines["first batch"] = f"{trained:,} of {tokens:,} tokens are trained on"
+    has_adapter = bool(cfg.adapter.peft)
+    found.warnings += learning_rate_warnings(args, stage.dataset_type, weights.total, critic, has_adapter)
+    if generates:
+        key, lengths = "stage.args.max_completion_length", completion_lengths(tokenizer, answers)
+        found.warn(cut_warning(key, args.max_completion_length, lengths))
+        found.warn(scale_warning(cfg, args, scales))
+    is_scored = batch is None or "completion_ids" in rows.column_names
+    return lines, found.warnings, render_sample(tokenizer, rows[0]) if is_scored else render_batch(tokenizer, batch)
+
+
+def plan_without_training(cfg: DictConfig) -> tuple[dict[str, str], list[str]]:
+    """
+    Return the plan of a stage that trains nothing, by what its config has (models, prompts or data, rewards, a judge,
+    a file to write): its lines by name, and warnings.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: with every problem.
+    """
+    found, stage = Collected(), cfg.stage
     lines = {"stage": f"{stage.name} ({stage.run._target_})", "run directory": cfg.run_dir}
-
-    @contextlib.contextmanager
-    def collected() -> Iterator[None]:
-        try:
-            yield
-        except ConfigError as error:
-            problems.append(str(error))
-
     for model in models_of(as_dict(cfg)):
         lines[model.key] = model.path
-        with collected():
+        with found():
             _check_files(model)
+    for name in ("temperature", "max_completion_length"):
+        if name in stage:
+            lines[name.replace("_", " ").replace("max completion length", "tokens")] = f"{stage[name]:g}"
     rows: list[dict] = []
-    with collected():
+    with found():
         if "max_prompts" in stage:
             rows = prompts_of(cfg)
             lines["prompts"] = f"{len(rows):,}"
@@ -155,31 +228,35 @@ def plan_without_training(cfg: DictConfig) -> dict[str, str]:
                 rows = READERS[stage.dataset_type](dataset).to_list()
             if stage.get("references"):
                 reference_answers(cfg)
-    if rows and "prompt" in rows[0]:
-        for policy, sizes in _generating_policies(cfg):
-            with collected():
-                wants_chat = "to_chat" in stage and as_chat(policy, stage.to_chat)
-                given = [given_prompt(row["prompt"], policy, wants_chat, stage.get("system_prompt")) for row in rows]
-                ids = [policy.ids(prompt, **template_kwargs(row)) for prompt, row in zip(given, rows, strict=True)]
-                check_rows(sizes, ids, stage.max_completion_length, TOO_LONG)
+    policies = list(_generating_policies(cfg)) if rows and "prompt" in rows[0] else []
+    for policy, sizes in policies:
+        with found():
+            wants_chat = "to_chat" in stage and as_chat(policy, stage.to_chat)
+            given = [given_prompt(row["prompt"], policy, wants_chat, stage.get("system_prompt")) for row in rows]
+            check_known([{"prompt": prompt} for prompt in given], policy.tokenizer, policy.path, OTHER_TEXTS)
+            ids = [policy.ids(prompt, **template_kwargs(row)) for prompt, row in zip(given, rows, strict=True)]
+            check_rows(sizes, ids, stage.max_completion_length, TOO_LONG)
+            rows = [{**row, "prompt": prompt} for row, prompt in zip(rows, given, strict=True)]
+    tokenizer = policies[0][0].tokenizer if policies else None
+    answers = own_answers(cfg, [tokenizer]) if tokenizer and "data" in cfg else []
     if "reward" in cfg:
-        lines["rewards"] = ", ".join(f"{name} x {node.weight}" for name, node in cfg.reward.items()) or "none"
-        with collected():
-            for reward in reward_functions(cfg, None, models=False):
-                reward.check()
+        sample = sample_of(rows, answers, tokenizer) if rows and "prompt" in rows[0] else None
+        columns = sorted(set().union(*rows)) if policies else None
+        scales = reward_scales(cfg, tokenizer, columns, sample, found, finite=False)
+        lines["rewards"] = rewards_text(cfg.reward, scales) or "none"
     if "judge" in cfg:
         lines["judge"] = cfg.judge._target_.rsplit(".", 1)[-1]
-        with collected():
+        with found():
             instantiated(cfg.judge).check()
     if "output" in stage:
         lines["output"] = stage.output
         if Path(stage.output).exists() and not cfg.overwrite:
-            problems.append(
-                f"`stage.output` is `{stage.output}`, which exists. Name another file, or `overwrite=true`."
-            )
-    if problems:
-        raise ConfigError.join(problems)
-    return lines
+            found.note(f"`stage.output` is `{stage.output}`, which exists. Name another file, or `overwrite=true`.")
+    found.stop()
+    if tokenizer is not None:
+        lengths = completion_lengths(tokenizer, answers)
+        found.warn(cut_warning("stage.max_completion_length", stage.max_completion_length, lengths))
+    return lines, found.warnings
 
 
 def _generating_policies(cfg: DictConfig) -> Iterator[tuple[Policy, Sizes]]:
@@ -191,29 +268,55 @@ def _generating_policies(cfg: DictConfig) -> Iterator[tuple[Policy, Sizes]]:
             yield Policy(model.key, model.path, None, tokenizer), model.sizes()  # pyright: ignore[reportArgumentType]
 
 
-def check_model_files(cfg: DictConfig, heads: list[str] | None) -> None:
+def check_model_files(
+    cfg: DictConfig, bf16: bool, heads: list[str] | None, found: Collected
+) -> tuple[PreTrainedModel | PeftModel, PeftConfig | None] | None:
     """
     Check the files of the models that a training starts from and is rewarded by: that they can be read and have every
     weight (a reward model its score head), and that the adapter finds its layers.
 
-    Raises:
-        [`~rlhf_trl.errors.ConfigError`]: as loading does.
+    Args:
+        bf16 (`bool`): whether the run computes in bfloat16.
+        heads (`list[str]`, *optional*): names of the heads of a reward model that is trained.
+        found ([`Collected`]): gets the problems.
+
+    Returns:
+        `tuple` or `None`: the model that the run starts from, without weights, and the adapter that it puts on it;
+            `None` if its files have a problem.
     """
+    start = None
     for model in models_of(as_dict(cfg)):
-        if model.key != "model":
-            _check_files(model)
-            continue
-        peft, saved = instantiate(cfg.adapter.peft), adapter_config(model.path, model.revision)
-        if saved is not None and peft is None:
-            _check_files(model)  # it is merged when the run starts
-            continue
-        options = {
-            "attn_implementation": cfg.model.attn_implementation,
-            "device_map": "meta",
-            **from_pretrained_kwargs(cfg),
-        }
-        with _no_progress_bars():
-            load_initial_model(model.path, model.task_type, peft, "", heads=heads, dtype=cfg.model.dtype, **options)
+        with found():
+            if model.key == "model":
+                start = _start(cfg, model, bf16, heads)
+            else:
+                _check_files(model)
+    return start
+
+
+def _start(
+    cfg: DictConfig, model: Model, bf16: bool, heads: list[str] | None
+) -> tuple[PreTrainedModel | PeftModel, PeftConfig | None]:
+    """Return the model that a training starts from, on the meta device, and the adapter that it puts on it."""
+    peft = instantiate(cfg.adapter.peft)
+    dtype = weights_dtype(cfg.model.dtype, is_trained=peft is None, bf16=bf16)
+    if is_merged_first(cfg, model.path):
+        _check_files(model)
+        merged = copy.deepcopy(empty_model(model.path, model.task_type, model.trust_remote_code, model.revision))
+        return (merged if dtype == "auto" else merged.to(getattr(torch, dtype))), None
+    options = {
+        "dtype": dtype,
+        "attn_implementation": cfg.model.attn_implementation,
+        "device_map": "meta",
+        **from_pretrained_kwargs(cfg),
+    }
+    with _no_progress_bars():
+        return load_initial_model(model.path, model.task_type, peft, "", heads=heads, **options)
+
+
+def is_merged_first(cfg: DictConfig, path: str) -> bool:
+    """Return whether a run starts from an adapter and trains all weights: it is merged when the run starts."""
+    return not cfg.adapter.peft and adapter_config(path, cfg.model.revision) is not None
 
 
 def _check_files(model: Model) -> None:
@@ -226,10 +329,13 @@ def _check_files(model: Model) -> None:
             load_model(model.path, task_type, "auto", None, model.trust_remote_code, model.revision, device_map="meta")
 
 
-def first_batch(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, dataset: DatasetDict) -> dict[str, Tensor]:
+def first_batch(
+    cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, dataset: DatasetDict
+) -> tuple[dict[str, Tensor], int]:
     """
-    Return the first batch that this rank will train on, from the trainer itself: its preparation of the rows, its
-    sampler and its collator, on a model of a few thousand weights in place of the run's.
+    Return the first batch that this rank will train on, and the optimizer steps of the run, from the trainer itself:
+    its preparation of the rows (packing, truncation), its sampler and its collator, on a model of a few thousand
+    weights in place of the run's.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if TRL refuses the arguments or the rows.
@@ -245,7 +351,8 @@ def first_batch(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, dataset: Da
             train_dataset=dataset["train"],
             processing_class=tokenizer,
         )
-        return next(iter(trainer.get_train_dataloader()))
+        batches = trainer.get_train_dataloader()
+        return next(iter(batches)), offline_steps(args, len(batches))
 
 
 @contextlib.contextmanager
@@ -274,53 +381,3 @@ def _placeholder_model(tokenizer: PreTrainedTokenizerBase, task_type: str, heads
     config.num_labels = len(heads or ["score"])
     AUTO_CLASSES[task_type].from_config(config).save_pretrained(folder)
     return AUTO_CLASSES[task_type].from_pretrained(folder)
-
-
-def _disk(cfg: DictConfig) -> dict[str, str]:
-    """
-    Return the free disk space and the space that the trained weights need.
-
-    Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if they don't fit.
-    """
-    model = models_of(as_dict(cfg))[0]
-    empty = empty_model(model.path, model.task_type, model.trust_remote_code, model.revision)
-    name = weights_dtype(cfg.model.dtype, is_trained=cfg.adapter.peft is None)
-    dtype = empty.dtype if name == "auto" else getattr(torch, name)
-    folder = nearest_folder(Path(cfg.run_dir))
-    weights, free = empty.num_parameters() * dtype.itemsize, shutil.disk_usage(folder).free
-    if not cfg.adapter.peft and weights > free:
-        raise ConfigError(
-            f"The trained model needs {_bytes(weights)}, and the disk of `{folder}` has {_bytes(free)} free. Make "
-            "room, or set another `runs_dir=...`."
-        )
-    if cfg.adapter.peft:
-        return {"disk": f"{_bytes(free)} free; an adapter needs little"}
-    return {"disk": f"{_bytes(free)} free; the weights need {_bytes(weights)}, a checkpoint about three times that"}
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
-
-
-def _steps(args: Any, rows: int) -> dict[str, str]:
-    ranks, micro = args.world_size, args.per_device_train_batch_size
-    accumulation = args.gradient_accumulation_steps
-    per_step = micro * ranks * accumulation
-    batch = f"{micro} per device x {ranks} rank(s) x {accumulation} accumulated = {per_step}"
-    if not hasattr(args, "steps_per_generation"):
-        in_epoch = -(-rows // per_step)
-        steps = args.max_steps if args.max_steps > 0 else round(in_epoch * args.num_train_epochs)
-        return {"batch": f"{batch} rows per optimizer step", "steps": f"{steps:,} optimizer steps"}
-    rollout, prompts = args.generation_batch_size, args.generation_batch_size // args.num_generations
-    each = steps_per_rollout(args)
-    rollouts = rows // prompts * args.num_train_epochs
-    if args.max_steps > 0:
-        rollouts = args.max_steps / each
-    steps, episodes = rollouts * each, rollouts * rollout
-    return {
-        "rollout": f"{rollout:,} completions of {prompts:,} prompts ({args.num_generations} each)",
-        "batch": f"{batch} completions per optimizer step (a mini-batch)",
-        "optimization": f"{args.num_iterations} epoch(s) per rollout = {each} optimizer steps",
-        "steps": f"{rollouts:,.4g} rollouts, {episodes:,.0f} episodes, {steps:,.0f} optimizer steps",
-    }

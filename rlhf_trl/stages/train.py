@@ -23,12 +23,14 @@ from rlhf_trl.build import (
 )
 from rlhf_trl.callbacks.base import SaveAndStop
 from rlhf_trl.callbacks.interrupt import Interrupt
+from rlhf_trl.checks.learning_rates import learning_rate_warnings
 from rlhf_trl.config.values import as_dict, at, nodes, plain
 from rlhf_trl.data.fingerprint import rows_fingerprint
 from rlhf_trl.errors import Interrupted
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.models.adapters import adapter_config, model_fingerprint
 from rlhf_trl.models.merging import merge_adapter
+from rlhf_trl.models.sizes import empty_model
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.runs.paths import project_dir, resolve_path
 from rlhf_trl.runs.ranks import is_main_process
@@ -59,6 +61,8 @@ def train(cfg: DictConfig) -> float | None:
     tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **from_pretrained_kwargs(cfg))
     dataset = load_data(cfg, tokenizer)
     check_prompts(args, len(dataset["train"]))
+    for warning in _learning_rates(cfg, args, path):
+        say(f"warning: {warning}")
     if "eval" not in dataset:
         args.eval_strategy, args.do_eval, args.eval_on_start = IntervalStrategy.NO, False, False
 
@@ -84,6 +88,15 @@ def train(cfg: DictConfig) -> float | None:
         measured = sorted(name for name in metrics if name.startswith("eval_"))
         say(f"`objective` is `{cfg.objective}`, which was not measured. {did_you_mean(cfg.objective, measured)}")
     return None if cfg.objective is None else metrics.get(cfg.objective)
+
+
+def _learning_rates(cfg: DictConfig, args: Any, path: str) -> list[str]:
+    """Return what is to be expected of learning rates that are far off."""
+    trusted = cfg.model.trust_remote_code
+    parameters = empty_model(path, cfg.stage.task_type, trusted, cfg.model.revision).num_parameters()
+    place = getattr(args, "critic_path", None)
+    critic = empty_model(place, "SEQ_CLS", trusted).num_parameters() if place else parameters
+    return learning_rate_warnings(args, cfg.stage.dataset_type, parameters, critic, bool(cfg.adapter.peft))
 
 
 def inputs_of(cfg: DictConfig, path: str, dataset: Mapping[Any, Dataset]) -> dict[str, Any]:

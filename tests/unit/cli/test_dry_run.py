@@ -3,15 +3,20 @@
 import json
 import re
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from hydra.utils import instantiate
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from rlhf_trl.cli.dry_run import show_plan
+from rlhf_trl.cli.plan import weights_of
 from rlhf_trl.errors import ConfigError
+from tests.helpers.architectures import make_architecture
 from tests.helpers.tiny import CHAT_TEMPLATE, make_tokenizer, save_gpt2, save_model
 
 GENERATION_TEMPLATE = CHAT_TEMPLATE.replace(
@@ -168,8 +173,8 @@ def test_what_trl_refuses_is_the_dry_runs_error(compose, tmp_path):
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo", "rloo"])
 def test_fewer_prompts_than_a_rollout_is_an_error_before_anything_starts(compose, tmp_path, stage):
-    rows = [{"prompt": f"{i}"} for i in range(3)]
-    data = ["data=files", f"data.paths={write_rows(tmp_path / 'a.jsonl', rows)}", "data.to_chat=true"]
+    rows = [{"prompt": f"What color is a {animal}?"} for animal in ("bear", "bee", "cow")]
+    data = ["data=files", f"data.paths={write_rows(tmp_path / 'a.jsonl', rows)}", "reward=eos"]
     cfg = compose(f"stage={stage}", f"runs_dir={tmp_path}", *data, "data.eval_size=null", "+stage.args.use_cpu=true")
     for run in (show_plan, instantiate(cfg.stage.run)):
         with pytest.raises(ConfigError, match="There are 3 prompts, fewer than the .* one rollout. Lower `stage.args"):
@@ -259,10 +264,145 @@ def test_an_unreachable_server_is_reported(compose, tmp_path):
 def test_a_full_disk_is_reported(compose, tmp_path, monkeypatch, capsys):
     free = 10**9
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free}))
-    few = ("data.max_samples=8", "data.max_eval_samples=2", "stage.args.per_device_train_batch_size=8")
-    cfg = compose("stage=sft", f"runs_dir={tmp_path}", *few)
-    show_plan(cfg)
-    assert "disk           1.0 GB free; the weights need 0.9 MB" in capsys.readouterr().out
+    few = ("data.max_samples=32", "data.max_eval_samples=2", "stage.args.per_device_train_batch_size=8")
+
+    def disk(*more: str) -> str:
+        show_plan(compose("stage=sft", f"runs_dir={tmp_path}", *few, *more))
+        return re.search(r"disk +(.*)", capsys.readouterr().out)[1]
+
+    shown = disk("stage.args.save_steps=1", "stage.args.num_train_epochs=2")
+    assert shown == "about 9.2 MB needed (3 checkpoint(s) of 2.8 MB and 0.9 MB of trained weights), 1.0 GB free"
+    assert "0.9 MB needed (0 checkpoint(s)" in disk("stage.args.save_strategy=no")
+    assert "(1 checkpoint(s) of 0.9 MB" in disk("+stage.args.save_only_model=true")
     free = 10**5
-    with pytest.raises(ConfigError, match="The trained model needs 0.9 MB, and the disk of .* has 0.1 MB free"):
+    with pytest.raises(ConfigError, match="run needs about 3.7 MB .*, and the disk of .* has 0.1 MB free.*save_only"):
+        disk()
+
+
+def test_the_disk_of_a_plan_is_that_of_the_run(compose, tmp_path, capsys):
+    few = ("data.max_samples=32", "data.max_eval_samples=2", "stage.args.max_steps=2")
+    for more in ([], ["adapter=lora"]):
+        cfg = compose("stage=sft", f"runs_dir={tmp_path}", f"run_name=run{len(more)}", *few, *more)
+        needed = float(re.search(r"disk +about ([\d.]+) MB needed", plan_and_run(cfg, capsys))[1]) * 1e6
+        files = [file for file in Path(cfg.run_dir).rglob("*") if file.suffix in (".safetensors", ".pt")]
+        assert needed == pytest.approx(sum(file.stat().st_size for file in files), rel=0.1)
+
+
+def rows_file(tmp_path, rows: list[dict], name: str = "rows.jsonl") -> list[str]:
+    return ["data=files", f"data.paths={write_rows(tmp_path / name, rows)}", "data.eval_size=null"]
+
+
+ROLLOUT = ["stage.args.gradient_accumulation_steps=1", "stage.args.steps_per_generation=1"]
+SMALL_ROLLOUT = ["stage.args.per_device_train_batch_size=8", *ROLLOUT]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "opt"])
+def test_the_plans_weights_are_those_that_are_trained(name):
+    model = make_architecture(name)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(model.config)
+    assert weights_of(empty, None) == (total, total, 4)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="pissa")
+    planned = weights_of(empty, config)
+    assert all(parameter.device.type == "meta" for parameter in empty.parameters())
+    trained, _ = get_peft_model(model, replace(config, init_lora_weights=True)).get_nb_trainable_parameters()
+    assert planned == (total, trained, 4)
+
+
+def test_the_plan_of_ppo_says_what_is_set(compose, tmp_path, capsys):
+    model = save_gpt2(tmp_path / "model")
+    data = rows_file(tmp_path, [{"prompt": f"a b {word}"} for word in "c d e f g h i j".split()])
+    words = ["stage=ppo", "model=hf", f"model.path={model}", "adapter=lora", *data, f"runs_dir={tmp_path}"]
+    words += [*SMALL_ROLLOUT, "reward=[length,eos]", "reward.length.kwargs.max_length=5", "reward.eos.weight=0.5"]
+    args = ["learning_rate=2e-5", "critic_learning_rate=3e-4", "temperature=0.7"]
+    args += ["max_completion_length=9", "warmup_steps=0.1", "lr_scheduler_type=cosine"]
+    words += [f"stage.args.{word}" for word in args]
+    show_plan(compose(*words, "adapter.quantization={_target_: transformers.BitsAndBytesConfig, load_in_4bit: true}"))
+    shown = capsys.readouterr().out
+    for line in (
+        r"adapter +Lora \(r=16, lora_alpha=32, target_modules=all-linear\): [\d.]+ k weights are trained, \d+ % of",
+        r"quantization +4 bits \(fp4\), computed in float32",
+        r"precision +trained weights in float32, frozen ones in float32",
+        r"learning rate +policy 2e-05, critic 0.0003, cosine, 10% of the steps of warmup",
+        r"lengths +prompts of 5 tokens \(median; the longest 5\); completions of up to 9; the model reads 64",
+        r"temperature +0.7",
+        r"rollout +8 completions of 8 prompts \(1 each\)",
+        r"rewards +length x 1.0, eos x 0.5\n",
+        r"critic +head: a head on the policy, 17 weights",
+        r"disk +about [\d.]+ MB needed \(1 checkpoint",
+    ):
+        assert re.search(f"\n  {line}", shown), line
+    assert "Warnings" not in shown
+
+
+def test_the_plan_warns_of_what_is_to_be_expected(compose, tmp_path, capsys):
+    model = save_gpt2(tmp_path / "model")
+    rows = [{"prompt": f"a b {w}", "completion": f" {w} " * (4 + 8 * i)} for i, w in enumerate("c d e f".split())]
+    words = ["stage=ppo", "model=hf", f"model.path={model}", *rows_file(tmp_path, rows), f"runs_dir={tmp_path}"]
+    words += ["critic=model", "stage.args.per_device_train_batch_size=4", *ROLLOUT]
+    words += ["reward=[length,repetition]", "reward.length.kwargs.max_length=8", "reward.length.kwargs.margin=9"]
+    words += ["stage.args.learning_rate=1", "stage.args.critic_learning_rate=2", "reward.repetition.weight=0.01"]
+
+    def warnings(*more: str) -> str:
+        show_plan(compose(*words, *more))
+        return capsys.readouterr().out.partition("\nWarnings\n")[2].partition("\nFirst row")[0]
+
+    shown = warnings("stage.args.max_completion_length=16")
+    assert "- `stage.args.learning_rate=1` is above what full tuning of" in shown
+    assert "- `stage.args.critic_learning_rate=2` is above what full tuning of" in shown
+    assert "- 50% of the completions in the data are longer than `stage.args.max_completion_length=16` tokens" in shown
+    assert "`stage.args.max_completion_length=29` holds 95 % of them" in shown
+    assert "- `reward.repetition` varies by" in shown
+    good = ["stage.args.learning_rate=1e-5", "stage.args.critic_learning_rate=1e-5", "reward_norm=running"]
+    assert warnings("stage.args.max_completion_length=32", *good) == ""
+    assert "an adapter needs about ten times that" in warnings(
+        "stage.args.max_completion_length=32", *good, "adapter=lora", "critic=head", "stage.args.learning_rate=1e-8"
+    )
+
+
+def test_the_gold_reward_of_the_demo_refuses_other_prompts(compose, tmp_path):
+    rows = [{"prompt": f"a {word}"} for word in "c d e f g h i j".split()]
+    model = ["model=hf", f"model.path={save_model(tmp_path / 'model')}", f"runs_dir={tmp_path}"]
+    cfg = compose("stage=ppo", *model, *rows_file(tmp_path, rows), *SMALL_ROLLOUT)
+    with pytest.raises(ConfigError, match="(?s)`reward.gold`: The gold reward knows the prompts of .*Row 1 of them"):
         show_plan(cfg)
+    cfg = compose("stage=generate", *model, f"stage.prompts={tmp_path / 'rows.jsonl'}")
+    with pytest.raises(ConfigError, match="`reward.gold`: The gold reward knows the prompts of the embedded world"):
+        show_plan(cfg)
+
+
+def test_data_that_the_tokenizer_does_not_know_is_an_error(compose, tmp_path):
+    rows = [{"prompt": f"Lorem ipsum {i}", "chosen": " dolor", "rejected": " sit amet"} for i in range(40)]
+    data = [*rows_file(tmp_path, rows), f"runs_dir={tmp_path}"]
+    for stage in ("dpo", "reward"):
+        cfg = compose(f"stage={stage}", *data)
+        for run in (show_plan, instantiate(cfg.stage.run)):
+            with pytest.raises(
+                ConfigError, match="100% of the tokens.*are `<unk>`, unknown to the tokenizer of .*demo"
+            ):
+                run(cfg)
+    cfg = compose("stage=generate", f"stage.prompts={tmp_path / 'rows.jsonl'}", f"runs_dir={tmp_path}", "reward=none")
+    with pytest.raises(ConfigError, match="100% of the tokens in the data are `<unk>`"):
+        show_plan(cfg)
+
+
+def test_all_problems_of_a_plan_are_named_at_once(compose, tmp_path, monkeypatch):
+    rows = [{"prompt": f"a {word}"} for word in "c d e".split()]
+    model = ["model=hf", f"model.path={save_model(tmp_path / 'model')}", f"runs_dir={tmp_path}"]
+    rewards = ["reward=[demo,http]", "reward.http.url=http://127.0.0.1:9/score"]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with pytest.raises(ConfigError) as error:
+        show_plan(compose("stage=ppo", *model, *rows_file(tmp_path, rows), *SMALL_ROLLOUT, *rewards))
+    message = str(error.value)
+    assert message.startswith("4 problems:") and "There are 3 prompts, fewer than the 8" in message
+    assert "gold reward knows" in message and "can't be reached" in message and "B free. Make room" in message
+
+
+def test_the_steps_of_packed_rows_are_the_trainers(compose, tmp_path, capsys):
+    few = ("data.max_samples=64", "data.max_eval_samples=8", "stage.args.per_device_train_batch_size=2")
+    cfg = compose("stage=sft", f"runs_dir={tmp_path}", *few, "+stage.args.packing=true", "stage.args.max_length=64")
+    shown = plan_and_run(cfg, capsys)
+    steps = int(re.search(r"steps +(\d+) optimizer steps", shown)[1])
+    state = json.loads(next(Path(cfg.run_dir).glob("checkpoint-*/trainer_state.json")).read_text())
+    assert steps == state["global_step"] < 32
