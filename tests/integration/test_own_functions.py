@@ -85,7 +85,7 @@ def test_a_dry_run_reports_what_is_wrong(own, command, source, words, parts):
 @pytest.mark.parametrize("column", ["completions", "tokenizer"])
 def test_a_column_can_not_have_the_name_of_what_a_reward_is_given(own, command, tmp_path, column):
     own("def f(completions): return [0.0] * len(completions)")
-    rows = [json.dumps({"prompt": f"Question {i}?", column: "x"}) for i in range(64)]
+    rows = [json.dumps({"prompt": f"What color is a bear {i}?", column: "x"}) for i in range(64)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     status, _, message = command(*reward("data=files", "data.paths=rows.jsonl"), "debug=dry_run")
     assert status == 2 and f"The data has a column `{column}`" in message

@@ -260,7 +260,7 @@ def test_orpos_likelihood_counts_the_prompt_and_its_odds_do_not(train, tmp_path)
     data.write_text("\n".join([json.dumps(row)] * 8))
     run_dir = train(
         tmp_path, "stage=orpo", "data=files", f"data.paths={data}", "data.eval_size=null", "stage.args.max_steps=1",
-        "stage.args.logging_steps=1", "stage.args.per_device_train_batch_size=1",
+        "data.to_chat=false", "stage.args.logging_steps=1", "stage.args.per_device_train_batch_size=1",
     )  # fmt: skip
     start = record(run_dir)["model"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(start), AutoTokenizer.from_pretrained(start)
