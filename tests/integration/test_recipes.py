@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from rlhf_trl.checks import find_problems
-from tests.helpers.configs import CONF, GROUPS
+from tests.helpers.configs import CONF, GROUPS, composed
 from tests.helpers.recipes import ROWS, START, localize
 from tests.helpers.run_files import metrics, record
 
@@ -72,6 +73,14 @@ def small(cfg, starts):
     else:
         cfg.stage.max_completion_length, cfg.stage.best_of_n = 4, 0
     return cfg
+
+
+def test_the_folder_to_copy_works_as_a_copy(tmp_path):
+    copy = tmp_path / "experiment" / "mine"
+    shutil.copytree(CONF / "experiment" / "own", copy)
+    for name in RECIPES["own"]:
+        cfg = composed("train", f"hydra.searchpath=[file://{tmp_path}]", f"experiment=mine/{name}", "project=mine")
+        assert cfg.project == "mine" and cfg.data.paths == "pairs.jsonl"
 
 
 def test_every_recipe_is_listed():
