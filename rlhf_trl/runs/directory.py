@@ -16,7 +16,15 @@ from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.checkpoints import last_checkpoint
 from rlhf_trl.runs.lock import LOCK_FILE, in_use_problem, lock_owner
 from rlhf_trl.runs.paths import MODEL_FILES, read_paths
-from rlhf_trl.runs.record import CONFIG_FILE, RUN_FILE, is_done, read_run
+from rlhf_trl.runs.record import (
+    COMPARISON_FILE,
+    CONFIG_FILE,
+    ENSEMBLE_FILE,
+    QUALITY_FILE,
+    RUN_FILE,
+    is_done,
+    read_run,
+)
 from rlhf_trl.runs.results import RunRecord
 
 # Files that a run would write its own over
@@ -40,6 +48,10 @@ FREE_KEYS = (
     "stage.args.logging_first_step",
     "stage.args.disable_tqdm",
 )
+# Lengths of a training, which a resumed run may raise, a finished one included
+LENGTHS = ("stage.args.num_train_epochs", "stage.args.max_steps", "stage.args.total_episodes")
+# What a stage has made when it ended well, and the partial files of what it was making
+RESULTS = (*MODELS, COMPARISON_FILE, QUALITY_FILE, ENSEMBLE_FILE, "*.partial", "*completions*")
 BACKUP = ".overwritten"  # the earlier run, all of it
 MOVING = f"{BACKUP}.partial"  # on its way there or back
 DELETED = f"{BACKUP}.deleted"
@@ -94,12 +106,16 @@ def run_directory_problems(values: dict[str, Any]) -> list[str]:
         return [f"`{run_dir}` holds no run, so there is nothing to resume. Remove `resume=true`."] if resume else []
     status = record.status
     if resume:
-        return _resume_problems(run_dir, status, values)
+        return _resume_problems(run_dir, record, values)
     if overwrite:
         return _overwrite_problems(run_dir, values)
+    if is_empty(run_dir, record) and not _overwrite_problems(run_dir, values):
+        return []
     resumed = "resume it: `resume=true`"
     if status == "done":
+        longer = [key for key in LENGTHS if _is_number(at(values, key))]
         resumed = "it is finished, so `resume=true` has nothing to do"
+        resumed += f", unless it is lengthened: `resume=true {longer[0]}=...`" if longer else ""
     return [
         f"`{run_dir}` already holds a run (its status is `{status}`). Ways out: {resumed}; keep it and start another: "
         "`run_name=...`; delete it and start again: `overwrite=true`."
@@ -139,11 +155,50 @@ def _overwrite_problems(run_dir: Path, values: dict[str, Any]) -> list[str]:
     ]
 
 
-def _resume_problems(run_dir: Path, status: str, values: dict[str, Any]) -> list[str]:
-    if status == "done":
+def is_empty(run_dir: str | os.PathLike, record: RunRecord) -> bool:
+    """
+    Return whether a run ended before it left anything that a new one could cost: it failed or was stopped before its
+    first checkpoint, or before its result was there.
+    """
+    folders = [Path(run_dir), *Path(run_dir).glob("member_*/")]
+    left = any(any(folder.glob(pattern)) for folder in folders for pattern in RESULTS)
+    return record.status != "done" and not has_begun(run_dir) and not left
+
+
+def is_lengthened(run_dir: str | os.PathLike, values: dict[str, Any]) -> bool:
+    """Return whether a config trains for longer than the one that the run in `run_dir` was started with."""
+    before = _config_of(Path(run_dir))
+    return before is not None and any(_is_longer(before.get(key), at(values, key)) for key in LENGTHS)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _is_longer(before: Any, now: Any) -> bool:
+    return _is_number(before) and _is_number(now) and now > before
+
+
+def _config_of(run_dir: Path) -> dict[str, Any] | None:
+    """Return the config that a run was started with, flat; `None` where there is none."""
+    if not (run_dir / CONFIG_FILE).is_file():
+        return None
+    config = OmegaConf.load(run_dir / CONFIG_FILE)
+    return flatten(plain(config)[0]) if isinstance(config, DictConfig) else {}
+
+
+def _resume_problems(run_dir: Path, record: RunRecord, values: dict[str, Any]) -> list[str]:
+    if record.status == "done" and not is_lengthened(run_dir, values):
+        shorter = [
+            f"`{key}` was {before[key]} and is {now}"
+            for before in [_config_of(run_dir) or {}]
+            for key in LENGTHS
+            if _is_number(before.get(key)) and _is_number(now := at(values, key)) and now < before[key]
+        ]
+        why = f" A run can be lengthened, and not shortened: {'; '.join(shorter)}." if shorter else ""
         return [
-            f"The run in `{run_dir}` is finished, so there is nothing to resume. Start another with `run_name=...`, "
-            "or delete it and start again: `overwrite=true`."
+            f"The run in `{run_dir}` is finished, so there is nothing to resume.{why} Start another with "
+            "`run_name=...`, or delete it and start again: `overwrite=true`."
         ]
     problems = []
     if at(values, "stage.args.save_only_model") is True:
@@ -152,9 +207,8 @@ def _resume_problems(run_dir: Path, status: str, values: dict[str, Any]) -> list
             "again: `overwrite=true`."
         )
     if not any(run_dir.glob("checkpoint-*/")) and not any(run_dir.glob(f"member_*/{RUN_FILE}")):
-        problems.append(
-            f"`{run_dir}` holds no checkpoint, so there is nothing to resume. Start again: `overwrite=true`."
-        )
+        way = "remove `resume=true`" if is_empty(run_dir, record) else "`overwrite=true`"
+        problems.append(f"`{run_dir}` holds no checkpoint, so there is nothing to resume. Start again: {way}.")
     return problems or resume_changes(run_dir, values)
 
 
@@ -185,17 +239,19 @@ def resume_changes(run_dir: Path, values: dict[str, Any]) -> list[str]:
         run_dir (`Path`): directory of the run, with the `config.yaml` that it was started with.
         values (`dict`): the config now, see [`~rlhf_trl.config.values.plain`].
     """
-    if not (run_dir / CONFIG_FILE).is_file():
+    before = _config_of(run_dir)
+    if before is None:
         return [
             f"`{run_dir}` has no `{CONFIG_FILE}`, so the config it was started with isn't known, and it can't be "
             "resumed. Restore the file, or start again: `overwrite=true`."
         ]
-    config = OmegaConf.load(run_dir / CONFIG_FILE)
-    before, now = flatten(plain(config)[0]) if isinstance(config, DictConfig) else {}, flatten(values)
+    now = flatten(values)
     changed = [
         f"`{key}` was {before.get(key, 'not set')} and is {now.get(key, 'not set')}"
         for key in sorted(before | now)
-        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
+        if before.get(key) != now.get(key)
+        and not any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
+        and not (key in LENGTHS and _is_longer(before.get(key), now.get(key)))
     ]
     if not changed:
         return []

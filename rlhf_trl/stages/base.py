@@ -27,6 +27,7 @@ from rlhf_trl.runs.directory import (
     has_backup,
     has_begun,
     input_changes,
+    is_empty,
     recover,
     restore_backup,
     run_directory_problems,
@@ -59,7 +60,7 @@ def open_run(cfg: DictConfig, start: str, inputs: Mapping[str, Any] | None = Non
     the checks), moves an earlier run that is overwritten out of the way, and writes `run.json` and `config.yaml`. On
     exit the status becomes `done`, `stopped` (by Ctrl-C) or `failed`. A run that failed before its first step
     leaves the directory as it was: with the earlier run that it was to overwrite, or, where the config was wrong,
-    free.
+    free. A run without a checkpoint or a result doesn't keep the next one from its directory.
 
     Args:
         cfg (`DictConfig`):
@@ -118,7 +119,10 @@ def _begin(cfg: DictConfig, start: str, inputs: Mapping[str, Any] | None) -> str
         elif incomplete:
             problems = [f"No checkpoint can be resumed: {'; '.join(incomplete)}. Start again: `overwrite=true`."]
         elif record is not None and not cfg.resume:
+            empty = is_empty(run_dir, record)
             back_up(run_dir)
+            if empty:  # a failure of the new run is to be recorded as its own
+                delete_backup(run_dir)
     raise_on_all_ranks(problems)
     if is_main_process():
         if checkpoint:

@@ -15,13 +15,14 @@ from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.build import load_data
+from rlhf_trl.config.values import plain
 from rlhf_trl.data.lengths import head_names
 from rlhf_trl.models.calibration import Calibration, write_calibration
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.reward_modeling.ensemble import evaluate_ensemble, mean_metrics
 from rlhf_trl.rewards.model import ModelReward
 from rlhf_trl.runs.checkpoints import last_checkpoint
-from rlhf_trl.runs.directory import delete_backup
+from rlhf_trl.runs.directory import delete_backup, is_lengthened
 from rlhf_trl.runs.paths import project_dir, resolve_path
 from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.runs.record import ENSEMBLE_FILE, is_done, read_metrics, write_json, write_metrics
@@ -48,7 +49,7 @@ def reward(cfg: DictConfig) -> float | None:
     members = [member_config(cfg, i, seed) for i, seed in enumerate(member_seeds(cfg))]
     with open_run(cfg, start=resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))):
         for i, member in enumerate(members):
-            if cfg.resume and is_done(member.run_dir):
+            if cfg.resume and is_done(member.run_dir) and not is_lengthened(member.run_dir, plain(member)[0]):
                 continue
             say(f"\nMember {i + 1} of {len(members)}: {member.run_dir}")
             member.resume = cfg.resume and last_checkpoint(member.run_dir) is not None

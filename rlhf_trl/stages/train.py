@@ -23,6 +23,7 @@ from rlhf_trl.build import (
 )
 from rlhf_trl.callbacks.base import SaveAndStop
 from rlhf_trl.callbacks.interrupt import Interrupt
+from rlhf_trl.callbacks.lengthened import Lengthened
 from rlhf_trl.checks.learning_rates import learning_rate_warnings
 from rlhf_trl.config.values import as_dict, at, nodes, plain
 from rlhf_trl.data.fingerprint import rows_fingerprint
@@ -72,6 +73,8 @@ def train(cfg: DictConfig) -> float | None:
         logger = instantiate(cfg.logger.run)
         with logger(run_dir=cfg.run_dir, name=args.run_name, config=as_dict(cfg, resolve=False)):
             trainer = make_trainer(cfg, args, path, tokenizer, dataset, **extra)
+            if run.checkpoint:
+                trainer.add_callback(Lengthened(run.checkpoint))
             trainer.add_callback(interrupt)  # the last one, so that its message stands last
             try:
                 trainer.train(resume_from_checkpoint=run.checkpoint)

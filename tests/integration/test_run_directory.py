@@ -536,3 +536,34 @@ def test_a_full_disk_leaves_a_record_and_one_message(train, tmp_path, monkeypatc
     assert disk_is_full(raised.value) and not disk_is_full(ValueError("no"))
     record = json.loads((tmp_path / "test/sft/run.json").read_text())
     assert record["status"] == "failed" and not (tmp_path / "test/sft/.unfinished").exists()
+
+
+# ---- Longer runs ----
+
+
+def steps_of(run_dir: str) -> int:
+    return json.loads(Path(run_dir, "metrics.json").read_text())["history"][-1]["step"]
+
+
+def test_a_finished_run_that_is_lengthened_is_the_longer_run(train, tmp_path, capsys):
+    """With a constant learning rate; with another one the schedule is the longer run's from there on."""
+    words = ["stage=sft", "stage.args.lr_scheduler_type=constant"]
+    whole = train(tmp_path / "whole", *words, "stage.args.num_train_epochs=2", "stage.args.max_steps=-1")
+    run_dir = train(tmp_path / "parts", *words, "stage.args.max_steps=-1")
+    assert steps_of(run_dir) * 2 == steps_of(whole)
+    assert "Lengthened" not in capsys.readouterr().out
+    train(tmp_path / "parts", *words, "stage.args.max_steps=-1", "stage.args.num_train_epochs=2", "resume=true")
+    assert "Lengthened from 8 to 16 steps; step 8 is done." in capsys.readouterr().out
+    assert steps_of(run_dir) == steps_of(whole)
+    assert Path(run_dir, "model.safetensors").read_bytes() == Path(whole, "model.safetensors").read_bytes()
+    assert json.loads(Path(run_dir, "run.json").read_text())["status"] == "done"
+
+
+def test_more_episodes_lengthen_ppo_and_the_schedule_is_said(train, tmp_path, capsys):
+    words = ["stage=ppo", "stage.args.max_steps=-1", "stage.args.learning_rate=1e-3", "stage.args.warmup_steps=0"]
+    words += ["stage.args.num_iterations=1", "stage.args.eval_on_start=false"]
+    run_dir = train(tmp_path, *words, "stage.args.total_episodes=128")
+    train(tmp_path, *words, "stage.args.total_episodes=512", "resume=true")
+    said = "The learning rate follows the linear schedule of the longer run: 7.5e-04 from here, where it was 0."
+    assert "Lengthened from 4 to 16 steps; step 4 is done. " + said in capsys.readouterr().out
+    assert steps_of(run_dir) == 16

@@ -314,18 +314,48 @@ def test_a_used_run_directory(problems, compose):
     from omegaconf import OmegaConf
 
     folder = make_run("ppo", "stopped")
-    one(problems(), "`resume=true`", "`run_name=...`", "`overwrite=true`")
-    assert problems("overwrite=true") == [] == problems("run_name=other")
-    one(problems("resume=true"), "no checkpoint", "`overwrite=true`")
+    assert problems() == []  # it left nothing
+    one(problems("resume=true"), "no checkpoint", "remove `resume=true`")
     (folder / ".unfinished/checkpoint-5").mkdir(parents=True)  # killed while writing it
+    assert problems() == []
     one(problems("resume=true"), "no checkpoint")
     (folder / "checkpoint-5").mkdir()
+    one(problems(), "`resume=true`", "`run_name=...`", "`overwrite=true`")
+    assert problems("overwrite=true") == [] == problems("run_name=other")
     one(problems("resume=true"), "no `config.yaml`", "`overwrite=true`")
     OmegaConf.save(compose(), folder / "config.yaml", resolve=True)
     assert problems("resume=true") == []
     make_run("ppo", "done")
     one(problems("resume=true"), "finished", "nothing to resume")
-    one(problems(), "`run_name=...`", "`overwrite=true`")
+    one(problems(), "`run_name=...`", "`overwrite=true`", "`resume=true stage.args.num_train_epochs=...`")
+
+
+@pytest.mark.parametrize("status", ["stopped", "done"])
+def test_a_run_can_be_lengthened_and_not_shortened(problems, compose, status):
+    from omegaconf import OmegaConf
+
+    folder = make_run("ppo", status)
+    (folder / "checkpoint-5").mkdir()
+    for name, before, longer, shorter in (
+        ("num_train_epochs", 20, 30, 10),
+        ("total_episodes", 2048, 4096, 1024),
+        ("max_steps", 32, 64, 16),
+    ):
+        key = f"stage.args.{name}"
+        OmegaConf.save(compose(f"{key}={before}"), folder / "config.yaml", resolve=True)
+        assert problems("resume=true", f"{key}={longer}") == []
+        one(problems("resume=true", f"{key}={shorter}"), f"`{key}` was {before} and is {shorter}")
+        one(problems("resume=true", f"{key}={longer}", "stage.args.beta=0.3"), "`stage.args.beta` was")
+
+
+def test_what_a_failed_run_left_is_not_lost(problems):
+    folder = make_run("evaluate", "failed")
+    words = ["stage=evaluate", *(f"stage.policies.{name}=demo:base" for name in ("sft", "ppo", "dpo"))]
+    assert problems(*words) == []
+    for name in ("comparison.json", ".completions.jsonl.partial", "completions.jsonl", "model.safetensors"):
+        (folder / name).touch()
+        one(problems(*words), "already holds a run")
+        (folder / name).unlink()
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "init", "evaluate_reward"])

@@ -57,6 +57,18 @@ def test_a_run_that_fails_before_its_first_step_leaves_the_earlier_one(config, e
     assert record(cfg)["model"] == "first" and not has_backup(cfg.run_dir)
 
 
+def test_a_failed_run_that_left_nothing_makes_way_for_the_same_command(config):
+    cfg = config()
+    for told in ("first", "second"):
+        with pytest.raises(ValueError), open_run(cfg, start=told):
+            Path(cfg.run_dir, "samples.jsonl").write_text(told)
+            raise ValueError(told)
+        assert record(cfg)["error"] == f"ValueError: {told}" and not has_backup(cfg.run_dir)
+    with open_run(cfg, start="third"):
+        assert not Path(cfg.run_dir, "samples.jsonl").exists()
+    assert record(cfg)["status"] == "done"
+
+
 def test_a_wrong_config_leaves_the_directory_free(config):
     cfg = config()
     with pytest.raises(ConfigError), open_run(cfg, start="random weights"):
