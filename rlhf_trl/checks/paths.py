@@ -18,6 +18,7 @@ from rlhf_trl.runs.paths import (
     MODEL_FILES,
     PACKAGE,
     baseline_problem,
+    conf_dir,
     finish_command,
     is_run_name,
     named_policies,
@@ -112,7 +113,8 @@ def _model(key: str, node: dict[str, Any], values: dict[str, Any], task_type: st
 def _values_of_the_embedded_model(model: dict[str, Any], values: dict[str, Any]) -> list[str]:
     """Return the problem of a run of another model with `model=demo`, whose values fit the embedded one, or none."""
     run, file = model.get("run"), project_dir(values) / str(model.get("run")) / CONFIG_FILE
-    if run is None or not str(model.get("path")).startswith(DEMO) or not file.is_file():
+    brought = conf_dir() / "model" / "_demo" / f"{at(values, 'stage.name')}.yaml"
+    if run is None or not str(model.get("path")).startswith(DEMO) or not (brought.is_file() and file.is_file()):
         return []
     started = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("model")
     if started is None or str(started.get("path")).startswith(DEMO):  # `stage=init` has no model

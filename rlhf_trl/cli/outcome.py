@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.config.program import command_line
 from rlhf_trl.report.text import compact_number, duration
-from rlhf_trl.runs.paths import ADAPTER_FILE, conf_dir, project_dir, read_model_config
+from rlhf_trl.runs.paths import ADAPTER_FILE, DEMO, conf_dir, project_dir, read_model_config
 from rlhf_trl.runs.record import read_metrics, read_run
 
 # Set for the steps of a pipeline and the jobs of a sweep: what comes after them is already known
@@ -100,7 +100,8 @@ def next_commands(cfg: DictConfig, typed: Sequence[str]) -> dict[str, str]:
     elif kind == "policy" and read_metrics(run_dir) is None:
         found["sft"] = [f"model.run={run}", *data]
     elif kind == "policy":
-        found["chat"] = [f"model.run={run}", *remote]
+        embedded = str(cfg.model.path).startswith(DEMO)
+        found["chat"] = [*([] if embedded else ["model=hf"]), f"model.run={run}", *remote]
         start = _start(cfg)
         if start and not whole and (rewarded or not data):
             found["evaluate"] = [*_compared(start, run), *data]

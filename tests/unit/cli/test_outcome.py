@@ -67,7 +67,7 @@ def finished(tmp_path, monkeypatch):
             DPO,
             [
                 "dpo: loss 0.693 -> 0.51, accuracy 0.71, 35 s, runs/mine/dpo",
-                "next: chat   train stage=chat model.run=dpo project=mine",
+                "next: chat   train stage=chat model=hf model.run=dpo project=mine",
                 "      merge  train stage=merge model.run=dpo project=mine",
             ],
         ),
