@@ -130,7 +130,12 @@ def test_tokenizer_of_another_model_is_distinguished_from_added_tokens(tmp_path)
 
 
 def config_of(compose, tmp_path, stage, model, rows, *overrides):
-    data = ["data=files", f"data.paths={write_rows(tmp_path / 'rows.jsonl', rows)}", "data.eval_size=null"]
+    data = [
+        "data=files",
+        f"data.paths={write_rows(tmp_path / 'rows.jsonl', rows)}",
+        "data.eval_size=null",
+        "data.to_chat=false",
+    ]
     given = ["model=hf", f"model.path={model}", f"runs_dir={tmp_path / 'runs'}"]
     small = ["stage.args.max_steps=1", "stage.args.per_device_train_batch_size=4"]
     return compose(f"stage={stage}", *given, *data, *small, *overrides)
