@@ -78,7 +78,8 @@ def trainer_of(stage: str, model: str, folder: Path, batch_size: int, *words: st
         files[split] = folder / f"{stage}-{split}.jsonl"
         files[split].write_text("".join(json.dumps(row) + "\n" for row in rows_of(stage, seed)))
     words = [f"stage={name}", "model=hf", f"model.path={model}", "data=files", f"data.paths={files['train']}",
-             "data.to_chat=false", f"data.eval_paths={files['eval']}", f"runs_dir={folder}", "stage.args.per_device_train_batch_size=4",
+             "data.to_chat=false", f"data.eval_paths={files['eval']}", f"runs_dir={folder}",
+             "stage.args.per_device_train_batch_size=4",
              f"stage.args.per_device_eval_batch_size={batch_size}", *words]  # fmt: skip
     rl = name in ("ppo", "grpo", "rloo")
     if rl:
