@@ -20,6 +20,7 @@ from rlhf_trl.config.program import App
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.paths import conf_dir
 from rlhf_trl.runs.ranks import is_main_process, world_size
+from rlhf_trl.runs.record import write_json
 from rlhf_trl.terminal import close_bars, printable
 
 SECONDS_FOR_RANK_0 = 5.0
@@ -109,7 +110,12 @@ def exit_with(message: object, status: int) -> NoReturn:
         time.sleep(SECONDS_FOR_RANK_0)
         message = f"\nOn rank {os.environ['RANK']}: {message}"  # on a new line: the progress bar is rank 0's
     close_bars()
-    print(printable(str(message)), file=sys.stderr, flush=True)
+    text = printable(str(message))
+    print(text, file=sys.stderr, flush=True)
+    if status and (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        # torchrun's report on its failed ranks, which comes after the message, ends with what this file holds
+        extra = {"py_callstack": text.strip(), "timestamp": str(int(time.time()))}
+        write_json(file, {"message": {"message": text.strip(), "extraInfo": extra}})
     if world_size() > 1:
         sys.stdout.flush()
         os._exit(status)  # an orderly exit would wait for the other ranks, which wait for this one

@@ -259,6 +259,17 @@ def test_the_first_rank_speaks_for_all_that_the_launcher_ends_with_it(command, m
         command("stage=ppp")
 
 
+def test_the_report_of_torchrun_ends_with_our_message(command, monkeypatch, tmp_path):
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    status, _, message = command("stage=ppp")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=status, error_file=str(file))
+    report = str(ChildFailedError("train.py", {0: failure})).rstrip("=\n ")
+    assert report.endswith(f"traceback : {message.strip()}")
+
+
 def test_another_rank_speaks_of_an_error_of_its_own(command, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(app.time, "sleep", lambda seconds: None)

@@ -222,5 +222,11 @@ def test_every_command_can_be_typed(file, line):
     assert overrides.compose(overrides.without_sweeps([w for w in given if not w.startswith("hydra")]))[1] == []
 
 
+def test_commands_for_one_device_start_without_a_launcher():
+    """Without a file of options accelerate prints six lines at each start, and a traceback below our messages."""
+    launched = [line for _, line in commands() if re.search(r"accelerate launch.* train\.py \w+=", line)]
+    assert launched and [line for line in launched if "--config_file" not in line] == []
+
+
 def test_there_are_commands_to_try():
     assert len(commands()) > 5 and Path(CONF, "train.yaml").is_file()
