@@ -16,13 +16,14 @@ from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean
 
 LEVELS = ("ok", "note", "warn", "stop")
+NOTE = LEVELS.index("note")
 BASELINE, WINDOW = 4, 3
 # A difference of means counts from so many of its standard errors on: it is looked for at every log step
 STANDARD_ERRORS = 4
 # Of one degree of freedom: median of the squares of values with mean 0 and variance 1
 CHI_SQUARED_MEDIAN = 0.4549
 # Times as long, or as short, as at the start: completions whose length has changed
-LENGTH_CHANGE = 1.1
+LENGTH_CHANGE = 1.25
 # Number of log steps whose gradient norms the newest one is compared with
 GRADIENT_WINDOW = 20
 
@@ -35,15 +36,20 @@ class Series:
         baseline (`int`): number of values at the start that later ones are compared with.
         window (`int`): number of newest values that are averaged.
         watched (`Sequence[str]`): names of reward functions of weight 0.
+
+    Attributes:
+        log_steps (`int`): number of training's log steps.
     """
 
     def __init__(self, baseline: int = BASELINE, window: int = WINDOW, watched: Sequence[str] = ()):
         self.baseline, self.window = baseline, window
         self.watched = list(watched)
+        self.log_steps = 0
         self._values: dict[str, list[float]] = defaultdict(list)
 
     def add(self, logs: Mapping[str, float | None]) -> None:
         """Add a call of `Trainer.log`."""
+        self.log_steps += not any(name.startswith("eval_") for name in logs)
         for name, value in logs.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 self._values[name].append(float(value))
@@ -211,6 +217,7 @@ class Sign(NamedTuple):
         limits: value from which on a level is reached; `None` for never.
         falls: whether low values are the bad ones.
         when: name of a metric and a number: the sign is `ok` while the metric's recent mean is below it.
+        note_after: number of log steps before which nothing is noted; warnings and stops don't wait.
     """
 
     measure: Callable[[Series], float | None]
@@ -219,6 +226,7 @@ class Sign(NamedTuple):
     limits: dict[str, float | None]
     falls: bool = False
     when: tuple[tuple[str, ...], float] | None = None
+    note_after: int = 0
 
 
 SIGNS: dict[str, Sign] = {
@@ -267,6 +275,8 @@ SIGNS: dict[str, Sign] = {
         "(`critic=model critic.run=reward`)",
         {"note": 0.05, "warn": -0.2, "stop": None},
         falls=True,
+        # A critic that starts at zero explains nothing at first, and the policy learns all the same
+        note_after=30,
     ),
     "over_optimization": Sign(
         _over_optimization,
@@ -356,6 +366,8 @@ def evaluate_signs(series: Series, limits: Mapping[str, Mapping[str, float | Non
             continue
         level = _level(value, limits[name], sign.falls)
         if sign.when is not None and (series.recent(*sign.when[0]) or 0.0) < sign.when[1]:
+            level = 0
+        if level == NOTE and series.log_steps < sign.note_after:
             level = 0
         limit = limits[name][LEVELS[level]] if level else None
         text = f"{sign.message.format(value=value)} ({LEVELS[level]} from {limit:g}). {sign.remedy}." if level else ""

@@ -178,6 +178,13 @@ def test_over_optimization_needs_a_reward_that_rises():
     assert judged(held_out)[-1]["over_optimization"].level == 2
 
 
+def test_a_critic_that_explains_nothing_has_time_and_one_that_adds_noise_has_none():
+    for explained, quiet in ((0.0, 29), (-0.5, 6)):
+        stream = [entry | {"value/explained_variance": explained} for entry in (healthy("ppo") * 3)[:30]]
+        levels = [found["low_explained_variance"].level for found in judged(stream)[6:]]
+        assert [level > 0 for level in levels] == [False] * (quiet - 6) + [True] * (30 - quiet)
+
+
 def test_the_sampling_error_of_small_rollouts_is_no_sign():
     """Means of 16 rewards in 50 runs of each kind: (score, watched reward) by log step, of 60."""
     kinds = {
@@ -432,7 +439,12 @@ DONE = {
     "beta 0": ({"kl_growing"}, ["stage.args.beta=0", "stage.args.learning_rate=1e-3"]),
     # whether it ends in one answer or in noise is left to rounding
     "learning rate": ({"reward_falling"}, ["stage.args.learning_rate=1e-2"]),
-    "critic": ({"low_explained_variance"}, ["stage.args.critic_learning_rate=0", "stage.args.critic_detach=true"]),
+    # 32 rollouts of 32: it is noted from the 30th on
+    "critic": (
+        {"low_explained_variance"},
+        ["stage.args.critic_learning_rate=0", "stage.args.critic_detach=true", "stage.args.steps_per_generation=1",
+         "stage.args.total_episodes=1024"],
+    ),
     "constant": ({"constant_reward"}, ["reward=function", f"{FUNCTION}={HACK}.constant"]),
     "length": (
         {"length_bias", "length_drift"},
