@@ -1,5 +1,6 @@
 """Files of rows."""
 
+import itertools
 import json
 
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -32,3 +33,9 @@ def write(path, rows) -> str:
 
 def load(path, dataset_type="preference", **options):
     return data.load_files(dataset_type, 0, str(path), **options)
+
+
+def write_letter_pairs(path) -> str:
+    """Write preference rows in the letters that `make_tokenizer` knows, of 216 prompts; return the path."""
+    prompts = [" ".join(letters) for letters in itertools.product("abcdef", repeat=3)]
+    return write(path, [{"prompt": text, "chosen": f" {text[0]} b", "rejected": f" g {text[-1]}"} for text in prompts])

@@ -1,6 +1,5 @@
 """Default values of the stages: for real models, of adapters and critics, and of the embedded model."""
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -14,6 +13,7 @@ from rlhf_trl.cli.overrides import composed, parse_command_line
 from rlhf_trl.config.groups import option_groups
 from tests.helpers.architectures import save_architecture
 from tests.helpers.configs import CONF
+from tests.helpers.data import write_letter_pairs
 
 STAGES = ("sft", "reward", "dpo", "orpo", "kto", "grpo", "rloo", "ppo")
 REAL = ("model=hf", "model.path=organization/name")
@@ -213,11 +213,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """Return a file of as many prompts as a rollout of PPO takes, with two answers each."""
-    file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    prompts = [" ".join(letters) for letters in itertools.product("abcdef", repeat=3)]
-    rows = [{"prompt": prompt, "chosen": f" {prompt[0]} b", "rejected": f" g {prompt[-1]}"} for prompt in prompts]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+    return write_letter_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_trl.models import precision
 from rlhf_trl.models.loading import load_model, load_reward_model
 from rlhf_trl.models.precision import weights_dtype
+from tests.helpers.data import write_letter_pairs
 from tests.helpers.tiny import save_model
 
 
@@ -71,7 +72,15 @@ TYPES = {
 def test_trained_weights_are_in_float32_on_a_base_in_bfloat16(train, tmp_path, capsys, words):
     """A run in mixed precision, here on the CPU, says its types and learns."""
     path = save_model(tmp_path / "model", hidden_size=32)
-    given = ["model=hf", f"model.path={path}", "stage.args.bf16=true", "+stage.args.use_cpu=true"]
+    rows = write_letter_pairs(tmp_path / "pairs.jsonl")
+    given = [
+        "model=hf",
+        f"model.path={path}",
+        "data=files",
+        f"data.paths={rows}",
+        "stage.args.bf16=true",
+        "+stage.args.use_cpu=true",
+    ]
     few = [
         "stage.args.max_steps=2",
         "stage.args.logging_steps=1",
@@ -85,7 +94,8 @@ def test_trained_weights_are_in_float32_on_a_base_in_bfloat16(train, tmp_path, c
             "stage.args.gradient_accumulation_steps=1",
             "stage.args.max_steps=8",
         ]
-        few += ["stage.args.max_completion_length=8"]
+        few += ["stage.args.max_completion_length=8", "reward=function"]
+        few += ["reward.function.function=tests.helpers.held_out.score"]
     run = Path(train(tmp_path, *given, *few, *words.split()))
     trained, frozen = TYPES[words]
     said = capsys.readouterr().out
@@ -93,6 +103,6 @@ def test_trained_weights_are_in_float32_on_a_base_in_bfloat16(train, tmp_path, c
     assert f"{line}. Mixed precision: computed in bfloat16." in said
     losses = [entry["loss"] for entry in json.loads((run / "metrics.json").read_text())["history"] if "loss" in entry]
     assert losses and all(loss is not None for loss in losses)
-    file = run / ("adapter_model.safetensors" if frozen else "model.safetensors")
-    with safe_open(file, "pt") as weights:
-        assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float32}  # noqa: SIM118
+    saved = load_file(run / ("adapter_model.safetensors" if frozen else "model.safetensors"))
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    assert all(weight.any() for name, weight in saved.items() if "lora_B" in name)  # which are 0 at the start
