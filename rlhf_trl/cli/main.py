@@ -9,6 +9,7 @@ answered at once.
 import os
 import re
 import sys
+import time
 from argparse import Namespace
 
 import hydra
@@ -110,6 +111,7 @@ def _values_of_the_embedded_model(cfg: DictConfig, args: Namespace) -> list[str]
 
 def run(cfg: DictConfig) -> float | None:
     """Check the config and run its stage, or with `dry_run` print its plan."""
+    started = time.monotonic()
     keep_output_above_bars()
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         cfg.run_name = f"{cfg.run_name}_sweep/{HydraConfig.get().job.num}"  # which is also Hydra's folder of this job
@@ -124,7 +126,7 @@ def run(cfg: DictConfig) -> float | None:
             return show_plan(cfg)
         objective = hydra.utils.instantiate(cfg.stage.run)(cfg)
         leave_process_group()
-        if lines := last_lines(cfg, unquote_text(HydraConfig.get().overrides.task)):
+        if lines := last_lines(cfg, unquote_text(HydraConfig.get().overrides.task), time.monotonic() - started):
             say(f"\n{lines}")
         return objective
     except BaseException as error:  # here, because Hydra would print the overrides in front of the message

@@ -34,7 +34,7 @@ def first_line(cfg: DictConfig, writes: bool) -> str:
     return f"rlhf_trl {cfg.stage.name}{where}"
 
 
-def last_lines(cfg: DictConfig, typed: Sequence[str]) -> str:
+def last_lines(cfg: DictConfig, typed: Sequence[str], seconds: float) -> str:
     """
     Return what came out of a finished run, `ppo: score 1.5 -> 3.1, KL 1.2, 35 s, runs/default/ppo`, and the commands
     that use it; nothing for a stage that leaves no record.
@@ -42,6 +42,7 @@ def last_lines(cfg: DictConfig, typed: Sequence[str]) -> str:
     Args:
         cfg (`DictConfig`): the composed config.
         typed (`Sequence[str]`): the overrides of the command line.
+        seconds (`float`): time since the first line.
     """
     record = read_run(cfg.run_dir)
     if record is None or record.status != "done" or record.stage != cfg.stage.name:
@@ -49,9 +50,7 @@ def last_lines(cfg: DictConfig, typed: Sequence[str]) -> str:
     facts = _measured(cfg.run_dir, cfg.objective)
     if record.reason:
         facts.append(f"stopped early ({record.reason.rstrip('.')})")
-    if record.seconds is not None:
-        facts.append(duration(record.seconds))
-    lines = [f"{cfg.stage.name}: {', '.join([*facts, str(cfg.run_dir)])}"]
+    lines = [f"{cfg.stage.name}: {', '.join([*facts, duration(seconds), str(cfg.run_dir)])}"]
     following = {} if STEP in os.environ else next_commands(cfg, typed)
     width = max(map(len, following), default=0)
     for i, (name, command) in enumerate(following.items()):
@@ -98,7 +97,7 @@ def next_commands(cfg: DictConfig, typed: Sequence[str]) -> dict[str, str]:
         found["evaluate_reward"] = [*scored_by, *data]
         found["ppo"] = [*scored_by, *data, *model]
     elif kind == "policy" and read_metrics(run_dir) is None:
-        found["sft"] = [f"model.run={run}", *data]
+        found["sft"] = [f"model.run={run}", *data, *_as_text(cfg)]
     elif kind == "policy":
         embedded = str(cfg.model.path).startswith(DEMO)
         found["chat"] = [*([] if embedded else ["model=hf"]), f"model.run={run}", *remote]
@@ -111,6 +110,11 @@ def next_commands(cfg: DictConfig, typed: Sequence[str]) -> dict[str, str]:
         stage: command_line(f"stage={stage}", *words, *place, launched=stage not in ("chat", "merge"))
         for stage, words in found.items()
     }
+
+
+def _as_text(cfg: DictConfig) -> list[str]:
+    """Return the override that keeps the embedded data plain text, as a model from scratch was fitted to it."""
+    return ["data.conversational=false"] if OmegaConf.select(cfg, "data.conversational") is False else []
 
 
 def _typed(words: Sequence[str], keys: Sequence[str]) -> list[str]:
@@ -135,7 +139,7 @@ def _compared(start: str, run: str) -> list[str]:
     words = [f"{'' if name in stage.policies else '+'}stage.policies.{name}={wanted[name]}" for name in wanted]
     kept = {f"stage.policies.{name}={place}" for name, place in stage.policies.items()}
     words = [word for word in words if word not in kept]
-    words += [f"~stage.policies.{name}" for name in stage.policies if name not in wanted]
+    words += [f"stage.policies.{name}=null" for name in stage.policies if name not in wanted]
     return words if names[0] == stage.baseline else [*words, f"stage.baseline={names[0]}"]
 
 
