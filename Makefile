@@ -8,7 +8,7 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2 --dist loadfile
 READY = $(VENV)/.ready
 
-.PHONY: help venv demo demo-clean test test-all style lint docs bench checkpoints
+.PHONY: help venv demo demo-clean test test-all test-gpu style lint docs bench bench-gpu checkpoints
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -38,6 +38,9 @@ test: $(READY) ## the fast tests
 test-all: $(READY) ## all tests but those that need a GPU, and what they cover
 	$(BIN)/python -m pytest -m "not gpu" --cov $(PYTEST_FLAGS)
 
+test-gpu: $(READY) ## the tests that need a GPU
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(BIN)/python -m pytest -m gpu tests/integration/test_gpu.py
+
 style: $(READY) ## format the code, and fix what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -52,6 +55,9 @@ docs: $(READY) ## build the documentation site into site/, strictly
 
 bench: $(READY) ## our PPO, TRL 1.12's and a bare loop: speed and memory in bench/results.md; about 25 minutes, with SmolLM2 50
 	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python -m bench
+
+bench-gpu: $(READY) ## PPO on one GPU beside GRPO, RLOO and TRL 1.12's PPO, and the tests that need a GPU; 8 minutes
+	$(BIN)/python -m bench.gpu
 
 checkpoints: $(READY) ## make the embedded checkpoints again
 	$(BIN)/python -m rlhf_trl.tasks.demo.build

@@ -29,7 +29,8 @@ class Setting:
 
     `folder` holds the models `policy`, `reward` and `reward_adapter`, and the prompts. A rollout is `batch` prompts of
     `prompt_tokens`, each with one completion of exactly `new_tokens`. All networks have `dtype`, but for LoRA weights
-    and value heads, which are float32 as PEFT and PPOTrainer make them.
+    and value heads, which are float32 as PEFT and PPOTrainer make them, and for a policy with `policy_dtype`.
+    With `autocast` the passes of the policy compute in bfloat16.
     """
 
     folder: str
@@ -44,6 +45,8 @@ class Setting:
     learning_rate: float = 1e-5
     beta: float = 0.05
     seed: int = 1
+    policy_dtype: str | None = None
+    autocast: bool = False
 
     @property
     def policy(self) -> str:
@@ -77,6 +80,9 @@ class Meter:
         self._cpu = 0.0
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+
+    def ready(self):
+        """Say that everything is loaded, and the training begins."""
 
     def switch(self, phase: str) -> str:
         """Count the time from now on for `phase`, and return the phase until now."""

@@ -24,7 +24,7 @@ def train(setting: Setting, options: dict, meter: Meter) -> PPOTrainer:
         learning_rate=setting.learning_rate,
         kl_coef=setting.beta,
         seed=setting.seed,
-        bf16=False,
+        bf16=setting.autocast,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
         logging_steps=1,
@@ -52,6 +52,7 @@ def train(setting: Setting, options: dict, meter: Meter) -> PPOTrainer:
         peft_config=LoraConfig(**LORA) if setting.lora else None,
     )
     _time_phases(trainer, meter, setting)
+    meter.ready()
     trainer.train()
     return trainer
 

@@ -17,6 +17,18 @@ from rlhf_trl.runs.paths import conf_dir
 LOOPBACK = ("127.", "localhost", "::1", "0.0.0.0")
 
 
+def pytest_collection_modifyitems(items):
+    """Skip the tests marked `gpu` where no GPU can be seen; `make test-gpu` lets them see one."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no GPU is visible (`make test-gpu`)"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_network():
     """Make connections to other machines fail; those on this machine (two ranks, a W&B process) work."""

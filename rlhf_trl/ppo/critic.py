@@ -55,6 +55,14 @@ class PolicyAndValueOutput(FusedCausalLMOutput):
     value_preds: Tensor | None = None
 
 
+class ValueHead(nn.Linear):
+    """Linear layer that computes in float32, whatever the type of its weights: engines and TRL cast whole models."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the values, (..., width) -> (..., 1)."""
+        return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
+
+
 def add_critic(model: PreTrainedModel | PeftModel, args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     Give the policy the critic that `args.critic` names, started from `args.critic_path`.
@@ -94,7 +102,7 @@ def add_critic(model: PreTrainedModel | PeftModel, args: PPOConfig, tokenizer: P
         policy.add_module(CRITIC, network)
         trunk = functools.partial(_hidden_states, network)
     width = score.size(1) if score is not None else policy.get_output_embeddings().in_features
-    head = nn.Linear(width, 1, device=policy.device, dtype=torch.float32)
+    head = ValueHead(width, 1, device=policy.device, dtype=torch.float32)
     nn.init.zeros_(head.bias)
     if args.critic_score_head:
         if score is None:
@@ -141,7 +149,7 @@ def _compute_values(policy: PreTrainedModel, trunk: Callable | None, layers: lis
         if model.detach_values and trunk is None:
             hidden = hidden.detach()
         with torch.autocast(hidden.device.type, enabled=False):
-            values = getattr(model, VALUE_HEAD)(hidden.float()).squeeze(-1)
+            values = getattr(model, VALUE_HEAD)(hidden).squeeze(-1)
         return PolicyAndValueOutput(**output, value_preds=values)
 
     wrap_forward(policy, forward)

@@ -82,7 +82,7 @@ class SampledTokens:
 
     def _after_trunk(self, module, args, output):
         assert self.value_head is not None
-        self._values.append(self.value_head(output.last_hidden_state[:, -1].float()).squeeze(-1))
+        self._values.append(self.value_head(output.last_hidden_state[:, -1]).squeeze(-1))
 
     def _log_prob(self, logits: Tensor, tokens: Tensor) -> Tensor:
         logits = logits.float() / self.temperature

@@ -31,7 +31,7 @@ class TrainerMixin(CompleteCheckpoints, ExactEvaluation):
     def _patch_models(self) -> None:
         for model in (self.model, getattr(self, "ref_model", None)):
             if model is not None:
-                model = self.accelerator.unwrap_model(model)
+                model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
                 speed_up_log_probs(model.get_base_model() if is_peft_model(model) else model)
         repair_token_wrappers(self.model)
         if getattr(self.args, "disable_dropout", False):

@@ -62,11 +62,11 @@ class Rollouts(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._stop_at_every_end()
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self._policy = model.get_base_model() if is_peft_model(model) else model
-        for scored in (self._policy, self.accelerator.unwrap_model(self.ref_model) if self.ref_model else None):
-            if scored is not None:
-                count_positions_from_mask(scored)
+        count_positions_from_mask(self._policy)
+        if self.ref_model is not None:
+            count_positions_from_mask(self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False))
         if self.accelerator.is_main_process:
             self._say_what_samples()
 

@@ -1,6 +1,8 @@
 """The benchmark's contenders train on the same numbers: our PPO against the bare loop, and the meter's arithmetic."""
 
+import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,11 @@ import torch
 
 from bench import bare, ours, reward
 from bench.__main__ import BARE_HEAD, OURS_HEAD, Target, ratios, table
+from bench.gpu.__main__ import main as benchmark_gpu
+from bench.gpu.configurations import CONFIGURATIONS
+from bench.gpu.cost import update_flops
+from bench.gpu.models import SIZES
+from bench.gpu.table import tables
 from bench.setting import PHASES, Meter, Setting, make_prompts, make_small_llama
 from rlhf_trl.checks import find_problems
 from rlhf_trl.cli import overrides
@@ -127,3 +134,29 @@ def test_the_report_of_the_reward_benchmark():
     assert "time ratio, median" in text and text.count(" met") == 4 and "-0.0060" in text and "0.50" in text
     results[0]["rankings"]["accuracy"] = 0.8
     assert reward.report(reward.RECIPES["smollm2"], results, options).count("missed") == 2
+
+
+def test_the_benchmark_of_a_gpu_rehearsed(tmp_path, capsys):
+    """With tiny models: each kind of contender is measured, and what can't be is named."""
+    only = "0.5B (PPO, critic=head|GRPO of TRL|RLOO of TRL)$|NF4|PPO of TRL 1.12|FlashAttention"
+    output = tmp_path / "gpu.jsonl"
+    benchmark_gpu(["--rehearse", "--in-process", "--no-tests", "--only", only, "--output", str(output)])
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    rows = {row["name"]: row for row in lines if "name" in row}
+    measured = {name: row for name, row in rows.items() if "samples_per_second" in row}
+    names = ["PPO, critic=head", "GRPO of TRL", "RLOO of TRL", "PPO, four roles on one base, NF4"]
+    assert sorted(measured) == sorted(names)
+    for name, row in measured.items():
+        assert all(row["phases"][phase] > 0 for phase in PHASES if phase != "rest"), name
+        assert row["warm"] and row["tokens_per_second"] == pytest.approx(8 * row["samples_per_second"]), name
+        assert row["mfu"] > 0 and row["planned_gib"]["peak"] > row["planned_gib"]["activations"] > 0, name
+    assert "flash_attn" in rows["PPO, FlashAttention 2"]["skipped"]
+    printed = tables(lines)
+    assert printed in capsys.readouterr().out and "| GRPO of TRL |" in printed
+    # a critic of its own is a second forward and backward, LoRA spares the gradients of the weights
+    size, setting = SIZES["0.5B"], CONFIGURATIONS[0].setting("", tiny=False)
+    flops = {critic: update_flops(size, setting, critic) for critic in (None, "head", "model")}
+    assert flops["head"] == flops[None] < flops["model"] < 2 * flops["head"]
+    assert update_flops(size, replace(setting, lora=True), "head") < flops["head"]
+    tokens = setting.batch * setting.epochs * (setting.prompt_tokens + setting.new_tokens)
+    assert flops["head"] == pytest.approx(6 * size.trunk * tokens + 3 * size.embedding * tokens, rel=0.1)

@@ -426,3 +426,27 @@ def test_ptx_needs_both_its_coefficient_and_its_data(path, tmp_path):
         sampled(path, tmp_path, ptx_dataset=Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}))
     with pytest.raises(ConfigError, match="`completion` is missing"):
         sampled(path, tmp_path, ptx_coef=0.1, ptx_dataset=Dataset.from_dict({"prompt": ["a"]}))
+
+
+@pytest.mark.parametrize("critic", ["head", "model"])
+def test_values_are_float32_whatever_the_weights_are_cast_to(path, tmp_path, critic):
+    """TRL's continuous batching casts the policy's module, value head included, as engines do for a forward."""
+    trainer = sampled(path, tmp_path, critic=critic)
+    trainer.model.to(torch.bfloat16)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    mask = torch.ones_like(ids)
+    output = trainer.model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True, with_values=True)
+    assert output.value_preds.dtype == torch.float32
+
+
+def test_a_compiled_model_is_patched_below_the_compilation(path, tmp_path):
+    """With `torch_compile` accelerate wraps the reference when it is made."""
+    trainer = sampled(path, tmp_path, torch_compile=True)
+    assert hasattr(trainer.ref_model, "_orig_mod")
+    ids, mask, seen = torch.tensor([[0, 0, 7, 8]]), torch.tensor([[0, 0, 1, 1]]), []
+    for model in (trainer.model, trainer.ref_model._orig_mod):
+        model.base_model.register_forward_pre_hook(
+            lambda _, __, inputs: seen.append(inputs["position_ids"].tolist()), with_kwargs=True
+        )
+        model.forward(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True)
+    assert seen == [[[0, 0, 0, 1]]] * 2

@@ -1,0 +1,1 @@
+"""Benchmark of PPO on one GPU."""
