@@ -20,9 +20,10 @@ ASSETS = Path(__file__).parents[2] / "docs" / "assets"
 WIDTH, COLORS = 1100, 128
 # By picture: the heading where it begins (none: the top of the page), and its height at most, in pixels
 PICTURES = {
-    "report": (None, 968),
+    "report": (None, 872),
+    "report_frontier": ("Reward and KL", 600),
     "report_wins": ("Wins", 620),
-    "report_answers": ("Answers", 900),
+    "report_answers": ("Answers", 872),
     "report_training": ("Training", 2250),
 }
 # Writes the places of the headings into the page, where Chromium's dump has them
