@@ -213,9 +213,9 @@ def plan_without_training(cfg: DictConfig) -> tuple[dict[str, str], list[str]]:
         lines[model.key] = model.path
         with found():
             _check_files(model)
-    for name in ("temperature", "max_completion_length"):
-        if name in stage:
-            lines[name.replace("_", " ").replace("max completion length", "tokens")] = f"{stage[name]:g}"
+    if "max_completion_length" in stage:
+        lines["lengths"] = f"completions of up to {stage.max_completion_length:,} tokens"
+        lines["temperature"] = f"{stage.temperature:g}"
     rows: list[dict] = []
     with found():
         if "max_prompts" in stage:

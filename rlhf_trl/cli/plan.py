@@ -64,7 +64,7 @@ def adapter_text(peft_config: PeftConfig | None, weights: Weights) -> str:
         return f"none, all {size_of(weights.total)} weights are trained"
     options = {name: getattr(peft_config, name, None) for name in ("r", "lora_alpha", "target_modules")}
     shape = ", ".join(f"{name}={value}" for name, value in options.items() if isinstance(value, int | str))
-    kind = type(peft_config).__name__.removesuffix("Config")
+    kind = type(peft_config).__name__.removesuffix("Config").replace("Lora", "LoRA")
     name, share = f"{kind} ({shape})" if shape else kind, 100 * weights.trained / weights.total
     share = f"{share:.0f}" if share >= 10 else f"{share:.2g}"
     return f"{name}: {size_of(weights.trained)} weights are trained, {share} % of {size_of(weights.total)}"

@@ -66,13 +66,14 @@ def check_other_tokenizers(
 
 
 def own_answers(cfg: DictConfig, tokenizers: list[PreTrainedTokenizerBase]) -> list[dict[str, Any]]:
-    """Return the first rows of the data with answers of their own, `prompt` and `completion`; none if it has none."""
+    """Return the first rows of each split with answers of the data's own, `prompt` and `completion`, if it has any."""
     with contextlib.redirect_stdout(io.StringIO()):  # what was read is said once
         try:
-            rows = instantiate_data(cfg, "prompt_completion", tokenizers)["train"]
+            splits = instantiate_data(cfg, "prompt_completion", tokenizers)
         except Exception:  # a source of the user's own may know prompts alone
             return []
-    return first_rows(rows) if {"prompt", "completion"} <= set(rows.column_names) else []
+    answered = [rows for rows in splits.values() if {"prompt", "completion"} <= set(rows.column_names)]
+    return [row for rows in answered for row in first_rows(rows)]
 
 
 def first_rows(dataset: Dataset, limit: int | None = ROWS) -> list[dict[str, Any]]:

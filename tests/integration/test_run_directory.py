@@ -18,7 +18,7 @@ from rlhf_trl.runs import directory
 from rlhf_trl.runs.lock import lock_owner, locked
 from rlhf_trl.runs.paths import conf_dir
 from tests.helpers.spies import CRASH, Crash
-from tests.helpers.tiny import save_model
+from tests.helpers.tiny import WORDS, save_model
 
 LOCK = """
 import sys, time
@@ -329,7 +329,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def stopped(train, tmp_path_factory) -> Path:
     """Return a folder with a model, rows, and the run that began from both and crashed after a checkpoint."""
     folder = tmp_path_factory.mktemp("stopped")
-    rows = [json.dumps({"prompt": f"What is {i}?", "completion": f" It is {i}."}) for i in range(60)]
+    words = [(WORDS[i // 8], WORDS[i % 8]) for i in range(60)]
+    rows = [json.dumps({"prompt": f"a {one} {other}", "completion": f" {other} {one}"}) for one, other in words]
     (folder / "rows.jsonl").write_text("\n".join(rows))
     save_model(folder / "model")
     with pytest.MonkeyPatch.context() as patch:

@@ -321,7 +321,7 @@ def test_the_plan_of_ppo_says_what_is_set(compose, tmp_path, capsys):
     show_plan(compose(*words, "adapter.quantization={_target_: transformers.BitsAndBytesConfig, load_in_4bit: true}"))
     shown = capsys.readouterr().out
     for line in (
-        r"adapter +Lora \(r=16, lora_alpha=32, target_modules=all-linear\): [\d.]+ k weights are trained, \d+ % of",
+        r"adapter +LoRA \(r=16, lora_alpha=32, target_modules=all-linear\): [\d.]+ k weights are trained, \d+ % of",
         r"quantization +4 bits \(fp4\), computed in float32",
         r"precision +trained weights in float32, frozen ones in float32",
         r"learning rate +policy 2e-05, critic 0.0003, cosine, 10% of the steps of warmup",
