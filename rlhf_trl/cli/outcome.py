@@ -90,7 +90,7 @@ def next_commands(cfg: DictConfig, typed: Sequence[str]) -> dict[str, str]:
     remote = [word for word in model if word.startswith("model.trust_remote_code=")]
     whole = any(word.startswith("experiment=") for word in typed)  # which brings data and rewards of its own
     rewarded = any(word.startswith("reward") for word in data)
-    kind = _kind(run_dir)
+    kind = kind_of(run_dir)
     found: dict[str, list[str]] = {}
     if kind == "reward" and not whole:
         scored_by = ["reward=model", f"reward.model.run={run}"]
@@ -143,7 +143,7 @@ def _compared(start: str, run: str) -> list[str]:
     return words if names[0] == stage.baseline else [*words, f"stage.baseline={names[0]}"]
 
 
-def _kind(run_dir: Path) -> str | None:
+def kind_of(run_dir: Path) -> str | None:
     """Return what a run has made, by the model's files: `policy`, `reward` or nothing that we know."""
     architectures = read_model_config(run_dir / "config.json").get("architectures") or [""]
     task = read_model_config(run_dir / ADAPTER_FILE).get("task_type")

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from rlhf_trl.cli.app import exit_with, run_app
 from rlhf_trl.cli.launcher import START_OVERRIDES, launch_command, overrides_of, results_of, run, shell_line, state_of
+from rlhf_trl.cli.outcome import kind_of
 from rlhf_trl.cli.overrides import compose, without_sweeps
 from rlhf_trl.config.command_line import config_dirs
 from rlhf_trl.config.program import command_line
@@ -138,6 +139,10 @@ def run_pipeline(
     ):
         write_report(project_dir)  # no evaluation has written it since
     print("\n" + result(project_dir, list(steps)))
+    policies = [name for name in steps if kind_of(project_dir / name) == "policy"]
+    if policies:
+        words = [f"stage.policies=[{','.join(policies)}]", *where]
+        print(f"next: chat  {command_line('stage=chat', *words)}")
     if all(state == "done" for state in states.values()):
         print("\n" + _ways_out(project, project_dir))
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.build import instantiate_data, instantiated, reward_functions
 from rlhf_trl.callbacks.loggers import log_images, log_summary, log_tables
+from rlhf_trl.config.program import command_line
 from rlhf_trl.config.values import as_dict
 from rlhf_trl.data.splits import eval_split
 from rlhf_trl.errors import ConfigError
@@ -132,9 +133,10 @@ def sweep_runs(folder: Path) -> dict[str, str]:
     jobs = read_jobs(folder / SWEEP_FILE)
     done = [job for job in jobs if job.done]
     if not done:
+        sweep = command_line("-m", app="sweep")
         raise ConfigError(
             f"`stage.sweeps` names `{folder.name}`, and there is no sweep with finished runs in `{folder}`. Make it "
-            f"with `python launch/sweep.py -m stage=... project={folder.parent.name} ...`, or remove it."
+            f"with `{sweep} stage=... project={folder.parent.name} ...`, or remove it."
         )
     keys, title = swept_keys(jobs), folder.name.removesuffix("_sweep")
     values = [[job.overrides.get(key, "") for key in keys] for job in done]

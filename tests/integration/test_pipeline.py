@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -69,6 +70,17 @@ def test_steps_run_in_order_and_are_shown(tmp_path):
     rows = [line.split() for line in out.splitlines()]
     assert ["step", "time", "metric", "start", "end"] in rows
     assert ["again", "0", "s", "eval_loss", "2.000", "0.500"] in rows
+    assert "next: " not in out  # no step has left a model
+
+
+def test_a_pipeline_ends_with_the_command_to_chat_with_its_policies(tmp_path):
+    mine = write_pipeline(tmp_path, STEPS)
+    kinds = {"sft": "LlamaForCausalLM", "ppo": "LlamaForSequenceClassification", "again": "LlamaForCausalLM"}
+    launch("pipeline", tmp_path, *mine, FAKE)
+    for name, kind in kinds.items():
+        (tmp_path / "runs/mine" / name / "config.json").write_text(json.dumps({"architectures": [kind]}))
+    _, out, _ = launch("pipeline", tmp_path, *mine, FAKE)
+    assert re.search(r"^next: chat  .*train.py .*stage=chat 'stage.policies=\[sft,again\]' project=mine$", out, re.M)
 
 
 def test_what_is_done_is_not_done_again_and_the_ways_out_are_named(tmp_path):
