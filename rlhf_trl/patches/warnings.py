@@ -43,14 +43,6 @@ LOGS = (
         )
         for name in ("grpo", "rloo")
     ),
-    *(
-        (
-            "transformers.trainer",
-            f"There were missing keys in the checkpoint model loaded: ['{name}.weight'].",
-            "a resumed model with tied embeddings: its output layer is the input layer, and is not saved twice",
-        )
-        for name in ("lm_head", "embed_out")
-    ),
     (
         "matplotlib.font_manager",
         "Matplotlib is building the font cache",
