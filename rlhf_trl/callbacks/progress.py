@@ -67,6 +67,10 @@ COLUMNS = {
 }
 
 
+# Nats below which a KL is rounding: two passes of one model in float32 differ by up to 1e-6 per token
+NO_KL = 1e-4
+
+
 def choose_columns(logs: dict) -> dict[str, str]:
     """Return the metrics to show of lines like `logs`, {logged name: label}, the most important ones first."""
     for trainers_own, columns in COLUMNS.items():
@@ -90,11 +94,14 @@ def metrics_line(logs: dict, columns: dict[str, str], step: int, max_steps: int)
             Optimizer steps of the whole run.
 
     Returns:
-        `str`: the line. A metric without a value, such as the reward at a step without a rollout, is a dash.
+        `str`: the line. A metric without a value, such as the reward at a step without a rollout, is a dash, and a KL
+            below `NO_KL` is 0.
     """
     cells = []
     for name, label in columns.items():
         value = logs.get(name)
+        if label == "kl" and isinstance(value, float) and abs(value) < NO_KL:
+            value = 0
         text = "-" if value is None else compact_number(value) if isinstance(value, (int, float)) else str(value)
         cells.append(f"{label} {text:<7}")
     return f"{step:>{len(str(max_steps))}}/{max_steps}  {' '.join(cells)}".rstrip()

@@ -37,6 +37,10 @@ def precision_line(model: torch.nn.Module, args: TrainingArguments) -> str:
     computed = f"Mixed precision: computed in {mixed}." if mixed else "No mixed precision"
     if mixed is None:
         computed += "." if is_torch_bf16_gpu_available() else ": this machine has no accelerator with bfloat16."
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    if getattr(quantization, "load_in_4bit", False):
+        dtype = str(getattr(quantization, "bnb_4bit_compute_dtype", None)).removeprefix("torch.")
+        computed += f" Layers in 4 bits are computed in {dtype}."
     return f"{', '.join(parts)}. {computed}"
 
 

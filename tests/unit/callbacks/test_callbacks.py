@@ -77,6 +77,12 @@ def test_lines_stand_under_each_other():
     assert lines == ["  8/100  score 0.5     kl 1.23    len 12", " 16/100  score -       kl nan     len -"]
 
 
+def test_a_kl_of_rounding_is_0():
+    columns = {"objective/kl": "kl", "policy/approxkl": "approxkl"}
+    logs = {"objective/kl": -1.2e-7, "policy/approxkl": 1.2e-7}
+    assert metrics_line(logs, columns, 1, 1) == "1/1  kl 0       approxkl 1.2e-07"
+
+
 def test_unknown_trainers_show_their_first_metrics():
     assert list(choose_columns({f"m{i}": 0.0 for i in range(20)})) == [f"m{i}" for i in range(8)]
 

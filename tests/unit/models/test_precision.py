@@ -61,6 +61,7 @@ TYPES = {
     "stage=sft": ("float32", None),
     "stage=sft adapter=lora": ("float32", "bfloat16"),
     "stage=sft adapter=lora model.dtype=float32": ("float32", "float32"),
+    "stage=sft adapter=qlora": ("float32", "4 bits and bfloat16"),
     "stage=dpo adapter=dora": ("float32", "bfloat16"),
     "stage=reward adapter=lora": ("float32", "bfloat16 and float32"),
     "stage=ppo adapter=lora critic=model": ("float32", "bfloat16"),
@@ -101,6 +102,7 @@ def test_trained_weights_are_in_float32_on_a_base_in_bfloat16(train, tmp_path, c
     said = capsys.readouterr().out
     line = f"Trained weights are in {trained}" + (f", frozen ones in {frozen}" if frozen else "")
     assert f"{line}. Mixed precision: computed in bfloat16." in said
+    assert ("Layers in 4 bits are computed in bfloat16." in said) == ("qlora" in words)
     losses = [entry["loss"] for entry in json.loads((run / "metrics.json").read_text())["history"] if "loss" in entry]
     assert losses and all(loss is not None for loss in losses)
     saved = load_file(run / ("adapter_model.safetensors" if frozen else "model.safetensors"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
@@ -13,7 +14,7 @@ from trl.trainer.utils import use_adapter
 from rlhf_trl.checks import check
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.initial import load_initial_model
-from rlhf_trl.models.loading import load_model
+from rlhf_trl.models.loading import load_full, load_model
 from rlhf_trl.models.roles import REFERENCE, begin_training
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.rewards.adapter import AdapterReward
@@ -21,6 +22,7 @@ from rlhf_trl.rewards.model import ModelReward
 from rlhf_trl.runs.paths import resolve_path
 from tests.helpers.adapter_kinds import config, kinds, move, save_adapter
 from tests.helpers.architectures import ARCHITECTURES, save_architecture
+from tests.helpers.ppo import logged, sampled
 from tests.helpers.run_files import metrics
 from tests.helpers.spies import IDS, logits
 
@@ -112,6 +114,36 @@ def test_kl_of_every_stage_is_0_at_the_start(train, tmp_path, stage, adapter):
         key = "objective/kl" if stage == "ppo" else "kl"
         found = [entry[key] for entry in history if key in entry] + [history[0].get("eval_objective/kl", 0.0)]
         assert found == pytest.approx([0.0] * len(found), abs=1e-4) and len(found) > 1
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["as the stages load it", "as PEFT loads it"])
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("name", slow_but_for("llama", "opt"))
+def test_kl_of_four_roles_is_0_at_the_start(tmp_path, name, bits, trainable):
+    """On a quantized base TRL rounds a trainable policy to bfloat16, after it has copied it to the reference."""
+    if bits == 4 and name == "gpt2":
+        pytest.skip("its layers are no linear ones")
+    base = save_architecture(tmp_path / "base", name)
+    path = save_adapter(base, str(tmp_path / "start"), {})
+    reward = save_adapter(base, str(tmp_path / "reward"), {}, "SEQ_CLS")
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    loading = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4) if bits == 4 else None}
+    if trainable:
+        model = PeftModel.from_pretrained(
+            load_full(base, "CAUSAL_LM", dtype="bfloat16", **loading), path, is_trainable=True
+        )
+    else:
+        model, _ = load_initial_model(path, "CAUSAL_LM", config({}), "", dtype="bfloat16", **loading)
+    roles = {"critic": "adapter", "critic_path": reward, "reward_funcs": AdapterReward(reward)}
+    trainer = sampled(model, tmp_path, path=base, max_steps=2, **roles)
+    begin_training(trainer.model)
+    if not trainable:
+        weights, state = load_file(f"{path}/adapter_model.safetensors"), trainer.model.state_dict()
+        for key, value in weights.items():
+            assert torch.equal(state[key.replace(".weight", ".default.weight")], value), key
+    trainer.train()
+    assert logged(trainer, "objective/kl")[0] == 0
+    assert any(abs(entry["policy/approxkl"]) > 0 for entry in trainer.state.log_history if "policy/approxkl" in entry)
 
 
 def test_adapter_with_trainable_tokens_gets_a_score_head(tmp_path):
