@@ -17,28 +17,16 @@ from typing import Any
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.health.signs import signs_seen
 from rlhf_trl.hints import did_you_mean
-from rlhf_trl.models.calibration import CALIBRATION_FILE
+from rlhf_trl.models.hub import MODEL_FILES
 from rlhf_trl.patches.profiling import without_wandb_profiling
 from rlhf_trl.report.plots import Drawing
 from rlhf_trl.report.tables import Rows
 from rlhf_trl.runs.ranks import is_main_process
-from rlhf_trl.runs.record import CONFIG_FILE, METRICS_FILE, read_metrics
+from rlhf_trl.runs.record import read_metrics
 from rlhf_trl.terminal import say
 
 WANDB_MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
 WANDB_OFFLINE = "To keep the run here instead: `unset WANDB_MODE`."
-# Files that plain transformers or peft load, and those that document the run; no checkpoints, no critic
-MODEL_FILES = (
-    "model*.safetensors",
-    "adapter_model.safetensors",
-    "*config.json",
-    "model.safetensors.index.json",
-    "tokenizer*",
-    "*.jinja",
-    CALIBRATION_FILE,
-    CONFIG_FILE,
-    METRICS_FILE,
-)
 
 
 @contextmanager

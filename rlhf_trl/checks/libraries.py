@@ -45,14 +45,15 @@ def library_problems(cfg: DictConfig) -> list[str]:
     elif "wandb" in (at(values, "stage.args.report_to") or ()):
         problems.append("`stage.args.report_to` names wandb, which `logger` opens and closes. Set `logger=wandb`.")
     if at(values, "stage.args.push_to_hub") is True:
-        problems += _hub_login()
+        problems += _hub_login("`stage.args.push_to_hub=true` writes to the hub")
+    elif at(values, "stage.repo") is not None:
+        problems += _hub_login(f"`stage={at(values, 'stage.name')}` writes to the hub")
     return problems
 
 
-def _hub_login() -> list[str]:
-    why = "`stage.args.push_to_hub=true` writes to the hub"
+def _hub_login(why: str) -> list[str]:
     if is_offline_mode():
-        return [f"{why}, and `HF_HUB_OFFLINE` keeps it from being reached. Unset that variable, or remove this."]
+        return [f"{why}, and `HF_HUB_OFFLINE` keeps it from being reached. Unset that variable, or don't push."]
     if get_token() is None:
         return [f"{why}, and nobody is logged in. Log in with `hf auth login`, or set `HF_TOKEN`."]
     return []

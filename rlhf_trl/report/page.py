@@ -220,7 +220,8 @@ def _blocks(blocks: Sequence) -> list[str]:
     return [text for block in blocks if (text := _MARKDOWN[block.kind](block))]
 
 
-def _table(table: Table) -> str:
+def table_markdown(table: Table) -> str:
+    """Return a table with its caption and note as Markdown."""
     rows = [[_line(cell).replace("|", "\\|") for cell in row] for row in [table.headers, *table.cells]]
     for i in table.marked:
         rows[i + 1][0] += " *"
@@ -248,7 +249,7 @@ def _answers(block: SideBySide) -> str:
 _MARKDOWN = {
     "text": lambda block: block.text,
     "missing": lambda block: f"> {_line(block.text)}",
-    "table": _table,
+    "table": table_markdown,
     "figure": lambda block: "",
     "code": lambda block: "",
     "side_by_side": _answers,

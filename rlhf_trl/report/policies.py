@@ -23,17 +23,22 @@ from rlhf_trl.runs.results import Comparison, Estimate, PolicyResult
 
 def frontier_blocks(comparison: Comparison) -> list:
     """Return reward against KL: every policy, and the best of n as the curve to beat."""
-    shown = [name for name, result in comparison.policies.items() if result.kl or name == comparison.baseline]
     return [
-        _frontier(comparison, shown),
-        *_over_optimization(comparison, shown),
+        frontier_figure(comparison),
+        *_over_optimization(comparison, _placed(comparison)),
         _reward_table(comparison),
         *_not_measured(comparison),
     ]
 
 
-def _frontier(comparison: Comparison, shown: Sequence[str]) -> Figure:
-    series = [*_best_of_n_series(comparison), *_family_series(comparison, shown)]
+def _placed(comparison: Comparison) -> list[str]:
+    """Return the policies that have a place on an axis of KL."""
+    return [name for name, result in comparison.policies.items() if result.kl or name == comparison.baseline]
+
+
+def frontier_figure(comparison: Comparison) -> Figure:
+    """Return reward against KL: every policy, and the best-of-n curves."""
+    series = [*_best_of_n_series(comparison), *_family_series(comparison, _placed(comparison))]
     x_label = f"KL to {comparison.baseline}, nats per sequence"
     return Figure(
         plots.frontier(series, "Reward against KL", x_label, _reward_label(comparison), x_scale="sqrt"),

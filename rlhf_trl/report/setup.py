@@ -35,8 +35,7 @@ def setup_of(evaluation: Evaluation) -> dict[str, str]:
 
 def _policies(comparison: Comparison) -> str:
     sizes = {name: result.parameters for name, result in comparison.policies.items() if result.parameters}
-    start = origin(comparison.base.path)
-    told = f"{comparison.baseline} (the baseline{f', from {start}' if start else ''})"
+    told = f"{comparison.baseline} (the baseline, from `{model_origin(comparison.base.path)}`)"
     if comparison.others:
         names = list(comparison.others)
         told += f", {names_in_words(names)}" if len(names) <= 4 else f" and {len(names)} others"
@@ -71,7 +70,7 @@ def parameter_count(count: int) -> str:
     return str(count)
 
 
-def origin(path: str) -> str:
+def model_origin(path: str) -> str:
     """Return the model that a chain of runs started from: a hub id, `demo:base`, or the name of a folder."""
     seen: set[str] = set()
     while path not in seen and Path(path, RUN_FILE).is_file():
@@ -79,10 +78,8 @@ def origin(path: str) -> str:
         record = read_run(path)
         path = (record.model if record else None) or path
     if EMBEDDED in Path(path).as_posix():
-        return f"`demo:{Path(path).name}`"
-    if Path(path).is_absolute():
-        return f"`{Path(path).name}`" if path not in seen else ""
-    return f"`{path}`"
+        return f"demo:{Path(path).name}"
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def describe_data(node: Mapping[str, Any]) -> str:

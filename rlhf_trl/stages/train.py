@@ -137,11 +137,13 @@ def finish(cfg: DictConfig, trainer: Trainer) -> dict[str, float]:
     )
     if trainer.eval_dataset is not None and (not measured or trainer.args.load_best_model_at_end):
         trainer.evaluate()
+    if is_main_process():
+        write_metrics(cfg.run_dir, history)  # before the model: where it is uploaded, its card shows them
     trainer.save_model(cfg.run_dir)
     if is_main_process():
         # The reference belongs to the training; what is left of the run is the policy alone
         shutil.rmtree(Path(cfg.run_dir, "ref"), ignore_errors=True)
-        write_metrics(cfg.run_dir, history)
+        trainer.create_model_card()
         if cfg.merge and adapter_config(cfg.run_dir) is not None:
             merge_adapter(cfg.run_dir, f"{cfg.run_dir}/merged", trust_remote_code=cfg.model.trust_remote_code)
     PartialState().wait_for_everyone()

@@ -10,13 +10,14 @@ from rlhf_trl.patches.log_probs import speed_up_log_probs
 from rlhf_trl.patches.peft import repair_token_wrappers
 from rlhf_trl.trainers.checkpoints import CompleteCheckpoints
 from rlhf_trl.trainers.held_out import ExactEvaluation
+from rlhf_trl.trainers.publishing import Publishing
 from rlhf_trl.trainers.rollout_hook import RolloutHookWithKL
 
 
-class TrainerMixin(CompleteCheckpoints, ExactEvaluation):
+class TrainerMixin(CompleteCheckpoints, ExactEvaluation, Publishing):
     """
-    Mixin for trainers of TRL: [`CompleteCheckpoints`], [`~rlhf_trl.trainers.held_out.ExactEvaluation`], and patched
-    models.
+    Mixin for trainers of TRL: [`CompleteCheckpoints`], [`~rlhf_trl.trainers.held_out.ExactEvaluation`],
+    [`~rlhf_trl.trainers.publishing.Publishing`], and patched models.
 
     With `args.disable_dropout`, dropout is disabled on every architecture, see
     [`~rlhf_trl.patches.dropout.disable_dropout`].
