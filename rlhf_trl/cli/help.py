@@ -113,5 +113,6 @@ def _group(group: str, options: set[str]) -> list[str]:
     """Return the lines of a group: its options or, where they stand in folders, those with the number of files."""
     folders = [name.partition("/")[0] for name in sorted(options) if "/" in name and group in WHOLE_RUNS.values()]
     loose = [name for name in sorted(options) if name.partition("/")[0] not in folders]
-    text = ", ".join([*loose, *(f"{name}/... ({folders.count(name)})" for name in dict.fromkeys(folders))])
-    return textwrap.wrap(text, WIDTH, initial_indent=f"  {group:<16} ", subsequent_indent=" " * 19)
+    text = ", ".join([*loose, *(f"{name}/...\xa0({folders.count(name)})" for name in dict.fromkeys(folders))])
+    lines = textwrap.wrap(text, WIDTH, initial_indent=f"  {group:<16} ", subsequent_indent=" " * 19)
+    return [line.replace("\xa0", " ") for line in lines]

@@ -104,7 +104,7 @@ def next_commands(cfg: DictConfig, typed: Sequence[str]) -> dict[str, str]:
         start = _start(cfg)
         if start and not whole and (rewarded or not data):
             found["evaluate"] = [*_compared(start, run), *data]
-        if (run_dir / ADAPTER_FILE).is_file():
+        if (run_dir / ADAPTER_FILE).is_file() and not (run_dir / "merged").is_dir():
             found["merge"] = [f"model.run={run}", *remote]
     return {
         stage: command_line(f"stage={stage}", *words, *place, launched=stage not in ("chat", "merge"))
