@@ -30,13 +30,14 @@ from rlhf_trl.config.groups import WHOLE_RUNS, is_helper, option_groups
 from rlhf_trl.config.program import command_line
 from rlhf_trl.config.values import as_dict, at, flatten
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.hints import did_you_mean, nearest, suggestion
+from rlhf_trl.hints import did_you_mean, names_of, nearest, suggestion
 from rlhf_trl.runs.paths import conf_dir
 
 SWEEP = "one run takes one value. For several runs use `{}`; a list is `{}`"
 
 NO_OPTION = re.compile(r"Could not (?:find|load) '(.+)'")
 TWICE = re.compile(r"Multiple values for (\S+?)\. To override a value use 'override ([^']+)'")
+INTERPOLATION = re.compile(r"Error resolving interpolation")
 GLOBAL = re.compile(r"#\s*@package\s+_global_\s*")
 # Nodes whose keys the user chooses
 OPEN_NODES = {"callbacks", "columns", "kwargs", "policies", "published", "sources", "steps", "weights"}
@@ -183,6 +184,9 @@ def _culprit(error: Exception, words: list[str]) -> str | None:
         return next((w for w in words if w.startswith("+") and _key(w) == match.group(1)), None)
     if "appears more than once in the final defaults list" in text:
         return next((w for w in words if isinstance(_value(w), list) and "." not in _key(w)), None)
+    if INTERPOLATION.search(text):  # of a defaults list, by the option of another group
+        read = re.findall(r"\$\{([\w/]+)\}", text)
+        return next((w for w in words if _key(w) in read and (w[0] == "~" or isinstance(_value(w), list))), None)
     if match := NO_OPTION.search(text):
         path = match.group(1)
         of_group = [w for w in reversed(words) if (key := _key(w)) and path.startswith(f"{key}/")]
@@ -210,7 +214,9 @@ def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set
         return (
             f"`{word}`: the group `{key}` has no option `{option}`. {_option_meant(word, option, groups.get(key, ()))}"
         )
-    if "appears more than once in the final defaults list" in text:
+    if INTERPOLATION.search(text) and word.startswith("~"):
+        return f"`{word}` removes a key that is read. Keep the key, or choose another option: `{key}=...`."
+    if "appears more than once in the final defaults list" in text or INTERPOLATION.search(text):
         return f"`{word}`: the group `{key}` takes one option. {did_you_mean('', groups.get(key, ()))}"
     if "An item is already at" in text or TWICE.search(text):
         return f"`{word}` adds a key that is there already. Use it without the plus: `{word.lstrip('+')}`."
@@ -228,7 +234,9 @@ def _option_meant(word: str, option: str, options: Collection[str]) -> str:
     for name in options:
         if re.split("[/_-]", name) == re.split("[/_-]", option):  # `reviews_tiny_sft`
             return f"Use `{word.replace(option, name)}`."
-    return did_you_mean(option, options)
+    if hint := did_you_mean(option, options):
+        return hint
+    return f"There are: {names_of(sorted({name.partition('/')[0] + '/...' for name in options}))}."
 
 
 def _renamed(word: str, key: str) -> str | None:

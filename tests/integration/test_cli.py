@@ -31,7 +31,7 @@ ROOT = conf_dir().parent
         (["stage=ppp"], ["`ppo`"]),
         (["model=dmeo"], ["`demo`"]),
         (["reward=[demo,modle]"], ["`modle`", "`model`"]),
-        (["experiment=nope"], ["`experiment=nope`", "`reviews/tiny/sft`"]),
+        (["experiment=nope"], ["`experiment=nope`", "`reviews/...`", "`own/...`"]),
         (["experiment=reviews_tiny_sft"], ["Use `experiment=reviews/tiny/sft`."]),
         (["experiment=reviews/tiny/stf"], ["no option `reviews/tiny/stf`. Did you mean `reviews/tiny/sft`"]),
         (["stage=sft", "reward=model"], ["`stage=sft` doesn't read the group `reward`", "`stage=ppo`"]),

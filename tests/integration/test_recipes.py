@@ -112,7 +112,10 @@ def test_the_head_of_a_recipe_says_what_it_takes_and_what_came_of_it():
         for name in names:
             text = (CONF / "experiment" / family / f"{name}.yaml").read_text()
             head = text.split("defaults:")[0].replace("\n#", "")
-            assert f"experiment={family}/{name}" in head and "ot run here" in head and "Hardware" in head, (family, name)
+            assert f"experiment={family}/{name}" in head and "ot run here" in head and "Hardware" in head, (
+                family,
+                name,
+            )
 
 
 def test_the_batches_of_a_head_are_those_of_the_file(compose):
