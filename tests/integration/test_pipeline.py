@@ -395,14 +395,15 @@ def test_the_demos_ppo_is_not_below_the_best_of_n_of_its_reward_model(demo):
     folder, seeds = project.parent.parent, {"ppo": 42, "ppo_1": 1, "ppo_2": 2}
     shutil.copytree(project, project.with_name("seeds"))
     steps = yaml.safe_load((ROOT / "conf/pipeline/demo.yaml").read_text())["steps"]
-    policies = ",".join(f"{name}: {name}" for name in ["sft", *seeds])
-    commands = [[*steps["ppo"], f"run_name={name}", f"seed={seed}"] for name, seed in seeds.items() if name != "ppo"]
-    commands += [[*steps["compare"], "run_name=compare", "overwrite=true", f"stage.policies={{{policies}}}"]]
+    others = [name for name in seeds if name != "ppo"]
+    commands = [[*steps["ppo"], f"run_name={name}", f"seed={seeds[name]}"] for name in others]
+    policies = [f"+stage.policies.{name}={name}" for name in others]
+    commands += [[*steps["compare"], *policies, "~stage.policies.dpo", "run_name=compare", "overwrite=true"]]
     for words in commands:
         command = [sys.executable, str(ROOT / "train.py"), "project=seeds", *words]
         done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, done.stderr[-3000:]
-    comparison = read_comparison(project.with_name("seeds"))
+    comparison = read_comparison(project.with_name("seeds") / "compare")
     assert comparison is not None
     curve = next(curve for curve in comparison.curves if curve.by == "model")
     kls, rewards = zip(*((point.kl, point.reward.mean) for point in curve.points), strict=True)
