@@ -55,13 +55,12 @@ from rlhf_trl.cli.probes import (
     disk_text,
     first_rows,
     own_answers,
-    prompt_lengths,
     reward_scales,
     scale_warning,
 )
 from rlhf_trl.config.values import as_dict, at
 from rlhf_trl.data.chat_template import template_kwargs
-from rlhf_trl.data.lengths import head_names
+from rlhf_trl.data.lengths import head_names, row_lengths
 from rlhf_trl.data.preview import count_trained, render_batch, render_sample
 from rlhf_trl.data.splits import eval_split
 from rlhf_trl.data.unknown import check_known
@@ -162,7 +161,7 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
 
     quantization = quantization_text(instantiate(cfg.adapter.quantization))
     limit, positions = at(as_dict(stage), "prepare.max_prompt_length"), sizes_of(model).positions
-    prompts = prompt_lengths(tokenizer, first_rows(rows)) if generates else []
+    given = row_lengths(first_rows(rows), tokenizer)  # of a stage that generates: the prompts
     lines = {
         "stage": f"{stage.name} ({stage.trainer._target_})",
         "run directory": cfg.run_dir,
@@ -172,7 +171,7 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
         "precision": precision_text(args, model.dtype, bool(cfg.adapter.peft)),
         "learning rate": learning_rate_text(args),
         "data": ", ".join(f"{len(part):,} rows for {name}" for name, part in dataset.items()),
-        "lengths": lengths_text(args, prompts, limit, positions),
+        "lengths": lengths_text(args, given, limit, positions),
         **({"temperature": f"{args.temperature:g}"} if generates else {}),
         **batches,
         "disk": disk,
@@ -195,6 +194,8 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
         key, lengths = "stage.args.max_completion_length", completion_lengths(tokenizer, answers)
         found.warn(cut_warning(key, args.max_completion_length, lengths))
         found.warn(scale_warning(cfg, args, scales))
+    else:
+        found.warn(cut_warning("stage.args.max_length", getattr(args, "max_length", None), given, noun="rows"))
     is_scored = batch is None or "completion_ids" in rows.column_names
     return lines, found.warnings, render_sample(tokenizer, rows[0]) if is_scored else render_batch(tokenizer, batch)
 

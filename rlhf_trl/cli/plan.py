@@ -101,42 +101,43 @@ def learning_rate_text(args: Any) -> str:
     return f"policy {args.learning_rate:g}, critic {args.learning_rate if critic is None else critic:g}, {schedule}"
 
 
-def lengths_text(args: Any, prompts: Sequence[int], limit: int | None, positions: int | None) -> str:
+def lengths_text(args: Any, given: Sequence[int], limit: int | None, positions: int | None) -> str:
     """
     Return the limits in tokens beside what the data have.
 
     Args:
-        prompts (`Sequence[int]`): tokens of some prompts, of a stage that generates.
+        given (`Sequence[int]`): tokens of some rows; of a stage that generates, of their prompts.
         limit (`int`, *optional*): limit of a prompt.
         positions (`int`, *optional*): those of the model.
     """
+    have = f"{median(given):,.0f} tokens (median; the longest {max(given):,})"
     context = f"; the model reads {positions:,}" if positions is not None else ""
     if not hasattr(args, "num_generations"):
         longest = getattr(args, "max_length", None)
-        return f"rows of up to {longest:,} tokens{context}" if longest else f"rows of any length{context}"
-    of = f"{median(prompts):,.0f} tokens (median; the longest {max(prompts):,})" if prompts else "any length"
+        return f"rows of {have}{f', up to {longest:,} are read' if longest else ''}{context}"
     cut = f", longer than {limit:,} dropped" if limit is not None else ""
-    return f"prompts of {of}{cut}; completions of up to {args.max_completion_length:,}{context}"
+    return f"prompts of {have}{cut}; completions of up to {args.max_completion_length:,}{context}"
 
 
-def cut_warning(key: str, limit: int | None, completions: Sequence[int]) -> str | None:
+def cut_warning(key: str, limit: int | None, lengths: Sequence[int], noun: str = "completions") -> str | None:
     """
-    Return what is to be expected of a limit of completions that is below the data's own lengths.
+    Return what is to be expected of a limit that is below the data's own lengths.
 
     Args:
         key (`str`), limit (`int`, *optional*): where it is set, in tokens.
-        completions (`Sequence[int]`): tokens of completions of the data.
+        lengths (`Sequence[int]`): tokens of completions or rows of the data.
+        noun (`str`): what they are of.
     """
-    if not completions or limit is None:
+    if not lengths or limit is None:
         return None
-    cut = sum(tokens > limit for tokens in completions) / len(completions)
+    cut = sum(tokens > limit for tokens in lengths) / len(lengths)
     if cut < CUT:
         return None
-    ordered = sorted(completions)
+    ordered = sorted(lengths)
     wanted = ordered[min(len(ordered) - 1, math.ceil(0.95 * len(ordered)))]
     return (
-        f"{cut:.0%} of the completions in the data are longer than `{key}={limit}` tokens (median "
-        f"{median(completions):,.0f}, the longest {ordered[-1]:,}): such answers are cut before their end. "
+        f"{cut:.0%} of the {noun} in the data are longer than `{key}={limit}` tokens (median {median(lengths):,.0f}, "
+        f"the longest {ordered[-1]:,}): they are cut before their end, or dropped. "
         f"`{key}={wanted}` holds 95 % of them."
     )
 

@@ -17,7 +17,7 @@ from rlhf_trl.checks.outputs import nearest_folder
 from rlhf_trl.checks.reward_calls import Sample, Scale, moments_of, recorded_moments, scale_problem, trial_call
 from rlhf_trl.config.values import as_dict, at
 from rlhf_trl.data.chat_template import template_kwargs
-from rlhf_trl.data.tokenize import prompt_ids, split_row_ids
+from rlhf_trl.data.tokenize import split_row_ids
 from rlhf_trl.data.unknown import check_known
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.paths import project_dir, resolve_path
@@ -79,11 +79,6 @@ def own_answers(cfg: DictConfig, tokenizers: list[PreTrainedTokenizerBase]) -> l
 def first_rows(dataset: Dataset, limit: int | None = ROWS) -> list[dict[str, Any]]:
     """Return the first rows of a dataset, all without a limit."""
     return dataset.select(range(min(limit or len(dataset), len(dataset)))).to_list()
-
-
-def prompt_lengths(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> list[int]:
-    """Return the tokens of each row's prompt."""
-    return [len(prompt_ids(tokenizer, row["prompt"], **template_kwargs(row))) for row in rows]
 
 
 def completion_lengths(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> list[int]:

@@ -171,6 +171,11 @@ def _whole_rows(tokenizer, row: dict) -> list[list[int]]:
     ]
 
 
+def row_lengths(rows, tokenizer) -> list[int]:
+    """Return the tokens of each row, of a pair those of its longer side, as a trainer reads it."""
+    return [max(map(len, _whole_rows(tokenizer, row)), default=0) for row in rows]
+
+
 def measure(dataset, tokenizer, max_length: int | None = None) -> tuple[int, int]:
     """Return the tokens of the longest row of a `DatasetDict`, truncated to `max_length`, and the largest id in it."""
 

@@ -17,7 +17,7 @@ from rlhf_trl.cli.dry_run import show_plan
 from rlhf_trl.cli.plan import weights_of
 from rlhf_trl.errors import ConfigError
 from tests.helpers.architectures import make_architecture
-from tests.helpers.tiny import CHAT_TEMPLATE, make_tokenizer, save_gpt2, save_model
+from tests.helpers.tiny import CHAT_TEMPLATE, WORDS, make_tokenizer, save_gpt2, save_model
 
 GENERATION_TEMPLATE = CHAT_TEMPLATE.replace(
     "{{ message['content'] }} <eos>", "{% generation %}{{ message['content'] }} <eos>{% endgeneration %}"
@@ -406,3 +406,30 @@ def test_the_steps_of_packed_rows_are_the_trainers(compose, tmp_path, capsys):
     steps = int(re.search(r"steps +(\d+) optimizer steps", shown)[1])
     state = json.loads(next(Path(cfg.run_dir).glob("checkpoint-*/trainer_state.json")).read_text())
     assert steps == state["global_step"] < 32
+
+
+def test_rows_beyond_max_length_are_a_warning(compose, tmp_path, capsys):
+    rows = [{"prompt": "a b", "chosen": " c" * (5 + 20 * (i < 8)), "rejected": f" {w}"} for i, w in enumerate(WORDS)]
+    model = ["model=hf", f"model.path={save_model(tmp_path / 'model')}", f"runs_dir={tmp_path}"]
+
+    def plan(stage: str) -> str:
+        show_plan(compose(f"stage={stage}", *model, *rows_file(tmp_path, rows), "stage.args.max_length=20"))
+        return capsys.readouterr().out
+
+    shown = plan("dpo")
+    assert "lengths        rows of 20 tokens (median; the longest 30), up to 20 are read" in shown
+    assert "- 50% of the rows in the data are longer than `stage.args.max_length=20` tokens" in shown
+    assert "Warnings" not in plan("reward")  # which drops them, and says so
+
+
+def test_a_run_warns_of_its_learning_rate_as_the_plan_does(compose, tmp_path, capsys):
+    few = (
+        "data.max_samples=32",
+        "data.max_eval_samples=2",
+        "stage.args.max_steps=1",
+        "stage.args.eval_on_start=false",
+    )
+    cfg = compose("stage=sft", f"runs_dir={tmp_path}", *few, "stage.args.learning_rate=0.5")
+    shown = plan_and_run(cfg, capsys)
+    warning = "`stage.args.learning_rate=0.5` is above what full tuning of 230 k parameters stands"
+    assert f"- {warning}" in shown and f"warning: {warning}" in capsys.readouterr().out
