@@ -17,6 +17,7 @@ PIPELINES = sorted(GROUPS["pipeline"])
 # What a user has to say besides
 NEEDS = {
     "stage/merge": ["model.run=sft"],  # what `model=demo` names is a full model
+    "stage/push": ["model.run=sft", "stage.repo=me/my-model"],
     "critic/adapter": ["adapter=lora"],
     # The embedded model has learning rates of its own
     "adapter/lora": ["model=hf", "model.path=organization/name"],
