@@ -1,4 +1,4 @@
-"""What a dry run finds out about the data, the rewards and the disk."""
+"""Findings of a dry run about the data, the rewards and the disk."""
 
 import contextlib
 import io
