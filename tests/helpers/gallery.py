@@ -16,7 +16,8 @@ from pathlib import Path
 
 from PIL import Image
 
-ASSETS = Path(__file__).parents[2] / "docs" / "assets"
+ROOT = Path(__file__).parents[2]
+ASSETS = ROOT / "docs" / "assets"
 WIDTH, COLORS = 1100, 128
 # By picture: the heading where it begins (none: the top of the page), and its height at most, in pixels
 PICTURES = {
@@ -40,7 +41,8 @@ def chromium(*options: str) -> str:
 
 
 def main(project: str) -> None:
-    text = Path(project, "report", "index.html").read_text(encoding="utf-8")
+    # commands as they are typed in a clone, wherever this one is
+    text = Path(project, "report", "index.html").read_text(encoding="utf-8").replace(f"{ROOT}/", "")
     (ASSETS / "report.html").write_text(text, encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         probe, whole = Path(folder, "probe.html"), Path(folder, "whole.png")
