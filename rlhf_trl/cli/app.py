@@ -62,7 +62,7 @@ def run_app(
         if args.help or (len(sys.argv) == 1 and config != "pipeline"):
             return _show(help_text(config, args.config_dirs))
         if args.cfg == "job" and not (args.config_name or args.config_path):
-            return print(annotated_config(args, config), end="")
+            return _show(annotated_config(args, config).removesuffix("\n"))
         if args.shell_completion and (words := completed_options(args.config_dirs)):
             return _show("\n".join(words))
         if args.is_checked and (problems := find_problems(args)):
