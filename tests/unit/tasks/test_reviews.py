@@ -200,7 +200,7 @@ def test_init_makes_a_run_that_training_starts_from(composed):
 
 
 def test_init_needs_text(compose, tmp_path):
-    cfg = compose("stage=init", f"runs_dir={tmp_path}", "data.max_samples=4", "data.conversational=true")
+    cfg = compose("stage=init", f"runs_dir={tmp_path}", "data=demo", "data.max_samples=4")
     with pytest.raises(DataError, match="`prompt` is a chat.*data=reviews"):
         instantiate(cfg.stage.run)(cfg)
 
