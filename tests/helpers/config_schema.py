@@ -19,7 +19,8 @@ def schema() -> dict[str, Any]:
     root = node()
     for key in keys_of(CONF / "train.yaml"):
         add(root, key)
-    groups = [group for group in GROUPS if group not in FOREIGN]
+    # A stage says the types of its arguments, which other options set as well
+    groups = sorted((group for group in GROUPS if group not in FOREIGN), key=lambda group: group != "stage")
     for group in groups:
         for option in sorted(GROUPS[group]):
             for key in keys_of(CONF / group / f"{option}.yaml"):
@@ -69,7 +70,7 @@ def add(root: dict[str, Any], key: Key) -> None:
         if key.text and key.value is None:
             known["type"] = ["object", "null"]
         return
-    if known is not own:
+    if known is not own and not (isinstance(key.value, str) and "${" in key.value):
         types = [each for each in own.get("anyOf", []) if each not in known.get("anyOf", [])]
         if "anyOf" in known and "anyOf" in own:
             known["anyOf"] += types
