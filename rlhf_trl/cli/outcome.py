@@ -99,7 +99,7 @@ def next_commands(cfg: DictConfig, typed: Sequence[str]) -> dict[str, str]:
     elif kind == "policy" and read_metrics(run_dir) is None:
         found["sft"] = [f"model.run={run}", *data, *_as_text(cfg)]
     elif kind == "policy":
-        embedded = str(cfg.model.path).startswith(DEMO)
+        embedded = str(OmegaConf.select(cfg, "model.path")).startswith(DEMO)
         found["chat"] = [*([] if embedded else ["model=hf"]), f"model.run={run}", *remote]
         start = _start(cfg)
         if start and not whole and (rewarded or not data):
