@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers import config_keys, reference
 from tests.helpers.config_schema import SCHEMA, rule_schema, schema
-from tests.helpers.configs import CONF
+from tests.helpers.configs import CONF, GROUPS
 
 STALE = "Write the reference again: `python -m tests.helpers.reference`."
 
@@ -46,3 +46,12 @@ def test_a_file_has_the_keys_of_its_base():
 )
 def test_a_rule_is_a_schema(rule, expected):
     assert rule_schema(rule) == expected
+
+
+def test_the_config_tree_of_the_documentation_has_every_option():
+    text = (CONF.parent / "docs" / "runs.md").read_text(encoding="utf-8")
+    tree = text.split("## The config tree\n```\n")[1].split("```")[0]
+    listed = {line.split()[0].removeprefix("conf/").strip("/"): set(line.split()[1:]) for line in tree.splitlines()}
+    shown = {group: options for group, options in GROUPS.items() if group in listed and group != "experiment"}
+    assert {"stage", "reward", "data/feedback"} <= set(shown)
+    assert {group: missing for group, options in shown.items() if (missing := options - listed[group])} == {}
