@@ -50,6 +50,8 @@ COMPARISON = {
         "samples": 2,
         "curves": [{"by": "", "points": [{"n": 1, "kl": 0.0, "reward": ESTIMATE, "chosen_by": 1.0}]}],
     },
+    "differences": [],
+    "slices": [],
     "samples": [{"prompt": "p", "completions": {"sft": "a", "ppo": "b"}, "rewards": {"sft": None, "ppo": 1.0}}],
 }
 RUN = {
@@ -63,6 +65,7 @@ RUN = {
     "versions": {"python": "3.11"},
     "inputs": {"ranks": 1},
     "quantization": None,
+    "published": {},
 }
 JOB = {
     "number": 0,
@@ -71,6 +74,8 @@ JOB = {
     "seconds": 1.5,
     "objective": None,
     "value": None,
+    "direction": None,
+    "health": "",
     "eval": {},
     "message": "out of memory",
     "log": "0.log",
