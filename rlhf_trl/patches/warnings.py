@@ -22,6 +22,11 @@ WARNINGS = (
         UserWarning,
         "PEFT writes the merged model so that it loads with the right weights",
     ),
+    (
+        "fan_in_fan_out is set to False but the target module is `Conv1D`",
+        UserWarning,
+        "PEFT sets it as the layers of GPT-2 need it",
+    ),
 )
 # (logger, start of the message without accelerate's `[RANK 0]`, reason)
 LOGS = (
@@ -34,6 +39,11 @@ LOGS = (
         "accelerate.accelerator",
         "The used dataset had no length",
         "evaluation splits the rows over the ranks itself, see `rlhf_trl.trainers.held_out`: there is no remainder",
+    ),
+    (
+        "transformers.modeling_utils",
+        "We strongly recommend passing in an `attention_mask`",
+        "`generate` passes none to GPT-2 where no prompt is padded, and takes the padding of finished rows for input",
     ),
     *(
         (
