@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--rehearse", action="store_true", help="tiny models, on any device")
     parser.add_argument("--in-process", action="store_true", help="without a process per configuration")
     options = parser.parse_args(arguments)
+    options.command = " ".join(["python -m bench.gpu", *(sys.argv[1:] if arguments is None else arguments)])
     if not options.rehearse and not torch.cuda.is_available():
         sys.exit("There is no GPU here. `--rehearse` runs everything with tiny models on a CPU.")
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ class Benchmark:
     def run(self):
         options = self.options
         chosen = [c for c in CONFIGURATIONS if re.search(options.only, f"{c.size} {c.name}")]
-        self.write({"command": " ".join(["python -m bench.gpu", *sys.argv[1:]]), **machine.describe()})
+        self.write({"command": options.command, **machine.describe()})
         for sentence in machine.outside_of_range():
             print(sentence, flush=True)
         rate = machine.matrix_rate(self.device, 256 if options.rehearse else 8192)

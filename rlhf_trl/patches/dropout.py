@@ -38,9 +38,7 @@ def disable_dropout(model: PreTrainedModel | PeftModel) -> None:
 
     def train(self, mode: bool = True):
         self.training = mode
-        for child in self.children():
-            child.train(False)
-        _mark_checkpointed_layers(self)
+        _keep_in_eval(self)
         return self
 
     @functools.wraps(set_checkpointing)
@@ -49,18 +47,31 @@ def disable_dropout(model: PreTrainedModel | PeftModel) -> None:
             checkpoint = kwargs["gradient_checkpointing_func"]
             kwargs["gradient_checkpointing_func"] = functools.partial(_checkpoint_in_eval, checkpoint)
         set_checkpointing(*args, **kwargs)
-        _mark_checkpointed_layers(policy)
+        _keep_in_eval(policy)
 
     policy.train = types.MethodType(train, policy)
     policy._set_gradient_checkpointing = set_gradient_checkpointing
     policy.train(policy.training)
 
 
-def _mark_checkpointed_layers(model: PreTrainedModel) -> None:
-    """Set training mode on the layers to checkpoint: `GradientCheckpointingLayer` checkpoints in no other mode."""
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = model.training and layer.gradient_checkpointing
+def _keep_in_eval(model: PreTrainedModel) -> None:
+    """
+    Set evaluation mode on all modules below a model, but for the layers to checkpoint: `GradientCheckpointingLayer`
+    checkpoints in training mode only.
+
+    The Trainer calls `train` at each step. Only modules in another mode are set: to set every module, as torch does,
+    takes three times as long (5 ms for the 2,000 modules of LoRA on 24 layers).
+    """
+    modules = list(model.children())
+    while modules:
+        module = modules.pop()
+        is_layer = isinstance(module, GradientCheckpointingLayer)
+        checkpoints = model.training and is_layer and module.gradient_checkpointing
+        if module.training and not checkpoints:
+            module.train(False)
+        elif checkpoints:
+            module.training = True
+        modules.extend(module.children())
 
 
 def _checkpoint_in_eval(checkpoint: Callable, forward: functools.partial, *args, **kwargs):
