@@ -20,6 +20,7 @@ from rlhf_trl.patches.positions import count_positions_from_mask
 from rlhf_trl.ppo import losses, update
 from rlhf_trl.stages.chat import answer
 from tests.helpers.architectures import MORE_ARCHITECTURES, make_architecture, save_architecture
+from tests.helpers.data import write_letter_pairs
 from tests.helpers.ppo import prompts
 from tests.helpers.rl import TRAINERS, logged, rl_trainer
 
@@ -138,7 +139,7 @@ def test_values_are_the_same_in_rollout_and_update(tmp_path, monkeypatch, name, 
 def test_other_stages_train_without_dropout(compose, tmp_path, stage, name):
     path = save_architecture(tmp_path / "model", name, dropout=0.5)
     few = ["data.max_samples=64", "data.max_eval_samples=8", "stage.args.per_device_train_batch_size=4"]
-    few.append("stage.args.max_length=64")
+    few += ["stage.args.max_length=64", "data=files", f"data.paths={write_letter_pairs(tmp_path / 'pairs.jsonl')}"]
     cfg = compose(f"stage={stage}", f"runs_dir={tmp_path}", "model=hf", f"model.path={path}", *few)
     OmegaConf.resolve(cfg)
     tokenizer = load_tokenizer(path)
