@@ -19,6 +19,7 @@ from rlhf_trl.report.records import NOT_OF_INTEREST, Evaluation, Run, load_evalu
 from rlhf_trl.report.setup import describe_data, model_origin
 from rlhf_trl.report.text import compact_number, interval
 from rlhf_trl.report.verdicts import policy_verdicts
+from rlhf_trl.runs.record import RUN_FILE
 from rlhf_trl.runs.results import Comparison
 
 AUTO = {
@@ -76,7 +77,7 @@ def model_card(run: Run, folder: Path, evaluation: Evaluation | None, repo: str,
     )
     version = run.record.versions.get("rlhf_trl", "")
     setup = {
-        "Base": f"`{base}`" + ("" if base == start or not start else f", by way of `{Path(start).name}`"),
+        "Base": f"`{base}`" + (f", by way of `{Path(start).name}`" if Path(start, RUN_FILE).is_file() else ""),
         "Data": data,
         "Reward": _rewards(run.config.get("reward") or {}),
         "Adapter": _adapter(run.config.get("adapter") or {}),

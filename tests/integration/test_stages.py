@@ -72,7 +72,11 @@ def test_a_stage_composes_and_trl_takes_its_arguments(compose, tmp_path, stage):
     groups = {"model", "data", "adapter", "logger"}
     rl = {"reward", "reward_norm", "combine", "kl", "health"}
     groups |= rl if stage in RL else set()  # critic=head has no node of its own
-    assert groups == {key for key in cfg if isinstance(cfg[key], dict | type(cfg))} - {"stage", "callbacks", "published"}
+    assert groups == {key for key in cfg if isinstance(cfg[key], dict | type(cfg))} - {
+        "stage",
+        "callbacks",
+        "published",
+    }
     assert cfg.run_dir == f"{tmp_path}/default/{stage}" and cfg.objective == cfg.stage.objective
     args = training_arguments(cfg.stage.args)
     assert isinstance(args, get_class(cfg.stage.args._target_)) and args.report_to == []
