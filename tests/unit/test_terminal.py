@@ -36,7 +36,7 @@ def test_a_line_of_metrics_steers_no_terminal(capsys):
 
 def test_messages_stand_on_a_line_of_their_own():
     out = io.StringIO()
-    bar = tqdm(total=2, file=out)
+    bar = tqdm(total=2, file=out, delay=0, leave=True)
     handler = logging.StreamHandler(AboveBars(out))
     handler.emit(logging.LogRecord("name", logging.WARNING, "", 0, "a warning", None, None))
     assert "\ra warning\n" in out.getvalue()
@@ -51,11 +51,13 @@ def test_warnings_and_the_handlers_of_libraries_write_above_the_bars(monkeypatch
     handler = logging.StreamHandler()
     library.addHandler(handler)
     try:
+        close_bars()  # of other tests
         with warnings.catch_warnings():
+            warnings.simplefilter("always")
             keep_output_above_bars()
             keep_output_above_bars()
             assert isinstance(handler.stream, AboveBars) and handler.stream.stream is out
-            bar = tqdm(total=2, file=out, delay=0)
+            bar = tqdm(total=2, file=out, delay=0, leave=True)
             warnings.warn("Something is odd", UserWarning, stacklevel=1)
             library.warning("said")
             bar.close()
