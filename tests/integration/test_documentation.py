@@ -247,7 +247,7 @@ def test_the_notebook_runs_with_a_tiny_model(tmp_path, monkeypatch):
         elif cell["cell_type"] == "code":
             exec(compile(source, "notebook", "exec"), names)
     assert (tmp_path / "runs/notebook/ppo/adapter_model.safetensors").exists()
-    assert names["after"]["completion"] and len(names["points"]) == 2
+    assert names["after"]["completion"] and len(names["points"]) == 4
 
 
 def save_tiny_chat_model(folder: Path) -> None:
