@@ -223,9 +223,9 @@ def save_critic(state_dict: dict[str, Tensor], folder: str) -> None:
     save_file(critic, os.path.join(folder, CRITIC_FILE))
 
 
-def load_critic(model: nn.Module, folder: str, kind: str) -> None:
+def read_critic(model: nn.Module, folder: str, kind: str) -> dict[str, Tensor]:
     """
-    Load the critic that [`save_critic`] wrote.
+    Return the state of the critic that [`save_critic`] wrote.
 
     Args:
         model (`nn.Module`): the policy's module, with a critic.
@@ -244,7 +244,7 @@ def load_critic(model: nn.Module, folder: str, kind: str) -> None:
             f"`{path}` holds another kind of critic than `critic={kind}`. Resume with the critic that the run began "
             "with."
         )
-    model.load_state_dict(critic, strict=False)
+    return critic
 
 
 def _check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -55,7 +55,7 @@ from rlhf_trl.ppo.critic import (
     add_critic,
     critic_parameter_group,
     is_critic,
-    load_critic,
+    read_critic,
     save_critic,
     without_critic,
 )
@@ -426,7 +426,10 @@ class PPOTrainer(RolloutHook, Rollouts, TrainerMixin, trl.GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._set_trainable()
-        load_critic(self.accelerator.unwrap_model(self.model), resume_from_checkpoint, self.args.critic)
+        policy = self.accelerator.unwrap_model(self.model)
+        critic = read_critic(policy, resume_from_checkpoint, self.args.critic)
+        if not self.is_fsdp_enabled:  # its own file, which has just been loaded, holds the critic too
+            policy.load_state_dict(critic, strict=False)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         missing = load_result.missing_keys
