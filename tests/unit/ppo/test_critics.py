@@ -439,6 +439,19 @@ def test_values_are_float32_whatever_the_weights_are_cast_to(path, tmp_path, cri
     assert output.value_preds.dtype == torch.float32
 
 
+@pytest.mark.parametrize("engine, dtype", [("ZeRO-3", torch.bfloat16), ("another", torch.float32)])
+def test_zero_3_gets_weights_of_one_type(path, tmp_path, engine, dtype):
+    """Its shards are marked by `ds_id`, and it takes trained weights of one type only."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    for i, parameter in enumerate(model.parameters() if engine == "ZeRO-3" else ()):
+        parameter.ds_id = i
+    trainer = sampled(model, tmp_path, path=path, critic="head")
+    assert {trainer.model.value_head.weight.dtype, trainer.model.value_head.bias.dtype} == {dtype}
+    ids = torch.tensor([[5, 6, 7, 8]])
+    output = trainer.model(ids, torch.ones_like(ids), labels=ids, fused_lm_head=True, with_values=True)
+    assert output.value_preds.dtype == torch.float32
+
+
 def test_a_compiled_model_is_patched_below_the_compilation(path, tmp_path):
     """With `torch_compile` accelerate wraps the reference when it is made."""
     trainer = sampled(path, tmp_path, torch_compile=True)
