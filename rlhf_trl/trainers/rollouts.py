@@ -2,8 +2,8 @@
 Rollouts of PPO, GRPO and RLOO: completions are sampled from the very policy that scores and learns from them.
 
 [`Rollouts`] holds for TRL's trainers, on every architecture, that sampling takes the stage's settings alone, that
-prompts are rendered with what their rows say, that padding doesn't move a token to another position, and that there is
-no dropout. The methods with a leading underscore override private ones of TRL 1.16;
+prompts are rendered with what their rows say, that padding doesn't move a token to another position, that there is no
+dropout, and that an evaluation stays one. The methods with a leading underscore override private ones of TRL 1.16;
 `tests/unit/trainers/test_rollouts.py` compares what comes out with forwards of its own.
 """
 
@@ -126,9 +126,13 @@ class Rollouts(Trainer):
         return ids, None, {}
 
     def _generate_single_turn(self, *args, **kwargs):
+        training = self.model.training
         with special_tokens_only(self._policy):
             # Of the trainer that this class is mixed into
-            return super()._generate_single_turn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            output = super()._generate_single_turn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.model.training != training:  # continuous batching ends in training mode, in an evaluation too
+            self.model.train(training)
+        return output
 
 
 class GRPOTrainer(RolloutHookWithKL, Rollouts, TrainerMixin, trl.GRPOTrainer):

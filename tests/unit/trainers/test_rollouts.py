@@ -253,3 +253,20 @@ def test_evaluation_generate_and_chat_take_nothing_from_it_either(tmp_path, adap
     plain = written()
     own_settings(path, {name: value for settings in OWN for name, value in settings.items()})
     assert written() == plain
+
+
+# ---- Evaluation ----
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_an_evaluation_with_continuous_batching_stays_one(tmp_path, kind):
+    """TRL 1.16 leaves the model in training mode after each generation."""
+    options = {
+        "use_transformers_continuous_batching": True,
+        "transformers_continuous_batching_config": {"num_blocks": 64, "max_batch_tokens": 256},
+        "per_device_eval_batch_size": 2,
+    }
+    trainer = rl_trainer(kind, save_architecture(tmp_path / "model", "llama"), tmp_path, None, **options)
+    metrics = trainer.evaluate(prompts(2))
+    assert not trainer.model.training
+    assert ("eval_objective/scores" if kind == "ppo" else "eval_reward") in metrics
