@@ -16,7 +16,7 @@ EXTRAS = {"bitsandbytes": "qlora", "fastapi": "serve", "uvicorn": "serve", "math
 
 def machine_problems(values: dict[str, Any]) -> list[str]:
     """Return the problems of options that this launch or this machine can't run."""
-    return _processes(values) + _precision(values) + _packages(values)
+    return _processes(values) + _sharded_files(values) + _precision(values) + _packages(values)
 
 
 def uses_deepspeed() -> bool:
@@ -26,14 +26,34 @@ def uses_deepspeed() -> bool:
 
 def shards_parameters() -> bool:
     """Return whether FSDP or ZeRO-3 shards the parameters, by the environment that `accelerate launch` sets."""
-    zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    return zero3 or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" or uses_fsdp()
+
+
+def uses_fsdp() -> bool:
+    """Return whether FSDP shards the parameters, by the environment that `accelerate launch` sets."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def _processes(values: dict[str, Any]) -> list[str]:
     if not at(values, "stage.args.fsdp") or world_size() > 1:
         return []
     return ["`stage.args.fsdp` needs several processes. Launch with `accelerate launch`, or remove it."]
+
+
+def _sharded_files(values: dict[str, Any]) -> list[str]:
+    """Return the problem of FSDP that saves shares of the weights, which ends without a model, or none."""
+    config = at(values, "stage.args.fsdp_config")
+    own = {str(key).removeprefix("fsdp_"): value for key, value in config.items()} if isinstance(config, dict) else {}
+    where, kind = "`stage.args.fsdp_config.state_dict_type`", own.get("state_dict_type")
+    remedy = "Set it to `FULL_STATE_DICT`."
+    if uses_fsdp() and not at(values, "stage.args.fsdp"):
+        # As accelerate has it where its file says nothing
+        default = "FULL_STATE_DICT" if os.environ.get("FSDP_VERSION", "1") == "1" else "SHARDED_STATE_DICT"
+        where, kind = "`fsdp_state_dict_type` of accelerate's file", os.environ.get("FSDP_STATE_DICT_TYPE", default)
+        remedy = "Set `fsdp_state_dict_type: FULL_STATE_DICT` there, as `launch/accelerate/fsdp2.yaml` has it."
+    if kind is None or str(kind).upper() in ("FULL_STATE_DICT", "1") or not section(values, "stage.args"):
+        return []
+    return [f"{where} is `{kind}`, which saves a share of the weights for each rank and no model at the end. {remedy}"]
 
 
 def _precision(values: dict[str, Any]) -> list[str]:

@@ -292,6 +292,28 @@ def test_a_rollout_is_not_skipped_under_deepspeed(problems, monkeypatch):
     one(problems(*words), "`kl.guard_action=stop`", "DeepSpeed")
 
 
+@pytest.mark.parametrize(
+    ("environment", "overrides", "parts"),
+    [
+        ({"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, [], []),
+        ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, [], ["accelerate's file", "`SHARDED_STATE_DICT`", "FULL"]),
+        ({"FSDP_VERSION": "2"}, [], ["`SHARDED_STATE_DICT`"]),  # accelerate's default
+        ({"FSDP_VERSION": "1"}, [], []),
+        ({"FSDP_VERSION": "2"}, ["stage=init"], []),
+        ({"FSDP_VERSION": "2"}, ["+stage.args.fsdp=full_shard"], []),  # then the Trainer's own values are in force
+        (
+            {},
+            ["+stage.args.fsdp=full_shard", "+stage.args.fsdp_config={fsdp_state_dict_type: SHARDED_STATE_DICT}"],
+            ["`stage.args.fsdp_config.state_dict_type` is `SHARDED_STATE_DICT`", "FULL_STATE_DICT"],
+        ),
+    ],
+)
+def test_fsdp_saves_whole_weights(problems, monkeypatch, environment, overrides, parts):
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2", **environment}.items():
+        monkeypatch.setenv(name, value)
+    one_or_none(problems("stage=sft", *overrides), parts)
+
+
 def test_a_quantized_model_is_not_quantized_again(problems):
     make_run("sft", config={"quantization_config": {"quant_method": "gptq"}})
     one(problems("model.run=sft", "adapter=qlora"), "quantized already (gptq)", "`adapter=lora`")
