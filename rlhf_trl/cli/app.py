@@ -1,5 +1,6 @@
 """Hydra apps whose errors end in one message: the frame of `train.py`, `launch/pipeline.py` and `launch/sweep.py`."""
 
+import logging
 import os
 import sys
 import time
@@ -102,8 +103,13 @@ def exit_with(message: object, status: int) -> NoReturn:
     Print a message once, whatever the number of ranks, and exit.
 
     Rank 0 prints it for all. Another rank waits until the launcher would have ended it together with rank 0; if it is
-    still there, the error is its own.
+    still there, the error is its own. The log file of each rank, where there is one, has its error at once.
     """
+    if status == 2:
+        record = logging.LogRecord(__name__, logging.ERROR, __file__, 0, printable(str(message)), None, None)
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handle(record)
     if not is_main_process():
         if status != 2:
             sys.exit(status)

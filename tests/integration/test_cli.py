@@ -1,6 +1,7 @@
 """The command line: what a new user mistypes ends in one message, at once, and nothing is written."""
 
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -275,6 +276,23 @@ def test_another_rank_speaks_of_an_error_of_its_own(command, monkeypatch):
     monkeypatch.setattr(app.time, "sleep", lambda seconds: None)
     status, _, message = command("stage=ppp")
     assert status == 2 and message.startswith("\nOn rank 1: Error: `stage=ppp`")
+
+
+def test_the_log_of_a_rank_has_its_error_before_it_can_be_ended(command, monkeypatch, tmp_path):
+    class Ended(Exception):
+        pass
+
+    def end(seconds):
+        raise Ended
+
+    handler = logging.FileHandler(tmp_path / "train_rank_1.log")
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(app.time, "sleep", end)
+    with pytest.raises(Ended):
+        command("stage=ppp")
+    handler.close()
+    assert (tmp_path / "train_rank_1.log").read_text().startswith("Error: `stage=ppp`")
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
