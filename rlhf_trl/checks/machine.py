@@ -34,6 +34,16 @@ def uses_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
+def engine() -> str:
+    """Return the engine that the launch asks for, by the environment that `accelerate launch` sets, or `none`."""
+    if uses_deepspeed():
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        return f"DeepSpeed ZeRO-{stage}" if stage else "DeepSpeed"
+    if uses_fsdp():
+        return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
+    return "DDP" if world_size() > 1 else "none"
+
+
 def _processes(values: dict[str, Any]) -> list[str]:
     if not at(values, "stage.args.fsdp") or world_size() > 1:
         return []

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +26,7 @@ from rlhf_trl.callbacks.base import SaveAndStop
 from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.lengthened import Lengthened
 from rlhf_trl.checks.learning_rates import learning_rate_warnings
+from rlhf_trl.checks.machine import engine, uses_deepspeed, uses_fsdp
 from rlhf_trl.config.values import as_dict, at, nodes, plain
 from rlhf_trl.data.fingerprint import rows_fingerprint
 from rlhf_trl.errors import Interrupted
@@ -73,6 +75,8 @@ def train(cfg: DictConfig) -> float | None:
         logger = instantiate(cfg.logger.run)
         with logger(run_dir=cfg.run_dir, name=args.run_name, config=as_dict(cfg, resolve=False)):
             trainer = make_trainer(cfg, args, path, tokenizer, dataset, **extra)
+            if text := engine_left_out(trainer.accelerator.distributed_type):
+                say(f"warning: {text}")
             if run.checkpoint:
                 trainer.add_callback(Lengthened(run.checkpoint))
             trainer.add_callback(interrupt)  # the last one, so that its message stands last
@@ -102,6 +106,21 @@ def _learning_rates(cfg: DictConfig, args: Any, path: str) -> list[str]:
     return learning_rate_warnings(args, cfg.stage.dataset_type, parameters, critic, bool(cfg.adapter.peft))
 
 
+def engine_left_out(kind: DistributedType) -> str | None:
+    """
+    Return what is to be said where accelerate runs without the engine that the launch asks for, as it does in silence
+    on a CPU (`AcceleratorState` of accelerate 1.15); `None` where it runs with it.
+    """
+    without_fsdp = uses_fsdp() and kind != DistributedType.FSDP
+    without_deepspeed = uses_deepspeed() and kind != DistributedType.DEEPSPEED
+    if not (without_fsdp or without_deepspeed):
+        return None
+    return (
+        f"the launch asks for {engine()}, which accelerate leaves out on a CPU: this is DDP, and each rank holds the "
+        "whole model, its gradients and its optimizer."
+    )
+
+
 def inputs_of(cfg: DictConfig, path: str, dataset: Mapping[Any, Dataset]) -> dict[str, Any]:
     """
     Return what the result of a training depends on besides its config; a resumed run must depend on the same.
@@ -111,11 +130,11 @@ def inputs_of(cfg: DictConfig, path: str, dataset: Mapping[Any, Dataset]) -> dic
         dataset (`Mapping[str, Dataset]`): rows of each split, as the trainer gets them.
 
     Returns:
-        `dict`: the number of ranks, a hash of the rows of each split, and fingerprints of the models that the config
-            names: the start (which is the reference too), reward models, the critic's start.
+        `dict`: the number of ranks, the engine, a hash of the rows of each split, and fingerprints of the models that
+            the config names: the start (which is the reference too), reward models, the critic's start.
     """
     values, _ = plain(cfg)
-    inputs = {"ranks": PartialState().num_processes}
+    inputs: dict[str, Any] = {"ranks": PartialState().num_processes, "engine": engine()}
     inputs |= {f"data ({split})": rows_fingerprint(rows) for split, rows in dataset.items()}
     models = {"model": (path, at(values, "model.revision"))}
     for name, node in nodes({key: values.get(key) for key in ("reward", "critic")}):

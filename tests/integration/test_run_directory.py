@@ -372,6 +372,14 @@ def change_ranks(folder):
     return "`ranks` was 2 and is 1"
 
 
+def change_engine(folder):
+    file = folder / "test/sft/run.json"
+    record = json.loads(file.read_text())
+    record["inputs"]["engine"] = "FSDP2"
+    file.write_text(json.dumps(record))
+    return "`engine` was FSDP2 and is none"
+
+
 def lose(name):
     def change(folder):
         (folder / "test/sft/checkpoint-2" / name).unlink()
@@ -393,6 +401,7 @@ CHANGES = {
     "fewer rows": drop_rows,
     "another start": change_the_start,
     "another number of ranks": change_ranks,
+    "another engine": change_engine,
     "optimizer": lose("optimizer.pt"),
     "scheduler": lose("scheduler.pt"),
     "random state": lose("rng_state.pth"),
@@ -455,7 +464,9 @@ def test_a_resume_with_the_same_config_is_done(train, stopped, monkeypatch):
     monkeypatch.setattr(Crash, "at", None)
     run_dir = Path(train(stopped, *resumable(stopped), "resume=true"))
     record = json.loads((run_dir / "run.json").read_text())
-    assert record["status"] == "done" and set(record["inputs"]) == {"ranks", "data (train)", "data (eval)", "model"}
+    assert record["status"] == "done" and set(record["inputs"]) == {
+        *("ranks", "engine", "data (train)", "data (eval)", "model")
+    }
 
 
 def test_inputs_are_the_models_of_all_roles(compose, tmp_path):

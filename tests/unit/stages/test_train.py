@@ -1,0 +1,31 @@
+"""The engine of a training: which one a launch asks for, and whether it is in force."""
+
+import pytest
+from accelerate.utils import DistributedType
+
+from rlhf_trl.checks.machine import engine
+from rlhf_trl.stages.train import engine_left_out
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "kind", "name", "parts"),
+    [
+        ({}, DistributedType.NO, "none", []),
+        ({"WORLD_SIZE": "2"}, DistributedType.MULTI_CPU, "DDP", []),
+        (FSDP, DistributedType.FSDP, "FSDP2", []),
+        (FSDP, DistributedType.MULTI_CPU, "FSDP2", ["asks for FSDP2", "this is DDP"]),
+        (ZERO, DistributedType.DEEPSPEED, "DeepSpeed ZeRO-3", []),
+        (ZERO, DistributedType.MULTI_CPU, "DeepSpeed ZeRO-3", ["asks for DeepSpeed ZeRO-3", "this is DDP"]),
+    ],
+)
+def test_an_engine_that_accelerate_leaves_out_is_said(monkeypatch, environment, kind, name, parts):
+    for variable in {*FSDP, *ZERO, "WORLD_SIZE"}:
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    text = engine_left_out(kind)
+    assert engine() == name
+    assert (text is None) == (not parts) and all(part in text for part in parts)
