@@ -211,8 +211,8 @@ def test_every_command_can_be_typed(file, line):
     kind = next((k for k in ("pipeline", "sweep") if any(k in word for word in words[:3] if "=" not in word)), "train")
     given = [word for word in words if re.match(r"^[+~]{0,2}[\w./@]+=", word) and not word.startswith("-")]
     given = [word for word in given if not word.split("=")[0].isupper() and "..." not in word]
-    if "--config-dir" in words:
-        return  # options of the user's own
+    if "--config-dir" in words or "-sc" in words:
+        return  # options of the user's own, and Hydra's completion of a shell
     if kind == "pipeline":
         composed("pipeline", *given)
         return

@@ -522,7 +522,8 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path):
     command = [sys.executable, "train.py", "stage=serve_reward", "reward=demo", "stage.port=0", f"runs_dir={tmp_path}"]
     for _ in range(2):  # a server may be started again in the same place
         process = subprocess.Popen(command, cwd=conf_dir().parent, stdout=subprocess.PIPE, text=True)
-        url = re.search(r"reward.http.url=(\S+)`", process.stdout.readline()).group(1)
+        found = (re.search(r"reward.http.url=(\S+)`", line) for line in process.stdout)
+        url = next(filter(None, found)).group(1)
         rows = {"prompts": ["How do I bake bread?"], "completions": ["First, mix flour with water."]}
         assert HttpReward(url)(**rows, completion_ids=[[]], answer=[""])[0] is not None
         process.send_signal(signal.SIGINT)
