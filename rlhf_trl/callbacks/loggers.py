@@ -17,7 +17,7 @@ from typing import Any
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.health.signs import signs_seen
 from rlhf_trl.hints import did_you_mean
-from rlhf_trl.models.hub import MODEL_FILES
+from rlhf_trl.models.hub import model_files
 from rlhf_trl.patches.profiling import without_wandb_profiling
 from rlhf_trl.report.plots import Drawing
 from rlhf_trl.report.tables import Rows
@@ -192,7 +192,7 @@ def log_model_artifact(run, run_dir: str, name: str) -> None:
     """Log the model in `run_dir`, if there is a finished one, as an artifact of a W&B run."""
     import wandb
 
-    files = [path for pattern in MODEL_FILES for path in sorted(Path(run_dir).glob(pattern)) if path.is_file()]
+    files = model_files(run_dir)
     if not any(path.suffix == ".safetensors" for path in files):
         return  # a run that was stopped has checkpoints only
     artifact = wandb.Artifact(re.sub(r"[^\w.-]+", "-", f"model-{name}"), type="model", metadata={"run_dir": run_dir})

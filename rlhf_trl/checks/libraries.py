@@ -46,6 +46,16 @@ def library_problems(cfg: DictConfig) -> list[str]:
         problems.append("`stage.args.report_to` names wandb, which `logger` opens and closes. Set `logger=wandb`.")
     if at(values, "stage.args.push_to_hub") is True:
         problems += _hub_login("`stage.args.push_to_hub=true` writes to the hub")
+        if (strategy := at(values, "stage.args.hub_strategy")) in ("checkpoint", "all_checkpoints"):
+            problems.append(
+                f"`stage.args.hub_strategy={strategy}` uploads checkpoints to resume from, and only models are "
+                "uploaded here. Set it to `every_save` or `end`."
+            )
+        if at(values, "stage.args.hub_token") is not None:
+            problems.append(
+                "`stage.args.hub_token` would stand in the records of the run, for all who read them. Remove it, and "
+                "log in with `hf auth login` or set `HF_TOKEN`."
+            )
     elif at(values, "stage.repo") is not None:
         problems += _hub_login(f"`stage={at(values, 'stage.name')}` writes to the hub")
     return problems

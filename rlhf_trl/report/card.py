@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from PIL import Image
 
+from rlhf_trl.config.shareable import shareable
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.adapters import adapter_config
 from rlhf_trl.models.hub import CARD_FILE, FIGURE_FILE
@@ -99,7 +100,10 @@ def model_card(run: Run, folder: Path, evaluation: Evaluation | None, repo: str,
     code += "tokenizer = AutoTokenizer.from_pretrained(name)"
     parts = [f"---\n{metadata.to_yaml()}\n---", to_markdown(page).strip()]
     parts += [f"![Results of {run.name}]({FIGURE_FILE})"] if has_figure else []
-    parts += [f"## Use\n\n```python\n{code}\n```", f"## How it was made\n\n```sh\n{run.record.command}\n```"]
+    parts += [
+        f"## Use\n\n```python\n{code}\n```",
+        f"## How it was made\n\n```sh\n{shareable(run.record.command)}\n```",
+    ]
     rows = [[package, found] for package, found in run.record.versions.items()]
     parts.append(f"## Versions\n\n{table_markdown(Table(['package', 'version'], rows))}")
     return "\n\n".join(parts) + "\n"

@@ -89,7 +89,8 @@ def describe_data(node: Mapping[str, Any]) -> str:
         return " and ".join(found for each in sources.values() if (found := describe_data(each)))
     for key in ("eval_paths", "paths", "path"):
         if found := node.get(key):
-            names = [Path(str(each)).name if key != "path" else str(each) for each in _listed(found)]
+            is_hub_id = key == "path" and not Path(str(found)).is_absolute()
+            names = [str(each) if is_hub_id else Path(str(each)).name for each in _listed(found)]
             return ", ".join(f"`{name}`" for name in names[:3]) + (" ..." if len(names) > 3 else "")
     parts = str(node.get("_target_") or "").split(".")
     return f"`{parts[-2]}`" if len(parts) > 1 else ""

@@ -5,7 +5,6 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.models.adapters import adapter_config
 from rlhf_trl.models.hub import upload_model
 from rlhf_trl.report.card import write_card
 from rlhf_trl.runs.paths import project_dir, resolve_path
@@ -29,12 +28,6 @@ def push(cfg: DictConfig) -> None:
         raise ConfigError(
             f"`stage.merged=true` uploads `{folder}`, which doesn't exist. Write it with `stage=merge "
             f"model.run={cfg.model.run}`."
-        )
-    adapter = adapter_config(str(folder))
-    if adapter is not None and Path(adapter.base_model_name_or_path or "").is_dir():
-        raise ConfigError(
-            f"`{folder}` is an adapter on the folder `{adapter.base_model_name_or_path}`, which others don't have. "
-            f"Merge the two with `stage=merge model.run={cfg.model.run}`, and upload that: `stage.merged=true`."
         )
     if is_main_process():
         write_card(run_dir, folder, cfg.stage.repo, figure=True)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import Trainer
 
+from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.hub import upload_model
 from rlhf_trl.report.card import write_card
 from rlhf_trl.runs.record import RUN_FILE
@@ -16,6 +17,8 @@ class Publishing(Trainer):
 
     TRL drafts a card at every checkpoint that names neither base nor data where these are local ("fine-tuned version
     of None"), and transformers uploads whatever stands in the run directory, logs and the record of Hydra too.
+
+    It overrides this private method (transformers 5.23): `_push_from_checkpoint`.
     """
 
     def create_model_card(self, *args, **kwargs):
@@ -37,18 +40,16 @@ class Publishing(Trainer):
         """
         Upload the model with its card, as `Trainer.push_to_hub` does without our files; it always blocks.
 
-        Raises:
-            [`~rlhf_trl.errors.ConfigError`]: if the hub can't be reached, or refuses the upload.
+        An upload that fails is a warning: the training is done, and `stage=push` repeats the upload.
         """
         args = self.args
         if args.output_dir is None or not Path(args.output_dir, RUN_FILE).is_file():
             return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
         self.save_model(_internal_call=True)
         if self.is_world_process_zero():
-            self._finish_current_push()  # of a checkpoint, which must not come after this one
             repo = self.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name
             write_card(args.output_dir, repo=repo, figure=True)
-            url = upload_model(
+            self._upload(
                 args.output_dir,
                 repo,
                 commit_message or "End of training",
@@ -56,4 +57,23 @@ class Publishing(Trainer):
                 revision=revision or args.hub_revision,
                 token=token or args.hub_token,
             )
-            say(f"Uploaded to {url}")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """
+        Upload the model of a checkpoint.
+
+        transformers uploads the whole run directory meanwhile: logs, and the checkpoint that is being written there.
+        """
+        args = self.args
+        if args.output_dir is None or not Path(args.output_dir, RUN_FILE).is_file():
+            super()._push_from_checkpoint(checkpoint_folder)
+        elif self.is_world_process_zero() and args.hub_strategy != "end":
+            repo = self.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name
+            message = f"Training in progress, step {self.state.global_step}"
+            self._upload(checkpoint_folder, repo, message, revision=args.hub_revision, token=args.hub_token)
+
+    def _upload(self, *args, **kwargs) -> None:
+        try:
+            say(f"Uploaded to {upload_model(*args, **kwargs)}")
+        except ConfigError as error:
+            say(f"warning: {error}")

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.runs.record import is_done
 from tests.helpers.fake_hub import TOKEN, fake_hub
 
 
@@ -44,7 +45,9 @@ def test_a_trained_model_is_uploaded_with_our_card_and_without_logs(train, tmp_p
     with Image.open(io.BytesIO(files["report.png"])) as figure:
         assert figure.width > 300
     card = files["README.md"].decode()
-    assert card.startswith("---\n") and "None" not in card and str(tmp_path) not in card.split("## How it was made")[0]
+    assert card.startswith("---\n") and "None" not in card
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    assert "run_dir: .../" in files["config.yaml"].decode() and str(tmp_path) in (run_dir / "config.yaml").read_text()
     last = json.loads(files["metrics.json"])["eval"]["eval_loss"]
     assert (
         f"| {last:.3g}"[:6] in card
@@ -93,3 +96,23 @@ def test_an_adapter_on_a_local_base_is_not_uploaded_alone(train, compose, tmp_pa
     files = hub.repos["me/lora"]["main"]
     assert "model.safetensors" in files and "adapter_model.safetensors" not in files
     assert "LoraConfig of rank" in files["README.md"].decode()
+
+
+def test_a_model_whose_upload_fails_is_kept(train, tmp_path, hub, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise ConfigError("the hub is away")
+
+    monkeypatch.setattr("rlhf_trl.trainers.publishing.upload_model", refuse)
+    words = ["stage.args.save_strategy=no", *PUSH, "+stage.args.hub_model_id=me/mine"]
+    run_dir = train(tmp_path, "stage=sft", "stage.args.max_steps=2", *words)
+    assert is_done(run_dir) and Path(run_dir, "model.safetensors").is_file()
+    assert "warning: the hub is away" in capsys.readouterr().out
+
+
+def test_checkpoints_are_uploaded_as_models_alone(train, tmp_path, hub):
+    words = ["+stage.args.push_to_hub=true", "+stage.args.hub_model_id=me/mine"]
+    save = ["stage.args.save_strategy=steps", "stage.args.save_steps=1"]
+    train(tmp_path, "stage=sft", "stage.args.max_steps=2", *save, *words)
+    files = hub.repos["me/mine"]["main"]
+    assert hub.commits == ["Training in progress, step 1", "Training in progress, step 2", "Model save"]
+    assert not [name for name in files if "/" in name or name.endswith((".log", ".bin", ".pt")) or name == "run.json"]

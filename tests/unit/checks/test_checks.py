@@ -490,6 +490,21 @@ def test_a_push_to_the_hub_needs_a_login(compose, tmp_path, monkeypatch, offline
         check(compose("stage=sft", "+stage.args.push_to_hub=true", f"runs_dir={tmp_path}"))
 
 
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("hub_token=hf_mine", "stand in the records.*`HF_TOKEN`"),
+        ("hub_strategy=all_checkpoints", "Set it to `every_save`"),
+    ],
+)
+def test_a_push_holds_no_token_and_no_checkpoints(compose, tmp_path, monkeypatch, word, says):
+    from rlhf_trl.checks import libraries
+
+    monkeypatch.setattr(libraries, "_hub_login", lambda why: [])
+    with pytest.raises(ConfigError, match=says):
+        check(compose("stage=sft", "+stage.args.push_to_hub=true", f"+stage.args.{word}", f"runs_dir={tmp_path}"))
+
+
 @pytest.mark.parametrize("value", ["wandb", "[wandb]", "[tensorboard,wandb]"])
 def test_wandb_is_the_loggers(compose, tmp_path, value):
     with pytest.raises(ConfigError, match="`stage.args.report_to` names wandb.* Set `logger=wandb`"):

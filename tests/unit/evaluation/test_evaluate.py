@@ -405,14 +405,15 @@ def test_the_stage_evaluates_greedy_answers(compose, tmp_path):
     assert re.search(r"\| evaluate +\| evaluate +\| done ", text)
 
 
-def test_a_page_that_fails_leaves_the_scores_and_says_failed(compose, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, ConfigError])  # such as a damaged file of another run
+def test_a_page_that_fails_leaves_the_scores_and_says_failed(compose, tmp_path, monkeypatch, error):
     def broken(*args, **kwargs):
         assert json.loads(Path(cfg.run_dir, "run.json").read_text())["status"] == "running"
-        raise RuntimeError("no page")
+        raise error("no page")
 
     monkeypatch.setattr("rlhf_trl.stages.evaluate.write_page", broken)
     cfg = compose(*STAGE, f"runs_dir={tmp_path}")
-    with pytest.raises(RuntimeError, match="no page"):
+    with pytest.raises(error, match="no page"):
         instantiate(cfg.stage.run)(cfg)
     record = json.loads(Path(cfg.run_dir, "run.json").read_text())
     assert record["status"] == "failed" and "no page" in record["error"]
