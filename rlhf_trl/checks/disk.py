@@ -3,8 +3,6 @@
 import math
 from typing import Any, NamedTuple
 
-from rlhf_trl.callbacks.base import steps_per_rollout
-
 # Bytes of optimizer state per byte of trained weights, by a part of the optimizer's name, the first one that is found
 # in it; AdamW's two moments otherwise
 STATES = {"4bit": 0.25, "8bit": 0.5, "adafactor": 0.01, "adamw": 2.0, "lion": 1.0, "sgd": 0.0, "adagrad": 1.0}
@@ -75,7 +73,8 @@ def _saves(args: Any, steps: int) -> int:
         return math.ceil(args.num_train_epochs) if args.max_steps <= 0 else 1
     if strategy == "best":
         return args.save_total_limit or 1
-    every = args.save_steps * steps if args.save_steps < 1 else args.save_steps * steps_per_rollout(args)
+    counted_in = getattr(args, "steps_per_rollout", 1)  # PPO counts rollouts
+    every = args.save_steps * steps if args.save_steps < 1 else args.save_steps * counted_in
     return max(1, math.ceil(steps / max(1, every)))
 
 

@@ -72,16 +72,15 @@ def sample_of(
     Return the first rows of the data with completions of its own, or with a made-up one where it has none.
 
     Args:
-        rows (`Iterable[dict]`): rows with `prompt` and the columns that reward functions may read.
+        rows (`Iterable[dict]`): a dataset with `prompt` and the columns that reward functions may read.
         answered (`Iterable[dict]`): rows with `prompt` and `completion` of the same source; empty where it has none.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): the policy's; without it completions have no ids.
     """
     known = {}
     for row in answered:
         known.setdefault(prompt_key(row["prompt"]), row["completion"])
-    rows = list(rows)
-    found = list(islice((row for row in rows if prompt_key(row["prompt"]) in known), ROWS))
-    is_real, found = bool(found), found or rows[:ROWS]
+    found = list(islice((row for row in rows if prompt_key(row["prompt"]) in known), ROWS)) if known else []
+    is_real, found = bool(found), found or list(islice(rows, ROWS))
     completions = []
     for row in found:
         made = [{"role": "assistant", "content": COMPLETION}] if is_chat(row) else f" {COMPLETION}"

@@ -3,9 +3,9 @@
 import contextlib
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import DatasetDict
@@ -49,6 +49,7 @@ from rlhf_trl.cli.plan import (
     weights_of,
 )
 from rlhf_trl.cli.probes import (
+    ROWS,
     Collected,
     check_other_tokenizers,
     completion_lengths,
@@ -64,6 +65,7 @@ from rlhf_trl.data.lengths import head_names, row_lengths
 from rlhf_trl.data.preview import count_trained, render_batch, render_sample
 from rlhf_trl.data.splits import eval_split
 from rlhf_trl.data.unknown import check_known
+from rlhf_trl.evaluation.annotations import read_annotated
 from rlhf_trl.evaluation.generation import TOO_LONG, Policy
 from rlhf_trl.models.adapters import adapter_config
 from rlhf_trl.models.initial import load_initial_model
@@ -80,7 +82,6 @@ from rlhf_trl.stages.reward import member_seeds
 from rlhf_trl.terminal import printable
 
 OTHER_TEXTS = "Name a policy of their language, or other prompts."
-READERS = {"prompt": eval_split, "annotated": rows_of}  # which rows a stage reads that trains nothing
 END = "Dry run: nothing was started and nothing written. Remove `debug=dry_run` to run it."
 
 
@@ -141,7 +142,7 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
     answers = own_answers(cfg, [tokenizer]) if generates else []
     scales: dict[str, Scale] = {}
     if "reward" in cfg:
-        sample = sample_of(first_rows(rows, None), answers, tokenizer)
+        sample = sample_of(cast(Iterable[dict], rows), answers, tokenizer)
         scales = reward_scales(cfg, tokenizer, rows.column_names, sample, found)
     weights = weights_of(model, peft_config)
     critic = critic_weights(args, model, weights, cfg.model.trust_remote_code)
@@ -210,14 +211,16 @@ def plan_without_training(cfg: DictConfig) -> tuple[dict[str, str], list[str]]:
     """
     found, stage = Collected(), cfg.stage
     lines = {"stage": f"{stage.name} ({stage.run._target_})", "run directory": cfg.run_dir}
-    for model in models_of(as_dict(cfg)):
+    models = models_of(as_dict(cfg))
+    for model in models:
         lines[model.key] = model.path
         with found():
             _check_files(model)
-    if "max_completion_length" in stage:
+    if "max_completion_length" in stage and any(model.writes for model in models):
         lines["lengths"] = f"completions of up to {stage.max_completion_length:,} tokens"
         lines["temperature"] = f"{stage.temperature:g}"
     rows: list[dict] = []
+    annotated: list[dict] = []
     with found():
         if "max_prompts" in stage:
             rows = prompts_of(cfg)
@@ -225,8 +228,13 @@ def plan_without_training(cfg: DictConfig) -> tuple[dict[str, str], list[str]]:
         elif "data" in cfg:
             dataset = instantiate_data(cfg)
             lines["data"] = ", ".join(f"{len(part):,} rows for {name}" for name, part in dataset.items())
-            if stage.dataset_type in READERS:
-                rows = READERS[stage.dataset_type](dataset).to_list()
+            if stage.dataset_type == "annotated":
+                annotations = read_annotated(rows_of(dataset))
+                rows = annotations.first_prompts(stage.get("prompts") or ROWS).to_list()
+                pairs = zip(annotations.prompts, annotations.completions, strict=True)
+                annotated = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+            elif stage.dataset_type == "prompt":
+                rows = eval_split(dataset).to_list()
             if stage.get("references"):
                 reference_answers(cfg)
     policies = list(_generating_policies(cfg)) if rows and "prompt" in rows[0] else []
@@ -241,7 +249,7 @@ def plan_without_training(cfg: DictConfig) -> tuple[dict[str, str], list[str]]:
     tokenizer = policies[0][0].tokenizer if policies else None
     answers = own_answers(cfg, [tokenizer]) if tokenizer and "data" in cfg else []
     if "reward" in cfg:
-        sample = sample_of(rows, answers, tokenizer) if rows and "prompt" in rows[0] else None
+        sample = sample_of(rows, annotated or answers, tokenizer) if rows and "prompt" in rows[0] else None
         columns = sorted(set().union(*rows)) if policies else None
         scales = reward_scales(cfg, tokenizer, columns, sample, found, finite=False)
         lines["rewards"] = rewards_text(cfg.reward, scales) or "none"

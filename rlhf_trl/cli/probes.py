@@ -76,9 +76,9 @@ def own_answers(cfg: DictConfig, tokenizers: list[PreTrainedTokenizerBase]) -> l
     return [row for rows in answered for row in first_rows(rows)]
 
 
-def first_rows(dataset: Dataset, limit: int | None = ROWS) -> list[dict[str, Any]]:
-    """Return the first rows of a dataset, all without a limit."""
-    return dataset.select(range(min(limit or len(dataset), len(dataset)))).to_list()
+def first_rows(dataset: Dataset) -> list[dict[str, Any]]:
+    """Return the first rows of a dataset."""
+    return dataset.select(range(min(ROWS, len(dataset)))).to_list()
 
 
 def completion_lengths(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> list[int]:

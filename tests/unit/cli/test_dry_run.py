@@ -13,6 +13,8 @@ from hydra.utils import instantiate
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from rlhf_trl.build import training_arguments
+from rlhf_trl.checks.disk import Weights, disk_need
 from rlhf_trl.cli.dry_run import show_plan
 from rlhf_trl.cli.plan import weights_of
 from rlhf_trl.errors import ConfigError
@@ -253,6 +255,17 @@ def test_a_stage_without_training_is_planned_by_what_it_reads(compose, tmp_path,
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_plan_of_an_evaluation_of_rewards_calls_them_on_annotated_completions(compose, tmp_path, capsys):
+    words = ("stage=evaluate_reward", "reward=[demo,length]", "reward.length.kwargs.max_length=5")
+    show_plan(compose(*words, f"runs_dir={tmp_path}"))
+    shown = capsys.readouterr().out
+    assert re.search(r"rewards +gold x 1.0 \(mean .*: 4 rows of the data\), length x 1.0 \(mean", shown)
+    assert "max_completion_length" not in shown and not re.search(r"^  (lengths|temperature) ", shown, re.M)
+    with pytest.raises(ConfigError, match="compare nothing"):
+        rows = rows_file(tmp_path, [{"prompt": "a b", "completion": "c", "ratings": [3.0]}])
+        show_plan(compose(*words, f"runs_dir={tmp_path}", *rows, "data/feedback=ratings"))
+
+
 def test_an_unreachable_server_is_reported(compose, tmp_path):
     words = ["reward=http", "reward.http.url=http://127.0.0.1:9/score"]
     with pytest.raises(
@@ -277,6 +290,14 @@ def test_a_full_disk_is_reported(compose, tmp_path, monkeypatch, capsys):
     free = 10**5
     with pytest.raises(ConfigError, match="run needs about 3.7 MB .*, and the disk of .* has 0.1 MB free.*save_only"):
         disk()
+
+
+@pytest.mark.parametrize(("stage", "checkpoints"), [("ppo", 1), ("grpo", 2)])
+def test_save_steps_of_ppo_alone_count_rollouts(compose, tmp_path, stage, checkpoints):
+    args = [f"stage.args.{name}" for name in ("num_iterations=2", "save_steps=1", "max_steps=2")]
+    cfg = compose(f"stage={stage}", f"runs_dir={tmp_path}", *args, "stage.args.steps_per_generation=1")
+    need = disk_need(training_arguments(cfg.stage.args), Weights(100, 100, 4), critic=0, steps=2)
+    assert need.checkpoints == checkpoints
 
 
 def test_the_disk_of_a_plan_is_that_of_the_run(compose, tmp_path, capsys):
