@@ -5,8 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf_trl.config.values import at, nodes, section
 from rlhf_trl.data.file_rows import resolve_paths
 from rlhf_trl.errors import ConfigError
@@ -21,9 +19,10 @@ from rlhf_trl.runs.paths import (
     conf_dir,
     finish_command,
     is_run_name,
+    kind_of,
     named_policies,
+    other_model,
     project_dir,
-    read_model_config,
     read_paths,
     run_command,
 )
@@ -38,8 +37,10 @@ FOR_EMBEDDED = (
 def model_problems(values: dict[str, Any]) -> list[str]:
     """Return the problems of the model a run starts from, of reward models, and of the policies to compare."""
     problems = []
+    named = named_policies(at(values, "stage.policies") or {})
     if model := section(values, "model"):
-        problems += _model("model", model, values, at(values, "stage.task_type") or "CAUSAL_LM")
+        if not named:  # which take its place
+            problems += _model("model", model, values, at(values, "stage.task_type") or "CAUSAL_LM")
         problems += _values_of_the_embedded_model(model, values)
         if (template := model.get("chat_template")) not in CHAT_TEMPLATES:
             problems += _file("model.chat_template", template)
@@ -56,7 +57,6 @@ def model_problems(values: dict[str, Any]) -> list[str]:
     judge = section(values, "judge")
     if judge.get("path") is not None:
         problems += _model("judge", {**judge, "run": None}, values, "CAUSAL_LM")
-    named = named_policies(at(values, "stage.policies") or {})
     baseline = at(values, "stage.baseline")
     if baseline is not None and (problem := baseline_problem(baseline, named)):
         problems.append(problem)
@@ -110,17 +110,32 @@ def _model(key: str, node: dict[str, Any], values: dict[str, Any], task_type: st
     return problems or _task_type(key, folder, task_type)
 
 
+def brings_values(stage: Any) -> bool:
+    """Return whether `model=demo` brings values for a stage, by its name."""
+    return (conf_dir() / "model" / "_demo" / f"{stage}.yaml").is_file()
+
+
 def _values_of_the_embedded_model(model: dict[str, Any], values: dict[str, Any]) -> list[str]:
-    """Return the problem of a run of another model with `model=demo`, whose values fit the embedded one, or none."""
-    run, file = model.get("run"), project_dir(values) / str(model.get("run")) / CONFIG_FILE
-    brought = conf_dir() / "model" / "_demo" / f"{at(values, 'stage.name')}.yaml"
-    if run is None or not str(model.get("path")).startswith(DEMO) or not (brought.is_file() and file.is_file()):
+    """Return the problem of other models with `model=demo`, whose values fit the embedded one, or none."""
+    if not str(model.get("path")).startswith(DEMO) or not brings_values(at(values, "stage.name")):
         return []
-    started = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("model")
-    if started is None or str(started.get("path")).startswith(DEMO):  # `stage=init` has no model
-        return []
-    other = started["path"] or "another model"
-    return [f"`model.run` is `{run}`, a run of {other}. {FOR_EMBEDDED} Set `model=hf` as well."]
+    runs = project_dir(values)
+    named = {
+        f"stage.policies.{name}": place for name, place in named_policies(at(values, "stage.policies") or {}).items()
+    }
+    if not named and model.get("run") is not None:
+        named = {"model.run": str(model["run"])}
+    for key, place in named.items():
+        is_run = key == "model.run" or is_run_name(place, runs)
+        folder = runs / place if is_run else Path(place)
+        if is_run or (folder / CONFIG_FILE).is_file():
+            other = other_model(folder)
+        else:
+            other = None if place.startswith(DEMO) else place
+        if other is not None:
+            what = f", a run of {other}" if other != place else ""
+            return [f"`{key}` is `{place}`{what}. {FOR_EMBEDDED} Set `model=hf` as well."]
+    return []
 
 
 def _earlier_run(key: str, run: str, values: dict[str, Any]) -> list[str]:
@@ -192,15 +207,12 @@ def _task_type(key: str, folder: Path, wanted: str) -> list[str]:
             f"`{key}` is `{folder}`, an ensemble of reward models, which can only score. Name one of its members: "
             f"`{key}.run={folder.name}/member_0`."
         ]
-    adapter, config = (read_model_config(folder / name) for name in reversed(MODEL_FILES))
-    architecture = str((config.get("architectures") or [""])[0])
-    is_reward_model = adapter.get("task_type") == "SEQ_CLS" or "SequenceClassification" in architecture
-    is_policy = adapter.get("task_type") == "CAUSAL_LM" or "CausalLM" in architecture
-    if wanted == "CAUSAL_LM" and is_reward_model:
+    kind = kind_of(folder)
+    if wanted == "CAUSAL_LM" and kind == "reward":
         return [
             f"`{key}` is `{folder}`, a reward model, which can't write text. Start from a policy: `model.run=sft`."
         ]
-    if wanted == "SEQ_CLS" and is_policy and key != "model":  # a reward model does start from a policy
+    if wanted == "SEQ_CLS" and kind == "policy" and key != "model":  # a reward model does start from a policy
         return [f"`{key}` is `{folder}`, a model without a score head. Train one with `stage=reward`."]
     return []
 

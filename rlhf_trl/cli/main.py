@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_trl.checks import check, find_problems
-from rlhf_trl.checks.paths import FOR_EMBEDDED
+from rlhf_trl.checks.paths import FOR_EMBEDDED, brings_values
 from rlhf_trl.cli.app import exit_with, run_app
 from rlhf_trl.cli.outcome import first_line, last_lines
 from rlhf_trl.cli.overrides import compose, composed, without_sweeps
@@ -101,7 +101,7 @@ def command_line_problems(args: Namespace) -> list[str]:
 def _values_of_the_embedded_model(cfg: DictConfig, args: Namespace) -> list[str]:
     """Return the problem of another model with `model=demo`, or none."""
     path = at(as_dict(cfg, resolve=False), "model.path")
-    if path is None or str(path).startswith(DEMO):
+    if path is None or str(path).startswith(DEMO) or not brings_values(cfg.stage.name):
         return []
     whole = composed("train", args.overrides, args.config_dirs, with_hydra=True)
     if whole.hydra.runtime.choices.get("model") != "demo":

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.config.program import command_line
 from rlhf_trl.report.text import compact_number, duration
-from rlhf_trl.runs.paths import ADAPTER_FILE, DEMO, conf_dir, project_dir, read_model_config
+from rlhf_trl.runs.paths import ADAPTER_FILE, DEMO, conf_dir, kind_of, project_dir
 from rlhf_trl.runs.record import read_metrics, read_run
 
 # Set for the steps of a pipeline and the jobs of a sweep: what comes after them is already known
@@ -118,7 +118,7 @@ def _as_text(cfg: DictConfig) -> list[str]:
 
 
 def _typed(words: Sequence[str], keys: Sequence[str]) -> list[str]:
-    return [word for word in words if re.split(r"[./@=]", word.lstrip("+~"))[0] in keys]
+    return [word for word in words if re.split("[./=]", word.lstrip("+~"))[0] in keys]
 
 
 def _start(cfg: DictConfig) -> str | None:
@@ -131,22 +131,15 @@ def _start(cfg: DictConfig) -> str | None:
 def _compared(start: str, run: str) -> list[str]:
     """Return the overrides of `stage=evaluate` that compare a run with its start, and no other policy."""
     stage = OmegaConf.load(conf_dir() / "stage" / "evaluate.yaml").stage
-    names = [re.split("[/:]", place.rstrip("/"))[-1] for place in (start, run)]
+    named = [re.split("[/:]", place.rstrip("/"))[-1] for place in (start, run)]
     names = [
-        name if re.fullmatch(r"\w+", name) else other for name, other in zip(names, ("start", "run"), strict=True)
+        name if re.fullmatch(r"\w+", name) else other for name, other in zip(named, ("start", "run"), strict=True)
     ]
+    if names[0] == names[1]:
+        names = ["start", "run"]
     wanted = dict(zip(names, (start, run), strict=True))
     words = [f"{'' if name in stage.policies else '+'}stage.policies.{name}={wanted[name]}" for name in wanted]
     kept = {f"stage.policies.{name}={place}" for name, place in stage.policies.items()}
     words = [word for word in words if word not in kept]
     words += [f"stage.policies.{name}=null" for name in stage.policies if name not in wanted]
     return words if names[0] == stage.baseline else [*words, f"stage.baseline={names[0]}"]
-
-
-def kind_of(run_dir: Path) -> str | None:
-    """Return what a run has made, by the model's files: `policy`, `reward` or nothing that we know."""
-    architectures = read_model_config(run_dir / "config.json").get("architectures") or [""]
-    task = read_model_config(run_dir / ADAPTER_FILE).get("task_type")
-    if task == "SEQ_CLS" or str(architectures[0]).endswith("ForSequenceClassification"):
-        return "reward"
-    return "policy" if task == "CAUSAL_LM" or architectures[0] else None

@@ -16,7 +16,6 @@ from omegaconf import DictConfig
 
 from rlhf_trl.cli.app import exit_with, run_app
 from rlhf_trl.cli.launcher import START_OVERRIDES, launch_command, overrides_of, results_of, run, shell_line, state_of
-from rlhf_trl.cli.outcome import kind_of
 from rlhf_trl.cli.overrides import compose, without_sweeps
 from rlhf_trl.config.command_line import config_dirs
 from rlhf_trl.config.program import command_line
@@ -25,6 +24,7 @@ from rlhf_trl.errors import ConfigError
 from rlhf_trl.report.project import write_report
 from rlhf_trl.report.text import comparison_text, duration, table
 from rlhf_trl.runs.directory import name_problems
+from rlhf_trl.runs.paths import kind_of, other_model
 from rlhf_trl.runs.record import RUN_FILE, is_done, read_comparison, read_run
 from rlhf_trl.terminal import printable
 
@@ -141,7 +141,8 @@ def run_pipeline(
     print("\n" + result(project_dir, list(steps)))
     policies = [name for name in steps if kind_of(project_dir / name) == "policy"]
     if policies:
-        words = [f"stage.policies=[{','.join(policies)}]", *where]
+        real = any(other_model(project_dir / name) for name in policies)
+        words = [*(["model=hf"] if real else []), f"stage.policies=[{','.join(policies)}]", *where]
         print(f"next: chat  {command_line('stage=chat', *words)}")
     if all(state == "done" for state in states.values()):
         print("\n" + _ways_out(project, project_dir))

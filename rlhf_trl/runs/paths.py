@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
+
 from rlhf_trl.config.program import command_line, typed_config_dir, typed_overrides
 from rlhf_trl.config.values import texts
 from rlhf_trl.errors import PACKAGE, ConfigError
 from rlhf_trl.runs.ranks import is_main_process
-from rlhf_trl.runs.record import ENSEMBLE_FILE, RUN_FILE, read_json, read_run
+from rlhf_trl.runs.record import CONFIG_FILE, ENSEMBLE_FILE, RUN_FILE, read_json, read_run
 
 DEMO = "demo:"
 ADAPTER_FILE = "adapter_config.json"
@@ -173,10 +175,28 @@ def run_command(run: str, project_dir: str | os.PathLike) -> str:
 
 
 def finish_command(run: str, project_dir: str | os.PathLike) -> str:
-    """Return the command that resumes an unfinished run of a project: its own, as it was typed."""
-    record = read_run(Path(project_dir, run))
+    """
+    Return the command that finishes an unfinished run of a project, its own as it was typed: it resumes the run or,
+    where there is no checkpoint, starts it again.
+    """
+    run_dir = Path(project_dir, run)
+    record = read_run(run_dir)
     command = record.command if record and record.command else run_command(run, project_dir)
-    return f"{re.sub(r' (resume|overwrite)=[^ ]+', '', command)} resume=true"
+    resumable = any(run_dir.glob("checkpoint-*/")) or any(run_dir.glob(f"member_*/{RUN_FILE}"))
+    return f"{re.sub(r' (resume|overwrite)=[^ ]+', '', command)} {'resume' if resumable else 'overwrite'}=true"
+
+
+def other_model(folder: str | os.PathLike) -> str | None:
+    """
+    Return the model that the run in a folder started from, by its `config.yaml`; `None` for the embedded model, for a
+    model from scratch, and where there is no run.
+    """
+    file = Path(folder, CONFIG_FILE)
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    started = config.get("model") if isinstance(config, dict) else None
+    if started is None or str(started.get("path")).startswith(DEMO):
+        return None
+    return started.get("path") or "another model"
 
 
 def config_file(group: str, option: str) -> Path | None:
@@ -219,6 +239,15 @@ def read_model_config(path: Path) -> dict[str, Any]:
     except ConfigError:
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def kind_of(folder: Path) -> str | None:
+    """Return what the model in a folder is, by its files: `policy`, `reward` or nothing that we know."""
+    architectures = read_model_config(folder / "config.json").get("architectures") or [""]
+    task = read_model_config(folder / ADAPTER_FILE).get("task_type")
+    if task == "SEQ_CLS" or "SequenceClassification" in str(architectures[0]):
+        return "reward"
+    return "policy" if task == "CAUSAL_LM" or architectures[0] else None
 
 
 def conf_dir() -> Path:

@@ -180,6 +180,14 @@ def test_another_model_never_gets_the_values_of_the_embedded_one(tmp_path, model
     ):
         (problem,) = problems("stage=dpo", *words)
         assert words[-1].replace("=", "` is `") in problem and "Set `model=hf` as well" in problem
+    for place, name in ((models["llama"], "llama"), ("mine", "mine"), ("runs/default/mine", "mine")):
+        policies = f"stage.policies=[sft,{place}]"
+        (problem,) = problems("stage=chat", policies)
+        assert f"`stage.policies.{name}` is `{place}`" in problem and "Set `model=hf` as well" in problem
+        assert problems("stage=chat", "model=hf", policies) == []
+    assert problems("stage=chat", "stage.policies=[sft,init,demo:sft,runs/default/sft]") == []
+    assert problems("stage=merge", f"model.path={models['llama']}", "run_name=m") != []  # nothing to merge
+    assert "model=hf" not in str(problems("stage=merge", f"model.path={models['llama']}"))
     (problem,) = problems("stage=dpo", "model=hf")
     assert "`model.path` has no value" in problem and "`model.run=...`" in problem
 

@@ -80,7 +80,12 @@ def test_a_pipeline_ends_with_the_command_to_chat_with_its_policies(tmp_path):
     for name, kind in kinds.items():
         (tmp_path / "runs/mine" / name / "config.json").write_text(json.dumps({"architectures": [kind]}))
     _, out, _ = launch("pipeline", tmp_path, *mine, FAKE)
-    assert re.search(r"^next: chat  .*train.py .*stage=chat 'stage.policies=\[sft,again\]' project=mine$", out, re.M)
+    chat = r"'stage.policies=\[sft,again\]' project=mine$"
+    assert re.search(rf"^next: chat  .*train.py .*stage=chat {chat}", out, re.M)
+    config = tmp_path / "runs/mine/sft/config.yaml"
+    config.write_text(config.read_text() + "model: {path: organization/name}\n")
+    _, out, _ = launch("pipeline", tmp_path, *mine, FAKE)
+    assert re.search(rf"^next: chat  .*train.py .*stage=chat model=hf {chat}", out, re.M)
 
 
 def test_what_is_done_is_not_done_again_and_the_ways_out_are_named(tmp_path):

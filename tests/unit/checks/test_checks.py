@@ -151,7 +151,7 @@ def test_earlier_runs(problems):
     assert problems("model.run=sft") == []
     one(problems("model.run=sfd"), "Did you mean `sft`?")
     make_run("sft", "stopped", command="accelerate launch train.py stage=sft")
-    one(problems("model.run=sft"), "not finished", "accelerate launch train.py stage=sft resume=true")
+    one(problems("model.run=sft"), "not finished", "accelerate launch train.py stage=sft overwrite=true")
     one(problems("reward=model"), "`reward.model.run`", "stage=reward project=default")
     one(problems("stage=evaluate", "stage.policies.sft=demo:sft", "~stage.policies.dpo"), "`stage.policies.ppo`")
 
@@ -161,7 +161,9 @@ def test_a_reward_model_is_no_policy_and_the_other_way_round(problems):
     make_run("sft", config={"architectures": ["LlamaForCausalLM"]})
     assert problems("model.run=sft", "reward=model") == [] == problems("stage=reward", "run_name=r2", "model.run=sft")
     one(problems("model.run=reward"), "`model`", "reward model")
-    one(problems("reward=model", "reward.model.run=sft"), "`reward.model`", "without a score head")
+    for run, kind in {"sft": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}.items():
+        make_run(run, config={"architectures": [kind]})
+        one(problems("reward=model", f"reward.model.run={run}"), "`reward.model`", "without a score head")
 
 
 def test_data_paths(problems):

@@ -84,7 +84,7 @@ def test_the_version_is_ours():
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("python train.py stage=p", ["stage=ppo"]),
+        ("python train.py stage=p", ["stage=ppo", "stage=push"]),
         ("python train.py stage=ppo stage.args.learning_r", ["stage.args.learning_rate="]),
         ("python train.py adapter=qlo", ["adapter=qlora"]),
         ("python train.py experiment=reviews/tiny/d", ["experiment=reviews/tiny/dpo"]),

@@ -47,4 +47,6 @@ def test_the_command_that_finishes_a_run_is_its_own(tmp_path):
         "command": "accelerate launch train.py stage=sft overwrite=true seed=1",
     }
     (folder / "run.json").write_text(json.dumps(record))
+    assert finish_command("sft", tmp_path / "p") == "accelerate launch train.py stage=sft seed=1 overwrite=true"
+    (folder / "checkpoint-1").mkdir()
     assert finish_command("sft", tmp_path / "p") == "accelerate launch train.py stage=sft seed=1 resume=true"
