@@ -190,13 +190,22 @@ def learning_rates_page() -> str:
             others = [arguments_set_by("adapter", name, stage)["learning_rate"] for name in ("lora", "qlora")]
             demo = arguments_set_by("model", "demo", stage)["learning_rate"]
             lines.append(f"| [`{stage}`](stage-{stage}.md) | {' | '.join([args['learning_rate'], *others, demo])} |")
-    critics = [
-        f"| [`critic={name}`](critic.md#{slug(f'critic={name}')}) | {rate} |"
-        for name in sorted(GROUPS["critic"])
-        if (rate := arguments_set_by("critic", name, "ppo").get("critic_learning_rate"))
-    ]
-    head = "| `stage=` | full | `adapter=lora`, `dora` | `adapter=qlora` | `model=demo`, full |\n|---|---|---|---|---|"
-    return "\n".join([LEARNING_RATES, head, *lines, "\n| PPO's critic | |\n|---|---|", *critics, ""])
+    critics = []
+    for name in sorted(GROUPS["critic"]):
+        if rate := arguments_set_by("critic", name, "ppo").get("critic_learning_rate"):
+            (demo,) = [
+                key.text
+                for key in keys_of(CONF / "critic" / "_values" / "demo" / f"{name}.yaml")
+                if key.name == "critic_learning_rate"
+            ]
+            critics.append(f"| [`critic={name}`](critic.md#{slug(f'critic={name}')}) | {rate} | {demo} |")
+    head = (
+        "| `stage=` | full | `adapter=lora`, `dora` | `adapter=qlora` | `model=demo`, full or adapter |\n"
+        "|---|---|---|---|---|"
+    )
+    return "\n".join(
+        [LEARNING_RATES, head, *lines, "\n| PPO's critic | | `model=demo` |\n|---|---|---|", *critics, ""]
+    )
 
 
 def stage_page(stage: str) -> str:
