@@ -32,7 +32,7 @@ CHAT_CHECK: ContextVar[Callable[[list[dict], dict], None] | None] = ContextVar("
 # While rows are read with `data.to_chat: null` for models with a chat template: the special tokens that it writes.
 # `None`: text stays text. `rlhf_trl.data.chat_template.text_as_chat` sets it.
 TEMPLATE_TOKENS: ContextVar[frozenset[str] | None] = ContextVar("template_tokens", default=None)
-# The columns of all forms that may hold chats
+# The columns of all dataset types that may hold chats
 CHATS = ("prompt", "completion", "chosen", "rejected", "messages", "completions")
 # A chat in text: JSON, or what Python prints of a list
 CHAT_AS_TEXT = re.compile(r"""\s*\[\s*\{[^{}]*["'](role|from)["']\s*:""")

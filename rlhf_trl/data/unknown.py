@@ -35,7 +35,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 def check_known(dataset, tokenizer, name: str, remedy: str) -> None:
     """
-    Stop a run whose data the tokenizer doesn't know, and print the share of unknown tokens that is worth a look.
+    Raise an error if a third of the data's tokens or more are unknown, and print a smaller share as a note.
 
     Args:
         dataset (`Dataset` or `list[dict]`): rows, of which the first are looked at.
@@ -52,4 +52,4 @@ def check_known(dataset, tokenizer, name: str, remedy: str) -> None:
     said = f"{share:.0%} of the tokens in the data are `{tokenizer.unk_token}`, unknown to the tokenizer of `{name}`"
     if share < REFUSED:
         return say(f"note: {said}")
-    raise DataError(f"{said}: it was made for other texts, and the model would see next to nothing of these. {remedy}")
+    raise DataError(f"{said}: it was made for other texts, and the model can't read these. {remedy}")
