@@ -19,11 +19,11 @@ class Range(NamedTuple):
 
 
 # By the type of dataset that a stage trains on. The highest published ones, scaled to 1e9 parameters, are below
-# `highest`: SFT 3e-4 at 1.7 B and 1e-3 at 135 M (SmolLM2); reward models 5e-5 at 0.6 B (RLHF book) and 9e-6 at 8 B
+# `highest`: SFT 3e-4 at 1.7 B and 1e-3 at 360 M (SmolLM2); reward models 5e-5 at 0.6 B (RLHF book) and 9e-6 at 8 B
 # (OpenRLHF); ORPO 8e-6 at 7 B (arXiv 2403.07691), DPO 5e-6 at 1 B (RLHF book); PPO 3e-6 at 1 B (arXiv 2403.17031) and
 # 8e-6 at 125 M (trlx).
 RANGES = {
-    "prompt_completion": Range(2e-5, 4e-4),
+    "prompt_completion": Range(2e-5, 6.1e-4),
     "comparisons": Range(1e-5, 1e-4),
     "preference": Range(1e-6, 2.5e-5),
     "unpaired": Range(1e-6, 2.5e-5),
@@ -61,7 +61,7 @@ def learning_rate_problem(
     if has_adapter and learning_rate < known.usual:
         return (
             f"`{key}={learning_rate:g}` is a learning rate of full tuning, or below, and an adapter needs about ten "
-            f"times that: expect it to learn next to nothing. Published recipes have about "
+            f"times that: expect it to learn very little. Published recipes have about "
             f"{known.usual * ADAPTER_FACTOR:g}."
         )
     return None

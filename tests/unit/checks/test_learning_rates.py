@@ -9,6 +9,7 @@ from rlhf_trl.checks.learning_rates import RANGES, learning_rate_problem
     ("dataset_type", "learning_rate", "parameters"),
     [
         ("prompt_completion", 3e-4, 1.7e9),  # SmolLM2
+        ("prompt_completion", 1e-3, 362e6),
         ("prompt_completion", 1e-3, 135e6),
         ("prompt_completion", 2e-5, 7e9),  # Zephyr
         ("comparisons", 5e-5, 0.6e9),  # RLHF book
