@@ -22,8 +22,13 @@ def bootstrap_mean(values: np.ndarray, level: float = 0.95, resamples: int = 10_
             Number of times that the prompts are resampled.
         seed (`int`):
             Seed of the draws; the same values, level and seed give the same interval.
+
+    Returns:
+        [`Estimate`]: with NaN as the ends of the interval for a single value.
     """
     values = np.asarray(values, dtype=float)
+    if len(values) == 1:
+        return Estimate(float(values[0]), np.nan, np.nan)
     random = np.random.default_rng(seed)
     # In chunks of about a million draws, to limit the memory
     turn = max(1, 1_000_000 // len(values))

@@ -5,12 +5,13 @@ import random
 import numpy as np
 
 from rlhf_trl.report import plots
-from rlhf_trl.report.measures import policy_colors
+from rlhf_trl.report.measures import among, policy_colors
 from rlhf_trl.report.page import Figure, SideBySide, Table, Text
 from rlhf_trl.report.text import interval, number
 from rlhf_trl.runs.results import Comparison, PromptSample
 
 RANDOM_SHOWN, DIFFERENT_SHOWN = 5, 10
+FEWEST = 20  # prompts of a kind on which a policy may be called worse
 
 
 def distribution_blocks(comparison: Comparison) -> list:
@@ -49,6 +50,8 @@ def distribution_blocks(comparison: Comparison) -> list:
 def slice_blocks(comparison: Comparison) -> list:
     """Return the rewards by kind of prompt: a table for each column of the data that parts the prompts."""
     base, blocks = comparison.baseline, []
+    enough = [part for part in comparison.slices if part.prompts >= FEWEST]
+    count = sum(len(part.differences) for part in enough)
     for column in dict.fromkeys(part.column for part in comparison.slices):
         parts = [part for part in comparison.slices if part.column == column]
         rows = [
@@ -62,9 +65,15 @@ def slice_blocks(comparison: Comparison) -> list:
         ]
         headers = [column, "prompts", f"reward of {base} [95 %]", *(f"{name} - {base}" for name in comparison.others)]
         worse = [
-            f"{name} on `{part.value}`" for part in parts for name, found in part.differences.items() if found.high < 0
+            f"{name} on `{part.value}`"
+            for part in parts
+            if part in enough
+            for name, found in part.differences.items()
+            if among(found, count).high < 0
         ]
-        note = f"Worse than {base} beyond chance: {'; '.join(worse)}." if worse else ""
+        note = (
+            f"Worse than {base} beyond chance, one of {count} differences or not: {'; '.join(worse)}." if worse else ""
+        )
         blocks.append(Table(headers, rows, f"Rewards by `{column}`, a column of the data.", note=note))
     return blocks
 

@@ -1,6 +1,7 @@
 """Measures of a comparison of policies that its tables, figures and verdicts share."""
 
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +55,17 @@ def scaled(value: float | None, mean: float | None, std: float | None) -> float 
 def part_of(estimate: Estimate | None, part: str) -> float | None:
     """Return the mean, or an end of the interval, of an estimate; `None` where it could not be made."""
     return None if estimate is None else getattr(estimate, part)
+
+
+def among(estimate: Estimate, count: int) -> Estimate:
+    """
+    Return one of `count` estimates with the interval that holds for all of them together (Bonferroni), from its own of
+    95 % as of a normal distribution: for what is picked out because it is extreme.
+    """
+    normal = NormalDist()
+    factor = normal.inv_cdf(1 - 0.025 / count) / normal.inv_cdf(0.975)
+    mean, low, high = estimate
+    return Estimate(mean, mean + factor * (low - mean), mean + factor * (high - mean))
 
 
 def share(value: float | None) -> str:
@@ -110,8 +122,9 @@ class BesideBestOfN(NamedTuple):
 def beside_best_of_n(comparison: Comparison, name: str) -> BesideBestOfN | None:
     """
     Return a policy beside best-of-n, chosen by what the policies were trained on where that was measured; `None` where
-    one of the two is unknown. The interval takes both errors as independent: on the same prompts it is too wide rather
-    than too narrow.
+    one of the two is unknown. Between two n the reward is taken as linear in the root of the KL (Gao et al. 2023,
+    arXiv 2210.10760), as the figure draws it. The interval takes both errors as independent: on the same prompts it is
+    too wide rather than too narrow. It leaves out the error of the policy's KL.
     """
     result = comparison.policies[name]
     if not comparison.curves or not result.kl or not result.reward:
@@ -125,7 +138,7 @@ def beside_best_of_n(comparison: Comparison, name: str) -> BesideBestOfN | None:
     difference = None
     if result.kl.mean <= kls[-1]:
         at = max(result.kl.mean, 0.0)  # an estimate of a small KL may be below 0
-        mean, low, high = (np.interp(at, kls, [reward[i] for reward in rewards]) for i in range(3))
+        mean, low, high = (np.interp(np.sqrt(at), np.sqrt(kls), [reward[i] for reward in rewards]) for i in range(3))
         gap = result.reward.mean - mean
         half = float(np.hypot(result.reward.high - result.reward.low, high - low)) / 2
         difference = Estimate(float(gap), float(gap - half), float(gap + half))

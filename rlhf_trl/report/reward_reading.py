@@ -2,6 +2,7 @@
 
 import math
 
+from rlhf_trl.report.measures import among
 from rlhf_trl.report.text import interval
 from rlhf_trl.runs.results import Estimate
 from rlhf_trl.runs.reward_results import RewardQuality, RewardResult, SliceAccuracy
@@ -36,7 +37,7 @@ def _accuracy(quality: RewardQuality, result: RewardResult) -> str:
         return f"It agrees less with people than one rater does with the others ({one:.1%}): there is more to learn."
     if accuracy.low > one:
         return f"It agrees more with people's mean than a single rater does ({one:.1%})."
-    return f"It is as good as a single rater ({one:.1%}); more than that needs more raters per completion to show."
+    return f"It can't be told from a single rater, who agrees with the others in {one:.1%} of the comparisons."
 
 
 def _weakest(result: RewardResult) -> str:
@@ -45,7 +46,8 @@ def _weakest(result: RewardResult) -> str:
         return ""
     worst = min(parts, key=lambda part: part.accuracy.mean)
     shown = f"`{worst.name}`, {interval(worst.accuracy, '{:.2f}')} of {worst.n:,} comparisons"
-    if not worst.accuracy.high < result.accuracy.mean:  # nor where there is no interval
+    # The lowest of several: its interval is the one for all of them
+    if not among(worst.accuracy, len(parts)).high < result.accuracy.mean:  # nor where there is no interval
         return f"No slice is weaker than the whole beyond chance; the lowest is {shown}."
     return f"Weakest slice: {shown}{_how_weak(worst)}."
 

@@ -141,7 +141,7 @@ def _policy_verdict(comparison: Comparison, name: str) -> Verdict:
     if difference.high < 0:
         return Verdict(DONT, [f"it has less reward than {base}"])
     concerns = [found for check in (_over_optimized, _costly) if (found := check(comparison, name))]
-    if difference.low <= 0:
+    if not difference.low > 0:  # nor of a single prompt, which has no interval
         call = DONT if _over_optimized(comparison, name) else LOOK
         return Verdict(call, [f"no difference to {base} beyond chance on {comparison.prompts:,} prompts", *concerns])
     if result.win_rate and result.win_rate.high < 0.5:
@@ -185,7 +185,12 @@ def verdict_blocks(comparison: Comparison) -> list:
     headers = ["policy", "verdict", f"reward vs {base} [95 %]"]
     headers += ["vs best of n, same KL [95 %]", "as good as best of"] if has_best else []
     note = f"Best of n is free of training: of n answers of {base} the best{by} is kept." if has_best else ""
-    blocks = [Table([*headers, "why"], rows, note=note)]
+    if len(found) > PAIRS_SHOWN:
+        note += (
+            f" Each interval holds by itself: of {len(found)} policies that are as good as {base}, about "
+            f"{0.025 * len(found):.1g} would be called better by chance."
+        )
+    blocks = [Table([*headers, "why"], rows, note=note.strip())]
     if pairs := _pairs(comparison):
         blocks.append(Table(["policies", "difference in reward [95 %]", "reading"], pairs, "Between the policies."))
     return blocks

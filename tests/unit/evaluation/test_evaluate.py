@@ -60,6 +60,11 @@ def test_bootstrap_of_many_values_is_the_normal_interval():
     assert (low, high) == (pytest.approx(mean - half, abs=0.1 * half), pytest.approx(mean + half, abs=0.1 * half))
 
 
+def test_bootstrap_of_one_value_has_no_interval():
+    mean, low, high = bootstrap_mean([2.0])
+    assert mean == 2.0 and math.isnan(low) and math.isnan(high)
+
+
 def test_bootstrap_is_the_same_every_time_and_holds_what_is_constant():
     assert bootstrap_mean([1.0, 5.0, 2.0]) == bootstrap_mean([1.0, 5.0, 2.0])
     assert bootstrap_mean([2.5] * 7) == (2.5, 2.5, 2.5)
@@ -451,9 +456,11 @@ def test_a_comparison_holds_kinds_and_differences(policies):
         named({**policies, "twin": policies["sft"]}), dataset=dataset, rewards=[FunctionReward(length_of)]
     )
     assert [(part.value, part.prompts) for part in found.slices] == [("x", 3), ("y", 1)]
+    assert math.isnan(found.slices[1].differences["ppo"].high)  # of one prompt
     assert [(pair.one, pair.other) for pair in found.differences] == [("ppo", "twin")]
     assert found.policies["ppo"].parameters > 1000
-    assert Comparison.from_json(json.loads(json.dumps(found.to_json()))) == found
+    written = found.to_json()
+    assert Comparison.from_json(json.loads(json.dumps(written))).to_json() == written
 
 
 def test_three_policies_are_ranked(policies):

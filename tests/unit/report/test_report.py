@@ -443,11 +443,14 @@ def test_below_the_best_of_n_is_said():
     call, reasons = policy_verdicts(Comparison.from_json(found))["ppo"]
     assert call == LOOK and reasons == ["the best of n samples of sft has more reward for the same KL"]
     (table_,) = verdict_blocks(Comparison.from_json(found))
-    # At a KL of .9 best-of-n has 2.9 +- .1; the policy 1.5 +- .1
-    assert table_.cells[0][2:5] == ["+0.50 [+0.40, +0.60]", "-1.40 [-1.54, -1.26]", "n = 1"]
+    # At a KL of .9 best-of-n has 2 + 1.2 sqrt(.9 / 1.2) = 3.04 +- .1; the policy 1.5 +- .1
+    assert table_.cells[0][2:5] == ["+0.50 [+0.40, +0.60]", "-1.54 [-1.68, -1.40]", "n = 1"]
     found["policies"]["ppo"]["kl"] = estimate(5.0)  # beyond what n samples reach: nothing to hold it against
     assert "best of n" not in verdict(Comparison.from_json(found))
     assert verdict_blocks(Comparison.from_json(found))[0].cells[0][3] == "further than n = 8"
+
+
+ALONE = {"mean": 0.8, "low": None, "high": None}  # of a single prompt
 
 
 @pytest.mark.parametrize(
@@ -456,6 +459,7 @@ def test_below_the_best_of_n_is_said():
         ({"ppo": entry(1.8, 0.9, 2.0, 0.8)}, SHIP, "better than sft beyond chance"),
         ({"ppo": entry(0.5, 0.9, 0.0, -0.5)}, DONT, "less reward than sft"),
         ({"ppo": entry(1.05, 0.9, 0.0, 0.05)}, LOOK, "no difference to sft beyond chance on 40 prompts"),
+        ({"ppo": entry(1.8, 0.9, 2.0, 0.8) | {"difference": ALONE}}, LOOK, "no difference to sft beyond chance"),
         ({"ppo": entry(1.05, 9.0, 4.0, 0.05)}, DONT, "over-optimized"),
         ({"ppo": entry(1.4, 9.0, 4.0, 0.4)}, LOOK, "over-optimized"),
         ({"ppo": entry(1.8, 0.9, 2.0, 0.8, eos_rate=0.5)}, LOOK, "ends 50% of its answers"),
@@ -516,12 +520,13 @@ def test_rewards_by_kind_of_prompt(project):
             "rewards": {"sft": estimate(1.0), "ppo": estimate(1.0 + gain), "far": estimate(1.0)},
             "differences": {"ppo": estimate(gain), "far": estimate(0.0)},
         }
-        for kind, count, gain in (("fact", 30, 0.9), ("joke", 10, -0.5))
+        for kind, count, gain in (("fact", 30, 0.9), ("joke", 20, -0.5), ("poem", 20, -0.11), ("rare", 9, -0.5))
     ]
     (project / "evaluate" / "comparison.json").write_text(json.dumps(whole))
     text = to_markdown(project_page(project))
-    assert re.search(r"\| joke +\| +10 \| +1.00 \[0.90, 1.10\] \| -0.50 \[-0.60, -0.40\] \|", text)
-    assert "Worse than sft beyond chance: ppo on `joke`." in text
+    assert re.search(r"\| joke +\| +20 \| +1.00 \[0.90, 1.10\] \| -0.50 \[-0.60, -0.40\] \|", text)
+    # Of six differences, `poem` alone is no news; nine prompts are too few
+    assert "Worse than sft beyond chance, one of 6 differences or not: ppo on `joke`." in text
 
 
 def test_the_setup_says_what_was_compared(project):

@@ -62,7 +62,7 @@ def bins(predicted: float, observed: float, n: int = 900) -> dict:
         (quality(accuracy=estimate(0.52)), "can't be told from chance"),
         (quality(raters=0.8), "less with people than one rater does with the others (80.0%)"),
         (quality(raters=0.6), "more with people's mean than a single rater"),
-        (quality(raters=0.71), "as good as a single rater (71.0%)"),
+        (quality(raters=0.71), "can't be told from a single rater, who agrees with the others in 71.0%"),
         (
             quality(slices=[part("like length", 200, 0.7), part("kind: joke", 60, 0.4)]),
             "Weakest slice: `kind: joke`, 0.40 [0.35, 0.45] of 60 comparisons, where it prefers what people don't",
