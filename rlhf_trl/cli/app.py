@@ -54,7 +54,7 @@ def run_app(
         SystemExit: with status 2 after an error of the user's, 130 after Ctrl-C.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra itself ends every error, with status 1 and without its traceback
-    args = Namespace(overrides=[], config_dirs=[], is_checked=False)
+    args = Namespace(overrides=[], config_dirs=[], is_checked=False, multirun=False)
     try:
         if "--version" in sys.argv[1:]:  # which is Hydra's own otherwise
             return _show(version_text())
@@ -91,7 +91,8 @@ def _show(text: str) -> None:
 def _explain(error: Exception, config: str, args: Namespace) -> str:
     """Return the problems of the overrides or, where they have none, Hydra's own message."""
     if isinstance(error, HydraException):
-        _, problems = compose(without_sweeps(args.overrides), args.config_dirs, config)
+        words = without_sweeps(args.overrides) if args.multirun else args.overrides
+        _, problems = compose(words, args.config_dirs, config)
         if problems:
             return str(ConfigError.join(problems))
     lines = str(error).splitlines()

@@ -24,7 +24,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.checks.renamed import renamed_key, renamed_problem
-from rlhf_trl.cli.unknown_keys import deepest, target_of, unknown_key_problem
+from rlhf_trl.cli.unknown_keys import OPEN_NODES, deepest, new_key_problem, target_of, unknown_key_problem
 from rlhf_trl.config.command_line import SPECIAL_CHARACTERS, is_text_key, parse_override
 from rlhf_trl.config.groups import WHOLE_RUNS, is_helper, option_groups
 from rlhf_trl.config.program import command_line
@@ -39,8 +39,6 @@ NO_OPTION = re.compile(r"Could not (?:find|load) '(.+)'")
 TWICE = re.compile(r"Multiple values for (\S+?)\. To override a value use 'override ([^']+)'")
 INTERPOLATION = re.compile(r"Error resolving interpolation")
 GLOBAL = re.compile(r"#\s*@package\s+_global_\s*")
-# Nodes whose keys the user chooses
-OPEN_NODES = {"callbacks", "columns", "kwargs", "policies", "published", "sources", "steps", "weights"}
 
 
 def parse_command_line(argv: Sequence[str]) -> Namespace:
@@ -222,6 +220,18 @@ def _explain(word: str, error: Exception, cfg: DictConfig, groups: dict[str, set
         return f"`{word}` adds a key that is there already. Use it without the plus: `{word.lstrip('+')}`."
     if "Could not override" in text and "steps" in cfg and key.split(".")[0] in groups:
         return f"`{word}` is a word for a step. For all steps of a pipeline set `'overrides=[\"{word}\"]'`."
+    if "Could not override" in text and key.startswith("hydra."):
+        return f"`{word}`: Hydra has no such key. `{command_line('--cfg', 'hydra')}` prints those that it has."
+    given, node = _value(word), None if key in groups else OmegaConf.select(cfg, key)
+    if isinstance(given, list) and isinstance(node, DictConfig):
+        names = f" ({names_of(map(str, node))})" if node else ""
+        return f"`{word}` is a list, and `{key}` holds keys{names}. Set one of them, or add one: `+{key}.NAME=...`."
+    if (
+        isinstance(given, dict)
+        and isinstance(node, DictConfig)
+        and (problem := new_key_problem(key, given, cfg, groups))
+    ):
+        return problem
     if "Could not override" in text:
         group = key if key in groups else key.partition(".")[0]  # `combine=min`, or `combine.floor=1`
         not_read = group in groups and group not in cfg

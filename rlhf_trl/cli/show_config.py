@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_trl.cli.overrides import composed
+from rlhf_trl.cli.overrides import composed, without_sweeps
 from rlhf_trl.config.command_line import parse_override
 from rlhf_trl.config.groups import option_groups
 from rlhf_trl.config.values import as_dict, at, flatten
@@ -25,8 +25,9 @@ COMMAND_LINE = "command line"
 
 def annotated_config(args: Namespace, config: str) -> str:
     """
-    Return the config of a command line as YAML. The comment after a value names the file that set it last, or the
-    command line; that after a reference to another key has the value and where that one comes from.
+    Return the config of a command line, of a multirun's first job, as YAML. The comment after a value names the file
+    that set it last, or the command line; that after a reference to another key has the value and where that one
+    comes from.
 
     Args:
         args (`Namespace`): see [`~rlhf_trl.cli.overrides.parse_command_line`].
@@ -35,8 +36,9 @@ def annotated_config(args: Namespace, config: str) -> str:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if `--package` names no node.
     """
-    cfg = composed(config, args.overrides, args.config_dirs)
-    found = origins(args.overrides, args.config_dirs, config)
+    words = without_sweeps(args.overrides) if args.multirun else args.overrides
+    cfg = composed(config, words, args.config_dirs)
+    found = origins(words, args.config_dirs, config)
     package = "" if args.package in (None, "_global_") else args.package
     shown = OmegaConf.select(cfg, package) if package else cfg
     if not OmegaConf.is_config(shown):

@@ -10,6 +10,8 @@ from rlhf_trl.config.argument_names import arguments
 from rlhf_trl.config.values import as_dict, nodes
 from rlhf_trl.hints import nearest, suggestion
 
+# Nodes whose keys the user chooses
+OPEN_NODES = {"callbacks", "columns", "kwargs", "policies", "published", "sources", "steps", "weights"}
 # Names that other trainers and papers have for a key, and the name of it here
 SYNONYMS = {
     "lr": "learning_rate",
@@ -79,6 +81,21 @@ def unknown_key_problem(word: str, cfg: DictConfig, groups: dict[str, set[str]])
     return (
         f"`{word}`: there is no key `{prefix}{leaf}`. Keys {where}: {', '.join(f'`{n}`' for n in sorted(declared))}."
     )
+
+
+def new_key_problem(path: str, given: dict[str, Any], cfg: DictConfig, groups: dict[str, set[str]]) -> str | None:
+    """Return the problem of the first key of a dict that the node at a path doesn't have, `None` if it has all."""
+    node = OmegaConf.select(cfg, path)
+    for name, value in given.items():
+        inner = f"{path}.{name}"
+        if name not in node.keys():  # noqa: SIM118  # `in node` is false for keys without a value
+            if OPEN_NODES & set(path.split(".")):
+                return f"`{inner}` is a new key. Add it by itself: `+{inner}={value}`."
+            return unknown_key_problem(f"{inner}={value}", cfg, groups)
+        is_node = isinstance(value, dict) and isinstance(OmegaConf.select(cfg, inner), DictConfig)
+        if is_node and (problem := new_key_problem(inner, value, cfg, groups)):
+            return problem
+    return None
 
 
 def target_of(node: Any) -> str | None:

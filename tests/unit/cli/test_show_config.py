@@ -61,6 +61,12 @@ def test_texts_of_several_lines_stay_what_they_are(option):
     assert yaml.safe_load(shown(*words)) == yaml.safe_load(OmegaConf.to_yaml(composed("train", words, ())))
 
 
+def test_a_multirun_shows_its_first_job():
+    found = comments(shown("-m", "stage=dpo", "stage.args.beta=0.3,0.2", config="sweep"))
+    assert found["beta"] == "command line"
+    assert "    beta: 0.3  #" in shown("-m", "stage=dpo", "stage.args.beta=0.3,0.2", config="sweep")
+
+
 def test_a_node_or_a_value_alone():
     assert shown("stage=ppo", "-p", "stage.args.beta") == "0.05\n"
     assert shown("stage=ppo", "-p", "combine").startswith("# @package combine\n_target_: ")
@@ -77,3 +83,5 @@ def test_the_program_shows_it_and_names_a_misspelt_key():
     assert "  beta: 0.1  # conf/stage/dpo.yaml\n" in run("stage=dpo").stdout
     wrong = run("stage=dpo", "stage.args.bta=1")
     assert wrong.returncode == 2 and "Did you mean `stage.args.beta=1`" in wrong.stderr
+    several = run("stage=dpo", "stage.args.beta=1,2").stderr
+    assert "one run takes one value" in several and "sweep.py -m stage.args.beta=1,2" in several
