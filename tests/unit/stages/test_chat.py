@@ -228,7 +228,8 @@ def run(tmp_path, *words: str, given: str | None = None):
 def test_chat_works_at_once_in_a_pipe_and_leaves_nothing(tmp_path, questions):
     done = run(tmp_path, "stage=chat", given=f"{questions[0]}\n/score\n")
     assert done.returncode == 0, done.stderr
-    told = done.stdout.splitlines()
+    first, *told = done.stdout.splitlines()
+    assert first == "rlhf_trl chat"
     assert told[0].startswith("demo:sft: one prompt a line") and told[1] == f"> {questions[0]}"
     assert told[2].strip() and told[3] == "> /score" and -4 <= float(told[4]) <= 4
     assert not (tmp_path / "runs").exists()
