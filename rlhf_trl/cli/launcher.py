@@ -18,7 +18,7 @@ from rlhf_trl.config.program import ACCELERATE
 from rlhf_trl.errors import ConfigError, short_path
 from rlhf_trl.health.signs import health_of
 from rlhf_trl.runs.lock import in_use_problem, lock_owner
-from rlhf_trl.runs.paths import conf_dir
+from rlhf_trl.runs.paths import conf_dir, is_resumable
 from rlhf_trl.runs.record import CONFIG_FILE, read_metrics, read_run
 
 
@@ -127,7 +127,7 @@ def _copy(stream, log: Path) -> None:
 def state_of(run_dir: str | os.PathLike, overrides: Sequence[str]) -> str:
     """
     Return the state of a run directory for a run with these overrides: `new` (empty), `done`, `resumable` (not done,
-    but with a checkpoint), `unfinished`, or `changed` (done or with a checkpoint, from other overrides).
+    but with a checkpoint or members), `unfinished`, or `changed` (done or resumable, from other overrides).
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if a run is in progress in it.
@@ -138,7 +138,7 @@ def state_of(run_dir: str | os.PathLike, overrides: Sequence[str]) -> str:
     if owner := lock_owner(run_dir):
         raise ConfigError(in_use_problem(run_dir, owner))
     done = record.status == "done"
-    if not done and not any(Path(run_dir).glob("checkpoint-*/")):
+    if not done and not is_resumable(run_dir):
         return "unfinished"
     if overrides_of(record.command) != sorted(overrides):
         return "changed"

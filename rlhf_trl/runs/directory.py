@@ -15,7 +15,7 @@ from rlhf_trl.config.values import at, flatten, plain
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.checkpoints import last_checkpoint
 from rlhf_trl.runs.lock import LOCK_FILE, in_use_problem, lock_owner
-from rlhf_trl.runs.paths import MODEL_FILES, read_paths
+from rlhf_trl.runs.paths import MODEL_FILES, is_resumable, read_paths
 from rlhf_trl.runs.record import (
     COMPARISON_FILE,
     CONFIG_FILE,
@@ -207,7 +207,7 @@ def _resume_problems(run_dir: Path, record: RunRecord, values: dict[str, Any]) -
             "`stage.args.save_only_model=true` keeps no optimizer in a checkpoint, so the run can't be resumed. Start "
             "again: `overwrite=true`."
         )
-    if not any(run_dir.glob("checkpoint-*/")) and not any(run_dir.glob(f"member_*/{RUN_FILE}")):
+    if not is_resumable(run_dir):
         way = "remove `resume=true`" if is_empty(run_dir, record) else "`overwrite=true`"
         problems.append(f"`{run_dir}` holds no checkpoint, so there is nothing to resume. Start again: {way}.")
     return problems or resume_changes(run_dir, values)

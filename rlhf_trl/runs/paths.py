@@ -174,6 +174,11 @@ def run_command(run: str, project_dir: str | os.PathLike) -> str:
     return command_line(*parts, *more)
 
 
+def is_resumable(run_dir: str | os.PathLike) -> bool:
+    """Return whether a run has a checkpoint or, of an ensemble, a member: something to resume from."""
+    return any(any(Path(run_dir).glob(pattern)) for pattern in ("checkpoint-*/", f"member_*/{RUN_FILE}"))
+
+
 def finish_command(run: str, project_dir: str | os.PathLike) -> str:
     """
     Return the command that finishes an unfinished run of a project, its own as it was typed: it resumes the run or,
@@ -182,7 +187,7 @@ def finish_command(run: str, project_dir: str | os.PathLike) -> str:
     run_dir = Path(project_dir, run)
     record = read_run(run_dir)
     command = record.command if record and record.command else run_command(run, project_dir)
-    resumable = any(run_dir.glob("checkpoint-*/")) or any(run_dir.glob(f"member_*/{RUN_FILE}"))
+    resumable = is_resumable(run_dir)
     return f"{re.sub(r' (resume|overwrite)=[^ ]+', '', command)} {'resume' if resumable else 'overwrite'}=true"
 
 

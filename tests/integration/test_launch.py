@@ -91,6 +91,14 @@ def test_state_of_a_run_directory(tmp_path, status, checkpoint, overrides, state
     assert state_of(tmp_path, overrides) == state
 
 
+def test_an_interrupted_ensemble_is_resumed(tmp_path):
+    record = {"stage": "reward", "status": "stopped", "command": "python train.py stage=reward", "pid": 2**22 + 1}
+    (tmp_path / "member_0").mkdir()
+    for folder in (tmp_path, tmp_path / "member_0"):
+        (folder / "run.json").write_text(json.dumps(record))
+    assert state_of(tmp_path, ["stage=reward"]) == "resumable"
+
+
 # A launcher that dies of the first signal, as accelerate and torchrun do, and a worker that finishes its step.
 LAUNCHER = """
 import subprocess, sys
