@@ -76,6 +76,7 @@ class Model(NamedTuple):
         key (`str`): where it is named.
         path (`str`), tokenizer (`str`, *optional*): folder or hub id; that of another tokenizer than its own.
         writes (`bool`): whether it generates completions.
+        chat_template (`str`, *optional*): file or name of another chat template than its tokenizer's.
     """
 
     key: str
@@ -85,6 +86,7 @@ class Model(NamedTuple):
     writes: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
+    chat_template: str | None = None
 
     def sizes(self) -> Sizes:
         """Return its sizes."""
@@ -93,7 +95,7 @@ class Model(NamedTuple):
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer that it is used with."""
         path = next(iter(ensemble_members(self.path)), self.path)
-        return load_tokenizer(path, self.tokenizer, None, self.trust_remote_code, self.revision)
+        return load_tokenizer(path, self.tokenizer, self.chat_template, self.trust_remote_code, self.revision)
 
 
 def models_of(values: dict[str, Any]) -> list[Model]:
@@ -108,8 +110,8 @@ def models_of(values: dict[str, Any]) -> list[Model]:
         path = resolve_path(model["path"], model["run"], runs)
         task_type = stage.get("task_type") or "CAUSAL_LM"
         writes = stage.get("dataset_type", "prompt") == "prompt"
-        options = {"trust_remote_code": trusted, "revision": model["revision"]}
-        found.append(Model("model", path, task_type, model["tokenizer"], writes, **options))
+        options: dict[str, Any] = {name: model[name] for name in ("revision", "chat_template")}
+        found.append(Model("model", path, task_type, model["tokenizer"], writes, trusted, **options))
     for name, place in places.items():
         key = "stage.policy" if stage.get("policy") is not None else f"stage.policies.{name}"
         found.append(Model(key, find_policy(place, runs), writes=True, trust_remote_code=trusted))
@@ -121,7 +123,8 @@ def models_of(values: dict[str, Any]) -> list[Model]:
             )
     critic = section(values, "critic")
     if critic.get("run") is not None or critic.get("path") is not None:
-        found.append(Model("critic", resolve_path(critic["path"], critic["run"], runs), "SEQ_CLS"))
+        path = resolve_path(critic["path"], critic["run"], runs)
+        found.append(Model("critic", path, "SEQ_CLS", trust_remote_code=trusted))
     if at(values, "judge.path") is not None:
         found.append(Model("judge", resolve_path(values["judge"]["path"], None, runs)))
     return found

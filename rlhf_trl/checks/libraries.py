@@ -218,7 +218,7 @@ def _loading(values: dict[str, Any]) -> list[str]:
     if dtype is not None and dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         problems.append(f"`model.dtype` is {dtype!r}. Use `auto`, `float32`, `bfloat16` or `float16`.")
     model = section(values, "model")
-    if model.get("revision") is not None and model.get("run") is None:
+    if model.get("revision") is not None and model.get("run") is None and model.get("path") is not None:
         path = resolve_path(model["path"], None, "")
         if Path(path).is_dir():
             problems.append(

@@ -77,7 +77,7 @@ def add_critic(model: PreTrainedModel | PeftModel, args: PPOConfig, tokenizer: P
     """
     policy: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if args.critic_path is not None:
-        _check_tokenizer(args.critic_path, tokenizer)
+        _check_tokenizer(args.critic_path, tokenizer, bool(args.trust_remote_code))
     trunk: Callable | None = None
     score: Tensor | None = None
     if args.critic == "adapter":
@@ -262,8 +262,8 @@ def read_critic(model: nn.Module, folder: str, kind: str) -> dict[str, Tensor]:
     return critic
 
 
-def _check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    theirs = load_tokenizer(path).get_vocab()
+def _check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool) -> None:
+    theirs = load_tokenizer(path, trust_remote_code=trust_remote_code).get_vocab()
     if theirs != tokenizer.get_vocab():
         raise ConfigError(
             f"The critic reads the policy's tokens, and `{path}` has another tokenizer ({len(theirs)} tokens, the "

@@ -13,10 +13,11 @@ from hydra.utils import instantiate
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from rlhf_trl.build import training_arguments
+from rlhf_trl.build import models_of, training_arguments
 from rlhf_trl.checks.disk import Weights, disk_need
 from rlhf_trl.cli.dry_run import show_plan
 from rlhf_trl.cli.plan import weights_of
+from rlhf_trl.config.values import as_dict
 from rlhf_trl.errors import ConfigError
 from tests.helpers.architectures import make_architecture
 from tests.helpers.tiny import CHAT_TEMPLATE, WORDS, make_tokenizer, save_gpt2, save_model
@@ -264,6 +265,15 @@ def test_the_plan_of_an_evaluation_of_rewards_calls_them_on_annotated_completion
     with pytest.raises(ConfigError, match="compare nothing"):
         rows = rows_file(tmp_path, [{"prompt": "a b", "completion": "c", "ratings": [3.0]}])
         show_plan(compose(*words, f"runs_dir={tmp_path}", *rows, "data/feedback=ratings"))
+
+
+def test_the_models_of_a_config_are_planned_with_its_options(compose, tmp_path):
+    model = save_gpt2(tmp_path / "model")
+    words = ["model=hf", f"model.path={model}", "model.chat_template=chatml", "model.trust_remote_code=true"]
+    (policy,) = models_of(as_dict(compose("stage=generate", *words)))
+    assert "<|im_start|>" in policy.load_tokenizer().chat_template
+    critic = ["critic=model", f"critic.path={model}"]
+    assert all(each.trust_remote_code for each in models_of(as_dict(compose("stage=ppo", *words, *critic))))
 
 
 def test_an_unreachable_server_is_reported(compose, tmp_path):
