@@ -298,6 +298,14 @@ def test_a_run_that_has_begun_is_kept(used):
     assert files(used) == {"run.json": "new"} and not directory.has_backup(used)
 
 
+@pytest.mark.parametrize("names", [("metrics.json", "adapter_model.safetensors"), ("comparison.json",)])
+def test_a_run_has_begun_where_its_result_is_there(tmp_path, names):
+    for name in names:
+        assert not directory.has_begun(tmp_path)
+        (tmp_path / name).write_text("{}")
+    assert directory.has_begun(tmp_path)
+
+
 OLD = ("stage=sft", "stage.args.max_steps=2", "data.max_samples=64")
 FAILURES = {
     "a crash at loading": (["adapter=lora", "adapter.peft.target_modules=[nothing]"], ValueError),
