@@ -12,7 +12,8 @@ def without_wandb_profiling() -> Iterator[None]:
     TRL logs each as a row of its own, about ten per step, between the rows of the metrics: charts get steps without
     values, and a section of their own. There is no option for it.
 
-    Seen in: TRL 1.16, `trl.extras.profiling`. Test: `test_metrics_of_rollouts_stand_in_sections_over_rollouts`.
+    Seen in: TRL 1.16, `trl.extras.profiling`.
+    Test: `test_metrics_of_rollouts_stand_in_sections_over_rollouts`.
     """
     from trl.extras.profiling import ProfilingContext
 

@@ -59,17 +59,18 @@ def test_a_path_is_a_folder_an_embedded_checkpoint_or_a_hub_id(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("status", "command"),
+    ("left", "command"),
     [
         (None, "train.py stage=sft project=demo`"),
-        ("stopped", "train.py stage=sft project=demo resume=true`"),
+        ("checkpoint-4", "train.py stage=sft project=demo resume=true`"),
+        ("logs", "train.py stage=sft project=demo overwrite=true`"),
     ],
 )
-def test_a_run_that_is_missing_or_unfinished_is_an_error_with_the_command(tmp_path, monkeypatch, status, command):
+def test_a_run_that_is_missing_or_unfinished_is_an_error_with_the_command(tmp_path, monkeypatch, left, command):
     monkeypatch.chdir(tmp_path)
-    if status:
-        (tmp_path / "runs/demo/sft").mkdir(parents=True)
-        (tmp_path / "runs/demo/sft/run.json").write_text(json.dumps({"stage": "sft", "status": status}))
+    if left:
+        (tmp_path / "runs/demo/sft" / left).mkdir(parents=True)
+        (tmp_path / "runs/demo/sft/run.json").write_text(json.dumps({"stage": "sft", "status": "stopped"}))
     with pytest.raises(ConfigError) as error:
         resolve_path("demo:sft", "sft", "runs/demo")
     assert command in str(error.value)
