@@ -112,13 +112,13 @@ def run_directory_problems(values: dict[str, Any]) -> list[str]:
         return _overwrite_problems(run_dir, values)
     if is_empty(run_dir, record) and not _overwrite_problems(run_dir, values):
         return []
-    resumed = "resume it: `resume=true`"
+    resumed = "resume it: `resume=true`; " if is_resumable(run_dir) else ""
     if status == "done":
         longer = [key for key in LENGTHS if _is_number(at(values, key))]
-        resumed = "it is finished, so `resume=true` has nothing to do"
-        resumed += f", unless it is lengthened: `resume=true {longer[0]}=...`" if longer else ""
+        lengthened = f", unless it is lengthened: `resume=true {longer[0]}=...`" if longer else ""
+        resumed = f"it is finished, so `resume=true` has nothing to do{lengthened}; "
     return [
-        f"`{run_dir}` already holds a run (its status is `{status}`). Ways out: {resumed}; keep it and start another: "
+        f"`{run_dir}` already holds a run (its status is `{status}`). Ways out: {resumed}keep it and start another: "
         "`run_name=...`; delete it and start again: `overwrite=true`."
     ]
 

@@ -343,6 +343,9 @@ def test_a_used_run_directory(problems, compose):
     (folder / ".unfinished/checkpoint-5").mkdir(parents=True)  # killed while writing it
     assert problems() == []
     one(problems("resume=true"), "no checkpoint")
+    (folder / "completions.jsonl").touch()
+    (problem,) = problems()  # there is something to lose and nothing to resume
+    assert "`overwrite=true`" in problem and "resume" not in problem
     (folder / "checkpoint-5").mkdir()
     one(problems(), "`resume=true`", "`run_name=...`", "`overwrite=true`")
     assert problems("overwrite=true") == [] == problems("run_name=other")
