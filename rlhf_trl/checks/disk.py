@@ -52,7 +52,7 @@ def disk_need(args: Any, policy: Weights, critic: int, steps: int, written: int 
         policy ([`Weights`]): weights of the model.
         critic (`int`): parameters that a critic trains beside them.
         steps (`int`): optimizer steps of the run.
-        written (`int`): parameters of merged models that are written beside the result.
+        written (`int`): bytes of merged models that are written beside the result.
     """
     weights = policy.trained * policy.itemsize
     states = next((factor for name, factor in STATES.items() if name in str(args.optim)), STATES["adamw"])
@@ -61,7 +61,7 @@ def disk_need(args: Any, policy: Weights, critic: int, steps: int, written: int 
     saves = _saves(args, steps)
     kept = min(saves, args.save_total_limit or saves)
     # A new checkpoint is complete before the oldest one is deleted
-    return DiskNeed(checkpoint, kept + (saves > kept), weights + written * policy.itemsize)
+    return DiskNeed(checkpoint, kept + (saves > kept), weights + written)
 
 
 def _saves(args: Any, steps: int) -> int:

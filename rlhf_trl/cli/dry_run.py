@@ -155,8 +155,7 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
         batches = offline_lines(args, steps)
     else:
         batches = {}
-    copies = sum(weights.total for written in (cfg.merge, is_merged_first(cfg, path)) if written)
-    need = disk_need(args, weights, critic, steps, copies)
+    need = disk_need(args, weights, critic, steps, merged_bytes(cfg, path, weights.total))
     disk = disk_text(cfg, need, found)
     found.stop()
 
@@ -326,6 +325,12 @@ def _start(
 def is_merged_first(cfg: DictConfig, path: str) -> bool:
     """Return whether a run starts from an adapter and trains all weights: it is merged when the run starts."""
     return not cfg.adapter.peft and adapter_config(path, cfg.model.revision) is not None
+
+
+def merged_bytes(cfg: DictConfig, path: str, parameters: int) -> int:
+    """Return the bytes of the merged models that a run writes at its start and end, in the type of the base."""
+    base = empty_model(path, cfg.stage.task_type, cfg.model.trust_remote_code, cfg.model.revision)
+    return (cfg.merge + is_merged_first(cfg, path)) * parameters * base.dtype.itemsize
 
 
 def _check_files(model: Model) -> None:

@@ -19,6 +19,8 @@ from rlhf_trl.cli.dry_run import show_plan
 from rlhf_trl.cli.plan import weights_of
 from rlhf_trl.config.values import as_dict
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.runs.paths import resolve_path
 from tests.helpers.architectures import make_architecture
 from tests.helpers.tiny import CHAT_TEMPLATE, WORDS, make_tokenizer, save_gpt2, save_model
 
@@ -312,7 +314,13 @@ def test_save_steps_of_ppo_alone_count_rollouts(compose, tmp_path, stage, checkp
 
 def test_the_disk_of_a_plan_is_that_of_the_run(compose, tmp_path, capsys):
     few = ("data.max_samples=32", "data.max_eval_samples=2", "stage.args.max_steps=2")
-    for more in ([], ["adapter=lora"]):
+    base = transformers.LlamaForCausalLM.from_pretrained(
+        resolve_path("demo:base", None, tmp_path), dtype=torch.bfloat16
+    )
+    base.save_pretrained(tmp_path / "base")
+    load_tokenizer(resolve_path("demo:base", None, tmp_path)).save_pretrained(tmp_path / "base")
+    half = ["adapter=lora", "merge=true", "model=hf", f"model.path={tmp_path / 'base'}"]
+    for more in ([], ["adapter=lora"], half):
         cfg = compose("stage=sft", f"runs_dir={tmp_path}", f"run_name=run{len(more)}", *few, *more)
         needed = float(re.search(r"disk +about ([\d.]+) MB needed", plan_and_run(cfg, capsys))[1]) * 1e6
         files = [file for file in Path(cfg.run_dir).rglob("*") if file.suffix in (".safetensors", ".pt")]
