@@ -90,9 +90,10 @@ def next_commands(cfg: DictConfig, typed: Sequence[str]) -> dict[str, str]:
     remote = [word for word in model if word.startswith("model.trust_remote_code=")]
     whole = any(word.startswith("experiment=") for word in typed)  # which brings data and rewards of its own
     rewarded = any(word.startswith("reward") for word in data)
+    several_heads = OmegaConf.select(cfg, "data.feedback.use") == "regression"  # whose weights nobody has typed
     kind = kind_of(run_dir)
     found: dict[str, list[str]] = {}
-    if kind == "reward" and not whole:
+    if kind == "reward" and not whole and not several_heads:
         scored_by = ["reward=model", f"reward.model.run={run}"]
         found["evaluate_reward"] = [*scored_by, *data]
         found["ppo"] = [*scored_by, *data, *model]

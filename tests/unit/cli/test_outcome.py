@@ -95,6 +95,12 @@ def finished(tmp_path, monkeypatch):
             None,
             ["init: 35 s, runs/default/init", "next: sft  train stage=sft model.run=init data.conversational=false"],
         ),
+        (
+            "stage=reward data=files data.paths=rows.jsonl data/feedback=attributes",
+            REWARD_MODEL,
+            REWARD,
+            ["reward: accuracy 0.5 -> 0.75, 35 s, runs/default/reward"],
+        ),
         ("stage=evaluate", {}, None, ["evaluate: 35 s, runs/default/evaluate"]),
         (
             "experiment=reviews/tiny/dpo",
