@@ -5,12 +5,15 @@ Beside `stages/` the only code that sees the whole config.
 """
 
 import functools
+import os
 import traceback
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import str_to_bool
 from datasets import Dataset, DatasetDict
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -62,6 +65,7 @@ from rlhf_trl.reward_modeling.options import RULES as REWARD_MODEL_RULES
 from rlhf_trl.rewards.base import RESERVED_COLUMNS, Reward
 from rlhf_trl.rewards.model import ModelReward
 from rlhf_trl.runs.paths import ensemble_members, find_policy, named_policies, project_dir, resolve_path
+from rlhf_trl.runs.ranks import world_size
 from rlhf_trl.terminal import say
 from rlhf_trl.trainers.base import extended
 
@@ -223,6 +227,10 @@ def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
     if not torch.accelerator.is_available():
         values.setdefault("use_cpu", True)  # else each of several CPU ranks would train by itself
     check_values(ARGUMENT_RULES.get(values["_target_"], {}), values, "stage.args.")
+    on_cpu = values.get("use_cpu") or str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false"))
+    if on_cpu and world_size() > 1 and (timeout := values.get("ddp_timeout")) is not None:
+        # The ranks meet here, since transformers 5.23 passes the timeout on for accelerators alone
+        PartialState(cpu=True, backend=values.get("ddp_backend"), timeout=timedelta(seconds=timeout))
     try:
         args = instantiate(values)
     except InstantiationException as error:

@@ -184,6 +184,7 @@ def test_two_cpu_ranks_find_each_other(tmp_path):
 LISTENER = """
 import json
 from pathlib import Path
+import torch
 from transformers import TrainerCallback
 
 class Listener(TrainerCallback):
@@ -194,7 +195,9 @@ class Listener(TrainerCallback):
         self.heard.append(logs)
 
     def on_train_end(self, args, state, control, **kwargs):
-        seen = {"world": args.world_size, "run_dir": args.output_dir, "heard": self.heard}
+        group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        seconds = group.options._timeout.total_seconds()
+        seen = {"world": args.world_size, "run_dir": args.output_dir, "heard": self.heard, "timeout": seconds}
         Path(f"rank_{args.process_index}.json").write_text(json.dumps(seen))
 """
 
@@ -211,6 +214,7 @@ def test_two_cpu_ranks_train_as_one(tmp_path, monkeypatch):
         "stage.args.max_steps=2",
     ]
     overrides += ["stage.args.logging_steps=1", "stage.args.per_device_train_batch_size=8"]
+    overrides += ["+stage.args.ddp_timeout=240"]
     overrides += ["+callbacks.listener._target_=listener.Listener"]
     environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     command = [*launch_command("ddp")[:-1], str(ROOT / "train.py"), *overrides]
@@ -226,6 +230,7 @@ def test_two_cpu_ranks_train_as_one(tmp_path, monkeypatch):
         == (second["world"], second["run_dir"])
         == (2, str(run_dir.relative_to(tmp_path)))
     )
+    assert first["timeout"] == second["timeout"] == 240
     reduced = [
         [
             {key: value for key, value in logs.items() if not key.endswith(("runtime", "per_second"))}
