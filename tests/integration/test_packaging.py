@@ -114,7 +114,7 @@ def check_installed(script: list[str], pipeline: list[str], folder: Path, enviro
     assert "paths: my.jsonl" in run(*script, "--config-dir", "my_conf", "--cfg", "job", "stage=sft", "data=mine")
     assert "stage=evaluate" in run(*pipeline, "--cfg", "job")
     out = run(*pipeline, "project=p", f"program=[{sys.executable},{ROOT / 'tests/helpers/fake_train.py'}]")
-    assert "[5/5] compare" in out and (folder / "runs/p/sft/run.json").exists()
+    assert "[6/6] compare" in out and (folder / "runs/p/sft/run.json").exists()
 
 
 def test_the_wheel_works_without_the_clone(wheel, tmp_path):
