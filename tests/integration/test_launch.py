@@ -174,7 +174,9 @@ def test_two_cpu_ranks_find_each_other(tmp_path):
         "args = TrainingArguments(output_dir=sys.argv[1], report_to='none')\n"
         "total = torch.tensor(float(args.process_index + 1))\n"
         "torch.distributed.all_reduce(total)\n"
-        "open(f'{sys.argv[1]}/{args.process_index}', 'w').write(f'{args.world_size} {args.device} {total.item()}')\n"
+        "with open(f'{sys.argv[1]}/{args.process_index}', 'w') as file:\n"
+        "    file.write(f'{args.world_size} {args.device} {total.item()}')\n"
+        "torch.distributed.destroy_process_group()\n"  # gloo's threads could abort the process at its end
     )
     command = [*launch_command("ddp")[:-1], str(script), str(tmp_path)]
     subprocess.run(command, env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}, check=True, timeout=300)
