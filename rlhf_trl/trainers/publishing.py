@@ -23,10 +23,11 @@ class Publishing(Trainer):
 
     def create_model_card(self, *args, **kwargs):
         """Write the card of the run in `args.output_dir`; outside of a run TRL's."""
-        if self.args.output_dir is None or not Path(self.args.output_dir, RUN_FILE).is_file():
+        run_dir = self._run_dir()
+        if run_dir is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            write_card(self.args.output_dir, repo=self.args.hub_model_id or "")
+            write_card(run_dir, repo=self.args.hub_model_id or "")
 
     def push_to_hub(
         self,
@@ -42,15 +43,15 @@ class Publishing(Trainer):
 
         An upload that fails is a warning: the training is done, and `stage=push` repeats the upload.
         """
-        args = self.args
-        if args.output_dir is None or not Path(args.output_dir, RUN_FILE).is_file():
+        args, run_dir = self.args, self._run_dir()
+        if run_dir is None:
             return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
         self.save_model(_internal_call=True)
         if self.is_world_process_zero():
-            repo = self.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name
-            write_card(args.output_dir, repo=repo, figure=True)
+            repo = self._repo()
+            write_card(run_dir, repo=repo, figure=True)
             self._upload(
-                args.output_dir,
+                run_dir,
                 repo,
                 commit_message or "End of training",
                 private=args.hub_private_repo if private is None else private,
@@ -65,12 +66,19 @@ class Publishing(Trainer):
         transformers uploads the whole run directory meanwhile: logs, and the checkpoint that is being written there.
         """
         args = self.args
-        if args.output_dir is None or not Path(args.output_dir, RUN_FILE).is_file():
+        if self._run_dir() is None:
             super()._push_from_checkpoint(checkpoint_folder)
         elif self.is_world_process_zero() and args.hub_strategy != "end":
-            repo = self.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name
             message = f"Training in progress, step {self.state.global_step}"
-            self._upload(checkpoint_folder, repo, message, revision=args.hub_revision, token=args.hub_token)
+            self._upload(checkpoint_folder, self._repo(), message, revision=args.hub_revision, token=args.hub_token)
+
+    def _run_dir(self) -> str | None:
+        """Return `args.output_dir` where it is the directory of a run."""
+        folder = self.args.output_dir
+        return folder if folder is not None and Path(folder, RUN_FILE).is_file() else None
+
+    def _repo(self) -> str:
+        return self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
 
     def _upload(self, *args, **kwargs) -> None:
         try:
