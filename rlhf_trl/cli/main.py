@@ -115,9 +115,8 @@ def run(cfg: DictConfig) -> float | None:
     keep_output_above_bars()
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         cfg.run_name = f"{cfg.run_name}_sweep/{HydraConfig.get().job.num}"  # which is also Hydra's folder of this job
-    say(
-        first_line(cfg, writes=HydraConfig.get().output_subdir is not None)
-    )  # `check` imports torch, which takes a while
+    # First, since `check` imports torch, which takes a while
+    say(first_line(cfg, writes=HydraConfig.get().output_subdir is not None))
     try:
         check(cfg)
         if cfg.get("dry_run"):

@@ -14,7 +14,8 @@ from rlhf_trl.callbacks.base import steps_per_rollout
 from rlhf_trl.checks.disk import Weights
 from rlhf_trl.checks.reward_calls import Scale
 from rlhf_trl.hints import size_of
-from rlhf_trl.models.sizes import empty_model
+from rlhf_trl.models.precision import computed_in, dtype_name
+from rlhf_trl.models.sizes import critic_parameters
 
 # A share of cut completions that is worth a warning
 CUT = 0.05
@@ -51,11 +52,7 @@ def critic_weights(args: Any, model: PreTrainedModel | PeftModel, policy: Weight
         return model.config.get_text_config().hidden_size + 1
     if kind == "adapter":
         return policy.trained
-    if kind != "model":
-        return 0
-    if args.critic_path is None:
-        return policy.total
-    return empty_model(args.critic_path, "SEQ_CLS", trust_remote_code).num_parameters()
+    return critic_parameters(args.critic_path, policy.total, trust_remote_code) if kind == "model" else 0
 
 
 def adapter_text(peft_config: PeftConfig | None, weights: Weights) -> str:
@@ -77,14 +74,13 @@ def quantization_text(quantization: Any) -> str | None:
     if not quantization.load_in_4bit:
         return "8 bits" if quantization.load_in_8bit else type(quantization).__name__
     twice = ", its constants too" if quantization.bnb_4bit_use_double_quant else ""
-    compute = str(quantization.bnb_4bit_compute_dtype).removeprefix("torch.")
+    compute = dtype_name(quantization.bnb_4bit_compute_dtype)
     return f"4 bits ({quantization.bnb_4bit_quant_type}{twice}), computed in {compute}"
 
 
 def precision_text(args: Any, dtype: torch.dtype, has_adapter: bool) -> str:
     """Return the types of the computation and of the weights, those of an adapter and those of its base."""
-    base = str(dtype).removeprefix("torch.")
-    computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    base, computed = dtype_name(dtype), computed_in(args)
     mixed = f"mixed, computed in {computed}; " if computed else ""
     return f"{mixed}trained weights in float32, frozen ones in {base}" if has_adapter else f"{mixed}weights in {base}"
 

@@ -79,6 +79,18 @@ def empty_model(
         ) from error
 
 
+def critic_parameters(path: str | None, policy: int, trust_remote_code: bool = False) -> int:
+    """
+    Return the number of parameters of a critic with a network of its own: those of its start or, as a copy of it, the
+    policy's.
+
+    Args:
+        path (`str`, *optional*): folder or hub id of the reward model that the critic starts from.
+        policy (`int`): parameters of the policy.
+    """
+    return empty_model(path, "SEQ_CLS", trust_remote_code).num_parameters() if path else policy
+
+
 def tokenizer_problem(sizes: Sizes, tokenizer: PreTrainedTokenizerBase, remedy: str) -> str | None:
     """
     Return the problem of a tokenizer that is larger than the model's embedding, `None` if there is none.

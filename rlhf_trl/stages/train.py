@@ -33,7 +33,7 @@ from rlhf_trl.errors import Interrupted
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.models.adapters import adapter_config, model_fingerprint
 from rlhf_trl.models.merging import merge_adapter
-from rlhf_trl.models.sizes import empty_model
+from rlhf_trl.models.sizes import critic_parameters, empty_model
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.runs.paths import project_dir, resolve_path
 from rlhf_trl.runs.ranks import is_main_process
@@ -101,8 +101,7 @@ def _learning_rates(cfg: DictConfig, args: Any, path: str) -> list[str]:
     """Return what is to be expected of learning rates that are far off."""
     trusted = cfg.model.trust_remote_code
     parameters = empty_model(path, cfg.stage.task_type, trusted, cfg.model.revision).num_parameters()
-    place = getattr(args, "critic_path", None)
-    critic = empty_model(place, "SEQ_CLS", trusted).num_parameters() if place else parameters
+    critic = critic_parameters(getattr(args, "critic_path", None), parameters, trusted)
     return learning_rate_warnings(args, cfg.stage.dataset_type, parameters, critic, bool(cfg.adapter.peft))
 
 
