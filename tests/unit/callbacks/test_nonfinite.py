@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf_trl.errors import ConfigError, DivergedError
+from rlhf_trl.runs.paths import resolve_path
 from rlhf_trl.stages import train as train_module
 from tests.helpers.spies import SPY, Spoil, Spy
 
-CHECKPOINT = Path(train_module.__file__).parents[1] / "tasks/demo/checkpoints/sft"
 SPOIL = "+callbacks.spoil._target_=tests.helpers.spies.Spoil"
 SMALL = ("stage.args.max_steps=5", "data.max_samples=128", "stage.args.lr_scheduler_type=constant")
 
@@ -63,7 +63,7 @@ def test_a_run_that_ends_with_nan_is_not_saved(train, tmp_path, spoil, steps, we
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_a_start_with_nan_weights_is_refused(train, tmp_path, stage):
-    path = Path(shutil.copytree(CHECKPOINT, tmp_path / "broken"))
+    path = Path(shutil.copytree(resolve_path("demo:sft", None, tmp_path), tmp_path / "broken"))
     weights = load_file(path / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})

@@ -15,7 +15,7 @@ from rlhf_trl.checks import find_problems
 from rlhf_trl.cli import pipeline, sweep
 from rlhf_trl.cli.help import EXAMPLES, STAGES, help_text
 from rlhf_trl.cli.overrides import compose, parse_command_line
-from rlhf_trl.errors import PACKAGE
+from rlhf_trl.runs.paths import resolve_path
 from tests.helpers.configs import CONF, GROUPS
 
 APPS = ("train", "pipeline", "sweep")
@@ -53,7 +53,7 @@ def test_the_examples_of_help_are_commands_that_pass_the_checks(app, tmp_path, m
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # of another test
     (tmp_path / "my_rewards.py").write_text("def score(completions, **kwargs):\n    return [0.0] * len(completions)\n")
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    shutil.copytree(PACKAGE / "tasks/demo/checkpoints/sft", tmp_path / "Qwen/Qwen3-0.6B")
+    shutil.copytree(resolve_path("demo:sft", None, tmp_path), tmp_path / "Qwen/Qwen3-0.6B")
     (tmp_path / "runs/default/ppo").mkdir(parents=True)
     record = '{"stage": "ppo", "status": "done", "command": "python train.py stage=ppo"}'
     (tmp_path / "runs/default/ppo/run.json").write_text(record)

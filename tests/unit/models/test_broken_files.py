@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-import rlhf_trl
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.loading import load_model
 from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.runs.paths import resolve_path
 from tests.helpers.tiny import CHAT_TEMPLATE, save_model
 
 ONLY_USERS = "{% for m in messages %}{% if m['role'] == 'user' %}<user> {{ m['content'] }} {% endif %}{% endfor %}"
@@ -20,7 +20,7 @@ TWO_STEPS = ("data.max_samples=64", "stage.args.max_steps=2", "stage.args.per_de
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])
 def test_chat_template_that_drops_the_answers_is_an_error(train, tmp_path, stage):
     # Of a model that knows the words of the data
-    path = shutil.copytree(Path(rlhf_trl.__file__).parent / "tasks/demo/checkpoints/sft", tmp_path / "model")
+    path = shutil.copytree(resolve_path("demo:sft", None, tmp_path), tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.chat_template = ONLY_USERS
     tokenizer.save_pretrained(path)
