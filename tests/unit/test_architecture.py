@@ -11,7 +11,7 @@ PACKAGE = Path(importlib.util.find_spec("rlhf_trl").origin).parent
 # From the lowest to the highest: each imports only from those before it
 LAYERS = (
     *("errors", "hints", "config", "patches", "runs", "terminal", "data", "models", "health", "report", "rewards"),
-    *("trainers", "reward_modeling", "ppo", "callbacks", "evaluation", "build", "checks", "stages", "cli"),
+    *("trainers", "reward_modeling", "ppo", "callbacks", "evaluation", "labels", "build", "checks", "stages", "cli"),
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,0 +1,1 @@
+"""Labels of candidate completions: what is asked, the answers, and the feedback that they become."""
