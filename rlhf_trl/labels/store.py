@@ -10,7 +10,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
@@ -94,7 +94,7 @@ class Label:
             CHECKS[self.form](self.answer, len(self.question))
 
     @property
-    def key(self) -> tuple[str, tuple[int, ...], str]:
+    def key(self) -> tuple[Hashable, ...]:
         """The question: id, candidates and form. The same candidates in another order are the same question."""
         return self.id, tuple(sorted(self.question)), self.form
 

@@ -1,9 +1,11 @@
 """Reference server for `reward=http`: the ASGI application of one reward (`stage=serve_reward`)."""
 
 import asyncio
+import errno
 import json
 import logging
 import secrets
+import socket
 import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, cast
@@ -178,3 +180,29 @@ async def _refuse(send: Send, status: int, reason: str) -> None:
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": json.dumps({"detail": reason}).encode()})
+
+
+def bound_socket(host: str, port: int, section: str) -> socket.socket:
+    """
+    Return a socket that is bound to an address, on which nothing listens yet.
+
+    Args:
+        host (`str`), port (`int`): address; port 0: any free one.
+        section (`str`): section of the config that has them, for the message.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the address can't be served.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        remedy = f"`{section}.port=...`, or `{section}.port=0` for any free one."
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            remedy = f"`{section}.host=...`, such as `{section}.host=127.0.0.1`."
+        raise ConfigError(
+            f"`{section}.host={host} {section}.port={port}` can't be served: {error.strerror}. Set another {remedy}"
+        ) from error
+    return listener

@@ -1,7 +1,6 @@
 """The stage `serve_reward`: one reward served over HTTP."""
 
 import contextlib
-import errno
 import ipaddress
 import os
 import socket
@@ -10,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.build import reward_functions
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.rewards.server import application
+from rlhf_trl.rewards.server import application, bound_socket
 from rlhf_trl.runs.ranks import is_main_process
 
 
@@ -28,7 +27,7 @@ def serve_reward(cfg: DictConfig) -> None:
     if not is_main_process():
         return
     token = os.environ[cfg.stage.token_env] if cfg.stage.token_env else None
-    with _bound_socket(cfg.stage.host, cfg.stage.port) as listener:
+    with bound_socket(cfg.stage.host, cfg.stage.port, "stage") as listener:
         address, port = listener.getsockname()[:2]
         is_local = ipaddress.ip_address(address).is_loopback
         if not (is_local or token or cfg.stage.anonymous):
@@ -62,19 +61,3 @@ def _url_option(address: str, port: int) -> str:
     if ":" in host:
         return f"'reward.http.url=\"http://[{host}]:{port}/score\"'"
     return f"reward.http.url=http://{host}:{port}/score"
-
-
-def _bound_socket(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        remedy = "`stage.port=...`, or `stage.port=0` for any free one."
-        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            remedy = "`stage.host=...`, such as `stage.host=127.0.0.1`."
-        raise ConfigError(
-            f"`stage.host={host} stage.port={port}` can't be served: {error.strerror}. Set another {remedy}"
-        ) from error
-    return listener
