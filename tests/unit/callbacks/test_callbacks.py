@@ -264,8 +264,16 @@ class Press(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
+@pytest.fixture
+def in_a_terminal():
+    """Set SIGHUP's default handler, as in a terminal: under `nohup` it is ignored, and the callback leaves it so."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_first_signal_finishes_the_step_saves_and_stops(tmp_path, number, capfd):
+def test_first_signal_finishes_the_step_saves_and_stops(tmp_path, number, capfd, in_a_terminal):
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     trainer = sft(tmp_path, save_steps=100, max_steps=50, callbacks=[Press(3, number=number)])
     interrupt = add_callbacks(trainer, tmp_path)
