@@ -1,0 +1,1 @@
+"""Files of other labeling tools: Argilla, Label Studio, Potato, arena battles, Prodigy."""
