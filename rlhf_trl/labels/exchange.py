@@ -119,7 +119,7 @@ def _items(rows: Sequence[Candidates], labels: Sequence[Label], form: str, notes
 @dataclass
 class Imported:
     """
-    What was read from a file.
+    Content of a file.
 
     Attributes:
         labels (`list[Label]`): new labels, in the order of their times where all have one.
