@@ -35,7 +35,7 @@ NAMED = 20
 
 @dataclass
 class Notes:
-    """What is noteworthy, by kind: the places."""
+    """Noteworthy things by kind, each with its place."""
 
     places: dict[str, list[str]] = field(default_factory=dict)
 
