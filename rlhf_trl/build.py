@@ -182,21 +182,28 @@ def load_policies(cfg: DictConfig) -> list[Policy]:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if one is missing, is not finished, or writes no text.
     """
-    places, runs = as_dict(cfg.stage, resolve=False).get("policies"), project_dir(cfg)
-    if places:
-        paths = {name: find_policy(place, runs) for name, place in named_policies(places).items()}
-    else:
-        paths = {cfg.model.run or cfg.model.path: resolve_path(cfg.model.path, cfg.model.run, runs)}
-    policies = []
-    for name, path in paths.items():
+    return list(each_policy(cfg))
+
+
+def each_policy(cfg: DictConfig) -> Iterator[Policy]:
+    """Yield the policies of [`load_policies`], each loaded when it is its turn."""
+    places = as_dict(cfg.stage, resolve=False).get("policies")
+    for name, path in policy_paths(cfg).items():
         kwargs = from_pretrained_kwargs(cfg)
         if places:
             kwargs["revision"] = None  # `model.revision` is of `model.path`
         tokenizer = load_tokenizer(path, None if places else cfg.model.tokenizer, cfg.model.chat_template, **kwargs)
         kwargs |= {"dtype": cfg.model.dtype, "attn_implementation": cfg.model.attn_implementation}
         model: Any = load_model(path, **kwargs).eval()
-        policies.append(Policy(name, path, model.to(PartialState().device), tokenizer))
-    return policies
+        yield Policy(name, path, model.to(PartialState().device), tokenizer)
+
+
+def policy_paths(cfg: DictConfig) -> dict[str, str]:
+    """Return folder or hub id of each policy of [`load_policies`], by its name."""
+    places, runs = as_dict(cfg.stage, resolve=False).get("policies"), project_dir(cfg)
+    if places:
+        return {name: find_policy(place, runs) for name, place in named_policies(places).items()}
+    return {cfg.model.run or cfg.model.path: resolve_path(cfg.model.path, cfg.model.run, runs)}
 
 
 def critic_start(cfg: DictConfig) -> dict[str, str]:

@@ -8,6 +8,7 @@ from rlhf_trl.checks.paths import model_folder
 from rlhf_trl.checks.renamed import renamed_key
 from rlhf_trl.config.values import at, section
 from rlhf_trl.health.signs import limit_problems
+from rlhf_trl.labels.options import selection_problem
 from rlhf_trl.runs.paths import ADAPTER_FILE, read_model_config
 
 PPO_CONFIG = "rlhf_trl.ppo.PPOConfig"
@@ -32,6 +33,7 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
         _directories,
         _no_training,
         _quantization,
+        _selection,
     )
     return [problem for step in steps for problem in step(values)]
 
@@ -113,6 +115,11 @@ def _directories(values: dict[str, Any]) -> list[str]:
             "in `run_dir`. Don't change `stage.args.output_dir`; set `run_name=...` or `runs_dir=...`."
         )
     return problems
+
+
+def _selection(values: dict[str, Any]) -> list[str]:
+    problem = selection_problem(section(values, "select"), bool(section(values, "reward")))
+    return [problem] if problem else []
 
 
 def _no_training(values: dict[str, Any]) -> list[str]:

@@ -11,9 +11,9 @@ from rlhf_trl.hints import did_you_mean
 
 SECTIONS = (
     *("stage", "stage.args", "model", "data", "callbacks", "adapter", "adapter.peft", "adapter.quantization"),
-    *("callbacks", "reward", "reward_norm", "combine", "critic", "kl", "judge", "health", "health.signs"),
+    *("callbacks", "reward", "reward_norm", "combine", "critic", "kl", "judge", "select", "health", "health.signs"),
 )
-DOT_PATHS = ("_target_", "function")
+DOT_PATHS = ("_target_", "function", "privacy")
 TYPES = {"int": int, "float": int | float, "bool": bool, "str": str}
 TYPE_NAMES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string"}
 

@@ -11,6 +11,7 @@ from rlhf_trl.config.values import at, nodes, section
 from rlhf_trl.data.options import LIMITS
 from rlhf_trl.data.options import RULES as DATA_RULES
 from rlhf_trl.evaluation.options import RULES as JUDGE_RULES
+from rlhf_trl.labels.options import RULES as LABEL_RULES
 from rlhf_trl.models.options import RULES as MODEL_RULES
 from rlhf_trl.ppo.options import RULES as PPO_RULES
 from rlhf_trl.reward_modeling.options import RULES as REWARD_MODEL_RULES
@@ -31,6 +32,7 @@ RULES: dict[str, dict[str, str]] = {
     **REWARD_RULES,
     **DATA_RULES,
     **JUDGE_RULES,
+    **LABEL_RULES,
     **MODEL_RULES,
     **TASK_RULES,
 }
@@ -48,6 +50,12 @@ RUN = {
     "stage.max_completion_length": COUNT,
     "stage.batch_size": COUNT,
     "stage.n": COUNT,
+    "stage.split": "train|eval",
+    "stage.top_p": "(0, 1]",
+    "stage.budget": f"{COUNT}?",
+    "stage.per_prompt": COUNT,
+    "stage.question_size": COUNT,
+    "stage.overlap": COUNT,
     "stage.max_prompts": f"{COUNT}?",
     "stage.to_chat": "bool?",
     "stage.remember": "bool",

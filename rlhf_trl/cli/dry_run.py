@@ -222,7 +222,7 @@ def plan_without_training(cfg: DictConfig) -> tuple[dict[str, str], list[str]]:
     annotated: list[dict] = []
     with found():
         if "max_prompts" in stage:
-            rows = prompts_of(cfg)
+            rows = prompts_of(cfg, stage.max_prompts)
             lines["prompts"] = f"{len(rows):,}"
         elif "data" in cfg:
             dataset = instantiate_data(cfg)

@@ -55,9 +55,9 @@ def as_prompt(text: str, policy: Policy, system_prompt: str | None = None) -> Pr
     return [*system, {"role": "user", "content": text}]
 
 
-def generation_config(temperature: float, max_completion_length: int) -> dict[str, Any]:
-    """Return the arguments of sampling from the full distribution; at temperature 0 decoding is greedy."""
-    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+def generation_config(temperature: float, max_completion_length: int, top_p: float = 1.0) -> dict[str, Any]:
+    """Return the arguments of sampling, by default from the full distribution; at temperature 0 decoding is greedy."""
+    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
     return {**(drawing if temperature > 0 else {"do_sample": False}), "max_new_tokens": max_completion_length}
 
 
@@ -70,9 +70,10 @@ def sample(
     temperature: float,
     batch_size: int,
     seed: int,
+    top_p: float = 1.0,
 ) -> list[list[int]]:
     """
-    Sample one completion per prompt, from the policy's full distribution (no top-k, top-p or repetition penalty).
+    Sample one completion per prompt, by default from the policy's full distribution (no top-k or repetition penalty).
 
     Args:
         model ([`~transformers.PreTrainedModel`]), tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -87,6 +88,8 @@ def sample(
             Number of prompts at a time.
         seed (`int`):
             Set before the first batch: the same policy, prompts and seed lead to the same completions.
+        top_p (`float`):
+            Only the likeliest tokens with this probability in all are drawn from.
 
     Returns:
         `list[list[int]]`: token ids, up to the end token and with it where it was written.
@@ -100,7 +103,7 @@ def sample(
     ends, pad = end_tokens(tokenizer), tokenizer.pad_token_id
     # The model's own generation config would fill in whatever is unset here
     model.generation_config = GenerationConfig(
-        **generation_config(temperature, max_completion_length), eos_token_id=ends, pad_token_id=pad
+        **generation_config(temperature, max_completion_length, top_p), eos_token_id=ends, pad_token_id=pad
     )
     completions = []
     for batch in _batches(prompts, batch_size):
@@ -197,6 +200,36 @@ def token_statistics(
         lengths = [len(completion) for _, completion in batch]
         found += map(TokenStatistics, logps.split(lengths), entropy.split(lengths))
     return found
+
+
+@torch.inference_mode()
+def last_hidden_states(
+    model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]], batch_size: int
+) -> Tensor:
+    """
+    Return the last hidden state at the last token of each completion, shape (N, hidden size), in float32 on the CPU.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Policy that reads them.
+        prompts, completions (`Sequence[list[int]]`):
+            Token ids, one completion per prompt; together at least one token.
+        batch_size (`int`):
+            Number of rows at a time.
+    """
+    found = []
+    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+    check_rows(sizes_of(model), rows, 0, TOO_LONG)
+    for batch in _batches(rows, batch_size):
+        width = max(map(len, batch))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=model.device)
+        lengths = torch.tensor([len(row) for row in batch], device=model.device)
+        mask = (torch.arange(width, device=model.device) < lengths.unsqueeze(1)).long()
+        states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states[
+            -1
+        ]
+        found.append(states[torch.arange(len(batch), device=model.device), lengths - 1].float().cpu())
+    return torch.cat(found)
 
 
 def sequence_logps(model: PreTrainedModel, prompts, completions, temperature: float, batch_size: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Scores of completions by the rewards of the config, outside of a training."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_trl.data.chat_template import template_columns
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.combine import combined, reward_array
+from rlhf_trl.rewards.model import ModelReward
 
 COMBINED = ""  # key of the combined reward beside those of single ones
 
@@ -49,6 +51,42 @@ def score(
             prompts=prompts, completions=completions, completion_ids=completion_ids, **given
         )
     return scores
+
+
+def score_members(
+    rewards: Sequence[Reward],
+    prompts: list,
+    completions: list,
+    completion_ids: list[list[int]],
+    columns: Mapping[str, list],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[dict[str, list[float | None]]]:
+    """
+    Score N completions by each member of each reward, see [`score`].
+
+    Returns:
+        `list[dict]`: for each completion, by the reward's name, the score of each member of an ensemble, of another
+        reward its one score; `None` where it doesn't apply or is no finite number.
+    """
+    single = [reward for reward in rewards if not isinstance(reward, ModelReward)]
+    found: dict[str, list[list[float | None]]] = {
+        name: [[value] for value in values]
+        for name, values in score(single, prompts, completions, completion_ids, columns, tokenizer).items()
+    }
+    given = template_columns(tokenizer, dict(columns), len(completions)) if tokenizer is not None else dict(columns)
+    for reward in rewards:
+        if isinstance(reward, ModelReward):
+            reward.bind(tokenizer)
+            rows = reward.token_rows(prompts, completions, completion_ids, columns=given)
+            found[reward.__name__] = reward.member_scores(rows).T.tolist()
+    return [
+        {reward.__name__: [_finite(value) for value in found[reward.__name__][i]] for reward in rewards}
+        for i in range(len(completions))
+    ]
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and isfinite(value) else None
 
 
 def as_arrays(scores: Mapping[str, Sequence[float | None]]) -> dict[str, np.ndarray]:

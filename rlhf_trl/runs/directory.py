@@ -19,7 +19,9 @@ from rlhf_trl.runs.paths import MODEL_FILES, is_resumable, read_paths
 from rlhf_trl.runs.record import (
     COMPARISON_FILE,
     CONFIG_FILE,
+    DRAWS_FILE,
     ENSEMBLE_FILE,
+    LABELS_FILE,
     METRICS_FILE,
     QUALITY_FILE,
     RUN_FILE,
@@ -311,12 +313,14 @@ def delete_backup(run_dir: str | os.PathLike) -> None:
 
 def has_begun(run_dir: str | os.PathLike) -> bool:
     """
-    Return whether a run, or a member of an ensemble, has a checkpoint or is done, or its result is there: what fails
-    after that, such as a merge or the page of an evaluation, must not delete it.
+    Return whether a run, or a member of an ensemble, has a checkpoint or is done, or its result is there (labels and
+    collected completions count): what fails after that, such as a merge or the page of an evaluation, must not delete
+    it.
     """
     members = list(Path(run_dir).glob("member_*/"))
     is_trained = Path(run_dir, METRICS_FILE).is_file() and any(Path(run_dir).glob("*.safetensors"))
-    if is_trained or any(Path(run_dir, name).is_file() for name in (COMPARISON_FILE, QUALITY_FILE)):
+    kept = (COMPARISON_FILE, QUALITY_FILE, LABELS_FILE, DRAWS_FILE)
+    if is_trained or any(Path(run_dir, name).is_file() for name in kept):
         return True
     return any(is_done(member) for member in members) or any(
         last_checkpoint(folder) is not None for folder in (run_dir, *members)

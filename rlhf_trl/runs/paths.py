@@ -14,7 +14,15 @@ from rlhf_trl.config.program import command_line, typed_config_dir, typed_overri
 from rlhf_trl.config.values import texts
 from rlhf_trl.errors import PACKAGE, ConfigError
 from rlhf_trl.runs.ranks import is_main_process
-from rlhf_trl.runs.record import CONFIG_FILE, ENSEMBLE_FILE, RUN_FILE, read_json, read_run
+from rlhf_trl.runs.record import (
+    CONFIG_FILE,
+    DRAWS_FILE,
+    ENSEMBLE_FILE,
+    LABELS_FILE,
+    RUN_FILE,
+    read_json,
+    read_run,
+)
 
 DEMO = "demo:"
 ADAPTER_FILE = "adapter_config.json"
@@ -22,8 +30,8 @@ MODEL_FILES = ("config.json", ADAPTER_FILE)
 # Keys that name what is written, or nothing on the disk
 NOT_READ = {"run_dir", "runs_dir", "output_dir", "logging_dir", "output", "run_name", "name", "project", "starts_from"}
 # Keys that may name runs of the project, and keys that may hold globs
-RUNS = {"run", "policy", "policies", "sweeps"}
-GLOBS = {"paths", "eval_paths", "prompts"}
+RUNS = {"run", "policy", "policies", "sweeps", "labels", "used"}
+GLOBS = {"paths", "eval_paths", "prompts", "labels", "used", "traffic"}
 
 
 def project_dir(config: Mapping[str, Any]) -> Path:
@@ -175,8 +183,12 @@ def run_command(run: str, project_dir: str | os.PathLike) -> str:
 
 
 def is_resumable(run_dir: str | os.PathLike) -> bool:
-    """Return whether a run has a checkpoint or, of an ensemble, a member: something to resume from."""
-    return any(any(Path(run_dir).glob(pattern)) for pattern in ("checkpoint-*/", f"member_*/{RUN_FILE}"))
+    """
+    Return whether a run has something to resume from: a checkpoint, a member of an ensemble, labels, or completions of
+    a collection.
+    """
+    patterns = ("checkpoint-*/", f"member_*/{RUN_FILE}", LABELS_FILE, DRAWS_FILE)
+    return any(any(Path(run_dir).glob(pattern)) for pattern in patterns)
 
 
 def finish_command(run: str, project_dir: str | os.PathLike) -> str:

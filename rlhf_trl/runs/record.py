@@ -27,6 +27,9 @@ QUALITY_FILE = "reward_quality.json"
 SWEEP_FILE = "sweep.json"
 ENSEMBLE_FILE = "ensemble.json"
 SAMPLES_FILE = "samples.jsonl"
+# The answers of `stage=label`, and the completions that a `stage=collect` has drawn so far
+LABELS_FILE = "labels.jsonl"
+DRAWS_FILE = "draws.partial"
 PACKAGES = ("rlhf_trl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "hydra-core", "bitsandbytes")
 Result = TypeVar("Result", bound=JsonDataclass)
 REMEDIES = {

@@ -30,14 +30,14 @@ from rlhf_trl.stages.base import open_run
 
 def generate(cfg: DictConfig) -> None:
     """
-    Write completions of `cfg.stage.prompts` by the policy that `cfg.model` names to `cfg.stage.output`.
+    Write completions of the prompts by the policy that `cfg.model` names to `cfg.stage.output`.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if there are no prompts, a row has none, or the output exists.
     """
     OmegaConf.resolve(cfg)
     stage, output = cfg.stage, Path(cfg.stage.output)
-    prompts = prompts_of(cfg)
+    prompts = prompts_of(cfg, stage.max_prompts)
     if output.exists() and not cfg.overwrite:
         raise ConfigError(
             f"`stage.output` is `{output}`, which exists. Name another file, or delete it first with `overwrite=true`."
@@ -72,17 +72,19 @@ def generate(cfg: DictConfig) -> None:
         print(f"{count} completions of {len(prompts)} prompts{mean}: {output}")
 
 
-def prompts_of(cfg: DictConfig) -> list[dict]:
+def prompts_of(cfg: DictConfig, limit: int | None = None) -> list[dict]:
     """
-    Return the rows to complete: those of the files `cfg.stage.prompts`, or the held-out prompts of `cfg.data`.
+    Return the rows to complete: those of the files `cfg.stage.prompts`, or of the split `cfg.stage.split` of
+    `cfg.data`; at most `limit`, the first ones.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if there are none, or a row has no prompt.
     """
     if cfg.stage.prompts is not None:
-        return read_prompts(cfg.stage.prompts, cfg.stage.max_prompts)
+        return read_prompts(cfg.stage.prompts, limit)
     # Texts stay texts here, unless the data say otherwise: `stage.to_chat` decides, see `as_chat`
-    return eval_split(instantiate_data(cfg, "prompt", tokenizers=())).to_list()[: cfg.stage.max_prompts]
+    datasets = instantiate_data(cfg, "prompt", tokenizers=())
+    return (eval_split(datasets) if cfg.stage.split == "eval" else datasets["train"]).to_list()[:limit]
 
 
 def read_prompts(source: str | list[str], limit: int | None = None) -> list[dict]:

@@ -391,4 +391,4 @@ def test_bad_prompts_are_named_by_file_and_row(tmp_path):
 def test_prompts_are_the_held_out_ones_of_the_data_unless_files_are_named(compose, tmp_path):
     cfg = compose(f"runs_dir={tmp_path}", "stage=generate", "stage.max_prompts=5", "data.max_eval_samples=7")
     held_out = instantiate(cfg.data)(dataset_type="prompt", seed=cfg.seed)["eval"]
-    assert prompts_of(cfg) == held_out.to_list()[:5]
+    assert prompts_of(cfg, cfg.stage.max_prompts) == held_out.to_list()[:5]

@@ -1,0 +1,125 @@
+"""Logged traffic of a running service: prompts, answers, and the thumbs of users, as candidates and feedback."""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rlhf_trl.data.columns import rename_columns
+from rlhf_trl.data.feedback.rated import DOWN, UP
+from rlhf_trl.data.file_rows import read_file
+from rlhf_trl.data.messages import as_text, check_text_or_chat, read_json_chats
+from rlhf_trl.data.rows import Problems, RowError
+from rlhf_trl.errors import ConfigError, DataError, user_location
+from rlhf_trl.labels.candidates import Candidate, Text, prompt_id
+
+POLICY = "traffic"
+COLUMNS = ("prompt", "completion", "thumb", "policy", "time", "rater")
+# Takes a row, and returns it without what is private, or None to drop it
+Privacy = Callable[[dict[str, Any]], dict[str, Any] | None]
+
+
+class Traffic(NamedTuple):
+    """
+    What was logged.
+
+    Attributes:
+        rows: `prompt`, `completion` and the other columns of [`COLUMNS`] that a row has.
+        notes: counts of what was left out.
+    """
+
+    rows: list[dict[str, Any]]
+    notes: Counter
+
+    def thumbs(self) -> list[dict[str, Any]]:
+        """Return the rows with a thumb, for `data/feedback=thumbs`."""
+        return [row for row in self.rows if row.get("thumb") is not None]
+
+    def candidate(self, row: Mapping[str, Any]) -> Candidate:
+        """Return the logged answer of a row as a candidate."""
+        extra = {name: row[name] for name in ("thumb", "time") if row.get(name) is not None}
+        return Candidate(completion=row["completion"], policy=row.get("policy") or POLICY, extra=extra)
+
+
+def read_traffic(
+    files: Sequence[str],
+    columns: Mapping[str, str | None],
+    privacy: Privacy | None = None,
+    used: Collection[tuple[str, str]] = (),
+) -> Traffic:
+    """
+    Read logs.
+
+    Args:
+        files (`Sequence[str]`): jsonl, json, csv, tsv or parquet.
+        columns (`dict[str, str]`): our names, see [`COLUMNS`], to the file's; null for one that it doesn't have.
+        privacy (`Callable`, *optional*): filter of each row, before anything else reads it.
+        used (`Collection[tuple[str, str]]`): (prompt id, completion) of what was collected before, see [`used_key`].
+
+    Raises:
+        [`~rlhf_trl.errors.DataError`]: with file and row, for rows without a prompt or an answer, or with a thumb that
+            is none.
+        [`~rlhf_trl.errors.ConfigError`]: if the filter raises, or returns something else than a row.
+    """
+    rows, notes, problems = [], Counter(), Problems()
+    seen = set(used)
+    mapping = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
+    for file in files:
+        for place, row in read_file(file):
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                if privacy is not None and (row := _filtered(privacy, row, place)) is None:
+                    notes["logged rows dropped: by the privacy filter"] += 1
+                    continue
+                made = _checked(rename_columns(read_json_chats(row, notes), mapping))
+            except RowError as error:
+                problems.add(place, error, mapping.get(error.field or ""))
+                continue
+            key = used_key(made["prompt"], made["completion"])
+            if key in seen:
+                before = key in used
+                notes[f"logged rows dropped: {'used before' if before else 'they repeat another one'}"] += 1
+                continue
+            seen.add(key)
+            rows.append(made)
+    if problems.count:
+        raise DataError(f"{problems.count} rows of `stage.traffic` can't be used:\n{problems.text()}")
+    return Traffic(rows, notes)
+
+
+def used_key(prompt: Text, completion: Text) -> tuple[str, str]:
+    """Return a key by which logged rows are the same."""
+    return prompt_id(prompt), as_text(completion).strip()
+
+
+def _filtered(privacy: Privacy, row: dict[str, Any], place: str) -> dict[str, Any] | None:
+    try:
+        found = privacy(dict(row))
+    except Exception as error:
+        where = f" ({user_location(error)})" if user_location(error) else ""
+        raise ConfigError(
+            f"The privacy filter `stage.privacy` raised {type(error).__name__}: {error}{where} at {place}. Correct "
+            "it; nothing was collected."
+        ) from error
+    if found is not None and not isinstance(found, dict):
+        raise ConfigError(
+            f"The privacy filter `stage.privacy` returned {type(found).__name__} at {place}. Let it return the row, "
+            "or None to drop it."
+        )
+    return found
+
+
+def _checked(row: dict[str, Any]) -> dict[str, Any]:
+    prompt, completion = check_text_or_chat(row, "prompt"), check_text_or_chat(row, "completion")
+    made: dict[str, Any] = {"prompt": prompt, "completion": completion}
+    made |= {name: row[name] for name in ("policy", "time", "rater") if row.get(name) is not None}
+    for name in ("policy", "rater"):
+        if name in made:
+            made[name] = str(made[name])
+    thumb = row.get("thumb")
+    if thumb is not None and str(thumb).strip():
+        known = UP | DOWN
+        if str(thumb).strip().lower() not in known:
+            raise RowError("thumb", f"is {thumb!r}, where true or false, up or down should be")
+        made["thumb"] = bool(known[str(thumb).strip().lower()])
+    return made

@@ -1,0 +1,335 @@
+"""Candidate completions of prompts, and the questions about them that are worth a label (`stage=collect`)."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from rlhf_trl.build import each_policy, policy_paths, reward_functions
+from rlhf_trl.config.dotpaths import find
+from rlhf_trl.config.ranges import COUNT, NONNEGATIVE, check_values
+from rlhf_trl.config.values import as_dict
+from rlhf_trl.data.chat_template import template_kwargs
+from rlhf_trl.data.file_rows import resolve_paths
+from rlhf_trl.data.messages import as_text
+from rlhf_trl.data.tokenize import end_tokens
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.evaluation.generation import Policy, last_hidden_states, sample
+from rlhf_trl.evaluation.rewards import score_members
+from rlhf_trl.hints import did_you_mean, names_of
+from rlhf_trl.labels.candidates import (
+    CANDIDATES_FILE,
+    Candidate,
+    Candidates,
+    prompt_id,
+    read_candidates,
+    write_candidates,
+    write_rows,
+)
+from rlhf_trl.labels.collection import (
+    REPEATED_PROMPT,
+    Collected,
+    Draws,
+    add_candidates,
+    ask,
+    merge_prompts,
+    without_labeled,
+)
+from rlhf_trl.labels.options import BY_FEATURES, BY_SCORE, selection_problem
+from rlhf_trl.labels.store import Label, read
+from rlhf_trl.labels.traffic import COLUMNS, Traffic, read_traffic, used_key
+from rlhf_trl.rewards.base import Reward
+from rlhf_trl.runs.directory import delete_backup
+from rlhf_trl.runs.paths import is_run_name, project_dir
+from rlhf_trl.runs.ranks import is_main_process
+from rlhf_trl.runs.record import DRAWS_FILE, LABELS_FILE, write_metrics
+from rlhf_trl.stages.base import open_run
+from rlhf_trl.stages.generate import as_chat, given_prompt, prompts_of
+from rlhf_trl.terminal import say
+
+# The thumbs that a log has, beside its candidates
+THUMBS_FILE = "thumbs.jsonl"
+# Settings of a policy's completions, and their rules
+SETTINGS = {"n": COUNT, "temperature": NONNEGATIVE, "top_p": "(0, 1]", "max_completion_length": COUNT}
+
+
+class Sampling(NamedTuple):
+    """Settings of a policy's completions; `n` of them per prompt."""
+
+    n: int
+    temperature: float
+    top_p: float
+    max_completion_length: int
+
+
+def collect(cfg: DictConfig) -> None:
+    """
+    Write candidates of prompts, and the questions about them, to `candidates.jsonl` in the run directory.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if there are no prompts, a policy is missing, the selection lacks what it
+            reads, or no question is left.
+    """
+    OmegaConf.resolve(cfg)
+    stage = cfg.stage
+    traffic = traffic_of(cfg)
+    prompts = prompts_of(cfg) if traffic is None else [{"prompt": row["prompt"]} for row in traffic.rows]
+    found = without_labeled(merge_prompts(prompts), earlier_labels(cfg), stage.overlap)
+    found.rows = found.rows[: stage.max_prompts]
+    if traffic is not None:
+        del found.notes[REPEATED_PROMPT]  # a prompt may be asked often
+        found.notes.update(traffic.notes)
+    if not found.rows:
+        raise ConfigError(
+            f"No prompt is left to collect for{_noted(found, ': ')}. Give more prompts (`data`, `stage.prompts`), or "
+            "ask several people about each: `stage.overlap=2`."
+        )
+    paths = policy_paths(cfg)
+    settings = {name: sampling_of(cfg, name) for name in paths}
+    with open_run(cfg, start=next(iter(paths.values()))):
+        if not is_main_process():
+            return  # one rank samples and writes
+        columns = sorted({name for row in found.rows for name in row.extra})
+        rewards = reward_functions(cfg, None, columns=columns)
+        members = max((getattr(reward, "members", 1) for reward in rewards), default=1)
+        if problem := selection_problem(as_dict(cfg.select), bool(rewards), members):
+            raise ConfigError(problem)
+        draws = Draws(Path(cfg.run_dir, DRAWS_FILE), plan_of(found.rows, settings, cfg))
+        delete_backup(cfg.run_dir)
+        try:
+            draw(cfg, found.rows, settings, rewards, draws)
+        finally:
+            draws.close()
+        add_candidates(found, logged(found, traffic))
+        add_candidates(found, ((row["row"], Candidate(**row["candidate"])) for row in draws.rows()))
+        by_score = cfg.select._target_ in BY_SCORE
+        ask(
+            found,
+            select=instantiate(cfg.select),
+            budget=stage.budget,
+            per_prompt=stage.per_prompt,
+            size=stage.question_size,
+            seed=cfg.seed,
+            weights={reward.__name__: reward.weight for reward in rewards} if by_score else {},
+            features=features_of(cfg, found.rows) if cfg.select._target_ in BY_FEATURES else None,
+        )
+        finish(cfg, found, draws, traffic)
+
+
+def finish(cfg: DictConfig, found: Collected, draws: Draws, traffic: Traffic | None) -> None:
+    """Write the candidates, the thumbs and the counts, and print what was collected."""
+    output = Path(cfg.run_dir, CANDIDATES_FILE)
+    write_candidates(output, found.rows)
+    thumbs = traffic.thumbs() if traffic is not None else []
+    if thumbs:
+        write_rows(Path(cfg.run_dir, THUMBS_FILE), thumbs)
+        found.notes["thumbs of users"] = len(thumbs)
+    questions = sum(len(row.questions) for row in found.rows)
+    counts = {
+        "eval_prompts": len(found.rows),
+        "eval_candidates": sum(len(row.candidates) for row in found.rows),
+        "eval_questions": questions,
+    }
+    counts |= {"eval_" + re.sub(r"\W+", "_", note): count for note, count in found.notes.items() if count}
+    write_metrics(cfg.run_dir, [counts])
+    draws.delete()
+    say(f"{counts['eval_candidates']:,} candidates of {len(found.rows):,} prompts, {questions:,} questions: {output}")
+    if noted := _noted(found):
+        say(f"  {noted}")
+    if thumbs:
+        say(f"Thumbs, for `data/feedback=thumbs`: {Path(cfg.run_dir, THUMBS_FILE)}")
+    elif not questions:
+        raise ConfigError(
+            f"There is nothing to ask{_noted(found, ': ')}. Collect more candidates per prompt (`stage.n`), at a "
+            "higher `stage.temperature`, or from several policies (`stage.policies`)."
+        )
+
+
+def _noted(found: Collected, before: str = "") -> str:
+    noted = "; ".join(f"{note}: {count:,}" for note, count in found.notes.items() if count)
+    return f"{before}{noted}" if noted else ""
+
+
+def traffic_of(cfg: DictConfig) -> Traffic | None:
+    """Return the log in `cfg.stage.traffic` without what earlier collections used, `None` where there is none."""
+    stage = cfg.stage
+    if stage.traffic is None:
+        return None
+    files = resolve_paths(_list(stage.traffic), "stage.traffic")
+    columns = as_dict(stage.columns)
+    if unknown := [name for name in columns if name not in COLUMNS]:
+        raise ConfigError(f"`stage.columns.{unknown[0]}` is no column of a log. {did_you_mean(unknown[0], COLUMNS)}")
+    used = {
+        used_key(row.prompt, candidate.completion)
+        for file in places_of(cfg, "used", CANDIDATES_FILE)
+        for row in read_candidates(file)
+        for candidate in row.candidates
+    }
+    privacy = find(stage.privacy) if stage.privacy is not None else None
+    traffic = read_traffic(files, columns, privacy, used)
+    if not traffic.rows:
+        noted = _noted(Collected([], traffic.notes), ": ")
+        raise ConfigError(f"`stage.traffic` holds nothing new{noted}. Give the log of a later time.")
+    return traffic
+
+
+def logged(found: Collected, traffic: Traffic | None) -> Iterator[tuple[int, Candidate]]:
+    """Yield the logged answers to the prompts of `found`, each with the index of its prompt."""
+    numbers = {row.id: number for number, row in enumerate(found.rows)}
+    if traffic is None:
+        return
+    for row in traffic.rows:
+        if (number := numbers.get(prompt_id(row["prompt"]))) is not None:
+            yield number, traffic.candidate(row)
+
+
+def places_of(cfg: DictConfig, key: str, name: str) -> list[str]:
+    """Return the files that `stage.<key>` names: those called `name` of runs, and paths and globs."""
+    runs = project_dir(cfg)
+    files = [str(runs / place / name) if is_run_name(place, runs) else place for place in _list(cfg.stage[key])]
+    return resolve_paths(files, f"stage.{key}") if files else []
+
+
+def _list(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def earlier_labels(cfg: DictConfig) -> list[Label]:
+    """Return the labels in `cfg.stage.labels`, names of runs and files."""
+    return [label for file in places_of(cfg, "labels", LABELS_FILE) for label in read(file)]
+
+
+def sampling_of(cfg: DictConfig, name: str) -> Sampling:
+    """
+    Return the settings of a policy: those of the stage, unless `cfg.stage.sampling` has its own.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: for a setting or a policy that there isn't.
+    """
+    given = as_dict(cfg.stage)["sampling"] or {}
+    policies = list(policy_paths(cfg))
+    if unknown := [each for each in given if each not in policies]:
+        raise ConfigError(
+            f"`stage.sampling` names `{unknown[0]}`, which is no policy of this stage (it has {', '.join(policies)})."
+        )
+    own = given.get(name) or {}
+    if wrong := [key for key in own if key not in SETTINGS]:
+        raise ConfigError(f"`stage.sampling.{name}.{wrong[0]}` is no setting. Use {names_of(SETTINGS)}.")
+    values = {key: own.get(key, cfg.stage[key]) for key in SETTINGS}
+    check_values(SETTINGS, values, f"stage.sampling.{name}.")
+    return Sampling(**values)
+
+
+def plan_of(rows: Sequence[Candidates], settings: dict[str, Sampling], cfg: DictConfig) -> str:
+    """Return a digest of what is drawn, and in which batches."""
+    plan = [[row.id for row in rows], settings, policy_paths(cfg), cfg.stage.batch_size, cfg.seed]
+    return hashlib.blake2b(json.dumps(plan).encode(), digest_size=16).hexdigest()
+
+
+def draw(
+    cfg: DictConfig,
+    rows: Sequence[Candidates],
+    settings: dict[str, Sampling],
+    rewards: Sequence[Reward],
+    draws: Draws,
+) -> None:
+    """
+    Sample and score the completions that are not drawn yet, a batch at a time. The same seed and batch size give the
+    same completions, whether or not the run was interrupted.
+    """
+    size = cfg.stage.batch_size
+    plan: dict[str, list[tuple[int, list[int]]]] = {}  # by policy: number of the batch, and the prompts in it
+    number = 0
+    for name, setting in settings.items():
+        places = [i for i in range(len(rows)) for _ in range(setting.n)]
+        plan[name] = []
+        for start in range(0, len(places), size):
+            plan[name].append((number, places[start : start + size]))
+            number += 1
+    total = sum(len(places) for batches in plan.values() for _, places in batches)
+    done = len(draws.rows())
+    if not any(number not in draws.batches for batches in plan.values() for number, _ in batches):
+        return
+    with tqdm(total=total, initial=done, unit="completion") as bar:
+        for policy in each_policy(cfg):
+            for number, places in plan[policy.name]:
+                if number in draws.batches:
+                    continue
+                seed = cfg.seed + number
+                batch = list(completions(policy, rows, places, settings[policy.name], seed, rewards, cfg.stage))
+                draws.add(number, batch)
+                bar.update(len(batch))
+
+
+def completions(
+    policy: Policy,
+    rows: Sequence[Candidates],
+    places: Sequence[int],
+    setting: Sampling,
+    seed: int,
+    rewards: Sequence[Reward],
+    stage: Any,
+) -> Iterator[dict[str, Any]]:
+    """
+    Yield a completion of the prompt at each of `places`: `row`, its place, and `candidate`, the fields of a
+    [`~rlhf_trl.labels.candidates.Candidate`].
+    """
+    wants_chat, ends = as_chat(policy, stage.to_chat), end_tokens(policy.tokenizer)
+    given = [given_prompt(rows[i].prompt, policy, wants_chat, stage.system_prompt) for i in places]
+    kwargs = [template_kwargs(rows[i].extra) for i in places]
+    written = sample(
+        policy.model,
+        policy.tokenizer,
+        [policy.ids(prompt, **each) for prompt, each in zip(given, kwargs, strict=True)],
+        setting.max_completion_length,
+        setting.temperature,
+        stage.batch_size,
+        seed=seed,
+        top_p=setting.top_p,
+    )
+    texts = [policy.completion(prompt, ids) for prompt, ids in zip(given, written, strict=True)]
+    names = sorted({name for i in places for name in rows[i].extra})
+    columns = {name: [rows[i].extra.get(name) for i in places] for name in names}
+    scores = score_members(rewards, given, texts, written, columns, policy.tokenizer)
+    for place, text, ids, scored in zip(places, texts, written, scores, strict=True):
+        is_text = isinstance(rows[place].prompt, str)  # a text has texts as completions, whatever the policy read
+        candidate = Candidate(
+            completion=as_text(text) if is_text else text,
+            policy=policy.name,
+            sampling={
+                "temperature": setting.temperature,
+                "top_p": setting.top_p,
+                "max_new_tokens": setting.max_completion_length,
+            },
+            seed=seed,
+            scores=scored,
+            extra={"tokens": len(ids), "ended": bool(ids) and ids[-1] in ends},
+        )
+        yield {"row": place, "candidate": vars(candidate)}
+
+
+def features_of(cfg: DictConfig, rows: Sequence[Candidates]) -> Callable[[list[tuple[int, int]]], np.ndarray]:
+    """
+    Return a function that takes M candidates (row, candidate), and returns the first policy's last hidden states of
+    them, shape (M, hidden size).
+    """
+
+    def features(places: list[tuple[int, int]]) -> np.ndarray:
+        policy = next(each_policy(cfg))
+        wants_chat = as_chat(policy, cfg.stage.to_chat)
+        prompts, answers = [], []
+        for row, candidate in places:
+            given = given_prompt(rows[row].prompt, policy, wants_chat, cfg.stage.system_prompt)
+            prompts.append(policy.ids(given, **template_kwargs(rows[row].extra)))
+            text = as_text(rows[row].candidates[candidate].completion)
+            answers.append(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return last_hidden_states(policy.model, prompts, answers, cfg.stage.batch_size).numpy()
+
+    return features

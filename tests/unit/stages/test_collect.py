@@ -1,0 +1,108 @@
+"""Candidates and questions by `stage=collect`."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+
+import rlhf_trl.stages.collect as stage
+from rlhf_trl.checks import find_problems
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.labels.candidates import read_candidates
+from rlhf_trl.runs.record import read_run
+
+FEW = ("stage=collect", "project=test", "stage.max_prompts=6", "stage.n=2", "stage.batch_size=4")
+
+
+def collect(cfg) -> Path:
+    instantiate(cfg.stage.run)(cfg)
+    return Path(cfg.run_dir, "candidates.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(compose, tmp_path_factory):
+    """Return the config of a collection from two policies and its candidates."""
+    words = [*FEW, "reward=demo", "select=best_worst", "stage.budget=4"]
+    words += ["stage.policies={base: 'demo:base', sft: 'demo:sft'}", "stage.sampling={base: {n: 1, top_p: 0.9}}"]
+    words += ["stage.max_completion_length=24"]
+    runs = tmp_path_factory.mktemp("runs")
+    return words, collect(compose(*words, f"runs_dir={runs}"))
+
+
+def test_candidates_say_where_they_come_from_and_what_they_are_worth(whole):
+    rows = read_candidates(whole[1])
+    assert len(rows) == 6 and sum(len(row.questions) for row in rows) == 4
+    found = [each for row in rows for each in row.candidates]
+    assert {each.policy for each in found} == {"base", "sft"}
+    sampling = {each.policy: each.sampling for each in found}
+    assert sampling["base"] == {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 24}
+    assert sampling["sft"] == {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 24}
+    for row in rows:
+        assert len({json.dumps(each.completion) for each in row.candidates}) == len(row.candidates)
+        scores = [each.scores["gold"][0] for each in row.candidates]
+        for first, second in row.questions:
+            assert scores[first] == max(scores) and scores[second] == min(scores)
+
+
+def test_a_killed_collection_resumes_with_the_batches_that_are_left(whole, compose, tmp_path, monkeypatch):
+    words, expected = whole
+    drawn, sample = [], stage.sample
+
+    def killed(*args, **kwargs):
+        if len(drawn) == 2:
+            raise MemoryError
+        drawn.append(kwargs["seed"])
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(stage, "sample", killed)
+    with pytest.raises(MemoryError):
+        collect(compose(*words, f"runs_dir={tmp_path}"))
+    assert read_run(tmp_path / "test" / "collect").status == "failed"
+    assert not (tmp_path / "test" / "collect" / "candidates.jsonl").exists()
+    monkeypatch.setattr(
+        stage, "sample", lambda *args, **kwargs: drawn.append(kwargs["seed"]) or sample(*args, **kwargs)
+    )
+    again = collect(compose(*words, f"runs_dir={tmp_path}", "resume=true"))
+    assert again.read_bytes() == expected.read_bytes()
+    assert len(drawn) == len(set(drawn)) == 5  # 6 completions by base and 12 by sft, 4 a batch
+    assert not (again.parent / "draws.partial").exists()
+
+
+def test_labeled_prompts_are_left_out_and_none_left_is_an_error(whole, compose, tmp_path):
+    rows = read_candidates(whole[1])
+    labels = tmp_path / "labels.jsonl"
+    row = {"question": [0, 1], "form": "pair", "answer": 0, "labeler": "ada"}
+    labels.write_text("".join(json.dumps(row | {"id": each.id}) + "\n" for each in rows))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": each.prompt}) + "\n" for each in rows))
+    words = [*FEW, f"stage.prompts={prompts}", f"stage.labels={labels}", f"runs_dir={tmp_path}"]
+    with pytest.raises(ConfigError, match="labeled already: 6"):
+        collect(compose(*words))
+    assert not (tmp_path / "test" / "collect" / "run.json").exists()
+
+
+def test_last_hidden_states_choose_without_a_reward_and_logs_have_thumbs(compose, tmp_path):
+    log = tmp_path / "log.jsonl"
+    rows = [{"prompt": f"What color is a {what}?", "answer": "It is blue.", "vote": "up"} for what in ("cow", "dog")]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*FEW, "select=d_optimal", f"stage.traffic={log}", f"runs_dir={tmp_path}", "stage.budget=1"]
+    words += ["stage.columns={completion: answer, thumb: vote}", "stage.max_completion_length=24"]
+    path = collect(compose(*words))
+    rows = read_candidates(path)
+    assert [row.candidates[0].policy for row in rows] == ["traffic", "traffic"]
+    assert all(len(row.candidates) > 1 for row in rows) and sum(len(row.questions) for row in rows) == 1
+    thumbs = [json.loads(line) for line in (path.parent / "thumbs.jsonl").read_text().splitlines()]
+    assert [row["thumb"] for row in thumbs] == [True, True]
+    with pytest.raises(ConfigError, match="nothing new: logged rows dropped: used before: 2"):
+        collect(compose(*words, "run_name=again", "stage.used=[collect]"))
+
+
+def test_a_selection_without_its_ensemble_stops_before_the_sampling(compose, tmp_path):
+    cfg = compose(*FEW, "select=thompson", f"runs_dir={tmp_path}")
+    assert any("`select=thompson` reads scores" in problem for problem in find_problems(cfg))
+    with pytest.raises(ConfigError, match="every reward has one"):
+        collect(compose(*FEW, "select=thompson", "reward=demo", f"runs_dir={tmp_path}"))
+    assert not (tmp_path / "test" / "collect" / "run.json").exists()
+    with pytest.raises(ConfigError, match="names `dpo`, which is no policy"):
+        collect(compose(*FEW, "stage.sampling={dpo: {n: 2}}", f"runs_dir={tmp_path}"))
