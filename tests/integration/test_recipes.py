@@ -2,7 +2,7 @@
 
 import math
 import re
-import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from rlhf_trl.checks import find_problems
+from rlhf_trl.config.values import flatten
 from tests.helpers.configs import CONF, GROUPS, composed
 from tests.helpers.recipes import ROWS, START, localize
 from tests.helpers.run_files import metrics, record
@@ -75,12 +76,61 @@ def small(cfg, starts):
     return cfg
 
 
-def test_the_folder_to_copy_works_as_a_copy(tmp_path):
-    copy = tmp_path / "experiment" / "mine"
-    shutil.copytree(CONF / "experiment" / "own", copy)
-    for name in RECIPES["own"]:
-        cfg = composed("train", f"hydra.searchpath=[file://{tmp_path}]", f"experiment=mine/{name}", "project=mine")
-        assert cfg.project == "mine" and cfg.data.paths == "pairs.jsonl"
+def test_the_recipe_to_copy_works_as_a_copy(tmp_path):
+    """The commands of docs/your-own.md copy the experiments and their pipeline, whose steps are then the copies."""
+    lines = (CONF.parent / "docs" / "your-own.md").read_text().splitlines()
+    copying = [line for line in lines if line.split(" ")[0] in ("mkdir", "cp", "sed")]
+    (tmp_path / "conf").symlink_to(CONF)
+    subprocess.run(" && ".join(copying), shell=True, cwd=tmp_path, check=True)
+    mine = f"hydra.searchpath=[file://{tmp_path}/my_conf]"
+    steps = composed("pipeline", mine, "pipeline=mine").steps
+    assert list(steps) == RECIPES["own"]
+    for name, words in steps.items():
+        cfg = composed("train", mine, *words)
+        assert words[0] == f"experiment=mine/{name}" and cfg.data.paths == "pairs.jsonl"
+
+
+# What a published result depends on: a recipe says it, whether or not it is today's default
+PUBLISHED = {
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_generations",
+    "num_iterations",
+    "num_train_epochs",
+    "learning_rate",
+    "critic_learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "beta",
+    "temperature",
+    "max_length",
+    "max_completion_length",
+    "r",
+}
+
+
+@pytest.mark.slow
+def test_an_experiment_repeats_no_default_that_is_not_published(tmp_path):
+    """`own` does, since it shows what to change."""
+    repeated = []
+    for name in sorted(name for name in GROUPS["experiment"] if not name.startswith("own/")):
+        given = OmegaConf.to_container(OmegaConf.load(CONF / "experiment" / f"{name}.yaml"), resolve=False)
+        bare = tmp_path / "experiment" / "bare" / f"{name}.yaml"
+        bare.parent.mkdir(parents=True, exist_ok=True)
+        bare.write_text("# @package _global_\n" + OmegaConf.to_yaml({"defaults": given.pop("defaults")}))
+        default = OmegaConf.to_container(
+            composed("train", f"hydra.searchpath=[file://{tmp_path}]", f"experiment=bare/{name}"), resolve=False
+        )
+        kept = set() if name.startswith("reviews/") else PUBLISHED
+        given.pop("published", None)
+        defaults = flatten(default)
+        repeated += [
+            f"{name}: {key}"
+            for key, value in flatten(given).items()
+            if key.split(".")[-1] not in kept and key in defaults and defaults[key] == value
+        ]
+    assert repeated == []
 
 
 def test_every_recipe_is_listed():
