@@ -37,7 +37,6 @@ NEEDS = {
     "reward/length": ["reward.length.kwargs.max_length=20"],
     "reward/function": ["reward.function.function=rlhf_trl.tasks.demo.gold_reward"],
     "reward/sentiment": ["data=reviews"],
-    "reward/vader": ["data=reviews"],
 }
 
 
