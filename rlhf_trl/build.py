@@ -56,10 +56,11 @@ from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.generation import Policy
 from rlhf_trl.models.initial import load_initial_model
 from rlhf_trl.models.loading import load_model
-from rlhf_trl.models.precision import precision_line, weights_dtype
+from rlhf_trl.models.precision import computed_in, precision_line, rounding_problem, trained_types, weights_dtype
 from rlhf_trl.models.roles import begin_training
 from rlhf_trl.models.sizes import Sizes, empty_model, id_problem, length_problem, sizes_of
 from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.patches.one_device import use_one_device
 from rlhf_trl.ppo.options import RULES as PPO_RULES
 from rlhf_trl.reward_modeling.options import RULES as REWARD_MODEL_RULES
 from rlhf_trl.rewards.base import RESERVED_COLUMNS, Reward
@@ -242,6 +243,7 @@ def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
         args = instantiate(values)
     except InstantiationException as error:
         raise ConfigError(f"`stage.args` is refused by `{node._target_}`: {error.__cause__ or error}") from error
+    use_one_device(args)
     return args
 
 
@@ -380,7 +382,11 @@ def make_trainer(
         reward.attach(trainer.model)
     if isinstance(trainer.model, PeftModel):
         begin_training(trainer.model)
-    say(precision_line(cast(torch.nn.Module, trainer.model), args))
+    trained = cast(torch.nn.Module, trainer.model)
+    say(precision_line(trained, args))
+    keeps_float32 = trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and computed_in(args) is not None)
+    if problem := rounding_problem(trained_types(trained), keeps_float32):
+        say(f"warning: {problem}")
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     for callback in callbacks(cfg, trainer):

@@ -31,6 +31,7 @@ from rlhf_trl.build import (
 )
 from rlhf_trl.checks.disk import disk_need
 from rlhf_trl.checks.learning_rates import learning_rate_warnings
+from rlhf_trl.checks.machine import uses_deepspeed, uses_fsdp
 from rlhf_trl.checks.reward_calls import Scale, sample_of
 from rlhf_trl.checks.services import hub_problem, vllm_problem
 from rlhf_trl.cli.plan import (
@@ -42,7 +43,6 @@ from rlhf_trl.cli.plan import (
     lengths_text,
     offline_lines,
     offline_steps,
-    precision_text,
     quantization_text,
     rewards_text,
     rollout_lines,
@@ -70,9 +70,10 @@ from rlhf_trl.evaluation.generation import TOO_LONG, Policy
 from rlhf_trl.models.adapters import adapter_config
 from rlhf_trl.models.initial import load_initial_model
 from rlhf_trl.models.loading import AUTO_CLASSES, load_model, load_reward_model
-from rlhf_trl.models.precision import weights_dtype
+from rlhf_trl.models.precision import computed_in, dtype_name, precision_text, rounding_problem, weights_dtype
 from rlhf_trl.models.sizes import Sizes, check_rows, empty_model, sizes_of
 from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.patches.one_device import unused_devices
 from rlhf_trl.runs.paths import project_dir, resolve_path
 from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.stages.evaluate import reference_answers
@@ -162,13 +163,15 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
     quantization = quantization_text(instantiate(cfg.adapter.quantization))
     limit, positions = at(as_dict(stage), "prepare.max_prompt_length"), sizes_of(model).positions
     given = row_lengths(first_rows(rows), tokenizer)  # of a stage that generates: the prompts
+    has_adapter, base = bool(cfg.adapter.peft), dtype_name(model.dtype)
+    trained_in = "float32" if has_adapter else base
     lines = {
         "stage": f"{stage.name} ({stage.trainer._target_})",
         "run directory": cfg.run_dir,
         "starts from": path,
         "adapter": adapter_text(instantiate(cfg.adapter.peft), weights),
         **({"quantization": quantization} if quantization else {}),
-        "precision": precision_text(args, model.dtype, bool(cfg.adapter.peft)),
+        "precision": precision_text(trained_in, base if has_adapter else "", args),
         "learning rate": learning_rate_text(args),
         "data": ", ".join(f"{len(part):,} rows for {name}" for name, part in dataset.items()),
         "lengths": lengths_text(args, given, limit, positions),
@@ -188,7 +191,8 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
     if batch is not None:
         trained, tokens = count_trained(batch)
         lines["first batch"] = f"{trained:,} of {tokens:,} tokens are trained on"
-    has_adapter = bool(cfg.adapter.peft)
+    found.warn(unused_devices(args))
+    found.warn(rounding_problem(trained_in, uses_deepspeed() or (uses_fsdp() and computed_in(args) is not None)))
     found.warnings += learning_rate_warnings(args, stage.dataset_type, weights.total, critic, has_adapter)
     if generates:
         key, lengths = "stage.args.max_completion_length", completion_lengths(tokenizer, answers)

@@ -10,12 +10,12 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
-from rlhf_trl.callbacks.base import steps_per_rollout
 from rlhf_trl.checks.disk import Weights
 from rlhf_trl.checks.reward_calls import Scale
 from rlhf_trl.hints import size_of
-from rlhf_trl.models.precision import computed_in, dtype_name
+from rlhf_trl.models.precision import dtype_name
 from rlhf_trl.models.sizes import critic_parameters
+from rlhf_trl.trainers.steps import steps_per_rollout
 
 # A share of cut completions that is worth a warning
 CUT = 0.05
@@ -76,13 +76,6 @@ def quantization_text(quantization: Any) -> str | None:
     twice = ", its constants too" if quantization.bnb_4bit_use_double_quant else ""
     compute = dtype_name(quantization.bnb_4bit_compute_dtype)
     return f"4 bits ({quantization.bnb_4bit_quant_type}{twice}), computed in {compute}"
-
-
-def precision_text(args: Any, dtype: torch.dtype, has_adapter: bool) -> str:
-    """Return the types of the computation and of the weights, those of an adapter and those of its base."""
-    base, computed = dtype_name(dtype), computed_in(args)
-    mixed = f"mixed, computed in {computed}; " if computed else ""
-    return f"{mixed}trained weights in float32, frozen ones in {base}" if has_adapter else f"{mixed}weights in {base}"
 
 
 def learning_rate_text(args: Any) -> str:

@@ -6,6 +6,9 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+# Half of the distance between two numbers of 8 and of 11 bits, at its least: a smaller change of a weight is lost
+LEAST_UPDATE = {"bfloat16": "0.2 %", "float16": "0.02 %"}
+
 
 def weights_dtype(dtype: str | None, is_trained: bool, bf16: bool | None = None) -> str:
     """
@@ -38,20 +41,57 @@ def computed_in(args: TrainingArguments) -> str | None:
     return "bfloat16" if args.bf16 else "float16" if args.fp16 else None
 
 
+def precision_text(trained: str, frozen: str, args: TrainingArguments) -> str:
+    """
+    Return the types of the weights and of the computation, for the plan and the head of a run.
+
+    Args:
+        trained (`str`), frozen (`str`): types of the weights that are trained and of the others; empty without any.
+        args (`transformers.TrainingArguments`): arguments of the trainer.
+    """
+    weights = f"trained weights in {trained}{f', frozen ones in {frozen}' if frozen else ''}"
+    if mixed := computed_in(args):
+        return f"{weights}; mixed precision, computed in {mixed}"
+    has_none = "" if is_torch_bf16_gpu_available() else ": this machine has no accelerator with bfloat16"
+    return f"{weights}; no mixed precision{has_none}"
+
+
 def precision_line(model: torch.nn.Module, args: TrainingArguments) -> str:
     """Return a sentence on the types in which a model is trained and computed, for the head of a run."""
-    parts = [f"Trained weights are in {_types(p for p in model.parameters() if p.requires_grad)}"]
-    if frozen := _types(p for p in model.parameters() if not p.requires_grad):
-        parts.append(f"frozen ones in {frozen}")
-    mixed = computed_in(args)
-    computed = f"Mixed precision: computed in {mixed}." if mixed else "No mixed precision"
-    if mixed is None:
-        computed += "." if is_torch_bf16_gpu_available() else ": this machine has no accelerator with bfloat16."
+    line = f"Precision: {precision_text(trained_types(model), _types(_frozen(model)), args)}."
     quantization = getattr(getattr(model, "config", None), "quantization_config", None)
     if getattr(quantization, "load_in_4bit", False):
         dtype = getattr(quantization, "bnb_4bit_compute_dtype", None)
-        computed += f" Layers in 4 bits are computed in {dtype_name(dtype)}."
-    return f"{', '.join(parts)}. {computed}"
+        line += f" Layers in 4 bits are computed in {dtype_name(dtype)}."
+    return line
+
+
+def rounding_problem(trained: str, keeps_float32: bool) -> str | None:
+    """
+    Return what is to be expected of training weights in 16 bits, `None` where nothing is lost.
+
+    Args:
+        trained (`str`): types of the weights that are trained.
+        keeps_float32 (`bool`): whether the engine keeps them in float32 beside, as DeepSpeed's optimizers do, and
+            accelerate's FSDP in mixed precision.
+    """
+    short = next((name for name in LEAST_UPDATE if name in trained), None)
+    if keeps_float32 or short is None:
+        return None
+    return (
+        f"weights are trained in {short}, which rounds away every update below {LEAST_UPDATE[short]} of a weight, and "
+        "an update of AdamW is about the learning rate: small ones do nothing. Leave `model.dtype=null` (float32, "
+        "with mixed precision where the device has it), or train an adapter (`adapter=lora`)."
+    )
+
+
+def trained_types(model: torch.nn.Module) -> str:
+    """Return the types of the weights of a model that are trained."""
+    return _types(parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _frozen(model: torch.nn.Module) -> Iterable[torch.nn.Parameter]:
+    return (parameter for parameter in model.parameters() if not parameter.requires_grad)
 
 
 def _types(parameters: Iterable[torch.nn.Parameter]) -> str:

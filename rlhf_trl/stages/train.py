@@ -35,6 +35,7 @@ from rlhf_trl.models.adapters import adapter_config, model_fingerprint
 from rlhf_trl.models.merging import merge_adapter
 from rlhf_trl.models.sizes import critic_parameters, empty_model
 from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.patches.one_device import unused_devices
 from rlhf_trl.runs.paths import project_dir, resolve_path
 from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.runs.record import write_metrics
@@ -64,7 +65,7 @@ def train(cfg: DictConfig) -> float | None:
     tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **from_pretrained_kwargs(cfg))
     dataset = load_data(cfg, tokenizer)
     check_prompts(args, len(dataset["train"]))
-    for warning in _learning_rates(cfg, args, path):
+    for warning in filter(None, [unused_devices(args), *_learning_rates(cfg, args, path)]):
         say(f"warning: {warning}")
     if "eval" not in dataset:
         args.eval_strategy, args.do_eval, args.eval_on_start = IntervalStrategy.NO, False, False

@@ -14,13 +14,14 @@ from hydra.errors import ConfigCompositionException
 from hydra.utils import get_class
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from rlhf_trl.build import training_arguments
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.fingerprints import weights_fingerprint
 from rlhf_trl.models.loading import load_model
 from rlhf_trl.models.merging import merge_adapter
+from rlhf_trl.patches.one_device import unused_devices
 from rlhf_trl.runs.paths import conf_dir
 from tests.helpers.run_files import metrics, record
 from tests.helpers.spies import CRASH, SPY, Crash, Spy, logits
@@ -123,6 +124,18 @@ def test_bf16_is_off_without_support_and_an_error_when_asked_for(compose):
     with pytest.raises(ConfigError, match="use_cpu"):
         training_arguments(compose("stage=sft", "stage.args.bf16=true").stage.args)
     assert training_arguments(compose("stage=sft", "stage.args.bf16=true", "+stage.args.use_cpu=true").stage.args).bf16
+
+
+def test_a_single_process_trains_on_one_of_several_gpus(compose, monkeypatch):
+    cfg = compose("stage=sft", "stage.args.bf16=false")
+    assert unused_devices(training_arguments(cfg.stage.args)) is None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert unused_devices(training_arguments(cfg.stage.args)) is None  # on the CPU
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert TrainingArguments("runs").n_gpu == 4
+    args = training_arguments(cfg.stage.args)
+    assert args.n_gpu == 1 and args.train_batch_size == args.per_device_train_batch_size
+    assert "--num_processes 4" in unused_devices(args)
 
 
 def test_what_trl_refuses_is_a_config_error(compose):

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_trl.models import precision
 from rlhf_trl.models.loading import load_model, load_reward_model
-from rlhf_trl.models.precision import weights_dtype
+from rlhf_trl.models.precision import LEAST_UPDATE, dtype_name, rounding_problem, weights_dtype
 from tests.helpers.data import write_letter_pairs
 from tests.helpers.tiny import save_model
 
@@ -54,6 +54,33 @@ def test_the_score_head_of_a_bfloat16_reward_model_is_in_float32(tmp_path, with_
     assert model.dtype == torch.bfloat16 and scores.dtype == torch.float32
     torch.testing.assert_close(scores, expected, atol=0.1 * expected.abs().max().item(), rtol=0)
     assert not torch.equal(scores, scores.bfloat16().float())
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.002), (torch.float16, 0.0002)])
+def test_16_bits_lose_updates_that_float32_keeps(dtype, share):
+    """The shares of [`rlhf_trl.models.precision.LEAST_UPDATE`]: no update below is kept, some above are."""
+    assert float(LEAST_UPDATE[dtype_name(dtype)].removesuffix(" %")) / 100 == share
+    weights = torch.linspace(0.01, 0.02, 1000, dtype=torch.float64)
+    for update, kept in ((0.97 * share, False), (1.4 * share, True)):
+        rounded = weights.to(dtype)
+        moved = (rounded.double() * (1 + update)).to(dtype) != rounded
+        assert bool(moved.any()) == kept
+        assert bool((weights.float() * (1 + update) != weights.float()).all())
+
+
+@pytest.mark.parametrize(
+    ("trained", "keeps_float32", "found"),
+    [
+        ("float32", False, None),
+        ("bfloat16", True, None),
+        ("bfloat16", False, "trained in bfloat16, which rounds away every update below 0.2 %"),
+        ("bfloat16 and float32", False, "trained in bfloat16"),  # the score head of a reward model is in float32
+        ("float16", False, "trained in float16, which rounds away every update below 0.02 %"),
+    ],
+)
+def test_training_in_16_bits_is_warned_of(trained, keeps_float32, found):
+    problem = rounding_problem(trained, keeps_float32)
+    assert problem is None if found is None else found in str(problem)
 
 
 # Of the weights that are trained and of those that are frozen
@@ -100,8 +127,9 @@ def test_trained_weights_are_in_float32_on_a_base_in_bfloat16(train, tmp_path, c
     run = Path(train(tmp_path, *given, *few, *words.split()))
     trained, frozen = TYPES[words]
     said = capsys.readouterr().out
-    line = f"Trained weights are in {trained}" + (f", frozen ones in {frozen}" if frozen else "")
-    assert f"{line}. Mixed precision: computed in bfloat16." in said
+    line = f"Precision: trained weights in {trained}" + (f", frozen ones in {frozen}" if frozen else "")
+    assert f"{line}; mixed precision, computed in bfloat16." in said
+    assert "rounds away" not in said
     assert ("Layers in 4 bits are computed in bfloat16." in said) == ("qlora" in words)
     losses = [entry["loss"] for entry in json.loads((run / "metrics.json").read_text())["history"] if "loss" in entry]
     assert losses and all(loss is not None for loss in losses)
