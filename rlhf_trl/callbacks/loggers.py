@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf_trl.config.shareable import hide_secrets, without_secrets
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.health.signs import signs_seen
 from rlhf_trl.hints import did_you_mean
@@ -22,7 +23,7 @@ from rlhf_trl.patches.profiling import without_wandb_profiling
 from rlhf_trl.report.plots import Drawing
 from rlhf_trl.report.tables import Rows
 from rlhf_trl.runs.ranks import is_main_process
-from rlhf_trl.runs.record import read_metrics
+from rlhf_trl.runs.record import CONFIG_FILE, read_metrics
 from rlhf_trl.terminal import say
 
 WANDB_MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")
@@ -109,21 +110,22 @@ def wandb(
     mode: Any = wandb_mode()  # `wandb.init` takes a literal type
     # One line of ours replaces W&B's. The warning that would come offline is that there is no URL: TRL asks for it at
     # each checkpoint. `transformers` defines the x-axis of all metrics, `train/global_step`.
-    wandb.setup(wandb.Settings(silent=True, show_warnings=mode != "offline"))
     try:
-        run = wandb.init(
-            dir=run_dir,
-            project=project,
-            name=name,
-            group=group or name.rpartition("/")[0] or None,
-            job_type=config.get("stage", {}).get("name"),
-            tags=list(tags),
-            entity=entity,
-            config=config,
-            mode=mode,
-            id=earlier_id(run_dir),
-            resume="allow",
-        )
+        with _arguments_without_secrets():
+            wandb.setup(wandb.Settings(silent=True, show_warnings=mode != "offline"))
+            run = wandb.init(
+                dir=run_dir,
+                project=project,
+                name=name,
+                group=group or name.rpartition("/")[0] or None,
+                job_type=config.get("stage", {}).get("name"),
+                tags=list(tags),
+                entity=entity,
+                config=without_secrets(config),
+                mode=mode,
+                id=earlier_id(run_dir),
+                resume="allow",
+            )
     except wandb.Error as error:
         raise ConfigError(f"W&B can't begin a run: {error} {WANDB_OFFLINE}") from error
     here = Path(run.dir).parent
@@ -197,7 +199,11 @@ def log_model_artifact(run, run_dir: str, name: str) -> None:
         return  # a run that was stopped has checkpoints only
     artifact = wandb.Artifact(re.sub(r"[^\w.-]+", "-", f"model-{name}"), type="model", metadata={"run_dir": run_dir})
     for path in files:
-        artifact.add_file(str(path))
+        if path.name != CONFIG_FILE:
+            artifact.add_file(str(path))
+            continue
+        with artifact.new_file(path.name, encoding="utf-8") as file:
+            file.write(hide_secrets(path.read_text(encoding="utf-8")))
     run.log_artifact(artifact, aliases=["final"])
 
 
@@ -232,6 +238,17 @@ def earlier_id(run_dir: str) -> str | None:
     """Return the W&B id of the earlier run in `run_dir`, or `None`."""
     runs = sorted(Path(run_dir, "wandb").glob("*run-*-*"), key=lambda path: path.name.split("run-")[1])
     return runs[-1].name.rsplit("-", 1)[1] if runs else None
+
+
+@contextmanager
+def _arguments_without_secrets() -> Iterator[None]:
+    """Hide the secrets of the command line, which W&B records as it finds it in `sys.argv`."""
+    given = sys.argv
+    sys.argv = [hide_secrets(word) for word in given]
+    try:
+        yield
+    finally:
+        sys.argv = given
 
 
 @contextmanager

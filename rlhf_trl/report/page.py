@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rlhf_trl.config.shareable import hide_secrets
 from rlhf_trl.report.plots import Drawing
 from rlhf_trl.report.text import FORBIDDEN, WIDTH, side_by_side
 
@@ -111,10 +112,15 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Code:
-    """Preformatted text, which `report.md` doesn't have."""
+    """A command or a config, shown without secrets. `report.md` doesn't have it."""
 
     text: str
     kind = "code"
+
+    @property
+    def shown(self) -> str:
+        """Text of the page."""
+        return hide_secrets(self.text)
 
 
 @dataclass(frozen=True)

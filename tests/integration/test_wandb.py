@@ -27,6 +27,8 @@ from tests.helpers.tiny import save_model
 from tests.helpers.wandb_file import read_run
 from tests.helpers.watching import add_callbacks, sft
 
+SECRET = "something-that-nobody-else-says"
+
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
@@ -45,8 +47,9 @@ def axis_of_all(found: dict) -> str:
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
-def test_metrics_of_rollouts_stand_in_sections_over_rollouts(path, tmp_path, kind):
-    config = {"stage": {"name": kind}, "objective": "eval_reward"}
+def test_metrics_of_rollouts_stand_in_sections_over_rollouts(path, tmp_path, monkeypatch, kind):
+    config = {"stage": {"name": kind}, "objective": "eval_reward", "reward": {"mine": {"api_key": SECRET}}}
+    monkeypatch.setattr("sys.argv", ["train.py", f"stage={kind}", f"+reward.mine.api_key={SECRET}"])
     with loggers.wandb(str(tmp_path), f"demo/{kind}", config, project="p"):
         trainer = rl_trainer(
             kind, path, tmp_path, data=prompts(24), eval_dataset=prompts(4), report_to="wandb",
@@ -74,6 +77,9 @@ def test_metrics_of_rollouts_stand_in_sections_over_rollouts(path, tmp_path, kin
     sections = {name.split("/")[0] for row in rows for name in row if not name.startswith("_")}
     assert {"train", "eval", "objective", "completions", "rewards", "health"} <= sections
     assert ({"policy", "value"} <= sections) == (kind == "ppo")
+    assert found["config"]["reward"] == {"mine": {"api_key": "HIDDEN"}}
+    kept = [file.read_bytes() for file in tmp_path.glob("wandb/**/*") if file.is_file()]
+    assert b"+reward.mine.api_key=HIDDEN" in b"".join(kept) and SECRET.encode() not in b"".join(kept)
     # The verdict is there at the step it is about, sign by sign
     judged = [row for row in rows if "health/level" in row]
     assert len(judged) > 3 and "health/kl_high" in judged[-1]

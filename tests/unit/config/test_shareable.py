@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from rlhf_trl.config.shareable import shareable
+from rlhf_trl.config.shareable import hide_secrets, shareable, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,14 @@ def test_a_shared_config_is_still_a_config():
         "reward": {"mine": {"api_key": "HIDDEN", "weight": 1.0}},
         "data": {"paths": [".../rows.jsonl"]},
     }
+
+
+def test_values_of_a_config_have_no_secrets():
+    config = {"a": [{"password": 1234, "weight": 1.0}], "hub_token": None, "text": "use hf_" + "a" * 30, "n": 2}
+    assert without_secrets(config) == {
+        "a": [{"password": "HIDDEN", "weight": 1.0}],
+        "hub_token": None,
+        "text": "use HIDDEN",
+        "n": 2,
+    }
+    assert hide_secrets("api_key=a data.paths=/a/b.jsonl") == "api_key=HIDDEN data.paths=/a/b.jsonl"
