@@ -232,11 +232,5 @@ def last_hidden_states(
     return torch.cat(found)
 
 
-def sequence_logps(model: PreTrainedModel, prompts, completions, temperature: float, batch_size: int) -> Tensor:
-    """Return the log-probability of each completion given its prompt, in nats, shape (P,)."""
-    rows = token_statistics(model, prompts, completions, temperature, batch_size)
-    return torch.stack([row.logps.sum() for row in rows])
-
-
 def _batches(rows: Sequence, size: int) -> Iterator[Sequence]:
     return (rows[start : start + size] for start in range(0, len(rows), size))

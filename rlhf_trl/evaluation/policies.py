@@ -34,6 +34,7 @@ from rlhf_trl.evaluation.statistics import (
     length_controlled_win_rate,
     paired_difference,
     repetition,
+    win_rate,
 )
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.combine import weighted_sum
@@ -330,7 +331,7 @@ def with_wins(result: PolicyResult, verdicts: Verdicts, texts: Sequence[str], ba
     lengths = np.array([len(a) - len(b) for a, b in zip(texts, baseline, strict=True)])[judged]
     return replace(
         result,
-        win_rate=bootstrap_mean(outcomes),
+        win_rate=win_rate(outcomes),
         length_controlled_win_rate=length_controlled_win_rate(outcomes, lengths),
         tie_rate=float((outcomes == 0.5).mean()),
     )

@@ -2,16 +2,22 @@
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 
+from rlhf_trl.report.seeds import t_quantile
 from rlhf_trl.runs.results import Estimate
+
+# Below so many values percentiles of the bootstrap are too narrow (Hesterberg 2015, arXiv 1411.5279, section 3.2): of
+# 5 normal ones a 95 % interval holds the mean in 83 % of all cases
+FEW = 20
 
 
 def bootstrap_mean(values: np.ndarray, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Estimate:
     """
     Return the mean over prompts with its percentile bootstrap interval (Efron 1979): prompts are drawn with
-    replacement.
+    replacement. Of fewer than 20 prompts the interval is Student's.
 
     Args:
         values (`np.ndarray` of shape `(P,)`):
@@ -29,6 +35,10 @@ def bootstrap_mean(values: np.ndarray, level: float = 0.95, resamples: int = 10_
     values = np.asarray(values, dtype=float)
     if len(values) == 1:
         return Estimate(float(values[0]), np.nan, np.nan)
+    if len(values) < FEW:
+        return _t_interval(
+            float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values)), len(values), level
+        )
     random = np.random.default_rng(seed)
     # In chunks of about a million draws, to limit the memory
     turn = max(1, 1_000_000 // len(values))
@@ -47,17 +57,43 @@ def paired_difference(values: np.ndarray, baseline: np.ndarray, **bootstrap) -> 
     return bootstrap_mean(np.asarray(values, dtype=float) - np.asarray(baseline, dtype=float), **bootstrap)
 
 
-def win_rate(values: np.ndarray, baseline: np.ndarray, **bootstrap) -> Estimate:
-    """Return the share of prompts on which `values` is above `baseline`; a tie counts half."""
-    values, baseline = np.asarray(values, dtype=float), np.asarray(baseline, dtype=float)
-    return bootstrap_mean((values > baseline) + 0.5 * (values == baseline), **bootstrap)
+def win_rate(outcomes: np.ndarray, level: float = 0.95) -> Estimate:
+    """
+    Return the share of prompts that are won (outcome 1; a tie is 0.5, a loss 0), with its bootstrap interval; of 2 to
+    19 prompts with Wilson's (1927), which has a width even where all are won.
+    """
+    rate, n = float(np.mean(outcomes)), len(outcomes)
+    if n == 1 or n >= FEW:
+        return bootstrap_mean(outcomes, level)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    center = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return Estimate(rate, max(center - half, 0.0), min(center + half, 1.0))
+
+
+def _t_interval(mean: float, error: float, n: int, level: float) -> Estimate:
+    """Return a mean of `n` values with Student's interval, from its standard error."""
+    half = t_quantile((1 + level) / 2, n - 1) * error
+    return Estimate(mean, mean - half, mean + half)
+
+
+def _ends(resampled: np.ndarray, n: int, level: float) -> np.ndarray:
+    """
+    Return the ends of a percentile interval from values resampled over `n` prompts, along the first axis; of fewer
+    than 20 prompts with the percentiles expanded to the width of Student's interval (Hesterberg 2015, section 3.2).
+    """
+    tail = (1 - level) / 2
+    if 1 < n < FEW:
+        tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * t_quantile(1 - tail, n - 1))
+    return np.quantile(resampled, [tail, 1 - tail], axis=0)
 
 
 def bootstrap_share(
     sums: np.ndarray, counts: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Estimate:
     """
-    Return sum(sums) / sum(counts), with the percentile bootstrap interval of rows that are drawn with replacement.
+    Return sum(sums) / sum(counts), with the percentile bootstrap interval of rows that are drawn with replacement. Of
+    fewer than 20 rows the interval is Student's, for a ratio (Cochran 1977, section 6.4).
 
     Args:
         sums, counts (`np.ndarray` of shape `(R,)`):
@@ -73,6 +109,12 @@ def bootstrap_share(
     sums, counts = np.asarray(sums, dtype=float)[has], np.asarray(counts, dtype=float)[has]
     if len(sums) < 2:
         return Estimate(float(sums.sum() / counts.sum()) if len(sums) else np.nan, np.nan, np.nan)
+    if len(sums) < FEW:
+        ratio, n = float(sums.sum() / counts.sum()), len(sums)
+        error = math.sqrt(n / (n - 1) * ((sums - ratio * counts) ** 2).sum()) / counts.sum()
+        found = _t_interval(ratio, float(error), n, level)
+        is_share = bool(((sums >= 0) & (sums <= counts)).all())
+        return Estimate(ratio, max(found.low, 0.0), min(found.high, 1.0)) if is_share else found
     random = np.random.default_rng(seed)
     turn = max(1, 1_000_000 // len(sums))
     shares = []
@@ -182,7 +224,7 @@ def length_controlled_win_rate(
         if np.abs(step).max() < 1e-8:
             break
     rates = _sigmoid(a)
-    low, high = np.quantile(rates[1:], [(1 - level) / 2, (1 + level) / 2])
+    low, high = _ends(rates[1:], len(y), level)
     return Estimate(float(rates[0]), float(low), float(high))
 
 
@@ -239,7 +281,7 @@ def bradley_terry(
         if moved < 1e-7:
             break
     strength -= strength[:, [names.index(baseline)]]
-    low, high = np.quantile(strength[1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = _ends(strength[1:], size, level)
     return found | {name: Estimate(*map(float, (strength[0, i], low[i], high[i]))) for i, name in enumerate(names)}
 
 

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from rlhf_trl.data.splits import eval_split
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.columns import slice_columns
-from rlhf_trl.evaluation.generation import sample, sample_in_turns, sequence_logps, token_statistics
+from rlhf_trl.evaluation.generation import sample, sample_in_turns, token_statistics
 from rlhf_trl.evaluation.judges import Answers, HTTPJudge, ModelJudge, RewardJudge, outcomes_of, verdict
 from rlhf_trl.evaluation.policies import Benchmark, Candidate, evaluate_policies, policy_differences, prompt_slices
 from rlhf_trl.evaluation.rewards import as_arrays, score
@@ -29,6 +29,7 @@ from rlhf_trl.evaluation.statistics import (
     best_of_n,
     best_of_n_kl,
     bootstrap_mean,
+    bootstrap_share,
     bradley_terry,
     distinct_n,
     length_controlled_win_rate,
@@ -46,10 +47,40 @@ from rlhf_trl.stages.evaluate import policies_of, reference_answers
 from tests.helpers.tiny import save_model
 
 
-def test_bootstrap_of_two_values_is_the_binomial():
-    """Means of two draws from {0, 1} are 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4."""
-    assert bootstrap_mean([0, 1]) == (0.5, 0.0, 1.0)
-    assert bootstrap_mean([0, 1], level=0.4) == (0.5, 0.5, 0.5)
+def sequence_logps(*args, **options) -> torch.Tensor:
+    """Return the log-probability of each completion given its prompt, in nats, shape (P,)."""
+    return torch.stack([row.logps.sum() for row in token_statistics(*args, **options)])
+
+
+def test_bootstrap_is_the_binomial():
+    """Means of 20 draws from as many 0 as 1 are k/20 with the probabilities of 20 coins: 6 to 14 heads in 95.9 %."""
+    assert bootstrap_mean([0, 1] * 10) == (0.5, 0.3, 0.7)
+    assert bootstrap_mean([0, 1] * 10, level=0.1) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("count", [2, 5, 19])
+def test_the_interval_of_few_prompts_holds_the_mean_as_often_as_it_says(count):
+    """Percentiles of the bootstrap hold it in 83 % of the cases for 5 prompts, and in at most half of them for 2."""
+    samples = np.random.default_rng(0).normal(3.0, 2.0, size=(1500, count))
+    means = [bootstrap_mean(values) for values in samples]
+    shares = [bootstrap_share(2 * values, np.full(count, 2)) for values in samples]
+    for found in (means, shares):
+        assert np.mean([each.low < 3 < each.high for each in found]) == pytest.approx(0.95, abs=0.017)
+
+
+def test_a_win_rate_of_few_prompts_has_wilsons_interval():
+    """Wilson (1927); of 8 of 10 as in Brown, Cai and DasGupta (2001)."""
+    assert win_rate(np.array([1.0] * 8 + [0.0] * 2)) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
+    mean, low, high = win_rate(np.ones(3))
+    assert (mean, high) == (1.0, 1.0) and low == pytest.approx(0.4385, abs=1e-4)
+
+
+def test_percentiles_of_few_prompts_are_expanded():
+    outcomes = np.array([1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0])
+    few, many = (length_controlled_win_rate(np.tile(outcomes, k), np.zeros(8 * k)) for k in (1, 9))
+    assert many.high - many.low < (few.high - few.low) / 3  # a third of it for nine times as many, and what is added
+    few, many = (bradley_terry({("b", "a"): np.tile(outcomes, k)}, ["a", "b"], "a")["b"] for k in (1, 9))
+    assert many.high - many.low < (few.high - few.low) / 3
 
 
 def test_bootstrap_of_many_values_is_the_normal_interval():
@@ -77,8 +108,8 @@ def test_paired_difference_is_of_the_prompts_not_of_the_means():
 
 
 def test_win_rate_counts_a_tie_half():
-    assert win_rate([1, 2, 3, 4], [0, 2, 4, 3]).mean == 0.625
-    assert win_rate([1, 1], [1, 1]) == (0.5, 0.5, 0.5)
+    assert win_rate(np.array([1, 0.5, 0, 1])).mean == 0.625
+    assert win_rate(np.full(20, 0.5)) == (0.5, 0.5, 0.5)
 
 
 def test_best_of_n_is_the_mean_over_all_draws():
