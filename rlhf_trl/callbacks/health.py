@@ -12,7 +12,6 @@ from dataclasses import replace
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from rlhf_trl.callbacks.base import steps_per_rollout
 from rlhf_trl.callbacks.nonfinite import NonfiniteGuard
 from rlhf_trl.callbacks.options import HEALTH
 from rlhf_trl.config.ranges import check_values
@@ -22,6 +21,7 @@ from rlhf_trl.health.text_statistics import rollout_measures
 from rlhf_trl.runs.ranks import any_rank
 from rlhf_trl.terminal import printable
 from rlhf_trl.trainers.rollout_hook import RolloutHook, RolloutRecord
+from rlhf_trl.trainers.steps import steps_per_rollout
 
 STOP = LEVELS.index("stop")
 

@@ -5,8 +5,9 @@ import signal
 import threading
 import time
 
-from rlhf_trl.callbacks.base import SaveAndStop, steps_per_rollout
+from rlhf_trl.callbacks.base import SaveAndStop
 from rlhf_trl.runs.ranks import any_rank
+from rlhf_trl.trainers.steps import steps_per_rollout
 
 # Some senders signal twice: `timeout` first the process and then its group, launchers on top of the terminal
 SECONDS_OF_ONE_PRESS = 1.0

@@ -66,7 +66,14 @@ def guard_problem(guard: float | None, action: str | None, is_deepspeed: bool) -
 
 
 def normalizer_problem(args: Mapping[str, Any]) -> str | None:
-    """Return the trainer's argument that would cancel a reward normalizer, `None` if there is none."""
+    """Return the trainer's argument that a reward normalizer doesn't go with, `None` if there is none."""
+    if args.get("critic_score_head"):
+        return (
+            "`stage.args.critic_score_head=true` starts the critic at the reward model's own scores, and a reward "
+            "normalizer puts rewards on another scale: its first values would be off by mean and spread. Set "
+            "`reward_norm=none`, or `stage.args.critic_score_head=false`, with which the critic still starts from "
+            "the reward model's weights."
+        )
     if args.get("scale_rewards") in ("group", "batch", True):
         cause, way = f"scale_rewards={args['scale_rewards']}", "scale_rewards=none"
         what = "divides the advantages by the std of their rewards, whatever scale these have"

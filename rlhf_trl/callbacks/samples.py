@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
-from rlhf_trl.callbacks.base import progress_counts, steps_per_rollout
+from rlhf_trl.callbacks.base import progress_counts
 from rlhf_trl.data.messages import as_text
 from rlhf_trl.runs.record import SAMPLES_FILE
 from rlhf_trl.trainers.rollout_hook import RolloutRecord, RolloutTrainer
+from rlhf_trl.trainers.steps import steps_per_rollout
 
 
 class Sample(NamedTuple):

@@ -71,7 +71,7 @@ def learning_rate_warnings(
     args: Any, dataset_type: str, parameters: int, critic_parameters: int, has_adapter: bool
 ) -> list[str]:
     """
-    Return what is to be expected of the learning rates of a training that are far off.
+    Return what is to be expected of the learning rates of a training with AdamW that are far off.
 
     Args:
         args (`transformers.TrainingArguments`): arguments of the trainer.
@@ -80,6 +80,9 @@ def learning_rate_warnings(
             own.
         has_adapter (`bool`): whether an adapter is trained in place of the model.
     """
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if not optimizer.removeprefix("paged_").startswith("adamw"):
+        return []  # those of other optimizers differ by orders: SGD's and GaLore's are higher, Lion's lower
     found = []
     if known := RANGES.get(dataset_type):
         key = "stage.args.learning_rate"

@@ -28,11 +28,6 @@ from rlhf_trl.runs.paths import (
 )
 from rlhf_trl.runs.record import CONFIG_FILE, ENSEMBLE_FILE, RUN_FILE, read_run
 
-FOR_EMBEDDED = (
-    "`model=demo`, which is the default, brings values that fit the embedded model of 0.2 M parameters alone, such as "
-    "learning rates and lengths."
-)
-
 
 def model_problems(values: dict[str, Any]) -> list[str]:
     """Return the problems of the model a run starts from, of reward models, and of the policies to compare."""
@@ -115,6 +110,14 @@ def brings_values(stage: Any) -> bool:
     return (conf_dir() / "model" / "_demo" / f"{stage}.yaml").is_file()
 
 
+def for_embedded(key: str, place: str, what: str = "") -> str:
+    """Return the problem of another model, named by a key, with `model=demo`; `what` says of what it is a run."""
+    return (
+        f"`{key}` is `{place}`{what}. `model=demo`, which is the default, brings values that fit the embedded model "
+        "of 0.2 M parameters alone, such as learning rates and lengths. Set `model=hf` as well."
+    )
+
+
 def _values_of_the_embedded_model(model: dict[str, Any], values: dict[str, Any]) -> list[str]:
     """Return the problem of other models with `model=demo`, whose values fit the embedded one, or none."""
     if not str(model.get("path")).startswith(DEMO) or not brings_values(at(values, "stage.name")):
@@ -133,8 +136,7 @@ def _values_of_the_embedded_model(model: dict[str, Any], values: dict[str, Any])
         else:
             other = None if place.startswith(DEMO) else place
         if other is not None:
-            what = f", a run of {other}" if other != place else ""
-            return [f"`{key}` is `{place}`{what}. {FOR_EMBEDDED} Set `model=hf` as well."]
+            return [for_embedded(key, place, f", a run of {other}" if other != place else "")]
     return []
 
 

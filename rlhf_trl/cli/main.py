@@ -11,6 +11,8 @@ import re
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,7 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_trl.checks import check, find_problems
-from rlhf_trl.checks.paths import FOR_EMBEDDED, brings_values
+from rlhf_trl.checks.paths import brings_values, for_embedded
 from rlhf_trl.cli.app import exit_with, run_app
 from rlhf_trl.cli.outcome import first_line, last_lines
 from rlhf_trl.cli.overrides import compose, composed, without_sweeps
@@ -88,7 +90,7 @@ def command_line_problems(args: Namespace) -> list[str]:
         if cfg is None:
             return problems
         # Overrides that don't fit can't be composed again
-        return (problems or _values_of_the_embedded_model(cfg, args)) + find_problems(cfg)
+        return (problems or _options_without_effect(cfg, args)) + find_problems(cfg)
     if is_launched():
         raise ConfigError(
             f"`{command_line('-m')}` would start the whole sweep on every rank. "
@@ -98,15 +100,26 @@ def command_line_problems(args: Namespace) -> list[str]:
     return problems
 
 
-def _values_of_the_embedded_model(cfg: DictConfig, args: Namespace) -> list[str]:
-    """Return the problem of another model with `model=demo`, or none."""
-    path = at(as_dict(cfg, resolve=False), "model.path")
+def _options_without_effect(cfg: DictConfig, args: Namespace) -> list[str]:
+    """Return the problems of options that don't act, by what Hydra alone knows: the choices and the typed words."""
+    values = as_dict(cfg, resolve=False)
+    problems = _unread_rate(values, args.overrides)
+    path = at(values, "model.path")
     if path is None or str(path).startswith(DEMO) or not brings_values(cfg.stage.name):
-        return []
+        return problems
     whole = composed("train", args.overrides, args.config_dirs, with_hydra=True)
     if whole.hydra.runtime.choices.get("model") != "demo":
+        return problems
+    return [*problems, for_embedded("model.path", str(path))]
+
+
+def _unread_rate(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Return the problem of an adapter's learning rate for this stage that is not what the stage takes, or none."""
+    key, rate = f"adapter.learning_rates.{at(values, 'stage.name')}", at(values, "stage.args.learning_rate")
+    if str(rate).startswith("${adapter.") or key not in (word.split("=")[0].lstrip("+") for word in overrides):
         return []
-    return [f"`model.path` is `{path}`. {FOR_EMBEDDED} Set `model=hf` as well."]
+    whose = ", that of the embedded model" if str(at(values, "model.path")).startswith(DEMO) else ""
+    return [f"`{key}` has no effect: `stage.args.learning_rate` is {rate}{whose}. Set that one."]
 
 
 def run(cfg: DictConfig) -> float | None:

@@ -125,7 +125,7 @@ def scale_warning(cfg: DictConfig, args: Any, scales: dict[str, Scale]) -> str |
     """Return what is to be expected of rewards on different scales, where they are summed as they are."""
     normalizer = str(at(as_dict(cfg), "reward_norm._target_") or "RewardNorm")
     summed = str(at(as_dict(cfg), "combine._target_") or "weighted_sum").endswith("weighted_sum")
-    if not ((summed and normalizer.endswith(".RewardNorm")) or normalizer == "RewardNorm"):
+    if not summed or normalizer.rsplit(".", 1)[-1] != "RewardNorm":
         return None
     if getattr(args, "multi_objective_aggregation", None) == "normalize_then_sum":
         return None

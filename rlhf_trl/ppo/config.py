@@ -11,6 +11,7 @@ from trl import GRPOConfig
 from rlhf_trl.config.ranges import TRAINING, check_values
 from rlhf_trl.ppo.options import MINI_BATCHES, PPO, argument_problem
 from rlhf_trl.terminal import say
+from rlhf_trl.trainers.steps import steps_per_rollout
 
 
 @dataclass
@@ -173,7 +174,7 @@ class PPOConfig(GRPOConfig):
     @property
     def steps_per_rollout(self) -> int:
         """Optimizer steps from one rollout to the next: epochs x mini-batches."""
-        return self.num_iterations * self.num_mini_batches
+        return steps_per_rollout(self)
 
 
 def added_fields() -> list[str]:

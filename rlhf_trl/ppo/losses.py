@@ -118,6 +118,11 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, torch.zeros_like(values)).sum() / mask.sum().clamp(min=1)
 
 
+def population_std(values: Tensor) -> Tensor:
+    """Return the biased standard deviation of `values`, shape (N,); NaN of none, without PyTorch's warning."""
+    return values.std(unbiased=False) if len(values) else values.new_tensor(torch.nan)
+
+
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, unbiased: bool = False) -> Tensor:
     """
     Scale `values` to variance 1, and to mean 0 unless `shift_mean=False`, over the entries where `mask` is true.

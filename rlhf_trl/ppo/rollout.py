@@ -19,6 +19,7 @@ from rlhf_trl.ppo.losses import (
     kl_estimate,
     masked_mean,
     masked_whiten,
+    population_std,
     shape_scores,
     token_rewards,
 )
@@ -214,7 +215,7 @@ def score_rollout(
     metrics = {key: (value * valid).sum() / count for key, value in statistics.items()}
     metrics.pop("completions/mean_length")  # TRL logs it
     metrics |= {
-        "objective/scores_std": scores[valid].std(unbiased=False),
+        "objective/scores_std": population_std(scores[valid]),
         "objective/kl_per_token": masked_mean(k1, mask),
         "objective/rlhf_reward": ((shaped - beta * (kl * mask).sum(dim=1)) * valid).sum() / count,
         "objective/kl_coef": torch.tensor(float(beta)),

@@ -59,6 +59,7 @@ from rlhf_trl.ppo.critic import (
     save_critic,
     without_critic,
 )
+from rlhf_trl.ppo.losses import population_std
 from rlhf_trl.ppo.ptx import Demonstrations, add_head_at_temperature_1
 from rlhf_trl.ppo.rewards import checked_reward, invalid_rewards
 from rlhf_trl.ppo.rollout import Rollout, TokenScores, held_out_metrics, score_rollout
@@ -325,7 +326,7 @@ class PPOTrainer(RolloutHook, Rollouts, TrainerMixin, trl.GRPOTrainer):
             rollout, metrics = score_rollout(rollout, record.rewards, self.args, self.beta)
             metrics["episodes"] = float((self._rollout_index + 1) * self.args.generation_batch_size)
             record.kl, record.num_sequences = metrics["objective/kl"], int(rollout.valid.sum())
-            record.kl_std = rollout.kl[rollout.valid].std(unbiased=False).item()
+            record.kl_std = population_std(rollout.kl[rollout.valid]).item()
         for key, value in metrics.items():
             self._metrics[mode][key].append(value)
         return rollout

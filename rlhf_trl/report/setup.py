@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_trl.hints import size_of
 from rlhf_trl.report.measures import names_in_words
 from rlhf_trl.report.records import Evaluation
 from rlhf_trl.report.text import number
@@ -40,9 +41,9 @@ def _policies(comparison: Comparison) -> str:
         names = list(comparison.others)
         told += f", {names_in_words(names)}" if len(names) <= 4 else f" and {len(names)} others"
     if len(set(sizes.values())) == 1:
-        told += f"; {parameter_count(next(iter(sizes.values())))} parameters each"
+        told += f"; {size_of(next(iter(sizes.values())))} parameters each"
     elif sizes:
-        told += "; parameters: " + ", ".join(f"{name} {parameter_count(size)}" for name, size in sizes.items())
+        told += "; parameters: " + ", ".join(f"{name} {size_of(size)}" for name, size in sizes.items())
     return told
 
 
@@ -60,14 +61,6 @@ def _rewards(comparison: Comparison) -> str:
     if combined:
         text += f"; combined by {comparison.combine}"
     return text + (f"; from {min(values):.2f} to {max(values):.2f} over all answers" if values else "")
-
-
-def parameter_count(count: int) -> str:
-    """Return a number of parameters as `230 K`, `134.5 M` or `8.03 B`."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= size:
-            return f"{count / size:.4g} {unit}"
-    return str(count)
 
 
 def model_origin(path: str) -> str:

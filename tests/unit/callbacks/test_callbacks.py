@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState
 
-from rlhf_trl.callbacks.base import steps_per_rollout
 from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.progress import choose_columns, metrics_line
 from rlhf_trl.callbacks.samples import SAMPLES_FILE
@@ -24,6 +23,7 @@ from rlhf_trl.report.text import compact_number
 from rlhf_trl.runs.checkpoints import _sync, checkpoints, last_checkpoint, rotate
 from rlhf_trl.runs.record import METRICS_FILE, finish_run, read_run, start_run, write_json, write_metrics
 from rlhf_trl.trainers.checkpoints import CompleteCheckpoints
+from rlhf_trl.trainers.steps import steps_per_rollout
 from tests.helpers.watching import add_callbacks, count_cats, grpo, sft
 
 ROOT = Path(__file__).parents[3]

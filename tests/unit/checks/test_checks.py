@@ -287,6 +287,14 @@ def test_combinations(problems, overrides, parts):
     one_or_none(problems(*overrides), parts)
 
 
+def test_a_critic_that_starts_at_the_scores_learns_from_them_as_they_are(problems):
+    make_run("reward")
+    words = ["critic=model", "critic.run=reward", "stage.args.critic_score_head=true"]
+    assert problems(*words) == [] and problems(*words, "reward_norm.clip=5") == []
+    one(problems(*words, "reward_norm=reference"), "rewards on another scale", "`reward_norm=none`")
+    assert problems(*words[:2], "reward_norm=reference") == []
+
+
 def test_a_rollout_is_not_skipped_under_deepspeed(problems, monkeypatch):
     words = ["kl.guard=5", "kl.guard_action=skip"]
     assert problems(*words) == []

@@ -1,8 +1,10 @@
 """Learning rates far off what a training stands, and the published ones that aren't."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from rlhf_trl.checks.learning_rates import RANGES, learning_rate_problem
+from rlhf_trl.checks.learning_rates import RANGES, learning_rate_problem, learning_rate_warnings
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,22 @@ def test_a_larger_model_stands_less():
     known = RANGES["prompt"]
     assert learning_rate_problem("lr", 1e-3, known, 230_000, has_adapter=False) is None
     assert "full tuning of 135 M parameters" in str(learning_rate_problem("lr", 1e-3, known, 135 * 10**6, False))
+
+
+@pytest.mark.parametrize(
+    ("optim", "judged"),
+    [
+        ("adamw_torch_fused", True),
+        ("paged_adamw_8bit", True),
+        ("adamw_8bit", True),
+        ("galore_adamw", False),
+        ("sgd", False),
+        ("lion_32bit", False),
+        ("adafactor", False),
+        ("rmsprop", False),
+        ("muon", False),
+    ],
+)
+def test_learning_rates_of_adamw_alone_are_judged(optim, judged):
+    args = SimpleNamespace(optim=optim, learning_rate=0.1)
+    assert bool(learning_rate_warnings(args, "prompt_completion", 7 * 10**9, 0, has_adapter=False)) == judged

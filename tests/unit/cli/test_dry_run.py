@@ -10,15 +10,19 @@ import pytest
 import torch
 import transformers
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from rlhf_trl.build import models_of, training_arguments
 from rlhf_trl.checks.disk import Weights, disk_need
+from rlhf_trl.checks.reward_calls import Scale
 from rlhf_trl.cli.dry_run import show_plan
 from rlhf_trl.cli.plan import weights_of
+from rlhf_trl.cli.probes import scale_warning
 from rlhf_trl.config.values import as_dict
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.models.calibration import Moments
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.runs.paths import resolve_path
 from tests.helpers.architectures import make_architecture
@@ -395,9 +399,24 @@ def test_the_plan_warns_of_what_is_to_be_expected(compose, tmp_path, capsys):
     assert "- `reward.repetition` varies by" in shown
     good = ["stage.args.learning_rate=1e-5", "stage.args.critic_learning_rate=1e-5", "reward_norm=running"]
     assert warnings("stage.args.max_completion_length=32", *good) == ""
+    rounded = warnings("stage.args.max_completion_length=32", *good, "model.dtype=bfloat16")
+    assert "- weights are trained in bfloat16, which rounds away every update below 0.2 % of a weight" in rounded
     assert "an adapter needs about ten times that" in warnings(
         "stage.args.max_completion_length=32", *good, "adapter=lora", "critic=head", "stage.args.learning_rate=1e-8"
     )
+
+
+@pytest.mark.parametrize(("combine", "found"), [("weighted_sum", True), ("minimum", False), ("product", False)])
+def test_scales_count_where_rewards_are_summed(combine, found):
+    """In a stage without the group `reward_norm` as well."""
+    cfg = OmegaConf.create(
+        {
+            "combine": {"_target_": f"rlhf_trl.rewards.combine.{combine}"},
+            "reward": {"a": {"weight": 1.0}, "b": {"weight": 1.0}},
+        }
+    )
+    scales = {"a": Scale(Moments(0.0, 5.0), "four rows"), "b": Scale(Moments(0.0, 0.1), "four rows")}
+    assert bool(scale_warning(cfg, None, scales)) == found
 
 
 def test_the_gold_reward_of_the_demo_refuses_other_prompts(compose, tmp_path):

@@ -1,6 +1,7 @@
 """Scoring of a rollout: rewards to advantages and returns by hand, without a model."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -144,6 +145,14 @@ def test_several_functions_are_combined(tmp_path):
         rewards = Rewards(values, none, torch.tensor([2.0, 0.1]), ["a", "b"], **options)
         scored, _ = score_rollout(rollout_of_three(), rewards, config(tmp_path, beta=0.0))
         close(scored.returns[:, 0], *expected)
+
+
+def test_a_rollout_without_a_valid_reward_has_no_spread_and_no_warning(tmp_path):
+    args = config(tmp_path)
+    with warnings.catch_warnings(action="error"):
+        scored, metrics = score_rollout(rollout_of_three(), rewards_of(math.nan, math.nan, math.nan), args)
+    assert not scored.mask.any() and not scored.advantages.any()
+    assert math.isnan(metrics["objective/scores_std"]) and metrics["objective/scores"] == 0
 
 
 def test_completions_without_a_valid_reward_are_masked_out(tmp_path):

@@ -92,13 +92,15 @@ def test_the_text_has_the_same_tables(tmp_path):
     table = Table(["policy", "reward", "KL"], [["sft", "1.5 [1, 2]", None], ["a|b", "-2", 0.25]], "All.", marked=[1])
     assert table.numeric == [False, True, True]
     path = write_page(
-        page(table, Code("x: 1"), Missing("No reward model.\nType this."), facts={"prompts": "256"}), tmp_path
+        page(table, Code("x: 1\napi_key: abc"), Missing("No reward model.\nType this."), facts={"prompts": "256"}),
+        tmp_path,
     )
     text = (tmp_path / "report.md").read_text()
     assert path.name == "index.html" and sorted(p.name for p in tmp_path.iterdir()) == ["index.html", "report.md"]
     assert "| a\\|b * |         -2 | 0.25 |" in text and "| ------ | ---------: | ---: |" in text
     assert "> No reward model. Type this." in text and "- prompts: 256" in text and "x: 1" not in text
     html = path.read_text()
+    assert "x: 1\napi_key: HIDDEN" in html
     assert re.search(r'<td class="n" data-name="KL">0.25</td>', html) and html.count('<tr class="marked">') == 1
 
 
@@ -540,7 +542,7 @@ def test_the_setup_says_what_was_compared(project):
     (project / "evaluate" / "config.yaml").write_text(json.dumps(config))
     setup = project_page(project).setup
     assert setup["Policies"] == (
-        "sft (the baseline, from `HuggingFaceTB/SmolLM2-135M`), ppo and far; 134.5 M parameters each"
+        "sft (the baseline, from `HuggingFaceTB/SmolLM2-135M`), ppo and far; 135 M parameters each"
     )
     assert setup["Data"] == "40 held-out prompts of `trl-lib/ultrafeedback_binarized`"
     assert setup["Reward"].startswith("`gold`, sft 1.00 ± 1.00 (standard deviation); `model`, reported only, sft 0.00")
