@@ -159,15 +159,16 @@ def test_adapters_and_stages_of_the_users_own(tmp_path):
         assert config("stage=cpo", *words, folders=[tmp_path]).stage.args.learning_rate == 4e-5
 
 
-def test_an_adapters_learning_rate_that_is_not_taken_is_an_error():
+def test_an_adapters_learning_rate_that_is_not_taken_is_an_error(models):
     def problems(*words: str) -> list[str]:
         return command_line_problems(parse_command_line(words))
 
+    real = ["model=hf", f"model.path={models['llama']}"]
     words = ["stage=dpo", "adapter=lora", "adapter.learning_rates.dpo=1e-3"]
     (problem,) = problems(*words)
     assert "`adapter.learning_rates.dpo` has no effect" in problem and "the embedded model" in problem
-    assert problems(*words, *REAL) == []
-    (problem,) = problems(*words, *REAL, "stage.args.learning_rate=2e-3")
+    assert problems(*words, *real) == []
+    (problem,) = problems(*words, *real, "stage.args.learning_rate=2e-3")
     assert "`stage.args.learning_rate` is 0.002" in problem
     # One list of overrides for all steps of a pipeline has those of other stages
     assert problems("stage=sft", *words[1:]) == []
