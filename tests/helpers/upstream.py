@@ -120,6 +120,7 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name not in NOT_UPSTREAM
 
 
+@functools.cache
 def modules() -> list[ModuleType]:
     found = [module.name for module in pkgutil.walk_packages(rlhf_trl.__path__, "rlhf_trl.")]
     return [importlib.import_module(name) for name in found if not name.endswith("__main__")]
@@ -132,6 +133,7 @@ def used_names(kind: type) -> set[str]:
     return uses | set(vars(kind))
 
 
+@functools.cache
 def inherited() -> dict[tuple[str, str], set[str]]:
     """
     Return the upstream names that our subclasses override or use.
@@ -172,6 +174,7 @@ def file_of(kind: type) -> str:
     return str(Path(inspect.getsourcefile(kind)).relative_to(PACKAGE))
 
 
+@functools.cache
 def imported() -> dict[tuple[str, str], set[str]]:
     """Return what the package imports from modules of the libraries: `{(module, name): files}`."""
     found = defaultdict(set)
@@ -193,6 +196,7 @@ def is_exported(module: str, name: str) -> bool:
     return isinstance(value, ModuleType) or getattr(find(module.partition(".")[0]), name, None) is value
 
 
+@functools.cache
 def reached() -> dict[str, set[str]]:
     """
     Return the private names that the package reads or sets on other objects, or names in strings: `{name: files}`.

@@ -1,9 +1,11 @@
 """Every file in conf/ composes and passes the checks, and every command in docs/ and conf/ can be typed."""
 
 import fnmatch
+import functools
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,27 +23,35 @@ from tests.helpers.configs import CONF, OPTIONS, PIPELINES, STAGES, composed, ev
 PAGES = [*CONF.parent.glob("*.md"), *CONF.parent.glob("docs/**/*.md")]
 
 
-@pytest.fixture(autouse=True)
-def a_users_folder(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def users_folder(tmp_path_factory) -> Path:
     """Return a folder with what the options expect: data, models, and earlier runs of every project."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    users = tmp_path_factory.mktemp("user")
     for name in ("reviews", "smollm2"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(f"RLHF_TRL_{name.upper()}", name)
-    (tmp_path / "smollm2" / "config.json").write_text("{}")
+        (users / name).mkdir()
+    (users / "smollm2" / "config.json").write_text("{}")
     for name in ("pairs.jsonl", "own.jsonl", "my.jsonl", "prompts.jsonl"):
-        (tmp_path / name).touch()
+        (users / name).touch()
     texts = [path.read_text() for path in CONF.glob("**/*.yaml")]
     projects = {"default"} | {name for text in texts for name in re.findall(r"\bproject[:=] ?(\w+)", text)}
     for project in projects:
         for run in ("init", "sft", "reward", "ppo", "dpo", "helpful", "harmless"):
-            folder = tmp_path / "runs" / project / run
+            folder = users / "runs" / project / run
             (folder / "merged").mkdir(parents=True)
             (folder / "merged" / "config.json").write_text("{}")
             (folder / "run.json").write_text(json.dumps({"status": "done", "stage": run}))
-    (tmp_path / "my_rewards.py").write_text("def short(completions): return [0.0] * len(completions)")
-    monkeypatch.syspath_prepend(tmp_path)
+    (users / "my_rewards.py").write_text("def short(completions): return [0.0] * len(completions)")
+    return users
+
+
+@pytest.fixture(autouse=True)
+def stand_in_users_folder(users_folder, monkeypatch):
+    """Make the user's folder the current one; no test changes it."""
+    monkeypatch.chdir(users_folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    for name in ("reviews", "smollm2"):
+        monkeypatch.setenv(f"RLHF_TRL_{name.upper()}", name)
+    monkeypatch.syspath_prepend(users_folder)
 
 
 def problems_of(*words: str) -> list[str]:
@@ -70,7 +80,7 @@ def test_comments_stand_above_their_keys_and_lines_are_short(file):
     assert [line for line in lines if len(line) > 119 and line.strip() not in text] == []
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def read() -> dict[str, set[str]]:
     """Return the keys that some part of the code reads, and those that an interpolation does."""
     runs = {values["stage"]["run"]["_target_"] for _, values in every_config() if "stage" in values}
@@ -164,8 +174,9 @@ def test_every_step_of_a_pipeline_passes_the_checks(pipeline):
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
-def test_the_steps_of_a_pipeline_come_after_what_they_start_from(pipeline):
+def test_the_steps_of_a_pipeline_come_after_what_they_start_from(pipeline, users_folder, tmp_path, monkeypatch):
     cfg = composed("pipeline", f"pipeline={pipeline}")
+    monkeypatch.chdir(shutil.copytree(users_folder, tmp_path / "user"))
     for record in Path("runs", cfg.project).glob("*/run.json"):
         record.unlink()
     for name, words in cfg.steps.items():
@@ -213,13 +224,19 @@ def test_every_command_can_be_typed(file, line):
     given = [word for word in given if not word.split("=")[0].isupper() and "..." not in word]
     if "--config-dir" in words or "-sc" in words:
         return  # options of the user's own, and Hydra's completion of a shell
+    assert problems_of_words(kind, tuple(given)) == []
+
+
+@functools.cache
+def problems_of_words(kind: str, given: tuple[str, ...]) -> list[str]:
+    """Return the problems of the words of a command; many commands have the same ones."""
     if kind == "pipeline":
         composed("pipeline", *given)
-        return
+        return []
     if kind == "sweep":
         composed("sweep", *[w for w in given if w.split("=")[0] in ("sweep", "accelerate", "launch", "program")])
     given = [w for w in given if w.split("=")[0] not in ("sweep", "accelerate", "launch", "program")]
-    assert overrides.compose(overrides.without_sweeps([w for w in given if not w.startswith("hydra")]))[1] == []
+    return overrides.compose(overrides.without_sweeps([w for w in given if not w.startswith("hydra")]))[1]
 
 
 def test_commands_for_one_device_start_without_a_launcher():

@@ -11,6 +11,7 @@ import pytest
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
 EXAMPLES = dict(part.split("\n", 1) for part in TEXT.split("\n### A ")[1:])
 SMALL = ["stage.args.max_steps=2", "stage.args.per_device_train_batch_size=8"]
+SMALL += ["data.max_samples=64", "data.max_eval_samples=16"]
 
 
 @pytest.fixture(autouse=True)

@@ -165,6 +165,7 @@ def test_the_second_interrupt_kills(tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.slow  # the two ranks below train by the same command
 def test_two_cpu_ranks_find_each_other(tmp_path):
     """The command in the head of ddp.yaml; accelerate's `--cpu --num_processes 2` would start one rank."""
     script = tmp_path / "ranks.py"
@@ -200,6 +201,7 @@ class Listener(TrainerCallback):
         group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
         seconds = group.options._timeout.total_seconds()
         seen = {"world": args.world_size, "run_dir": args.output_dir, "heard": self.heard, "timeout": seconds}
+        seen["device"] = str(args.device)
         Path(f"rank_{args.process_index}.json").write_text(json.dumps(seen))
 """
 
@@ -232,7 +234,7 @@ def test_two_cpu_ranks_train_as_one(tmp_path, monkeypatch):
         == (second["world"], second["run_dir"])
         == (2, str(run_dir.relative_to(tmp_path)))
     )
-    assert first["timeout"] == second["timeout"] == 240
+    assert first["timeout"] == second["timeout"] == 240 and first["device"] == second["device"] == "cpu:0"
     reduced = [
         [
             {key: value for key, value in logs.items() if not key.endswith(("runtime", "per_second"))}

@@ -21,7 +21,7 @@ def test_the_schema_is_that_of_the_config():
 
 
 def test_a_key_has_its_comment_type_and_defaults(tmp_path):
-    lines = reference.pages()["stage-ppo.md"].splitlines()
+    lines = reference.stage_page("ppo").splitlines()
     assert "| `vf_coef` | `0.1` | `0.1` | [0, inf) | Weight of the value loss |" in lines
     assert [line for line in lines if line.startswith("| `loss_type` |")] == [
         f"| `loss_type` | {reference.REFUSED['loss_type'][1]} |"

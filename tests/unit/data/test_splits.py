@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from rlhf_trl import data
@@ -16,9 +15,6 @@ from rlhf_trl.errors import DataError
 from rlhf_trl.runs.paths import conf_dir
 from tests.helpers.tiny import make_tokenizer
 
-with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-    CONFIGS = {path.stem: compose("train", [f"stage={path.stem}"]) for path in sorted(conf_dir().glob("stage/*.yaml"))}
-STAGES = {name: cfg.stage.dataset_type for name, cfg in CONFIGS.items() if "dataset_type" in cfg.stage}
 SYSTEM = {"role": "system", "content": "Be brief."}
 PROMPTS = [f"What is {i}?" for i in range(100)]
 
@@ -90,19 +86,23 @@ def load(dataset_type, rows, held_out=None, **options):
     return build_dataset(dataset_type, 0, named(rows), None if held_out is None else named(held_out), **options)
 
 
+@pytest.fixture(scope="module")
+def dataset_types(compose) -> set[str]:
+    """Return the types that the stages ask for."""
+    stages = [compose(f"stage={path.stem}").stage for path in conf_dir().glob("stage/*.yaml")]
+    return {stage.dataset_type for stage in stages if "dataset_type" in stage}
+
+
 @pytest.mark.parametrize(("eval_size", "count"), [(0.2, 18), (10, 10)])
 @pytest.mark.parametrize(("name", "feedback", "row", "options"), CASES, ids=[case[0] for case in CASES])
-def test_every_stage_holds_the_same_prompts_out(name, feedback, row, options, eval_size, count):
+def test_every_stage_holds_the_same_prompts_out(dataset_types, name, feedback, row, options, eval_size, count):
     expected = hold_out(map(prompt_key, PROMPTS), eval_size)
     assert len(expected) == count
     options = options | {"feedback": feedback, "eval_size": eval_size}
     rows, some = rows_of(row), PROMPTS[::2]
     last = next(key for key in reversed(rows[0]) if key != "prompt")
-    served = {
-        dataset_type
-        for dataset_type in STAGES.values()
-        if feedback or {*SOURCES[dataset_type]} & {*row_types_in(rows[0])}
-    }
+    row_types = row_types_in(rows[0])
+    served = {each for each in dataset_types if feedback or {*SOURCES[each]} & {*row_types}}
     for dataset_type in served:
         loaded = load(dataset_type, rows, max_samples=60, max_eval_samples=8, **options)
         assert held_out_keys(loaded) == expected, dataset_type
@@ -113,7 +113,7 @@ def test_every_stage_holds_the_same_prompts_out(name, feedback, row, options, ev
         if eval_size < 1:  # another file with some of the prompts
             loaded = load(dataset_type, rows_of(row, some), **options)
             assert held_out_keys(loaded) == expected & {*map(prompt_key, some)}, dataset_type
-    assert len(served) >= (len(set(STAGES.values())) if feedback else 1)
+    assert len(served) >= (len(dataset_types) if feedback else 1)
 
 
 def test_prompts_that_ask_the_same():

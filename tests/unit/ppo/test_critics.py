@@ -181,7 +181,7 @@ def history(run_dir, key):
 
 def test_a_critic_from_the_reward_model_explains_more_at_first(train, tmp_path):
     """On the embedded world, over the first rollouts: with the reward model's weights, and more so with its head."""
-    steps = ("stage.args.max_steps=150", "data.max_samples=null", "stage.args.eval_on_start=false")
+    steps = ("stage.args.max_steps=60", "data.max_samples=2000", "stage.args.eval_on_start=false")
     train(tmp_path, "stage=reward", "stage.args.learning_rate=1e-3", *steps)
     few = ("reward=model", "critic=model", "stage.args.num_iterations=1", "stage.args.max_steps=16")
     few += ("data.max_samples=512", "stage.args.learning_rate=1e-4")
