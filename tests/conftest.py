@@ -1,6 +1,8 @@
 """Tests run offline, on the CPU, with models of a second: the embedded world, or `tests.helpers.tiny`."""
 
+import functools
 import gc
+import importlib.metadata
 import os
 import pickle
 import socket
@@ -47,39 +49,54 @@ def no_network():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def no_wait_for_the_disk():
-    """Leave files in the cache of the operating system: each training waits for the disk 20 times."""
+def nothing_is_awaited_or_read_again():
+    """Leave files in the cache of the operating system, and read the metadata of a package once, not in each run."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda descriptor: None)
+        for name in ("metadata", "version"):
+            patched.setattr(importlib.metadata, name, functools.cache(getattr(importlib.metadata, name)))
         yield
 
 
 @pytest.fixture(autouse=True, scope="session")
-def config_files_are_parsed_once():
-    """Parse each file of conf/ and of Hydra's own once: to parse them anew is a third of composing a config."""
+def hydra_reads_each_file_once():
+    """Parse each file of conf/ and of Hydra once, and merge the same files once: more than half of what it takes."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.sources_registry import SourcesRegistry
     from hydra.core.plugins import Plugins
 
     Plugins.instance()  # fills the registry
-    sources = [SourcesRegistry.instance().resolve(scheme) for scheme in ("file", "pkg")]
+    unchanging = {str(conf_dir()), "hydra.conf", ""}
+
+    def file(self, config_path):
+        return (self.path, self.provider, config_path) if self.path in unchanging else None
+
+    def merged(self, defaults, repo):
+        files = tuple((each.config_path, each.package, each.primary) for each in defaults)
+        return files if {source.path for source in repo.get_sources()} <= unchanging else None
+
     with pytest.MonkeyPatch.context() as patched:
-        for source in sources:
-            patched.setattr(source, "load_config", parsed_once(source.load_config))
+        for scheme in ("file", "pkg"):
+            source = SourcesRegistry.instance().resolve(scheme)
+            patched.setattr(source, "load_config", once(source.load_config, file))
+        merge = ConfigLoaderImpl._compose_config_from_defaults_list
+        patched.setattr(ConfigLoaderImpl, merge.__name__, once(merge, merged))
         yield
 
 
-def parsed_once(load):
-    parsed = {}
+def once(function, key):
+    """Return a function that does its work once for each key, where there is one, and then gives copies."""
+    found = {}
 
-    def load_config(self, config_path):
-        if self.path not in (str(conf_dir()), "hydra.conf"):
-            return load(self, config_path)
-        key = (self.path, self.provider, config_path)
-        if key not in parsed:
-            parsed[key] = pickle.dumps(load(self, config_path))
-        return pickle.loads(parsed[key])  # a copy, as Hydra changes it
+    def copied(*args, **kwargs):
+        name = key(*args, **kwargs)
+        if name is None:
+            return function(*args, **kwargs)
+        if name not in found:
+            found[name] = pickle.dumps(function(*args, **kwargs))
+        return pickle.loads(found[name])
 
-    return load_config
+    return copied
 
 
 @pytest.fixture(autouse=True, scope="module")
