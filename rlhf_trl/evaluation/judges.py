@@ -4,8 +4,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -124,6 +124,21 @@ class RewardJudge:
         return Verdicts(np.where(valid, outcomes, np.nan), int((~valid).sum()), len(outcomes))
 
 
+class Reply(NamedTuple):
+    """
+    Reply of a language model.
+
+    Attributes:
+        text: as it was written.
+        is_cut: whether the limit of tokens ended it.
+        is_refused: whether the server says that the model refused.
+    """
+
+    text: str
+    is_cut: bool = False
+    is_refused: bool = False
+
+
 class TextJudge:
     """
     Base of judges that read both answers, each pair in both orders.
@@ -154,9 +169,37 @@ class TextJudge:
             [`~rlhf_trl.errors.ConfigError`]: if it can't.
         """
 
-    def ask(self, questions: Sequence[str]) -> list[str]:
-        """Return one reply per question."""
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The model and how it decodes: all that a reply depends on besides the question."""
         raise NotImplementedError
+
+    def replies(
+        self,
+        questions: Sequence[str],
+        temperature: float = 0.0,
+        seed: int = 0,
+        max_tokens: int | None = None,
+        schema: dict[str, Any] | None = None,
+    ) -> Iterator[tuple[int, Reply]]:
+        """
+        Yield the index of each question with its reply, as they come.
+
+        Args:
+            questions (`Sequence[str]`): what the user's turn says.
+            temperature (`float`), seed (`int`): of the sampling; at temperature 0 decoding is greedy.
+            max_tokens (`int`, *optional*): limit of a reply; `None`: the judge's own.
+            schema (`dict`, *optional*): JSON schema of a reply, for servers that can keep to one.
+
+        Raises:
+            [`~rlhf_trl.errors.ConfigError`]: if the judge can't be asked.
+        """
+        raise NotImplementedError
+
+    def ask(self, questions: Sequence[str]) -> list[str]:
+        """Return the text of one reply per question."""
+        found = dict(self.replies(questions))
+        return [found[i].text for i in range(len(questions))]
 
     def compare(self, prompts: Sequence[str], policy: Answers, baseline: Answers) -> Verdicts:
         """See [`Judge.compare`]. A prompt counts if both orders have a verdict; its outcome is their mean."""
@@ -236,26 +279,48 @@ class ModelJudge(TextJudge):
         self.path = resolve_path(path, None, "")
         self.max_new_tokens, self.batch_size, self.dtype = max_new_tokens, batch_size, dtype
         self.name = f"the language model `{path}`, in both orders"
+        self._loaded: tuple[Any, Any] | None = None
 
-    def ask(self, questions: Sequence[str]) -> list[str]:
-        """See [`TextJudge.ask`]."""
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See [`TextJudge.settings`]."""
+        return {"model": self.path, "max_tokens": self.max_new_tokens, "dtype": self.dtype}
+
+    def replies(
+        self,
+        questions: Sequence[str],
+        temperature: float = 0.0,
+        seed: int = 0,
+        max_tokens: int | None = None,
+        schema: dict[str, Any] | None = None,
+    ) -> Iterator[tuple[int, Reply]]:
+        """See [`TextJudge.replies`]; a schema has no effect."""
+        from rlhf_trl.data.tokenize import end_tokens, prompt_ids
+        from rlhf_trl.evaluation.generation import sample
+
+        model, tokenizer = self._load()
+        chat, ends = tokenizer.chat_template is not None, end_tokens(tokenizer)
+        asked = [[{"role": "user", "content": question}] if chat else question for question in questions]
+        ids = [prompt_ids(tokenizer, one) for one in asked]
+        limit = max_tokens or self.max_new_tokens
+        for start in range(0, len(ids), self.batch_size):
+            batch = ids[start : start + self.batch_size]
+            written = sample(model, tokenizer, batch, limit, temperature, self.batch_size, seed=seed + start)
+            for i, reply in enumerate(written, start):
+                text = str(tokenizer.decode(reply, skip_special_tokens=True))
+                yield i, Reply(text, is_cut=not reply or reply[-1] not in ends)
+
+    def _load(self) -> tuple[Any, Any]:
+        """Return model and tokenizer, loaded at the first question."""
         from accelerate import PartialState
 
-        from rlhf_trl.data.tokenize import prompt_ids
-        from rlhf_trl.evaluation.generation import sample
         from rlhf_trl.models.loading import load_model
         from rlhf_trl.models.tokenizers import load_tokenizer
 
-        tokenizer = load_tokenizer(self.path)
-        model: Any = load_model(self.path, dtype=self.dtype)  # `PreTrainedModel.to` is declared without `self`
-        model = model.eval().to(PartialState().device)
-        chat = tokenizer.chat_template is not None
-        asked = [[{"role": "user", "content": question}] if chat else question for question in questions]
-        ids = [prompt_ids(tokenizer, one) for one in asked]
-        replies = sample(
-            model, tokenizer, ids, self.max_new_tokens, temperature=0.0, batch_size=self.batch_size, seed=0
-        )
-        return tokenizer.batch_decode(replies, skip_special_tokens=True)
+        if self._loaded is None:
+            model: Any = load_model(self.path, dtype=self.dtype)  # `PreTrainedModel.to` is declared without `self`
+            self._loaded = model.eval().to(PartialState().device), load_tokenizer(self.path)
+        return self._loaded
 
 
 class HTTPJudge(TextJudge):
@@ -296,6 +361,7 @@ class HTTPJudge(TextJudge):
         super().__init__(template, all_pairs)
         self.url, self.model, self.timeout, self.retries = url.rstrip("/"), model, timeout, retries
         self.concurrency, self.max_tokens = concurrency, max_tokens
+        self.takes_schemas = True
         self.name = f"`{model}` at {url}, in both orders"
         self.headers = {}
         if api_key_env is not None:
@@ -310,36 +376,53 @@ class HTTPJudge(TextJudge):
         """See [`TextJudge.check`]: ask one question, so that a wrong address or key stops before the sampling."""
         self.ask([self.question("1 + 1 =", "2", "3")])
 
-    def ask(self, questions: Sequence[str]) -> list[str]:
-        """See [`TextJudge.ask`]."""
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See [`TextJudge.settings`]."""
+        return {"model": self.model, "max_tokens": self.max_tokens}
+
+    def replies(
+        self,
+        questions: Sequence[str],
+        temperature: float = 0.0,
+        seed: int = 0,
+        max_tokens: int | None = None,
+        schema: dict[str, Any] | None = None,
+    ) -> Iterator[tuple[int, Reply]]:
+        """See [`TextJudge.replies`]; a server that refuses a schema is asked without."""
         import httpx
 
+        options: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens or self.max_tokens}
+        if temperature > 0:
+            options["seed"] = seed
         headers = {"Content-Type": "application/json", **self.headers}
         with (
             httpx.Client(timeout=self.timeout, headers=headers) as client,
             ThreadPoolExecutor(self.concurrency) as pool,
         ):
-            futures = [pool.submit(self._reply, client, question) for question in questions]
+            futures = {
+                pool.submit(self._reply, client, question, options, schema): i for i, question in enumerate(questions)
+            }
             try:
-                return [future.result() for future in futures]
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)  # the others would fail the same way
                 raise
 
-    def _reply(self, client, question: str) -> str:
+    def _reply(self, client, question: str, options: dict[str, Any], schema: dict[str, Any] | None) -> Reply:
         import httpx
 
         from rlhf_trl.rewards.http import TooLongError, post
 
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": 0,
-            "max_tokens": self.max_tokens,
-        }
+        problem = ""
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(min(2 ** (attempt - 1), 30))
+            body = {"model": self.model, "messages": [{"role": "user", "content": question}], **options}
+            if schema is not None and self.takes_schemas:
+                named = {"name": "reply", "schema": schema, "strict": True}
+                body["response_format"] = {"type": "json_schema", "json_schema": named}
             try:
                 answer = post(client, f"{self.url}/chat/completions", json.dumps(body), self.timeout)
             except TooLongError:
@@ -352,14 +435,21 @@ class HTTPJudge(TextJudge):
             if answer.status == 429 or answer.status >= 500:
                 problem = f"it answered {answer.status}: {answer}"
                 continue
+            if answer.status in (400, 422) and "response_format" in body:
+                self.takes_schemas = False
+                return self._reply(client, question, options, None)
             if answer.status != 200:
                 raise ConfigError(
                     f"The judge at `{self.url}` refused with status {answer.status}: {answer}. Check `judge.url`, "
                     "`judge.model` and `judge.api_key_env`."
                 )
             try:
-                return json.loads(answer.content)["choices"][0]["message"]["content"] or ""
-            except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+                choice = json.loads(answer.content)["choices"][0]
+                message, end = choice["message"], choice.get("finish_reason")
+                refusal = message.get("refusal")
+                is_refused = bool(refusal) or end == "content_filter"
+                return Reply(message["content"] or refusal or "", is_cut=end == "length", is_refused=is_refused)
+            except (AttributeError, ValueError, KeyError, IndexError, TypeError, RecursionError):
                 raise ConfigError(
                     f"The judge at `{self.url}` doesn't answer as an OpenAI-compatible endpoint does: {answer}. Give "
                     "the address up to and with `/v1`."

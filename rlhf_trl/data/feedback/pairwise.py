@@ -53,7 +53,7 @@ class Pairs(Feedback):
     OPTIONAL: ClassVar[tuple[str, ...]] = ("strength", "rater")
     ROWS_ARE_VOTES: ClassVar[bool] = True
 
-    answers: list = field(default_factory=lambda: ["a", "b", "tie"])
+    answers: list = field(default_factory=lambda: ["a", "b", "tie", "both_bad"])
     turns: bool = False
     min_strength: float = 0.0
     agreement: str | None = None
@@ -67,10 +67,10 @@ class Pairs(Feedback):
                 "one, the second one and, if there are any, a tie and two bad ones: different values."
             )
         preferred = (self.columns or {}).get("preferred")
-        if isinstance(preferred, list) and len(preferred) != len(self.answers):
+        if isinstance(preferred, list) and not 2 <= len(preferred) <= len(self.answers):
             raise ConfigError(
                 f"`data.feedback.columns.preferred` names {len(preferred)} columns for {len(self.answers)} answers. "
-                "Name a column for each of `data.feedback.answers`."
+                "Name a column for each of `data.feedback.answers`; the last two may be missing."
             )
         if self.turns and (self.columns or {}).get("prompt", "prompt") is None:
             raise ConfigError(
