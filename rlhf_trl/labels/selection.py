@@ -17,7 +17,7 @@ from numpy.random import Generator
 @dataclass(frozen=True)
 class Pool:
     """
-    What is known of the candidates of a prompt.
+    Candidates of a prompt, by their scores and features.
 
     Attributes:
         scores (`np.ndarray`, *optional*): r, shape (E, N).

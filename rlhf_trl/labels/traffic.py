@@ -20,7 +20,7 @@ Privacy = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 class Traffic(NamedTuple):
     """
-    What was logged.
+    Rows of a log, checked.
 
     Attributes:
         rows: `prompt`, `completion` and the other columns of [`COLUMNS`] that a row has.
