@@ -16,7 +16,8 @@ from rlhf_trl.callbacks.nonfinite import NonfiniteGuard
 from rlhf_trl.callbacks.options import HEALTH
 from rlhf_trl.config.ranges import check_values
 from rlhf_trl.data.messages import as_text
-from rlhf_trl.health.signs import BASELINE, LEVELS, SIGNS, WINDOW, Series, all_limits, evaluate_signs, signs_seen
+from rlhf_trl.health.series import BASELINE, WINDOW, Series
+from rlhf_trl.health.signs import LEVELS, SIGNS, all_limits, evaluate_signs, signs_seen
 from rlhf_trl.health.text_statistics import rollout_measures
 from rlhf_trl.runs.ranks import any_rank
 from rlhf_trl.terminal import printable

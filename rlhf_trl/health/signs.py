@@ -7,92 +7,22 @@ reports; metrics that trainers don't log are computed from a rollout's texts by
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.health.series import Series, sampling_noise
 from rlhf_trl.hints import did_you_mean
 
 LEVELS = ("ok", "note", "warn", "stop")
 NOTE = LEVELS.index("note")
-BASELINE, WINDOW = 4, 3
 # A difference of means counts from so many of its standard errors on: it is looked for at every log step
 STANDARD_ERRORS = 4
-# Of one degree of freedom: median of the squares of values with mean 0 and variance 1
-CHI_SQUARED_MEDIAN = 0.4549
 # Times as long, or as short, as at the start: completions whose length has changed
 LENGTH_CHANGE = 1.25
 # Number of log steps whose gradient norms the newest one is compared with
 GRADIENT_WINDOW = 20
-
-
-class Series:
-    """
-    Values of each metric in the order they were logged. None, NaN and infinite ones are dropped.
-
-    Args:
-        baseline (`int`): number of values at the start that later ones are compared with.
-        window (`int`): number of newest values that are averaged.
-        watched (`Sequence[str]`): names of reward functions of weight 0.
-
-    Attributes:
-        log_steps (`int`): number of training's log steps.
-    """
-
-    def __init__(self, baseline: int = BASELINE, window: int = WINDOW, watched: Sequence[str] = ()):
-        self.baseline, self.window = baseline, window
-        self.watched = list(watched)
-        self.log_steps = 0
-        self._values: dict[str, list[float]] = defaultdict(list)
-
-    def add(self, logs: Mapping[str, float | None]) -> None:
-        """Add a call of `Trainer.log`."""
-        self.log_steps += not any(name.startswith("eval_") for name in logs)
-        for name, value in logs.items():
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                self._values[name].append(float(value))
-
-    def values(self, *names: str) -> list[float]:
-        """Return the values of the first of `names` that was logged."""
-        return next((self._values[name] for name in names if name in self._values), [])
-
-    def stems(self, start: str, end: str) -> list[str]:
-        """Return the names that begin with `start` and end with `end`, without that end."""
-        return [name.removesuffix(end) for name in self._values if name.startswith(start) and name.endswith(end)]
-
-    def recent(self, *names: str) -> float | None:
-        """Return the mean of the newest `window` values, `None` until there are as many besides the baseline."""
-        values = self.values(*names)
-        return fmean(values[-self.window :]) if len(values) >= self.baseline + self.window else None
-
-    def start(self, *names: str) -> float:
-        """Return the mean of the first `baseline` values."""
-        return fmean(self.values(*names)[: self.baseline])
-
-    def rise(self, *names: str) -> float | None:
-        """Return the difference of the newest values to the first ones."""
-        recent = self.recent(*names)
-        return None if recent is None else recent - self.start(*names)
-
-
-def sampling_noise(values: Sequence[float]) -> float:
-    """
-    Return the standard deviation of a log step's value around its trend, such as the sampling error of the mean of a
-    small rollout.
-
-    It is estimated from second differences, whose variance is six times that of the values (compare von Neumann et al.
-    1941, "The mean square successive difference"), so that a steady rise or fall doesn't count as noise; from their
-    median, so that a collapse doesn't. An estimate from few values may be far too small, hence the last factor.
-    """
-    triples = zip(values, values[1:], values[2:], strict=False)
-    squares = [(a - 2 * b + c) ** 2 for a, b, c in triples]
-    if not squares:
-        return 0.0
-    variance = median(squares) / CHI_SQUARED_MEDIAN / 6
-    return math.sqrt(variance) * (1 + 8 / len(squares))
-
 
 KL = ("objective/kl",)
 SCORE = ("objective/scores", "reward")
@@ -333,6 +263,23 @@ SIGNS: dict[str, Sign] = {
         "the gradient norm is {value:.3g} times its usual value",
         "Lower `stage.args.learning_rate` or `+stage.args.max_grad_norm`, or lengthen `stage.args.warmup_steps`",
         {"note": 10.0, "warn": 50.0, "stop": None},
+    ),
+    "sampler_mismatch": Sign(
+        lambda series: series.recent("sampling/prob_error"),
+        "vLLM and the policy give a sampled token probabilities that differ by {value:.1%}",
+        "If it grows, vLLM doesn't get all weights: use a version that TRL supports. If it is so from the start, "
+        "compute alike in both: in float16 (`+stage.args.fp16=true`) or float32, and nothing quantized",
+        # NeMo RL: above 1 to 2 % the update of the weights is usually at fault (docs/guides/grpo.md), and above 5 % it
+        # is to be investigated (docs/adding-new-models.md)
+        {"note": 0.02, "warn": 0.05, "stop": None},
+    ),
+    "clipped_completions": Sign(
+        lambda series: series.recent("sampling/clipfrac_long"),
+        "in the longer half of the completions {value:.0%} of the importance-sampling ratios are outside of their "
+        "bounds, so that short completions count for more",
+        "Set `stage.args.vllm_importance_sampling_mode=token_truncate`, whose ratios don't grow with the length, or "
+        "raise `stage.args.vllm_importance_sampling_clip_max`",
+        {"note": 0.1, "warn": 0.3, "stop": None},
     ),
 }
 

@@ -307,6 +307,7 @@ class PPOTrainer(RolloutHook, Rollouts, TrainerMixin, trl.GRPOTrainer):
         self._set_trainable()
         ids, masks = (torch.cat([output[f"prompt_{x}"], output[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
         scores, self._last_pass = self._old_scores(ids, masks, output["completion_ids"].size(1)), None
+        self._log_mismatch(output, scores.logps)
         return output | {"old_per_token_logps": scores.logps, "old_values": scores.values}
 
     def _make_rollout(self, inputs: Any) -> Rollout:

@@ -270,6 +270,8 @@ class RolloutHookWithKL(RolloutHook):
     computed.
     """
 
+    _log_mismatch: Callable[[dict[str, Any], Tensor], None]  # of `Rollouts`
+
     def __init__(self, *args, **kwargs):
         self._passes: list[Tensor] | None = None  # log-probabilities computed since listening began
         self._sequence_kls: list[Tensor] = []  # summed k1 of this rank's sequences, one tensor per micro-batch
@@ -298,6 +300,9 @@ class RolloutHookWithKL(RolloutHook):
         if self._step % self.args.gradient_accumulation_steps == 0:
             self._sequence_kls.clear()
         output, passes = self._listen(super()._generate_and_score_completions, inputs)
+        logps = passes[0] if "old_logps" in output else output.get("old_per_token_logps")  # RLOO's output has sums
+        if logps is not None:
+            self._log_mismatch(output, logps)
         if len(passes) == 2:  # the policy's, then the reference's
             self._add_kl(passes[0], passes[1], output)
             self._measure_kl()

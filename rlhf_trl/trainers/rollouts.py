@@ -7,19 +7,24 @@ dropout, and that an evaluation stays one. The methods with a leading underscore
 `tests/unit/trainers/test_rollouts.py` compares what comes out with forwards of its own.
 """
 
+import contextlib
 import logging
 from typing import Any
 
+import torch
 import trl
 from accelerate.utils import is_peft_model
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.tokenize import end_tokens, prompt_ids, remember_ends
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.patches.generation import special_tokens_only
+from rlhf_trl.patches.generation import special_tokens_only, weights_preserved
 from rlhf_trl.patches.positions import count_positions_from_mask
+from rlhf_trl.patches.vllm import keep_log_probs, merge_for_sending
 from rlhf_trl.trainers.base import TrainerMixin
+from rlhf_trl.trainers.mismatch import Correction, mismatch_metrics, mismatch_statistics
 from rlhf_trl.trainers.rollout_hook import RolloutHookWithKL
 from rlhf_trl.trainers.sampling import biasing_settings
 
@@ -56,6 +61,7 @@ class Rollouts(Trainer):
     vllm_generation: Any
     generation_config: GenerationConfig
     generation_kwargs: dict[str, Any]
+    _metrics: dict[str, dict[str, list[float]]]
     _tokenizer: PreTrainedTokenizerBase
     _is_vlm: bool
 
@@ -67,6 +73,11 @@ class Rollouts(Trainer):
         count_positions_from_mask(self._policy)
         if self.ref_model is not None:
             count_positions_from_mask(self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False))
+        self._sampled_logps = None
+        if self.use_vllm:
+            merge_for_sending(self.vllm_generation)
+            if self.vllm_generation.logprobs is None:
+                self._sampled_logps = keep_log_probs(self.vllm_generation)
         if self.accelerator.is_main_process:
             self._say_what_samples()
 
@@ -127,12 +138,48 @@ class Rollouts(Trainer):
 
     def _generate_single_turn(self, *args, **kwargs):
         training = self.model.training
-        with special_tokens_only(self._policy):
+        with special_tokens_only(self._policy), self._weights_preserved():
             # Of the trainer that this class is mixed into
             output = super()._generate_single_turn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if self.model.training != training:  # continuous batching ends in training mode, in an evaluation too
             self.model.train(training)
         return output
+
+    def _weights_preserved(self) -> contextlib.AbstractContextManager[None]:
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # an engine has weights of its own to train
+        if sharded or not self.args.use_transformers_continuous_batching:
+            return contextlib.nullcontext()
+        return weights_preserved(self._policy)
+
+    # ---- The difference between vLLM and the policy ----
+
+    def _log_mismatch(self, output: dict[str, Any], logps: Tensor) -> None:
+        """
+        Log how far vLLM's log-probabilities of a rollout are from the policy's, and what the correction of it does.
+
+        Args:
+            output (`dict`): this rank's completions, as TRL's `_generate_and_score_completions` returns them.
+            logps (`Tensor` of shape (N, T)): log-probabilities of their tokens under the policy.
+        """
+        if not self.use_vllm or not self.model.training:
+            return
+        mask = output["completion_mask"].bool()
+        if "tool_mask" in output:
+            mask = mask & output["tool_mask"].bool()
+        if self._sampled_logps is None:
+            sampled = output["sampling_per_token_logps"]
+        else:
+            sampled = torch.zeros_like(logps)
+            for row, values in zip(sampled, self._sampled_logps, strict=True):
+                row[: len(values)] = torch.tensor([torch.nan if x is None else x for x in values])
+        correction = None
+        if getattr(self.args, "vllm_importance_sampling_correction", False):
+            options = ("mode", "clip_min", "clip_max")
+            correction = Correction(*(getattr(self.args, f"vllm_importance_sampling_{name}") for name in options))
+        statistics = self.accelerator.gather(mismatch_statistics(logps, sampled, mask, correction))
+        for name, value in mismatch_metrics(statistics).items():
+            if correction is None or "sampling_logp_difference" not in name:  # which TRL logs with a correction
+                self._metrics["train"][name].append(value)
 
 
 class GRPOTrainer(RolloutHookWithKL, Rollouts, TrainerMixin, trl.GRPOTrainer):

@@ -19,10 +19,10 @@ from rlhf_trl.callbacks.kl import FixedKL
 from rlhf_trl.callbacks.progress import ProgressLine
 from rlhf_trl.checks import find_problems
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.health.series import Series
 from rlhf_trl.health.signs import (
     LEVELS,
     SIGNS,
-    Series,
     all_limits,
     evaluate_signs,
     limit_problems,
@@ -62,6 +62,8 @@ def healthy(kind: str) -> list[dict]:
         "completions/similarity": lambda t: 0.05,
         "rewards/gold/mean": lambda t: 1 + 0.1 * t,
         "rewards/gold/std": lambda t: 2.0,
+        "sampling/prob_error": lambda t: 0.005,
+        "sampling/clipfrac_long": lambda t: 0.01,
     }
     own = {
         "ppo": {
@@ -103,6 +105,8 @@ PROVOKED = {
     "mode_collapse": ("grpo", {"completions/similarity": lambda t: 0.7}),
     "missing_eos": ("grpo", {"completions/clipped_ratio": lambda t: 0.9}),
     "gradient_spike": ("ppo", {"grad_norm": lambda t: 100.0 if t == STEPS - 1 else 0.5}),
+    "sampler_mismatch": ("ppo", {"sampling/prob_error": lambda t: 0.07}),
+    "clipped_completions": ("grpo", {"sampling/clipfrac_long": lambda t: 0.6}),
 }
 
 
@@ -358,7 +362,7 @@ def test_a_stop_saves_and_says_why(path, tmp_path, capsys):
     assert isinstance(monitor, HealthMonitor) and "kl_high: the KL to the reference is" in monitor.reason
     output = capsys.readouterr().out
     assert "health stop (kl_high)" in output and "training stops here, with a checkpoint of step 3" in output
-    assert "of 16 signs in 1 log steps.\n  stop kl_high (steps 3 to 3" in output  # the summary, the worst first
+    assert "of 18 signs in 1 log steps.\n  stop kl_high (steps 3 to 3" in output  # the summary, the worst first
 
 
 def test_the_record_says_why_a_run_was_stopped(train, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -270,3 +270,32 @@ def test_an_evaluation_with_continuous_batching_stays_one(tmp_path, kind):
     metrics = trainer.evaluate(prompts(2))
     assert not trainer.model.training
     assert ("eval_objective/scores" if kind == "ppo" else "eval_reward") in metrics
+
+
+def test_continuous_batching_leaves_the_weights_in_float32(tmp_path, monkeypatch):
+    """TRL casts the trained model to bfloat16 before it generates, with the frequencies of its positions."""
+    path = save_architecture(tmp_path / "model", "llama")
+    options = {
+        "use_transformers_continuous_batching": True,
+        "transformers_continuous_batching_config": {"num_blocks": 64, "max_batch_tokens": 256},
+        "bf16": True,
+        "peft_config": LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
+    }
+    trainer = rl_trainer("ppo", path, tmp_path, None, **options)
+    seen, generate_batch = [], LlamaForCausalLM.generate_batch
+
+    def spy(self, *args, **kwargs):
+        frequencies = {buffer.dtype for name, buffer in self.named_buffers() if "inv_freq" in name}
+        seen.append(({weight.dtype for weight in self.parameters()}, frequencies))
+        return generate_batch(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate_batch", spy)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    written = completions(trainer)
+    assert written and seen == [({torch.bfloat16}, {torch.float32})]
+    after = trainer.model.state_dict()
+    assert all(
+        tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]) for name, tensor in after.items()
+    )
+    assert {buffer.dtype for name, buffer in trainer.model.named_buffers() if "inv_freq" in name} == {torch.float32}
+    assert "generate_batch" not in vars(trainer._policy)
