@@ -17,6 +17,7 @@ from rlhf_trl.checks.paths import data_problems, model_problems, output_problems
 from rlhf_trl.checks.ranges import range_problems
 from rlhf_trl.checks.renamed import renamed_problems
 from rlhf_trl.checks.rewards import reward_problems
+from rlhf_trl.checks.vllm import vllm_problems
 from rlhf_trl.config.values import plain, sources
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.directory import run_directory_problems
@@ -61,6 +62,7 @@ def find_problems(cfg: DictConfig) -> list[str]:
         batch_problems,
         combination_problems,
         machine_problems,
+        vllm_problems,
         reward_problems,
         run_directory_problems,
         folder_problems,

@@ -34,6 +34,7 @@ from rlhf_trl.checks.learning_rates import learning_rate_warnings
 from rlhf_trl.checks.machine import uses_deepspeed, uses_fsdp
 from rlhf_trl.checks.reward_calls import Scale, sample_of
 from rlhf_trl.checks.services import hub_problem, vllm_problem
+from rlhf_trl.checks.vllm import installed_version, version_warning
 from rlhf_trl.cli.plan import (
     adapter_text,
     critic_text,
@@ -46,6 +47,7 @@ from rlhf_trl.cli.plan import (
     quantization_text,
     rewards_text,
     rollout_lines,
+    sampler_text,
     weights_of,
 )
 from rlhf_trl.cli.probes import (
@@ -126,7 +128,7 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
     path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
     args: Any = training_arguments(stage.args, **critic_start(cfg))
     tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **from_pretrained_kwargs(cfg))
-    found.note(vllm_problem(args))
+    found.note(vllm_problem(args, path, cfg.model.trust_remote_code))
     found.note(hub_problem(args))
     dataset = DatasetDict()
     with found():
@@ -175,7 +177,7 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
         "learning rate": learning_rate_text(args),
         "data": ", ".join(f"{len(part):,} rows for {name}" for name, part in dataset.items()),
         "lengths": lengths_text(args, given, limit, positions),
-        **({"temperature": f"{args.temperature:g}"} if generates else {}),
+        **({"temperature": f"{args.temperature:g}", "sampled by": sampler_text(args)} if generates else {}),
         **batches,
         "disk": disk,
     }
@@ -198,6 +200,7 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
         key, lengths = "stage.args.max_completion_length", completion_lengths(tokenizer, answers)
         found.warn(cut_warning(key, args.max_completion_length, lengths))
         found.warn(scale_warning(cfg, args, scales))
+        found.warn(version_warning(installed_version()) if args.use_vllm else None)
     else:
         found.warn(cut_warning("stage.args.max_length", getattr(args, "max_length", None), given, noun="rows"))
     is_scored = batch is None or "completion_ids" in rows.column_names

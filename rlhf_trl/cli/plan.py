@@ -156,6 +156,32 @@ def offline_steps(args: Any, batches: int) -> int:
     return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
 
 
+def sampler_text(args: Any) -> str:
+    """Return the engine that makes the completions, and what it takes beside the trained weights."""
+    if args.use_vllm and args.vllm_mode == "server":
+        url = args.vllm_server_base_url or f"{args.vllm_server_host}:{args.vllm_server_port}"
+        return f"a vLLM server at {url}, {_correction(args)}"
+    if args.use_vllm:
+        size, asleep = args.vllm_tensor_parallel_size, ", freed in updates" if args.vllm_enable_sleep_mode else ""
+        shared = f", a copy per {size} ranks" if size > 1 else ", a copy per rank"
+        share = f"{args.vllm_gpu_memory_utilization:.0%} of the GPU's memory{asleep}"
+        return f"vLLM in this process{shared}: {share}, {_correction(args)}"
+    if not args.use_transformers_continuous_batching:
+        return "transformers"
+    options = {name: value for name, value in (args.transformers_continuous_batching_config or {}).items() if value}
+    return ", ".join(
+        ["transformers with continuous batching", *(f"{name}={value}" for name, value in options.items())]
+    )
+
+
+def _correction(args: Any) -> str:
+    if not getattr(args, "vllm_importance_sampling_correction", False):
+        return "its probabilities not corrected"
+    low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
+    bounds = " to ".join(f"{bound:g}" for bound in (low or 0, high) if bound is not None)
+    return f"its probabilities corrected by {args.vllm_importance_sampling_mode} ({bounds})"
+
+
 def rollout_lines(args: Any, rows: int) -> tuple[dict[str, str], int]:
     """Return the batch arithmetic of a training on rollouts, and its optimizer steps."""
     rollout, prompts = args.generation_batch_size, args.generation_batch_size // args.num_generations

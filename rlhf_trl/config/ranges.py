@@ -59,8 +59,21 @@ ROLLOUTS = {
     "steps_per_generation": f"{COUNT}?",
     "generation_batch_size": f"{COUNT}?",
     "epsilon": NONNEGATIVE,
+    "vllm_mode": "colocate|server",
+    "vllm_gpu_memory_utilization": "(0, 1]",
+    "vllm_tensor_parallel_size": COUNT,
+    "vllm_max_model_length": f"{COUNT}?",
+    "vllm_server_port": "int [1, 65535]",
+    "vllm_group_port": "int [1, 65535]",
+    "vllm_server_timeout": NONNEGATIVE,
 }
-GRPO = ROLLOUTS | {"epsilon_high": f"{NONNEGATIVE}?", "delta": f"{POSITIVE}?"}
+GRPO = ROLLOUTS | {
+    "epsilon_high": f"{NONNEGATIVE}?",
+    "delta": f"{POSITIVE}?",
+    "vllm_importance_sampling_mode": "token_truncate|token_mask|sequence_truncate|sequence_mask",
+    "vllm_importance_sampling_clip_max": f"{POSITIVE}?",
+    "vllm_importance_sampling_clip_min": f"{NONNEGATIVE}?",
+}
 MAX_LENGTH = {"max_length": f"{COUNT}?"}
 DPO_LOSSES = (
     "sigmoid|hinge|ipo|exo_pair|nca_pair|robust|bco_pair|sppo_hard|aot|aot_unpaired|apo_zero|apo_down|discopop|sft|"

@@ -27,6 +27,11 @@ WARNINGS = (
         UserWarning,
         "PEFT sets it as the layers of GPT-2 need it",
     ),
+    (
+        "TRL currently supports vLLM versions",
+        UserWarning,
+        "a run says it once before it starts, with what to install (`rlhf_trl.checks.vllm`)",
+    ),
 )
 # (logger, start of the message without accelerate's `[RANK 0]`, reason)
 LOGS = (

@@ -27,6 +27,8 @@ from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.lengthened import Lengthened
 from rlhf_trl.checks.learning_rates import learning_rate_warnings
 from rlhf_trl.checks.machine import engine, uses_deepspeed, uses_fsdp
+from rlhf_trl.checks.services import vllm_problem
+from rlhf_trl.checks.vllm import installed_version, version_warning
 from rlhf_trl.config.values import as_dict, at, nodes, plain
 from rlhf_trl.data.fingerprint import rows_fingerprint
 from rlhf_trl.errors import Interrupted
@@ -37,7 +39,7 @@ from rlhf_trl.models.sizes import critic_parameters, empty_model
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.patches.one_device import unused_devices
 from rlhf_trl.runs.paths import project_dir, resolve_path
-from rlhf_trl.runs.ranks import is_main_process
+from rlhf_trl.runs.ranks import is_main_process, raise_on_all_ranks
 from rlhf_trl.runs.record import write_metrics
 from rlhf_trl.stages.base import command, open_run
 from rlhf_trl.terminal import say
@@ -65,7 +67,7 @@ def train(cfg: DictConfig) -> float | None:
     tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **from_pretrained_kwargs(cfg))
     dataset = load_data(cfg, tokenizer)
     check_prompts(args, len(dataset["train"]))
-    for warning in filter(None, [unused_devices(args), *_learning_rates(cfg, args, path)]):
+    for warning in filter(None, [unused_devices(args), *_learning_rates(cfg, args, path), *_vllm(cfg, args, path)]):
         say(f"warning: {warning}")
     if "eval" not in dataset:
         args.eval_strategy, args.do_eval, args.eval_on_start = IntervalStrategy.NO, False, False
@@ -104,6 +106,18 @@ def _learning_rates(cfg: DictConfig, args: Any, path: str) -> list[str]:
     parameters = empty_model(path, cfg.stage.task_type, trusted, cfg.model.revision).num_parameters()
     critic = critic_parameters(getattr(args, "critic_path", None), parameters, trusted)
     return learning_rate_warnings(args, cfg.stage.dataset_type, parameters, critic, bool(cfg.adapter.peft))
+
+
+def _vllm(cfg: DictConfig, args: Any, path: str) -> list[str]:
+    """Check the vLLM server that a run asks, and return what is to be expected of the version that is installed."""
+    if not getattr(args, "use_vllm", False):
+        return []
+    problem = None
+    if is_main_process():  # TRL asks from this rank alone
+        problem = vllm_problem(args, path, cfg.model.trust_remote_code, wait=args.vllm_server_timeout)
+    raise_on_all_ranks([problem] if problem else [])
+    warning = version_warning(installed_version())
+    return [warning] if warning else []
 
 
 def engine_left_out(kind: DistributedType) -> str | None:

@@ -106,6 +106,7 @@ def a_users_folder(tmp_path, monkeypatch):
         Path(name).mkdir()
         monkeypatch.setenv(f"RLHF_TRL_{name.upper()}", name)
     Path("smollm2", "config.json").write_text("{}")
+    Path("vllm.py").touch()  # stands for the package
     yield tmp_path
     for name in [
         name for name, module in sys.modules.items() if str(getattr(module, "__file__", "")).startswith(str(tmp_path))

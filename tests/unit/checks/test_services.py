@@ -1,12 +1,16 @@
 """Services that a dry run asks for: a vLLM server and the hub, both on loopback."""
 
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import pytest
+from packaging.version import Version
+from transformers import AutoConfig
 
 from rlhf_trl.checks.services import hub_problem, vllm_problem
+from tests.helpers.architectures import save_architecture
 
 
 @pytest.fixture
@@ -27,30 +31,103 @@ def server():
             pass
 
     made = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread = threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{made.server_port}", answers
     made.shutdown()
     thread.join()
 
 
-def test_a_vllm_server_must_answer(server):
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return save_architecture(tmp_path_factory.mktemp("models") / "policy", "llama")
+
+
+@pytest.fixture
+def vllm(server, path, monkeypatch):
+    """Return the answers of a vLLM server that suits the model at `path`, and a function that gives its problem."""
     url, answers = server
+    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2}
+    sizes["vocab_size"] = AutoConfig.from_pretrained(path).vocab_size
+    model = {"logprobs_mode": "processed_logprobs", "hf_text_config": sizes}
+    contents = {
+        "/health": {},
+        "/version": {"version": "0.30.1+cu129"},
+        "/server_info?config_format=json": {"vllm_config": {"model_config": model}},
+        "/v1/models": {"data": [{"id": path, "root": path}]},
+    }
+    monkeypatch.setattr("rlhf_trl.checks.services.installed_version", lambda: Version("0.30.0"))
 
-    def problem(**options) -> str | None:
-        defaults = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": url}
-        return vllm_problem(SimpleNamespace(**(defaults | options)))
+    def problem(wait=0.0, **options) -> str | None:
+        answers.update({place: (200, json.dumps(content).encode()) for place, content in contents.items()})
+        defaults = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": url, "temperature": 0.7}
+        defaults["vllm_importance_sampling_correction"] = True
+        return vllm_problem(SimpleNamespace(**(defaults | options)), path, wait=wait)
 
-    assert f"The vLLM server at {url} answered 404" in str(problem())
-    answers["/health"] = (200, b"")
+    return contents, problem
+
+
+def test_a_vllm_server_must_be_up(server, vllm):
+    url, (_, problem) = server[0], vllm
     assert problem() is None and problem(vllm_server_base_url=f"{url}/") is None
     host, port = url.removeprefix("http://").split(":")
     place = {"vllm_server_base_url": None, "vllm_server_host": host}
     assert problem(**place, vllm_server_port=int(port)) is None
-    assert "can't be reached" in str(problem(**place, vllm_server_port=9))
+    down = str(problem(**place, vllm_server_port=9))
+    assert f"The vLLM server at http://{host}:9 can't be reached" in down
+    assert "Start it with `VLLM_SERVER_DEV_MODE=1 vllm serve " in down and "--weight-transfer-config '{" in down
     assert problem(**place, vllm_server_port=9, vllm_mode="colocate") is None
     assert problem(**place, vllm_server_port=9, use_vllm=False) is None
-    assert vllm_problem(SimpleNamespace()) is None  # stages without rollouts
+    assert vllm_problem(SimpleNamespace(), "model") is None  # stages without rollouts
+
+
+def test_a_run_waits_for_a_vllm_server_that_starts(server, vllm, monkeypatch, capsys):
+    answers, (contents, problem) = server[1], vllm
+    del contents["/health"]
+    answers["/health"] = (503, b"")
+    assert "answered 503 Service Unavailable to `/health`" in str(problem())
+
+    def start(seconds: float) -> None:
+        answers["/health"] = (200, b"")
+
+    monkeypatch.setattr("rlhf_trl.checks.services.time.sleep", start)
+    assert problem(wait=60.0) is None
+    assert "Waiting up to 60 s for the vLLM server" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "message"),
+    [
+        (
+            "/version",
+            {"version": "0.21.2"},
+            "is too old: it has vLLM 0.21.2, and this TRL works with 0.22.0 to 0.31.0",
+        ),
+        ("/version", {"version": "0.28.0"}, "has vLLM 0.28.0, and this environment 0.30.0"),
+        ("/version", {}, "doesn't answer to `/version`"),
+        ("/server_info?config_format=json", {}, "has no development endpoints"),
+        (
+            "/server_info?config_format=json",
+            {"vllm_config": {"model_config": {"logprobs_mode": "raw_logprobs"}}},
+            "returns raw_logprobs, which are without the temperature 0.7",
+        ),
+        ("/v1/models", {"data": []}, "serves no model"),
+    ],
+)
+def test_a_vllm_server_must_be_able_to_make_the_completions(vllm, place, content, message):
+    contents, problem = vllm
+    contents[place] = content
+    assert message in str(problem())
+
+
+def test_a_vllm_server_must_have_a_model_of_the_same_sizes(vllm):
+    contents, problem = vllm
+    contents["/v1/models"] = {"data": [{"id": "policy", "root": "org/base"}]}
+    assert problem() is None  # it gets the trained weights before the first rollout
+    config = contents["/server_info?config_format=json"]["vllm_config"]["model_config"]
+    config["hf_text_config"] |= {"num_hidden_layers": 3}
+    assert "serves `org/base`, and this run trains `" in str(problem())
+    assert problem(vllm_importance_sampling_correction=False) is not None
 
 
 def test_the_hub_must_take_the_token(server, monkeypatch):
