@@ -18,7 +18,7 @@ from rlhf_trl.build import models_of, training_arguments
 from rlhf_trl.checks.disk import Weights, disk_need
 from rlhf_trl.checks.reward_calls import Scale
 from rlhf_trl.cli.dry_run import show_plan
-from rlhf_trl.cli.plan import weights_of
+from rlhf_trl.cli.plan import sampler_text, weights_of
 from rlhf_trl.cli.probes import scale_warning
 from rlhf_trl.config.values import as_dict
 from rlhf_trl.errors import ConfigError
@@ -370,6 +370,7 @@ def test_the_plan_of_ppo_says_what_is_set(compose, tmp_path, capsys):
         r"learning rate +policy 2e-05, critic 0.0003, cosine, 10% of the steps of warmup",
         r"lengths +prompts of 5 tokens \(median; the longest 5\); completions of up to 9; the model reads 64",
         r"temperature +0.7",
+        r"sampled by +transformers\n",
         r"rollout +8 completions of 8 prompts \(1 each\)",
         r"rewards +length x 1.0, eos x 0.5\n",
         r"critic +head: a head on the policy, 17 weights",
@@ -377,6 +378,33 @@ def test_the_plan_of_ppo_says_what_is_set(compose, tmp_path, capsys):
     ):
         assert re.search(f"\n  {line}", shown), line
     assert "Warnings" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["stage=grpo"], "transformers"),
+        (
+            ["stage=rloo", "rollout=continuous", "model=hf"],
+            "transformers with continuous batching, max_memory_percent=0.3",
+        ),
+        (
+            ["stage=ppo", "rollout=vllm_colocate", "stage.args.vllm_enable_sleep_mode=true"],
+            "vLLM in this process, a copy per rank: 30% of the GPU's memory, freed in updates, its probabilities "
+            "corrected by sequence_mask (0 to 3)",
+        ),
+        (
+            ["stage=rloo", "rollout=vllm_colocate", "stage.args.vllm_tensor_parallel_size=4"],
+            "vLLM in this process, a copy per 4 ranks: 30% of the GPU's memory, its probabilities not corrected",
+        ),
+        (
+            ["stage=grpo", "rollout=vllm_server", "stage.args.vllm_importance_sampling_clip_min=0.5"],
+            "a vLLM server at 0.0.0.0:8000, its probabilities corrected by sequence_mask (0.5 to 3)",
+        ),
+    ],
+)
+def test_the_plan_says_what_makes_the_completions(compose, words, text):
+    assert sampler_text(training_arguments(compose(*words).stage.args)) == text
 
 
 def test_the_plan_warns_of_what_is_to_be_expected(compose, tmp_path, capsys):
