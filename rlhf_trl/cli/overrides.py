@@ -104,7 +104,13 @@ def compose(
     left = [word for word in left if word not in problems]
     group = WHOLE_RUNS[config]
     files = [file for name in _options(group, left) if (file := _option_file(group, name, config_dirs))]
-    if misshapen := [problem for file in files if (problem := _shape_problem(file, group))]:
+    misshapen = [
+        problem
+        for word in left
+        for file in _files_of(word, groups, config_dirs)
+        if (problem := _misplaced_header(file))
+    ]
+    if misshapen := misshapen or [problem for file in files if (problem := _shape_problem(file, group))]:
         raise ConfigError.join(misshapen)
     while True:
         try:
@@ -390,6 +396,14 @@ def _options(group: str, words: Sequence[str]) -> list[str]:
     return chosen
 
 
+def _files_of(word: str, groups: dict[str, set[str]], folders: Sequence[str]) -> list[Path]:
+    """Return the files of the options that an override chooses, of a group of any name."""
+    group, value = _key(word), _value(word)
+    names = value if isinstance(value, list) else [value]
+    found = [_option_file(group, name, folders) for name in names if isinstance(name, str)] if group in groups else []
+    return [file for file in found if file is not None]
+
+
 def _option_file(group: str, name: str, folders: Sequence[str]) -> Path | None:
     files = [Path(folder, group, f"{name.removesuffix('.yaml')}.yaml") for folder in [conf_dir(), *folders]]
     return next((file for file in files if file.is_file()), None)
@@ -408,13 +422,31 @@ def _shape_problem(file: Path, group: str) -> str | None:
     if content is not None and not isinstance(content, dict):
         kind = "a list" if isinstance(content, list) else f"`{str(content)[:40]}`"
         return f"`{file}` must hold keys, such as `seed: 3`, and holds {kind}."
-    comments = itertools.takewhile(lambda line: not line.strip() or line.lstrip().startswith("#"), lines)
-    if content and not any(GLOBAL.fullmatch(line.strip()) for line in comments):
+    if content and not any(GLOBAL.fullmatch(line.strip()) for line in _header(lines)):
         return (
             f"`{file}` has no line `# @package _global_`, so that its keys would stand below `{group}`, where nothing "
             "reads them. Put that line at its top."
         )
     return None
+
+
+def _header(lines: Sequence[str]) -> list[str]:
+    """Return the lines in which Hydra looks for `# @package`: up to the first one with anything else."""
+    return list(itertools.takewhile(lambda line: re.match(r"\s*(#\s*@|$)", line), lines))
+
+
+def _misplaced_header(file: Path) -> str | None:
+    """Return the problem of a file whose line `# @package` stands where Hydra doesn't look for it, or `None`."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None  # which Hydra reports, and [`_shape_problem`]
+    below = [line for line in lines[len(_header(lines)) :] if re.match(r"#\s*@package\s", line)]
+    return (
+        f"`{file}` has the line `{below[0]}` below others, where it has no effect. Move it to the top."
+        if below
+        else None
+    )
 
 
 def _without_override(error: Exception, files: Sequence[Path]) -> str | None:

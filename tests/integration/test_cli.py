@@ -216,6 +216,7 @@ GLOBAL = "# @package _global_\n"
         ),
         ("seed: 3", ["`d/experiment/mine.yaml` has no line `# @package _global_`"]),
         ("defaults: [override /stage: sft]\nseed: 3", ["has no line `# @package _global_`"]),
+        ("# My task\n" + GLOBAL + "seed: 3", ["the line `# @package _global_` below others", "Move it to the top"]),
         (GLOBAL + "- seed: 3", ["`d/experiment/mine.yaml` must hold keys", "holds a list"]),
         (GLOBAL + "some text", ["holds `some text`"]),
         (GLOBAL + "seed: [", ["`d/experiment/mine.yaml`, line 2, is no YAML"]),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.blocks import name_of
+
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
 EXAMPLES = dict(part.split("\n", 1) for part in TEXT.split("\n### A ")[1:])
 SMALL = ["stage.args.max_steps=2", "stage.args.per_device_train_batch_size=8"]
@@ -27,11 +29,10 @@ def test_an_example_runs(command, tmp_path, name):
     blocks = re.findall(r"```(\w+)\n(.*?)```", EXAMPLES[name], re.DOTALL)
     for kind, block in blocks:
         if kind in ("yaml", "python"):
-            head, code = block.split("\n", 1)
-            file = Path(tmp_path, head.removeprefix("# "))
+            file = tmp_path / name_of(block)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(code)
-            assert 0 < len(code.splitlines()) < 10
+            file.write_text(block)
+            assert 1 < len(block.splitlines()) < 11
         elif kind == "json":  # one row of a file: a few more with other prompts
             row = json.loads(block)
             rows = [row | {"prompt": f"{i}. {row['prompt']}"} for i in range(32)]

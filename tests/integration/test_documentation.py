@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_trl.checks import find_problems
 from rlhf_trl.cli import overrides
+from tests.helpers.blocks import name_of
 from tests.helpers.chat_tokenizers import chatml_tokenizer
 from tests.helpers.configs import CONF
 
@@ -90,10 +91,9 @@ def commands_of(page: Path) -> list[str]:
 def write_files(page: Path) -> None:
     """Write the files that a page shows, each with its path in the first line, and empty ones for data."""
     for kind, text in BLOCK.findall(page.read_text(encoding="utf-8")):
-        head, _, body = text.partition("\n")
-        if kind in ("yaml", "python") and re.fullmatch(r"# [\w/]+\.(yaml|py)", head):
-            Path(head[2:]).parent.mkdir(parents=True, exist_ok=True)
-            Path(head[2:]).write_text(body)
+        if kind in ("yaml", "python") and (name := name_of(text)):
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_text(text)
 
 
 @pytest.fixture
