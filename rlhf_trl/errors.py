@@ -1,6 +1,7 @@
 """Errors that are the user's to fix, which are shown as a message without a traceback."""
 
 import errno
+import signal
 import sysconfig
 import traceback
 from collections.abc import Sequence
@@ -39,6 +40,20 @@ class Interrupted(SystemExit):
 
     def __init__(self):
         super().__init__(130)
+
+
+# Sent by schedulers that want the machine back: SIGTERM by all, before the time limit SIGUSR1 (`sbatch
+# --signal=USR1@300`) or SIGUSR2 (submitit)
+PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# `EX_TEMPFAIL` of `sysexits.h`
+PREEMPTED_STATUS = 75
+
+
+class Preempted(SystemExit):
+    """The end of a run that a scheduler asked to make room: exit status 75. The same command can resume it."""
+
+    def __init__(self):
+        super().__init__(PREEMPTED_STATUS)
 
 
 def disk_is_full(error: BaseException | None) -> bool:

@@ -1,23 +1,76 @@
-"""Graceful shutdown at Ctrl-C: the first one saves a checkpoint and stops, the second one stops immediately."""
+"""
+Graceful shutdown at Ctrl-C and at the signals of schedulers: the first one saves a checkpoint and stops.
 
+`enable_jit_checkpoint` of transformers 5.23 doesn't fit: it knows SIGTERM alone, each rank saves at the step at which
+its own signal arrives, also in the middle of a rollout, and the run then ends as if it were finished.
+"""
+
+import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 from rlhf_trl.callbacks.base import SaveAndStop
-from rlhf_trl.runs.ranks import any_rank
+from rlhf_trl.errors import PREEMPTIONS, Preempted
+from rlhf_trl.runs.ranks import highest_of_ranks, is_main_process
 from rlhf_trl.trainers.steps import steps_per_rollout
 
 # Some senders signal twice: `timeout` first the process and then its group, launchers on top of the terminal
 SECONDS_OF_ONE_PRESS = 1.0
+# What the ranks agree on: the highest counts
+NOTHING, INTERRUPTED, PREEMPTED = range(3)
+
+
+@contextlib.contextmanager
+def raising_preempted() -> Iterator[None]:
+    """
+    Raise [`~rlhf_trl.errors.Preempted`] where the process stands at a signal of a scheduler, unless [`Interrupt`]
+    handles it: while models load, in the last evaluation, and in stages that train nothing.
+    """
+    process, previous = os.getpid(), {}
+
+    def handle(number, frame):
+        if os.getpid() != process:
+            return  # a worker that was forked
+        if is_main_process():
+            name = signal.Signals(number).name
+            os.write(2, f"\nPreempted ({name}) outside of the training steps: what is saved stands.\n".encode())
+        raise Preempted
+
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, handle) for number in PREEMPTIONS}
+    try:
+        yield
+    finally:
+        _restore(previous)
+
+
+@contextlib.contextmanager
+def ignoring_preemptions() -> Iterator[None]:
+    """Ignore the signals of schedulers, which send more than one, while the end of a run is recorded."""
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in PREEMPTIONS}
+    try:
+        yield
+    finally:
+        _restore(previous)
+
+
+def _restore(previous: dict) -> None:
+    while previous:
+        signal.signal(*previous.popitem())
 
 
 class Interrupt(SaveAndStop):
     """
-    End a run on SIGINT (Ctrl-C) or SIGTERM: after the step, or for trainers with rollouts after the last step on the
-    current rollout, with a checkpoint. A second signal raises `KeyboardInterrupt` where the run stands. SIGHUP (the
-    terminal is gone) counts as a first signal only, and not at all under `nohup`.
+    End a run at SIGINT (Ctrl-C) or at a signal of a scheduler (SIGTERM, SIGUSR1, SIGUSR2): after the step, or for
+    trainers with rollouts after the last step on the current rollout, with a checkpoint. Ctrl-C after the first signal
+    raises `KeyboardInterrupt` where the run stands, and so does SIGTERM after Ctrl-C. After a signal of a scheduler
+    others of its kind change nothing: they are sent several times. SIGHUP (the terminal is gone) counts as a first
+    signal only, and not at all under `nohup`.
 
     `accelerate launch` with one process ends at the first Ctrl-C itself and leaves this process to finish alone: the
     shell then has the terminal, and a second Ctrl-C doesn't arrive here any more. The message names what does.
@@ -31,32 +84,34 @@ class Interrupt(SaveAndStop):
     Attributes:
         interrupted (`bool`):
             Whether the run was ended by a signal before its last step.
+        preempted (`bool`):
+            Whether that was a signal of a scheduler, on any rank.
     """
 
     def __init__(self, resume_command: str):
         self.resume_command = resume_command
-        self.interrupted = False
+        self.interrupted = self.preempted = False
         self._first = None  # time of the first signal
+        self._kind = NOTHING
         self._previous = {}
         self._terminals = []
         self._process = None
         self._loud = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.interrupted, self._first, self._saved = False, None, None
+        self.interrupted, self.preempted, self._first, self._kind, self._saved = False, False, None, NOTHING, None
         self._loud = state.is_world_process_zero
         self._process = os.getpid()
         # Python delivers signals to the main thread only, and only it may ask for them
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in (signal.SIGINT, signal.SIGHUP, *PREEMPTIONS):
                 if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def restore(self) -> None:
         """Restore the previous signal handlers. Call it when training raised: `on_train_end` is not called then."""
-        while self._previous:
-            signal.signal(*self._previous.popitem())
+        _restore(self._previous)
 
     def _handle(self, number, frame) -> None:
         if os.getpid() != self._process:
@@ -65,14 +120,18 @@ class Interrupt(SaveAndStop):
         if number == signal.SIGHUP:
             self._hang_up()
         if self._first is None:
-            self._first = now
-            self._say(
-                "Stopping: finishing this step and saving a checkpoint. To stop immediately, unsaved: Ctrl-C again, "
-                f"or `kill {os.getpid()}` if the launcher has ended."
-            )
-        elif number != signal.SIGHUP and now - self._first > SECONDS_OF_ONE_PRESS:
+            self._first, self._kind = now, PREEMPTED if number in PREEMPTIONS else INTERRUPTED
+            begin, again = "Stopping", f"Ctrl-C again, or `kill {os.getpid()}` if the launcher has ended"
+            if self._kind == PREEMPTED:
+                begin, again = f"Preempted ({signal.Signals(number).name})", f"`kill -INT {os.getpid()}`"
+            self._say(f"{begin}: finishing this step and saving a checkpoint. To stop immediately, unsaved: {again}.")
+        elif self._insists(number) and now - self._first > SECONDS_OF_ONE_PRESS:
             self.restore()
             raise KeyboardInterrupt
+
+    def _insists(self, number: int) -> bool:
+        """Return whether a signal after the first is one of somebody who doesn't want to wait for a checkpoint."""
+        return number == signal.SIGINT or (number == signal.SIGTERM and self._kind == INTERRUPTED)
 
     def _hang_up(self) -> None:
         # Printing to a closed terminal raises, and would end the run before it is saved
@@ -89,8 +148,8 @@ class Interrupt(SaveAndStop):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % steps_per_rollout(args) or state.global_step >= state.max_steps:
             return
-        if any_rank(self._first is not None, args.device):
-            self.interrupted = True
+        if kind := highest_of_ranks(self._kind, args.device):
+            self.interrupted, self.preempted = True, kind == PREEMPTED
             self.stop(state.global_step, control)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -98,6 +157,6 @@ class Interrupt(SaveAndStop):
         if self.interrupted:
             checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
             self._say(
-                f"Stopped at step {state.global_step} of {state.max_steps}, saved in {checkpoint}. "
-                f"Resume with: {self.resume_command}"
+                f"{'Preempted' if self.preempted else 'Stopped'} at step {state.global_step} of {state.max_steps}, "
+                f"saved in {checkpoint}. Resume with: {self.resume_command}"
             )

@@ -105,10 +105,14 @@ def _merge(values: dict[str, Any]) -> list[str]:
 
 
 def _directories(values: dict[str, Any]) -> list[str]:
-    """Return the problems of trainer arguments that would move the checkpoints out of the run directory."""
+    """Return the problems of trainer arguments that would move the checkpoints elsewhere, or do nothing."""
     args, problems = section(values, "stage.args"), []
     if args.get("resume_from_checkpoint") is not None:
         problems.append("`stage.args.resume_from_checkpoint` is not read. Set `resume=true` to resume this run.")
+    if args.get("enable_jit_checkpoint"):
+        problems.append(
+            "`stage.args.enable_jit_checkpoint` is not read: every run saves a checkpoint at SIGTERM. Remove it."
+        )
     if "_target_" in args and args.get("output_dir") != values.get("run_dir"):
         problems.append(
             f"`stage.args.output_dir` is {args.get('output_dir', 'not set')}, and a run's checkpoints are looked for "

@@ -16,7 +16,7 @@ EXTRAS = {"bitsandbytes": "qlora", "fastapi": "serve", "uvicorn": "serve", "math
 
 def machine_problems(values: dict[str, Any]) -> list[str]:
     """Return the problems of options that this launch or this machine can't run."""
-    return _processes(values) + _sharded_files(values) + _precision(values) + _packages(values)
+    return _machines(values) + _processes(values) + _sharded_files(values) + _precision(values) + _packages(values)
 
 
 def uses_deepspeed() -> bool:
@@ -42,6 +42,18 @@ def engine() -> str:
     if uses_fsdp():
         return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
     return "DDP" if world_size() > 1 else "none"
+
+
+def _machines(values: dict[str, Any]) -> list[str]:
+    """Return the problem of a launch for fewer machines than Slurm has started it on, or none."""
+    tasks, machines = (int(os.environ.get(name) or 1) for name in ("SLURM_STEP_NUM_TASKS", "GROUP_WORLD_SIZE"))
+    if tasks == 1 or world_size() == tasks or machines == tasks:
+        return []
+    return [
+        f"Slurm has started this launch {tasks} times, and it is for {machines} machine{'s' * (machines > 1)}: each "
+        "would be a run of its own in one directory. Start it once for each node (`--ntasks-per-node=1`), with "
+        f"`--num_machines {tasks} --machine_rank $SLURM_PROCID` as `launch/slurm/multi_node.sbatch` does."
+    ]
 
 
 def _processes(values: dict[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from rlhf_trl.checks.vllm import vllm_problems
 from rlhf_trl.config.values import plain, sources
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.directory import run_directory_problems
+from rlhf_trl.runs.nodes import problems_of_all_nodes
 from rlhf_trl.runs.ranks import world_size
 
 
@@ -37,6 +38,7 @@ def check(cfg: DictConfig) -> None:
         from rlhf_trl.checks.libraries import library_problems
 
         problems = library_problems(cfg)
+    problems = problems_of_all_nodes(problems, "libraries")
     if problems:
         raise ConfigError.join(problems)
     if world_size() > 1:

@@ -39,7 +39,7 @@ RULES: dict[str, dict[str, str]] = {
 # By key: options of stages and of the run itself
 RUN = {
     "seed": SEED,
-    "resume": "bool",
+    "resume": "true|false|auto",
     "overwrite": "bool",
     "merge": "bool",
     "dry_run": "bool",

@@ -1,12 +1,13 @@
 """Launches of `train.py` in a process of its own, which `launch/pipeline.py` and `launch/sweep.py` share."""
 
+import itertools
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import yaml
 
 from rlhf_trl.cli.outcome import STEP
 from rlhf_trl.config.program import ACCELERATE
-from rlhf_trl.errors import ConfigError, short_path
+from rlhf_trl.errors import PREEMPTIONS, ConfigError, Preempted, short_path
 from rlhf_trl.health.signs import health_of
 from rlhf_trl.runs.lock import in_use_problem, lock_owner
 from rlhf_trl.runs.paths import conf_dir, is_resumable
@@ -46,6 +47,38 @@ def launch_command(accelerate: str | None = None, options: Sequence[str] = ()) -
     return [*command, *options, *([short_path(script)] if script.exists() else ["-m", "rlhf_trl.cli"])]
 
 
+def launch_setting(accelerate: str | None, options: Sequence[str], name: str) -> Any:
+    """
+    Return a setting of `accelerate launch`, as its options or else its file have it; `None` where neither does.
+
+    Args:
+        accelerate (`str`, *optional*), options (`Sequence[str]`): see [`launch_command`].
+        name (`str`): such as `num_machines`.
+    """
+    words = [word for option in options for word in str(option).split("=", 1)]
+    for word, value in itertools.pairwise([*words, None]):
+        if str(word).startswith("--") and str(word)[2:].replace("-", "_") == name:
+            return yaml.safe_load(str(value))
+    ours = launch_dir() / "accelerate" / f"{accelerate}.yaml"
+    file = ours if ours.exists() else Path(accelerate or "")
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return content.get(name) if isinstance(content, dict) else None
+
+
+def machine_problems(accelerate: str | None, options: Sequence[str]) -> list[str]:
+    """Return the problem of launches for several machines, which would wait here for the others, or none."""
+    if isinstance(options, str) or not isinstance(options, Sequence):
+        return []  # reported as no list
+    machines = launch_setting(accelerate, options, "num_machines")
+    if not isinstance(machines, int) or machines < 2:
+        return []
+    where = f"`accelerate={accelerate}`" if accelerate else "`launch`"
+    return [
+        f"{where} is for {machines} machines (`num_machines`), and every run is launched on this one alone, where it "
+        "would wait for the others. Set `num_machines` to 1; `launch/slurm/multi_node.sbatch` starts a run on several."
+    ]
+
+
 def shell_line(command: Sequence[str]) -> str:
     """Return a command as a line for a shell."""
     command = list(command)
@@ -54,21 +87,26 @@ def shell_line(command: Sequence[str]) -> str:
     return shlex.join(command)
 
 
-def run(command: Sequence[str], log: Path | None = None) -> int:
+def run(command: Sequence[str], log: Path | None = None, environment: Mapping[str, str] | None = None) -> int:
     """
     Run a command to its end and return its exit status.
 
-    The command gets a session of its own, so that a terminal's Ctrl-C reaches us alone. The first one (or SIGTERM,
-    SIGHUP) is forwarded to the training processes, which finish their step and save; the second kills them all.
+    The command gets a session of its own, so that a terminal's Ctrl-C reaches us alone. The first signal, Ctrl-C or
+    one of a scheduler, is forwarded to the training processes, which finish their step and save; a second one kills
+    them all, unless both are of a scheduler, which sends several. Where somebody else had handled the signal of a
+    scheduler (submitit, which requeues its job), they get it when the command has ended.
 
     Args:
         command (`Sequence[str]`):
             Program and arguments.
         log (`Path`, *optional*):
             File that gets a copy of the output. Without it the command writes to our own output, as it is.
+        environment (`Mapping`, *optional*):
+            Environment variables of the command besides our own.
 
     Raises:
-        KeyboardInterrupt: when a signal ended the command.
+        KeyboardInterrupt: when Ctrl-C ended the command.
+        [`~rlhf_trl.errors.Preempted`]: when a signal of a scheduler did.
     """
     pipe = subprocess.PIPE if log else None
     child = subprocess.Popen(
@@ -76,20 +114,22 @@ def run(command: Sequence[str], log: Path | None = None) -> int:
         start_new_session=True,
         stdout=pipe,
         stderr=subprocess.STDOUT if log else None,
-        env={**os.environ, STEP: "1"},
+        env={**os.environ, STEP: "1", **(environment or {})},
     )
     signals = []
 
     def forward(number, frame):
         signals.append(number)
+        asked = number in PREEMPTIONS
+        kills = len(signals) > 1 and not (asked and signals[0] in PREEMPTIONS)
         # At first not the launcher: accelerate and torchrun answer a signal by killing the ranks they wait for.
         # In the end not by group: torchrun gives each rank a session of its own.
-        for process in _tree(child.pid) if len(signals) > 1 else _workers(child.pid):
-            process.send_signal(signal.SIGKILL if len(signals) > 1 else signal.SIGINT)
+        for process in _tree(child.pid) if kills else _workers(child.pid):
+            process.send_signal(signal.SIGKILL if kills else number if asked else signal.SIGINT)
 
     previous = {}
     if threading.current_thread() is threading.main_thread():  # only it may set signal handlers
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGHUP, *PREEMPTIONS):
             previous[number] = signal.signal(number, forward)
     try:
         if log:
@@ -98,6 +138,10 @@ def run(command: Sequence[str], log: Path | None = None) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if signals and signals[0] in PREEMPTIONS:
+        if callable(others := previous[signals[0]]):
+            others(signals[0], None)
+        raise Preempted
     if signals:
         raise KeyboardInterrupt
     return code

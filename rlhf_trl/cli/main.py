@@ -8,10 +8,12 @@ answered at once.
 
 import os
 import re
+import shutil
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -22,18 +24,30 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_trl.checks import check, find_problems
+from rlhf_trl.checks.disk import bytes_text
 from rlhf_trl.checks.paths import brings_values, for_embedded
 from rlhf_trl.cli.app import exit_with, run_app
 from rlhf_trl.cli.outcome import first_line, last_lines
 from rlhf_trl.cli.overrides import compose, composed, without_sweeps
 from rlhf_trl.config.command_line import unquote_text
 from rlhf_trl.config.program import command_line, is_launched
-from rlhf_trl.config.values import as_dict, at
-from rlhf_trl.errors import ConfigError, DivergedError, disk_is_full, user_traceback
+from rlhf_trl.config.values import as_dict, at, plain
+from rlhf_trl.errors import (
+    PREEMPTED_STATUS,
+    ConfigError,
+    DivergedError,
+    Interrupted,
+    Preempted,
+    disk_is_full,
+    user_traceback,
+)
 from rlhf_trl.patches.malloc import keep_freed_memory
 from rlhf_trl.patches.warnings import filter_warnings
+from rlhf_trl.runs.checkpoints import last_whole_checkpoint
+from rlhf_trl.runs.directory import is_finished, resumes
+from rlhf_trl.runs.nodes import problems_of_all_nodes
 from rlhf_trl.runs.paths import DEMO
-from rlhf_trl.runs.ranks import leave_process_group
+from rlhf_trl.runs.ranks import leave_process_group, world_size
 from rlhf_trl.terminal import close_bars, keep_output_above_bars, say
 
 # Set unless the user has set them. The first four keep the libraries from phoning home.
@@ -48,7 +62,12 @@ DEFAULT_ENVIRONMENT = {
 
 
 def main() -> None:
-    """Run the stage that the command line names, and exit with 2 after an error of the user's, 130 after Ctrl-C."""
+    """
+    Run the stage that the command line names.
+
+    Raises:
+        SystemExit: with status 2 after an error of the user's, 130 after Ctrl-C, 75 after a signal of a scheduler.
+    """
     prepare_process()
     interrupted = "Stopped immediately. If there is a checkpoint, `resume=true` resumes the run from it."
     run_app(run, "train", command_line_problems, interrupted)
@@ -88,9 +107,10 @@ def command_line_problems(args: Namespace) -> list[str]:
     if not args.multirun:
         cfg, problems = compose(args.overrides, args.config_dirs)
         if cfg is None:
-            return problems
+            return problems_of_all_nodes(problems, "config")
         # Overrides that don't fit can't be composed again
-        return (problems or _options_without_effect(cfg, args)) + find_problems(cfg)
+        problems = (problems or _options_without_effect(cfg, args)) + find_problems(cfg)
+        return problems_of_all_nodes(problems, "config", plain(cfg)[0].get("run_dir"))
     if is_launched():
         raise ConfigError(
             f"`{command_line('-m')}` would start the whole sweep on every rank. "
@@ -131,6 +151,10 @@ def run(cfg: DictConfig) -> float | None:
     # First, since `check` imports torch, which takes a while
     say(first_line(cfg, writes=HydraConfig.get().output_subdir is not None))
     try:
+        values = plain(cfg)[0]
+        if is_finished(values):
+            return say(f"The run in `{cfg.run_dir}` is finished: nothing to do.")
+        cfg.resume = resumes(values)  # before the check, in which the ranks wait for each other
         check(cfg)
         if cfg.get("dry_run"):
             from rlhf_trl.cli.dry_run import show_plan
@@ -142,6 +166,9 @@ def run(cfg: DictConfig) -> float | None:
             say(f"\n{lines}")
         return objective
     except BaseException as error:  # here, because Hydra would print the overrides in front of the message
+        if isinstance(error, Preempted) and world_size() > 1:
+            sys.stdout.flush()
+            os._exit(PREEMPTED_STATUS)  # an orderly exit may wait for a rank that has left already
         if message := error_message(error, cfg):
             exit_with(f"Error: {message}", 2)
         close_bars()  # so that the traceback begins on a line of its own
@@ -150,13 +177,12 @@ def run(cfg: DictConfig) -> float | None:
 
 def error_message(error: BaseException, cfg: DictConfig) -> str | None:
     """Return the message of an error within a stage that is the user's to fix, `None` for any other error."""
+    if isinstance(error, Interrupted | Preempted):
+        return None  # wherever the signal arrived, in a function of the user's too
     if isinstance(error, ConfigError | DivergedError):
         return str(error)
     if disk_is_full(error):
-        return (
-            f"There is no room left on the disk of `{cfg.run_dir}`. Make room, and resume the run with "
-            "`resume=true`, or start again with `overwrite=true` where it has no checkpoint yet."
-        )
+        return _disk_message(Path(cfg.run_dir))
     if isinstance(error, InstantiationException):
         if isinstance(error.__cause__, ConfigError):
             return str(error.__cause__)
@@ -166,6 +192,19 @@ def error_message(error: BaseException, cfg: DictConfig) -> str | None:
     if isinstance(error, RuntimeError) and re.search("Connection (closed|reset) by peer", str(error)):
         return "another rank has ended. Its own message stands above, or in its log."
     return user_traceback(error)
+
+
+def _disk_message(run_dir: Path) -> str:
+    """Return the message of a full disk: what is free there, and the checkpoint from which the run can be resumed."""
+    place = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())
+    free, (checkpoint, _) = bytes_text(shutil.disk_usage(place).free), last_whole_checkpoint(run_dir)
+    then = "start again: `overwrite=true`"
+    if checkpoint:
+        then = f"resume from `{checkpoint}`, which is complete: `resume=true`"
+    return (
+        f"There is no room left on the disk of `{run_dir}`: {free} are free, without the checkpoint that was being "
+        f"written. Make room (`stage.args.save_total_limit` keeps fewer checkpoints), and {then}."
+    )
 
 
 def _instantiation_message(error: InstantiationException) -> str:

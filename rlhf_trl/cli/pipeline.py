@@ -15,12 +15,21 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from rlhf_trl.cli.app import exit_with, run_app
-from rlhf_trl.cli.launcher import START_OVERRIDES, launch_command, overrides_of, results_of, run, shell_line, state_of
+from rlhf_trl.cli.launcher import (
+    START_OVERRIDES,
+    launch_command,
+    machine_problems,
+    overrides_of,
+    results_of,
+    run,
+    shell_line,
+    state_of,
+)
 from rlhf_trl.cli.overrides import compose, without_sweeps
 from rlhf_trl.config.command_line import config_dirs
 from rlhf_trl.config.program import command_line
 from rlhf_trl.config.values import as_dict, plain
-from rlhf_trl.errors import ConfigError
+from rlhf_trl.errors import PREEMPTED_STATUS, ConfigError, Preempted
 from rlhf_trl.report.project import write_report
 from rlhf_trl.report.text import comparison_text, duration, table
 from rlhf_trl.runs.directory import name_problems
@@ -47,7 +56,8 @@ def problems(args: Namespace) -> list[str]:
     if not isinstance(steps, dict):
         return [f"`steps` is {steps!r} and must hold names of steps, each with a list of overrides."]
     lists = {"launch": values["launch"], "overrides": values["overrides"], "program": values["program"] or []}
-    return (found or name_problems(values)) + [
+    found = (found or name_problems(values)) + machine_problems(values["accelerate"], values["launch"])
+    return found + [
         f"`{name}` is {given!r} and must be a list of overrides. Set for example `'{name}=[\"seed=1\"]'`."
         for name, given in (lists | {f"steps.{name}": given for name, given in steps.items()}).items()
         if not isinstance(given, list) or not all(isinstance(word, str) for word in given)
@@ -122,9 +132,11 @@ def run_pipeline(
         print(f"{title}: {shell_line(command)}", flush=True)
         try:
             code = run(command)
-        except KeyboardInterrupt:
-            print(f"\nStopped at the step `{name}`. The same command resumes it.", file=sys.stderr)
-            sys.exit(130)
+        except (KeyboardInterrupt, Preempted) as stop:
+            preempted = isinstance(stop, Preempted)
+            how = "Preempted" if preempted else "Stopped"
+            print(f"\n{how} at the step `{name}`. The same command resumes it.", file=sys.stderr)
+            sys.exit(PREEMPTED_STATUS if preempted else 130)
         if code != 0 or not is_done(project_dir / name):
             status = f"failed (exit status {code})" if code else "ended without being done"
             print(

@@ -14,6 +14,7 @@ import math
 import re
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +22,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.cli.app import run_app
-from rlhf_trl.cli.launcher import START_OVERRIDES, launch_command, results_of, run, shell_line, state_of
-from rlhf_trl.cli.overrides import compose, compose_sweeper, without_sweeps
+from rlhf_trl.cli.devices import claimed, devices_of_job
+from rlhf_trl.cli.launcher import (
+    START_OVERRIDES,
+    launch_command,
+    machine_problems,
+    results_of,
+    run,
+    shell_line,
+    state_of,
+)
+from rlhf_trl.cli.overrides import compose, compose_sweeper, composed, without_sweeps
 from rlhf_trl.config.command_line import config_dirs, unquote_text
 from rlhf_trl.config.program import command_line
 from rlhf_trl.config.values import as_dict, plain
@@ -33,7 +43,7 @@ from rlhf_trl.runs.record import is_done, write_json
 from rlhf_trl.runs.results import SweepJob
 
 # Keys of the sweep itself; each run gets its own name, and is started or resumed by itself
-OWN_KEYS = ("sweep", "accelerate", "launch", "program", "direction", "run_name", "resume", "overwrite")
+OWN_KEYS = ("sweep", "accelerate", "launch", "program", "direction", "gpus_per_job", "run_name", "resume", "overwrite")
 
 # Keys with one value for all jobs: they name the folder of the sweep, or how its jobs start
 ONE_FOR_ALL = ("project", "run_name", "runs_dir", "direction", "resume", "overwrite")
@@ -73,7 +83,7 @@ def problems(args: Namespace) -> list[str]:
             "for each value, each time with another `project=...` or `run_name=...`."
         ]
     several = [word for word in args.overrides if without_sweeps([word]) != [word] and name_of(word) in ONE_FOR_ALL]
-    found = name_problems(plain(cfg)[0])
+    found = name_problems(plain(cfg)[0]) + machine_problems(cfg.accelerate, cfg.launch) + _launcher_problems(args)
     if cfg.direction not in (None, MINIMIZE, MAXIMIZE):
         found.append(f"`direction` is `{cfg.direction}`. Set it to `{MINIMIZE}`, `{MAXIMIZE}` or `null`.")
     elif cfg.direction is None and direction_of(cfg.objective) is None and _searches(args):
@@ -82,6 +92,20 @@ def problems(args: Namespace) -> list[str]:
         f"`{word}`: a sweep has one `{name_of(word)}` for all its jobs, each of which gets its own folder. Set "
         "one value."
         for word in several
+    ]
+
+
+def _launcher_problems(args: Namespace) -> list[str]:
+    """Return the problem of a launcher that would start a job on several nodes, or none."""
+    if not any(name_of(word).startswith(("hydra/launcher", "hydra.launcher")) for word in args.overrides):
+        return []
+    launcher = composed("sweep", without_sweeps(args.overrides), args.config_dirs, with_hydra=True).hydra.launcher
+    return [
+        f"`hydra.launcher.{name}` is {launcher[name]}, and a job of a sweep is one `accelerate launch`, on one node. "
+        f"Set `hydra.launcher.{name}=1`; several ranks of a job are `hydra.launcher.gpus_per_node=N` and "
+        "`'launch=[--num_processes,\"N\"]'`."
+        for name in ("nodes", "tasks_per_node")
+        if (launcher.get(name) or 1) > 1
     ]
 
 
@@ -102,7 +126,9 @@ def job(cfg: DictConfig) -> float:
     number, run_dir = settings.job.num, Path(settings.runtime.output_dir)
     overrides = [item for item in unquote_text(settings.overrides.task) if name_of(item) not in OWN_KEYS]
     program = list(cfg.program or launch_command(cfg.accelerate, cfg.launch))
-    outcome = run_job(number, program, config_dirs(), overrides, f"run_name={cfg.run_name}/{number}", run_dir)
+    devices = devices_of_job(as_dict(settings.launcher), cfg.gpus_per_job, cfg.accelerate, cfg.launch)
+    run_name = f"run_name={cfg.run_name}/{number}"
+    outcome = run_job(number, program, config_dirs(), overrides, run_name, run_dir, *devices)
     outcome = replace(outcome, direction=_direction(cfg, settings.sweeper))
     write_json(run_dir.with_suffix(".json"), outcome)  # not in the run directory, which a new start clears
     if outcome.done and outcome.value is not None:
@@ -119,10 +145,17 @@ def _direction(cfg: DictConfig, sweeper: DictConfig) -> str | None:
 
 
 def run_job(
-    number: int, program: list[str], config_dirs: list[str], overrides: list[str], run_name: str, run_dir: Path
+    number: int,
+    program: list[str],
+    config_dirs: list[str],
+    overrides: list[str],
+    run_name: str,
+    run_dir: Path,
+    devices: Sequence[str] = (),
+    own: int = 0,
 ) -> SweepJob:
     """
-    Run one job unless it is done already.
+    Run one job unless it is done already, on `own` of the GPUs that the jobs share, `devices`; 0: on all it sees.
 
     Returns:
         [`~rlhf_trl.runs.results.SweepJob`]: what came of it.
@@ -134,7 +167,9 @@ def run_job(
         # `changed` is refused by train.py
         command = [*program, *config_dirs, *overrides, run_name, *START_OVERRIDES.get(state, [])]
         print(shell_line(command), flush=True)
-        code = run(command, log=log)
+        with claimed(run_dir.parent, devices, own) as mine:
+            visible = {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {}
+            code = run(command, log=log, environment=visible)
         if code != 0 or not is_done(run_dir):
             return SweepJob(
                 number=number,

@@ -3,8 +3,9 @@ Ranges of options: their notation, and those of the arguments of TRL, PEFT and t
 
 The ranges of our own classes stand beside them, in the module `options` of their folder (`rlhf_trl.ppo.options`, ...),
 which imports no torch, so that the command line, the dry run and the classes themselves allow the same values. A rule
-is `bool`, `text`, the choices `a|b|c`, or an interval of numbers in mathematical notation, `(0, inf)` or
-`[0, 1]`, with `int` before it for whole numbers only; `?` at its end allows null. NaN and infinity are in none.
+is `bool`, `text`, the choices `a|b|c` (`true` and `false` may be among them), or an interval of numbers in
+mathematical notation, `(0, inf)` or `[0, 1]`, with `int` before it for whole numbers only; `?` at its end allows null.
+NaN and infinity are in none.
 """
 
 import math
@@ -122,13 +123,18 @@ def problem_of(key: str, value: Any, rule: str) -> str | None:
         wrong = None if whole else f"and must be a list of numbers. Set `{key}=[1,2]`."
     elif rule[-1] not in ")]":
         choices = rule.split("|")
-        unknown = [each for each in (value if isinstance(value, list) else [value]) if each not in choices]
+        given = [str(each).lower() if isinstance(each, bool) else each for each in _listed(value)]
+        unknown = [each for each in given if each not in choices]
         if unknown:
             return f"`{key}` is {unknown[0]!r}. {did_you_mean(str(unknown[0]), choices)}"
         return None
     else:
         wrong = _outside(value, rule)
     return f"`{key}` is {shown}{wrong if wrong[0] == '.' else f' {wrong}'}" if wrong else None
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _outside(value: Any, rule: str) -> str | None:

@@ -51,6 +51,8 @@ FREE_KEYS = (
     "stage.args.logging_first_step",
     "stage.args.disable_tqdm",
 )
+# `resume=auto`, for schedulers that start the same command again
+AUTO = "auto"
 # Lengths of a training, which a resumed run may raise, a finished one included
 LENGTHS = ("stage.args.num_train_epochs", "stage.args.max_steps", "stage.args.total_episodes")
 # What a stage has made when it ended well, and the partial files of what it was making
@@ -93,9 +95,10 @@ def run_directory_problems(values: dict[str, Any]) -> list[str]:
     """
     if problems := name_problems(values):
         return problems
-    run_dir, resume, overwrite = Path(values["run_dir"]), values.get("resume") is True, values.get("overwrite") is True
-    if resume and overwrite:
-        return ["`resume=true` continues a run and `overwrite=true` deletes it. Set only one of them."]
+    run_dir, overwrite = Path(values["run_dir"]), values.get("overwrite") is True
+    if overwrite and values.get("resume") in (True, AUTO):
+        resume = str(values["resume"]).lower()
+        return [f"`resume={resume}` continues a run and `overwrite=true` deletes it. Set only one of them."]
     if owner := lock_owner(run_dir):
         return [in_use_problem(run_dir, owner)]
     try:
@@ -105,9 +108,12 @@ def run_directory_problems(values: dict[str, Any]) -> list[str]:
     if foreign := _foreign(run_dir, record):
         remedy = ", or delete the folder if it is a damaged run of yours" if RUN_FILE in foreign else ""
         return [f"`{run_dir}` {foreign}, so it is not a run directory. Set another `run_name=...`{remedy}."]
+    resume = resumes(values)
     if record is None:
         return [f"`{run_dir}` holds no run, so there is nothing to resume. Remove `resume=true`."] if resume else []
     status = record.status
+    if is_finished(values):
+        return resume_changes(run_dir, values)
     if resume:
         return _resume_problems(run_dir, record, values)
     if overwrite:
@@ -123,6 +129,22 @@ def run_directory_problems(values: dict[str, Any]) -> list[str]:
         f"`{run_dir}` already holds a run (its status is `{status}`). Ways out: {resumed}keep it and start another: "
         "`run_name=...`; delete it and start again: `overwrite=true`."
     ]
+
+
+def resumes(values: dict[str, Any]) -> bool:
+    """Return whether a run resumes the one in its directory. With `resume=auto` it does where it can."""
+    if values.get("resume") != AUTO:
+        return values.get("resume") is True
+    run_dir = Path(values["run_dir"])
+    record = read_run(run_dir)
+    if record is None:
+        return False
+    return is_lengthened(run_dir, values) if record.status == "done" else is_resumable(run_dir)
+
+
+def is_finished(values: dict[str, Any]) -> bool:
+    """Return whether `resume=auto` has nothing to do: the run is done, and is not lengthened."""
+    return values.get("resume") == AUTO and is_done(values["run_dir"]) and not resumes(values)
 
 
 def _foreign(run_dir: Path, record: RunRecord | None) -> str | None:

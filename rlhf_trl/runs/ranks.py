@@ -26,13 +26,18 @@ def world_size() -> int:
 
 def any_rank(flag: bool, device: "torch.device") -> bool:
     """Return on all ranks whether `flag` is set on any of them. All ranks must call it."""
+    return bool(highest_of_ranks(int(flag), device))
+
+
+def highest_of_ranks(value: int, device: "torch.device") -> int:
+    """Return on all ranks the highest of their values. All ranks must call it."""
     import torch
 
     if not torch.distributed.is_initialized():
-        return flag
-    found = torch.tensor(int(flag), device=device)
+        return value
+    found = torch.tensor(value, device=device)
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-    return bool(found.item())
+    return int(found.item())
 
 
 def raise_on_all_ranks(problems: list[str]) -> None:

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import socket
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -54,12 +55,16 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    # A lone surrogate, which UTF-8 lacks, is written as JSON's own escape of it
-    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
-        json.dump(encode(content), file, indent=2, ensure_ascii=False, allow_nan=False, default=float)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        # A lone surrogate, which UTF-8 lacks, is written as JSON's own escape of it
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+            json.dump(encode(content), file, indent=2, ensure_ascii=False, allow_nan=False, default=float)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:  # a full disk
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -207,6 +212,7 @@ def start_run(
         status="running",
         model=model,
         pid=os.getpid(),
+        host=socket.gethostname(),
         # A resumed run keeps the time of its first start
         started=(earlier and earlier.started) or _now(),
         versions=versions(),
@@ -225,7 +231,7 @@ def finish_run(run_dir: str | os.PathLike, status: str, **extra: Any) -> None:
         run_dir (`str`):
             Directory of the run.
         status (`str`):
-            `done`, `stopped` (by a signal; it can be resumed) or `failed`.
+            `done`, `stopped` (by Ctrl-C), `preempted` (by a signal of a scheduler) or `failed`.
         **extra:
             Further fields of [`~rlhf_trl.runs.results.RunRecord`], such as `error`.
 

@@ -41,8 +41,9 @@ class RunRecord(JsonDataclass):
     Record of a run (`run.json`).
 
     Attributes:
-        status: `running`, `done`, `stopped` (by a signal; it can be resumed) or `failed`.
+        status: `running`, `done`, `stopped` (by Ctrl-C), `preempted` (by a signal of a scheduler) or `failed`.
         model: path or hub id of the model that the run started from.
+        pid, host: process and machine of rank 0.
         inputs: what its result depends on besides the config, see [`~rlhf_trl.stages.train.inputs_of`].
         quantization: quantization of the base under its adapter.
         published: what others measured with these settings: metric -> `value` (a number, or the lowest and the
@@ -57,6 +58,7 @@ class RunRecord(JsonDataclass):
     status: str
     model: str | None = None
     pid: int | None = None
+    host: str | None = field(default=None, metadata={"without": "host"})
     started: str | None = None
     ended: str | None = None
     versions: dict[str, str] = field(default_factory=dict)

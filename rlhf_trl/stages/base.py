@@ -13,10 +13,11 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf_trl.callbacks.interrupt import ignoring_preemptions, raising_preempted
 from rlhf_trl.config.command_line import config_dirs, unquote_text
 from rlhf_trl.config.program import program
 from rlhf_trl.config.values import as_dict, plain
-from rlhf_trl.errors import ConfigError, Interrupted, disk_is_full
+from rlhf_trl.errors import ConfigError, Interrupted, Preempted, disk_is_full
 from rlhf_trl.models.adapters import adapter_config, base_path
 from rlhf_trl.models.fingerprints import weights_fingerprint
 from rlhf_trl.models.quantization import start_quantization
@@ -33,6 +34,7 @@ from rlhf_trl.runs.directory import (
     run_directory_problems,
 )
 from rlhf_trl.runs.lock import locked
+from rlhf_trl.runs.nodes import check_shared
 from rlhf_trl.runs.ranks import is_main_process, raise_on_all_ranks
 from rlhf_trl.runs.record import CONFIG_FILE, finish_run, read_run, start_run
 
@@ -58,9 +60,9 @@ def open_run(cfg: DictConfig, start: str, inputs: Mapping[str, Any] | None = Non
 
     On entry rank 0 locks the directory, checks that it is free to use as the config says (it may have been taken since
     the checks), moves an earlier run that is overwritten out of the way, and writes `run.json` and `config.yaml`. On
-    exit the status becomes `done`, `stopped` (by Ctrl-C) or `failed`. A run that failed before its first step
-    leaves the directory as it was: with the earlier run that it was to overwrite, or, where the config was wrong,
-    free. A run without a checkpoint or a result doesn't keep the next one from its directory.
+    exit the status becomes `done`, `stopped` (by Ctrl-C), `preempted` (by a scheduler) or `failed`. A run that failed
+    before its first step leaves the directory as it was: with the earlier run that it was to overwrite, or, where the
+    config was wrong, free. A run without a checkpoint or a result doesn't keep the next one from its directory.
 
     Args:
         cfg (`DictConfig`):
@@ -80,9 +82,11 @@ def open_run(cfg: DictConfig, start: str, inputs: Mapping[str, Any] | None = Non
     with _locked(cfg):
         run = Run(_begin(cfg, start, inputs))
         try:
-            yield run
+            with raising_preempted():
+                yield run
         except BaseException as error:
-            _fail(cfg, run, error)
+            with ignoring_preemptions():
+                _fail(cfg, run, error)
             raise
         _end(cfg, "done", run.record)
 
@@ -100,6 +104,7 @@ def _locked(cfg: DictConfig) -> Iterator[None]:
             except ConfigError as error:
                 problems = [str(error)]
         raise_on_all_ranks(problems)
+        check_shared(cfg.run_dir)
         yield
 
 
@@ -174,6 +179,8 @@ def _fail(cfg: DictConfig, run: Run, error: BaseException) -> None:
         return restore_backup(cfg.run_dir)
     if disk_is_full(error):  # make room for the record: the unfinished checkpoint is of no use
         clear_unfinished(cfg.run_dir)
+    if isinstance(error, Preempted):
+        return _end(cfg, "preempted", run.record)
     status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
     return _end(cfg, status, run.record | {"error": f"{type(error).__name__}: {error}"})
 

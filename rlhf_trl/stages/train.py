@@ -31,7 +31,7 @@ from rlhf_trl.checks.services import vllm_problem
 from rlhf_trl.checks.vllm import installed_version, version_warning
 from rlhf_trl.config.values import as_dict, at, nodes, plain
 from rlhf_trl.data.fingerprint import rows_fingerprint
-from rlhf_trl.errors import Interrupted
+from rlhf_trl.errors import Interrupted, Preempted
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.models.adapters import adapter_config, model_fingerprint
 from rlhf_trl.models.merging import merge_adapter
@@ -59,6 +59,7 @@ def train(cfg: DictConfig) -> float | None:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if arguments, models, data or an earlier run in `run_dir` don't allow it.
         [`~rlhf_trl.errors.Interrupted`]: after Ctrl-C.
+        [`~rlhf_trl.errors.Preempted`]: after a signal of a scheduler.
     """
     OmegaConf.resolve(cfg)
     set_seed(cfg.seed)
@@ -93,7 +94,7 @@ def train(cfg: DictConfig) -> float | None:
         if reasons := [stopper.reason for stopper in stoppers if stopper.reason]:
             run.record["reason"] = reasons[0]
         if interrupt.interrupted:
-            raise Interrupted
+            raise Preempted if interrupt.preempted else Interrupted
     if cfg.objective is not None and cfg.objective not in metrics and "eval" in dataset:
         measured = sorted(name for name in metrics if name.startswith("eval_"))
         say(f"`objective` is `{cfg.objective}`, which was not measured. {did_you_mean(cfg.objective, measured)}")

@@ -117,7 +117,7 @@ def rule_schema(rule: str) -> list[dict[str, Any]]:
     kinds = {"bool": "boolean", "int": "integer", "float": "number", "str": "string", "text": "string"}
     if rule in kinds:
         return [{"type": kinds[rule]}, *null]
-    choices = {"enum": rule.split("|")}
+    choices = {"enum": [{"true": True, "false": False}.get(choice, choice) for choice in rule.split("|")]}
     return [choices, {"type": "array", "items": choices}, *null]  # `loss_type: [sigmoid, sft]`
 
 

@@ -38,7 +38,8 @@ with open("calls.txt", "a") as calls:
 lock = locked(run_dir)
 lock.__enter__()
 interrupted = []
-signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: interrupted.append(True))
 write("running")
 if "fails" in given and not Path("mended").exists():
     write("failed")

@@ -20,6 +20,8 @@ from rlhf_trl.config.values import plain
 from tests.helpers.config_reads import interpolations, reads_below, unread_keys
 from tests.helpers.configs import CONF, OPTIONS, PIPELINES, STAGES, composed, every_config, every_key, words_of
 
+# Keys of a sweep, which its jobs lack
+SWEEPS = ("sweep", "accelerate", "launch", "program", "gpus_per_job")
 PAGES = [*CONF.parent.glob("*.md"), *CONF.parent.glob("docs/**/*.md")]
 
 
@@ -234,8 +236,8 @@ def problems_of_words(kind: str, given: tuple[str, ...]) -> list[str]:
         composed("pipeline", *given)
         return []
     if kind == "sweep":
-        composed("sweep", *[w for w in given if w.split("=")[0] in ("sweep", "accelerate", "launch", "program")])
-    given = [w for w in given if w.split("=")[0] not in ("sweep", "accelerate", "launch", "program")]
+        composed("sweep", *[w for w in given if w.split("=")[0] in SWEEPS])
+    given = [w for w in given if w.split("=")[0] not in SWEEPS]
     return overrides.compose(overrides.without_sweeps([w for w in given if not w.startswith("hydra")]))[1]
 
 

@@ -143,7 +143,8 @@ def test_the_commands_of_a_page_pass_the_checks(page, a_users_folder):
         for name in DATA_FILE.findall("".join(path.read_text() for path in mine)):
             Path(name).touch()
         add_runs(args.overrides)
-        given = [word for word in args.overrides if word != "resume=true"]  # the runs here have no checkpoints
+        # The runs here have no checkpoints
+        given = [word for word in args.overrides if not word.startswith("resume=")]
         cfg, problems = overrides.compose([*given, "overwrite=true"], args.config_dirs)
         problems = problems + (find_problems(cfg) if cfg else [])
         if problems:

@@ -14,6 +14,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 
 from rlhf_trl.cli.launcher import launch_command, launch_dir, overrides_of, shell_line, state_of
+from rlhf_trl.errors import PREEMPTED_STATUS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((launch_dir() / "accelerate").glob("*.yaml"))
@@ -108,17 +109,21 @@ WORKER = """
 import signal, sys, time
 from pathlib import Path
 signals = []
-signal.signal(signal.SIGINT, lambda *_: signals.append(1))
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    signal.signal(number, lambda number, _: signals.append(signal.Signals(number).name))
 Path("started").touch()
 stubborn = "stubborn" in sys.argv
 while stubborn or not signals:
     time.sleep(0.02)
 time.sleep(0.3)
-Path("saved").touch()
+Path("saved").write_text(" ".join(signals))
 """
 OURS = """
+import signal
 import sys
+from pathlib import Path
 from rlhf_trl.cli.launcher import run
+signal.signal(signal.SIGUSR2, lambda *_: Path("requeued").write_text(Path("saved").read_text()))  # as submitit does
 try:
     run([sys.executable, "launcher.py", "worker.py", *sys.argv[1:]])
 except KeyboardInterrupt:
@@ -163,6 +168,15 @@ def test_the_second_interrupt_kills(tmp_path):
     assert process.wait(timeout=60) == 130
     wait_for(lambda: not any(member.is_running() and member.status() != "zombie" for member in family))
     assert not (tmp_path / "saved").exists()
+
+
+def test_signals_of_a_scheduler_let_the_worker_save_and_reach_who_requeues(tmp_path):
+    process = start(tmp_path)
+    process.send_signal(signal.SIGUSR2)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)  # the second of a scheduler doesn't kill
+    assert process.wait(timeout=60) == PREEMPTED_STATUS
+    assert (tmp_path / "requeued").read_text() == "SIGUSR2 SIGTERM"
 
 
 @pytest.mark.slow  # the two ranks below train by the same command

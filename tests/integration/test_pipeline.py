@@ -182,15 +182,18 @@ def test_a_step_made_before_an_earlier_one_was_made_again_is_not_done(tmp_path):
     assert code == 2 and "was made before a step that it comes after" in err
 
 
-def test_interrupt_saves_and_the_next_call_resumes(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status", "how"), [(signal.SIGINT, 130, "Stopped"), (signal.SIGTERM, 75, "Preempted")]
+)
+def test_interrupt_saves_and_the_next_call_resumes(tmp_path, number, status, how):
     mine = write_pipeline(tmp_path, {**STEPS, "ppo": ["stage=ppo", "+waits=true"]})
     process = start("pipeline", tmp_path, *mine, FAKE, start_new_session=True)
     wait_for(lambda: len(calls(tmp_path)) == 2)
     time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    os.killpg(process.pid, number)  # what a terminal does, or a scheduler
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Stopped at the step `ppo`" in err and "Traceback" not in err
+    assert process.returncode == status
+    assert f"{how} at the step `ppo`" in err and "Traceback" not in err
     assert json.loads((tmp_path / "runs/mine/ppo/run.json").read_text())["status"] == "stopped"
     code, _, err = launch("pipeline", tmp_path, *mine, FAKE)
     assert code == 0, err

@@ -15,10 +15,11 @@ from types import SimpleNamespace
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState
 
-from rlhf_trl.callbacks.interrupt import Interrupt
+from rlhf_trl.callbacks.interrupt import Interrupt, ignoring_preemptions, raising_preempted
 from rlhf_trl.callbacks.progress import choose_columns, metrics_line
 from rlhf_trl.callbacks.samples import SAMPLES_FILE
 from rlhf_trl.data.messages import as_text
+from rlhf_trl.errors import PREEMPTED_STATUS, PREEMPTIONS, Preempted
 from rlhf_trl.report.text import compact_number
 from rlhf_trl.runs.checkpoints import _sync, checkpoints, last_checkpoint, rotate
 from rlhf_trl.runs.record import METRICS_FILE, finish_run, read_run, start_run, write_json, write_metrics
@@ -272,16 +273,23 @@ def in_a_terminal():
     signal.signal(signal.SIGHUP, previous)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2],
+    ids=lambda number: number.name,
+)
 def test_first_signal_finishes_the_step_saves_and_stops(tmp_path, number, capfd, in_a_terminal):
-    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    handled = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.getsignal(each) for each in handled]
     trainer = sft(tmp_path, save_steps=100, max_steps=50, callbacks=[Press(3, number=number)])
     interrupt = add_callbacks(trainer, tmp_path)
     trainer.train()
     assert interrupt.interrupted and trainer.state.global_step == 3
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
-    assert before == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    assert "resume=true" in capfd.readouterr().err
+    assert before == [signal.getsignal(each) for each in handled]
+    said = capfd.readouterr().err
+    assert "resume=true" in said
+    assert interrupt.preempted == (f"Preempted ({number.name})" in said) == (number in PREEMPTIONS)
 
 
 def test_rollouts_are_finished_first(tmp_path):
@@ -343,6 +351,28 @@ def test_second_signal_stops_at_once(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("later", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_scheduler_may_signal_again_while_the_checkpoint_is_written(monkeypatch, later):
+    interrupt = Interrupt("resume")
+    begin(interrupt)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    now += 5
+    os.kill(os.getpid(), later)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)  # somebody who doesn't want to wait
+
+
+def test_outside_of_training_a_scheduler_ends_the_run_where_it_stands():
+    before = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(Preempted) as ended, raising_preempted():
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert ended.value.code == PREEMPTED_STATUS == 75 and signal.getsignal(signal.SIGUSR1) is before
+    with raising_preempted(), ignoring_preemptions():
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_nohup_is_respected(monkeypatch):

@@ -10,8 +10,10 @@ import pytest
 
 from rlhf_trl.checks import check, find_problems
 from rlhf_trl.config import argument_names, dotpaths
+from rlhf_trl.config.values import plain
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.sizes import empty_model
+from rlhf_trl.runs.directory import is_finished, resumes
 
 
 @pytest.fixture
@@ -363,6 +365,44 @@ def test_a_used_run_directory(problems, compose):
     make_run("ppo", "done")
     one(problems("resume=true"), "finished", "nothing to resume")
     one(problems(), "`run_name=...`", "`overwrite=true`", "`resume=true stage.args.num_train_epochs=...`")
+
+
+def test_resume_auto_does_what_there_is_to_do(problems, compose):
+    """As a scheduler starts the same command again: it begins, resumes, lengthens, or finds a finished run."""
+    from omegaconf import OmegaConf
+
+    def does(*words: str) -> tuple[bool, bool]:
+        assert problems("resume=auto", *words) == []
+        values = plain(compose("resume=auto", *words))[0]
+        return resumes(values), is_finished(values)
+
+    assert does() == (False, False)
+    folder = make_run("ppo", "preempted")
+    OmegaConf.save(compose(), folder / "config.yaml", resolve=True)
+    assert does() == (False, False)  # it left nothing
+    (folder / "checkpoint-5").mkdir()
+    assert does() == (True, False)
+    one(problems("resume=auto", "stage.args.beta=0.3"), "`stage.args.beta` was")
+    one(problems("resume=auto", "overwrite=true"), "`resume=auto` continues a run and `overwrite=true` deletes it")
+    make_run("ppo", "done")
+    assert does() == (False, True)
+    assert does("stage.args.num_train_epochs=100") == (True, False)
+    one(problems("resume=auto", "stage.args.beta=0.3"), "`stage.args.beta` was")
+    assert "`resume` is 'always'. There are: `auto`, `false`, `true`." in problems("resume=always")
+
+
+def test_a_launch_for_fewer_machines_than_slurm_starts(problems, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    one(problems(), "started this launch 2 times, and it is for 1 machine:", "--num_machines 2", "multi_node.sbatch")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert problems() == []
+    monkeypatch.delenv("GROUP_WORLD_SIZE")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a task for each rank
+    assert problems() == []
+
+
+def test_a_checkpoint_of_transformers_own_is_refused(problems):
+    one(problems("+stage.args.enable_jit_checkpoint=true"), "`stage.args.enable_jit_checkpoint`", "SIGTERM")
 
 
 @pytest.mark.parametrize("status", ["stopped", "done"])

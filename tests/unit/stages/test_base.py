@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_trl.errors import ConfigError, Interrupted
+from rlhf_trl.errors import ConfigError, Interrupted, Preempted
 from rlhf_trl.runs.directory import has_backup
 from rlhf_trl.stages.base import open_run
 
@@ -34,6 +34,7 @@ def test_a_run_is_running_and_then_done(config):
     ("error", "status", "told"),
     [
         (Interrupted(), "stopped", None),
+        (Preempted(), "preempted", None),
         (KeyboardInterrupt(), "stopped", "KeyboardInterrupt: "),
         (SystemExit(3), "failed", "SystemExit: 3"),
         (ValueError("no"), "failed", "ValueError: no"),

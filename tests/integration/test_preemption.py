@@ -1,0 +1,111 @@
+"""Signals of schedulers: the same command goes on, and ends as a run that nobody interrupted, to the bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_trl.cli.launcher import launch_command
+from rlhf_trl.errors import PREEMPTED_STATUS
+from rlhf_trl.runs.checkpoints import last_checkpoint
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["data.max_samples=96", "data.max_eval_samples=16", "stage.args.logging_steps=1", "resume=auto"]
+SLOW = ["+callbacks.slow._target_=tests.helpers.watching.Slow", "+callbacks.slow.seconds=0.2"]
+STAGES = {
+    "sft": ["stage=sft", "stage.args.max_steps=12", "stage.args.save_steps=2"],
+    # Two epochs of two mini-batches: four steps a rollout
+    "ppo": [
+        *("stage=ppo", "stage.args.max_steps=16", "stage.args.save_steps=1", "stage.args.num_iterations=2"),
+        *("stage.args.steps_per_generation=2", "stage.args.max_completion_length=12", "stage.args.save_total_limit=9"),
+    ],
+}
+
+
+def start(folder: Path, stage: str, ranks: int) -> subprocess.Popen:
+    """Start a run, which is the same command each time."""
+    program = [sys.executable] if ranks == 1 else launch_command("ddp", ["--num_processes", str(ranks)])[:-1]
+    rows = f"stage.args.per_device_train_batch_size={8 // ranks}"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        # As the scripts in launch/slurm have it
+        "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
+    }
+    command = [*program, str(ROOT / "train.py"), *STAGES[stage], *SMALL, *SLOW, rows, f"runs_dir={folder}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen) -> str:
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said[-3000:]
+    return said
+
+
+def record(run_dir: Path) -> dict:
+    return json.loads((run_dir / "run.json").read_text())
+
+
+def history(run_dir: Path) -> list[dict]:
+    """Return the metrics of a run without those that are times."""
+    entries = json.loads((run_dir / "metrics.json").read_text())["history"]
+    kept = ("loss", "grad_norm", "objective/", "policy/", "value/", "eval_loss", "eval_objective/")
+    return [{key: value for key, value in entry.items() if key.startswith(kept)} for entry in entries]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "ranks", "receiver", "number"),
+    [
+        ("sft", 1, "run", signal.SIGTERM),
+        ("ppo", 1, "run", signal.SIGUSR1),
+        ("ppo", 2, "launcher", signal.SIGUSR1),
+        ("sft", 2, "launcher", signal.SIGTERM),
+        ("ppo", 2, "one rank", signal.SIGUSR2),
+    ],
+)
+def test_a_preempted_run_ends_as_an_uninterrupted_one(tmp_path, stage, ranks, receiver, number):
+    finish(start(tmp_path / "whole", stage, ranks))
+    whole, run_dir = (tmp_path / name / "default" / stage for name in ("whole", "again"))
+    first = 2 if stage == "sft" else 4
+
+    process = start(tmp_path / "again", stage, ranks)
+    while not (run_dir / f"checkpoint-{first}").is_dir():
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        time.sleep(0.01)
+    if receiver == "one rank":
+        pids = [child.pid for child in psutil.Process(process.pid).children()]
+        other = next(pid for pid in pids if pid != record(run_dir)["pid"] and len(pids) == 2)
+        os.kill(other, number)
+    else:
+        process.send_signal(number)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == (PREEMPTED_STATUS if ranks == 1 else 1), said[-3000:]
+    step = int(last_checkpoint(run_dir).rsplit("-", 1)[1])
+    before, stopped, _ = said.partition(f"Preempted at step {step} of")
+    assert stopped and "Traceback" not in before, said[-3000:]  # the launcher ends in a traceback of its own
+    assert step == 8 if stage == "ppo" else first < step < 12  # PPO: the rollout is finished first
+    assert record(run_dir)["status"] == "preempted" and "error" not in record(run_dir)
+    if ranks > 1:
+        names = {path.name for path in (run_dir / f"checkpoint-{step}").glob("rng_state_*")}
+        assert names == {"rng_state_0.pth", "rng_state_1.pth"}
+
+    assert f"Resuming from {run_dir / f'checkpoint-{step}'}" in finish(start(tmp_path / "again", stage, ranks))
+    assert record(run_dir)["status"] == "done"
+    for file in [path.name for path in whole.glob("*.safetensors")]:
+        one, other = load_file(whole / file), load_file(run_dir / file)
+        assert one.keys() == other.keys() and all(torch.equal(other[name], weight) for name, weight in one.items())
+    assert history(run_dir) == history(whole)
+    assert "is finished: nothing to do" in finish(start(tmp_path / "again", stage, ranks))
