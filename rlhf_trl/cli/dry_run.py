@@ -194,6 +194,7 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
         trained, tokens = count_trained(batch)
         lines["first batch"] = f"{trained:,} of {tokens:,} tokens are trained on"
     found.warn(unused_devices(args))
+    trained_in = f"{trained_in} and {getattr(args, 'critic_dtype', None)}"  # a critic of its own is trained in this
     found.warn(rounding_problem(trained_in, uses_deepspeed() or (uses_fsdp() and computed_in(args) is not None)))
     found.warnings += learning_rate_warnings(args, stage.dataset_type, weights.total, critic, has_adapter)
     if generates:

@@ -80,8 +80,9 @@ def rounding_problem(trained: str, keeps_float32: bool) -> str | None:
         return None
     return (
         f"weights are trained in {short}, which rounds away every update below {LEAST_UPDATE[short]} of a weight, and "
-        "an update of AdamW is about the learning rate: small ones do nothing. Leave `model.dtype=null` (float32, "
-        "with mixed precision where the device has it), or train an adapter (`adapter=lora`)."
+        "an update of AdamW is about the learning rate: small ones do nothing. Leave `model.dtype` (for a critic "
+        "`stage.args.critic_dtype`) null, which is float32 with mixed precision where the device has it, or train an "
+        "adapter (`adapter=lora`)."
     )
 
 
