@@ -8,7 +8,7 @@ from rlhf_trl.checks.paths import model_folder
 from rlhf_trl.checks.renamed import renamed_key
 from rlhf_trl.config.values import at, section
 from rlhf_trl.health.signs import limit_problems
-from rlhf_trl.labels.options import selection_problem
+from rlhf_trl.labels.options import HUMAN, human_problems, selection_problem
 from rlhf_trl.runs.paths import ADAPTER_FILE, read_model_config
 
 PPO_CONFIG = "rlhf_trl.ppo.PPOConfig"
@@ -34,6 +34,7 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
         _no_training,
         _quantization,
         _selection,
+        _labeler,
     )
     return [problem for step in steps for problem in step(values)]
 
@@ -124,6 +125,11 @@ def _directories(values: dict[str, Any]) -> list[str]:
 def _selection(values: dict[str, Any]) -> list[str]:
     problem = selection_problem(section(values, "select"), bool(section(values, "reward")))
     return [problem] if problem else []
+
+
+def _labeler(values: dict[str, Any]) -> list[str]:
+    labeler = section(values, "labeler")
+    return human_problems(labeler, at(values, "stage.ask")) if labeler.get("_target_") == HUMAN else []
 
 
 def _no_training(values: dict[str, Any]) -> list[str]:

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.config.values import at, section
+from rlhf_trl.labels.options import HUMAN
 from rlhf_trl.runs.ranks import world_size
 
 MATH_ANSWER = "rlhf_trl.rewards.math.math_answer"
 # Extras of pyproject.toml that have another name than their package
-EXTRAS = {"bitsandbytes": "qlora", "fastapi": "serve", "uvicorn": "serve", "math_verify": "math"}
+EXTRAS = {
+    **{"bitsandbytes": "qlora", "fastapi": "serve", "uvicorn": "serve", "markdown_it": "serve"},
+    "math_verify": "math",
+}
 
 
 def machine_problems(values: dict[str, Any]) -> list[str]:
@@ -112,6 +116,8 @@ def _packages(values: dict[str, Any]) -> list[str]:
         wanted["bitsandbytes"] = "`adapter.quantization`"
     if at(values, "stage.run._target_") == "rlhf_trl.stages.serve_reward.serve_reward":
         wanted |= dict.fromkeys(("fastapi", "uvicorn"), "`stage=serve_reward`")
+    if at(values, "labeler._target_") == HUMAN:
+        wanted |= dict.fromkeys(("fastapi", "uvicorn", "markdown_it"), "`labeler=human`")
     rewards = section(values, "reward").values()
     if any(isinstance(node, dict) and node.get("function") == MATH_ANSWER for node in rewards):
         wanted["math_verify"] = "`reward=math_answer`"

@@ -11,7 +11,8 @@ from rlhf_trl.hints import did_you_mean
 
 SECTIONS = (
     *("stage", "stage.args", "model", "data", "callbacks", "adapter", "adapter.peft", "adapter.quantization"),
-    *("callbacks", "reward", "reward_norm", "combine", "critic", "kl", "judge", "select", "health", "health.signs"),
+    *("callbacks", "reward", "reward_norm", "combine", "critic", "kl", "judge", "select", "labeler", "health"),
+    "health.signs",
 )
 DOT_PATHS = ("_target_", "function", "privacy")
 TYPES = {"int": int, "float": int | float, "bool": bool, "str": str}

@@ -55,8 +55,9 @@ def model_problems(values: dict[str, Any]) -> list[str]:
     baseline = at(values, "stage.baseline")
     if baseline is not None and (problem := baseline_problem(baseline, named)):
         problems.append(problem)
-    policies = {f"stage.policies.{name}": place for name, place in named.items()}
-    for key, place in {**policies, "stage.policy": at(values, "stage.policy")}.items():
+    places = {f"stage.policies.{name}": place for name, place in named.items()}
+    places |= {key: at(values, key) for key in ("stage.policy", "stage.candidates")}
+    for key, place in places.items():
         if isinstance(place, str) and is_run_name(place, project_dir(values)):
             problems += _earlier_run(key, place, values)
     return problems

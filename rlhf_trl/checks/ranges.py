@@ -56,6 +56,7 @@ RUN = {
     "stage.per_prompt": COUNT,
     "stage.question_size": COUNT,
     "stage.overlap": COUNT,
+    "stage.ask": "pair|ranking|rating|edit",
     "stage.max_prompts": f"{COUNT}?",
     "stage.to_chat": "bool?",
     "stage.remember": "bool",

@@ -15,7 +15,19 @@ WIDTH = 110
 # In the order in which they are used. Others, such as the user's own, come after them
 STAGES = (
     *("sft", "reward", "ppo", "grpo", "rloo", "dpo", "orpo", "kto"),
-    *("evaluate", "evaluate_reward", "collect", "generate", "chat", "report", "merge", "push", "serve_reward", "init"),
+    *(
+        "evaluate",
+        "evaluate_reward",
+        "collect",
+        "label",
+        "generate",
+        "chat",
+        "report",
+        "merge",
+        "push",
+        "serve_reward",
+        "init",
+    ),
 )
 EXAMPLES: dict[App, tuple[tuple[str, str], ...]] = {
     "train": (

@@ -14,6 +14,7 @@ from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import count_of
 from rlhf_trl.labels.agreement import agreement
 from rlhf_trl.labels.candidates import Candidates
+from rlhf_trl.labels.options import human_problems, is_file_name
 from rlhf_trl.labels.queue import Queue
 from rlhf_trl.labels.store import LabelStore, read
 from rlhf_trl.rewards.server import Guarded, bound_socket
@@ -58,6 +59,15 @@ class HumanLabeler:
         repeat_every: int,
         linger: float,
     ):
+        given = {
+            "labelers": labelers,
+            "attributes": attributes,
+            "skip_reasons": skip_reasons,
+            "scale": scale,
+            "gold": gold,
+        }
+        if problems := human_problems(given | {"guidelines": guidelines}):
+            raise ConfigError.join(problems)
         self.host, self.port, self.linger = host, port, linger
         self.gold, self.gold_every, self.repeat_every = gold, gold_every, repeat_every
         self.labelers = labelers
@@ -146,10 +156,10 @@ class HumanLabeler:
 
 
 def _guidelines(text: str | None) -> str:
-    if text is None or not (text.strip().endswith(".md") and "\n" not in text.strip()):
+    if text is None or not is_file_name(text):
         return text or ""
     try:
-        return Path(text.strip()).read_text(encoding="utf-8")
+        return Path(text.strip()).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"`labeler.guidelines` is `{text.strip()}`, which can't be read: {error}.") from error
 

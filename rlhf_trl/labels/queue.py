@@ -265,7 +265,7 @@ def _task(row: Candidates, question: Sequence[int], form: str) -> Task:
     if (form == "pair" and len(question) != 2) or (form == "ranking" and len(question) < 2):
         others = [name for name, fits in (("ranking", len(question) > 1), ("rating", True)) if fits and name != form]
         raise ConfigError(
-            f"The candidates of `{row.id}` have the question {list(question)}, and `stage.form={form}` needs "
-            f"{sizes[form]}. Set `stage.form={others[0]}`, or collect other questions."
+            f"The candidates of `{row.id}` have the question {list(question)}, and `stage.ask={form}` needs "
+            f"{sizes[form]}. Set `stage.ask={others[0]}`, or collect other questions."
         )
     return Task(row, tuple(question[:1] if form == "edit" else question), form)

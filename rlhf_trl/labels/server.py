@@ -233,10 +233,12 @@ class LabelingApp:
                 raise Refused("The text is as it was. Change it, or skip the question.")
             return text
         if task.form == "ranking":
-            ranks = [_whole(form.get(f"rank_{place}"), 1, len(order)) for place in places]
-            if None in ranks:
+            given = [_whole(form.get(f"rank_{place}"), 1, len(order)) for place in places]
+            ranks = [rank for rank in given if rank is not None]
+            if len(ranks) < len(given):
                 raise Refused(f"Give each answer a rank from 1, the best, to {len(order)}. Equal ranks are ties.")
-            return ranks
+            # Ranks 2, 2, 3 are 1, 1, 3: what counts is what is before what
+            return [1 + sum(other < rank for other in ranks) for rank in ranks]
         return [self._rating(place, form) for place in places]
 
     def _rating(self, place: int, form: dict[str, str]) -> int | dict[str, int]:

@@ -192,6 +192,15 @@ class LabelStore:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
 
+    def create(self) -> None:
+        """
+        Make the file, if there is none.
+
+        Raises:
+            [`~rlhf_trl.errors.ConfigError`]: if it can't be written.
+        """
+        self.extend([])
+
     def append(self, label: Label) -> None:
         """
         Append a label. When this returns, it is on the disk, whatever happens to the process or the machine.

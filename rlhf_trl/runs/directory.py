@@ -40,6 +40,7 @@ FREE_KEYS = (
     "dry_run",
     "logger",
     "health",
+    "labeler",
     "runs_dir",
     "run_dir",
     "stage.args.output_dir",
@@ -53,8 +54,11 @@ FREE_KEYS = (
 )
 # `resume=auto`, for schedulers that start the same command again
 AUTO = "auto"
-# Lengths of a training, which a resumed run may raise, a finished one included
-LENGTHS = ("stage.args.num_train_epochs", "stage.args.max_steps", "stage.args.total_episodes")
+# Lengths of a training or a labeling, which a resumed run may raise, a finished one included
+LENGTHS = (
+    *("stage.args.num_train_epochs", "stage.args.max_steps", "stage.args.total_episodes"),
+    *("stage.budget", "stage.overlap"),
+)
 # What a stage has made when it ended well, and the partial files of what it was making
 RESULTS = (*MODELS, COMPARISON_FILE, QUALITY_FILE, ENSEMBLE_FILE, "*.partial", "*completions*")
 BACKUP = ".overwritten"  # the earlier run, all of it

@@ -30,7 +30,7 @@ MODEL_FILES = ("config.json", ADAPTER_FILE)
 # Keys that name what is written, or nothing on the disk
 NOT_READ = {"run_dir", "runs_dir", "output_dir", "logging_dir", "output", "run_name", "name", "project", "starts_from"}
 # Keys that may name runs of the project, and keys that may hold globs
-RUNS = {"run", "policy", "policies", "sweeps", "labels", "used"}
+RUNS = {"run", "policy", "policies", "sweeps", "labels", "used", "candidates"}
 GLOBS = {"paths", "eval_paths", "prompts", "labels", "used", "traffic"}
 
 

@@ -54,7 +54,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(cfg: DictConfig, start: str, inputs: Mapping[str, Any] | None = None) -> Iterator[Run]:
+def open_run(cfg: DictConfig, start: str | None, inputs: Mapping[str, Any] | None = None) -> Iterator[Run]:
     """
     Open the run directory of a stage, and record in its `run.json` how the run ended. Every rank calls it.
 
@@ -67,7 +67,7 @@ def open_run(cfg: DictConfig, start: str, inputs: Mapping[str, Any] | None = Non
     Args:
         cfg (`DictConfig`):
             The config, resolved.
-        start (`str`):
+        start (`str`, *optional*):
             Path or hub id of the model that the run starts from.
         inputs (`Mapping`, *optional*):
             What else its result depends on, see [`~rlhf_trl.stages.train.inputs_of`].
@@ -108,7 +108,7 @@ def _locked(cfg: DictConfig) -> Iterator[None]:
         yield
 
 
-def _begin(cfg: DictConfig, start: str, inputs: Mapping[str, Any] | None) -> str | None:
+def _begin(cfg: DictConfig, start: str | None, inputs: Mapping[str, Any] | None) -> str | None:
     """Write the config and `run.json`, and return the checkpoint to resume from."""
     run_dir = Path(cfg.run_dir)
     checkpoint, damaged = last_whole_checkpoint(run_dir) if cfg.resume else (None, {})
@@ -148,9 +148,9 @@ def _begin(cfg: DictConfig, start: str, inputs: Mapping[str, Any] | None) -> str
     return checkpoint
 
 
-def _quantization(cfg: DictConfig, start: str) -> dict[str, Any] | None:
+def _quantization(cfg: DictConfig, start: str | None) -> dict[str, Any] | None:
     """Return how the base under the adapter of a run is quantized, `None` where it isn't."""
-    if not (adapter := cfg.get("adapter")) or adapter.peft is None:
+    if start is None or not (adapter := cfg.get("adapter")) or adapter.peft is None:
         return None
     found = start_quantization(start, instantiate(adapter.quantization))
     return found and found.to_dict()

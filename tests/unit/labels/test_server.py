@@ -358,7 +358,7 @@ def test_a_chat_is_shown_turn_by_turn_and_text_keeps_its_lines(tmp_path):
 
 
 def test_questions_that_the_form_cannot_ask_are_named(tmp_path):
-    with pytest.raises(ConfigError, match="p0.*\\[0, 1, 2\\].*stage.form=ranking"):
+    with pytest.raises(ConfigError, match="p0.*\\[0, 1, 2\\].*stage.ask=ranking"):
         Page(tmp_path, candidates(1, size=3))
     with pytest.raises(ConfigError, match="nothing to ask"):
         Queue([Candidates(id="p", prompt="x", candidates=[Candidate(completion="y")])], "pair")
