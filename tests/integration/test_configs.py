@@ -37,7 +37,7 @@ def users_folder(tmp_path_factory) -> Path:
     texts = [path.read_text() for path in CONF.glob("**/*.yaml")]
     projects = {"default"} | {name for text in texts for name in re.findall(r"\bproject[:=] ?(\w+)", text)}
     for project in projects:
-        for run in ("init", "sft", "reward", "ppo", "dpo", "helpful", "harmless"):
+        for run in ("init", "sft", "reward", "ppo", "dpo", "helpful", "harmless", "collect"):
             folder = users / "runs" / project / run
             (folder / "merged").mkdir(parents=True)
             (folder / "merged" / "config.json").write_text("{}")

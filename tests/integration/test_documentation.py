@@ -117,7 +117,7 @@ def a_users_folder(tmp_path, monkeypatch):
 def add_runs(words: list[str]) -> None:
     """Write records of the runs that a command may start from; the reward model is an ensemble if one is asked for."""
     project = next((word.removeprefix("project=") for word in words if word.startswith("project=")), "default")
-    for name in ("sft", "reward", "ppo", "dpo", "heads", "grpo", "rloo", "init"):
+    for name in ("sft", "reward", "ppo", "dpo", "heads", "grpo", "rloo", "init", "collect", "label"):
         folder = Path("runs", project, name)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "run.json").write_text(json.dumps({"status": "done", "stage": name}))
