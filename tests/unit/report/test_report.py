@@ -260,6 +260,19 @@ def project(tmp_path):
     return folder
 
 
+@pytest.fixture
+def plain_figures(monkeypatch):
+    """Put what figures show on axes, without layout and SVG, which take the time: for tests that read the text."""
+
+    def drawn(draw, title, size, name):
+        if name == "large-screen":
+            draw(MatplotlibFigure().add_subplot(), small=False)
+        return ""
+
+    monkeypatch.setattr(plots, "_drawn", drawn)
+    monkeypatch.setattr(plots, "_labels", lambda axes, points, small: None)
+
+
 def test_a_projects_report_shows_what_is_there_and_says_what_is_not(project):
     path = write_report(project)
     html, text = path.read_text(), (project / "report" / "report.md").read_text()
@@ -288,7 +301,7 @@ def test_a_projects_report_shows_what_is_there_and_says_what_is_not(project):
     assert comparison_text(read_comparison(project / "evaluate")).startswith("40 held-out prompts")
 
 
-def test_what_the_health_monitor_saw_stands_at_the_training(project):
+def test_what_the_health_monitor_saw_stands_at_the_training(plain_figures, project):
     assert "Health" not in (write_report(project).parent / "report.md").read_text()  # nothing watched these runs
     watched = [{"step": i, "objective/scores": i / 4, "health/level": 0} for i in range(1, 5)]
     make_run(project, "rloo", "rloo", {"train": {}, "eval": {}, "history": watched})
@@ -299,7 +312,7 @@ def test_what_the_health_monitor_saw_stands_at_the_training(project):
     assert re.search(r"\| warn +\| `kl_high` +\| +3 to 3 +\| Raise `stage.args.beta`", text)
 
 
-def test_published_results_stand_beside_ours(project):
+def test_published_results_stand_beside_ours(plain_figures, project):
     assert "Published results" not in (write_report(project).parent / "report.md").read_text()
     source = "arXiv 2310.16944"
     published = {
@@ -326,7 +339,7 @@ def test_figures_for_loggers_are_those_of_the_page(project):
     assert all(drawing.split("\n")[-1].strip() in html for drawing in found.values())
 
 
-def test_the_quality_of_the_reward_model_is_taken_over(project):
+def test_the_quality_of_the_reward_model_is_taken_over(plain_figures, project):
     make_run(project, "evaluate_reward", "evaluate_reward", None)
     assert "The run `evaluate_reward` left no results" in to_markdown(project_page(project))
     accuracy = {"mean": 0.71, "low": 0.65, "high": 0.77}
@@ -362,38 +375,38 @@ def estimates(value, path=()) -> list[tuple]:
     return found + [each for key, item in items for each in estimates(item, (*path, key))]
 
 
-def drawn_plainly(draw, title, size, name) -> str:
-    """Put a figure's series on axes, without layout and SVG, which take the time."""
-    if name == "large-screen":
-        draw(MatplotlibFigure().add_subplot(), small=False)
-    return ""
+def remove(comparison: dict, place: tuple) -> None:
+    """Write null for an estimate, as a file has NaN."""
+    *path, last = place
+    for key in path:
+        comparison = comparison[key]
+    comparison[last] = dict.fromkeys(("mean", "low", "high")) if isinstance(comparison[last], dict) else None
 
 
-def test_a_missing_estimate_is_a_gap_in_the_page(project, monkeypatch):
-    """NaN is null in the file."""
-    whole = json.loads((project / "evaluate" / "comparison.json").read_text())
-    places = estimates({key: whole[key] for key in ("policies", "best_of_n")})
+def test_a_missing_estimate_is_a_gap_in_the_page(plain_figures, project):
+    whole = (project / "evaluate" / "comparison.json").read_text()
+    places = estimates({key: json.loads(whole)[key] for key in ("policies", "best_of_n")})
     assert len(places) > 40
-    everything = json.loads(json.dumps(whole))
-    for path in places:
-        found = json.loads(json.dumps(whole))
-        for each in (found, everything):
-            node = each
-            for key in path[:-1]:
-                node = node[key]
-            node[path[-1]] = dict.fromkeys(("mean", "low", "high")) if isinstance(node[path[-1]], dict) else None
+    for place in places:
+        found = json.loads(whole)
+        remove(found, place)
         (project / "evaluate" / "comparison.json").write_text(json.dumps(found))
-        with monkeypatch.context() as plain:
-            plain.setattr(plots, "_drawn", drawn_plainly)
-            plain.setattr(plots, "_labels", lambda *_: None)
-            assert "nan" not in to_markdown(project_page(project)).split(), path
-    for row in everything["samples"]:
+        assert "nan" not in to_markdown(project_page(project)).split(), place
+
+
+def test_a_page_without_any_estimate(project):
+    found = json.loads((project / "evaluate" / "comparison.json").read_text())
+    for place in estimates({key: found[key] for key in ("policies", "best_of_n")}):
+        remove(found, place)
+    for row in found["samples"]:
         row["rewards"] = dict.fromkeys(row["rewards"])
-    (project / "evaluate" / "comparison.json").write_text(json.dumps(everything))
+    (project / "evaluate" / "comparison.json").write_text(json.dumps(found))
     assert "whether one is better is open" in write_report(project).read_text()
 
 
-def test_each_evaluation_keeps_its_result_and_the_page_shows_the_newest_or_the_one_named(project, capsys):
+def test_each_evaluation_keeps_its_result_and_the_page_shows_the_newest_or_the_one_named(
+    plain_figures, project, capsys
+):
     make_run(project, "other", "evaluate", None, started="2026-01-02T10:00:00+00:00")
     found = comparison(far=entry(1.1, 0.4, 0.5, 0.1)) | {"prompts": 77}
     (project / "other" / "comparison.json").write_text(json.dumps(found))
@@ -411,7 +424,7 @@ def test_each_evaluation_keeps_its_result_and_the_page_shows_the_newest_or_the_o
         report(OmegaConf.create(cfg | {"stage": {"evaluation": "none"}}))
 
 
-def test_an_evaluation_without_runs_has_a_page(project):
+def test_an_evaluation_without_runs_has_a_page(plain_figures, project):
     """Such as one of policies of the hub, or of a sweep, whose runs lie deeper."""
     for name in ("ppo", "reward", "dpo"):
         shutil.rmtree(project / name)
@@ -513,7 +526,7 @@ def test_a_policy_has_one_color_in_all_figures(project):
     assert colors_of(plots.bars(["a", "b", "c"], [0.1, 0.2, 0.3])) == {"c0"}  # names tell bars apart
 
 
-def test_answers_are_drawn_at_random_before_the_most_different_are_shown(project):
+def test_answers_are_drawn_at_random_before_the_most_different_are_shown(plain_figures, project):
     blocks = next(part for part in project_page(project).sections if part.title == "Answers").blocks
     kinds = [block.kind for block in blocks]
     assert kinds == ["text", *["side_by_side"] * 5, "text", *["side_by_side"] * 10]
@@ -523,7 +536,7 @@ def test_answers_are_drawn_at_random_before_the_most_different_are_shown(project
     assert numbers[5:] == sorted(left, reverse=True)[:10]
 
 
-def test_rewards_by_kind_of_prompt(project):
+def test_rewards_by_kind_of_prompt(plain_figures, project):
     whole = json.loads((project / "evaluate" / "comparison.json").read_text())
     whole["slices"] = [
         {
@@ -542,7 +555,7 @@ def test_rewards_by_kind_of_prompt(project):
     assert "Worse than sft beyond chance, one of 6 differences or not: ppo on `joke`." in text
 
 
-def test_the_setup_says_what_was_compared(project):
+def test_the_setup_says_what_was_compared(plain_figures, project):
     whole = json.loads((project / "evaluate" / "comparison.json").read_text())
     whole |= {"temperature": 1.0, "max_completion_length": 64}
     for result in whole["policies"].values():
@@ -605,7 +618,7 @@ def test_a_sweeps_report_marks_the_pareto_set(tmp_path):
     assert 'aria-label="curves of eval_objective/scores"' in html and 'aria-label="beta"' in html
 
 
-def test_a_sweep_for_the_lowest_loss(tmp_path):
+def test_a_sweep_for_the_lowest_loss(plain_figures, tmp_path):
     made = [{**job, "objective": "eval_loss", "eval": {"eval_loss": job["value"]}} for job in jobs()[:3]]
     (tmp_path / "sweep.json").write_text(json.dumps(made))
     assert "lowest `eval_loss` is that of beta=0.5, kl=adaptive, 1;" in sweep_page(tmp_path).lead
@@ -639,7 +652,7 @@ def seeds(values: dict[str, list[float]], **changes) -> list[dict]:
         ({"0.02": [2.0, 2.2]}, "`eval_objective/scores` of all jobs: 2.1 [0.8294, 3.371] over 2 seeds."),
     ],
 )
-def test_a_sweep_names_no_winner_within_the_noise_of_its_seeds(tmp_path, values, said):
+def test_a_sweep_names_no_winner_within_the_noise_of_its_seeds(plain_figures, tmp_path, values, said):
     (tmp_path / "sweep.json").write_text(json.dumps(seeds(values)))
     page_ = sweep_page(tmp_path)
     assert page_.lead.startswith(said), page_.lead
@@ -648,7 +661,7 @@ def test_a_sweep_names_no_winner_within_the_noise_of_its_seeds(tmp_path, values,
     assert [row[1] for row in table_.cells] == [str(len(found)) for found in values.values()]
 
 
-def test_a_sweep_without_a_known_direction_crowns_nobody(tmp_path):
+def test_a_sweep_without_a_known_direction_crowns_nobody(plain_figures, tmp_path):
     both = {"0.02": [2.0, 2.1], "0.1": [1.0, 1.1]}
     made = seeds(both, objective="eval_rewards/rejected")
     (tmp_path / "sweep.json").write_text(json.dumps(made))
@@ -658,7 +671,7 @@ def test_a_sweep_without_a_known_direction_crowns_nobody(tmp_path):
     assert sweep_page(tmp_path).lead.startswith("beta=0.1 has the lowest `eval_rewards/rejected`")
 
 
-def test_a_sweep_shows_the_health_of_its_jobs_and_what_failed(tmp_path):
+def test_a_sweep_shows_the_health_of_its_jobs_and_what_failed(plain_figures, tmp_path):
     made = seeds({"0.02": [2.0, 2.1, 1.9], "0.1": [1.0, 1.1, 0.9]}, health="ok")
     made[1] |= {"health": "warn kl_high"}
     made[5] |= {"status": "failed", "value": None, "health": ""}
@@ -669,7 +682,7 @@ def test_a_sweep_shows_the_health_of_its_jobs_and_what_failed(tmp_path):
     assert re.search(r"\| +0.1 +\| 2 of 3 \|.*\| ok +\|", text)
 
 
-def test_jobs_with_other_objectives_are_not_held_beside_each_other(tmp_path):
+def test_jobs_with_other_objectives_are_not_held_beside_each_other(plain_figures, tmp_path):
     made = jobs()[:2]
     made[1] |= {"objective": "eval_loss", "value": 99.0, "eval": {"eval_loss": 99.0}}
     (tmp_path / "sweep.json").write_text(json.dumps(made))
