@@ -1,11 +1,13 @@
 """Files of other tools: they come back as they went, and what others wrote is read."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from rlhf_trl.labels.__main__ import main
+from rlhf_trl.labels.__main__ import main, parser
 from rlhf_trl.labels.candidates import Candidate, Candidates, read_candidates, write_candidates
 from rlhf_trl.labels.exchange import FORMATS, Notes, export_text, import_file
 from rlhf_trl.labels.store import Label, LabelStore, read
@@ -319,3 +321,11 @@ def test_rejected_rows_are_written_once(tmp_path, monkeypatch, capsys):
     assert "file.json, row 1" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*words[:2], "potato", "nothing.jsonl", *words[4:]])
+
+
+def test_the_commands_of_the_page_are_understood():
+    page = (Path(__file__).parents[3] / "docs" / "labeling.md").read_text(encoding="utf-8")
+    commands = re.findall(r"python -m rlhf_trl\.labels ([a-z][^`\n]*)", page)
+    assert {words.split()[0] for words in commands} == {"export", "import", "agreement", "config"}
+    for words in commands:
+        assert parser().parse_args(shlex.split(words)).run
