@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from packaging.version import Version
 
 from rlhf_trl.checks.vllm import installed_version, version_problem
+from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.sizes import empty_model
 from rlhf_trl.terminal import say
 
@@ -41,9 +42,8 @@ def vllm_problem(args: Any, path: str, trust_remote_code: bool = False, wait: fl
     try:
         _wait_for(url, wait)
         _check_version(url)
-        config = _server_config(url)
-        _check_log_probs(config, args)
-        _check_model(url, config, path, trust_remote_code)
+        _check_log_probs(_server_config(url), args)
+        _check_model(url, path, trust_remote_code)
     except _Unsuitable as problem:
         return (
             f"The vLLM server at {url} {problem}. Start it with `{serve_command(path)}`, or set "
@@ -106,6 +106,8 @@ def _server_config(url: str) -> dict[str, Any]:
     config = _ask(url, "/server_info", config_format="json").get("vllm_config")
     if not isinstance(config, dict):
         raise _Unsuitable("has no development endpoints (`VLLM_SERVER_DEV_MODE=1`), over which weights are sent")
+    if config.get("weight_transfer_config", "of an older version") is None:
+        raise _Unsuitable("was started without `--weight-transfer-config`, and takes no weights")
     return config
 
 
@@ -120,18 +122,24 @@ def _check_log_probs(config: dict[str, Any], args: Any) -> None:
         )
 
 
-def _check_model(url: str, config: dict[str, Any], path: str, trust_remote_code: bool) -> None:
+def _check_model(url: str, path: str, trust_remote_code: bool) -> None:
     models = _ask(url, "/v1/models").get("data") or [{}]
     names = [str(models[0][key]) for key in ("root", "id") if models[0].get(key)]
     if not names:
         raise _Unsuitable("serves no model")
     if path in names or Path(path).resolve() in [Path(name).resolve() for name in names]:
         return
-    there = config["model_config"].get("hf_text_config")
-    here = empty_model(path, "CAUSAL_LM", trust_remote_code).config.get_text_config().to_dict()
-    if isinstance(there, dict) and all(there.get(size) == here.get(size) for size in SIZES):
-        return
-    raise _Unsuitable(f"serves `{names[0]}`, and this run trains `{path}`")
+    if _sizes(names[0], trust_remote_code) != _sizes(path, trust_remote_code):
+        raise _Unsuitable(f"serves `{names[0]}`, and this run trains `{path}`")
+
+
+def _sizes(path: str, trust_remote_code: bool) -> list[int] | None:
+    """Return the sizes of a model, `None` where it can't be read from here."""
+    try:
+        config = empty_model(path, "CAUSAL_LM", trust_remote_code).config.get_text_config()
+    except ConfigError:
+        return None
+    return [getattr(config, size) for size in SIZES]
 
 
 def hub_problem(args: Any) -> str | None:

@@ -1,13 +1,13 @@
 """Services that a dry run asks for: a vLLM server and the hub, both on loopback."""
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import pytest
 from packaging.version import Version
-from transformers import AutoConfig
 
 from rlhf_trl.checks.services import hub_problem, vllm_problem
 from tests.helpers.architectures import save_architecture
@@ -47,13 +47,11 @@ def path(tmp_path_factory):
 def vllm(server, path, monkeypatch):
     """Return the answers of a vLLM server that suits the model at `path`, and a function that gives its problem."""
     url, answers = server
-    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2}
-    sizes["vocab_size"] = AutoConfig.from_pretrained(path).vocab_size
-    model = {"logprobs_mode": "processed_logprobs", "hf_text_config": sizes}
+    config = {"model_config": {"logprobs_mode": "processed_logprobs"}, "weight_transfer_config": {"backend": "nccl"}}
     contents = {
         "/health": {},
         "/version": {"version": "0.30.1+cu129"},
-        "/server_info?config_format=json": {"vllm_config": {"model_config": model}},
+        "/server_info?config_format=json": {"vllm_config": config},
         "/v1/models": {"data": [{"id": path, "root": path}]},
     }
     monkeypatch.setattr("rlhf_trl.checks.services.installed_version", lambda: Version("0.30.0"))
@@ -111,6 +109,11 @@ def test_a_run_waits_for_a_vllm_server_that_starts(server, vllm, monkeypatch, ca
             {"vllm_config": {"model_config": {"logprobs_mode": "raw_logprobs"}}},
             "returns raw_logprobs, which are without the temperature 0.7",
         ),
+        (
+            "/server_info?config_format=json",
+            {"vllm_config": {"model_config": {"logprobs_mode": "x"}, "weight_transfer_config": None}},
+            "was started without `--weight-transfer-config`",
+        ),
         ("/v1/models", {"data": []}, "serves no model"),
     ],
 )
@@ -120,14 +123,20 @@ def test_a_vllm_server_must_be_able_to_make_the_completions(vllm, place, content
     assert message in str(problem())
 
 
-def test_a_vllm_server_must_have_a_model_of_the_same_sizes(vllm):
+def test_a_vllm_server_must_have_a_model_of_the_same_sizes(vllm, path, tmp_path):
     contents, problem = vllm
-    contents["/v1/models"] = {"data": [{"id": "policy", "root": "org/base"}]}
-    assert problem() is None  # it gets the trained weights before the first rollout
-    config = contents["/server_info?config_format=json"]["vllm_config"]["model_config"]
-    config["hf_text_config"] |= {"num_hidden_layers": 3}
-    assert "serves `org/base`, and this run trains `" in str(problem())
-    assert problem(vllm_importance_sampling_correction=False) is not None
+
+    def serving(name: str) -> str | None:
+        contents["/v1/models"] = {"data": [{"id": "policy", "root": name}]}
+        return problem()
+
+    shutil.copytree(path, tmp_path / "base")
+    assert serving(str(tmp_path / "base")) is None  # it gets the trained weights before the first rollout
+    shutil.copytree(path, tmp_path / "larger")
+    config = json.loads((tmp_path / "larger" / "config.json").read_text())
+    (tmp_path / "larger" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    assert f"serves `{tmp_path}/larger`, and this run trains `{path}`" in str(serving(f"{tmp_path}/larger"))
+    assert "serves `org/base`, and this run trains `" in str(serving("org/base"))
 
 
 def test_the_hub_must_take_the_token(server, monkeypatch):
