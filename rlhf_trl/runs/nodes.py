@@ -123,12 +123,13 @@ def check_shared(run_dir: str | os.PathLike) -> None:
     from accelerate.utils import broadcast_object_list, gather_object
 
     path = Path(run_dir, LOCK_FILE)
-    (text,) = broadcast_object_list([path.read_text() if is_main_process() else ""])
+    text = path.read_text() if is_main_process() else ""
+    text, of_rank_0 = broadcast_object_list([text, str(Path(run_dir).absolute())])
     host = f"{socket.gethostname()} (machine_rank {os.environ['GROUP_RANK']})"
     seen = gather_object([(host, _sees(path, text))])
     if others := sorted({host for host, sees in seen if not sees}):
         some = sorted({host for host, sees in seen if sees})
-        raise ConfigError(_not_shared(str(Path(run_dir).absolute()), some, others))
+        raise ConfigError(_not_shared(of_rank_0, some, others))
 
 
 def _sees(path: Path, text: str) -> bool:

@@ -75,6 +75,8 @@ def train(cfg: DictConfig) -> float | None:
 
     extra = {"ptx_dataset": demonstrations(cfg, dataset, tokenizer)} if "ptx_data" in cfg else {}
     with open_run(cfg, start=path, inputs=inputs_of(cfg, path, dataset | extra)) as run:
+        if run.checkpoint:
+            args.eval_on_start = False  # the run has evaluated its start
         interrupt = Interrupt(resume_command=command(cfg, "resume=true"))
         logger = instantiate(cfg.logger.run)
         with logger(run_dir=cfg.run_dir, name=args.run_name, config=as_dict(cfg, resolve=False)):

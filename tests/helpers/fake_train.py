@@ -38,7 +38,7 @@ with open("calls.txt", "a") as calls:
 lock = locked(run_dir)
 lock.__enter__()
 interrupted = []
-for number in (signal.SIGINT, signal.SIGTERM):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
     signal.signal(number, lambda *_: interrupted.append(True))
 write("running")
 if "fails" in given and not Path("mended").exists():

@@ -251,6 +251,24 @@ def test_a_failed_job_is_reported_and_does_not_hide_the_others(tmp_path):
     assert calls(tmp_path)[-1].endswith("run_name=all/2 overwrite=true")
 
 
+@pytest.mark.slow
+def test_a_job_of_submitit_is_queued_again_and_resumes(tmp_path):
+    """Its executor of this machine sends what Slurm would: USR2 before the time limit, here to one job of two."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = ["-m", "project=mine", FAKE, "stage=ppo", "stage.args.beta=0.02,0.1", "+waits=true"]
+    process = start("sweep", tmp_path, *words, "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10")
+    jobs = [tmp_path / "runs/mine/ppo_sweep" / number for number in "01"]
+    wait_for(lambda: all((job / "run.json").exists() for job in jobs), seconds=300)
+    time.sleep(0.5)
+    for job in jobs:  # the parent of the run, which is the process that submitit has started
+        pid = json.loads((job / "run.json").read_text())["pid"]
+        psutil.Process(pid).parent().send_signal(signal.SIGUSR2)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    assert [call.split()[-1] for call in calls(tmp_path)[2:]] == ["resume=true"] * 2
+    assert [each["status"] for each in json.loads((jobs[0].parent / "sweep.json").read_text())] == ["done"] * 2
+
+
 def test_a_mixed_sweep_shows_what_worked_and_what_did_not(tmp_path):
     (tmp_path / "runs/mine/ppo_sweep/0").mkdir(parents=True)
     foreign = {"stage": "sft", "status": "done", "command": "accelerate launch train.py stage=sft", "pid": 1}

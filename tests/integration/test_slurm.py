@@ -147,7 +147,7 @@ def test_the_last_node_serves_and_the_others_train(cluster):
     assert any("--nodelist=gpu03" in line for line in (cluster / "srun.txt").read_text().splitlines())
     found = [launched(each) for each in calls(cluster, "accelerate")]
     assert [(each.machine_rank, each.num_machines, each.num_processes) for each in found] == [(0, 2, 16), (1, 2, 16)]
-    assert "+stage.args.vllm_server_host=gpu03" in found[0].training_script_args
+    assert "stage.args.vllm_server_host=gpu03" in found[0].training_script_args
     # The words are those of a config that passes the checks
     given = [word for word in found[0].training_script_args if word not in ("model.path=/shared/model", "resume=auto")]
     cfg, problems = overrides.compose([*given, "model.path=organization/name"])
@@ -209,24 +209,21 @@ def test_the_scripts_forward_signals_that_torchrun_knows():
     assert all(hasattr(signal, name) for name in line.split(",")) and "SIGUSR1" in line
 
 
-def submissions() -> list[tuple[str, str]]:
-    text = {path.name: re.sub(r"\\\n\s*#?\s*", " ", path.read_text(encoding="utf-8")) for path in PAGES}
-    found = [
-        (name, line)
-        for name, each in text.items()
-        for line in re.findall(r"^[#\s]*((?:\w+=\S+ |\w+=\".*?\" )*sbatch .*)$", each, re.M)
-    ]
-    return [(name, line) for name, line in found if ".sbatch" in line]
-
-
-@pytest.mark.parametrize(("file", "line"), submissions())
-def test_the_words_of_a_submission_pass_the_checks(file, line, tmp_path, monkeypatch):
+def test_the_words_of_a_submission_pass_the_checks(tmp_path, monkeypatch):
+    """Those in the scripts' heads and on the pages, each once."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    words = shlex.split(line, comments=True)
-    (script,) = [word for word in words if word.endswith(".sbatch")]
-    assert (ROOT / script).is_file()
-    given = [word for word in words[words.index(script) + 1 :] if not word.startswith("model.path=")]
-    real = any(word == "model=hf" for word in given) or "vllm" in script
-    cfg, problems = overrides.compose([*given, *(["model=hf", "model.path=organization/name"] if real else [])])
-    assert not problems and find_problems(cfg) == []
+    texts = [re.sub(r"\\\n\s*#?\s*", " ", path.read_text(encoding="utf-8")) for path in PAGES]
+    line = re.compile(r"^[#\s]*((?:\w+=\S+ |\w+=\".*?\" )*sbatch .*\.sbatch .*)$", re.M)
+    lines = [shlex.split(found, comments=True) for text in texts for found in line.findall(text)]
+    assert len(lines) > len(SCRIPTS)
+    submitted = set()
+    for words in lines:
+        (script,) = [word for word in words if word.endswith(".sbatch")]
+        assert (ROOT / script).is_file()
+        given = {word for word in words[words.index(script) + 1 :] if not word.startswith("model.path=")}
+        submitted.add(frozenset(given | ({"model=hf"} if "vllm" in script else set())))
+    for given in submitted:
+        path = ["model.path=organization/name"] if "model=hf" in given else []
+        cfg, problems = overrides.compose([*sorted(given, reverse=True), *path])
+        assert not problems and find_problems(cfg) == [], given

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_trl.cli.launcher import launch_command
+from rlhf_trl.cli.launcher import launch_command, launch_dir
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -29,7 +29,12 @@ SMALL = ["data.max_samples=96", "data.max_eval_samples=16", "stage.args.per_devi
 def start(folder: Path, options: list[str], *words: str) -> subprocess.Popen:
     """Start a launcher in a folder."""
     folder.mkdir(exist_ok=True)
-    command = [*launch_command("ddp", options)[:-1], str(ROOT / "train.py"), *SMALL, *words]
+    command = [
+        *launch_command(str(launch_dir() / "accelerate" / "ddp.yaml"), options)[:-1],
+        str(ROOT / "train.py"),
+        *SMALL,
+        *words,
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, **pipes)
 

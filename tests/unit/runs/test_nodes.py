@@ -54,7 +54,7 @@ def second_node(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
 
     def start(text: str):
-        monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda objects: [text])
+        monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda objects: [text, *objects[1:]])
         monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [("gpu0 (machine_rank 0)", True), *own])
         return tmp_path
 

@@ -29,8 +29,8 @@ def write_some_and_fail(content, path, *args, **kwargs):
     ("place", "fails"),
     [
         ("torch.save", write_some_and_fail),  # optimizer
-        ("rlhf_trl.runs.checkpoints._sync", full),
-        ("rlhf_trl.runs.checkpoints.write_json", full),
+        pytest.param("rlhf_trl.runs.checkpoints._sync", full, marks=pytest.mark.slow),
+        pytest.param("rlhf_trl.runs.checkpoints.write_json", full, marks=pytest.mark.slow),
     ],
 )
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, place, fails):
