@@ -1,0 +1,1 @@
+"""Every training stage under DDP, FSDP2 and DeepSpeed on two CPU ranks: `python -m bench.engines`."""

@@ -1,0 +1,101 @@
+"""Rows of the matrix: each stage, full and LoRA, and the runs that need a second model."""
+
+from dataclasses import dataclass
+
+# Files of launch/accelerate
+ENGINES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+RANKS = 2
+
+BASE = (
+    *("data.max_samples=96", "data.max_eval_samples=16", "stage.args.max_steps=4", "stage.args.save_steps=2"),
+    *("stage.args.logging_steps=1", "stage.args.per_device_eval_batch_size=4"),
+)
+# Eight steps: two rollouts of two mini-batches, two epochs each. Saved after each rollout
+PPO = (
+    *("stage.args.max_steps=8", "stage.args.num_iterations=2", "stage.args.steps_per_generation=2"),
+    *("stage.args.save_steps=1", "stage.args.max_completion_length=12"),
+)
+GROUPS = ("stage.args.max_completion_length=12", "stage.args.num_generations=4")
+LORA = ("adapter=lora",)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    A row of the table.
+
+    Attributes:
+        name (`str`): its name, for `--only` and for the table.
+        overrides (`tuple[str, ...]`): those of `train.py`, besides `BASE`.
+        rows (`int`): rows of a step on all ranks.
+        needs (`tuple[str, ...]`): rows whose run under DDP this one starts from.
+        samples (`bool`): whether it generates, by random numbers of each rank: one rank's run is another one.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    rows: int = 8
+    needs: tuple[str, ...] = ()
+    samples: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Name of its runs."""
+        return self.name.replace(" ", "_").replace("/", "_")
+
+    def command(self, ranks: int, project: str, *more: str) -> list[str]:
+        """Return the overrides of a run on some ranks."""
+        size = f"stage.args.per_device_train_batch_size={self.rows // ranks}"
+        return [*BASE, size, *self.overrides, f"project={project}", f"run_name={self.folder}", *more]
+
+
+def cells() -> list[Cell]:
+    """Return all rows: first those that others need."""
+    found = []
+    for weights, adapter in (("full", ()), ("lora", LORA)):
+        for stage in ("sft", "reward", "dpo", "orpo", "kto"):
+            found.append(Cell(f"{stage} {weights}", (f"stage={stage}", *adapter)))
+        for stage in ("rloo", "grpo"):
+            found.append(Cell(f"{stage} {weights}", (f"stage={stage}", *GROUPS, *adapter), samples=True))
+        for critic in ("head", "adapter", "model"):
+            if critic != "adapter" or adapter:
+                options = (f"stage=ppo critic={critic}".split(), PPO, adapter)
+                found.append(Cell(f"ppo/{critic} {weights}", sum(map(tuple, options), ()), 16, samples=True))
+    return found + second_models()
+
+
+def second_models() -> list[Cell]:
+    """Return the rows with more than one model, or with one that starts from an adapter."""
+    ppo = ("stage=ppo", *PPO)
+    sft, reward, adapter = Cell("sft lora", ()).folder, Cell("reward full", ()).folder, Cell("reward lora", ()).folder
+    start = ("model=hf", f"model.run={sft}", *LORA)
+    return [
+        Cell("dpo lora, from an adapter, merge=true", ("stage=dpo", *start, "merge=true"), needs=("sft lora",)),
+        Cell("dpo full, from a merged adapter", ("stage=dpo", *start[:2]), needs=("sft lora",)),
+        Cell("reward lora, from a policy's adapter", ("stage=reward", *start), needs=("sft lora",)),
+        Cell("reward lora, members=2", ("stage=reward", *LORA, "stage.members=2")),
+        Cell(
+            "ppo/model full, critic.run, reward=model",
+            (
+                *(*ppo, "critic=model", f"critic.run={reward}", "stage.args.critic_score_head=true"),
+                *("reward=model", f"reward.model.run={reward}"),
+            ),
+            rows=16,
+            needs=("reward full",),
+            samples=True,
+        ),
+        Cell(
+            "ppo/adapter lora, critic.run, reward=model of an adapter",
+            (*ppo, *LORA, "critic=adapter", f"critic.run={adapter}", "reward=model", f"reward.model.run={adapter}"),
+            rows=16,
+            needs=("reward lora",),
+            samples=True,
+        ),
+        Cell(
+            "ppo/model lora, critic.run of an adapter",
+            (*ppo, *LORA, "critic=model", f"critic.run={adapter}"),
+            rows=16,
+            needs=("reward lora",),
+            samples=True,
+        ),
+    ]
