@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import str_to_bool
+from accelerate.utils import patch_environment, str_to_bool
 from datasets import Dataset, DatasetDict
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -65,6 +65,7 @@ from rlhf_trl.ppo.options import RULES as PPO_RULES
 from rlhf_trl.reward_modeling.options import RULES as REWARD_MODEL_RULES
 from rlhf_trl.rewards.base import RESERVED_COLUMNS, Reward
 from rlhf_trl.rewards.model import ModelReward
+from rlhf_trl.runs.engines import cpu_arguments
 from rlhf_trl.runs.paths import ensemble_members, find_policy, named_policies, project_dir, resolve_path
 from rlhf_trl.runs.ranks import world_size
 from rlhf_trl.terminal import say
@@ -195,6 +196,7 @@ def each_policy(cfg: DictConfig) -> Iterator[Policy]:
             kwargs["revision"] = None  # `model.revision` is of `model.path`
         tokenizer = load_tokenizer(path, None if places else cfg.model.tokenizer, cfg.model.chat_template, **kwargs)
         kwargs |= {"dtype": cfg.model.dtype, "attn_implementation": cfg.model.attn_implementation}
+        kwargs["init_kwargs"] = as_dict(cfg.model)["init_kwargs"]
         model: Any = load_model(path, **kwargs).eval()
         yield Policy(name, path, model.to(PartialState().device), tokenizer)
 
@@ -233,14 +235,17 @@ def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
         values["bf16"] = supported
     values.setdefault("logging_nan_inf_filter", False)  # it would replace a loss of NaN by the mean of earlier ones
     if not torch.accelerator.is_available():
-        values.setdefault("use_cpu", True)  # else each of several CPU ranks would train by itself
+        values = cpu_arguments() | values
     check_values(ARGUMENT_RULES.get(values["_target_"], {}), values, "stage.args.")
     on_cpu = values.get("use_cpu") or str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false"))
     if on_cpu and world_size() > 1 and (timeout := values.get("ddp_timeout")) is not None:
         # The ranks meet here, since transformers 5.23 passes the timeout on for accelerators alone
         PartialState(cpu=True, backend=values.get("ddp_backend"), timeout=timedelta(seconds=timeout))
+    precision = "bf16" if values.get("bf16") else "fp16" if values.get("fp16") else "no"
     try:
-        args = instantiate(values)
+        # Else a launch with a file of another precision would have its own
+        with patch_environment(accelerate_mixed_precision=precision):
+            args = instantiate(values)
     except InstantiationException as error:
         raise ConfigError(f"`stage.args` is refused by `{node._target_}`: {error.__cause__ or error}") from error
     use_one_device(args)
@@ -268,23 +273,6 @@ def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDic
             dataset = prepare(dataset, tokenizer)
         check_rows_fit(cfg, tokenizer, dataset)
     return dataset
-
-
-def check_prompts(args: Any, count: int) -> None:
-    """
-    Stop a run with fewer prompts than a rollout takes: TRL drops what doesn't fill one, and would train on nothing.
-
-    Raises:
-        [`~rlhf_trl.errors.ConfigError`]: with what to lower.
-    """
-    if not hasattr(args, "generation_batch_size"):
-        return
-    needed = args.generation_batch_size // args.num_generations
-    if count < needed:
-        raise ConfigError(
-            f"There are {count} prompts, fewer than the {needed} of one rollout. Lower "
-            "`stage.args.per_device_train_batch_size` or `stage.args.steps_per_generation`, or give more prompts."
-        )
 
 
 def demonstrations(cfg: DictConfig, dataset: DatasetDict, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -365,6 +353,7 @@ def make_trainer(
         attn_implementation=cfg.model.attn_implementation,
         quantization_config=instantiate(cfg.adapter.quantization),
         **from_pretrained_kwargs(cfg),
+        **(as_dict(cfg.model)["init_kwargs"] or {}),
     )
     if model.can_generate():  # TRL's rollouts stop there, and so does whoever loads what is saved
         model.generation_config.eos_token_id = end_tokens(tokenizer) or None

@@ -3,14 +3,25 @@
 from typing import Any
 
 from rlhf_trl.callbacks.options import kl_problems, normalizer_problem
-from rlhf_trl.checks.machine import shards_parameters, uses_deepspeed
 from rlhf_trl.checks.paths import model_folder
 from rlhf_trl.checks.renamed import renamed_key
 from rlhf_trl.config.values import at, section
 from rlhf_trl.health.signs import limit_problems
 from rlhf_trl.labels.options import HUMAN, human_problems, selection_problem
+from rlhf_trl.ppo.options import critic_warmup_problem
+from rlhf_trl.runs.engines import shards_parameters, uses_deepspeed
 from rlhf_trl.runs.paths import ADAPTER_FILE, read_model_config
 
+# Arguments of `from_pretrained` that have a key of their own, or that the trainer sets
+OWN_KEYS = {
+    "dtype": "Set `model.dtype`.",
+    "torch_dtype": "Set `model.dtype`.",
+    "attn_implementation": "Set `model.attn_implementation`.",
+    "trust_remote_code": "Set `model.trust_remote_code`.",
+    "revision": "Set `model.revision`.",
+    "quantization_config": "Set `adapter.quantization`, as `adapter=qlora` does.",
+    "device_map": "Remove it: the launcher gives each rank its device.",
+}
 PPO_CONFIG = "rlhf_trl.ppo.PPOConfig"
 MERGE = "rlhf_trl.stages.merge.merge"
 
@@ -24,6 +35,7 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
         _packing,
         _shared_base,
         _critic_start,
+        _critic_warmup,
         _demonstrations,
         _kl,
         _health,
@@ -35,6 +47,7 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
         _quantization,
         _selection,
         _labeler,
+        _init_kwargs,
     )
     return [problem for step in steps for problem in step(values)]
 
@@ -223,6 +236,12 @@ def _critic_start(values: dict[str, Any]) -> list[str]:
     ]
 
 
+def _critic_warmup(values: dict[str, Any]) -> list[str]:
+    """Return the problem of a critic's warm-up under DeepSpeed, or none."""
+    problem = critic_warmup_problem(section(values, "stage.args").get("critic_warmup_steps"), uses_deepspeed())
+    return [problem] if problem else []
+
+
 def _demonstrations(values: dict[str, Any]) -> list[str]:
     """Return the problems of a loss on demonstrations without data, or of data without the loss."""
     args, problems = section(values, "stage.args"), []
@@ -252,5 +271,17 @@ def _quantization(values: dict[str, Any]) -> list[str]:
         problems.append(
             f"`{folder}` is quantized already ({method}), so `adapter.quantization` can't quantize it. "
             "Set `adapter=lora`, or start from the model as it was before."
+        )
+    return problems
+
+
+def _init_kwargs(values: dict[str, Any]) -> list[str]:
+    """Return the problems of arguments of `from_pretrained` that have another key, or reach one model only."""
+    given, args = section(values, "model.init_kwargs"), section(values, "stage.args")
+    problems = [f"`model.init_kwargs.{name}` is set. {OWN_KEYS[name]}" for name in given if name in OWN_KEYS]
+    if args.get("model_init_kwargs") not in (None, at(values, "model.init_kwargs")):
+        problems.append(
+            "`stage.args.model_init_kwargs` reaches the reference only, since the policy is loaded before. Set "
+            "`model.init_kwargs`, which is for both."
         )
     return problems

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf_trl.config.values import at, section
 from rlhf_trl.labels.options import HUMAN
+from rlhf_trl.runs.engines import uses_fsdp
 from rlhf_trl.runs.ranks import world_size
 
 MATH_ANSWER = "rlhf_trl.rewards.math.math_answer"
@@ -21,31 +22,6 @@ EXTRAS = {
 def machine_problems(values: dict[str, Any]) -> list[str]:
     """Return the problems of options that this launch or this machine can't run."""
     return _machines(values) + _processes(values) + _sharded_files(values) + _precision(values) + _packages(values)
-
-
-def uses_deepspeed() -> bool:
-    """Return whether DeepSpeed makes the updates, by the environment that `accelerate launch` sets."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-
-
-def shards_parameters() -> bool:
-    """Return whether FSDP or ZeRO-3 shards the parameters, by the environment that `accelerate launch` sets."""
-    return os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" or uses_fsdp()
-
-
-def uses_fsdp() -> bool:
-    """Return whether FSDP shards the parameters, by the environment that `accelerate launch` sets."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-
-
-def engine() -> str:
-    """Return the engine that the launch asks for, by the environment that `accelerate launch` sets, or `none`."""
-    if uses_deepspeed():
-        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
-        return f"DeepSpeed ZeRO-{stage}" if stage else "DeepSpeed"
-    if uses_fsdp():
-        return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
-    return "DDP" if world_size() > 1 else "none"
 
 
 def _machines(values: dict[str, Any]) -> list[str]:
@@ -112,6 +88,8 @@ def _packages(values: dict[str, Any]) -> list[str]:
     wanted = {name: f"`logger={name}`" for name in ("wandb", "tensorboard") if name in (report_to or ())}
     if args.get("use_vllm") is True:
         wanted["vllm"] = "`stage.args.use_vllm=true`"
+    if at(values, "model.init_kwargs.use_kernels"):
+        wanted["kernels"] = "`model.init_kwargs.use_kernels=true`"
     if section(values, "adapter.quantization"):
         wanted["bitsandbytes"] = "`adapter.quantization`"
     if at(values, "stage.run._target_") == "rlhf_trl.stages.serve_reward.serve_reward":

@@ -10,7 +10,7 @@ from rlhf_trl.config.values import at, flatten, nodes, section
 from rlhf_trl.hints import did_you_mean
 
 SECTIONS = (
-    *("stage", "stage.args", "model", "data", "callbacks", "adapter", "adapter.peft", "adapter.quantization"),
+    *("stage", "stage.args", "model", "model.init_kwargs", "data", "adapter", "adapter.peft", "adapter.quantization"),
     *("callbacks", "reward", "reward_norm", "combine", "critic", "kl", "judge", "select", "labeler", "health"),
     "health.signs",
 )

@@ -20,7 +20,6 @@ from transformers.utils import logging
 from rlhf_trl.build import (
     Model,
     build_trainer,
-    check_prompts,
     critic_start,
     from_pretrained_kwargs,
     instantiate_data,
@@ -31,7 +30,6 @@ from rlhf_trl.build import (
 )
 from rlhf_trl.checks.disk import disk_need
 from rlhf_trl.checks.learning_rates import learning_rate_warnings
-from rlhf_trl.checks.machine import uses_deepspeed, uses_fsdp
 from rlhf_trl.checks.reward_calls import Scale, sample_of
 from rlhf_trl.checks.services import hub_problem, vllm_problem
 from rlhf_trl.checks.vllm import installed_version, version_warning
@@ -63,6 +61,7 @@ from rlhf_trl.cli.probes import (
 )
 from rlhf_trl.config.values import as_dict, at
 from rlhf_trl.data.chat_template import template_kwargs
+from rlhf_trl.data.counts import check_enough_rows
 from rlhf_trl.data.lengths import head_names, row_lengths
 from rlhf_trl.data.preview import count_trained, render_batch, render_sample
 from rlhf_trl.data.splits import eval_split
@@ -76,6 +75,7 @@ from rlhf_trl.models.precision import computed_in, dtype_name, precision_text, r
 from rlhf_trl.models.sizes import Sizes, check_rows, empty_model, sizes_of
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.patches.one_device import unused_devices
+from rlhf_trl.runs.engines import uses_deepspeed, uses_fsdp
 from rlhf_trl.runs.paths import project_dir, resolve_path
 from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.stages.evaluate import reference_answers
@@ -140,7 +140,7 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
     model, peft_config = start
     rows, generates = dataset["train"], stage.dataset_type == "prompt"
     with found():
-        check_prompts(args, len(rows))
+        check_enough_rows(args, len(rows))
     check_other_tokenizers(cfg, tokenizer, rows, found)
     answers = own_answers(cfg, [tokenizer]) if generates else []
     scales: dict[str, Scale] = {}
@@ -325,6 +325,7 @@ def _start(
         "attn_implementation": cfg.model.attn_implementation,
         "device_map": "meta",
         **from_pretrained_kwargs(cfg),
+        **(as_dict(cfg.model)["init_kwargs"] or {}),
     }
     with _no_progress_bars():
         return load_initial_model(model.path, model.task_type, peft, "", heads=heads, **options)

@@ -26,6 +26,7 @@ from rlhf_trl.models.heads import HEADS, adapter_head_names, check_head_count
 from rlhf_trl.models.loading import load_full, refuse_reward_model
 from rlhf_trl.models.merging import merge_adapter
 from rlhf_trl.models.quantization import start_quantization, trained_quantization
+from rlhf_trl.patches.engines import whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ def _adapted_layers(config: LoraConfig, base: PreTrainedModel, task_type: Any) -
     """Return the names of the layers that get an adapter, found on a copy of the base without weights."""
     config = copy.deepcopy(config)
     config.task_type = task_type  # decides which head `all-linear` excludes
-    with torch.device("meta"):
+    with whole_weights(), torch.device("meta"):
         return set(LoraModel(type(base)._from_config(base.config), config, "default").targeted_module_names)
 
 

@@ -30,6 +30,7 @@ from rlhf_trl.models.precision import weights_dtype
 from rlhf_trl.models.quantization import trained_quantization
 from rlhf_trl.models.weights import load_weights
 from rlhf_trl.patches.bitsandbytes import keep_trainable
+from rlhf_trl.patches.engines import whole_weights
 from rlhf_trl.patches.peft import cast_head_inputs
 from rlhf_trl.runs.paths import ensemble_members
 
@@ -75,6 +76,7 @@ def load_model(
     revision: str | None = None,
     quantization: BitsAndBytesConfig | None = None,
     device_map: str | None = None,
+    init_kwargs: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """
     Load a model as it was saved: a full one, or a frozen adapter on its base.
@@ -94,6 +96,8 @@ def load_model(
             in its training.
         device_map (`str`, *optional*):
             As in `from_pretrained`; `meta` checks the files and takes no memory.
+        init_kwargs (`dict`, *optional*):
+            Further arguments of `from_pretrained`, such as `use_kernels`.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if a reward model is loaded as a policy, or the base of an adapter is gone.
@@ -104,6 +108,7 @@ def load_model(
         "trust_remote_code": trust_remote_code,
         "quantization_config": quantization,
         "device_map": device_map,
+        **(init_kwargs or {}),
     }
     config = adapter_config(path, revision)
     if config is None:
@@ -117,6 +122,7 @@ def load_model(
     return cast(PreTrainedModel, with_adapter(base, path, config, revision).eval())
 
 
+@whole_weights()
 def load_reward_model(
     path: str, dtype: str | None = None, trust_remote_code: bool = False, device_map: str | None = None
 ) -> PreTrainedModel:
@@ -124,7 +130,7 @@ def load_reward_model(
     Load a trained reward model, full or a frozen adapter on its base.
 
     It gives one score per sequence and head; the names of the heads are in `config.id2label`. An ensemble is one base
-    with an adapter for each member.
+    with an adapter for each member. Each rank loads all of it, also where an engine shards the policy.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if the model has no trained score head, or the members of an ensemble don't

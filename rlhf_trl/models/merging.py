@@ -19,9 +19,11 @@ from rlhf_trl.models.heads import adapter_head_names
 from rlhf_trl.models.loading import load_full
 from rlhf_trl.models.quantization import trained_quantization
 from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.patches.engines import whole_weights
 from rlhf_trl.runs.paths import ensemble_members
 
 
+@whole_weights()
 def load_merged(
     source: str,
     dtype: str = "auto",
@@ -30,7 +32,7 @@ def load_merged(
     dequantize: bool = True,
 ) -> PreTrainedModel:
     """
-    Return an adapter merged into its base: a full model with the same outputs.
+    Return an adapter merged into its base: a full model with the same outputs, all of it on each rank that calls this.
 
     Args:
         source (`str`):

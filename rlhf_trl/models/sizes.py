@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.adapters import adapter_config, base_path
 from rlhf_trl.models.loading import AUTO_CLASSES, model_config
+from rlhf_trl.patches.engines import whole_weights
 from rlhf_trl.runs.paths import ensemble_members
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def empty_model(
         path, revision = base_path(path, adapter), adapter.revision
     config = model_config(path, trust_remote_code, revision)
     try:
-        with torch.device("meta"):
+        with whole_weights(), torch.device("meta"):
             return AUTO_CLASSES[task_type].from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         what = {"CAUSAL_LM": "writes text from left to right", "SEQ_CLS": "scores a text"}[task_type]

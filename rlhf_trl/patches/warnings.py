@@ -58,6 +58,14 @@ LOGS = (
         )
         for name in ("grpo", "rloo")
     ),
+    *(
+        (
+            f"trl.trainer.{name}_trainer",
+            "You passed `model_init_kwargs` to the",
+            "the policy was loaded with the same `model.init_kwargs`, and TRL loads the reference with them",
+        )
+        for name in ("dpo", "grpo", "kto", "rloo")
+    ),
     (
         "matplotlib.font_manager",
         "Matplotlib is building the font cache",

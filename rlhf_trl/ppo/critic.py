@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from peft import PeftModel
+from peft.utils.integrations import gather_params_ctx
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ from rlhf_trl.models.loading import load_reward_model
 from rlhf_trl.models.merging import load_merged
 from rlhf_trl.models.roles import CRITIC, adapter_layers, add_role, policy_is_active
 from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.patches.engines import whole_weights
 from rlhf_trl.patches.forward import wrap_forward
 from rlhf_trl.patches.peft import active_adapter, recompute_with_the_same_adapter
 from rlhf_trl.patches.positions import positions, takes_positions
@@ -190,8 +192,10 @@ def _network(model: PreTrainedModel | PeftModel, args: PPOConfig) -> tuple[Any, 
             "trained. Start it from a reward model (`critic.run=reward`), or use `critic=adapter`."
         )
     else:
-        started: Any = copy.deepcopy(model)
-        trunk = (started.merge_and_unload() if is_peft_model(started) else started).base_model
+        with gather_params_ctx(list(model.parameters()), modifier_rank=None):  # which ZeRO-3 has dealt out
+            started: Any = copy.deepcopy(model)
+        with whole_weights():
+            trunk = (started.merge_and_unload() if is_peft_model(started) else started).base_model
         score = None
     return trunk.to(policy.device, dtype).requires_grad_(True), score
 

@@ -60,6 +60,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+def critic_warmup_problem(steps: Any, is_deepspeed: bool) -> str | None:
+    """Return the problem of a critic's warm-up, in which the policy's weights don't move, under DeepSpeed, or none."""
+    if not steps or not is_deepspeed:
+        return None
+    return (
+        "`stage.args.critic_warmup_steps` withholds the policy's updates, which DeepSpeed makes within `backward`. "
+        "Set it to 0, or launch with ddp or fsdp2."
+    )
+
+
 def argument_problem(args: Mapping[str, Any]) -> str | None:
     """Return the first problem of the arguments that are valid by themselves, and what to set; `None` without one."""
     rules = (_refused_problem, _mini_batch_problem, _critic_problem, _missing_eos_problem)

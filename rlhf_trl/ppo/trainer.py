@@ -60,6 +60,7 @@ from rlhf_trl.ppo.critic import (
     without_critic,
 )
 from rlhf_trl.ppo.losses import population_std
+from rlhf_trl.ppo.options import critic_warmup_problem
 from rlhf_trl.ppo.ptx import Demonstrations, add_head_at_temperature_1
 from rlhf_trl.ppo.rewards import checked_reward, invalid_rewards
 from rlhf_trl.ppo.rollout import Rollout, TokenScores, held_out_metrics, score_rollout
@@ -183,9 +184,9 @@ class PPOTrainer(RolloutHook, Rollouts, TrainerMixin, trl.GRPOTrainer):
         self._last_pass: tuple[Tensor, TokenScores] | None = None  # see `_old_scores`
         self._rollout: Rollout | None = None  # the one that is optimized
         self._update_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
+        if problem := critic_warmup_problem(args.critic_warmup_steps, self.is_deepspeed_enabled):
+            raise ConfigError(problem)
         if args.critic_warmup_steps:
-            if self.is_deepspeed_enabled:
-                raise ConfigError("`critic_warmup_steps` is not supported with DeepSpeed. Set it to 0.")
             self.add_callback(CriticWarmup(self))
         # right after the stock flow callback, so that any other callback can still ask for a log or a save
         self.callback_handler.callbacks.insert(1, CountInRollouts(args.steps_per_rollout))

@@ -6,6 +6,7 @@ import torch
 import trl
 from accelerate.utils import gather_object
 from datasets import Dataset
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -236,10 +237,11 @@ def init_heads(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for head in score_heads(model):
         std = (head.in_features + 1) ** -0.5
-        drawn = torch.empty(head.weight.shape).normal_(std=std, generator=generator)
-        head.weight.data.copy_(drawn)
-        if head.bias is not None:
-            nn.init.zeros_(head.bias)
+        drawn = torch.empty(head.out_features, head.in_features).normal_(std=std, generator=generator)
+        with gather_params_ctx(list(head.parameters())):  # which ZeRO-3 has dealt out
+            head.weight.data.copy_(drawn)
+            if head.bias is not None:
+                nn.init.zeros_(head.bias)
 
 
 def _check_heads(labels: int | None, heads: list[str], dataset: Dataset) -> None:

@@ -16,6 +16,7 @@ from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.checkpoints import last_checkpoint
 from rlhf_trl.runs.lock import LOCK_FILE, in_use_problem, lock_owner
 from rlhf_trl.runs.paths import MODEL_FILES, is_resumable, read_paths
+from rlhf_trl.runs.ranks import world_size
 from rlhf_trl.runs.record import (
     COMPARISON_FILE,
     CONFIG_FILE,
@@ -52,6 +53,9 @@ FREE_KEYS = (
     "stage.args.logging_first_step",
     "stage.args.disable_tqdm",
 )
+# On another number of ranks this may differ, so that a step has as many rows as before: `STEP` of the inputs
+ROWS = "stage.args.per_device_train_batch_size"
+STEP = "rows per step"
 # `resume=auto`, for schedulers that start the same command again
 AUTO = "auto"
 # Lengths of a training or a labeling, which a resumed run may raise, a finished one included
@@ -238,35 +242,45 @@ def _resume_problems(run_dir: Path, record: RunRecord, values: dict[str, Any]) -
     if not is_resumable(run_dir):
         way = "remove `resume=true`" if is_empty(run_dir, record) else "`overwrite=true`"
         problems.append(f"`{run_dir}` holds no checkpoint, so there is nothing to resume. Start again: {way}.")
-    return problems or resume_changes(run_dir, values)
+    return problems or resume_changes(run_dir, values, record.inputs.get("ranks"))
 
 
 def input_changes(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
-    Return the problem of a resumed run whose inputs have changed since it began, or none.
+    Return the problem of a resumed run whose inputs have changed since it began, or none. The number of ranks may
+    change where each step keeps its rows.
 
     Args:
         run_dir (`Path`): directory of the run.
         before, now (`Mapping`): the inputs that `run.json` records, and those of now.
     """
-    changed = [
-        f"`{key}` was {before[key]} and is {now[key]}" for key in before if key in now and before[key] != now[key]
-    ]
+    changed = [key for key in before if key in now and before[key] != now[key]]
+    if {before.get("engine"), now.get("engine")} == {"none", "DDP"}:  # which write the same checkpoints
+        changed = [key for key in changed if key != "engine"]
+    remedy, rows = "", before.get(STEP)
+    # DeepSpeed's checkpoints hold a part of the optimizer's state for each rank
+    if "ranks" in changed and "engine" not in changed and rows and not str(now["engine"]).startswith("DeepSpeed"):
+        if rows == now.get(STEP):
+            changed.remove("ranks")
+        elif rows % now["ranks"] == 0:
+            remedy = f", keep the rows of a step (`{ROWS}={rows // now['ranks']}`)"
     if not changed:
         return []
+    text = "; ".join(f"`{key}` was {before[key]} and is {now[key]}" for key in changed)
     return [
-        f"The run in `{run_dir}` can't be resumed, since what it depends on has changed: {'; '.join(changed)}. "
-        "Restore what it was started with, or start again with another `run_name=...` or `overwrite=true`."
+        f"The run in `{run_dir}` can't be resumed, since what it depends on has changed: {text}. "
+        f"Restore what it was started with{remedy}, or start again with another `run_name=...` or `overwrite=true`."
     ]
 
 
-def resume_changes(run_dir: Path, values: dict[str, Any]) -> list[str]:
+def resume_changes(run_dir: Path, values: dict[str, Any], ranks: int | None = None) -> list[str]:
     """
     Return the problem of a resume with another config than the run was started with, which lists the changed keys.
 
     Args:
         run_dir (`Path`): directory of the run, with the `config.yaml` that it was started with.
         values (`dict`): the config now, see [`~rlhf_trl.config.values.plain`].
+        ranks (`int`, *optional*): the number of ranks that it was started with.
     """
     before = _config_of(run_dir)
     if before is None:
@@ -275,12 +289,15 @@ def resume_changes(run_dir: Path, values: dict[str, Any]) -> list[str]:
             "resumed. Restore the file, or start again: `overwrite=true`."
         ]
     now = flatten(values)
+    numbers = all(_is_number(each.get(ROWS)) for each in (before, now)) and ranks
+    same_rows = numbers and before[ROWS] * ranks == now[ROWS] * world_size()
     changed = [
         f"`{key}` was {before.get(key, 'not set')} and is {now.get(key, 'not set')}"
         for key in sorted(before | now)
         if before.get(key) != now.get(key)
         and not any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
         and not (key in LENGTHS and _is_longer(before.get(key), now.get(key)))
+        and not (key == ROWS and same_rows)
     ]
     if not changed:
         return []

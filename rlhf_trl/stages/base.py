@@ -18,6 +18,7 @@ from rlhf_trl.config.command_line import config_dirs, unquote_text
 from rlhf_trl.config.program import program
 from rlhf_trl.config.values import as_dict, plain
 from rlhf_trl.errors import ConfigError, Interrupted, Preempted, disk_is_full
+from rlhf_trl.hints import count_of
 from rlhf_trl.models.adapters import adapter_config, base_path
 from rlhf_trl.models.fingerprints import weights_fingerprint
 from rlhf_trl.models.quantization import start_quantization
@@ -115,12 +116,13 @@ def _begin(cfg: DictConfig, start: str | None, inputs: Mapping[str, Any] | None)
     incomplete = [
         f"`{path}` is incomplete ({', '.join(files)} missing or truncated)" for path, files in damaged.items()
     ]
-    problems = []
+    problems, moved = [], None
     PartialState().wait_for_everyone()  # no rank may look at the directory after rank 0 has changed it
     if is_main_process():
         record = read_run(run_dir)
         if checkpoint and record is not None:
             problems = input_changes(run_dir, record.inputs, inputs or {})
+            moved = record.inputs.get("ranks") != (inputs or {}).get("ranks") and record.inputs.get("ranks")
         elif incomplete:
             problems = [f"No checkpoint can be resumed: {'; '.join(incomplete)}. Start again: `overwrite=true`."]
         elif record is not None and not cfg.resume:
@@ -134,6 +136,8 @@ def _begin(cfg: DictConfig, start: str | None, inputs: Mapping[str, Any] | None)
             for text in incomplete:
                 print(f"{text}, so the one before it is used.")
             print(f"Resuming from {checkpoint}.")
+            if moved:
+                print(f"It began on {count_of(moved, 'rank')}. What is drawn at random, such as completions, differs.")
         start_run(
             run_dir,
             stage=cfg.stage.name,

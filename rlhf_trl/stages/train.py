@@ -14,7 +14,6 @@ from transformers import Trainer, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from rlhf_trl.build import (
-    check_prompts,
     critic_start,
     demonstrations,
     from_pretrained_kwargs,
@@ -26,10 +25,10 @@ from rlhf_trl.callbacks.base import SaveAndStop
 from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.lengthened import Lengthened
 from rlhf_trl.checks.learning_rates import learning_rate_warnings
-from rlhf_trl.checks.machine import engine, uses_deepspeed, uses_fsdp
 from rlhf_trl.checks.services import vllm_problem
 from rlhf_trl.checks.vllm import installed_version, version_warning
 from rlhf_trl.config.values import as_dict, at, nodes, plain
+from rlhf_trl.data.counts import check_enough_rows
 from rlhf_trl.data.fingerprint import rows_fingerprint
 from rlhf_trl.errors import Interrupted, Preempted
 from rlhf_trl.hints import did_you_mean
@@ -38,6 +37,8 @@ from rlhf_trl.models.merging import merge_adapter
 from rlhf_trl.models.sizes import critic_parameters, empty_model
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.patches.one_device import unused_devices
+from rlhf_trl.runs.directory import STEP
+from rlhf_trl.runs.engines import engine, uses_deepspeed, uses_fsdp
 from rlhf_trl.runs.paths import project_dir, resolve_path
 from rlhf_trl.runs.ranks import is_main_process, raise_on_all_ranks
 from rlhf_trl.runs.record import write_metrics
@@ -67,7 +68,7 @@ def train(cfg: DictConfig) -> float | None:
     path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
     tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **from_pretrained_kwargs(cfg))
     dataset = load_data(cfg, tokenizer)
-    check_prompts(args, len(dataset["train"]))
+    check_enough_rows(args, len(dataset["train"]))
     for warning in filter(None, [unused_devices(args), *_learning_rates(cfg, args, path), *_vllm(cfg, args, path)]):
         say(f"warning: {warning}")
     if "eval" not in dataset:
@@ -126,15 +127,18 @@ def _vllm(cfg: DictConfig, args: Any, path: str) -> list[str]:
 def engine_left_out(kind: DistributedType) -> str | None:
     """
     Return what is to be said where accelerate runs without the engine that the launch asks for, as it does in silence
-    on a CPU (`AcceleratorState` of accelerate 1.15); `None` where it runs with it.
+    in one process and, for DeepSpeed, with `use_cpu` (`AcceleratorState` of accelerate 1.15); `None` where it runs
+    with it.
     """
     without_fsdp = uses_fsdp() and kind != DistributedType.FSDP
     without_deepspeed = uses_deepspeed() and kind != DistributedType.DEEPSPEED
     if not (without_fsdp or without_deepspeed):
         return None
+    remedy = "Remove `use_cpu`, also of the launch." if without_deepspeed else "Launch several processes."
+    instead = "one process" if kind == DistributedType.NO else "DDP"
     return (
-        f"the launch asks for {engine()}, which accelerate leaves out on a CPU: this is DDP, and each rank holds the "
-        "whole model, its gradients and its optimizer."
+        f"the launch asks for {engine()}, which accelerate leaves out here: this is {instead}, and each rank holds "
+        f"the whole model, its gradients and its optimizer. {remedy}"
     )
 
 
@@ -147,11 +151,14 @@ def inputs_of(cfg: DictConfig, path: str, dataset: Mapping[Any, Dataset]) -> dic
         dataset (`Mapping[str, Dataset]`): rows of each split, as the trainer gets them.
 
     Returns:
-        `dict`: the number of ranks, the engine, a hash of the rows of each split, and fingerprints of the models that
-            the config names: the start (which is the reference too), reward models, the critic's start.
+        `dict`: the number of ranks, the engine, the rows of a step, a hash of the rows of each split, and fingerprints
+            of the models that the config names: the start (which is the reference too), reward models, the critic's
+            start.
     """
     values, _ = plain(cfg)
-    inputs: dict[str, Any] = {"ranks": PartialState().num_processes, "engine": engine()}
+    ranks = PartialState().num_processes
+    inputs: dict[str, Any] = {"ranks": ranks, "engine": engine()}
+    inputs[STEP] = cfg.stage.args.per_device_train_batch_size * ranks
     inputs |= {f"data ({split})": rows_fingerprint(rows) for split, rows in dataset.items()}
     models = {"model": (path, at(values, "model.revision"))}
     for name, node in nodes({key: values.get(key) for key in ("reward", "critic")}):

@@ -6,6 +6,7 @@ import trl
 from accelerate.utils import is_peft_model
 
 from rlhf_trl.patches.dropout import disable_dropout
+from rlhf_trl.patches.engines import fsdp_on_cpu_ranks, keep_output_types
 from rlhf_trl.patches.log_probs import speed_up_log_probs
 from rlhf_trl.patches.peft import repair_token_wrappers
 from rlhf_trl.trainers.checkpoints import CompleteCheckpoints
@@ -17,7 +18,7 @@ from rlhf_trl.trainers.rollout_hook import RolloutHookWithKL
 class TrainerMixin(CompleteCheckpoints, ExactEvaluation, Publishing):
     """
     Mixin for trainers of TRL: [`CompleteCheckpoints`], [`~rlhf_trl.trainers.held_out.ExactEvaluation`],
-    [`~rlhf_trl.trainers.publishing.Publishing`], and patched models.
+    [`~rlhf_trl.trainers.publishing.Publishing`], and patched models and engines.
 
     With `args.disable_dropout`, dropout is disabled on every architecture, see
     [`~rlhf_trl.patches.dropout.disable_dropout`].
@@ -28,6 +29,13 @@ class TrainerMixin(CompleteCheckpoints, ExactEvaluation, Publishing):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._patch_models()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, with FSDP2 patched before it wraps a model, see [`~rlhf_trl.patches.engines`]."""
+        with fsdp_on_cpu_ranks():
+            super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            keep_output_types(self.accelerator.state.fsdp_plugin)
 
     def _patch_models(self) -> None:
         for model in (self.model, getattr(self, "ref_model", None)):

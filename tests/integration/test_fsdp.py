@@ -19,12 +19,11 @@ import shutil
 import sys
 from pathlib import Path
 from accelerate.utils import DistributedType
+from torch import float32
 from torch.distributed.tensor import DTensor
-from tests.helpers.fsdp_cpu import allow_fsdp_on_cpu
 from tests.helpers.ppo import sampled
 from tests.integration.test_fsdp import CHECKPOINTED, roles, trained
 
-allow_fsdp_on_cpu()
 path, reward, out, critic = sys.argv[1:]
 out = Path(out)
 trainer = trained(path, reward, out / "whole", critic, ranks=2, **CHECKPOINTED)
@@ -41,7 +40,13 @@ checkpoint = str(out / "again" / "checkpoint-2")
 trained(path, reward, out / "again", critic, ranks=2, resume=checkpoint, **CHECKPOINTED)
 
 half = sampled(path, out / "half", bf16=True, per_device_train_batch_size=2, max_steps=1, **roles(critic, reward))
+scores, score_tokens = [], half._score_tokens
+half._score_tokens = lambda *args, **kwargs: scores.append(score_tokens(*args, **kwargs)) or scores[-1]
 half.train()
+for kind in ("logps", "values"):
+    found = [getattr(each, kind) for each in scores]
+    assert found and all(each.dtype == float32 for each in found), kind
+    assert any((each.bfloat16().float() != each).any() for each in found), kind  # not rounded on their way
 losses = [entry["value/loss"] for entry in half.state.log_history if "value/loss" in entry]
 assert half.state.global_step == 1 and len(losses) == 1 and 0 < losses[0] < float("inf")
 accelerator.end_training()

@@ -375,9 +375,9 @@ def change_ranks(folder):
     file = folder / "test/sft/run.json"
     record = json.loads(file.read_text())
     assert record["inputs"]["ranks"] == 1
-    record["inputs"]["ranks"] = 2
+    record["inputs"] |= {"ranks": 2, directory.STEP: 8}  # four rows on each
     file.write_text(json.dumps(record))
-    return "`ranks` was 2 and is 1"
+    return r"`ranks` was 2 and is 1.*\(`stage.args.per_device_train_batch_size=8`\)"
 
 
 def change_engine(folder):
@@ -386,6 +386,36 @@ def change_engine(folder):
     record["inputs"]["engine"] = "FSDP2"
     file.write_text(json.dumps(record))
     return "`engine` was FSDP2 and is none"
+
+
+@pytest.mark.parametrize(
+    ("engines", "now", "rows", "parts"),
+    [
+        (("DDP", "DDP"), 4, 8, []),
+        (("DDP", "none"), 1, 8, []),
+        (("FSDP2", "FSDP2"), 4, 8, []),
+        (("DDP", "DDP"), 4, 16, ["`ranks` was 2 and is 4", "(`stage.args.per_device_train_batch_size=2`)"]),
+        (("DDP", "DDP"), 3, 12, ["`ranks` was 2 and is 3", "started with, or start again"]),
+        (("DeepSpeed ZeRO-3", "DeepSpeed ZeRO-3"), 4, 8, ["`ranks` was 2 and is 4", "started with, or start again"]),
+        (("DDP", "FSDP2"), 4, 8, ["`ranks` was 2 and is 4", "`engine` was DDP and is FSDP2"]),
+    ],
+)
+def test_a_resume_on_other_ranks_keeps_the_rows_of_a_step(tmp_path, engines, now, rows, parts):
+    before, after = ({"engine": engine, "data": "x"} for engine in engines)
+    problems = directory.input_changes(
+        tmp_path, before | {"ranks": 2, directory.STEP: 8}, after | {"ranks": now, directory.STEP: rows}
+    )
+    assert len(problems) == bool(parts) and all(part in problems[0] for part in parts)
+
+
+@pytest.mark.parametrize(("ranks", "rows", "count"), [(1, 8, 0), (2, 4, 0), (4, 2, 0), (2, 8, 1), (1, 2, 1)])
+def test_a_resume_takes_another_batch_size_on_other_ranks_only(tmp_path, monkeypatch, ranks, rows, count):
+    """The run began on two ranks with four rows each."""
+    (tmp_path / "config.yaml").write_text("seed: 1\nstage: {args: {per_device_train_batch_size: 4}}")
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    values = {"seed": 1, "stage": {"args": {"per_device_train_batch_size": rows}}}
+    assert len(directory.resume_changes(tmp_path, values, 2)) == count
+    assert directory.resume_changes(tmp_path, values | {"seed": 2}, 2)
 
 
 def lose(name):

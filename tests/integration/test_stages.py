@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
-from rlhf_trl.build import training_arguments
+from rlhf_trl.build import load_data, make_trainer, training_arguments
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.fingerprints import weights_fingerprint
 from rlhf_trl.models.loading import load_model
 from rlhf_trl.models.merging import merge_adapter
+from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.patches.one_device import unused_devices
-from rlhf_trl.runs.paths import conf_dir
+from rlhf_trl.runs.paths import conf_dir, resolve_path
 from tests.helpers.run_files import metrics, record
 from tests.helpers.spies import CRASH, SPY, Crash, Spy, logits
 
@@ -136,6 +138,24 @@ def test_a_single_process_trains_on_one_of_several_gpus(compose, monkeypatch):
     args = training_arguments(cfg.stage.args)
     assert args.n_gpu == 1 and args.train_batch_size == args.per_device_train_batch_size
     assert "--num_processes 4" in unused_devices(args)
+
+
+def test_the_stage_sets_the_precision_and_not_the_launch(compose, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for words, precision in ((["stage.args.bf16=false"], "no"), ([], "no"), (["stage.args.bf16=true"], "bf16")):
+        args = training_arguments(compose("stage=sft", "+stage.args.use_cpu=true", *words).stage.args)
+        assert args.mixed_precision == precision
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+
+
+def test_arguments_of_loading_reach_the_policy_and_its_reference(compose, tmp_path):
+    words = ["model.init_kwargs={rms_norm_eps: 0.01}", "data.max_samples=16", "data.max_eval_samples=4"]
+    cfg = compose("stage=dpo", f"runs_dir={tmp_path}", *words)
+    path = resolve_path(cfg.model.path, None, "")
+    tokenizer = load_tokenizer(path, None, None)
+    trainer = make_trainer(cfg, training_arguments(cfg.stage.args), path, tokenizer, load_data(cfg, tokenizer))
+    for model in (trainer.model, trainer.ref_model):
+        assert {module.variance_epsilon for module in model.modules() if "RMSNorm" in type(module).__name__} == {0.01}
 
 
 def test_what_trl_refuses_is_a_config_error(compose):

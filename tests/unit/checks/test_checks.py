@@ -304,6 +304,13 @@ def test_a_rollout_is_not_skipped_under_deepspeed(problems, monkeypatch):
     one(problems(*words), "`kl.guard_action=stop`", "DeepSpeed")
 
 
+def test_the_policy_is_not_held_still_under_deepspeed(problems, monkeypatch):
+    words = ("stage.args.critic_warmup_steps=2",)
+    assert problems(*words) == []
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    one(problems(*words), "`stage.args.critic_warmup_steps`", "DeepSpeed", "ddp or fsdp2")
+
+
 @pytest.mark.parametrize(
     ("environment", "overrides", "parts"),
     [
@@ -338,10 +345,28 @@ def test_precision_without_an_accelerator(problems, monkeypatch):
     assert problems("stage.args.bf16=true", "+stage.args.use_cpu=true") == []
 
 
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["model.init_kwargs={rms_norm_eps: 0.1}"], []),
+        (["stage=sft", "model.init_kwargs={dtype: bfloat16}"], ["`model.init_kwargs.dtype`", "Set `model.dtype`."]),
+        (["model.init_kwargs={quantization_config: 4}"], ["adapter.quantization"]),
+        (["model.init_kwargs=3"], ["`model.init_kwargs` is 3"]),
+        (["stage.args.model_init_kwargs={use_cache: false}"], ["the reference only", "Set `model.init_kwargs`"]),
+        (["stage=sft", "+stage.args.model_init_kwargs={use_cache: false}"], ["Set `model.init_kwargs`"]),
+    ],
+)
+def test_arguments_of_loading_have_one_key_each(problems, overrides, parts):
+    one_or_none(problems(*overrides), parts)
+
+
 def test_missing_packages_are_named(problems, monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    missing = ("wandb", "kernels")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name))
     one(problems("logger=wandb"), "`logger=wandb`", "pip install 'rlhf-trl[wandb]'")
+    words = ("model.init_kwargs={use_kernels: true}", "`model.init_kwargs.use_kernels=true`")
+    one(problems(words[0]), words[1], "pip install 'rlhf-trl[kernels]'")
 
 
 def test_a_used_run_directory(problems, compose):

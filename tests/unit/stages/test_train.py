@@ -1,9 +1,13 @@
-"""The engine of a training: which one a launch asks for, and whether it is in force."""
+"""The engine of a training: which one a launch asks for, whether it is in force, and whether its ranks have rows."""
+
+from types import SimpleNamespace
 
 import pytest
 from accelerate.utils import DistributedType
 
-from rlhf_trl.checks.machine import engine
+from rlhf_trl.data.counts import check_enough_rows
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.runs.engines import engine
 from rlhf_trl.stages.train import engine_left_out
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -16,9 +20,14 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
         ({}, DistributedType.NO, "none", []),
         ({"WORLD_SIZE": "2"}, DistributedType.MULTI_CPU, "DDP", []),
         (FSDP, DistributedType.FSDP, "FSDP2", []),
-        (FSDP, DistributedType.MULTI_CPU, "FSDP2", ["asks for FSDP2", "this is DDP"]),
+        (FSDP, DistributedType.NO, "FSDP2", ["asks for FSDP2", "this is one process", "several processes"]),
         (ZERO, DistributedType.DEEPSPEED, "DeepSpeed ZeRO-3", []),
-        (ZERO, DistributedType.MULTI_CPU, "DeepSpeed ZeRO-3", ["asks for DeepSpeed ZeRO-3", "this is DDP"]),
+        (
+            ZERO,
+            DistributedType.MULTI_CPU,
+            "DeepSpeed ZeRO-3",
+            ["asks for DeepSpeed ZeRO-3", "this is DDP", "`use_cpu`"],
+        ),
     ],
 )
 def test_an_engine_that_accelerate_leaves_out_is_said(monkeypatch, environment, kind, name, parts):
@@ -29,3 +38,10 @@ def test_an_engine_that_accelerate_leaves_out_is_said(monkeypatch, environment, 
     text = engine_left_out(kind)
     assert engine() == name
     assert (text is None) == (not parts) and all(part in text for part in parts)
+
+
+def test_more_ranks_than_rows_is_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_enough_rows(SimpleNamespace(), 4)
+    with pytest.raises(ConfigError, match="There are 3 rows for training and 4 ranks.*`--num_processes 3`"):
+        check_enough_rows(SimpleNamespace(), 3)

@@ -1,0 +1,106 @@
+"""FSDP and DeepSpeed: outputs in the type they were computed in, whole weights where no engine shards, CPU ranks."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers.integrations import deepspeed
+
+EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+
+
+def keep_output_types(plugin: FullyShardedDataParallelPlugin) -> None:
+    """
+    Make FSDP2 return what a model computed, in the type it was computed in.
+
+    Accelerate sets `output_dtype` to the type of the mixed precision, so that FSDP2 casts the outputs too. Those of
+    TRL's fused head are log-probabilities and those of a critic values, both computed in float32: in bfloat16 -5.342
+    becomes -5.3125, and a ratio, a KL and a margin of DPO are made of such steps.
+
+    (PyTorch can't keep them by `output_dtype=torch.float32` either: that breaks the output layer's own group.)
+
+    Seen in: accelerate 1.15.
+    Test: `test_fsdp_keeps_the_types_of_outputs`.
+
+    Args:
+        plugin (`accelerate.utils.FullyShardedDataParallelPlugin`):
+            FSDP's options of an accelerator, before it wraps a model. FSDP1, which has no such option, is left alone.
+    """
+    if plugin.fsdp_version != 2:
+        return
+    set_mixed_precision = plugin.set_mixed_precision
+
+    @functools.wraps(set_mixed_precision)
+    def set_without_output_type(*args, **kwargs):
+        set_mixed_precision(*args, **kwargs)
+        _drop_output_type(plugin)
+
+    plugin.set_mixed_precision = set_without_output_type  # which transformers calls again for a base in 4 bits
+    _drop_output_type(plugin)
+
+
+def _drop_output_type(plugin: FullyShardedDataParallelPlugin) -> None:
+    if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):  # `None` without mixed precision
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """
+    Load models with all their weights on this rank, for what no engine will shard: a reward model, the start of a
+    critic, the base of an adapter that is merged.
+
+    Under ZeRO-3 every `from_pretrained` and `from_config` of transformers gives each rank a part of each weight, and
+    with FSDP's `cpu_ram_efficient_loading` the ranks but the first get no storage for weights that a file lacks, such
+    as a new score head.
+
+    Seen in: transformers 5.23.
+    Test: `test_models_are_loaded_whole_beside_a_sharded_policy`.
+    """
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    efficient = os.environ.pop(EFFICIENT_LOADING, None)
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
+        if efficient is not None:
+            os.environ[EFFICIENT_LOADING] = efficient
+
+
+@contextmanager
+def fsdp_on_cpu_ranks() -> Iterator[None]:
+    """
+    Let an accelerator use FSDP2 on CPU ranks too, as a rehearsal of a run on several GPUs.
+
+    PyTorch's `fully_shard` runs over gloo, but accelerate takes ranks of accelerators only, and runs DDP on others in
+    silence.
+
+    Seen in: accelerate 1.15.
+    Test: `test_ppo_on_two_sharded_ranks_is_that_of_one_process_and_resumes_exactly`.
+    """
+    initialize = AcceleratorState.__init__
+
+    @functools.wraps(initialize)
+    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        on_cpu = self.distributed_type == DistributedType.MULTI_CPU
+        if fsdp_plugin is None or fsdp_plugin.fsdp_version != 2 or not on_cpu:
+            return
+        self.distributed_type = DistributedType.FSDP
+        if self.mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self.mixed_precision)
+        self.fsdp_plugin = fsdp_plugin
+        PartialState._shared_state["distributed_type"] = self.distributed_type
+
+    AcceleratorState.__init__ = with_fsdp
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = initialize
