@@ -55,7 +55,8 @@ class PPOConfig(GRPOConfig):
         critic_path (`str`, *optional*): reward model that an `"adapter"` or `"model"` starts from, folder or hub id.
             Unset, it starts as a copy of the policy.
         critic_score_head (`bool`, defaults to `False`): start the value head as that reward model's score head.
-        critic_dtype (`str`, *optional*): type of the weights of `critic="model"`, such as `"bfloat16"`; unset, float32.
+        critic_dtype (`str`, *optional*): type of the weights of `critic="model"`, such as `"bfloat16"`. Unset,
+            float32.
         critic_learning_rate (`float`, *optional*): learning rate of the critic, unset the policy's. A head that
             starts at zero learns slowly at the small rates a policy needs.
         critic_warmup_steps (`int`, defaults to `0`): rollouts at the start that train the critic alone. The value
