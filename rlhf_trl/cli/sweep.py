@@ -21,7 +21,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_trl.cli.app import run_app
+from rlhf_trl.cli.app import exit_with, run_app
 from rlhf_trl.cli.devices import claimed, devices_of_job
 from rlhf_trl.cli.launcher import (
     START_OVERRIDES,
@@ -36,7 +36,7 @@ from rlhf_trl.cli.overrides import compose, compose_sweeper, composed, without_s
 from rlhf_trl.config.command_line import config_dirs, unquote_text
 from rlhf_trl.config.program import command_line
 from rlhf_trl.config.values import as_dict, plain
-from rlhf_trl.errors import ConfigError
+from rlhf_trl.errors import PREEMPTED_STATUS, ConfigError, Preempted
 from rlhf_trl.runs.directions import MAXIMIZE, MINIMIZE, direction_of, direction_problem
 from rlhf_trl.runs.directory import name_problems
 from rlhf_trl.runs.record import is_done, write_json
@@ -67,7 +67,11 @@ OmegaConf.register_new_resolver("rlhf_trl.direction", search_direction, replace=
 
 def main() -> None:
     """Run the sweep that the command line describes."""
-    run_app(job, "sweep", problems, "Stopped. The same command resumes with the jobs that are not done.")
+    resumes = "The same command resumes with the jobs that are not done."
+    try:
+        run_app(job, "sweep", problems, f"Stopped. {resumes}")
+    except Preempted:
+        exit_with(f"Preempted. {resumes}", PREEMPTED_STATUS)
 
 
 def problems(args: Namespace) -> list[str]:

@@ -1,9 +1,11 @@
-"""Directions of sweeps: what is searched for, and what is refused."""
+"""Directions of sweeps: what is searched for, and what is refused; launchers of their jobs."""
 
 import pytest
 
+from rlhf_trl.cli import sweep
 from rlhf_trl.cli.overrides import compose_sweeper, parse_command_line
 from rlhf_trl.cli.sweep import problems
+from rlhf_trl.errors import Preempted
 from rlhf_trl.runs.directions import direction_of
 
 
@@ -69,3 +71,22 @@ def test_a_search_without_a_direction_is_one_error_that_asks_for_it():
     assert problems(parse_command_line(["-m", "seed=1,2", *words])) == []  # a grid runs all jobs
     (problem,) = problems(parse_command_line(["-m", "seed=1,2", *words, "direction=up"]))
     assert "`direction` is `up`" in problem
+
+
+@pytest.mark.parametrize("name", ["nodes", "tasks_per_node"])
+def test_a_job_on_several_nodes_is_refused(name):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = ["-m", "stage=dpo", "seed=1,2", "hydra/launcher=slurm"]
+    assert problems(parse_command_line([*words, "hydra.launcher.gpus_per_node=4"])) == []
+    (problem,) = problems(parse_command_line([*words, f"hydra.launcher.{name}=2"]))
+    assert f"`hydra.launcher.{name}` is 2" in problem and "`hydra.launcher.gpus_per_node=N`" in problem
+
+
+def test_a_preempted_sweep_says_that_the_same_command_resumes(monkeypatch, capsys):
+    def preempted(*_):
+        raise Preempted
+
+    monkeypatch.setattr(sweep, "run_app", preempted)
+    with pytest.raises(SystemExit) as ended:
+        sweep.main()
+    assert ended.value.code == 75 and capsys.readouterr().err.startswith("Preempted. The same command resumes")
