@@ -21,6 +21,7 @@ record = {
     "stage": given["stage"],
     "command": " ".join(["accelerate launch train.py", *sys.argv[1:]]),
     "pid": os.getpid(),
+    "devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
 }
 
 

@@ -252,6 +252,16 @@ def test_a_failed_job_is_reported_and_does_not_hide_the_others(tmp_path):
 
 
 @pytest.mark.slow
+def test_jobs_side_by_side_get_gpus_of_their_own(tmp_path, monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    monkeypatch.setitem(ENVIRONMENT, "CUDA_VISIBLE_DEVICES", "2,GPU-8f2a")
+    code, _, err = sweep(tmp_path, "stage=ppo", "seed=1,2,3,4", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    assert code == 0, err
+    records = [json.loads(path.read_text()) for path in (tmp_path / "runs/mine/ppo_sweep").glob("*/run.json")]
+    assert len(records) == 4 and {each["devices"] for each in records} <= {"2", "GPU-8f2a"}
+
+
+@pytest.mark.slow
 def test_a_job_of_submitit_is_queued_again_and_resumes(tmp_path):
     """Its executor of this machine sends what Slurm would: USR2 before the time limit, here to one job of two."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
