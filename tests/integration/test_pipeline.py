@@ -183,7 +183,8 @@ def test_a_step_made_before_an_earlier_one_was_made_again_is_not_done(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "how"), [(signal.SIGINT, 130, "Stopped"), (signal.SIGTERM, 75, "Preempted")]
+    ("number", "status", "how"),
+    [(signal.SIGINT, 130, "Stopped"), pytest.param(signal.SIGTERM, 75, "Preempted", marks=pytest.mark.slow)],
 )
 def test_interrupt_saves_and_the_next_call_resumes(tmp_path, number, status, how):
     mine = write_pipeline(tmp_path, {**STEPS, "ppo": ["stage=ppo", "+waits=true"]})
