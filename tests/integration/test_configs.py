@@ -42,6 +42,7 @@ def users_folder(tmp_path_factory) -> Path:
             (folder / "merged").mkdir(parents=True)
             (folder / "merged" / "config.json").write_text("{}")
             (folder / "run.json").write_text(json.dumps({"status": "done", "stage": run}))
+    (users / "vllm.py").touch()  # stands for the package
     (users / "my_rewards.py").write_text("def short(completions): return [0.0] * len(completions)")
     return users
 
