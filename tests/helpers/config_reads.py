@@ -16,8 +16,8 @@ from rlhf_trl.config.values import nodes
 PACKAGE = Path(importlib.util.find_spec("rlhf_trl").origin).parent
 # Checking a key, or showing it in a plan, isn't reading it
 NO_READERS = ("rlhf_trl.checks", "rlhf_trl.config", "rlhf_trl.cli.dry_run", "rlhf_trl.cli.overrides")
-# Nodes whose keys are names of the user's choice
-NAMES = ("callbacks", "reward", "steps", "stage.policies", "published")
+# Nodes whose keys are names of the user's choice, or that are read as a whole and checked then
+NAMES = ("callbacks", "reward", "steps", "stage.policies", "stage.columns", "published")
 # Where the options of a function with `**options` are parameters
 PASSED_ON = dict.fromkeys(("rlhf_trl.data.load_files", "rlhf_trl.data.load_hub"), "rlhf_trl.data.LoadOptions")
 
@@ -93,25 +93,25 @@ def reads_below(*dot_paths: str) -> set[str]:
 
 @functools.cache
 def _reads(module: str) -> set[str]:
-    visitor = _Reads()
-    visitor.visit(ast.parse(_file(module).read_text(encoding="utf-8")))
+    tree = ast.parse(_file(module).read_text(encoding="utf-8"))
+    visitor = _Reads({n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)})
+    visitor.visit(tree)
     return visitor.found
 
 
 class _Reads(ast.NodeVisitor):
-    """Visitor of `cfg.stage.args.seed`, `cfg.get("critic")`, `stage = cfg.stage` and `stage[name]` in a function."""
+    """Visitor of `cfg.stage.args.seed`, `cfg.get("critic")`, `stage = cfg.stage`, and `stage[name]` by its texts."""
 
-    def __init__(self):
+    def __init__(self, texts: set[str]):
         self.found: set[str] = set()
         self.names = {"cfg": "", "values": "", "stage": "stage"}
-        self.texts: set[str] = set()
+        self.texts = texts  # of the module: a name may come from a constant or from another function
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        outer = self.names, self.texts
-        texts = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-        self.names, self.texts = dict(self.names), texts
+        outer = self.names
+        self.names = dict(self.names)
         self.generic_visit(node)
-        self.names, self.texts = outer
+        self.names = outer
 
     def visit_Assign(self, node: ast.Assign) -> None:
         target, value = node.targets[0], node.value
