@@ -1,9 +1,16 @@
-"""Arithmetic and memory of PPO by closed formulas, to hold measurements against."""
+"""Arithmetic and planned memory of PPO, to hold measurements against."""
 
 from typing import Any
 
-from bench.gpu.models import Size
+import torch
+from peft import LoraConfig
+from transformers import LlamaForSequenceClassification
+
+from bench.gpu.models import Size, empty_model
 from bench.setting import LORA, Setting
+from rlhf_trl.checks.memory import NF4
+from rlhf_trl.models.dry_passes import Batch, Computation
+from rlhf_trl.models.memory import GIB, Training, adapted, plan_memory, weight_bytes
 
 # Dense bfloat16 rates of the data sheets in FLOP/s; the first name that the card's holds counts
 PEAKS = {
@@ -16,9 +23,6 @@ PEAKS = {
     "RTX 4090": 165e12,
     "L4": 121e12,
 }
-GIB = 2**30
-# Bytes of a weight in NF4 with double quantization: half a byte, and its share of the constants of a block
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 def update_flops(size: Size, setting: Setting, critic: str | None) -> float:
@@ -46,7 +50,7 @@ def update_flops(size: Size, setting: Setting, critic: str | None) -> float:
 
 def planned_memory(size: Size, setting: Setting, critic: str | None, options: dict[str, Any]) -> dict[str, float]:
     """
-    Return the expected peak of GPU memory by part, in GiB; `peak` is what is needed at a time.
+    Return the peak of GPU memory that a run of `rlhf_trl` plans before it starts, and its parts, in GiB.
 
     Args:
         size ([`~bench.gpu.models.Size`]): sizes of all networks.
@@ -54,39 +58,30 @@ def planned_memory(size: Size, setting: Setting, critic: str | None, options: di
         critic (`str`, *optional*): `head`, `adapter` or `model`; `None` without a critic.
         options (`dict`): those of `bench.ours`; `reward`, `quantized` and gradient checkpointing count.
     """
-    bytes_ = 4 if setting.policy_dtype == "float32" else 2
-    length, network = setting.prompt_tokens + setting.new_tokens, size.trunk + size.embedding
-    d, i, kv = size.hidden_size, size.intermediate_size, size.num_key_value_heads * size.head_dim
-    base = size.trunk * NF4_BYTES + size.embedding * bytes_ if options.get("quantized") else network * bytes_
-    weights = base if setting.lora else 2 * base  # policy and reference
-    weights += {"model": size.trunk + size.embedding, "adapter": 0}.get(critic or "", 0) * bytes_
-    weights += {"model": 2 * network, "adapter": 4 * size.lora}[options.get("reward", "model")]
-    # Adam's two moments and the gradient, in the type of the weight; LoRA's are float32
-    trained = 4 * size.lora if setting.lora else bytes_ * network
-    weights += trained if setting.lora else 0
-    if critic == "model":
-        trained += bytes_ * network
-    elif critic == "adapter":
-        trained, weights = trained + 4 * size.lora, weights + 4 * size.lora
-    # Kept for the backward, in bytes per token and layer, of norms (float32 inside), attention and MLP. Base layers
-    # that aren't trained don't keep their inputs, but each LoRA layer keeps its own copy.
-    per_layer = 24 * d + 4 * kv + 8 * i
+    dtype = getattr(torch, setting.policy_dtype or setting.dtype)
+    policy: Any = empty_model(size, dtype)
     if setting.lora:
-        per_layer += 2 * d + 4 * LORA["r"] * 7
-    tokens, layers = setting.mini_batch * length, size.num_hidden_layers * per_layer
-    if options.get("arguments", {}).get("gradient_checkpointing"):
-        layers = size.num_hidden_layers * 2 * d + per_layer  # the inputs of each layer, and one layer anew
-    activations = (2 if critic in ("adapter", "model") else 1) * tokens * layers
-    if bytes_ == 4:
-        activations += 2 * network  # autocast's copies of the weights
-    # TRL's chunked output layer: the float32 gradient of its weight
-    head = 0 if setting.lora else 4 * size.embedding
-    cache = 4 * size.num_hidden_layers * kv * setting.batch * length
-    rollout = cache + 16 * setting.batch * size.vocab_size  # the last: logits of a token, in float32, and their copies
-    # Activations go as gradients come
-    moment = max(activations + head, trained, rollout)
-    parts = {"weights": weights, "moments": 2 * trained, "activations": activations, "head": head, "cache": cache}
-    return {name: value / GIB for name, value in (parts | {"peak": weights + 2 * trained + moment}).items()}
+        policy = adapted(policy, LoraConfig(**LORA))
+    reward = empty_model(size, torch.bfloat16, LlamaForSequenceClassification)
+    lora = 4.0 * size.lora
+    on_base = options.get("reward") == "adapter"
+    length, rows = setting.prompt_tokens + setting.new_tokens, setting.mini_batch
+    training = Training(
+        policy,
+        "log_probs",
+        Batch(rows, length, setting.new_tokens, padded=False),  # all rows have one length
+        Computation(torch.bfloat16 if setting.autocast else None, on_gpu=True),
+        quantization=NF4 if options.get("quantized") else None,
+        checkpointing=bool(options.get("arguments", {}).get("gradient_checkpointing")),
+        reference=not setting.lora,
+        critic=critic,
+        critic_trunk=empty_model(size, torch.bfloat16).base_model if critic == "model" else None,
+        rewards=[("reward", None if on_base else reward, lora if on_base else weight_bytes(reward), rows)],
+        rollout=(setting.batch, setting.prompt_tokens, setting.new_tokens),
+    )
+    plan = plan_memory(training)
+    parts = {"held": plan.held} | {moment.name: moment.total for moment in plan.moments} | {"peak": plan.total}
+    return {name: value / GIB for name, value in parts.items()}
 
 
 def peak_rate(device_name: str) -> float | None:

@@ -12,7 +12,13 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from bench.setting import LORA
 
@@ -60,6 +66,26 @@ SIZES = {
 }
 
 
+def make_config(size: Size) -> LlamaConfig:
+    """Return the config of a model."""
+    return LlamaConfig(
+        **{name: getattr(size, name) for name in size.__dataclass_fields__},
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+        num_labels=1,
+        dtype="bfloat16",
+    )
+
+
+def empty_model(size: Size, dtype: torch.dtype, model_class: type = LlamaForCausalLM) -> PreTrainedModel:
+    """Return a model without weights."""
+    with torch.device("meta"):
+        return model_class(make_config(size)).to(dtype)
+
+
 def make_models(size: Size, folder: Path, device: str):
     """
     Write a policy, a reward model of the same size, and a reward model that is an adapter on the policy.
@@ -67,16 +93,8 @@ def make_models(size: Size, folder: Path, device: str):
     The tokenizer has a word for each id. EOS and padding are not sampled: all completions have full length.
     """
     tokenizer = make_tokenizer(size.vocab_size)
-    config = LlamaConfig(
-        **{name: getattr(size, name) for name in size.__dataclass_fields__},
-        tie_word_embeddings=True,
-        max_position_embeddings=2048,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        num_labels=1,
-        dtype="bfloat16",
-    )
+    config = make_config(size)
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

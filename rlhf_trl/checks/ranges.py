@@ -43,6 +43,7 @@ RUN = {
     "overwrite": "bool",
     "merge": "bool",
     "dry_run": "bool",
+    "time_steps": "bool",
     "model.trust_remote_code": "bool",
     "logger.log_model": "bool",
     "stage.members": COUNT,

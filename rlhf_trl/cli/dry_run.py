@@ -30,6 +30,7 @@ from rlhf_trl.build import (
 )
 from rlhf_trl.checks.disk import disk_need
 from rlhf_trl.checks.learning_rates import learning_rate_warnings
+from rlhf_trl.checks.memory import estimate
 from rlhf_trl.checks.reward_calls import Scale, sample_of
 from rlhf_trl.checks.services import hub_problem, vllm_problem
 from rlhf_trl.checks.vllm import installed_version, version_warning
@@ -59,6 +60,7 @@ from rlhf_trl.cli.probes import (
     reward_scales,
     scale_warning,
 )
+from rlhf_trl.cli.timing import time_steps, timing_lines
 from rlhf_trl.config.values import as_dict, at
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.counts import check_enough_rows
@@ -86,6 +88,7 @@ from rlhf_trl.terminal import printable
 
 OTHER_TEXTS = "Name a policy of their language, or other prompts."
 END = "Dry run: nothing was started and nothing written. Remove `debug=dry_run` to run it."
+END_OF_TIMING = "Nothing was written. Remove `debug=plan` to run it."
 
 
 def show_plan(cfg: DictConfig) -> None:
@@ -94,14 +97,16 @@ def show_plan(cfg: DictConfig) -> None:
     with its loss mask; and warnings of what is to be expected of it.
 
     The data are read and the tokenizers are loaded; the files of models are inspected, reward functions are called on
-    a few rows, and nothing is written.
+    a few rows, and nothing is written. With `time_steps` a few micro-batches of a training are run and timed.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: with everything that would stop the run later and can be found now.
     """
     lines, warnings, sample = plan_of_training(cfg) if "args" in cfg.stage else (*plan_without_training(cfg), "")
+    timed = timing_lines(time_steps(cfg)) if cfg.get("time_steps") and "args" in cfg.stage else {}
     if not is_main_process():
         return
+    lines |= timed
     width = max(map(len, lines))
     print("\nPlan")
     for name, text in lines.items():
@@ -114,7 +119,7 @@ def show_plan(cfg: DictConfig) -> None:
         print("\nFirst row")
     for line in sample.splitlines():
         print(f"  {printable(line)}")
-    print(f"\n{END}")
+    print(f"\n{END_OF_TIMING if timed else END}")
 
 
 def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
@@ -162,6 +167,8 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
     disk = disk_text(cfg, need, found)
     found.stop()
 
+    memory = estimate(cfg, args, tokenizer, rows)
+    found.warn(memory.warning)
     quantization = quantization_text(instantiate(cfg.adapter.quantization))
     limit, positions = at(as_dict(stage), "prepare.max_prompt_length"), sizes_of(model).positions
     given = row_lengths(first_rows(rows), tokenizer)  # of a stage that generates: the prompts
@@ -180,6 +187,7 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
         **({"temperature": f"{args.temperature:g}", "sampled by": sampler_text(args)} if generates else {}),
         **batches,
         "disk": disk,
+        **memory.lines,
     }
     if stage.get("members", 1) > 1:
         seeds = member_seeds(cfg)

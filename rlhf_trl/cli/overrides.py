@@ -473,7 +473,7 @@ def _without_body(file: Path, group: str, config: str, choices: Sequence[str], f
 def _unread_of_file(file: Path, cfg: DictConfig, before: DictConfig, groups: dict[str, set[str]]) -> list[str]:
     """Return the problems of keys of a whole run's file that nothing reads: those that would need a `+`."""
     content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    for key in ("defaults", "hydra", "dry_run"):
+    for key in ("defaults", "hydra", "dry_run", "time_steps"):
         content.pop(key, None)
     # Former names are reported by the checks of the composed config
     keys = dict.fromkeys(_first_new(key, before) for key in flatten(content) if not renamed_key(key))

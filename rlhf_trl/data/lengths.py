@@ -123,7 +123,7 @@ def report_cut_rows(dataset, tokenizer, max_length: int | None = None):
             )
     for split, rows in dataset.items() if max_length is not None else ():
         measured = rows.map(
-            lambda row: dict(zip(("prompt_tokens", "tokens"), _lengths(tokenizer, row), strict=True)),
+            lambda row: dict(zip(("prompt_tokens", "tokens"), prompt_and_row_length(tokenizer, row), strict=True)),
             remove_columns=rows.column_names,
             desc="Measuring rows",
         )
@@ -144,7 +144,7 @@ def report_cut_rows(dataset, tokenizer, max_length: int | None = None):
     return dataset
 
 
-def _lengths(tokenizer, row: dict) -> tuple[int, int]:
+def prompt_and_row_length(tokenizer, row: dict) -> tuple[int, int]:
     """Return the tokens of a row's prompt, and of the whole row (with the longer completion of a pair)."""
     prompt = len(prompt_ids(tokenizer, row["prompt"], **template_kwargs(row))) if "prompt" in row else 0
     return prompt, max(map(len, _whole_rows(tokenizer, row)))

@@ -39,6 +39,7 @@ FREE_KEYS = (
     "overwrite",
     "merge",
     "dry_run",
+    "time_steps",
     "logger",
     "health",
     "labeler",

@@ -25,6 +25,7 @@ from rlhf_trl.callbacks.base import SaveAndStop
 from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.lengthened import Lengthened
 from rlhf_trl.checks.learning_rates import learning_rate_warnings
+from rlhf_trl.checks.memory import estimate
 from rlhf_trl.checks.services import vllm_problem
 from rlhf_trl.checks.vllm import installed_version, version_warning
 from rlhf_trl.config.values import as_dict, at, nodes, plain
@@ -44,6 +45,9 @@ from rlhf_trl.runs.ranks import is_main_process, raise_on_all_ranks
 from rlhf_trl.runs.record import write_metrics
 from rlhf_trl.stages.base import command, open_run
 from rlhf_trl.terminal import say
+
+# Parameters from which the head of a run has a plan of its memory: smaller models fit anywhere
+PLANNED_FROM = 10**7
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -71,6 +75,11 @@ def train(cfg: DictConfig) -> float | None:
     check_enough_rows(args, len(dataset["train"]))
     for warning in filter(None, [unused_devices(args), *_learning_rates(cfg, args, path), *_vllm(cfg, args, path)]):
         say(f"warning: {warning}")
+    if _parameters(cfg, path) >= PLANNED_FROM:
+        memory = estimate(cfg, args, tokenizer, dataset["train"])
+        say(memory.text)
+        if memory.warning:
+            say(f"warning: {memory.warning}")
     if "eval" not in dataset:
         args.eval_strategy, args.do_eval, args.eval_on_start = IntervalStrategy.NO, False, False
 
@@ -104,11 +113,15 @@ def train(cfg: DictConfig) -> float | None:
     return None if cfg.objective is None else metrics.get(cfg.objective)
 
 
+def _parameters(cfg: DictConfig, path: str) -> int:
+    """Return the parameters of the model at `path`."""
+    return empty_model(path, cfg.stage.task_type, cfg.model.trust_remote_code, cfg.model.revision).num_parameters()
+
+
 def _learning_rates(cfg: DictConfig, args: Any, path: str) -> list[str]:
     """Return what is to be expected of learning rates that are far off."""
-    trusted = cfg.model.trust_remote_code
-    parameters = empty_model(path, cfg.stage.task_type, trusted, cfg.model.revision).num_parameters()
-    critic = critic_parameters(getattr(args, "critic_path", None), parameters, trusted)
+    parameters = _parameters(cfg, path)
+    critic = critic_parameters(getattr(args, "critic_path", None), parameters, cfg.model.trust_remote_code)
     return learning_rate_warnings(args, cfg.stage.dataset_type, parameters, critic, bool(cfg.adapter.peft))
 
 

@@ -43,6 +43,7 @@ def schema() -> dict[str, Any]:
             **top,
             "ptx_data": {"$ref": "#/properties/data"},
             "dry_run": {"type": "boolean"},
+            "time_steps": {"type": "boolean"},
             "callbacks": {"type": "object"},
             "hydra": {"type": "object"},
         },

@@ -24,6 +24,8 @@ PAGE = PACKAGE.parent / "docs" / "upstream.md"
 LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "hydra", "peft", "torch", "tqdm", "transformers", "trl")
 # Names in strings that are Hydra's, and methods of named tuples
 NOT_UPSTREAM = {"_target_", "_partial_", "_convert_", "_self_", "_extends_", "_asdict", "_replace", "_exit"}
+# Set on each class by the metaclass of `torch.autograd.Function`
+NOT_UPSTREAM |= {"_backward_cls"}
 # Libraries and modules whose documentation imports from modules
 DOCUMENTED = (
     *("torch", "tqdm", "huggingface_hub", "accelerate.utils", "hydra.core.hydra_config"),

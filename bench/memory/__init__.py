@@ -1,0 +1,1 @@
+"""Benchmark of the memory plan against measured peaks."""

@@ -1,0 +1,424 @@
+"""Memory that a training needs on each rank, beside what its device has; and what to set where it doesn't suffice."""
+
+import copy
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from peft import LoraConfig, PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_trl.build import models_of
+from rlhf_trl.runs.engines import engine
+from rlhf_trl.config.dotpaths import find
+from rlhf_trl.config.values import as_dict
+from rlhf_trl.data.lengths import prompt_and_row_length
+from rlhf_trl.models.adapters import adapter_config
+from rlhf_trl.models.dry_passes import Batch, Computation
+from rlhf_trl.models.memory import GIB, Engine, MemoryPlan, Training, adapted, plan_memory, weight_bytes
+from rlhf_trl.models.precision import weights_dtype
+from rlhf_trl.models.sizes import empty_model
+from rlhf_trl.patches.dropout import disable_dropout
+from rlhf_trl.rewards.adapter import AdapterReward
+from rlhf_trl.runs.paths import ensemble_members, project_dir, resolve_path
+from rlhf_trl.runs.ranks import world_size
+
+ROWS = 256  # whose lengths are measured
+# Share of a device's memory that a plan may take: the runtime, communication and fragments take the rest
+USABLE = 0.9
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)  # that of `adapter=qlora`
+
+
+class Device(NamedTuple):
+    """
+    Memory that a rank has.
+
+    Attributes:
+        name (`str`): for messages.
+        memory (`int`): bytes.
+    """
+
+    name: str
+    memory: int
+
+
+def device(use_cpu: bool = False) -> Device:
+    """Return the device of this rank: a GPU, or its share of the machine's memory."""
+    if torch.cuda.is_available() and not use_cpu:
+        properties = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
+        return Device(properties.name, properties.total_memory)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Device("this machine" if ranks == 1 else f"a rank's share of this machine ({ranks} ranks)", memory // ranks)
+
+
+class Estimate(NamedTuple):
+    """
+    Memory of a training as far as it is known before the start.
+
+    Attributes:
+        plan ([`~rlhf_trl.models.memory.MemoryPlan`], *optional*): the plan; `None` where there is none.
+        has ([`Device`]): what a rank has.
+        text (`str`): the plan in one line, or why there is none.
+        warning (`str`, *optional*): what to set where it doesn't fit.
+    """
+
+    plan: MemoryPlan | None
+    has: Device
+    text: str
+    warning: str | None = None
+
+    @property
+    def lines(self) -> dict[str, str]:
+        """The plan as lines of a dry run."""
+        return {"memory": self.text} if self.plan is None else memory_lines(self.plan, self.has)
+
+
+def estimate(cfg: DictConfig, args: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Estimate:
+    """Return the memory that a training needs on this rank, see [`training_of`]."""
+    has = device(args.use_cpu)
+    try:
+        training = training_of(cfg, args, tokenizer, rows)
+        plan = plan_memory(training)
+        return Estimate(plan, has, memory_line(plan, has), memory_warning(training, plan, has))
+    except Exception as error:  # code of a model, such as remote code, that needs the values of its tensors
+        return Estimate(
+            None, has, f"unknown: the model can't be run without weights ({' '.join(str(error).split())[:200]})"
+        )
+
+
+# ---- From a config ----
+
+
+def training_of(
+    cfg: DictConfig, args: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, launched: Engine | None = None
+) -> Training:
+    """
+    Return the training that a config describes, without weights.
+
+    Args:
+        cfg (`DictConfig`): the composed config of a stage that trains.
+        args (`transformers.TrainingArguments`): its arguments.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        rows (`Dataset`): training rows, as the trainer gets them. The first 256 are measured.
+        launched ([`~rlhf_trl.models.memory.Engine`], *optional*): another engine than the launch's.
+    """
+    values = as_dict(cfg)
+    policy, quantization = _policy(cfg, args), instantiate(cfg.adapter.quantization)
+    trainer, launched = find(cfg.stage.trainer._target_).func, launched or launched_engine(args)
+    shards = launched.name not in ("none", "DDP")
+    mixed = None if shards or not (args.bf16 or args.fp16) else torch.bfloat16 if args.bf16 else torch.float16
+    training = Training(
+        policy=policy,
+        output=_output(trainer, cfg.stage.task_type),
+        batch=_batch(cfg, args, tokenizer, rows),
+        computation=Computation(mixed, torch.cuda.is_available() and not args.use_cpu),
+        engine=launched,
+        optimizer=str(getattr(args.optim, "value", args.optim)),
+        quantization=quantization,
+        checkpointing=bool(args.gradient_checkpointing),
+        accumulates=args.gradient_accumulation_steps > 1,
+        temperature=getattr(args, "temperature", 1.0),
+        demonstrations=bool(getattr(args, "ptx_coef", 0.0)),
+        device_memory=device(args.use_cpu).memory,
+    )
+    training.sides = training.batch.rows // args.per_device_train_batch_size
+    if hasattr(args, "num_generations"):
+        _add_rollouts(training, args)
+    elif hasattr(args, "precompute_ref_log_probs"):
+        training.scores_reference = not args.precompute_ref_log_probs
+        training.reference = training.scores_reference and not isinstance(policy, PeftModel)
+    if hasattr(args, "critic"):
+        _add_critic(training, args, bool(cfg.model.trust_remote_code))
+    for name, node in values.get("reward", {}).items():
+        if isinstance(node, dict) and {"run", "path"} <= node.keys():
+            training.rewards.append(_reward(str(name), node, values))
+    return training
+
+
+def launched_engine(args: Any) -> Engine:
+    """Return the engine of the launch. On a CPU accelerate runs DDP in place of FSDP and DeepSpeed."""
+    name, ranks = engine(), world_size()
+    if not torch.cuda.is_available() and name not in ("none", "DDP"):
+        name = "DDP" if ranks > 1 else "none"
+    return Engine(name, ranks, bool(args.bf16) or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16")
+
+
+def _policy(cfg: DictConfig, args: Any) -> PreTrainedModel | PeftModel:
+    """Return the model that is trained, without weights, in its types and with its adapter."""
+    path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
+    peft = instantiate(cfg.adapter.peft)
+    base = copy.deepcopy(empty_model(path, cfg.stage.task_type, cfg.model.trust_remote_code, cfg.model.revision))
+    dtype = weights_dtype(cfg.model.dtype, is_trained=peft is None, bf16=args.bf16)
+    base = base if dtype == "auto" else base.to(getattr(torch, dtype))  # pyright: ignore[reportArgumentType] wrapped
+    if cfg.model.attn_implementation == "eager":  # others keep no probabilities, as here
+        base.set_attn_implementation("eager")
+    saved = adapter_config(path, cfg.model.revision) if peft is not None else None
+    policy = base if peft is None else adapted(base, saved if isinstance(saved, LoraConfig) else peft)
+    if getattr(args, "disable_dropout", False):
+        disable_dropout(policy)
+    return policy
+
+
+def _output(trainer: Any, task_type: str) -> str:
+    """Return what the loss reads of a model, see [`~rlhf_trl.models.memory.Training`]."""
+    if task_type == "SEQ_CLS":
+        return "scores"
+    modules = [sys.modules[each.__module__] for each in trainer.__mro__]
+    return "log_probs" if any(hasattr(module, "add_fused_lm_head") for module in modules) else "logits"
+
+
+def _batch(cfg: DictConfig, args: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> Batch:
+    """Return the largest micro-batch that the first rows of the data give."""
+    sample = rows.select(range(min(ROWS, len(rows)))).to_list()
+    lengths = [prompt_and_row_length(tokenizer, row) for row in sample]
+    longest, count = max(length for _, length in lengths), args.per_device_train_batch_size
+    padded = cfg.model.attn_implementation != "flash_attention_2"
+    if hasattr(args, "num_generations"):
+        return Batch(count, longest + args.max_completion_length, args.max_completion_length, padded)
+    limit = getattr(args, "max_length", None) or longest
+    if getattr(args, "packing", False):
+        return Batch(count, limit, limit, padded=False)
+    scored = max(min(length, limit) - prompt for prompt, length in lengths)
+    sides = 2 if "chosen" in rows.column_names else 1
+    if "completion_ids" in rows.column_names:  # comparisons: all completions of a prompt
+        sides = max(len(row["completion_ids"]) for row in sample)
+    return Batch(count * sides, min(longest, limit), max(scored, 1), padded)
+
+
+def _add_rollouts(training: Training, args: Any) -> None:
+    is_adapter, length = isinstance(training.policy, PeftModel), training.batch.length
+    keeps_reference = hasattr(args, "critic") or bool(args.beta)  # PPO at a coefficient of 0, too
+    training.reference = keeps_reference and not is_adapter
+    if getattr(args, "use_vllm", False):
+        training.vllm = args.vllm_gpu_memory_utilization if args.vllm_mode == "colocate" else 0.0
+        training.vllm_sleeps = bool(args.vllm_enable_sleep_mode)
+        return
+    rows = args.generation_batch_size // training.engine.ranks
+    training.rollout = rows, length - args.max_completion_length, args.max_completion_length
+
+
+def _add_critic(training: Training, args: Any, trust_remote_code: bool) -> None:
+    training.critic = args.critic
+    if args.critic == "model":
+        dtype = getattr(torch, args.critic_dtype or "float32")
+        if args.critic_path is not None:
+            started = empty_model(args.critic_path, "SEQ_CLS", trust_remote_code)
+        else:
+            policy = training.policy
+            started = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        trunk: Any = copy.deepcopy(started.base_model)  # pyright: ignore[reportAttributeAccessIssue] of any model
+        if isinstance(training.policy, PeftModel) and args.critic_path is None:
+            trunk = copy.deepcopy(empty_copy(started))
+        training.critic_trunk = trunk.to(dtype).requires_grad_(True)
+    sharded = training.engine.name not in ("none", "DDP")
+    is_plain = training.computation.autocast is None and training.quantization is None and not sharded
+    base: Any = training.policy
+    training.reuses_sampling = is_plain and training.rollout is not None and base.dtype == torch.float32
+
+
+def empty_copy(model: Any) -> Any:
+    """Return the trunk of a model's class and config without weights, and without an adapter."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config)).base_model
+
+
+def _reward(name: str, node: dict[str, Any], values: dict[str, Any]) -> tuple[str, PreTrainedModel | None, float, int]:
+    """Return a reward model as [`~rlhf_trl.models.memory.Training`] has it."""
+    path = next(model.path for model in models_of(values) if model.key == f"reward.{name}")
+    folders = ensemble_members(path) or [path]
+    adapters = sum(
+        file.stat().st_size for folder in folders for file in Path(folder).glob("adapter_model.*") if file.is_file()
+    )
+    rows, label = int(node.get("batch_size") or 32), f"reward `{name}`"
+    kind = find(node["_target_"]).func
+    if isinstance(kind, type) and issubclass(kind, AdapterReward):
+        return label, None, float(adapters), rows
+    network: Any = copy.deepcopy(empty_model(path, "SEQ_CLS", bool(node.get("trust_remote_code"))))
+    dtype = weights_dtype(node.get("dtype"), is_trained=False)
+    network = network if dtype == "auto" else network.to(getattr(torch, dtype))
+    return label, network, weight_bytes(network) + adapters, rows
+
+
+# ---- In words ----
+
+
+def gib(count: float) -> str:
+    """Return bytes in GiB, for people."""
+    value = count / GIB
+    return f"{value:,.1f}" if value >= 9.95 else f"{value:.2f}" if value >= 0.0995 else f"{value:.4f}"
+
+
+def memory_lines(plan: MemoryPlan, has: Device) -> dict[str, str]:
+    """Return a plan as lines: its total, each role, and what comes and goes."""
+    lines = {
+        "memory": f"about {gib(plan.total)} GiB per rank at its peak (the {plan.peak.name}); {has.name} has "
+        f"{gib(has.memory)} GiB. In GiB:"
+    }
+    for role in plan.roles:
+        parts = {"weights": role.weights, "gradients": role.gradients, "optimizer": role.optimizer}
+        lines[f"  {role.name}"] = _parts(parts) + (f" ({role.note})" if role.note else "")
+    if plan.other:
+        lines["  DDP"] = _parts({"buckets of gradients": plan.other})
+    for moment in plan.moments:
+        lines[f"  {moment.name}"] = _parts(moment.parts)
+    return lines
+
+
+def _parts(parts: dict[str, float]) -> str:
+    return ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size) or "nothing of its own"
+
+
+def memory_line(plan: MemoryPlan, has: Device) -> str:
+    """Return a plan as one line, for the head of a run."""
+    roles = [
+        f"{role.name} {gib(role.weights + role.gradients + role.optimizer)}" for role in plan.roles if role.weights
+    ]
+    moments = [f"{moment.name} {gib(moment.total)}" for moment in plan.moments if moment.name != "optimizer step"]
+    return (
+        f"Memory per rank, planned: {gib(plan.total)} of {gib(has.memory)} GiB ({has.name}). Roles with gradients and "
+        f"optimizer: {', '.join(roles)}; besides, one at a time: {', '.join(moments)}."
+    )
+
+
+def memory_warning(training: Training, plan: MemoryPlan, has: Device) -> str | None:
+    """Return what to set where a plan doesn't fit, the cheapest first, each with the total it leaves, or `None`."""
+    if plan.total <= USABLE * has.memory:
+        return None
+    verb = "doesn't fit" if plan.total > has.memory else "may not fit"
+    text = f"The plan needs {gib(plan.total)} GiB per rank and {verb}: {has.name} has {gib(has.memory)} GiB."
+    steps = []
+    for words, changed in remedies(training, USABLE * has.memory):
+        total = plan_memory(changed).total
+        steps.append(f"{words} ({gib(total)} GiB)")
+        if total <= USABLE * has.memory:
+            return f"{text} Set, one after another: {'; then '.join(steps)}."
+    return f"{text} Nothing here is enough: {'; then '.join(steps)}. Take a smaller model or larger devices."
+
+
+def remedies(training: Training, limit: float) -> Iterator[tuple[str, Training]]:
+    """
+    Yield what needs less memory, the cheapest first, each with the training that has it and all before it.
+
+    Args:
+        limit (`float`): bytes that a rank may take.
+    """
+    for change in CHANGES:
+        if (changed := change(training, limit)) is not None:
+            words, training = changed
+            yield words, training
+
+
+Change = tuple[str, Training]
+
+
+def _smaller_batch(training: Training, limit: float) -> Change | None:
+    """Smaller micro-batches, more of them: the same numbers, in more time."""
+    rows, factor = training.batch.rows, 1
+    sides = training.sides
+    while rows // factor > sides and rows // factor % (2 * sides) == 0:
+        factor *= 2
+    if factor == 1:
+        return None
+
+    def with_factor(by: int) -> Training:
+        return replace(training, batch=training.batch._replace(rows=rows // by), accumulates=True)
+
+    fitting = (
+        by for by in (2**i for i in range(1, factor.bit_length())) if plan_memory(with_factor(by)).total <= limit
+    )
+    smallest = factor if plan_memory(with_factor(factor)).total > limit else next(fitting)
+    words = f"`stage.args.per_device_train_batch_size={rows // sides // smallest}` with {smallest} times as many "
+    more = "`gradient_accumulation_steps`" + (" and `steps_per_generation`" if training.rollout else "")
+    return words + more, with_factor(smallest)
+
+
+def _checkpointing(training: Training, limit: float) -> Change | None:
+    return (
+        None
+        if training.checkpointing
+        else (
+            "`stage.args.gradient_checkpointing=true`",
+            replace(training, checkpointing=True),
+        )
+    )
+
+
+def _lora(training: Training, limit: float) -> Change | None:
+    if isinstance(training.policy, PeftModel):
+        return None
+    base: Any = copy.deepcopy(training.policy)
+    base.to(torch.bfloat16 if training.computation.autocast or training.engine.bf16 else base.dtype)
+    task_type = "SEQ_CLS" if training.output == "scores" else "CAUSAL_LM"
+    policy = adapted(base, LoraConfig(r=16, target_modules="all-linear", task_type=task_type))
+    return "`adapter=lora`", replace(training, policy=policy, reference=False)
+
+
+def _smaller_critic(training: Training, limit: float) -> Change | None:
+    if training.critic != "model":
+        return None
+    kind = "adapter" if isinstance(training.policy, PeftModel) else "head"
+    return f"`critic={kind}`", replace(training, critic=kind, critic_trunk=None)
+
+
+def _qlora(training: Training, limit: float) -> Change | None:
+    if training.quantization is not None or not isinstance(training.policy, PeftModel):
+        return None
+    return "`adapter=qlora`", replace(training, quantization=NF4)
+
+
+def _sharding(training: Training, limit: float) -> Change | None:
+    engine = training.engine
+    if engine.shards_weights or training.quantization is not None:
+        return None
+    launched = Engine("FSDP2", max(2, engine.ranks), training.computation.autocast is not None)
+    while launched.ranks < 8 and plan_memory(_with_engine(training, launched)).total > limit:
+        launched = launched._replace(ranks=2 * launched.ranks)
+    words = (
+        f"`accelerate launch --config_file launch/accelerate/fsdp2.yaml --num_processes {launched.ranks}` (or zero3)"
+    )
+    return words, _with_engine(training, launched)
+
+
+def _with_engine(training: Training, launched: Engine) -> Training:
+    return replace(training, engine=launched, computation=training.computation._replace(autocast=None))
+
+
+def _shorter(training: Training, limit: float) -> Change | None:
+    batch = training.batch
+    if training.rollout is None:
+        key, length = "max_length", batch.length // 2
+        return f"`stage.args.{key}={length}`", replace(
+            training, batch=batch._replace(length=length, scored=min(batch.scored, length))
+        )
+    rows, prompt, new = training.rollout
+    shorter = batch._replace(length=prompt + new // 2, scored=new // 2)
+    return (
+        f"`stage.args.max_completion_length={new // 2}`",
+        replace(training, batch=shorter, rollout=(rows, prompt, new // 2)),
+    )
+
+
+def _sleep(training: Training, limit: float) -> Change | None:
+    if not training.vllm or training.vllm_sleeps:
+        return None
+    return "`+stage.args.vllm_enable_sleep_mode=true`", replace(training, vllm_sleeps=True)
+
+
+CHANGES: tuple[Callable[[Training, float], Change | None], ...] = (
+    _smaller_batch,
+    _checkpointing,
+    _lora,
+    _smaller_critic,
+    _qlora,
+    _sharding,
+    _shorter,
+    _sleep,
+)
