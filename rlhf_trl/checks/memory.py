@@ -25,7 +25,6 @@ from rlhf_trl.models.dry_passes import Batch, Computation
 from rlhf_trl.models.memory import GIB, Engine, MemoryPlan, Training, adapted, plan_memory, weight_bytes
 from rlhf_trl.models.precision import weights_dtype
 from rlhf_trl.models.sizes import empty_model
-from rlhf_trl.patches.dropout import disable_dropout
 from rlhf_trl.rewards.adapter import AdapterReward
 from rlhf_trl.runs.paths import ensemble_members, project_dir, resolve_path
 from rlhf_trl.runs.ranks import world_size
@@ -126,6 +125,7 @@ def training_of(
         checkpointing=bool(args.gradient_checkpointing),
         accumulates=args.gradient_accumulation_steps > 1,
         temperature=getattr(args, "temperature", 1.0),
+        disable_dropout=bool(getattr(args, "disable_dropout", False)),
         demonstrations=bool(getattr(args, "ptx_coef", 0.0)),
         device_memory=device(args.use_cpu).memory,
     )
@@ -161,10 +161,7 @@ def _policy(cfg: DictConfig, args: Any) -> PreTrainedModel | PeftModel:
     if cfg.model.attn_implementation == "eager":  # others keep no probabilities, as here
         base.set_attn_implementation("eager")
     saved = adapter_config(path, cfg.model.revision) if peft is not None else None
-    policy = base if peft is None else adapted(base, saved if isinstance(saved, LoraConfig) else peft)
-    if getattr(args, "disable_dropout", False):
-        disable_dropout(policy)
-    return policy
+    return base if peft is None else adapted(base, saved if isinstance(saved, LoraConfig) else peft)
 
 
 def _output(trainer: Any, task_type: str) -> str:

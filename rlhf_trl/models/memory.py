@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_trl.models.dry_passes import Batch, Computation, Passes, without_adapter
 from rlhf_trl.models.tracking import parameters_and_buffers
+from rlhf_trl.patches.dropout import disable_dropout
 
 GIB = 2**30
 # Bytes per weight in NF4 and of its constants, one per 64 weights: a float32, or a byte and their share of another
@@ -204,6 +205,7 @@ class Training:
             `None` for the network where an adapter on the policy is meant.
         rollout (`tuple`, *optional*): rows that are sampled at a time, tokens of a prompt, and of a completion.
         temperature (`float`): that of sampling.
+        disable_dropout (`bool`): whether dropout is disabled in training.
         reuses_sampling (`bool`): whether PPO keeps the logits that it sampled from (`rlhf_trl.ppo.sampled`).
         vllm (`float`): share of the device's memory that vLLM takes in this process.
         vllm_sleeps (`bool`): whether it takes it for the rollout alone.
@@ -228,6 +230,7 @@ class Training:
     rewards: list[tuple[str, PreTrainedModel | None, float, int]] = field(default_factory=list)
     rollout: tuple[int, int, int] | None = None
     temperature: float = 1.0
+    disable_dropout: bool = False
     reuses_sampling: bool = False
     vllm: float = 0.0
     vllm_sleeps: bool = False
@@ -429,6 +432,8 @@ def _step_moment(training: Training, roles: list[Role]) -> Moment:
 def _computing(training: Training, model: Any) -> Any:
     """Return a copy of a model in the types that its engine computes in."""
     made = copy.deepcopy(model)
+    if training.disable_dropout:
+        disable_dropout(made)  # which a copy of a model with it would lose
     if training.engine.bf16 and training.engine.name not in ("none", "DDP"):
         trained = [p.requires_grad for p in made.parameters()]
         made.to(torch.bfloat16)
