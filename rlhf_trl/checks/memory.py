@@ -198,6 +198,8 @@ def _add_rollouts(training: Training, args: Any) -> None:
         training.vllm = args.vllm_gpu_memory_utilization if args.vllm_mode == "colocate" else 0.0
         training.vllm_sleeps = bool(args.vllm_enable_sleep_mode)
         return
+    if getattr(args, "use_transformers_continuous_batching", False):
+        return  # its cache takes a share of what is free
     rows = args.generation_batch_size // training.engine.ranks
     training.rollout = rows, length - args.max_completion_length, args.max_completion_length
 
@@ -234,7 +236,7 @@ def _reward(name: str, node: dict[str, Any], values: dict[str, Any]) -> tuple[st
     adapters = sum(
         file.stat().st_size for folder in folders for file in Path(folder).glob("adapter_model.*") if file.is_file()
     )
-    rows, label = int(node.get("batch_size") or 32), f"reward `{name}`"
+    rows, label = int(node.get("batch_size") or 32), f"reward {name}"
     kind = find(node["_target_"]).func
     if isinstance(kind, type) and issubclass(kind, AdapterReward):
         return label, None, float(adapters), rows
@@ -278,7 +280,7 @@ def memory_line(plan: MemoryPlan, has: Device) -> str:
     roles = [
         f"{role.name} {gib(role.weights + role.gradients + role.optimizer)}" for role in plan.roles if role.weights
     ]
-    moments = [f"{moment.name} {gib(moment.total)}" for moment in plan.moments if moment.name != "optimizer step"]
+    moments = [f"{moment.name} {gib(moment.total)}" for moment in plan.moments if moment.name != "step"]
     return (
         f"Memory per rank, planned: {gib(plan.total)} of {gib(has.memory)} GiB ({has.name}). Roles with gradients and "
         f"optimizer: {', '.join(roles)}; besides, one at a time: {', '.join(moments)}."
@@ -406,7 +408,7 @@ def _shorter(training: Training, limit: float) -> Change | None:
 def _sleep(training: Training, limit: float) -> Change | None:
     if not training.vllm or training.vllm_sleeps:
         return None
-    return "`+stage.args.vllm_enable_sleep_mode=true`", replace(training, vllm_sleeps=True)
+    return "`stage.args.vllm_enable_sleep_mode=true`", replace(training, vllm_sleeps=True)
 
 
 CHANGES: tuple[Callable[[Training, float], Change | None], ...] = (

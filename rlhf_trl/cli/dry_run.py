@@ -107,7 +107,7 @@ def show_plan(cfg: DictConfig) -> None:
     if not is_main_process():
         return
     lines |= timed
-    width = max(map(len, lines))
+    width = max(len(name) for name in lines if not name.startswith(" "))
     print("\nPlan")
     for name, text in lines.items():
         print(f"  {name:<{width}}  {text}")

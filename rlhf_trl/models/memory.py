@@ -141,7 +141,7 @@ class Moment:
     Bytes that a part of a step takes on one rank besides what all roles hold.
 
     Attributes:
-        name (`str`): update, rollout, scores or optimizer step.
+        name (`str`): update, rollout, scores, or (optimizer) step.
         parts (`dict`): bytes by what they are for.
     """
 
@@ -426,7 +426,7 @@ def _step_moment(training: Training, roles: list[Role]) -> Moment:
     """Return what an optimizer step takes: AdamW without a fused kernel makes a copy of what it changes on a GPU."""
     gradients = sum(role.gradients for role in roles)
     foreach = training.computation.on_gpu and training.optimizer in ("adamw_torch", "adamw_hf", "sgd", "adagrad")
-    return Moment("optimizer step", {"gradients": gradients, "copies": gradients if foreach else 0.0})
+    return Moment("step", {"gradients": gradients, "copies": gradients if foreach else 0.0})
 
 
 def _computing(training: Training, model: Any) -> Any:

@@ -83,11 +83,11 @@ def test_rollouts_rewards_and_critics_of_a_config(planned, model, tmp_path):
     assert training.rollout == (32, 3, 512) and training.accumulates and training.reuses_sampling
     assert training.critic_trunk is not None and all(p.requires_grad for p in training.critic_trunk.parameters())
     [(name, network, size, rows)] = training.rewards
-    assert name == "reward `model`" and network is not None and size > 0 and rows == 32
+    assert name == "reward model" and network is not None and size > 0 and rows == 32
     lines = memory_lines(plan_memory(training), Device("a card", 2**30))
     assert lines["memory"].endswith("a card has 1.00 GiB. In GiB:")
-    assert list(lines)[1:5] == ["  policy", "  reference", "  critic", "  reward `model`"]
-    vllm = planned("grpo", "+stage.args.use_vllm=true", "+stage.args.vllm_mode=colocate")
+    assert list(lines)[1:5] == ["  policy", "  reference", "  critic", "  reward model"]
+    vllm = planned("grpo", "rollout=vllm_colocate")
     assert vllm.rollout is None and vllm.vllm == pytest.approx(0.3)
 
 
@@ -111,7 +111,7 @@ def big(**options) -> Training:
     with torch.device("meta"):
         policy, critic = LlamaForCausalLM(config), LlamaForCausalLM(config).base_model
     values = {"policy": policy, "reference": True, "critic": "model", "critic_trunk": critic}
-    sizes = {"batch": Batch(8, 256, 192), "rollout": (64, 64, 192), "computation": Computation(None, True)}
+    sizes = {"batch": Batch(32, 256, 192), "rollout": (8, 64, 192), "computation": Computation(None, True)}
     return Training(**{"output": "log_probs", **values, **sizes, **options})
 
 
@@ -145,7 +145,7 @@ def test_a_warning_stops_at_the_first_remedy_that_is_enough():
     assert memory_warning(training, plan, enough) is None
     text = memory_warning(training, plan, little)
     assert text is not None and "may not fit: a card has" in text
-    assert text.count("(") == 1 and "`stage.args.per_device_train_batch_size=4` with 2 times as many" in text
+    assert text.count("(") == 1 and "`stage.args.per_device_train_batch_size=16` with 2 times as many" in text
     nothing = memory_warning(training, plan, Device("a card", 2**20))
     assert nothing is not None and "doesn't fit" in nothing and "Nothing here is enough" in nothing
 

@@ -79,11 +79,11 @@ def test_a_full_policy_of_ppo_has_a_reference_and_each_kind_of_critic():
 def test_roles_on_one_base_take_their_adapters():
     policy = adapted(llama(torch.bfloat16), LORA)
     lora = 4 * TRAINED_BY_LORA  # in float32
-    found = roles(policy=policy, critic="adapter", rewards=[("reward `adapter`", None, float(lora), 4)])
+    found = roles(policy=policy, critic="adapter", rewards=[("reward adapter", None, float(lora), 4)])
     weights, gradients, states = found["policy"]
     assert weights == pytest.approx(2 * WEIGHTS + lora, abs=64) and (gradients, states) == (lora, 2 * lora)
     assert found["critic"] == (lora, lora, 2 * lora)
-    assert found["reference"] == (0, 0, 0) and found["reward `adapter`"] == (lora, 0, 0)
+    assert found["reference"] == (0, 0, 0) and found["reward adapter"] == (lora, 0, 0)
 
 
 def test_a_base_in_4_bits_takes_half_a_byte_per_weight_and_its_constants():
