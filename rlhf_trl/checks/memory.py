@@ -16,7 +16,6 @@ from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.build import models_of
-from rlhf_trl.runs.engines import engine
 from rlhf_trl.config.dotpaths import find
 from rlhf_trl.config.values import as_dict
 from rlhf_trl.data.lengths import prompt_and_row_length
@@ -26,6 +25,7 @@ from rlhf_trl.models.memory import GIB, Engine, MemoryPlan, Training, adapted, p
 from rlhf_trl.models.precision import weights_dtype
 from rlhf_trl.models.sizes import empty_model
 from rlhf_trl.rewards.adapter import AdapterReward
+from rlhf_trl.runs.engines import engine
 from rlhf_trl.runs.paths import ensemble_members, project_dir, resolve_path
 from rlhf_trl.runs.ranks import world_size
 
