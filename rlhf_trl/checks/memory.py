@@ -144,9 +144,9 @@ def training_of(
 
 
 def launched_engine(args: Any) -> Engine:
-    """Return the engine of the launch. On a CPU accelerate runs DDP in place of FSDP and DeepSpeed."""
+    """Return the engine of the launch; accelerate leaves out DeepSpeed with `use_cpu`, and FSDP in one process."""
     name, ranks = engine(), world_size()
-    if not torch.cuda.is_available() and name not in ("none", "DDP"):
+    if (name.startswith("DeepSpeed") and args.use_cpu) or (name.startswith("FSDP") and ranks == 1):
         name = "DDP" if ranks > 1 else "none"
     return Engine(name, ranks, bool(args.bf16) or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16")
 

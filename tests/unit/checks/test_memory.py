@@ -92,15 +92,18 @@ def test_rollouts_rewards_and_critics_of_a_config(planned, model, tmp_path):
 
 
 def test_engines_of_a_launch(planned, monkeypatch):
-    args = SimpleNamespace(bf16=False)
+    args = SimpleNamespace(bf16=False, use_cpu=True)
     assert planned("sft").engine == memory.launched_engine(args) == Engine("none", 1, False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert memory.launched_engine(args).name == "DDP"
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    assert memory.launched_engine(args).name == "DDP"  # accelerate leaves it out on a CPU
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert memory.launched_engine(args) == Engine("FSDP2", 2, False)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    assert memory.launched_engine(args) == Engine("DDP", 2, False)  # with `use_cpu` accelerate leaves it out
+    args.use_cpu, args.bf16 = False, True
+    assert memory.launched_engine(args) == Engine("DeepSpeed ZeRO-3", 2, True)
 
 
 def big(**options) -> Training:
