@@ -26,6 +26,8 @@ LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "hydra", "peft", "torc
 NOT_UPSTREAM = {"_target_", "_partial_", "_convert_", "_self_", "_extends_", "_asdict", "_replace", "_exit"}
 # Set on each class by the metaclass of `torch.autograd.Function`
 NOT_UPSTREAM |= {"_backward_cls"}
+# Keys of the files of Prodigy
+NOT_UPSTREAM |= {"_annotator_id", "_session_id", "_timestamp"}
 # Libraries and modules whose documentation imports from modules
 DOCUMENTED = (
     *("torch", "tqdm", "huggingface_hub", "accelerate.utils", "hydra.core.hydra_config"),
