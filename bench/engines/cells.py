@@ -1,5 +1,6 @@
 """Rows of the matrix: each stage, full and LoRA, and the runs that need a second model."""
 
+import re
 from dataclasses import dataclass
 
 # Files of launch/accelerate
@@ -41,7 +42,7 @@ class Cell:
     @property
     def folder(self) -> str:
         """Name of its runs."""
-        return self.name.replace(" ", "_").replace("/", "_")
+        return re.sub(r"\W+", "_", self.name)
 
     def command(self, ranks: int, project: str, *more: str) -> list[str]:
         """Return the overrides of a run on some ranks."""
