@@ -76,10 +76,6 @@ def main() -> None:
     """Run the training that the command line names."""
     report, engine, *words = sys.argv[1:]
     prepare_process()
-    if engine == "FSDP2":
-        from tests.helpers.fsdp_cpu import allow_fsdp_on_cpu
-
-        allow_fsdp_on_cpu()
     cfg, problems = compose(words)
     if cfg is None or problems:
         sys.exit("\n".join(problems))
