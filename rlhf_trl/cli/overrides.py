@@ -471,8 +471,13 @@ def _without_body(file: Path, group: str, config: str, choices: Sequence[str], f
 
 
 def _unread_of_file(file: Path, cfg: DictConfig, before: DictConfig, groups: dict[str, set[str]]) -> list[str]:
-    """Return the problems of keys of a whole run's file that nothing reads: those that would need a `+`."""
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    """
+    Return the problems of keys of a whole run's file that nothing reads: those that would need a `+`, and that no
+    interpolation of the file names.
+    """
+    text = file.read_text(encoding="utf-8")
+    content = yaml.safe_load(text) or {}
+    named = {f"{name.rstrip('.')}." for name in re.findall(r"\$\{([\w.]+)", text)}
     for key in ("defaults", "hydra", "dry_run", "time_steps"):
         content.pop(key, None)
     # Former names are reported by the checks of the composed config
@@ -480,7 +485,9 @@ def _unread_of_file(file: Path, cfg: DictConfig, before: DictConfig, groups: dic
     return [
         f"`{key}` in `{file}` is a key that nothing reads. {hint}"
         for key in keys
-        if key is not None and (hint := _hint_if_unread(key, cfg, known=groups if "." not in key else ())) is not None
+        if key is not None
+        and not any(name.startswith(f"{key}.") for name in named)
+        and (hint := _hint_if_unread(key, cfg, known=groups if "." not in key else ())) is not None
     ]
 
 

@@ -4,15 +4,17 @@ The steps of a pipeline, run one after another, each in a process of its own, an
     python launch/pipeline.py                         # the embedded demo
     python launch/pipeline.py pipeline=reviews/tiny   # a file of conf/pipeline
     python launch/pipeline.py project=mine            # the same steps once more, beside the first
+    python launch/pipeline.py pipeline=iterated rounds=3    # steps that repeat
 
-Finished steps are skipped, so the same command resumes an earlier pipeline.
+Finished steps are skipped, so the same command resumes an earlier pipeline, also in the middle of a round.
 """
 
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.cli.app import exit_with, run_app
 from rlhf_trl.cli.launcher import (
@@ -28,6 +30,7 @@ from rlhf_trl.cli.launcher import (
 from rlhf_trl.cli.overrides import compose, without_sweeps
 from rlhf_trl.config.command_line import config_dirs
 from rlhf_trl.config.program import command_line
+from rlhf_trl.config.ranges import problem_of
 from rlhf_trl.config.values import as_dict, plain
 from rlhf_trl.errors import PREEMPTED_STATUS, ConfigError, Preempted
 from rlhf_trl.report.project import write_report
@@ -37,6 +40,9 @@ from rlhf_trl.runs.paths import kind_of, other_model
 from rlhf_trl.runs.record import RUN_FILE, is_done, read_comparison, read_run
 from rlhf_trl.terminal import printable
 
+# Exit status of a run that a signal, or a labeler, stopped before its end (see `rlhf_trl.errors.Interrupted`)
+STOPPED = 130
+
 
 def main() -> None:
     """Compose conf/pipeline.yaml and run its steps."""
@@ -45,6 +51,7 @@ def main() -> None:
 
 def problems(args: Namespace) -> list[str]:
     """Return the problems of a pipeline's command line."""
+    register_rounds()
     cfg, found = compose(without_sweeps(args.overrides), args.config_dirs, "pipeline")
     if cfg is None or found:
         return found
@@ -55,20 +62,86 @@ def problems(args: Namespace) -> list[str]:
     steps = values["steps"]
     if not isinstance(steps, dict):
         return [f"`steps` is {steps!r} and must hold names of steps, each with a list of overrides."]
+    repeated = values["each_round"]
+    if not isinstance(repeated, dict):
+        return [f"`each_round` is {repeated!r} and must hold names of steps, each with a list of overrides."]
+    rounds = problem_of("rounds", values["rounds"], "int [0, inf)")
+    if rounds is None and bool(values["rounds"]) != bool(repeated):
+        rounds = f"`rounds={values['rounds']}`, and `each_round` holds {len(repeated)} steps. " + (
+            "Name the steps of a round there." if not repeated else "Set `rounds=1` or more."
+        )
+    if rounds is not None:
+        return [*found, rounds]
+    steps |= {f"each_round.{name}": flat(own) for name, own in repeated.items()}
     lists = {"launch": values["launch"], "overrides": values["overrides"], "program": values["program"] or []}
     found = (found or name_problems(values)) + machine_problems(values["accelerate"], values["launch"])
     return found + [
         f"`{name}` is {given!r} and must be a list of overrides. Set for example `'{name}=[\"seed=1\"]'`."
-        for name, given in (lists | {f"steps.{name}": given for name, given in steps.items()}).items()
+        for name, given in (lists | {_key(name): flat(given) for name, given in steps.items()}).items()
         if not isinstance(given, list) or not all(isinstance(word, str) for word in given)
     ]
 
 
+def _key(step: str) -> str:
+    return step if step.startswith("each_round.") else f"steps.{step}"
+
+
+def flat(overrides: Any) -> Any:
+    """Return a list of overrides in which lists of some of them are joined; anything else as it is."""
+    if not isinstance(overrides, list):
+        return overrides
+    return [word for given in overrides for word in (given if isinstance(given, list) else [given])]
+
+
+def numbered(pattern: str, first: int, last: int) -> list[str]:
+    """Return `pattern` with each number from `first` to `last` in place of its `*`."""
+    return [pattern.replace("*", str(number)) for number in range(first, last + 1)]
+
+
+def register_rounds() -> None:
+    """
+    Register `${earlier:PATTERN}` and `${so_far:PATTERN}`: what [`numbered`] makes of the rounds before this one, and
+    of these and this one, as a list of a command line; and `${each:PATTERN}`, as overrides. They are from round 1 on,
+    or from that of a second argument.
+    """
+
+    def listed(key: str, as_words: bool = False):
+        def resolve(pattern: str, first: int = 1, *, _root_):
+            found = numbered(pattern, first, _root_[key])
+            return found if as_words else f"[{','.join(found)}]"
+
+        return resolve
+
+    for name, resolver in (
+        ("earlier", listed("previous")),
+        ("so_far", listed("round")),
+        ("each", listed("round", as_words=True)),
+    ):
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def all_steps(cfg: DictConfig) -> dict[str, list[str]]:
+    """
+    Return the steps of a pipeline in order, those of its rounds included.
+
+    A step of `each_round` is the run `<name>_<round>`. `${round}` in its overrides, and in whatever these refer to, is
+    the number of the round, from 1 on, and `${previous}` that of the one before.
+    """
+    register_rounds()
+    found = {name: flat(own) for name, own in as_dict(cfg.steps).items()}
+    for number in range(1, cfg.rounds + 1):
+        cfg.round, cfg.previous = number, number - 1
+        found |= {f"{name}_{number}": flat(own) for name, own in as_dict(cfg.each_round).items()}
+    return found
+
+
 def start(cfg: DictConfig) -> None:
     """Run the steps of a config."""
+    if cfg.note:
+        print(cfg.note, flush=True)
     try:
         run_pipeline(
-            steps=as_dict(cfg.steps),
+            steps=all_steps(cfg),
             project=cfg.project,
             runs_dir=cfg.runs_dir,
             program=list(cfg.program or launch_command(cfg.accelerate, cfg.launch)),
@@ -136,7 +209,10 @@ def run_pipeline(
             preempted = isinstance(stop, Preempted)
             how = "Preempted" if preempted else "Stopped"
             print(f"\n{how} at the step `{name}`. The same command resumes it.", file=sys.stderr)
-            sys.exit(PREEMPTED_STATUS if preempted else 130)
+            sys.exit(PREEMPTED_STATUS if preempted else STOPPED)
+        if code == STOPPED:  # it has said what is left, such as labels that people are to give
+            print(f"\nThe step `{name}` stopped before its end. The same command resumes it.", file=sys.stderr)
+            sys.exit(STOPPED)
         if code != 0 or not is_done(project_dir / name):
             status = f"failed (exit status {code})" if code else "ended without being done"
             print(

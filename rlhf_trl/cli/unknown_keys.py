@@ -11,7 +11,19 @@ from rlhf_trl.config.values import as_dict, nodes
 from rlhf_trl.hints import nearest, suggestion
 
 # Nodes whose keys the user chooses
-OPEN_NODES = {"callbacks", "columns", "kwargs", "policies", "published", "sampling", "sources", "steps", "weights"}
+OPEN_NODES = {
+    "callbacks",
+    "columns",
+    "each_round",
+    "kwargs",
+    "policies",
+    "principles",
+    "published",
+    "sampling",
+    "sources",
+    "steps",
+    "weights",
+}
 # Names that other trainers and papers have for a key, and the name of it here
 SYNONYMS = {
     "lr": "learning_rate",

@@ -10,7 +10,8 @@ Feedback from labels: rows as `data/feedback` reads them, with who gave them, wh
 | edit | edits | prompt, original, edited |
 
 Beside these each row has `id` (of the prompt), `rater` (the labeler), `time`, `seconds`, `confidence`, `order` (places
-of the row's completions as they were shown) and `policies` (who wrote them). `rater` is what `agreement` reads.
+of the row's completions as they were shown), `policies` (who wrote them) and `run` (of `stage=label`). `rater` is what
+`agreement` reads.
 """
 
 from collections import Counter
@@ -147,6 +148,8 @@ def write_feedback(
     found = feedback_rows(rows, labels, notes)
     written = {}
     for kind, made in found.items():
+        for row in made:
+            row["run"] = Path(run_dir).name
         name = FEEDBACK_FILE if len(found) == 1 else f"feedback.{kind}.jsonl"
         written[kind] = Path(run_dir, name)
         write_rows(written[kind], made)

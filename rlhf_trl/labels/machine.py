@@ -13,7 +13,6 @@ from tqdm import tqdm
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.rewards import score_members
 from rlhf_trl.hints import names_of
-from rlhf_trl.labels.agreement import agreement
 from rlhf_trl.labels.candidates import Candidates, Text
 from rlhf_trl.labels.selection import member_scores
 from rlhf_trl.labels.store import Label, LabelStore, now
@@ -113,14 +112,10 @@ class MachineLabeler(ABC):
         """Yield a label for each task."""
 
     def sum_up(self, rows: Sequence[Candidates], labels: Sequence[Label], form: str) -> None:
-        """Print what was answered, and how well it agrees with other labelers of the same questions."""
+        """Print what was answered."""
         mine = [label for label in labels if label.labeler == self.name and label.form == form]
         answered = [label for label in mine if label.answer is not None]
         say(f"{self.name}: {len(answered):,} answers, {len(mine) - len(answered):,} skipped")
-        others = [label for label in labels if label.labeler != self.name and label.form == form]
-        if (found := agreement([*answered, *others], form)).units:
-            self.measures["eval_alpha_with_others"] = found.alpha
-            say(f"  Krippendorff's alpha with the other labelers: {found.alpha:.2f} on {found.units:,} values")
 
     def label(self, task: Task, form: str, answer: Any = None, **more: Any) -> Label:
         """Return a label of a task by this labeler."""

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_trl.config.ranges import NONNEGATIVE, POSITIVE
+from rlhf_trl.config.ranges import COUNT, NONNEGATIVE, POSITIVE
 
 SELECTION = "rlhf_trl.labels.selection"
 HUMAN = "rlhf_trl.labels.human.HumanLabeler"
+SCORED = {"tie_margin": NONNEGATIVE, "noise": NONNEGATIVE, "name": "text"}
+ASKED = {"samples": COUNT, "temperature": NONNEGATIVE, "schema": "bool", "max_tokens": f"{COUNT}?"}
 RULES = {
     HUMAN: {
         "host": "text",
@@ -19,6 +21,11 @@ RULES = {
         "repeat_every": "int [0, inf)",
         "linger": NONNEGATIVE,
     },
+    "rlhf_trl.labels.machine.RewardLabeler": SCORED,
+    "rlhf_trl.labels.machine.GoldLabeler": SCORED,
+    "rlhf_trl.labels.judging.JudgeLabeler": ASKED | {"inconsistent": "tie|skip"},
+    "rlhf_trl.labels.judging.RubricLabeler": ASKED | {"tie_margin": NONNEGATIVE},
+    "rlhf_trl.labels.judging.RevisionLabeler": {"temperature": NONNEGATIVE, "max_tokens": COUNT},
     f"{SELECTION}.uncertainty": {"measure": "scores|probabilities|bernoulli", "temperature": POSITIVE},
     f"{SELECTION}.thompson": {"rule": "best_arm|double"},
     f"{SELECTION}.d_optimal": {"ridge": POSITIVE},

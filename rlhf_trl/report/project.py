@@ -26,6 +26,7 @@ from rlhf_trl.report.policies import cost_blocks, frontier_blocks, win_blocks
 from rlhf_trl.report.published import published_tables
 from rlhf_trl.report.records import Evaluation, Run, chosen_evaluation, load_evaluations, load_runs
 from rlhf_trl.report.rewards import summary_table
+from rlhf_trl.report.rounds import round_blocks
 from rlhf_trl.report.setup import setup_of
 from rlhf_trl.report.text import duration
 from rlhf_trl.report.verdicts import headline, verdict, verdict_blocks
@@ -126,6 +127,7 @@ def project_page(project_dir: Path, evaluation: str | None = None, ending: str |
         lead = f"The policies of this project were not evaluated, so whether training helped is open. Run `{command}`."
         sections.append(Section("Evaluation", [Missing(f"No run left a `{COMPARISON_FILE}`. Run `{command}`.")]))
     sections += [
+        Section("Rounds", round_blocks(runs)),
         Section("Training", [*training_blocks(runs, colors), *published_tables(runs)]),
         Section("Reward model", reward_model_blocks(runs, project_dir.name)),
         Section("Runs", [*evaluation_blocks(evaluations, shown, project_dir.name), *run_blocks(runs)]),

@@ -31,7 +31,7 @@ MODEL_FILES = ("config.json", ADAPTER_FILE)
 NOT_READ = {"run_dir", "runs_dir", "output_dir", "logging_dir", "output", "run_name", "name", "project", "starts_from"}
 # Keys that may name runs of the project, and keys that may hold globs
 RUNS = {"run", "policy", "policies", "sweeps", "labels", "used", "candidates"}
-GLOBS = {"paths", "eval_paths", "prompts", "labels", "used", "traffic"}
+GLOBS = {"paths", "eval_paths", "prompts", "labels", "used", "compare", "traffic"}
 
 
 def project_dir(config: Mapping[str, Any]) -> Path:

@@ -2,7 +2,7 @@
 
 import contextlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rlhf_trl.callbacks.interrupt import ignoring_preemptions, raising_preempted
 from rlhf_trl.config.command_line import config_dirs, unquote_text
 from rlhf_trl.config.program import program
 from rlhf_trl.config.values import as_dict, plain
+from rlhf_trl.data.file_rows import resolve_paths
 from rlhf_trl.errors import ConfigError, Interrupted, Preempted, disk_is_full
 from rlhf_trl.hints import count_of
 from rlhf_trl.models.adapters import adapter_config, base_path
@@ -36,6 +37,7 @@ from rlhf_trl.runs.directory import (
 )
 from rlhf_trl.runs.lock import locked
 from rlhf_trl.runs.nodes import check_shared
+from rlhf_trl.runs.paths import is_run_name, project_dir
 from rlhf_trl.runs.ranks import is_main_process, raise_on_all_ranks
 from rlhf_trl.runs.record import CONFIG_FILE, finish_run, read_run, start_run
 
@@ -187,6 +189,19 @@ def _fail(cfg: DictConfig, run: Run, error: BaseException) -> None:
         return _end(cfg, "preempted", run.record)
     status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
     return _end(cfg, status, run.record | {"error": f"{type(error).__name__}: {error}"})
+
+
+def files_of(cfg: DictConfig, places: str | Sequence[str], key: str, name: str) -> list[str]:
+    """
+    Return the files that `places`, the value of `key`, names: those called `name` of runs of the project, and paths
+    and globs.
+
+    Raises:
+        [`~rlhf_trl.errors.DataError`]: for a path or a glob of no file.
+    """
+    runs, listed = project_dir(cfg), [places] if isinstance(places, str) else list(places)
+    files = [str(runs / place / name) if is_run_name(place, runs) else place for place in listed]
+    return resolve_paths(files, key) if files else []
 
 
 def command(cfg: DictConfig, *added: str) -> str:

@@ -47,10 +47,9 @@ from rlhf_trl.labels.store import Label, read
 from rlhf_trl.labels.traffic import COLUMNS, Traffic, read_traffic, used_key
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.runs.directory import delete_backup
-from rlhf_trl.runs.paths import is_run_name, project_dir
 from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.runs.record import DRAWS_FILE, LABELS_FILE, write_metrics
-from rlhf_trl.stages.base import open_run
+from rlhf_trl.stages.base import files_of, open_run
 from rlhf_trl.stages.generate import as_chat, given_prompt, prompts_of
 from rlhf_trl.terminal import say
 
@@ -168,7 +167,7 @@ def traffic_of(cfg: DictConfig) -> Traffic | None:
         raise ConfigError(f"`stage.columns.{unknown[0]}` is no column of a log. {did_you_mean(unknown[0], COLUMNS)}")
     used = {
         used_key(row.prompt, candidate.completion)
-        for file in places_of(cfg, "used", CANDIDATES_FILE)
+        for file in files_of(cfg, stage.used, "stage.used", CANDIDATES_FILE)
         for row in read_candidates(file)
         for candidate in row.candidates
     }
@@ -190,20 +189,13 @@ def logged(found: Collected, traffic: Traffic | None) -> Iterator[tuple[int, Can
             yield number, traffic.candidate(row)
 
 
-def places_of(cfg: DictConfig, key: str, name: str) -> list[str]:
-    """Return the files that `stage.<key>` names: those called `name` of runs, and paths and globs."""
-    runs = project_dir(cfg)
-    files = [str(runs / place / name) if is_run_name(place, runs) else place for place in _list(cfg.stage[key])]
-    return resolve_paths(files, f"stage.{key}") if files else []
-
-
 def _list(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
 def earlier_labels(cfg: DictConfig) -> list[Label]:
     """Return the labels in `cfg.stage.labels`, names of runs and files."""
-    return [label for file in places_of(cfg, "labels", LABELS_FILE) for label in read(file)]
+    return [label for file in files_of(cfg, cfg.stage.labels, "stage.labels", LABELS_FILE) for label in read(file)]
 
 
 def sampling_of(cfg: DictConfig, name: str) -> Sampling:
@@ -213,7 +205,7 @@ def sampling_of(cfg: DictConfig, name: str) -> Sampling:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: for a setting or a policy that there isn't.
     """
-    given = as_dict(cfg.stage)["sampling"] or {}
+    given = as_dict(cfg.stage.sampling) if cfg.stage.sampling else {}
     policies = list(policy_paths(cfg))
     if unknown := [each for each in given if each not in policies]:
         raise ConfigError(
@@ -222,7 +214,13 @@ def sampling_of(cfg: DictConfig, name: str) -> Sampling:
     own = given.get(name) or {}
     if wrong := [key for key in own if key not in SETTINGS]:
         raise ConfigError(f"`stage.sampling.{name}.{wrong[0]}` is no setting. Use {names_of(SETTINGS)}.")
-    values = {key: own.get(key, cfg.stage[key]) for key in SETTINGS}
+    stage = cfg.stage
+    values = {
+        "n": stage.n,
+        "temperature": stage.temperature,
+        "top_p": stage.top_p,
+        "max_completion_length": stage.max_completion_length,
+    } | own
     check_values(SETTINGS, values, f"stage.sampling.{name}.")
     return Sampling(**values)
 

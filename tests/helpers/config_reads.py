@@ -17,7 +17,7 @@ PACKAGE = Path(importlib.util.find_spec("rlhf_trl").origin).parent
 # Checking a key, or showing it in a plan, isn't reading it
 NO_READERS = ("rlhf_trl.checks", "rlhf_trl.config", "rlhf_trl.cli.dry_run", "rlhf_trl.cli.overrides")
 # Nodes whose keys are names of the user's choice, or that are read as a whole and checked then
-NAMES = ("callbacks", "reward", "steps", "stage.policies", "stage.columns", "published")
+NAMES = ("callbacks", "reward", "steps", "each_round", "stage.policies", "stage.columns", "published")
 # Where the options of a function with `**options` are parameters
 PASSED_ON = dict.fromkeys(("rlhf_trl.data.load_files", "rlhf_trl.data.load_hub"), "rlhf_trl.data.LoadOptions")
 

@@ -27,6 +27,7 @@ NEEDS = {
     "data/mix": ["data.sources={own:{_target_:rlhf_trl.tasks.demo.load,_partial_:true}}"],
     "judge/model": ["judge.path=organization/name"],
     "judge/http": ["judge.url=http://localhost:8000/v1", "judge.model=name"],
+    "labeler/rubric": ["labeler.principles={kind: {text: Be kind.}}"],
     "reward/adapter": ["adapter=lora"],
     "select/best_worst": ["reward=demo"],
     "select/thompson": ["reward=model"],

@@ -2,7 +2,8 @@
 A stand-in for `train.py` that trains nothing and leaves the same files, for tests of the pipeline and the sweep.
 
 `+fails=true` makes it fail as long as there is no file `mended` where it stands; `+waits=true` makes it run until it
-is interrupted (it then leaves a complete checkpoint), unless it is resumed.
+is interrupted (it then leaves a complete checkpoint), unless it is resumed; `+left=true` makes it stop with labels
+that are left, until there is a file `mended`.
 """
 
 import json
@@ -45,6 +46,10 @@ write("running")
 if "fails" in given and not Path("mended").exists():
     write("failed")
     sys.exit("the data is missing: give it")
+if "left" in given and not Path("mended").exists():
+    (run_dir / "labels.jsonl").touch()
+    write("stopped")
+    sys.exit(130)
 while "waits" in given and "resume" not in given:
     time.sleep(0.02)
     if interrupted:

@@ -16,6 +16,7 @@ from rlhf_trl.checks.libraries import _callables
 from rlhf_trl.checks.renamed import RENAMED_KEYS, renamed_key
 from rlhf_trl.cli import overrides
 from rlhf_trl.cli.help import help_text
+from rlhf_trl.cli.pipeline import all_steps
 from rlhf_trl.config.values import plain
 from tests.helpers.config_reads import interpolations, reads_below, unread_keys
 from tests.helpers.configs import CONF, OPTIONS, PIPELINES, STAGES, composed, every_config, every_key, words_of
@@ -37,11 +38,13 @@ def users_folder(tmp_path_factory) -> Path:
     texts = [path.read_text() for path in CONF.glob("**/*.yaml")]
     projects = {"default"} | {name for text in texts for name in re.findall(r"\bproject[:=] ?(\w+)", text)}
     for project in projects:
-        for run in ("init", "sft", "reward", "ppo", "dpo", "helpful", "harmless", "collect"):
+        rounds = [f"{run}_{number}" for run in ("policy", "reward", "collect", "label") for number in range(4)]
+        for run in ("init", "sft", "reward", "ppo", "dpo", "helpful", "harmless", "collect", *rounds):
             folder = users / "runs" / project / run
             (folder / "merged").mkdir(parents=True)
             (folder / "merged" / "config.json").write_text("{}")
             (folder / "run.json").write_text(json.dumps({"status": "done", "stage": run}))
+            (folder / "feedback.jsonl").touch()  # of a labeling
     (users / "vllm.py").touch()  # stands for the package
     (users / "my_rewards.py").write_text("def short(completions): return [0.0] * len(completions)")
     return users
@@ -172,7 +175,7 @@ def test_every_callable_of_a_stage_takes_what_it_is_given(stage):
 def test_every_step_of_a_pipeline_passes_the_checks(pipeline):
     cfg = composed("pipeline", f"pipeline={pipeline}")
     assert cfg.steps
-    for name, words in cfg.steps.items():
+    for name, words in all_steps(cfg).items():
         assert problems_of(*words, f"project={cfg.project}", f"run_name={name}") == [], name
 
 
@@ -182,7 +185,7 @@ def test_the_steps_of_a_pipeline_come_after_what_they_start_from(pipeline, users
     monkeypatch.chdir(shutil.copytree(users_folder, tmp_path / "user"))
     for record in Path("runs", cfg.project).glob("*/run.json"):
         record.unlink()
-    for name, words in cfg.steps.items():
+    for name, words in all_steps(cfg).items():
         step = composed("train", *words, f"project={cfg.project}", f"run_name={name}")
         assert find_problems(step) == [], name
         Path(step.run_dir).mkdir(exist_ok=True)

@@ -158,6 +158,49 @@ def test_a_failing_step_stops_the_pipeline_and_the_next_call_resumes_there(tmp_p
     ]
 
 
+ROUNDS = {
+    "names": {"first": "sft", "previous": "ppo_${previous}"},
+    "more": ["seed=${round}", "+x=${so_far:'ppo_*'}"],
+    "each_round": {
+        "ppo": ["stage=ppo", "${more}", "+y=${earlier:'ppo_*'}"],
+        "check": ["stage=evaluate", "+fails=${fails}"],
+    },
+    "fails": False,
+    "note": "Two rounds",
+}
+
+
+def test_steps_repeat_in_rounds_and_a_round_resumes_in_its_middle(tmp_path):
+    mine = write_pipeline(tmp_path, {"sft": ["stage=sft"]}, **ROUNDS, rounds=2)
+    code, out, err = launch("pipeline", tmp_path, *mine, FAKE)
+    assert code == 1 and "`check_1` failed" in err and out.startswith("Two rounds\n")
+    (tmp_path / "mended").touch()
+    code, out, err = launch("pipeline", tmp_path, *mine, FAKE)
+    assert code == 0, err
+    assert "[2/5] ppo_1: done, skipped" in out and "[5/5] check_2: " in out
+    assert [call.split("conf ")[1] for call in calls(tmp_path)] == [
+        "stage=sft project=mine",
+        "stage=ppo seed=1 +x=[ppo_1] +y=[] project=mine run_name=ppo_1",
+        "stage=evaluate +fails=False project=mine run_name=check_1",
+        "stage=evaluate +fails=False project=mine run_name=check_1 overwrite=true",
+        "stage=ppo seed=2 +x=[ppo_1,ppo_2] +y=[ppo_1] project=mine run_name=ppo_2",
+        "stage=evaluate +fails=False project=mine run_name=check_2",
+    ]
+    code, out, err = launch("pipeline", tmp_path, *mine, FAKE, "rounds=3")  # more rounds go on from there
+    assert code == 0 and len(calls(tmp_path)) == 8, err
+
+
+@pytest.mark.slow
+def test_a_step_that_stopped_for_people_is_resumed_by_the_same_command(tmp_path):
+    mine = write_pipeline(tmp_path, {"label": ["stage=label", "+left=true"]})
+    code, _, err = launch("pipeline", tmp_path, *mine, FAKE)
+    assert code == 130 and "The step `label` stopped before its end. The same command resumes it." in err
+    (tmp_path / "mended").touch()
+    code, _, err = launch("pipeline", tmp_path, *mine, FAKE)
+    assert code == 0, err
+    assert calls(tmp_path)[-1].endswith("resume=true")
+
+
 def test_a_finished_step_is_never_silently_made_anew(tmp_path):
     launch("pipeline", tmp_path, *write_pipeline(tmp_path, STEPS), FAKE)
     steps = {**STEPS, "ppo": ["stage=ppo", "model.run=sft", "seed=7"]}
