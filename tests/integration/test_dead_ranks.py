@@ -1,5 +1,6 @@
 """A rank that dies: the others end with it, the last checkpoint is whole, and the run resumes, also on fewer ranks."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -45,7 +46,8 @@ def launch(folder: Path, *overrides: str, ranks: int = 2, death: str | None = No
     (folder / "death.py").write_text(CALLBACK)
     environment = os.environ | {"PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment |= {"DEATH": death} if death else {}
-    command = [sys.executable] if ranks == 1 else launch_command("ddp", ["--num_processes", str(ranks)])[:-1]
+    with contextlib.chdir(folder):  # paths of the command are relative to it
+        command = [sys.executable] if ranks == 1 else launch_command("ddp", ["--num_processes", str(ranks)])[:-1]
     rows = f"stage.args.per_device_train_batch_size={8 // ranks}"
     command = [*command, str(ROOT / "train.py"), *OVERRIDES, rows, *overrides]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
