@@ -501,6 +501,52 @@ def test_the_demos_ppo_is_not_below_the_best_of_n_of_its_reward_model(demo):
         assert result.reward.mean >= np.interp(result.kl.mean, kls, rewards), name
 
 
+# The loop of conf/pipeline/iterated.yaml, small: its command is in docs/loop.md
+TINY_LOOP = [
+    *("pipeline=iterated", "rounds=2", "prompts=64", "labels=64", "episodes=256"),
+    'steps.policy_0=["stage=sft","stage.args.max_steps=20"]',
+    'steps.reward_0=["stage=reward","model.run=policy_0","data.max_samples=64","stage.args.max_steps=6"]',
+]
+
+
+@pytest.mark.slow
+def test_two_rounds_of_the_loop_interrupted_in_the_middle(tmp_path):
+    process = start("pipeline", tmp_path, *TINY_LOOP)
+    project = tmp_path / "runs" / "iterated"
+    wait_for(lambda: (project / "collect_1" / "draws.partial").exists(), 600)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(300) == 130
+    code, out, err = launch("pipeline", tmp_path, *TINY_LOOP, timeout=1800)
+    assert code == 0, err[-3000:]
+    assert "reference=first: each round's policy starts at policy_0" in out
+    check_loop(project)
+
+
+def check_loop(project: Path) -> None:
+    """Check the runs of two rounds: who was asked what, what was held out, and the section of the report."""
+    names = [f"{name}_{n}" for n in (1, 2) for name in ("collect", "label", "reward", "quality", "policy", "compare")]
+    for name in names:
+        assert json.loads((project / name / "run.json").read_text())["status"] == "done", name
+    asked = [
+        {json.loads(line)["id"] for line in (project / f"label_{n}" / "labels.jsonl").read_text().splitlines()}
+        for n in (1, 2)
+    ]
+    assert asked[0] and asked[1] and not asked[0] & asked[1]
+    policies = [
+        {
+            each["policy"]
+            for line in (project / f"collect_{n}" / "candidates.jsonl").read_text().splitlines()
+            for each in json.loads(line)["candidates"]
+        }
+        for n in (1, 2)
+    ]
+    assert policies == [{"policy_0"}, {"policy_1"}]
+    assert set(read_comparison(project / "compare_2").policies) == {"policy_0", "policy_1", "policy_2"}
+    assert set(read_quality(project / "quality_2").rewards) == {"before", "model"}
+    report = (project / "report" / "report.md").read_text()
+    assert "What each round gained." in report
+
+
 @pytest.mark.slow
 def test_the_finished_demo_is_shown_again(demo):
     project, out = demo
