@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from rlhf_trl.data.messages import as_text
 from rlhf_trl.runs.paths import resolve_path
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,11 @@ with initialize_config_dir(str(conf_dir()), version_base="1.3"):
     cfg = compose("train", sys.argv[1:])
 instantiate(cfg.stage.run)(cfg)
 """
+
+
+def count_of_e(completions, **kwargs):
+    """Reward completions for a letter."""
+    return [float(as_text(completion).count("e")) for completion in completions]
 
 
 def model_with_heads_of_32(path: Path) -> str:
@@ -85,14 +91,16 @@ def test_vllm_has_the_policys_probabilities_after_each_update(tmp_path, stage, w
     pytest.importorskip("vllm", reason="vLLM is not installed (CONTRIBUTING.md says how)")
     path = model_with_heads_of_32(tmp_path / "model")
     engine = ["rollout=vllm_colocate", "stage.args.vllm_gpu_memory_utilization=0.1"]
-    place = [f"runs_dir={tmp_path}", f"model.path={path}", "reward=length", "reward.length.kwargs.max_length=4"]
+    place = [f"runs_dir={tmp_path}", f"model.path={path}", "reward=function"]
+    place += ["reward.function.function=tests.integration.test_rollout_engines.count_of_e"]
     command = [sys.executable, "-c", SCRIPT, *STAGES[stage], *ROLLOUTS, *engine, *place, *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     history = json.loads(Path(tmp_path, "default", stage, "metrics.json").read_text())["history"]
-    differences = [
-        entry["sampling/sampling_logp_difference/max"] for entry in history if "sampling/prob_error" in entry
-    ]
-    print(stage, *words, differences)
+    rollouts = [entry for entry in history if "sampling/prob_error" in entry]
+    differences = [entry["sampling/sampling_logp_difference/max"] for entry in rollouts]
+    divergences = [entry["objective/kl"] for entry in rollouts]
+    print(stage, *words, differences, divergences)
     assert len(differences) == 2 and max(differences) < 1e-4
+    assert abs(divergences[0]) < 1e-3 < abs(divergences[1])  # the policy has moved, and vLLM with it
