@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from rlhf_trl.checks.memory import NF4, USABLE
 from rlhf_trl.models.dry_passes import Batch, Computation
-from rlhf_trl.models.memory import GIB, Engine, Training, adapted, plan_memory, weight_bytes
+from rlhf_trl.models.memory import GIB, Engine, Training, adapted, plan_memory, roles_of, weight_bytes
 
 CARD = 80  # GiB of an A100 or H100
 SIZES: dict[str, dict[str, Any]] = {
@@ -58,7 +58,6 @@ class Way(NamedTuple):
 WAYS = (
     Way("all weights, a critic network", "critic=model", None, "model", False),
     Way("all weights, a value head", "critic=head", None, "head", False),
-    Way("LoRA, a value head", "adapter=lora critic=head", "lora", "head", False),
     Way("LoRA, four roles on one base", "adapter=lora critic=adapter reward=adapter", "lora", "adapter", True),
     Way("QLoRA, four roles on one base", "adapter=qlora critic=adapter reward=adapter", "qlora", "adapter", True),
 )
@@ -117,11 +116,18 @@ def cells() -> Iterator[Cell]:
     """Yield a plan of each size, way and number of GPUs."""
     for size in SIZES:
         for way in WAYS:
-            for gpus in ENGINES:
-                sharded_bits = way.adapter == "qlora" and gpus > 1
-                yield Cell(
-                    size, way, gpus, None if sharded_bits else plan_memory(training(size, way, gpus)).total / GIB
-                )
+            yield Cell(size, way, 1, plan_memory(training(size, way, 1)).total / GIB)
+            if way.adapter == "qlora":
+                yield from (Cell(size, way, gpus, None) for gpus in (8, 64))
+                continue
+            plan = plan_memory(training(size, way, 8))
+            yield Cell(size, way, 8, plan.total / GIB)
+            # With more ranks the shares alone are smaller: what a rank computes stays the same
+            plan.roles = roles_of(training(size, way, 64))
+            for moment in plan.moments:
+                if "gradients" in moment.parts:
+                    moment.parts["gradients"] = sum(role.gradients for role in plan.roles)
+            yield Cell(size, way, 64, plan.total / GIB)
 
 
 def table() -> str:

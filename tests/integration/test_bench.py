@@ -15,6 +15,10 @@ from bench.gpu.configurations import CONFIGURATIONS
 from bench.gpu.cost import update_flops
 from bench.gpu.models import SIZES
 from bench.gpu.table import tables
+from bench.memory import configurations as memory_configurations
+from bench.memory import h200
+from bench.memory.__main__ import summary as memory_summary
+from bench.memory.__main__ import table as memory_table
 from bench.setting import PHASES, Meter, Setting, make_prompts, make_small_llama
 from rlhf_trl.checks import find_problems
 from rlhf_trl.cli import overrides
@@ -160,3 +164,38 @@ def test_the_benchmark_of_a_gpu_rehearsed(tmp_path, capsys):
     assert update_flops(size, replace(setting, lora=True), "head") < flops["head"]
     tokens = setting.batch * setting.epochs * (setting.prompt_tokens + setting.new_tokens)
     assert flops["head"] == pytest.approx(6 * size.trunk * tokens + 3 * size.embedding * tokens, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["kto, full, checkpointing", "grpo, full", "ppo, four roles on one base"])
+def test_the_trainings_of_the_memory_benchmark_can_be_composed(name, tmp_path):
+    configuration = next(each for each in memory_configurations.CONFIGURATIONS if each.name == name)
+    cfg, problems = overrides.compose(memory_configurations.words(configuration, tmp_path / "llama", tmp_path))
+    assert problems == [] and cfg is not None and cfg.model.path == f"{tmp_path}/llama/policy"
+
+
+def test_the_summary_of_the_memory_benchmark():
+    rows = [
+        {
+            "name": "a",
+            "model": "m",
+            "planned": 2**20 * planned,
+            "measured": 2**20 * 100,
+            "process": 2**28,
+            "seconds": 1.0,
+        }
+        for planned in (110, 100, 85)
+    ]
+    text = memory_table(rows) + memory_summary(rows)
+    assert "| a | m | 110 | 100 | +10.0% | 256 |" in text
+    assert "off by 8.3% on average and 15.0% at most (within 10% and 20%)" in text
+    rows[0]["planned"] *= 2
+    assert "NOT within" in memory_summary(rows)
+
+
+@pytest.mark.slow
+def test_the_plans_of_the_documentation_are_those_of_today():
+    """Off by at most 3 % from what was measured on a GPU."""
+    text = Path(__file__).parents[2].joinpath("docs", "benchmarks.md").read_text()
+    found = h200.table().splitlines()
+    assert len(found) == 15 and all(line in text for line in found[:-1])
+    assert all(abs(planned / measured - 1) < 0.03 for *_, planned, measured in h200.rows())
