@@ -77,9 +77,8 @@ def measure(configuration: Configuration, folder: Path, number: int, timeout: fl
     report = folder / f"{number}.json"
     command = [sys.executable]
     if configuration.ranks > 1:
-        engine = {"DDP": "ddp", "FSDP2": "fsdp2"}[configuration.engine]
         flags = ["--num_processes", str(configuration.ranks), "--mixed_precision", "no"]
-        command = launch_command(engine, flags)
+        command = launch_command(configuration.engine.lower(), flags)
         command = command[: command.index("no") + 1]
     command += ["-m", "bench.memory.worker", str(report), configuration.engine]
     command += words(configuration, folder / configuration.model, folder / "runs" / str(number))

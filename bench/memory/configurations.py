@@ -40,7 +40,7 @@ class Configuration:
         name (`str`): shown in the table.
         model (`str`): one of `MODELS`.
         words (`tuple[str, ...]`): overrides of its config. `{folder}` is that of the model.
-        ranks (`int`), engine (`str`): how it is launched, `DDP` or `FSDP2` with several ranks.
+        ranks (`int`), engine (`str`): how it is launched, `DDP` with several ranks.
     """
 
     name: str
@@ -86,7 +86,6 @@ CONFIGURATIONS = (
     Configuration("ppo, critic=head, QLoRA", "SmolLM2-135M", ppo("critic=head", NO_CHECKPOINTING, "adapter=qlora")),
     Configuration("sft, full, DDP", "llama", ("stage=sft", NO_CHECKPOINTING), 2, "DDP"),
     Configuration("ppo, critic=model, full, DDP", "olmo2", ppo("critic=model", NO_CHECKPOINTING), 2, "DDP"),
-    Configuration("sft, full, FSDP2", "llama", ("stage=sft", NO_CHECKPOINTING), 2, "FSDP2"),
 )
 
 
