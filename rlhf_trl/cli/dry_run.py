@@ -91,22 +91,26 @@ END = "Dry run: nothing was started and nothing written. Remove `debug=dry_run` 
 END_OF_TIMING = "Nothing was written. Remove `debug=plan` to run it."
 
 
-def show_plan(cfg: DictConfig) -> None:
+def show_plan(cfg: DictConfig, timed: bool = False) -> None:
     """
     Print what a run comes to: models, data, learning rates, lengths, batch arithmetic, disk, and a rendered sample
     with its loss mask; and warnings of what is to be expected of it.
 
     The data are read and the tokenizers are loaded; the files of models are inspected, reward functions are called on
-    a few rows, and nothing is written. With `time_steps` a few micro-batches of a training are run and timed.
+    a few rows, and nothing is written.
+
+    Args:
+        cfg (`DictConfig`): the composed config, checked.
+        timed (`bool`): whether to run a few micro-batches of a training and to print how long the run will take.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: with everything that would stop the run later and can be found now.
     """
     lines, warnings, sample = plan_of_training(cfg) if "args" in cfg.stage else (*plan_without_training(cfg), "")
-    timed = timing_lines(time_steps(cfg)) if cfg.get("time_steps") and "args" in cfg.stage else {}
+    times = timing_lines(time_steps(cfg)) if timed and "args" in cfg.stage else {}
     if not is_main_process():
         return
-    lines |= timed
+    lines |= times
     width = max(len(name) for name in lines if not name.startswith(" "))
     print("\nPlan")
     for name, text in lines.items():

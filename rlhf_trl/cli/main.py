@@ -159,7 +159,7 @@ def run(cfg: DictConfig) -> float | None:
         if cfg.get("dry_run"):
             from rlhf_trl.cli.dry_run import show_plan
 
-            return show_plan(cfg)
+            return show_plan(cfg, timed=bool(cfg.get("time_steps")))
         objective = hydra.utils.instantiate(cfg.stage.run)(cfg)
         leave_process_group()
         if lines := last_lines(cfg, unquote_text(HydraConfig.get().overrides.task), time.monotonic() - started):

@@ -83,12 +83,14 @@ def unknown_key_problem(word: str, cfg: DictConfig, groups: dict[str, set[str]])
     if near:
         meant = [f"{'+' * (name in undeclared)}{prefix}{name}{rest}={value}" for name in near]
         return f"`{word}`: there is no key `{prefix}{leaf}`. {suggestion(meant)}"
+    group = parent.replace(".", "/")
+    if not declared and group in groups:
+        options = f"Set `{group}=...` as well: {', '.join(sorted(groups[group]))}."
+        return f"`{word}`: there is no key `{prefix}{leaf}`. `{parent}` has none here. {options}"
     if meant := _similar_name(path if not parent else leaf, cfg):
         return f"`{word}`: there is no key `{prefix}{leaf}`. {suggestion([_override(m, value) for m in meant])}"
     if not declared:
-        group = parent.replace(".", "/")
-        options = f" Set `{group}=...` as well: {', '.join(sorted(groups[group]))}." if group in groups else ""
-        return f"`{word}`: there is no key `{prefix}{leaf}`. `{parent}` has none here.{options}"
+        return f"`{word}`: there is no key `{prefix}{leaf}`. `{parent}` has none here."
     where = f"in `{parent}`" if parent else "at the top"
     return (
         f"`{word}`: there is no key `{prefix}{leaf}`. Keys {where}: {', '.join(f'`{n}`' for n in sorted(declared))}."

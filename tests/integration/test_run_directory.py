@@ -503,7 +503,7 @@ def test_a_resume_with_the_same_config_is_done(train, stopped, monkeypatch):
     run_dir = Path(train(stopped, *resumable(stopped), "resume=true"))
     record = json.loads((run_dir / "run.json").read_text())
     assert record["status"] == "done" and set(record["inputs"]) == {
-        *("ranks", "engine", "data (train)", "data (eval)", "model")
+        *("ranks", "engine", "rows per step", "data (train)", "data (eval)", "model")
     }
 
 

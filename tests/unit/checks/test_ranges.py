@@ -81,7 +81,7 @@ SFT = "stage=sft"
         ([SFT, "seed=null"], "seed", "is null and must be an integer"),
         ([SFT, "overwrite=no"], "overwrite", "must be true or false"),
         ([SFT, "overwrite=2"], "overwrite", "must be true or false"),
-        ([SFT, "resume=maybe"], "resume", "must be true or false"),
+        ([SFT, "resume=maybe"], "resume", "There are: `auto`, `false`, `true`"),
         ([SFT, "merge=maybe"], "merge", "must be true or false"),
         ([SFT, "model.trust_remote_code=maybe"], "model.trust_remote_code", "must be true or false"),
         ([SFT, "data.conversational=maybe"], "data.conversational", "must be true or false"),
