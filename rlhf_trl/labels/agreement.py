@@ -1,8 +1,8 @@
 """
 Agreement of labelers: Krippendorff's alpha, Cohen's kappa, and how a labeler's answers stand beside known ones.
 
-Labels become values of units: of a pair the candidate that is better, or that they tie; of a ranking and a rating the
-rank or the rating of each candidate (and attribute). Edits have no agreement.
+Labels become values of units: of a pair which of its two candidates is better, or that they tie; of a ranking and a
+rating the rank or the rating of each candidate (and attribute). Edits have no agreement.
 """
 
 import math
@@ -90,7 +90,9 @@ def values_of(label: Label) -> dict[Unit, Hashable]:
         return {}
     if label.form == "pair":
         answer = label.answer
-        return {label.key: label.question[answer] if isinstance(answer, int) else answer}
+        # The place among the two, not the candidate's own index: all pairs share their categories, or the agreement of
+        # chance would count answers that a pair doesn't have, and chance itself would look like agreement
+        return {label.key: sorted(label.question).index(label.question[answer]) if answer in (0, 1) else answer}
     found: dict[Unit, Hashable] = {}
     for candidate, value in zip(label.question, label.answer, strict=True):
         if isinstance(value, dict):

@@ -1,6 +1,7 @@
 """Agreement of labelers, against published figures."""
 
 import math
+from itertools import combinations
 
 import pytest
 
@@ -58,11 +59,24 @@ def pair(labeler, question, answer, i="p", **more) -> Label:
 
 
 def test_the_same_pair_asked_the_other_way_round_is_the_same_unit():
-    assert values_of(pair("ann", [4, 2], 0)) == values_of(pair("bob", [2, 4], 1)) == {("p", (2, 4), "pair"): 4}
+    assert values_of(pair("ann", [4, 2], 0)) == values_of(pair("bob", [2, 4], 1)) == {("p", (2, 4), "pair"): 1}
     labels = [pair("ann", [4, 2], 0), pair("bob", [2, 4], 1), pair("ann", [0, 1], "tie"), pair("bob", [0, 1], 1)]
     found = agreement(labels, "pair")
     assert found.units == 2 and found.pairs["ann", "bob"][:2] == (2, 0.5)
-    assert found.alpha == krippendorff_alpha([(4, 4), ("tie", 1)])
+    assert found.alpha == krippendorff_alpha([(1, 1), ("tie", 1)])
+
+
+def test_answers_by_chance_have_no_agreement_whatever_candidates_the_pairs_are_of():
+    # Each two answers equally often, about pairs of four candidates
+    answers = [(a, b) for a in (0, 1) for b in (0, 1)]
+    labels = [
+        pair(name, [first, second], given, i=f"{first}{second}{number}")
+        for first, second in combinations(range(4), 2)
+        for number, both in enumerate(answers * 10)
+        for name, given in zip(("ann", "bob"), both, strict=True)
+    ]
+    found = agreement(labels, "pair")
+    assert found.pairs["ann", "bob"] == (240, 0.5, 0) and found.alpha == pytest.approx(0, abs=0.01)
 
 
 def test_rankings_and_ratings_agree_by_candidate():
