@@ -9,6 +9,9 @@ Feedback from labels: rows as `data/feedback` reads them, with who gave them, wh
 | rating of attributes | attributes | prompt, completion, and a column per attribute |
 | edit | edits | prompt, original, edited |
 
+Rows of the form that is asked (`stage.ask`) are in `feedback.jsonl`, those of another kind, such as edits beside
+pairs, in `feedback.edits.jsonl` and so on.
+
 Beside these each row has `id` (of the prompt), `rater` (the labeler), `time`, `seconds`, `confidence`, `order` (places
 of the row's completions as they were shown), `policies` (who wrote them) and `run` (of `stage=label`). `rater` is what
 `agreement` reads.
@@ -25,6 +28,8 @@ from rlhf_trl.labels.collection import completion_key
 from rlhf_trl.labels.store import Label
 
 FEEDBACK_FILE = "feedback.jsonl"
+# Kinds of feedback of each form
+KINDS = {"pair": ["pairs"], "ranking": ["rankings"], "rating": ["ratings", "attributes"], "edit": ["edits"]}
 PREFERRED = {0: "a", 1: "b", "tie": "tie", "both_bad": "both_bad"}
 # Columns of a row that an attribute can't have the name of
 TAKEN = ("prompt", "completion", "id", "rater", "time", "seconds", "confidence", "order", "policies")
@@ -137,20 +142,24 @@ def _provenance(row: Candidates, label: Label) -> dict[str, Any]:
 
 
 def write_feedback(
-    run_dir: str | Path, rows: Sequence[Candidates], labels: Iterable[Label], notes: Counter[str]
+    run_dir: str | Path, rows: Sequence[Candidates], labels: Iterable[Label], form: str, notes: Counter[str]
 ) -> dict[str, Path]:
     """
-    Write the feedback of a run's labels: `feedback.jsonl` or, of several kinds, `feedback.pairs.jsonl` and so on.
+    Write the feedback of a run's labels: `feedback.jsonl` for the form that is asked, whatever else is labeled beside
+    it, and `feedback.edits.jsonl` and so on for other kinds. A file of an earlier call without rows now is deleted.
 
     Returns:
         `dict[str, Path]`: the file of each kind of feedback.
     """
     found = feedback_rows(rows, labels, notes)
+    asked = max(KINDS[form], key=lambda kind: len(found.get(kind, ())))
     written = {}
     for kind, made in found.items():
         for row in made:
             row["run"] = Path(run_dir).name
-        name = FEEDBACK_FILE if len(found) == 1 else f"feedback.{kind}.jsonl"
-        written[kind] = Path(run_dir, name)
+        written[kind] = Path(run_dir, FEEDBACK_FILE if kind == asked else f"feedback.{kind}.jsonl")
         write_rows(written[kind], made)
+    names = [FEEDBACK_FILE, *(f"feedback.{kind}.jsonl" for kinds in KINDS.values() for kind in kinds)]
+    for stale in {Path(run_dir, name) for name in names} - {*written.values()}:
+        stale.unlink(missing_ok=True)
     return written

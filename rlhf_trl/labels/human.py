@@ -103,7 +103,7 @@ class HumanLabeler:
             seed (`int`): seeds the order of the answers.
 
         Returns:
-            `bool`: whether all answers are given.
+            `bool`: whether all answers are given; of `labelers` that are named, those that they don't skip.
 
         Raises:
             [`~rlhf_trl.errors.ConfigError`]: if the port is taken, or there is nothing to ask.
@@ -121,10 +121,11 @@ class HumanLabeler:
             gold=read(self.gold) if self.gold else (),
             gold_every=self.gold_every,
             repeat_every=self.repeat_every,
+            labelers=self.labelers,
             seed=seed,
         )
         if queue.is_filled:
-            say(f"All {count_of(queue.total, 'answer')} are in `{store.path}` already.")
+            say(f"Nothing is left to ask: `{store.path}` has {queue.done:,} of {count_of(queue.total, 'answer')}.")
             return True
         token = _token(store.path.with_name(TOKEN_FILE))
         with bound_socket(self.host, self.port, "labeler") as listener:
@@ -199,5 +200,15 @@ def _sum_up(queue: Queue, store: LabelStore) -> None:
     found = agreement(queue.labels, queue.form)
     alpha = f", Krippendorff's alpha {found.alpha:.2f} on {count_of(found.units, 'value')}" if found.units else ""
     people = f" by {count_of(len(names), 'labeler')}" if names else ""
-    left = "" if queue.is_filled else f"; {queue.total - queue.done:,} are left"
+    left = f"; {queue.total - queue.done:,} are left" if queue.done < queue.total else ""
     say(f"{count_of(queue.done, 'answer')} of {queue.total:,}{people}{alpha}{left}: {store.path}")
+    if left and queue.mine and not queue.open_to(queue.mine):
+        say(
+            "  Whoever was here has answered or skipped each of those. "
+            + (
+                "They are left without an answer."
+                if queue.is_filled
+                else f"If nobody else comes: `stage.budget={queue.done}`, or name all labelers before they begin "
+                "(`labeler.labelers`), and the labeling ends by itself."
+            )
+        )

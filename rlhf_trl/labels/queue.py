@@ -85,6 +85,7 @@ class Queue:
         gold (`Iterable[Label]`): labels with the known answers of some of the candidates.
         gold_every (`int`), repeat_every (`int`):
             a gold question, or an earlier question again, after each so many answers of a labeler; 0: never.
+        labelers (`Sequence[str]`, *optional*): all who answer; `None`: anybody may come.
         seed (`int`): seeds the order in which the candidates of a question are shown.
         clock (`Callable`): clock of reservations, in seconds.
 
@@ -103,12 +104,13 @@ class Queue:
         gold: Iterable[Label] = (),
         gold_every: int = 0,
         repeat_every: int = 0,
+        labelers: Sequence[str] | None = None,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.rows = {row.id: row for row in rows}
         self.form, self.overlap, self.seed, self.clock = form, overlap, seed, clock
-        self.gold_every, self.repeat_every = gold_every, repeat_every
+        self.gold_every, self.repeat_every, self.labelers = gold_every, repeat_every, labelers
         self.gold = {label.key: label for label in gold if label.answer is not None and label.form == form}
         self._check_gold()
         asked = {
@@ -171,8 +173,17 @@ class Queue:
 
     @property
     def is_filled(self) -> bool:
-        """Whether every answer that was to be given has been given."""
-        return self.done >= self.total
+        """Whether every answer that was to be given has been given, or else none of the `labelers` has one to give."""
+        return self.done >= self.total or (bool(self.labelers) and not self.open_to(self.labelers))
+
+    def open_to(self, labelers: Iterable[str]) -> list[Unit]:
+        """Return the questions that lack an answer, and that one of the labelers has neither answered nor skipped."""
+        seen = [{label.key for label in self._own(name)} for name in labelers]
+        return [
+            unit
+            for unit, names in self.answered.items()
+            if len(names) < self.overlap and not all(unit in units for units in seen)
+        ]
 
     @property
     def done(self) -> int:

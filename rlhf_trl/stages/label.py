@@ -89,7 +89,7 @@ def compared(store: LabelStore, others: Sequence[Label], form: str) -> dict[str,
 def write_rows_of(cfg: DictConfig, rows: Sequence[Candidates], store: LabelStore) -> None:
     """Write the feedback of all labels, and say what it is of."""
     notes: Counter[str] = Counter()
-    files = write_feedback(cfg.run_dir, rows, store.read(), notes)
+    files = write_feedback(cfg.run_dir, rows, store.read(), cfg.stage.ask, notes)
     for kind, file in files.items():
         say(f"{notes.pop(kind):,} rows, for `data=files data.paths={file} data/feedback={kind}`")
     if noted := "; ".join(f"{note}: {count:,}" for note, count in notes.items() if count):

@@ -113,7 +113,7 @@ def rows_of(path, feedback, dataset_type, count) -> list[dict]:
 def test_written_files_are_read_as_they_are(tmp_path):
     votes = [label(), label(labeler="bob"), label(labeler="eve", answer=1)]
     notes = Counter()
-    (path,) = write_feedback(tmp_path, [ROW], votes, notes).values()
+    (path,) = write_feedback(tmp_path, [ROW], votes, "pair", notes).values()
     assert path.name == "feedback.jsonl" and len(path.read_text().splitlines()) == 3
     (row,) = rows_of(path, Pairs(agreement="weights", shuffle=False), "comparisons", 1)
     assert row["completions"] == ["third", "first"] and row["weights"] == [pytest.approx(1 / 3)]
@@ -124,8 +124,9 @@ def test_written_files_are_read_as_they_are(tmp_path):
         label(form="edit", question=[1], order=None, answer="better"),
         label(answer="both_bad"),
     ]
-    written = write_feedback(tmp_path, [ROW], forms, notes)
-    assert {path.name for path in written.values()} == {f"feedback.{kind}.jsonl" for kind in written}
+    written = write_feedback(tmp_path, [ROW], forms, "pair", notes)
+    others = {f"feedback.{kind}.jsonl" for kind in written if kind != "pairs"}
+    assert {path.name for path in written.values()} == others | {"feedback.jsonl"}
     rows_of(written["rankings"], Rankings(), "comparisons", 1)
     rows_of(written["ratings"], Ratings(), "comparisons", 1)
     rows_of(written["edits"], Edits(), "preference", 1)
@@ -133,3 +134,18 @@ def test_written_files_are_read_as_they_are(tmp_path):
     (row,) = rows_of(written["attributes"], Attributes(dimensions=["kind"]), "comparisons", 1)
     assert sorted(target["kind"] for target in row["targets"]) == [-1.0, 1.0]
     assert all("rater" in json.loads(line) for path in written.values() for line in path.read_text().splitlines())
+
+
+def test_the_file_of_what_is_asked_has_one_name_whatever_is_labeled_beside_it(tmp_path):
+    edit = label(form="edit", question=[1], order=None, answer="better")
+    write_feedback(tmp_path, [ROW], [label()], "pair", Counter())
+    written = write_feedback(tmp_path, [ROW], [label(), label(labeler="bob"), edit], "pair", Counter())
+    assert {kind: path.name for kind, path in written.items()} == {
+        "pairs": "feedback.jsonl",
+        "edits": "feedback.edits.jsonl",
+    }
+    assert len(written["pairs"].read_text().splitlines()) == 2
+    write_feedback(tmp_path, [ROW], [label()], "pair", Counter())  # the edit was taken back
+    assert [path.name for path in tmp_path.iterdir()] == ["feedback.jsonl"]
+    write_feedback(tmp_path, [ROW], [], "pair", Counter())
+    assert not any(tmp_path.iterdir())

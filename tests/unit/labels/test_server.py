@@ -164,6 +164,19 @@ def test_a_skip_has_a_reason_and_is_asked_of_others_only(tmp_path):
     assert page.task.startswith("p0")
 
 
+def test_questions_that_all_named_labelers_skip_end_the_labeling(tmp_path):
+    page = Page(tmp_path, candidates(2), labelers=["ann", "bob"])
+    page.post(skip="It is broken")
+    page.post(choice="1")
+    assert page.filled == [False, False] and page.task is None and "No question for you" in page.get()
+    page.name = "bob"
+    assert page.task.startswith("p0")
+    page.post(skip="It is broken")
+    assert page.filled[-1] and "answered or skipped</h1>" in page.get()
+    page.post("undo")
+    assert not page.filled[-1] and page.task.startswith("p0")
+
+
 def test_confidence_is_saved_where_it_is_asked_for(tmp_path):
     page = Page(tmp_path, candidates(2), options={"confidence": True})
     assert "How sure are you?" in page.get()
