@@ -120,10 +120,13 @@ def without_labeled(found: Collected, labels: Iterable[Label], overlap: int) -> 
     Args:
         found ([`Collected`]): the prompts.
         labels (`Iterable[Label]`): answers of earlier collections.
-        overlap (`int`): answers that a prompt is to have; one that has fewer is asked about again.
+        overlap (`int`): labelers that a prompt is to have; one that has fewer is asked about again.
     """
-    answered = Counter(label.id for label in labels if label.skipped is None)
-    kept = [row for row in found.rows if answered[row.id] < overlap]
+    answered: dict[str, set[str]] = {}
+    for label in labels:
+        if label.skipped is None:
+            answered.setdefault(label.id, set()).add(label.labeler)
+    kept = [row for row in found.rows if len(answered.get(row.id, ())) < overlap]
     found.notes["prompts left out: labeled already"] += len(found.rows) - len(kept)
     return Collected(kept, found.notes)
 
@@ -210,7 +213,7 @@ def ask(
     for number, question in asked:
         row, own = found.rows[number], usable[number]
         for each in _questions(question, own, size, rng):
-            if each in row.questions:
+            if sorted(each) in map(sorted, row.questions):
                 found.notes["questions dropped: asked already"] += 1
             elif left > 0:
                 row.questions.append(each)

@@ -3,7 +3,7 @@
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -135,12 +135,12 @@ class MachineLabeler(ABC):
 
 def tasks_of(rows: Sequence[Candidates], form: str) -> list[Task]:
     """
-    Return the questions of candidates; `form=edit` asks about the first one of each.
+    Return the questions of candidates, each once; `form=edit` asks about the first candidate of each.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if a question doesn't fit the form.
     """
-    found = []
+    found: dict[Hashable, Task] = {}
     for row in rows:
         for question in row.questions:
             if (form == "pair" and len(question) != 2) or (form == "ranking" and len(question) < 2):
@@ -148,8 +148,9 @@ def tasks_of(rows: Sequence[Candidates], form: str) -> list[Task]:
                     f"The candidates of `{row.id}` have the question {list(question)}, of which `stage.ask={form}` "
                     "can't be asked. Set another `stage.ask`, or collect with another `stage.question_size`."
                 )
-            found.append(Task(row, list(question[:1] if form == "edit" else question)))
-    return found
+            task = Task(row, list(question[:1] if form == "edit" else question))
+            found.setdefault(task.key(form), task)
+    return list(found.values())
 
 
 class RewardLabeler(MachineLabeler):

@@ -1,7 +1,7 @@
 """Logged traffic of a running service: prompts, answers, and the thumbs of users, as candidates and feedback."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_trl.data.columns import rename_columns
@@ -23,16 +23,14 @@ class Traffic(NamedTuple):
     Rows of a log, checked.
 
     Attributes:
-        rows: `prompt`, `completion` and the other columns of [`COLUMNS`] that a row has.
+        rows: `prompt`, `completion` and the other columns of [`COLUMNS`] that a row has; each answer to a prompt once.
+        thumbs: the rows with a thumb, for `data/feedback=thumbs`; several of an answer where several users gave one.
         notes: counts of what was left out.
     """
 
     rows: list[dict[str, Any]]
+    thumbs: list[dict[str, Any]]
     notes: Counter
-
-    def thumbs(self) -> list[dict[str, Any]]:
-        """Return the rows with a thumb, for `data/feedback=thumbs`."""
-        return [row for row in self.rows if row.get("thumb") is not None]
 
     def candidate(self, row: Mapping[str, Any]) -> Candidate:
         """Return the logged answer of a row as a candidate."""
@@ -44,7 +42,7 @@ def read_traffic(
     files: Sequence[str],
     columns: Mapping[str, str | None],
     privacy: Privacy | None = None,
-    used: Collection[tuple[str, str]] = (),
+    used: Collection[Hashable] = (),
 ) -> Traffic:
     """
     Read logs.
@@ -53,14 +51,14 @@ def read_traffic(
         files (`Sequence[str]`): jsonl, json, csv, tsv or parquet.
         columns (`dict[str, str]`): our names, see [`COLUMNS`], to the file's; null for one that it doesn't have.
         privacy (`Callable`, *optional*): filter of each row, before anything else reads it.
-        used (`Collection[tuple[str, str]]`): (prompt id, completion) of what was collected before, see [`used_key`].
+        used (`Collection`): what was collected before: the [`used_key`] of answers, and the [`thumb_key`] of thumbs.
 
     Raises:
         [`~rlhf_trl.errors.DataError`]: with file and row, for rows without a prompt or an answer, or with a thumb that
             is none.
         [`~rlhf_trl.errors.ConfigError`]: if the filter raises, or returns something else than a row.
     """
-    rows, notes, problems = [], Counter(), Problems()
+    rows, thumbs, notes, problems = [], [], Counter(), Problems()
     seen = set(used)
     mapping = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
     for file in files:
@@ -76,20 +74,29 @@ def read_traffic(
                 problems.add(place, error, mapping.get(error.field or ""))
                 continue
             key = used_key(made["prompt"], made["completion"])
-            if key in seen:
-                before = key in used
-                notes[f"logged rows dropped: {'used before' if before else 'they repeat another one'}"] += 1
-                continue
-            seen.add(key)
-            rows.append(made)
+            is_new, has_new_thumb = key not in seen, "thumb" in made and thumb_key(made) not in seen
+            if is_new:
+                seen.add(key)
+                rows.append(made)
+            if has_new_thumb:
+                seen.add(thumb_key(made))
+                thumbs.append(made)
+            if not is_new and not has_new_thumb:
+                notes[f"logged rows dropped: {'used before' if key in used else 'they repeat another one'}"] += 1
     if problems.count:
         raise DataError(f"{problems.count} rows of `stage.traffic` can't be used:\n{problems.text()}")
-    return Traffic(rows, notes)
+    return Traffic(rows, thumbs, notes)
 
 
 def used_key(prompt: Text, completion: Text) -> tuple[str, str]:
-    """Return a key by which logged rows are the same."""
+    """Return a key by which logged answers are the same."""
     return prompt_id(prompt), as_text(completion).strip()
+
+
+def thumb_key(row: Mapping[str, Any]) -> tuple[Hashable, ...]:
+    """Return a key by which thumbs are the same: answer, thumb, and who gave it when, as far as the log says."""
+    own = (str(row.get(name)) for name in ("thumb", "rater", "time"))
+    return *used_key(row["prompt"], row["completion"]), *own
 
 
 def _filtered(privacy: Privacy, row: dict[str, Any], place: str) -> dict[str, Any] | None:

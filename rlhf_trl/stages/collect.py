@@ -17,7 +17,7 @@ from rlhf_trl.config.dotpaths import find
 from rlhf_trl.config.ranges import COUNT, NONNEGATIVE, check_values
 from rlhf_trl.config.values import as_dict
 from rlhf_trl.data.chat_template import template_kwargs
-from rlhf_trl.data.file_rows import resolve_paths
+from rlhf_trl.data.file_rows import read_file, resolve_paths
 from rlhf_trl.data.messages import as_text
 from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError
@@ -44,7 +44,7 @@ from rlhf_trl.labels.collection import (
 )
 from rlhf_trl.labels.options import BY_FEATURES, BY_SCORE, selection_problem
 from rlhf_trl.labels.store import Label, read
-from rlhf_trl.labels.traffic import COLUMNS, Traffic, read_traffic, used_key
+from rlhf_trl.labels.traffic import COLUMNS, Traffic, read_traffic, thumb_key, used_key
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.runs.directory import delete_backup
 from rlhf_trl.runs.ranks import is_main_process
@@ -126,7 +126,7 @@ def finish(cfg: DictConfig, found: Collected, draws: Draws, traffic: Traffic | N
     """Write the candidates, the thumbs and the counts, and print what was collected."""
     output = Path(cfg.run_dir, CANDIDATES_FILE)
     write_candidates(output, found.rows)
-    thumbs = traffic.thumbs() if traffic is not None else []
+    thumbs = traffic.thumbs if traffic is not None else []
     if thumbs:
         write_rows(Path(cfg.run_dir, THUMBS_FILE), thumbs)
         found.notes["thumbs of users"] = len(thumbs)
@@ -165,15 +165,15 @@ def traffic_of(cfg: DictConfig) -> Traffic | None:
     columns = as_dict(stage.columns)
     if unknown := [name for name in columns if name not in COLUMNS]:
         raise ConfigError(f"`stage.columns.{unknown[0]}` is no column of a log. {did_you_mean(unknown[0], COLUMNS)}")
-    used = {
-        used_key(row.prompt, candidate.completion)
-        for file in files_of(cfg, stage.used, "stage.used", CANDIDATES_FILE)
-        for row in read_candidates(file)
-        for candidate in row.candidates
-    }
+    used = set()
+    for file in files_of(cfg, stage.used, "stage.used", CANDIDATES_FILE):
+        for row in read_candidates(file):
+            used |= {used_key(row.prompt, candidate.completion) for candidate in row.candidates}
+        if (thumbs := Path(file).with_name(THUMBS_FILE)).exists():
+            used |= {thumb_key(row) for _, row in read_file(str(thumbs)) if isinstance(row, dict)}
     privacy = find(stage.privacy) if stage.privacy is not None else None
     traffic = read_traffic(files, columns, privacy, used)
-    if not traffic.rows:
+    if not traffic.rows and not traffic.thumbs:
         noted = _noted(Collected([], traffic.notes), ": ")
         raise ConfigError(f"`stage.traffic` holds nothing new{noted}. Give the log of a later time.")
     return traffic

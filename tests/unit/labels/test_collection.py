@@ -12,7 +12,7 @@ from rlhf_trl.labels.collection import Collected, Draws, add_candidates, ask, me
 from rlhf_trl.labels.options import selection_problem
 from rlhf_trl.labels.selection import best_worst, d_optimal, random_pairs
 from rlhf_trl.labels.store import Label
-from rlhf_trl.labels.traffic import read_traffic, used_key
+from rlhf_trl.labels.traffic import read_traffic, thumb_key, used_key
 
 COLUMNS = {"prompt": "prompt", "completion": "answer", "thumb": "meta.thumb", "rater": "meta.user", "time": None}
 
@@ -77,7 +77,8 @@ def label(prompt: str, **changes) -> Label:
 
 
 def test_labeled_prompts_are_not_asked_again_unless_several_people_should():
-    labels = [label("p0"), label("p1"), label("p1", labeler="bob"), label("p2", answer=None, skipped="unclear")]
+    labels = [label("p0"), label("p0", question=[1, 2]), label("p1"), label("p1", labeler="bob")]
+    labels += [label("p2", answer=None, skipped="unclear")]
     prompts = [{"prompt": f"p{i}"} for i in range(4)]
     once = without_labeled(merge_prompts(prompts), labels, 1)
     assert [row.prompt for row in once.rows] == ["p2", "p3"]
@@ -149,6 +150,7 @@ def test_a_log_becomes_candidates_and_thumbs(tmp_path):
         {"prompt": "p", "answer": "a", "meta": {"thumb": "up", "user": 7}},
         {"prompt": "p", "answer": "a", "meta": {"thumb": "down", "user": 8}},
         {"prompt": "p", "answer": "b", "meta": {"thumb": None, "user": 7}},
+        {"prompt": "p", "answer": "b", "meta": {"thumb": None, "user": 8}},
         {"prompt": "q", "answer": "old", "meta": {"thumb": True, "user": 9}},
     )
     traffic = read_traffic([file], COLUMNS, used={used_key("q", "old")})
@@ -156,8 +158,13 @@ def test_a_log_becomes_candidates_and_thumbs(tmp_path):
         {"prompt": "p", "completion": "a", "rater": "7", "thumb": True},
         {"prompt": "p", "completion": "b", "rater": "7"},
     ]
-    assert [row["completion"] for row in traffic.thumbs()] == ["a"]
-    assert traffic.notes == {"logged rows dropped: they repeat another one": 1, "logged rows dropped: used before": 1}
+    thumbs = [(row["completion"], row["rater"], row["thumb"]) for row in traffic.thumbs]
+    assert thumbs == [("a", "7", True), ("a", "8", False), ("old", "9", True)]  # none is lost
+    assert traffic.notes == {"logged rows dropped: they repeat another one": 1}
+    used = {used_key("q", "old"), *map(thumb_key, traffic.thumbs)}
+    again = read_traffic([file], COLUMNS, used=used)
+    assert len(again.rows) == 2 and not again.thumbs
+    assert again.notes == {"logged rows dropped: they repeat another one": 2, "logged rows dropped: used before": 1}
     candidate = traffic.candidate(traffic.rows[0])
     assert (candidate.policy, candidate.extra) == ("traffic", {"thumb": True})
 
@@ -190,3 +197,9 @@ def test_a_privacy_filter_sees_rows_first_and_its_faults_stop_the_collection(tmp
         read_traffic([file], columns, lambda row: 1 / 0)
     with pytest.raises(ConfigError, match="returned str"):
         read_traffic([file], columns, lambda row: "text")
+
+
+def test_the_same_candidates_in_another_order_are_one_question():
+    found = collected(["a", "b", "c"])
+    ask(found, random_pairs, budget=None, per_prompt=3, size=3, seed=0, weights={})
+    assert len(found.rows[0].questions) == 1 and found.notes["questions dropped: asked already"] == 2

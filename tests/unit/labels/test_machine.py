@@ -89,3 +89,9 @@ def test_several_rewards_are_summed_and_members_are_the_confidence(tmp_path):
     (label,) = labels(RewardLabeler(rewards), rows(["1", "2"]), tmp_path)
     assert (label.answer, label.confidence) == (0, None)
     assert agreeing(np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), gap=0.5) == pytest.approx(2 / 3)
+
+
+def test_a_question_that_is_there_twice_is_answered_once(tmp_path):
+    given = rows(["1", "2"])
+    given[0].questions.append((1, 0))
+    assert len(labels(GoldLabeler(GOLD), given, tmp_path)) == 1
