@@ -177,6 +177,18 @@ def test_before_the_time_limit_the_ranks_save_and_the_job_is_queued_again(cluste
     assert (cluster / "scontrol.txt").read_text() == "requeue 4711\n"
 
 
+def test_a_job_that_never_gets_done_is_not_queued_again_for_ever(cluster):
+    """Such as one whose time limit is over before its models are loaded."""
+    (cluster / "waits").touch()
+    process = start(cluster, "one_node", "stage=sft", nodes=1, SLURM_RESTART_COUNT="3", REQUEUES="3")
+    wait_for(lambda: calls(cluster, "accelerate"))
+    time.sleep(0.2)
+    process.send_signal(signal.SIGUSR1)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 1 and "queued again 3 times" in said and "REQUEUES" in said
+    assert not (cluster / "scontrol.txt").exists()
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_run_that_fails_or_is_done_is_not_queued_again(cluster, asked):
     (cluster / ("waits" if asked else "fails")).touch()
