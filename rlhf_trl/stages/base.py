@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -133,6 +134,8 @@ def _begin(cfg: DictConfig, start: str | None, inputs: Mapping[str, Any] | None)
             if empty:  # a failure of the new run is to be recorded as its own
                 delete_backup(run_dir)
     raise_on_all_ranks(problems)
+    # A node may see an older state of a shared folder, and its ranks would begin elsewhere than the others
+    (checkpoint,) = broadcast_object_list([checkpoint])
     if is_main_process():
         if checkpoint:
             for text in incomplete:

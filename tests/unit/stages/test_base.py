@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_trl.errors import ConfigError, Interrupted, Preempted
 from rlhf_trl.runs.directory import has_backup
+from rlhf_trl.stages import base
 from rlhf_trl.stages.base import open_run
 
 
@@ -83,3 +84,10 @@ def test_a_used_directory_is_not_opened(config):
     with pytest.raises(ConfigError, match="already holds a run"), open_run(config(), start="second"):
         pass
     assert record(config())["model"] == "first"
+
+
+def test_all_ranks_resume_from_the_checkpoint_of_rank_0(config, monkeypatch):
+    """Another node may not see the newest one yet."""
+    monkeypatch.setattr(base, "broadcast_object_list", lambda objects: ["checkpoint-4"])
+    with open_run(config(), start="random weights") as run:
+        assert run.checkpoint == "checkpoint-4"
