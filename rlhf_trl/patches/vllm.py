@@ -93,16 +93,20 @@ def _merged(model, name: str) -> Tensor:
 def _merged_copies(layer: BaseTunerLayer) -> Iterator[None]:
     """Merge the active adapters of a layer into copies of its weights, and put the weights back at the end."""
     base = layer.get_base_layer()
-    own = [(name, parameter, parameter.data) for name, parameter in base.named_parameters(recurse=False)]
-    for _, parameter, data in own:
+    own = [
+        (name, parameter, parameter.data, dict(vars(parameter)))
+        for name, parameter in base.named_parameters(recurse=False)
+    ]
+    for _, parameter, data, _ in own:
         parameter.data = data.clone()
     try:
         layer.merge()
         yield
     finally:
-        for name, parameter, data in own:
+        for name, parameter, data, attributes in own:
             parameter.data = data
-            setattr(base, name, parameter)  # in 4 bits `merge` makes a new one
+            vars(parameter).update(attributes)  # `merge` marks a weight in 4 bits as not quantized yet,
+            setattr(base, name, parameter)  # and makes a new one
         layer.merged_adapters.clear()
 
 

@@ -1,16 +1,19 @@
 """The weights that vLLM gets and the log-probabilities that come back, with a model in place of its server."""
 
 import copy
+from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 from trl.generation.vllm_generation import VLLMGeneration
 
 from rlhf_trl.models.roles import CRITIC
-from rlhf_trl.patches.vllm import merge_for_sending
+from rlhf_trl.patches.vllm import _merged_copies, merge_for_sending
 from tests.helpers.architectures import save_architecture
 from tests.helpers.fake_vllm import FakeServer, serve
 from tests.helpers.ppo import LORA, sampled
@@ -86,6 +89,20 @@ def test_a_sync_leaves_the_base_under_an_adapter_as_it_was(tmp_path, monkeypatch
         torch.testing.assert_close(sent[name].float(), parameter.data.float(), msg=name)
     adapted = [name for name in plain if not torch.equal(sent[name], plain[name])]
     assert len(adapted) >= 3
+
+
+def test_a_sync_leaves_a_weight_in_4_bits_quantized():
+    """PEFT marks it as not quantized while it merges, and the next `to` would quantize its packed bytes again."""
+    model: Any = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32)).to("cpu")
+    model.is_loaded_in_4bit = True
+    lora = get_peft_model(model, LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+    layer: Any = lora.base_model.get_submodule("model.0")
+    inputs = torch.randn(2, 64)
+    expected, packed = lora(inputs), layer.base_layer.weight.data.clone()
+    with _merged_copies(layer):
+        assert not torch.equal(layer.base_layer.weight.data, packed)
+    assert layer.base_layer.weight.bnb_quantized and torch.equal(layer.base_layer.weight.data, packed)
+    torch.testing.assert_close(lora.to("cpu")(inputs), expected)
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
