@@ -72,12 +72,14 @@ def mismatch_metrics(statistics: Tensor) -> dict[str, float]:
         statistics (`Tensor` of shape (N, 7)): of the completions of all ranks, see [`mismatch_statistics`].
 
     Returns:
-        `dict[str, float]`: by the name under which they are logged; without any token none. The share of clipped
+        `dict[str, float]`: by the name under which they are logged; without any token none, and completions
+            without any don't count. The share of clipped
         ratios is also given for the half of the completions that are shorter, and for the longer half.
     """
-    tokens = statistics[:, TOKENS].sum()
-    if tokens == 0:
+    statistics = statistics[statistics[:, TOKENS] > 0]  # `mask_truncated_completions` leaves some without any
+    if len(statistics) == 0:
         return {}
+    tokens = statistics[:, TOKENS].sum()
     log_ratio = statistics[:, LOG_RATIO].abs()
     metrics = {
         "sampling/sampling_logp_difference/mean": statistics[:, ABSOLUTE].sum() / tokens,

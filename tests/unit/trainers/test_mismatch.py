@@ -62,6 +62,14 @@ def test_tokens_without_a_log_probability_do_not_count():
     assert mismatch_metrics(mismatch_statistics(logps, sampled, torch.zeros(1, 3))) == {}
 
 
+def test_completions_without_a_token_do_not_count():
+    """Those that `mask_truncated_completions` leaves out, which are the longest ones."""
+    correction = Correction("sequence_mask", None, 3.0)
+    extra = mismatch_statistics(torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2, 3), correction)
+    counted = statistics(correction)
+    assert mismatch_metrics(torch.cat([counted, extra])) == mismatch_metrics(counted)
+
+
 def test_a_ratio_that_overflows_is_clipped():
     logps, mask = torch.full((1, 200), 1.0), torch.ones(1, 200)
     clipped = mismatch_statistics(logps, torch.zeros(1, 200), mask, Correction("sequence_mask", None, 3.0))
