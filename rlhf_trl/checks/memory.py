@@ -375,7 +375,8 @@ def _qlora(training: Training, limit: float) -> Change | None:
 
 def _sharding(training: Training, limit: float) -> Change | None:
     engine = training.engine
-    if engine.shards_weights or training.quantization is not None:
+    # Ranks of a CPU share the memory of one machine
+    if engine.shards_weights or training.quantization is not None or not training.computation.on_gpu:
         return None
     launched = Engine("FSDP2", max(2, engine.ranks), training.computation.autocast is not None)
     while launched.ranks < 8 and plan_memory(_with_engine(training, launched)).total > limit:

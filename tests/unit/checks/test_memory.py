@@ -137,6 +137,7 @@ def test_a_full_policy_is_sharded_where_no_adapter_is_on_a_quantized_base():
     lora = adapted(big().policy, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     quantized = big(policy=lora, reference=False, quantization=memory.NF4)
     assert not any("fsdp2" in text for text, _ in remedies(quantized, 0.0))
+    assert memory._sharding(big(computation=Computation(None, False)), 0.0) is None  # ranks of one machine share it
     sharded = memory._sharding(big(), 0.0)
     assert sharded is not None and "--num_processes 8" in sharded[0] and sharded[1].engine == Engine("FSDP2", 8, False)
 
