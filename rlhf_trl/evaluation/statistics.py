@@ -60,10 +60,10 @@ def paired_difference(values: np.ndarray, baseline: np.ndarray, **bootstrap) -> 
 def win_rate(outcomes: np.ndarray, level: float = 0.95) -> Estimate:
     """
     Return the share of prompts that are won (outcome 1; a tie is 0.5, a loss 0), with its bootstrap interval; of 2 to
-    19 prompts with Wilson's (1927), which has a width even where all are won.
+    19 prompts, and where all are won or all lost, with Wilson's (1927), which has a width there too.
     """
     rate, n = float(np.mean(outcomes)), len(outcomes)
-    if n == 1 or n >= FEW:
+    if n == 1 or (n >= FEW and 0 < rate < 1):
         return bootstrap_mean(outcomes, level)
     z = NormalDist().inv_cdf((1 + level) / 2)
     center = (rate + z**2 / (2 * n)) / (1 + z**2 / n)

@@ -73,6 +73,7 @@ def test_a_win_rate_of_few_prompts_has_wilsons_interval():
     assert win_rate(np.array([1.0] * 8 + [0.0] * 2)) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
     mean, low, high = win_rate(np.ones(3))
     assert (mean, high) == (1.0, 1.0) and low == pytest.approx(0.4385, abs=1e-4)
+    assert win_rate(np.zeros(128)) == pytest.approx((0.0, 0.0, 0.0291), abs=1e-4)  # of many the bootstrap has none
 
 
 def test_percentiles_of_few_prompts_are_expanded():
