@@ -129,7 +129,13 @@ def _check_model(url: str, path: str, trust_remote_code: bool) -> None:
         raise _Unsuitable("serves no model")
     if path in names or Path(path).resolve() in [Path(name).resolve() for name in names]:
         return
-    if _sizes(names[0], trust_remote_code) != _sizes(path, trust_remote_code):
+    there = _sizes(names[0], trust_remote_code)
+    if there is None:
+        raise _Unsuitable(
+            f"serves `{names[0]}`, which can't be read here, and this run trains `{path}`. If it is the same model in "
+            f"another place, start it with `--served-model-name {shlex.quote(path)}`"
+        )
+    if there != _sizes(path, trust_remote_code):
         raise _Unsuitable(f"serves `{names[0]}`, and this run trains `{path}`")
 
 

@@ -136,7 +136,11 @@ def test_a_vllm_server_must_have_a_model_of_the_same_sizes(vllm, path, tmp_path)
     config = json.loads((tmp_path / "larger" / "config.json").read_text())
     (tmp_path / "larger" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     assert f"serves `{tmp_path}/larger`, and this run trains `{path}`" in str(serving(f"{tmp_path}/larger"))
-    assert "serves `org/base`, and this run trains `" in str(serving("org/base"))
+    unread = str(serving("org/base"))
+    assert "serves `org/base`, which can't be read here, and this run trains `" in unread
+    assert f"start it with `--served-model-name {path}`" in unread
+    contents["/v1/models"] = {"data": [{"id": path, "root": "/models/base"}]}
+    assert problem() is None
 
 
 def test_the_hub_must_take_the_token(server, monkeypatch):
