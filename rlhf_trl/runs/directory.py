@@ -110,8 +110,8 @@ def run_directory_problems(values: dict[str, Any]) -> list[str]:
         return [f"`resume={resume}` continues a run and `overwrite=true` deletes it. Set only one of them."]
     if values.get("resume") == AUTO and at(values, "stage.args.save_only_model") is True:
         return [
-            "`resume=auto` resumes a run that was stopped, and `stage.args.save_only_model=true` keeps no optimizer to "
-            "resume with. Remove one of them."
+            "`resume=auto` resumes a run that was stopped, and `stage.args.save_only_model=true` keeps no optimizer "
+            "to resume with. Remove one of them."
         ]
     if owner := lock_owner(run_dir):
         return [in_use_problem(run_dir, owner)]
