@@ -93,25 +93,25 @@ def reads_below(*dot_paths: str) -> set[str]:
 
 @functools.cache
 def _reads(module: str) -> set[str]:
-    tree = ast.parse(_file(module).read_text(encoding="utf-8"))
-    visitor = _Reads({n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)})
-    visitor.visit(tree)
+    visitor = _Reads()
+    visitor.visit(ast.parse(_file(module).read_text(encoding="utf-8")))
     return visitor.found
 
 
 class _Reads(ast.NodeVisitor):
-    """Visitor of `cfg.stage.args.seed`, `cfg.get("critic")`, `stage = cfg.stage`, and `stage[name]` by its texts."""
+    """Visitor of `cfg.stage.args.seed`, `cfg.get("critic")`, `stage = cfg.stage` and `stage[name]` in a function."""
 
-    def __init__(self, texts: set[str]):
+    def __init__(self):
         self.found: set[str] = set()
         self.names = {"cfg": "", "values": "", "stage": "stage"}
-        self.texts = texts  # of the module: a name may come from a constant or from another function
+        self.texts: set[str] = set()
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        outer = self.names
-        self.names = dict(self.names)
+        outer = self.names, self.texts
+        texts = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        self.names, self.texts = dict(self.names), texts
         self.generic_visit(node)
-        self.names = outer
+        self.names, self.texts = outer
 
     def visit_Assign(self, node: ast.Assign) -> None:
         target, value = node.targets[0], node.value
