@@ -268,8 +268,10 @@ def roles_of(training: Training) -> list[Role]:
     roles = [own]
     base = without_adapter(policy)
     if training.reference:
-        weights = weight_bytes(base) / (engine.ranks if engine.shards_weights else 1)
-        roles.append(Role("reference", weights, note="frozen"))
+        weights = weight_bytes(base)
+        if engine.name.startswith("DeepSpeed") and engine.bf16:  # which casts it too
+            weights = 2 * base.num_parameters()
+        roles.append(Role("reference", weights / (engine.ranks if engine.shards_weights else 1), note="frozen"))
     elif (lora and training.critic is not None) or training.scores_reference:
         roles.append(Role("reference", 0.0, note="the policy's base"))
     if training.critic == "head":

@@ -128,6 +128,15 @@ def test_ddp_holds_its_gradients_twice_and_sharding_divides():
     assert 0.8 * 18 * WEIGHTS / 4 <= sharded <= 18 * WEIGHTS / 4
 
 
+@pytest.mark.parametrize(
+    ("engine", "per_weight"),
+    [("FSDP2", 4 / 4), ("DeepSpeed ZeRO-2", 2), ("DeepSpeed ZeRO-3", 2 / 4)],  # DeepSpeed casts what it is given
+)
+def test_a_reference_is_in_the_type_of_its_engine_and_sharded_with_the_policy(engine, per_weight):
+    weights, *_ = roles(reference=True, engine=Engine(engine, 4, bf16=True))["reference"]
+    assert weights == pytest.approx(per_weight * WEIGHTS, abs=64)
+
+
 def test_vllm_takes_its_share_and_gives_it_back_where_it_sleeps():
     share = {"vllm": 0.5, "device_memory": 10**9}
     awake, asleep = plan_memory(training(**share)), plan_memory(training(**share, vllm_sleeps=True))
