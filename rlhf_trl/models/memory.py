@@ -21,10 +21,11 @@ from rlhf_trl.patches.dropout import disable_dropout
 GIB = 2**30
 # Bytes per weight in NF4 and of its constants, one per 64 weights: a float32, or a byte and their share of another
 NF4, CONSTANTS, CONSTANTS_TWICE = 0.5, 4 / 64, 1 / 64 + 4 / (64 * 256)
-# Bytes of optimizer state by a part of the optimizer's name, the first one that is found in it: per weight where they
-# are quantized, else per byte of a weight. AdamW's two moments otherwise
-STATES_PER_WEIGHT = {"4bit": 1.0, "8bit": 2.0}
-STATES_PER_BYTE = {"adafactor": 0.01, "adamw": 2.0, "lion": 1.0, "sgd": 0.0, "adagrad": 1.0}
+# States that an optimizer has of a weight, by a part of its name, the first one that is found in it; otherwise the two
+# moments of AdamW. And the bytes of one where they are quantized
+STATES = {"adafactor": 0.01, "ademamix": 3.0, "lion": 1.0, "rmsprop": 1.0, "adagrad": 1.0, "sgd": 0.0}
+MOMENTS = 2.0
+QUANTIZED = {"4bit": 0.5, "8bit": 1.0}
 
 
 def optimizer_bytes(name: str, weights: int, itemsize: int) -> float:
@@ -35,11 +36,8 @@ def optimizer_bytes(name: str, weights: int, itemsize: int) -> float:
         name (`str`): `optim` of the training arguments.
         weights (`int`), itemsize (`int`): trained weights, and bytes of one.
     """
-    for part, states in STATES_PER_WEIGHT.items():
-        if part in name:
-            return states * weights
-    states = next((factor for part, factor in STATES_PER_BYTE.items() if part in name), STATES_PER_BYTE["adamw"])
-    return states * weights * itemsize
+    states = next((states for part, states in STATES.items() if part in name), MOMENTS)
+    return states * weights * next((size for part, size in QUANTIZED.items() if part in name), itemsize)
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
