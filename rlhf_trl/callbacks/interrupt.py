@@ -29,11 +29,14 @@ def raising_preempted() -> Iterator[None]:
     Raise [`~rlhf_trl.errors.Preempted`] where the process stands at a signal of a scheduler, unless [`Interrupt`]
     handles it: while models load, in the last evaluation, and in stages that train nothing.
     """
-    process, previous = os.getpid(), {}
+    process, previous, first = os.getpid(), {}, None
 
     def handle(number, frame):
-        if os.getpid() != process:
-            return  # a worker that was forked
+        nonlocal first
+        now = time.monotonic()
+        if os.getpid() != process or (first is not None and now - first < SECONDS_OF_ONE_PRESS):
+            return  # a worker that was forked, or the same press
+        first = now
         if is_main_process():
             name = signal.Signals(number).name
             os.write(2, f"\nPreempted ({name}) outside of the training steps: what is saved stands.\n".encode())

@@ -85,14 +85,15 @@ def open_run(cfg: DictConfig, start: str | None, inputs: Mapping[str, Any] | Non
     """
     with _locked(cfg):
         run = Run(_begin(cfg, start, inputs))
-        try:
-            with raising_preempted():
+        with raising_preempted():
+            try:
                 yield run
-        except BaseException as error:
+            except BaseException as error:
+                with ignoring_preemptions():
+                    _fail(cfg, run, error)
+                raise
             with ignoring_preemptions():
-                _fail(cfg, run, error)
-            raise
-        _end(cfg, "done", run.record)
+                _end(cfg, "done", run.record)
 
 
 @contextlib.contextmanager

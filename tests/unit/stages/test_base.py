@@ -1,6 +1,8 @@
 """`open_run`: the directory and the record of a run, however it ends."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,38 @@ def test_all_ranks_resume_from_the_checkpoint_of_rank_0(config, monkeypatch):
     monkeypatch.setattr(base, "broadcast_object_list", lambda objects: ["checkpoint-4"])
     with open_run(config(), start="random weights") as run:
         assert run.checkpoint == "checkpoint-4"
+
+
+@pytest.fixture
+def late_signal(monkeypatch):
+    """`late_signal(name)` sends this process SIGTERM at the call of a function of `rlhf_trl.stages.base`."""
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the process would have been killed"))
+
+    def send_at(name: str):
+        function = getattr(base, name)
+
+        def call(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(base, name, call)
+
+    yield send_at
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_second_signal_does_not_keep_the_first_from_being_recorded(config, late_signal):
+    """As `timeout` sends them, and Slurm and torchrun together."""
+    late_signal("ignoring_preemptions")
+    cfg = config()
+    with pytest.raises(Preempted), open_run(cfg, start="random weights"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert record(cfg)["status"] == "preempted"
+
+
+def test_a_signal_after_the_last_result_leaves_the_run_done(config, late_signal):
+    late_signal("finish_run")
+    cfg = config()
+    with open_run(cfg, start="random weights"):
+        pass
+    assert record(cfg)["status"] == "done"
