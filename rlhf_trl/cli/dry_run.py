@@ -28,6 +28,7 @@ from rlhf_trl.build import (
     models_of,
     training_arguments,
 )
+from rlhf_trl.checks.devices import unused_devices
 from rlhf_trl.checks.disk import disk_need
 from rlhf_trl.checks.learning_rates import learning_rate_warnings
 from rlhf_trl.checks.memory import estimate
@@ -76,7 +77,6 @@ from rlhf_trl.models.loading import AUTO_CLASSES, load_model, load_reward_model
 from rlhf_trl.models.precision import computed_in, dtype_name, precision_text, rounding_problem, weights_dtype
 from rlhf_trl.models.sizes import Sizes, check_rows, empty_model, sizes_of
 from rlhf_trl.models.tokenizers import load_tokenizer
-from rlhf_trl.patches.one_device import unused_devices
 from rlhf_trl.runs.engines import uses_deepspeed, uses_fsdp
 from rlhf_trl.runs.paths import project_dir, resolve_path
 from rlhf_trl.runs.ranks import is_main_process

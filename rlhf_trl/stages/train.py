@@ -24,6 +24,7 @@ from rlhf_trl.build import (
 from rlhf_trl.callbacks.base import SaveAndStop
 from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.lengthened import Lengthened
+from rlhf_trl.checks.devices import unused_devices
 from rlhf_trl.checks.learning_rates import learning_rate_warnings
 from rlhf_trl.checks.memory import estimate
 from rlhf_trl.checks.services import vllm_problem
@@ -37,7 +38,6 @@ from rlhf_trl.models.adapters import adapter_config, model_fingerprint
 from rlhf_trl.models.merging import merge_adapter
 from rlhf_trl.models.sizes import critic_parameters, empty_model
 from rlhf_trl.models.tokenizers import load_tokenizer
-from rlhf_trl.patches.one_device import unused_devices
 from rlhf_trl.runs.directory import STEP
 from rlhf_trl.runs.engines import engine, uses_deepspeed, uses_fsdp
 from rlhf_trl.runs.paths import project_dir, resolve_path

@@ -301,7 +301,7 @@ class RolloutHookWithKL(RolloutHook):
             self._sequence_kls.clear()
         output, passes = self._listen(super()._generate_and_score_completions, inputs)
         logps = passes[0] if "old_logps" in output else output.get("old_per_token_logps")  # RLOO's output has sums
-        if logps is not None:
+        if logps is not None and hasattr(self, "_log_mismatch"):  # a trainer class of the user's has no `Rollouts`
             self._log_mismatch(output, logps)
         if len(passes) == 2:  # the policy's, then the reference's
             self._add_kl(passes[0], passes[1], output)

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from rlhf_trl.build import load_data, make_trainer, training_arguments
+from rlhf_trl.checks.devices import unused_devices
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.fingerprints import weights_fingerprint
 from rlhf_trl.models.loading import load_model
 from rlhf_trl.models.merging import merge_adapter
 from rlhf_trl.models.tokenizers import load_tokenizer
-from rlhf_trl.patches.one_device import unused_devices
 from rlhf_trl.runs.paths import conf_dir, resolve_path
 from tests.helpers.run_files import metrics, record
 from tests.helpers.spies import CRASH, SPY, Crash, Spy, logits
