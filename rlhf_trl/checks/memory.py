@@ -194,6 +194,8 @@ def _add_rollouts(training: Training, args: Any) -> None:
     is_adapter, length = isinstance(training.policy, PeftModel), training.batch.length
     keeps_reference = hasattr(args, "critic") or bool(args.beta)  # PPO at a coefficient of 0, too
     training.reference = keeps_reference and not is_adapter
+    if dtype := getattr(args, "ref_dtype", None):
+        training.reference_dtype = getattr(torch, dtype)
     if getattr(args, "use_vllm", False):
         training.vllm = args.vllm_gpu_memory_utilization if args.vllm_mode == "colocate" else 0.0
         training.vllm_sleeps = bool(args.vllm_enable_sleep_mode)

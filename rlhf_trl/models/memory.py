@@ -196,6 +196,7 @@ class Training:
         checkpointing (`bool`): whether layers are computed anew in the backward.
         accumulates (`bool`): whether an optimizer step takes several micro-batches.
         reference (`bool`): whether there is one with weights of its own; without it, an adapter is switched off.
+        reference_dtype (`torch.dtype`, *optional*): of the reference's weights, where it isn't the policy's.
         scores_reference (`bool`): whether the reference reads each micro-batch, beside the policy's activations.
         critic (`str`, *optional*): `head`, `adapter` or `model`.
         critic_trunk (`PreTrainedModel`, *optional*): network of a critic of the kind `model`.
@@ -222,6 +223,7 @@ class Training:
     checkpointing: bool = False
     accumulates: bool = False
     reference: bool = False
+    reference_dtype: torch.dtype | None = None
     scores_reference: bool = False
     critic: str | None = None
     critic_trunk: PreTrainedModel | None = None
@@ -266,9 +268,10 @@ def roles_of(training: Training) -> list[Role]:
     roles = [own]
     base = without_adapter(policy)
     if training.reference:
-        weights = weight_bytes(base)
-        if engine.name.startswith("DeepSpeed") and engine.bf16:  # which casts it too
-            weights = 2 * base.num_parameters()
+        dtype, weights = training.reference_dtype, weight_bytes(base)
+        if dtype is None and engine.name.startswith("DeepSpeed") and engine.bf16:  # which casts it too
+            dtype = torch.bfloat16
+        weights = weights if dtype is None else dtype.itemsize * base.num_parameters()
         roles.append(Role("reference", weights / (engine.ranks if engine.shards_weights else 1), note="frozen"))
     elif (lora and training.critic is not None) or training.scores_reference:
         roles.append(Role("reference", 0.0, note="the policy's base"))

@@ -87,6 +87,8 @@ def test_rollouts_rewards_and_critics_of_a_config(planned, model, tmp_path):
     lines = memory_lines(plan_memory(training), Device("a card", 2**30))
     assert lines["memory"].endswith("a card has 1.00 GiB. In GiB:")
     assert list(lines)[1:5] == ["  policy", "  reference", "  critic", "  reward model"]
+    half = plan_memory(planned("ppo", "+stage.args.ref_dtype=bfloat16")).roles[1]
+    assert half.name == "reference" and half.weights == 2 * training.policy.num_parameters()
     vllm = planned("grpo", "rollout=vllm_colocate")
     assert vllm.rollout is None and vllm.vllm == pytest.approx(0.3)
 
