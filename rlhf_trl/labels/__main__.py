@@ -8,17 +8,21 @@ labelers agree, also across files, and `config` prints the labeling config of a 
 import argparse
 import json
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_trl.data.file_rows import resolve_paths
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import count_of
 from rlhf_trl.labels.agreement import LEVELS, agreement, quality
-from rlhf_trl.labels.candidates import read_candidates, write_candidates, write_rows
+from rlhf_trl.labels.candidates import Candidates, read_candidates, write_candidates, write_rows
 from rlhf_trl.labels.exchange import FORMATS, Notes, export_text, import_file
+from rlhf_trl.labels.feedback import write_feedback
 from rlhf_trl.labels.formats.label_studio import labeling_config
 from rlhf_trl.labels.store import FORMS, LabelStore, read
 from rlhf_trl.report.text import table
+from rlhf_trl.runs.record import LABELS_FILE, RUN_FILE
 from rlhf_trl.terminal import printable, say
 
 
@@ -88,6 +92,7 @@ def run_import(args: argparse.Namespace) -> None:
     if made.added:
         write_candidates(args.candidates, made.rows)
     store.extend(made.labels)
+    written = _write_feedback(store, made.rows)
     people = len({label.labeler for label in made.labels})
     lines = [f"{count_of(len(made.labels), 'label')} of {count_of(people, 'labeler')}: {args.labels}"]
     if made.added:
@@ -97,7 +102,18 @@ def run_import(args: argparse.Namespace) -> None:
         earlier = [json.loads(line) for line in _lines(rejected)]
         write_rows(rejected, earlier + [row for row in made.rejected if row not in earlier])
         lines.append(f"  what was not imported is in {rejected}")
+    lines += [f"  rows for `data/feedback={kind}`, of all labels there: {file}" for kind, file in written.items()]
     say("\n".join([*lines, *notes.lines()]))
+
+
+def _write_feedback(store: LabelStore, rows: Sequence[Candidates]) -> dict[str, Path]:
+    """Write the feedback of all labels of a run into its directory, as `stage=label` does at its end."""
+    labels = store.read()
+    forms = Counter(label.form for label in labels)
+    if not forms or store.path.name != LABELS_FILE or not store.path.with_name(RUN_FILE).exists():
+        return {}
+    asked = max(forms, key=lambda form: (form != "edit", forms[form]))  # edits may stand beside any form
+    return write_feedback(store.path.parent, rows, labels, asked, Counter())
 
 
 def _lines(path: str) -> list[str]:

@@ -310,6 +310,23 @@ def test_the_commands_export_import_and_compare(tmp_path, monkeypatch, capsys):
     assert '<Bucket name="3"' in capsys.readouterr().out
 
 
+def test_labels_that_are_imported_into_a_run_become_its_feedback(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_candidates("candidates.jsonl", rows())
+    LabelStore("own.jsonl").extend(PAIRS)
+    main("export --to argilla --candidates candidates.jsonl --labels own.jsonl --output records.json".split())
+    words = "import --from argilla records.json --candidates candidates.jsonl --labels".split()
+    main([*words, "labels.jsonl"])
+    assert not Path("feedback.jsonl").exists()  # the folder is no run's
+    Path("run").mkdir()
+    Path("run", "run.json").write_text("{}")
+    main([*words, "run/labels.jsonl"])
+    assert "data/feedback=pairs" in capsys.readouterr().out
+    made = [json.loads(line) for line in Path("run", "feedback.jsonl").read_text().splitlines()]
+    answered = [label for label in PAIRS if label.answer is not None]
+    assert {row["rater"] for row in made} == {label.labeler for label in answered} and made[0]["run"] == "run"
+
+
 def test_rejected_rows_are_written_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_candidates("candidates.jsonl", rows())
