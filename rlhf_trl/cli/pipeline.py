@@ -72,6 +72,12 @@ def problems(args: Namespace) -> list[str]:
         )
     if rounds is not None:
         return [*found, rounds]
+    runs = {f"{name}_{number}" for name in repeated for number in range(1, values["rounds"] + 1)}
+    if twice := [name for name in steps if name in runs]:
+        return [
+            *found,
+            f"`steps.{twice[0]}` and a step of `each_round` would be one run. Give one of them another name.",
+        ]
     steps |= {f"each_round.{name}": flat(own) for name, own in repeated.items()}
     lists = {"launch": values["launch"], "overrides": values["overrides"], "program": values["program"] or []}
     found = (found or name_problems(values)) + machine_problems(values["accelerate"], values["launch"])

@@ -208,7 +208,7 @@ def _sum_up(queue: Queue, store: LabelStore) -> None:
             + (
                 "They are left without an answer."
                 if queue.is_filled
-                else f"If nobody else comes: `stage.budget={queue.done}`, or name all labelers before they begin "
-                "(`labeler.labelers`), and the labeling ends by itself."
+                else f"If nobody else comes, continue with `'labeler.labelers=[{','.join(queue.mine)}]'`, which ends "
+                "the labeling."
             )
         )

@@ -19,6 +19,10 @@ def problems_of(*words: str) -> list[str]:
         (["pipeline=iterated", "rounds=-1"], "Set it to 0 or more"),
         (["pipeline=demo", "rounds=2"], "Name the steps of a round there"),
         (["pipeline=iterated", "each_round=3"], "must hold names of steps"),
+        (
+            ["pipeline=iterated", '+steps.label_2=["stage=label"]'],
+            "`steps.label_2` and a step of `each_round` would be one",
+        ),
         (["pipeline=iterated", "each_round.label=3"], "`each_round.label` is 3 and must be a list of overrides"),
     ],
 )
