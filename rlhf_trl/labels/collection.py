@@ -41,8 +41,8 @@ class Draws:
         whole = [json.loads(line) for line in lines if line.endswith(b"\n")]
         if whole and whole[0].get("plan") != plan:
             raise ConfigError(
-                f"`{self.path.parent}` was collecting from other prompts or policies, so it can't be resumed. Start "
-                "again: `overwrite=true`."
+                f"`{self.path.parent}` was collecting from other prompts or policies, or with other settings or "
+                "rewards, so it can't be resumed. Start again: `overwrite=true`."
             )
         self._size = sum(len(line) for line in lines if line.endswith(b"\n"))
         self.batches: dict[int, list[dict[str, Any]]] = {row["batch"]: row["rows"] for row in whole[1:]}

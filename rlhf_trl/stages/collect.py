@@ -226,9 +226,10 @@ def sampling_of(cfg: DictConfig, name: str) -> Sampling:
 
 
 def plan_of(rows: Sequence[Candidates], settings: dict[str, Sampling], cfg: DictConfig) -> str:
-    """Return a digest of what is drawn, and in which batches."""
+    """Return a digest of what is drawn, in which batches, and how it is scored."""
     plan = [[row.id for row in rows], settings, policy_paths(cfg), cfg.stage.batch_size, cfg.seed]
-    return hashlib.blake2b(json.dumps(plan).encode(), digest_size=16).hexdigest()
+    plan += [cfg.stage.to_chat, cfg.stage.system_prompt, as_dict(cfg.reward)]
+    return hashlib.blake2b(json.dumps(plan, default=str).encode(), digest_size=16).hexdigest()
 
 
 def draw(

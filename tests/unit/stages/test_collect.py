@@ -45,6 +45,12 @@ def test_candidates_say_where_they_come_from_and_what_they_are_worth(whole):
             assert scores[first] == max(scores) and scores[second] == min(scores)
 
 
+def test_candidates_that_another_reward_scored_are_not_resumed(compose):
+    plans = [stage.plan_of([], {}, compose(*FEW, *words)) for words in ([], [], ["reward=demo"])]
+    plans.append(stage.plan_of([], {}, compose(*FEW, "stage.system_prompt=Hm")))
+    assert plans[0] == plans[1] and len(set(plans)) == 3
+
+
 def test_a_killed_collection_resumes_with_the_batches_that_are_left(whole, compose, tmp_path, monkeypatch):
     words, expected = whole
     drawn, sample = [], stage.sample
