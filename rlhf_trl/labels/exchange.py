@@ -164,7 +164,7 @@ def import_file(
                 raise row
             parsed = FORMATS[tool].read(row)
             found = places.find(parsed)
-        except (RowError, TypeError, KeyError, AttributeError, ValueError) as error:
+        except (RowError, TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
             reason = _reason(error)
             notes.add("rows that were not imported", f"{place}: {reason}")
             made.rejected.append({"place": place, "reason": reason, "row": None if isinstance(row, RowError) else row})

@@ -80,6 +80,11 @@ class Label:
         for name in ("time", "skipped", "withdraws"):
             if not isinstance(value := getattr(self, name), str | None):
                 raise RowError(name, f"is {type_of(value)}, where text or null should be")
+        if self.time is not None:
+            try:
+                datetime.fromisoformat(self.time)
+            except ValueError:
+                raise RowError("time", f"is {self.time!r}, where a time as ISO 8601 has it should be") from None
         for name in ("seconds", "confidence"):
             if (value := getattr(self, name)) is not None:
                 _check_number(value, name)

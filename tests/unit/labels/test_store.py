@@ -58,6 +58,7 @@ def test_each_label_is_on_the_disk_when_append_returns(tmp_path, monkeypatch):
         ({"answer": True}, "answer"),
         ({"answer": None}, "answer"),
         ({"skipped": "both an answer and a reason"}, "answer"),
+        ({"time": "yesterday"}, "time"),
         ({"form": "ranking", "answer": [1]}, "answer"),
         ({"form": "ranking", "answer": [1, "2"]}, "answer[1]"),
         ({"form": "rating", "answer": [None, {}]}, "answer"),
