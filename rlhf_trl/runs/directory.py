@@ -66,6 +66,8 @@ LENGTHS = (
 )
 # What a stage has made when it ended well, and the partial files of what it was making
 RESULTS = (*MODELS, COMPARISON_FILE, QUALITY_FILE, ENSEMBLE_FILE, "*.partial", "*completions*")
+# The labeler whose answers can't be made again
+PEOPLE = "rlhf_trl.labels.human.HumanLabeler"
 BACKUP = ".overwritten"  # the earlier run, all of it
 MOVING = f"{BACKUP}.partial"  # on its way there or back
 DELETED = f"{BACKUP}.deleted"
@@ -172,9 +174,19 @@ def _foreign(run_dir: Path, record: RunRecord | None) -> str | None:
 
 
 def _overwrite_problems(run_dir: Path, values: dict[str, Any]) -> list[str]:
-    """Return what would be deleted with the earlier run and is no part of it: other runs, what this command reads."""
+    """
+    Return what would be deleted with the earlier run and is no part of it, or can't be made again: other runs, what
+    this command reads, labels of people.
+    """
     file = run_dir / CONFIG_FILE
-    members = file.is_file() and (OmegaConf.select(OmegaConf.load(file), "stage.members") or 1) > 1
+    before = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
+    labels = run_dir / LABELS_FILE
+    if OmegaConf.select(before, "labeler._target_") == PEOPLE and labels.is_file() and labels.stat().st_size:
+        return [
+            f"`overwrite=true` would delete what people answered, `{labels}`. Move it elsewhere first, or set another "
+            "`run_name=...`."
+        ]
+    members = (OmegaConf.select(before, "stage.members") or 1) > 1
     nested = [
         path.parent
         for path in sorted(run_dir.rglob(RUN_FILE))

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from rlhf_trl.checks import find_problems
 from rlhf_trl.errors import ConfigError, disk_is_full
@@ -188,6 +189,18 @@ def test_what_the_command_reads_is_not_deleted(problems, case):
         problems(*[word for word in words if not word.startswith("run_name")], "run_name=fresh", "overwrite=true")
         == []
     )
+
+
+def test_answers_of_people_are_not_deleted(problems):
+    run = make_run("label")
+    for labeler, count in (("human", 1), ("gold", 0)):
+        target = OmegaConf.load(conf_dir() / f"labeler/{labeler}.yaml")._target_
+        (run / "config.yaml").write_text(f"labeler: {{_target_: {target}}}\n")
+        (run / "labels.jsonl").write_text('{"id": "a"}\n')
+        found = problems("stage=sft", "run_name=label", "overwrite=true")
+        assert len(found) == count and all(
+            "what people answered, `runs/default/label/labels.jsonl`" in f for f in found
+        )
 
 
 def test_other_runs_are_not_deleted(problems):
