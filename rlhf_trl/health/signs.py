@@ -276,9 +276,9 @@ SIGNS: dict[str, Sign] = {
     "clipped_completions": Sign(
         lambda series: series.recent("sampling/clipfrac_long"),
         "in the longer half of the completions {value:.0%} of the importance-sampling ratios are outside of their "
-        "bounds, so that short completions count for more",
-        "Set `stage.args.vllm_importance_sampling_mode=token_truncate`, whose ratios don't grow with the length, or "
-        "raise `stage.args.vllm_importance_sampling_clip_max`",
+        "bounds; where it is less in the shorter half (`sampling/clipfrac_short`), short completions count for more",
+        "With a mode `sequence_...` set `stage.args.vllm_importance_sampling_mode=token_truncate`, whose ratios don't "
+        "grow with the length, or raise `stage.args.vllm_importance_sampling_clip_max`",
         {"note": 0.1, "warn": 0.3, "stop": None},
     ),
 }
