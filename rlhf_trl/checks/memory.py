@@ -21,7 +21,16 @@ from rlhf_trl.config.values import as_dict
 from rlhf_trl.data.lengths import prompt_and_row_length
 from rlhf_trl.models.adapters import adapter_config
 from rlhf_trl.models.dry_passes import Batch, Computation
-from rlhf_trl.models.memory import GIB, Engine, MemoryPlan, Training, adapted, plan_memory, weight_bytes
+from rlhf_trl.models.memory import (
+    GIB,
+    Engine,
+    MemoryPlan,
+    Training,
+    adapted,
+    plan_memory,
+    scores_moment,
+    weight_bytes,
+)
 from rlhf_trl.models.precision import weights_dtype
 from rlhf_trl.models.sizes import empty_model
 from rlhf_trl.rewards.adapter import AdapterReward
@@ -320,6 +329,24 @@ def remedies(training: Training, limit: float) -> Iterator[tuple[str, Training]]
 Change = tuple[str, Training]
 
 
+def _smaller_scores(training: Training, limit: float) -> Change | None:
+    """Fewer rows of a reward model at a time, where its scores take most: the same numbers."""
+    if not training.rewards or not (plan := plan_memory(training)).peak.name.startswith("scores of "):
+        return None
+    others = max(moment.total for moment in plan.moments if not moment.name.startswith("scores of "))
+    words, rewards = [], []
+    for name, network, weights, given in training.rewards:
+        rows = given
+        while rows > 1 and scores_moment(training, name, network, weights, rows).total > max(
+            limit - plan.held, others
+        ):
+            rows //= 2
+        if rows < given:
+            words.append(f"`{name.replace(' ', '.', 1)}.batch_size={rows}`")
+        rewards.append((name, network, weights, rows))
+    return (" and ".join(words), replace(training, rewards=rewards)) if words else None
+
+
 def _smaller_batch(training: Training, limit: float) -> Change | None:
     """Smaller micro-batches, more of them: the same numbers, in more time."""
     rows, factor = training.batch.rows, 1
@@ -415,6 +442,7 @@ def _sleep(training: Training, limit: float) -> Change | None:
 
 
 CHANGES: tuple[Callable[[Training, float], Change | None], ...] = (
+    _smaller_scores,
     _smaller_batch,
     _checkpointing,
     _lora,

@@ -250,7 +250,7 @@ def plan_memory(training: Training) -> MemoryPlan:
         moments.insert(0, Moment("rollout", {"vLLM": vllm}))
     elif vllm:
         roles.append(Role("vLLM", vllm, note="weights and cache"))
-    moments += [_scores_moment(training, *reward) for reward in training.rewards]
+    moments += [scores_moment(training, *reward) for reward in training.rewards]
     moments.append(_step_moment(training, roles))
     buckets = sum(role.gradients for role in roles) if training.engine.name == "DDP" else 0.0
     return MemoryPlan(roles, [moment for moment in moments if moment.total], buckets)
@@ -417,7 +417,7 @@ def pass_bytes(model: PreTrainedModel | PeftModel, batch: Batch, computation: Co
     return passes.tracker.peak
 
 
-def _scores_moment(training: Training, name: str, network: PreTrainedModel | None, _: float, rows: int) -> Moment:
+def scores_moment(training: Training, name: str, network: PreTrainedModel | None, _: float, rows: int) -> Moment:
     """Return what the pass of a reward model takes."""
     batch = training.batch._replace(rows=rows)
     computation = training.computation if network is None else training.computation._replace(autocast=None)

@@ -135,6 +135,16 @@ def test_what_to_set_is_named_in_the_order_of_its_price():
     assert totals[0] > 1.2 * totals[-1]
 
 
+def test_a_reward_model_that_takes_most_scores_fewer_rows_at_a_time():
+    with torch.device("meta"):
+        network = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=4096, num_hidden_layers=1))
+    training = big(batch=Batch(2, 64, 32), rollout=(2, 32, 32), rewards=[("reward model", network, 0.0, 256)])
+    plan = plan_memory(training)
+    assert plan.peak.name == "scores of reward model"
+    words, changed = next(remedies(training, 0.6 * plan.total))
+    assert words == "`reward.model.batch_size=128`" and plan_memory(changed).total <= 0.6 * plan.total
+
+
 def test_a_full_policy_is_sharded_where_no_adapter_is_on_a_quantized_base():
     lora = adapted(big().policy, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     quantized = big(policy=lora, reference=False, quantization=memory.NF4)
