@@ -13,6 +13,7 @@ from rlhf_trl.trainers.checkpoints import CompleteCheckpoints
 from rlhf_trl.trainers.held_out import ExactEvaluation
 from rlhf_trl.trainers.publishing import Publishing
 from rlhf_trl.trainers.rollout_hook import RolloutHookWithKL
+from rlhf_trl.trainers.workers import ignore_preemptions
 
 
 class TrainerMixin(CompleteCheckpoints, ExactEvaluation, Publishing):
@@ -36,6 +37,10 @@ class TrainerMixin(CompleteCheckpoints, ExactEvaluation, Publishing):
             super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
             keep_output_types(self.accelerator.state.fsdp_plugin)
+
+    def get_train_dataloader(self):
+        """Return the trainer's data loader, whose workers leave the signals of schedulers to this process."""
+        return ignore_preemptions(super().get_train_dataloader())
 
     def _patch_models(self) -> None:
         for model in (self.model, getattr(self, "ref_model", None)):

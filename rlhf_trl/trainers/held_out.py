@@ -20,6 +20,8 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer
 from trl.trainer.utils import use_adapter
 
+from rlhf_trl.trainers.workers import ignore_preemptions
+
 # Means over tokens (of chosen completions, where there are chosen ones). All others are means over rows
 TOKEN_MEANS = ("entropy", "mean_token_accuracy", "kl", "logits/chosen", "logits/rejected")
 
@@ -133,12 +135,12 @@ class ExactEvaluation(Trainer):
         """Return the trainer's data loader with the batches of [`split_batches`]."""
         loader: Any = super().get_eval_dataloader(eval_dataset)
         if isinstance(loader.dataset, IterableDataset):
-            return loader
+            return ignore_preemptions(loader)
         sampler = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler).sampler
         args, accelerator = self.args, self.accelerator
         group = getattr(self, "num_generations_eval", 1)
         batches = split_batches(list(sampler), args.eval_batch_size, accelerator.num_processes, group)
-        return DataLoaderShard(
+        shard = DataLoaderShard(
             loader.dataset,
             device=loader.device,
             batch_sampler=RankBatchSampler(batches, accelerator.process_index),
@@ -147,6 +149,7 @@ class ExactEvaluation(Trainer):
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
+        return ignore_preemptions(shard)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """Run the trainer's evaluation loop and pool the metrics of its batches."""
