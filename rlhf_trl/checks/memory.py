@@ -310,7 +310,8 @@ def memory_warning(training: Training, plan: MemoryPlan, has: Device) -> str | N
         steps.append(f"{words} ({gib(total)} GiB)")
         if total <= USABLE * has.memory:
             return f"{text} Set, one after another: {'; then '.join(steps)}."
-    return f"{text} Nothing here is enough: {'; then '.join(steps)}. Take a smaller model or larger devices."
+    smaller = " smaller rollouts (`stage.args.steps_per_generation`)," if plan.peak.name == "rollout" else ""
+    return f"{text} Nothing here is enough: {'; then '.join(steps)}. Take{smaller} a smaller model or larger devices."
 
 
 def remedies(training: Training, limit: float) -> Iterator[tuple[str, Training]]:

@@ -154,7 +154,7 @@ def test_a_full_policy_is_sharded_where_no_adapter_is_on_a_quantized_base():
     assert sharded is not None and "--num_processes 8" in sharded[0] and sharded[1].engine == Engine("FSDP2", 8, False)
 
 
-def test_a_warning_stops_at_the_first_remedy_that_is_enough():
+def test_a_warning_stops_at_the_first_remedy_that_is_enough(monkeypatch):
     training = big()
     plan = plan_memory(training)
     enough, little = Device("a card", 2 * int(plan.total)), Device("a card", int(plan.total))
@@ -164,6 +164,11 @@ def test_a_warning_stops_at_the_first_remedy_that_is_enough():
     assert text.count("(") == 1 and "`stage.args.per_device_train_batch_size=16` with 2 times as many" in text
     nothing = memory_warning(training, plan, Device("a card", 2**20))
     assert nothing is not None and "doesn't fit" in nothing and "Nothing here is enough" in nothing
+    assert "Take a smaller model" in nothing
+    monkeypatch.setattr(memory, "CHANGES", memory.CHANGES[-1:])
+    sampling = replace(training, rollout=(4096, 64, 192))
+    text = str(memory_warning(sampling, plan_memory(sampling), Device("a card", 2**20)))
+    assert "Take smaller rollouts (`stage.args.steps_per_generation`), a smaller model or larger devices." in text
 
 
 def test_a_model_that_cant_run_without_weights_has_no_plan_and_says_why(compose, model, monkeypatch):
