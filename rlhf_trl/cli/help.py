@@ -83,7 +83,7 @@ def help_text(app: App, folders: Sequence[str]) -> str:
     groups = option_groups([str(conf_dir()), *folders])
     start = shlex.join(program(app))
     usage = {"train": "stage=STAGE [GROUP=OPTION ...] [KEY=VALUE ...]", "pipeline": "[pipeline=FILE] [KEY=VALUE ...]"}
-    lines = [TITLES[app], "", f"  {start} {usage.get(app, '-m stage=STAGE [KEY=VALUE,VALUE ...]')}", ""]
+    lines = [TITLES[app], f"  {start} {usage.get(app, '-m stage=STAGE [KEY=VALUE,VALUE ...]')}", ""]
     if app == "train":
         lines += ["Stages", *_stages(groups["stage"], folders), ""]
     lines.append("Examples")
@@ -103,10 +103,10 @@ def help_text(app: App, folders: Sequence[str]) -> str:
 
 
 def _is_read(group: str, app: App) -> bool:
-    own = {"train": "experiment", "sweep": "sweep", "pipeline": "pipeline"}
+    own = {"sweep": ("sweep", "hydra/launcher"), "pipeline": ("pipeline",)}
     if app == "train":
-        return group not in ("stage", "pipeline", "sweep")
-    return group == own[app]
+        return group not in ("stage", *own["sweep"], *own["pipeline"])
+    return group in own[app]
 
 
 def _stages(names: set[str], folders: Sequence[str]) -> list[str]:

@@ -144,7 +144,7 @@ def test_pip_installs_the_wheel_and_a_run_of_it_trains(wheel, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     folder = user_folder(tmp_path / "home")
     check_installed([str(scripts / "rlhf-trl")], [str(scripts / "rlhf-trl-pipeline")], folder, environment)
-    rows = '{"prompt": "Say hello.", "completion": "Hello."}\n' * 8
+    rows = '{"prompt": "What color is a duck?", "completion": "A duck is yellow."}\n' * 8
     (folder / "my.jsonl").write_text(rows)
     mine = ["--config-dir", "my_conf", "stage=sft", "data=mine", "debug=smoke", "project=q"]
     subprocess.run([scripts / "rlhf-trl", *mine], cwd=folder, env=environment, check=True, timeout=600)

@@ -34,9 +34,10 @@ def test_help_has_a_sentence_for_every_stage_and_the_options_of_every_group():
     for stage in STAGES:
         assert [line for line in lines if re.match(rf"  {stage} +\S+( \S+){{3,}}", line)], stage
     text = " ".join(" ".join(lines).split())
-    for group in GROUPS.keys() - {"stage", "experiment", "pipeline", "sweep"}:
+    for group in GROUPS.keys() - {"stage", "experiment", "pipeline", "sweep", "hydra/launcher"}:
         assert f"{group} {', '.join(sorted(GROUPS[group]))}" in text
     assert "reviews/... (" in text and "_base" not in text
+    assert "hydra/launcher" in help_text("sweep", []) and "hydra/launcher" not in text
 
 
 def test_help_lists_a_users_own_stage_and_options(tmp_path):
