@@ -19,7 +19,7 @@ from rlhf_trl.hints import count_of, names_of
 from rlhf_trl.labels.candidates import Candidate, Candidates, prompt_id
 from rlhf_trl.labels.formats import arena, argilla, label_studio, potato, prodigy
 from rlhf_trl.labels.formats.base import Format, Item, Parsed, Response, plain, reordered
-from rlhf_trl.labels.store import Label
+from rlhf_trl.labels.store import Label, asked_about
 
 FORMATS: dict[str, Format] = {
     "argilla": argilla,
@@ -28,7 +28,6 @@ FORMATS: dict[str, Format] = {
     "arena": arena,
     "prodigy": prodigy,
 }
-SIZES = {"pair": (2, 2), "ranking": (2, None), "rating": (1, None), "edit": (1, None)}
 # Notes of a kind that are named one by one
 NAMED = 20
 
@@ -91,7 +90,6 @@ def export_text(
 
 def _items(rows: Sequence[Candidates], labels: Sequence[Label], form: str, notes: Notes) -> Iterator[Item]:
     """Yield the questions of the candidates and those of the labels."""
-    least, most = SIZES[form]
     of: dict[str, dict[Any, list[Label]]] = {}
     for label in labels:
         if label.form == form:
@@ -101,9 +99,8 @@ def _items(rows: Sequence[Candidates], labels: Sequence[Label], form: str, notes
     for row in rows:
         found = of.pop(row.id, {})
         for question in row.questions:
-            asked = list(question[:1] if form == "edit" else question)
-            if len(question) < least or (most and len(question) > most):
-                notes.add(f"questions that don't fit the form {form}", f"{row.id}: {asked}")
+            if (asked := asked_about(question, form)) is None:
+                notes.add(f"questions that don't fit the form {form}", f"{row.id}: {list(question)}")
                 continue
             yield Item(row, asked, form, found.pop((row.id, tuple(sorted(asked)), form), []))
         for group in found.values():
@@ -233,8 +230,8 @@ class Places:
         if row is None:
             row, shown = self._by_text(parsed)
         own = _mapped(parsed.own.get("question"), parsed, shown)
-        asked = [list(question[:1] if parsed.form == "edit" else question) for question in row.questions]
-        same = [question for question in asked if sorted(question) == sorted(shown)]
+        asked = [asked_about(question, parsed.form) for question in row.questions]
+        same = [question for question in asked if question and sorted(question) == sorted(shown)]
         question = own or (same[0] if same else shown)
         return Found(row.id, question, shown, bool(same))
 

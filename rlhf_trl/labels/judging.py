@@ -10,9 +10,10 @@ from rlhf_trl.data.messages import as_text
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.judges import Reply, TextJudge, verdict
 from rlhf_trl.labels.candidates import Candidates
-from rlhf_trl.labels.machine import MachineLabeler, Task, ranks_of
+from rlhf_trl.labels.machine import MachineLabeler, ranks_of
 from rlhf_trl.labels.replies import Asker, ReplyCache, read_number, read_object
 from rlhf_trl.labels.store import Label
+from rlhf_trl.labels.tasks import Task
 from rlhf_trl.terminal import say
 
 VERDICT_SCHEMA = {
@@ -292,7 +293,7 @@ class RevisionLabeler(AskingLabeler):
 
     def _parts(self, task: Task, seed: int) -> dict[str, str]:
         weights = [principle["weight"] for principle in self.principles.values()]
-        rng = random.Random(f"{seed}|{task.row.id}|{task.question}")
+        rng = random.Random(f"{seed}|{task.row.id}|{list(task.question)}")
         (principle,) = rng.choices(list(self.principles.values()), weights)
         return {
             "principle": principle["text"],

@@ -3,9 +3,9 @@
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -13,31 +13,16 @@ from tqdm import tqdm
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.rewards import score_members
 from rlhf_trl.hints import names_of
-from rlhf_trl.labels.candidates import Candidates, Text
+from rlhf_trl.labels.candidates import Candidates
 from rlhf_trl.labels.selection import member_scores
 from rlhf_trl.labels.store import Label, LabelStore, now
+from rlhf_trl.labels.tasks import Task, tasks_of
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.function import FunctionReward
 from rlhf_trl.terminal import say
 
 # Questions of which the answers are computed, and then saved, together
 BATCH = 64
-
-
-class Task(NamedTuple):
-    """A question: a row of candidates, and the indices of those that it is about."""
-
-    row: Candidates
-    question: list[int]
-
-    @property
-    def texts(self) -> list[Text]:
-        """The completions asked about."""
-        return [self.row.candidates[i].completion for i in self.question]
-
-    def key(self, form: str) -> tuple[str, tuple[int, ...], str]:
-        """Return the key of its labels."""
-        return self.row.id, tuple(sorted(self.question)), form
 
 
 class MachineLabeler(ABC):
@@ -94,11 +79,11 @@ class MachineLabeler(ABC):
                 f"`stage.overlap={overlap}` asks for several labelers, and `{self.name}` is one, which answers each "
                 "question once. Set `stage.overlap=1`."
             )
-        tasks = tasks_of(rows, form)[:budget]
+        tasks = list(tasks_of(rows, form).values())[:budget]
         if not tasks:
             raise ConfigError("The candidates hold no `questions`. Make them with `stage=collect`.")
         mine = {label.key for label in store.read() if label.labeler == self.name}
-        left = [task for task in tasks if self.is_cached or task.key(form) not in mine]
+        left = [task for task in tasks if self.is_cached or task.unit not in mine]
         with tqdm(total=len(tasks), initial=len(tasks) - len(left), unit="question") as bar:
             for start in range(0, len(left), BATCH):
                 batch = left[start : start + BATCH]
@@ -123,7 +108,7 @@ class MachineLabeler(ABC):
             more["skipped"] = "no answer"
         return Label(
             id=task.row.id,
-            question=task.question,
+            question=list(task.question),
             form=form,
             order=more.pop("order", None),
             answer=answer,
@@ -131,26 +116,6 @@ class MachineLabeler(ABC):
             time=now(),
             **more,
         )
-
-
-def tasks_of(rows: Sequence[Candidates], form: str) -> list[Task]:
-    """
-    Return the questions of candidates, each once; `form=edit` asks about the first candidate of each.
-
-    Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if a question doesn't fit the form.
-    """
-    found: dict[Hashable, Task] = {}
-    for row in rows:
-        for question in row.questions:
-            if (form == "pair" and len(question) != 2) or (form == "ranking" and len(question) < 2):
-                raise ConfigError(
-                    f"The candidates of `{row.id}` have the question {list(question)}, of which `stage.ask={form}` "
-                    "can't be asked. Set another `stage.ask`, or collect with another `stage.question_size`."
-                )
-            task = Task(row, list(question[:1] if form == "edit" else question))
-            found.setdefault(task.key(form), task)
-    return list(found.values())
 
 
 class RewardLabeler(MachineLabeler):

@@ -9,47 +9,17 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.labels.agreement import Unit
 from rlhf_trl.labels.candidates import Candidates
 from rlhf_trl.labels.store import Label
+from rlhf_trl.labels.tasks import Task, tasks_of
 
 # After this time without an answer, a question that one labeler was shown may be another's
 RESERVED_SECONDS = 600.0
 # A question is asked again after this many others at the earliest
 REPEAT_DISTANCE = 5
-
-
-@dataclass(frozen=True)
-class Task:
-    """
-    A question for one labeler.
-
-    Args:
-        row ([`~rlhf_trl.labels.candidates.Candidates`]): the candidates.
-        question (`tuple[int, ...]`): indices of those that are asked about.
-        form (`str`): form of the answer.
-        turn (`int`): how often the labeler has answered it before.
-        kind (`str`): open, gold (its answer is known) or repeat.
-    """
-
-    row: Candidates
-    question: tuple[int, ...]
-    form: str
-    turn: int = 0
-    kind: Literal["open", "gold", "repeat"] = "open"
-
-    @property
-    def unit(self) -> Unit:
-        """The key of its labels."""
-        return self.row.id, tuple(sorted(self.question)), self.form
-
-    @property
-    def key(self) -> str:
-        """Name of the task: an answer that is sent twice is saved once."""
-        return f"{self.row.id}|{'-'.join(map(str, self.question))}|{self.turn}"
 
 
 @dataclass(frozen=True)
@@ -113,10 +83,7 @@ class Queue:
         self.gold_every, self.repeat_every, self.labelers = gold_every, repeat_every, labelers
         self.gold = {label.key: label for label in gold if label.answer is not None and label.form == form}
         self._check_gold()
-        asked = {
-            task.unit: task for row in rows for question in row.questions for task in [_task(row, question, form)]
-        }
-        self.tasks = {unit: task for unit, task in asked.items() if unit not in self.gold}
+        self.tasks = {unit: task for unit, task in tasks_of(rows, form).items() if unit not in self.gold}
         if not self.tasks:
             raise ConfigError(
                 "The candidates hold no `questions`, so there is nothing to ask. Make them with `stage=collect`."
@@ -268,15 +235,3 @@ class Queue:
     def _again(self, task: Task, labeler: str) -> Task:
         turn = self.times_answered(labeler, task.unit)
         return Task(task.row, task.question, task.form, turn, "repeat" if turn else task.kind)
-
-
-def _task(row: Candidates, question: Sequence[int], form: str) -> Task:
-    """Return the task of a question of the file; `form=edit` asks for its first candidate."""
-    sizes = {"pair": "2 candidates", "ranking": "2 or more candidates"}
-    if (form == "pair" and len(question) != 2) or (form == "ranking" and len(question) < 2):
-        others = [name for name, fits in (("ranking", len(question) > 1), ("rating", True)) if fits and name != form]
-        raise ConfigError(
-            f"The candidates of `{row.id}` have the question {list(question)}, and `stage.ask={form}` needs "
-            f"{sizes[form]}. Set `stage.ask={others[0]}`, or collect other questions."
-        )
-    return Task(row, tuple(question[:1] if form == "edit" else question), form)

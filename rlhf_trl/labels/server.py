@@ -27,8 +27,9 @@ from rlhf_trl.data.messages import as_text
 from rlhf_trl.data.rows import RowError
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.labels.agreement import agreement, quality
-from rlhf_trl.labels.queue import Queue, Task
+from rlhf_trl.labels.queue import Queue
 from rlhf_trl.labels.store import Label, LabelStore, now
+from rlhf_trl.labels.tasks import Task
 
 PAGES = Path(__file__).parent / "page"
 HEADERS = {

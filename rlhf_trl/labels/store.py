@@ -10,7 +10,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
@@ -23,6 +23,8 @@ from rlhf_trl.hints import names_of
 from rlhf_trl.terminal import say
 
 FORMS = ("pair", "ranking", "rating", "edit")
+# Candidates of a question by the form of its answer, at least and at most
+SIZES = {"pair": (2, 2), "ranking": (2, math.inf), "rating": (1, math.inf), "edit": (1, 1)}
 # An index into the question, a tie, or two bad ones, which are no tie
 PAIR_ANSWERS = (0, 1, "tie", "both_bad")
 
@@ -134,6 +136,22 @@ class Label:
         )
 
 
+def asked_about(question: Sequence[int], form: str) -> list[int] | None:
+    """
+    Return the candidates of a question that an answer of a form is about, of an edit the first one; `None` where the
+    form doesn't fit the question.
+    """
+    chosen = list(question[:1] if form == "edit" else question)
+    least, most = SIZES[form]
+    return chosen if least <= len(chosen) <= most else None
+
+
+def size_in_words(form: str) -> str:
+    """Return how many candidates a question has."""
+    least, most = SIZES[form]
+    return f"{least}" if least == most else f"{least} or more"
+
+
 def _check_question(question: Any, form: Any) -> None:
     if form not in FORMS:
         raise RowError("form", f"is {form!r}, not one of {names_of(FORMS)}")
@@ -141,11 +159,9 @@ def _check_question(question: Any, form: Any) -> None:
         raise RowError("question", f"is {question!r}, where a list of indices of candidates should be")
     if len({*question}) < len(question):
         raise RowError("question", f"is {question!r}, which holds a candidate twice")
-    sizes = {"pair": (2, 2), "ranking": (2, math.inf), "rating": (1, math.inf), "edit": (1, 1)}
-    least, most = sizes[form]
+    least, most = SIZES[form]
     if not least <= len(question) <= most:
-        wanted = f"{least}" if least == most else f"{least} or more"
-        raise RowError("question", f"has {len(question)} candidates, and `form={form}` needs {wanted}")
+        raise RowError("question", f"has {len(question)} candidates, and `form={form}` needs {size_in_words(form)}")
 
 
 def _check_number(value: Any, field: str) -> None:
