@@ -17,7 +17,7 @@ Other fields of rows and candidates are kept.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from rlhf_trl.data.file_rows import read_file
 from rlhf_trl.data.messages import check_text_or_chat
 from rlhf_trl.data.rows import Problems, RowError, type_of
 from rlhf_trl.errors import DataError
+from rlhf_trl.runs.record import replacing
 
 CANDIDATES_FILE = "candidates.jsonl"
 Text = str | list[dict[str, Any]]
@@ -219,15 +220,6 @@ def write_candidates(path: str | os.PathLike, rows: Iterable[Candidates]) -> Non
 
 def write_rows(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
     """Write JSON lines that are there whole or not at all, whenever the process is killed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(_lines(rows))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    return (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

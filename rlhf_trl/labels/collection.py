@@ -1,10 +1,8 @@
 """Collection of candidates: the completions that were drawn so far, their merging by prompt, and what is asked."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 from rlhf_trl.data.messages import as_text
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.labels.candidates import Candidate, Candidates, Text, prompt_id
+from rlhf_trl.labels.lines import SyncedLines
 from rlhf_trl.labels.selection import Pair, Pool, member_scores
 from rlhf_trl.labels.store import Label
 
@@ -36,47 +35,29 @@ class Draws:
     """
 
     def __init__(self, path: str | os.PathLike, plan: str):
-        self.path, self._plan, self._file = Path(path), plan, None
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        whole = [json.loads(line) for line in lines if line.endswith(b"\n")]
-        if whole and whole[0].get("plan") != plan:
+        self._lines, self._plan = SyncedLines(path), plan
+        before = self._lines.rows
+        if before and before[0].get("plan") != plan:
             raise ConfigError(
-                f"`{self.path.parent}` was collecting from other prompts or policies, or with other settings or "
+                f"`{Path(path).parent}` was collecting from other prompts or policies, or with other settings or "
                 "rewards, so it can't be resumed. Start again: `overwrite=true`."
             )
-        self._size = sum(len(line) for line in lines if line.endswith(b"\n"))
-        self.batches: dict[int, list[dict[str, Any]]] = {row["batch"]: row["rows"] for row in whole[1:]}
+        self.batches: dict[int, list[dict[str, Any]]] = {row["batch"]: row["rows"] for row in before[1:]}
 
     def add(self, batch: int, rows: list[dict[str, Any]]) -> None:
         """Append the completions of a batch."""
-        if self._file is None:
-            self._file = open(self.path, "ab")  # noqa: SIM115  kept open, see `close`
-            self._file.truncate(self._size)  # the part of a line that a killed process left
-        if self._size == 0:
-            self._write({"plan": self._plan})
-        self._write({"batch": batch, "rows": rows})
+        if self._lines.is_empty:
+            self._lines.append({"plan": self._plan})
+        self._lines.append({"batch": batch, "rows": rows})
         self.batches[batch] = rows
-
-    def _write(self, row: dict[str, Any]) -> None:
-        assert self._file is not None
-        self._size += self._file.write((json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the completions of all batches, in the order of the plan."""
         return [row for number in sorted(self.batches) for row in self.batches[number]]
 
-    def close(self) -> None:
-        """Close the file, and keep it."""
-        if self._file is not None:
-            self._file.close()
-
     def delete(self) -> None:
         """Delete the file: the candidates are written."""
-        self.close()
-        with suppress(FileNotFoundError):
-            self.path.unlink()
+        self._lines.path.unlink(missing_ok=True)
 
 
 @dataclass

@@ -6,11 +6,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.judges import Reply, TextJudge
+from rlhf_trl.labels.lines import SyncedLines
 
 # A reasoning model's own thoughts; its chat template may have opened them in the prompt
 THOUGHTS = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>|^.*?</think(?:ing)?>", re.S | re.I)
@@ -31,15 +31,8 @@ class ReplyCache:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self._found: dict[str, Reply] = {}
-        self._size = 0
-        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else ():
-            if not line.endswith(b"\n"):
-                break  # a killed process left a part of it
-            row = json.loads(line)
-            self._found[row["key"]] = Reply(row["text"], row["is_cut"], row["is_refused"])
-            self._size += len(line)
+        self._lines = SyncedLines(path)
+        self._found = {row["key"]: Reply(row["text"], row["is_cut"], row["is_refused"]) for row in self._lines.rows}
 
     def get(self, key: str) -> Reply | None:
         """Return the reply of a [`reply_key`], `None` where there is none."""
@@ -48,13 +41,7 @@ class ReplyCache:
     def add(self, key: str, reply: Reply) -> None:
         """Append a reply."""
         self._found[key] = reply
-        line = json.dumps({"key": key, **reply._asdict()}, ensure_ascii=False) + "\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab") as file:
-            file.truncate(self._size)
-            self._size += file.write(line.encode(errors="backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
+        self._lines.append({"key": key, **reply._asdict()})
 
 
 def reply_key(settings: dict[str, Any], question: str) -> str:

@@ -9,11 +9,12 @@ import json
 import os
 import platform
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.results import Comparison, RunRecord, SweepJob
@@ -42,6 +43,23 @@ REMEDIES = {
 }
 
 
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[TextIO]:
+    """Open a text file that is there whole or not at all, whenever the process is killed, to write it anew."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        # A lone surrogate, which UTF-8 lacks, is written as JSON's own escape of it
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:  # a full disk
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """
     Write a JSON file that is there whole or not at all, whenever the process is killed.
@@ -53,18 +71,8 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
             Dicts, lists, numbers, texts and [`~rlhf_trl.runs.serialization.JsonDataclass`]es; numbers that JSON lacks
             (NaN, infinity) become `null`.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # A lone surrogate, which UTF-8 lacks, is written as JSON's own escape of it
-        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
-            json.dump(encode(content), file, indent=2, ensure_ascii=False, allow_nan=False, default=float)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:  # a full disk
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        json.dump(encode(content), file, indent=2, ensure_ascii=False, allow_nan=False, default=float)
 
 
 def read_json(path: str | os.PathLike) -> Any:

@@ -102,10 +102,7 @@ def collect(cfg: DictConfig) -> None:
             raise ConfigError(problem)
         draws = Draws(Path(cfg.run_dir, DRAWS_FILE), plan_of(found.rows, settings, cfg))
         delete_backup(cfg.run_dir)
-        try:
-            draw(cfg, found.rows, settings, rewards, draws)
-        finally:
-            draws.close()
+        draw(cfg, found.rows, settings, rewards, draws)
         add_candidates(found, logged(found, traffic))
         add_candidates(found, ((row["row"], Candidate(**row["candidate"])) for row in draws.rows()))
         by_score = cfg.select._target_ in BY_SCORE

@@ -23,13 +23,11 @@ def test_an_interrupted_collection_keeps_whole_batches_and_drops_a_torn_line(tmp
     assert not path.exists()
     draws.add(1, [{"row": 1}])
     draws.add(0, [{"row": 0}])
-    draws.close()
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"batch": 2, "rows": [{"ro')
     again = Draws(path, "plan")
     assert again.rows() == [{"row": 0}, {"row": 1}]
     again.add(2, [{"row": 2}])
-    again.close()
     assert path.read_bytes() == whole + b'{"batch": 2, "rows": [{"row": 2}]}\n'
     with pytest.raises(ConfigError, match="other prompts or policies"):
         Draws(path, "another")
@@ -42,7 +40,6 @@ def test_a_collection_that_was_killed_in_its_first_line_starts_again(tmp_path):
     path.write_bytes(b'{"pla')
     draws = Draws(path, "plan")
     draws.add(0, [])
-    draws.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"plan": "plan"}, {"batch": 0, "rows": []}]
 
 
