@@ -3,9 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-# Bytes of optimizer state per byte of trained weights, by a part of the optimizer's name, the first one that is found
-# in it; AdamW's two moments otherwise
-STATES = {"4bit": 0.25, "8bit": 0.5, "adafactor": 0.01, "adamw": 2.0, "lion": 1.0, "sgd": 0.0, "adagrad": 1.0}
+from rlhf_trl.models.optimizers import optimizer_bytes
 
 
 class Weights(NamedTuple):
@@ -54,10 +52,10 @@ def disk_need(args: Any, policy: Weights, critic: int, steps: int, written: int 
         steps (`int`): optimizer steps of the run.
         written (`int`): bytes of merged models that are written beside the result.
     """
-    weights = policy.trained * policy.itemsize
-    states = next((factor for name, factor in STATES.items() if name in str(args.optim)), STATES["adamw"])
-    trained = weights + critic * policy.itemsize
-    checkpoint = trained + (0 if args.save_only_model else states * trained)
+    weights, trained = policy.trained * policy.itemsize, policy.trained + critic
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    states = 0.0 if args.save_only_model else optimizer_bytes(optimizer, trained, policy.itemsize)
+    checkpoint = trained * policy.itemsize + states
     saves = _saves(args, steps)
     kept = min(saves, args.save_total_limit or saves)
     # A new checkpoint is complete before the oldest one is deleted

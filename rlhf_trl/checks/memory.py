@@ -27,7 +27,6 @@ from rlhf_trl.models.memory import (
     MemoryPlan,
     Training,
     adapted,
-    plan_memory,
     scores_moment,
     weight_bytes,
 )
@@ -94,7 +93,7 @@ def estimate(cfg: DictConfig, args: Any, tokenizer: PreTrainedTokenizerBase, row
     has = device(args.use_cpu)
     try:
         training = training_of(cfg, args, tokenizer, rows)
-        plan = plan_memory(training)
+        plan = training.plan
         return Estimate(plan, has, memory_line(plan, has), memory_warning(training, plan, has))
     except Exception as error:  # code of a model, such as remote code, that needs the values of its tensors
         return Estimate(
@@ -220,13 +219,11 @@ def _add_critic(training: Training, args: Any, trust_remote_code: bool) -> None:
     if args.critic == "model":
         dtype = getattr(torch, args.critic_dtype or "float32")
         if args.critic_path is not None:
-            started = empty_model(args.critic_path, "SEQ_CLS", trust_remote_code)
+            trunk: Any = copy.deepcopy(empty_model(args.critic_path, "SEQ_CLS", trust_remote_code).base_model)
+        elif isinstance(training.policy, PeftModel):
+            trunk = empty_copy(training.policy.get_base_model())
         else:
-            policy = training.policy
-            started = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-        trunk: Any = copy.deepcopy(started.base_model)  # pyright: ignore[reportAttributeAccessIssue] of any model
-        if isinstance(training.policy, PeftModel) and args.critic_path is None:
-            trunk = copy.deepcopy(empty_copy(started))
+            trunk = copy.deepcopy(training.policy.base_model)
         training.critic_trunk = trunk.to(dtype).requires_grad_(True)
     sharded = training.engine.name not in ("none", "DDP")
     is_plain = training.computation.autocast is None and training.quantization is None and not sharded
@@ -306,7 +303,7 @@ def memory_warning(training: Training, plan: MemoryPlan, has: Device) -> str | N
     text = f"The plan needs {gib(plan.total)} GiB per rank and {verb}: {has.name} has {gib(has.memory)} GiB."
     steps = []
     for words, changed in remedies(training, USABLE * has.memory):
-        total = plan_memory(changed).total
+        total = changed.plan.total
         steps.append(f"{words} ({gib(total)} GiB)")
         if total <= USABLE * has.memory:
             return f"{text} Set, one after another: {'; then '.join(steps)}."
@@ -332,7 +329,7 @@ Change = tuple[str, Training]
 
 def _smaller_scores(training: Training, limit: float) -> Change | None:
     """Fewer rows of a reward model at a time, where its scores take most: the same numbers."""
-    if not training.rewards or not (plan := plan_memory(training)).peak.name.startswith("scores of "):
+    if not training.rewards or not (plan := training.plan).peak.name.startswith("scores of "):
         return None
     others = max(moment.total for moment in plan.moments if not moment.name.startswith("scores of "))
     words, rewards = [], []
@@ -357,16 +354,16 @@ def _smaller_batch(training: Training, limit: float) -> Change | None:
     if factor == 1:
         return None
 
-    def with_factor(by: int) -> Training:
-        return replace(training, batch=training.batch._replace(rows=rows // by), accumulates=True)
-
-    fitting = (
-        by for by in (2**i for i in range(1, factor.bit_length())) if plan_memory(with_factor(by)).total <= limit
-    )
-    smallest = factor if plan_memory(with_factor(factor)).total > limit else next(fitting)
+    factors = [2**i for i in range(1, factor.bit_length())]
+    smaller = {
+        by: replace(training, batch=training.batch._replace(rows=rows // by), accumulates=True) for by in factors
+    }
+    smallest = factor  # first, since nothing between has to be planned where it isn't enough
+    if smaller[factor].plan.total <= limit:
+        smallest = next(by for by in factors if smaller[by].plan.total <= limit)
     words = f"`stage.args.per_device_train_batch_size={rows // sides // smallest}` with {smallest} times as many "
     more = "`gradient_accumulation_steps`" + (" and `steps_per_generation`" if training.rollout else "")
-    return words + more, with_factor(smallest)
+    return words + more, smaller[smallest]
 
 
 def _checkpointing(training: Training, limit: float) -> Change | None:
@@ -409,12 +406,14 @@ def _sharding(training: Training, limit: float) -> Change | None:
     if engine.shards_weights or training.quantization is not None or not training.computation.on_gpu:
         return None
     launched = Engine("FSDP2", max(2, engine.ranks), training.computation.autocast is not None)
-    while launched.ranks < 8 and plan_memory(_with_engine(training, launched)).total > limit:
+    changed = _with_engine(training, launched)
+    while launched.ranks < 8 and changed.plan.total > limit:
         launched = launched._replace(ranks=2 * launched.ranks)
+        changed = _with_engine(training, launched)
     words = (
         f"`accelerate launch --config_file launch/accelerate/fsdp2.yaml --num_processes {launched.ranks}` (or zero3)"
     )
-    return words, _with_engine(training, launched)
+    return words, changed
 
 
 def _with_engine(training: Training, launched: Engine) -> Training:

@@ -15,29 +15,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_trl.models.dry_passes import Batch, Computation, Passes, without_adapter
+from rlhf_trl.models.optimizers import optimizer_bytes
 from rlhf_trl.models.tracking import parameters_and_buffers
 from rlhf_trl.patches.dropout import disable_dropout
 
 GIB = 2**30
 # Bytes per weight in NF4 and of its constants, one per 64 weights: a float32, or a byte and their share of another
 NF4, CONSTANTS, CONSTANTS_TWICE = 0.5, 4 / 64, 1 / 64 + 4 / (64 * 256)
-# States that an optimizer has of a weight, by a part of its name, the first one that is found in it; otherwise the two
-# moments of AdamW. And the bytes of one where they are quantized
-STATES = {"adafactor": 0.01, "ademamix": 3.0, "lion": 1.0, "rmsprop": 1.0, "adagrad": 1.0, "sgd": 0.0}
-MOMENTS = 2.0
-QUANTIZED = {"4bit": 0.5, "8bit": 1.0}
-
-
-def optimizer_bytes(name: str, weights: int, itemsize: int) -> float:
-    """
-    Return the bytes of an optimizer's state.
-
-    Args:
-        name (`str`): `optim` of the training arguments.
-        weights (`int`), itemsize (`int`): trained weights, and bytes of one.
-    """
-    states = next((states for part, states in STATES.items() if part in name), MOMENTS)
-    return states * weights * next((size for part, size in QUANTIZED.items() if part in name), itemsize)
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -237,6 +221,11 @@ class Training:
     sides: int = 1
     demonstrations: bool = False
     device_memory: int = 0
+
+    @functools.cached_property
+    def plan(self) -> MemoryPlan:
+        """Its memory on one rank, worked out once: a training isn't changed any more, but copied with changes."""
+        return plan_memory(self)
 
 
 def plan_memory(training: Training) -> MemoryPlan:

@@ -75,7 +75,7 @@ def train(cfg: DictConfig) -> float | None:
     check_enough_rows(args, len(dataset["train"]))
     for warning in filter(None, [unused_devices(args), *_learning_rates(cfg, args, path), *_vllm(cfg, args, path)]):
         say(f"warning: {warning}")
-    if _parameters(cfg, path) >= PLANNED_FROM:
+    if is_main_process() and _parameters(cfg, path) >= PLANNED_FROM:  # which says it, and the plan takes seconds
         memory = estimate(cfg, args, tokenizer, dataset["train"])
         say(memory.text)
         if memory.warning:

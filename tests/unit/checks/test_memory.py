@@ -178,7 +178,7 @@ def test_a_model_that_cant_run_without_weights_has_no_plan_and_says_why(compose,
     def fail(training):
         raise RuntimeError("Tensor.item() cannot be called on meta tensors")
 
-    monkeypatch.setattr(memory, "plan_memory", fail)
+    monkeypatch.setattr("rlhf_trl.models.memory.plan_memory", fail)
     found = estimate(cfg, args, load_tokenizer(model), Dataset.from_list([ROWS["sft"]]))
     assert found.plan is None and found.warning is None and list(found.lines) == ["memory"]
     assert "can't be run without weights (Tensor.item()" in found.text

@@ -13,12 +13,12 @@ from rlhf_trl.models.memory import (
     Engine,
     Training,
     adapted,
-    optimizer_bytes,
     plan_memory,
     rollout_moment,
     update_moment,
     weight_bytes,
 )
+from rlhf_trl.models.optimizers import optimizer_bytes
 from rlhf_trl.models.tracking import StorageTracker, parameters_and_buffers
 from rlhf_trl.patches.dropout import disable_dropout
 from tests.helpers.architectures import ARCHITECTURES, make_architecture
