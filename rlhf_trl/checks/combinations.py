@@ -7,8 +7,9 @@ from rlhf_trl.checks.paths import model_folder
 from rlhf_trl.checks.renamed import renamed_key
 from rlhf_trl.config.values import at, section
 from rlhf_trl.health.signs import limit_problems
-from rlhf_trl.labels.options import HUMAN, human_problems, selection_problem
+from rlhf_trl.labels.options import human_problems, selection_problem
 from rlhf_trl.ppo.options import critic_warmup_problem
+from rlhf_trl.runs.directory import PEOPLE
 from rlhf_trl.runs.engines import shards_parameters, uses_deepspeed
 from rlhf_trl.runs.paths import ADAPTER_FILE, read_model_config
 
@@ -142,7 +143,7 @@ def _selection(values: dict[str, Any]) -> list[str]:
 
 def _labeler(values: dict[str, Any]) -> list[str]:
     labeler = section(values, "labeler")
-    return human_problems(labeler, at(values, "stage.ask")) if labeler.get("_target_") == HUMAN else []
+    return human_problems(labeler, at(values, "stage.ask")) if labeler.get("_target_") == PEOPLE else []
 
 
 def _no_training(values: dict[str, Any]) -> list[str]:

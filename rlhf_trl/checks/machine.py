@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.config.values import at, section
-from rlhf_trl.labels.options import HUMAN
+from rlhf_trl.runs.directory import PEOPLE
 from rlhf_trl.runs.engines import uses_fsdp
 from rlhf_trl.runs.ranks import world_size
 
@@ -94,7 +94,7 @@ def _packages(values: dict[str, Any]) -> list[str]:
         wanted["bitsandbytes"] = "`adapter.quantization`"
     if at(values, "stage.run._target_") == "rlhf_trl.stages.serve_reward.serve_reward":
         wanted |= dict.fromkeys(("fastapi", "uvicorn"), "`stage=serve_reward`")
-    if at(values, "labeler._target_") == HUMAN:
+    if at(values, "labeler._target_") == PEOPLE:
         wanted |= dict.fromkeys(("fastapi", "uvicorn", "markdown_it"), "`labeler=human`")
     rewards = section(values, "reward").values()
     if any(isinstance(node, dict) and node.get("function") == MATH_ANSWER for node in rewards):

@@ -41,10 +41,7 @@ def score(
     Returns:
         `dict[str, list[float | None]]`: N values by the reward's name, as it gave them: `None` where it doesn't apply.
     """
-    given: dict[str, Any] = dict(columns)
-    if tokenizer is not None:
-        given = template_columns(tokenizer, given, len(completions))
-    scores = {}
+    given, scores = _given(columns, tokenizer, len(completions)), {}
     for reward in rewards:
         reward.bind(tokenizer)
         scores[reward.__name__] = reward(
@@ -73,7 +70,7 @@ def score_members(
         name: [[value] for value in values]
         for name, values in score(single, prompts, completions, completion_ids, columns, tokenizer).items()
     }
-    given = template_columns(tokenizer, dict(columns), len(completions)) if tokenizer is not None else dict(columns)
+    given = _given(columns, tokenizer, len(completions))
     for reward in rewards:
         if isinstance(reward, ModelReward):
             reward.bind(tokenizer)
@@ -83,6 +80,11 @@ def score_members(
         {reward.__name__: [_finite(value) for value in found[reward.__name__][i]] for reward in rewards}
         for i in range(len(completions))
     ]
+
+
+def _given(columns: Mapping[str, list], tokenizer: PreTrainedTokenizerBase | None, count: int) -> dict[str, Any]:
+    """Return the columns that rewards get, with those of a chat template that this tokenizer has."""
+    return dict(columns) if tokenizer is None else template_columns(tokenizer, dict(columns), count)
 
 
 def _finite(value: float | None) -> float | None:

@@ -354,10 +354,7 @@ def _same(label: Label) -> str:
 
 
 def _differ(a: Label, b: Label) -> bool:
-    if a.answer is None or b.answer is None:
-        return False
-    order = sorted(a.question)
-    return reordered(a.answer, a.form, a.question, order) != reordered(b.answer, b.form, b.question, order)
+    return a.answer is not None and b.answer is not None and a.by_candidate != b.by_candidate
 
 
 def _reason(error: Exception) -> str:

@@ -68,26 +68,16 @@ def _last_answers(labels: Iterable[Label], notes: Counter[str]) -> list[Label]:
             continue
         earlier = answers.pop((label.key, label.labeler), None)
         if earlier is not None:
-            same = _by_candidate(earlier) == _by_candidate(label)
+            same = earlier.by_candidate == label.by_candidate
             notes[f"earlier answers of a labeler, {'repeated' if same else 'replaced by another one'}"] += 1
         answers[label.key, label.labeler] = label
     by_question: dict[tuple, list[Label]] = {}
     for label in answers.values():
         by_question.setdefault(label.key, []).append(label)
     several = [each for each in by_question.values() if len(each) > 1 and each[0].form != "edit"]
-    different = [each for each in several if any(_by_candidate(one) != _by_candidate(each[0]) for one in each)]
+    different = [each for each in several if any(one.by_candidate != each[0].by_candidate for one in each)]
     notes["questions on which labelers differ"] += len(different)
     return list(answers.values())
-
-
-def _by_candidate(label: Label) -> Any:
-    """Return an answer independently of the order of its question."""
-    answer: Any = label.answer
-    if label.form == "pair":
-        return label.question[answer] if answer in (0, 1) else str(answer)
-    if label.form in ("ranking", "rating"):
-        return dict(zip(label.question, answer, strict=True))
-    return answer
 
 
 def _rows_of(row: Candidates, label: Label, notes: Counter[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.config.ranges import COUNT, NONNEGATIVE, POSITIVE
+from rlhf_trl.runs.directory import PEOPLE
 
 SELECTION = "rlhf_trl.labels.selection"
-HUMAN = "rlhf_trl.labels.human.HumanLabeler"
 SCORED = {"tie_margin": NONNEGATIVE, "noise": NONNEGATIVE, "name": "text"}
 ASKED = {"samples": COUNT, "temperature": NONNEGATIVE, "schema": "bool", "max_tokens": f"{COUNT}?"}
 RULES = {
-    HUMAN: {
+    PEOPLE: {
         "host": "text",
         "port": "int [0, 65535]",
         "both_bad": "bool",

@@ -19,7 +19,6 @@ from urllib.parse import parse_qs, urlencode
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
@@ -30,6 +29,7 @@ from rlhf_trl.labels.agreement import agreement, quality
 from rlhf_trl.labels.queue import Queue
 from rlhf_trl.labels.store import Label, LabelStore, now
 from rlhf_trl.labels.tasks import Task
+from rlhf_trl.report.templates import html_templates
 
 PAGES = Path(__file__).parent / "page"
 HEADERS = {
@@ -105,13 +105,7 @@ class LabelingApp:
     ):
         self.queue, self.store, self.options, self.token, self.on_change = queue, store, options, token, on_change
         self.lock = threading.Lock()
-        environment = Environment(
-            loader=FileSystemLoader(PAGES),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
+        environment = html_templates(PAGES)
         self.question_page = environment.get_template("question.html.jinja")
         self.quality_page = environment.get_template("quality.html.jinja")
         self.locked = environment.get_template("locked.html.jinja").render()

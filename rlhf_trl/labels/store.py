@@ -105,6 +105,15 @@ class Label:
         """The question: id, candidates and form. The same candidates in another order are the same question."""
         return self.id, tuple(sorted(self.question)), self.form
 
+    @property
+    def by_candidate(self) -> Any:
+        """The answer independently of the order of the question: of a pair the better candidate."""
+        if self.form == "pair":
+            return self.question[self.answer] if self.answer in (0, 1) else str(self.answer)
+        if self.form in ("ranking", "rating"):
+            return dict(zip(self.question, self.answer, strict=True))
+        return self.answer
+
     @classmethod
     def from_row(cls, row: Any) -> "Label":
         """

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 from rlhf_trl.data.columns import rename_columns
 from rlhf_trl.data.feedback.rated import DOWN, UP
 from rlhf_trl.data.file_rows import read_file
-from rlhf_trl.data.messages import as_text, check_text_or_chat, read_json_chats
+from rlhf_trl.data.messages import check_text_or_chat, read_json_chats
 from rlhf_trl.data.rows import Problems, RowError
 from rlhf_trl.errors import ConfigError, DataError, user_location
 from rlhf_trl.labels.candidates import Candidate, Text, prompt_id
+from rlhf_trl.labels.collection import completion_key
 
 POLICY = "traffic"
 COLUMNS = ("prompt", "completion", "thumb", "policy", "time", "rater")
@@ -90,7 +91,7 @@ def read_traffic(
 
 def used_key(prompt: Text, completion: Text) -> tuple[str, str]:
     """Return a key by which logged answers are the same."""
-    return prompt_id(prompt), as_text(completion).strip()
+    return prompt_id(prompt), completion_key(completion)
 
 
 def thumb_key(row: Mapping[str, Any]) -> tuple[Hashable, ...]:

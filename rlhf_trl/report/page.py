@@ -13,7 +13,9 @@ from pathlib import Path
 
 from rlhf_trl.config.shareable import hide_secrets
 from rlhf_trl.report.plots import Drawing
+from rlhf_trl.report.templates import html_templates
 from rlhf_trl.report.text import FORBIDDEN, WIDTH, side_by_side
+from rlhf_trl.runs.record import replacing
 
 TEMPLATES = Path(__file__).parent
 NUMBER = re.compile(r"\s*[-+±−]?\.?\d")
@@ -187,24 +189,16 @@ def write_page(page: Page, folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("report.md", to_markdown(page)), ("index.html", to_html(page))):
-        partial = folder / f".{name}.{os.getpid()}"
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, folder / name)  # a reader sees the old page or the new one
+        with replacing(folder / name) as file:  # a reader sees the old page or the new one
+            file.write(content)
     return folder / "index.html"
 
 
 def to_html(page: Page) -> str:
     """Return the page as one HTML file. Text between backticks is shown as code."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup, escape
 
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = html_templates(TEMPLATES)
     environment.filters["prose"] = lambda text: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
     # Names of metrics are long, and may break behind a slash
     environment.filters["breakable"] = lambda text: Markup(str(escape(text)).replace("/", "/<wbr>"))
