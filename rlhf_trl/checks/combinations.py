@@ -137,7 +137,10 @@ def _directories(values: dict[str, Any]) -> list[str]:
 
 
 def _selection(values: dict[str, Any]) -> list[str]:
-    problem = selection_problem(section(values, "select"), bool(section(values, "reward")))
+    rewards, keep = bool(section(values, "reward")), at(values, "stage.keep")
+    problem = selection_problem(section(values, "select"), rewards)
+    if keep is not None and not rewards:
+        problem = f"`stage.keep={keep}` chooses by a reward, and there is none. Set `reward=model`, or another one."
     return [problem] if problem else []
 
 

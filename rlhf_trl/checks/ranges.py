@@ -52,6 +52,7 @@ RUN = {
     "stage.batch_size": COUNT,
     "stage.n": COUNT,
     "stage.split": "train|eval",
+    "stage.keep": "best_per_prompt|best_overall?",
     "stage.top_p": "(0, 1]",
     "stage.budget": f"{COUNT}?",
     "stage.per_prompt": COUNT,

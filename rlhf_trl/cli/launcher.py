@@ -18,9 +18,10 @@ from rlhf_trl.cli.outcome import STEP
 from rlhf_trl.config.program import ACCELERATE
 from rlhf_trl.errors import PREEMPTIONS, ConfigError, Preempted, short_path
 from rlhf_trl.health.signs import health_of
+from rlhf_trl.runs.directory import LABEL_LENGTHS
 from rlhf_trl.runs.lock import in_use_problem, lock_owner
 from rlhf_trl.runs.paths import conf_dir, is_resumable
-from rlhf_trl.runs.record import CONFIG_FILE, read_metrics, read_run
+from rlhf_trl.runs.record import CONFIG_FILE, LABELS_FILE, read_metrics, read_run
 
 
 def launch_dir() -> Path:
@@ -171,7 +172,8 @@ def _copy(stream, log: Path) -> None:
 def state_of(run_dir: str | os.PathLike, overrides: Sequence[str]) -> str:
     """
     Return the state of a run directory for a run with these overrides: `new` (empty), `done`, `resumable` (not done,
-    but with a checkpoint or members), `unfinished`, or `changed` (done or resumable, from other overrides).
+    but with a checkpoint or members), `unfinished`, `changed` (done or resumable, from other overrides), or
+    `lengthened` (a labeling that is done, and is now to have more answers).
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if a run is in progress in it.
@@ -184,13 +186,25 @@ def state_of(run_dir: str | os.PathLike, overrides: Sequence[str]) -> str:
     done = record.status == "done"
     if not done and not is_resumable(run_dir):
         return "unfinished"
-    if overrides_of(record.command) != sorted(overrides):
-        return "changed"
+    made, now = overrides_of(record.command), sorted(overrides)
+    if made != now:
+        more = {word.split("=")[0] for word in {*made} ^ {*now}} <= {*LABEL_LENGTHS}
+        return "lengthened" if done and more and is_labeling(run_dir) else "changed"
     return "done" if done else "resumable"
 
 
+def is_labeling(run_dir: str | os.PathLike) -> bool:
+    """Return whether a run directory has labels, which are not to be made again."""
+    return Path(run_dir, LABELS_FILE).exists()
+
+
 # Overrides to add, by the state of the directory. An unfinished run has nothing to lose.
-START_OVERRIDES = {"new": [], "resumable": ["resume=true"], "unfinished": ["overwrite=true"]}
+START_OVERRIDES = {
+    "new": [],
+    "resumable": ["resume=true"],
+    "lengthened": ["resume=true"],
+    "unfinished": ["overwrite=true"],
+}
 
 
 def overrides_of(command: str) -> list[str]:

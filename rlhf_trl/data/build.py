@@ -103,7 +103,7 @@ def split_sides(sides: dict[str, Side], options: LoadOptions, notes: list[str]) 
     keys = sides["train"].keys
     held_out = set()
     if "eval" not in sides and options.eval_size:
-        held_out = hold_out(sides["train"].known, options.eval_size, options.split_by)
+        held_out = hold_out(sides["train"].known, options.eval_size, options.split_by, sides["train"].ends)
         splits = split_dataset(splits["train"], keys, held_out)
         notes.append(f"eval is {len(splits['eval']):,} rows of these, split by {options.split_by}")
     elif "eval" in sides and options.split_by == "prompt":

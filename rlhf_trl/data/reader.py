@@ -50,11 +50,13 @@ class Side:
         tables (`list[pyarrow.Table]`): the converted rows.
         keys (`list`): what each of them is split by: its prompt's key or, with `split_by=row`, its number.
         known (`dict`): those keys, and the keys of rows that this stage has no use for, but others may have.
+        ends (`list[int]`): number of `known` up to the end of each source.
     """
 
     tables: list = field(default_factory=list)
     keys: list = field(default_factory=list)
     known: dict = field(default_factory=dict)
+    ends: list[int] = field(default_factory=list)
 
 
 class Reader:
@@ -89,6 +91,7 @@ class Reader:
         for name, rows in sources:
             if (table := self._read_source(name, rows)) is not None:
                 self.side.tables.append(table)
+            self.side.ends.append(len(self.side.known))
         return self.side
 
     def _read_source(self, name: str, rows: Iterable[Row]):

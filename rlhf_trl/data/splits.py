@@ -4,7 +4,8 @@ import hashlib
 import json
 import random
 import unicodedata
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import pairwise
 
 from datasets import Dataset, DatasetDict
 
@@ -14,17 +15,20 @@ from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.hints import count_of
 
 
-def hold_out(keys: Iterable[Hashable], eval_size: float | int, by: str = "prompt") -> set:
+def hold_out(keys: Iterable[Hashable], eval_size: float | int, by: str = "prompt", ends: Sequence[int] = ()) -> set:
     """
     Choose the keys that are held out for evaluation.
 
     With a share, a key's side depends on the key alone: other rows, files, stages, dataset types and seeds agree on
-    it, so the share is approximate. A number takes those that a share would take first.
+    it, so the share is approximate. Only where so few keys leave a side empty, it gets the key nearest to the limit:
+    in each file that should have some by its size, so that what one file holds out doesn't depend on the others. A
+    number takes those that a share would take first.
 
     Args:
-        keys (`Iterable`): what rows are split by, see [`prompt_key`].
+        keys (`Iterable`): what rows are split by, see [`prompt_key`], in the order of the rows.
         eval_size (`float` or `int`): a share below 1, or a number of keys.
         by (`str`): what a key stands for, for the message.
+        ends (`Sequence[int]`): number of keys up to the end of each file.
 
     Raises:
         DataError: if a side would be empty.
@@ -32,9 +36,12 @@ def hold_out(keys: Iterable[Hashable], eval_size: float | int, by: str = "prompt
     position = {key: _position(key) for key in keys}
     order = sorted(position, key=lambda key: position[key])
     if eval_size < 1:
-        count = min(max(1, sum(value < eval_size for value in position.values())), len(order) - 1)
+        held_out = _below(position, eval_size, ends)
+        if len(held_out) == len(order):
+            held_out = set(order[:-1])
     else:
-        count = int(eval_size)
+        held_out = set(order[: int(eval_size)])
+    count = len(held_out) if eval_size < 1 else int(eval_size)
     if not 0 < count < len(order):
         raise DataError(
             f"no split leaves rows on both sides: the rows have {count_of(len(order), 'distinct ' + by)}, and "
@@ -42,7 +49,20 @@ def hold_out(keys: Iterable[Hashable], eval_size: float | int, by: str = "prompt
             + (", `data.split_by=row` to let the sides share prompts" if by == "prompt" else "")
             + ", or `data.eval_size=null` for no evaluation."
         )
-    return set(order[:count])
+    return held_out
+
+
+def _below(position: dict[Hashable, float], eval_size: float, ends: Sequence[int]) -> set:
+    """Return the keys below a share, and the lowest one of each file that should have some and has none."""
+    held_out, rows = {key for key, value in position.items() if value < eval_size}, list(position)
+    for start, end in pairwise([0, *(ends or [len(rows)])]):
+        own = rows[start:end]
+        expected = not start or len(own) * eval_size >= 1
+        if len(own) > 1 and expected and held_out.isdisjoint(own):
+            held_out.add(min(own, key=lambda key: position[key]))
+    if not held_out and len(rows) > 1:
+        held_out.add(min(rows, key=lambda key: position[key]))
+    return held_out
 
 
 def _position(key: Hashable) -> float:

@@ -39,6 +39,7 @@ class HumanLabeler:
         gold (`str`, *optional*): file of labels with the known answers of some of the candidates.
         gold_every (`int`), repeat_every (`int`):
             a gold question, or an earlier question again, after each so many answers of a labeler; 0: never.
+        hosts (`Sequence[str]`): names under which the page is opened, beside addresses and the names of this machine.
         linger (`float`): seconds between the last answer and the end of the server, in which it can be taken back.
     """
 
@@ -58,6 +59,7 @@ class HumanLabeler:
         gold_every: int,
         repeat_every: int,
         linger: float,
+        hosts: Sequence[str] = (),
     ):
         given = {
             "labelers": labelers,
@@ -65,6 +67,7 @@ class HumanLabeler:
             "skip_reasons": skip_reasons,
             "scale": scale,
             "gold": gold,
+            "hosts": hosts,
         }
         if problems := human_problems(given | {"guidelines": guidelines}):
             raise ConfigError.join(problems)
@@ -80,6 +83,7 @@ class HumanLabeler:
             "confidence": confidence,
             "edits": edits,
             "skip_reasons": skip_reasons,
+            "hosts": hosts,
         }
 
     def __call__(

@@ -75,6 +75,7 @@ def human_problems(options: Mapping[str, Any], form: Any = None) -> list[str]:
         ("labelers", "[ann, bob]"),
         ("attributes", "[helpful, honest]"),
         ("skip_reasons", "[Unclear]"),
+        ("hosts", "[labels.example.org]"),
     ):
         value = options.get(name)
         if value is not None and (

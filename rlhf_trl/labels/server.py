@@ -8,17 +8,20 @@ ours.
 """
 
 import hashlib
+import ipaddress
 import math
 import secrets
+import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import parse_qs, urlencode
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
@@ -38,7 +41,8 @@ HEADERS = {
         "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
     ),
     "Cache-Control": "no-store",
-    "Referrer-Policy": "no-referrer",
+    # Not `no-referrer`, with which browsers hide the origin of a form
+    "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
 }
 LONGEST_NAME = 64
@@ -67,6 +71,7 @@ class PageOptions:
         confidence (`bool`): whether labelers are asked how sure they are.
         edits (`bool`): whether labelers may also save a better version of an answer.
         skip_reasons (`Sequence[str]`): reasons to choose from.
+        hosts (`Sequence[str]`): names under which the page is opened, beside those of this machine.
     """
 
     labelers: Sequence[str] | None = None
@@ -77,6 +82,7 @@ class PageOptions:
     confidence: bool = False
     edits: bool = True
     skip_reasons: Sequence[str] = field(default_factory=list)
+    hosts: Sequence[str] = ()
 
 
 class Refused(Exception):
@@ -326,7 +332,10 @@ def application(app: LabelingApp) -> FastAPI:
 
     @web.middleware("http")
     async def guard(request: Request, call_next):
-        response = await call_next(request) if _may_enter(app, request) else HTMLResponse(app.locked, 401)
+        if foreign := foreign_request(request.method, request.headers, app.options.hosts):
+            response: Response = PlainTextResponse(foreign, 403)
+        else:
+            response = await call_next(request) if _may_enter(app, request) else HTMLResponse(app.locked, 401)
         response.headers.update(HEADERS)
         return response
 
@@ -378,6 +387,39 @@ def application(app: LabelingApp) -> FastAPI:
         return FileResponse(PAGES / "page.js", media_type="text/javascript")
 
     return web
+
+
+def foreign_request(method: str, headers: Mapping[str, str], hosts: Sequence[str]) -> str | None:
+    """
+    Return why a request is not of this page's own, or `None`. A page of another port of this machine has the cookie
+    too, and a name of somebody else may lead here.
+
+    Args:
+        method (`str`), headers (`Mapping[str, str]`): of the request.
+        hosts (`Sequence[str]`): names of the page, beside addresses and the names of this machine.
+    """
+    host = headers.get("host", "")
+    name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    if not _is_own_name(name, hosts):
+        return f"The page is not served as {name!r}. If that is its name: 'labeler.hosts=[{name}]'.\n"
+    # https://www.w3.org/TR/fetch-metadata; links and typed addresses may lead here, nothing else from elsewhere
+    is_link = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+    is_link &= headers.get("sec-fetch-dest") == "document"
+    if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not is_link:
+        return "The request is of another page.\n"
+    origin = headers.get("origin")
+    if method != "GET" and origin is not None and urlsplit(origin).netloc != host:
+        return f"The request is of another page, {origin}. Let a proxy pass the header `Host` on.\n"
+    return None
+
+
+def _is_own_name(name: str, hosts: Sequence[str]) -> bool:
+    """Return whether the page may be opened under a name; an address is never somebody else's name."""
+    with suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    machine = socket.gethostname().lower()
+    own = {"localhost", machine, machine.partition(".")[0], f"{machine.partition('.')[0]}.local"}
+    return name in own | {host.lower() for host in hosts} or name.endswith(".localhost")
 
 
 def _may_enter(app: LabelingApp, request: Request) -> bool:

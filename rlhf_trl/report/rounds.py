@@ -1,7 +1,8 @@
 """
 Rounds of a loop (`pipeline=iterated`): a table and a figure of what each one gained.
 
-A round is known by the numbers that end the names of its runs: `label_2`, `quality_2`, `compare_2`.
+A round is known by the numbers that end the names of its runs: `label_2`, `quality_2`, `compare_2`. Of the policies of
+a comparison whose names end in the number of a round, `control_2` is a control and the other one the round's.
 """
 
 import re
@@ -13,13 +14,15 @@ from rlhf_trl.report.page import Figure, Table
 from rlhf_trl.report.plots import Series
 from rlhf_trl.report.records import Run
 from rlhf_trl.report.text import interval, number
-from rlhf_trl.runs.record import read_comparison, read_quality
+from rlhf_trl.runs.record import read_comparison, read_quality, read_rounds
 from rlhf_trl.runs.results import Comparison, PolicyResult
-from rlhf_trl.runs.reward_results import RewardQuality
+from rlhf_trl.runs.reward_results import RewardQuality, RewardResult
 
 NUMBERED = re.compile(r"(.+)_(\d+)")
 # The reward model before a refresh, in an evaluation of rewards
-BEFORE = "before"
+BEFORE, AFTER = "before", "after"
+# A policy beside the round's, such as one of random completions beside one of the best
+CONTROL = "control"
 
 
 @dataclass(frozen=True)
@@ -43,22 +46,38 @@ class Round:
     @property
     def policy(self) -> PolicyResult | None:
         """The policy of this round, by the number at the end of its name."""
+        return next((result for name, result in self._policies() if not name.startswith(CONTROL)), None)
+
+    @property
+    def control(self) -> PolicyResult | None:
+        """The control of this round."""
+        return next((result for name, result in self._policies() if name.startswith(CONTROL)), None)
+
+    def _policies(self) -> list[tuple[str, PolicyResult]]:
         policies = self.comparison.policies if self.comparison else {}
-        return next((result for name, result in policies.items() if number_of(name) == self.number), None)
+        return [(name, result) for name, result in policies.items() if number_of(name) == self.number]
+
+    def reward(self, when: str) -> RewardResult | None:
+        """Return the evaluation of the reward model before or after the refresh."""
+        rewards = self.quality.rewards if self.quality else {}
+        return next((each for name, each in rewards.items() if (name == BEFORE) == (when == BEFORE)), None)
 
     def accuracy(self, when: str, run: str | None) -> float | None:
         """
-        Return the accuracy of the reward model `before` or `after` the refresh, on the labels of a run; on all where
-        there are those of one run only.
+        Return the accuracy of the reward model before or after the refresh, on the labels of a run; on all where there
+        are those of one run only.
         """
-        rewards = self.quality.rewards if self.quality else {}
-        result = next((each for name, each in rewards.items() if (name == BEFORE) == (when == BEFORE)), None)
-        if result is None:
+        if (result := self.reward(when)) is None:
             return None
         found = {part.name: part.accuracy.mean for part in result.slices if part.n}
         return found.get(
             f"run: {run}", None if any(name.startswith("run: ") for name in found) else result.accuracy.mean
         )
+
+    def ece(self, when: str) -> float | None:
+        """Return the expected calibration error of the reward model on the labels of all rounds so far."""
+        result = self.reward(when)
+        return None if result is None else result.reliability.ece
 
 
 def number_of(name: str) -> int | None:
@@ -87,48 +106,46 @@ def rounds_of(runs: Sequence[Run]) -> list[Round]:
 
 def round_blocks(runs: Sequence[Run]) -> list:
     """Return the table and the figure of the rounds of a project; nothing where it has none."""
-    rounds = rounds_of(runs)
+    rounds, early = rounds_of(runs), read_rounds(runs[0].folder.parent) if runs else None
+    if not rounds and early:  # of a pipeline that labels nothing
+        rows = [[name, number(value)] for name, value in early.values.items()]
+        return [Table(["round", early.metric], rows, "What each round measured.", note=early.in_words)]
     if not rounds:
         return []
     first = rounds[0].labeled_by
-    proxies = [_proxy(each.policy, each.comparison) for each in rounds]
-    rows = [
-        [
-            each.number,
-            interval(each.policy.reward) if each.policy else "",
-            number(proxy),
-            number(each.policy and each.policy.kl and each.policy.kl.mean),
-            number(each.accuracy(BEFORE, each.labeled_by)),
-            number(each.accuracy("after", each.labeled_by)),
-            number(each.accuracy(BEFORE, first)),
-            number(each.accuracy("after", first)),
-            number((each.labels or {}).get("eval_labels"), "{:,.0f}"),
-            number((each.labels or {}).get("eval_alpha"), "{:.2f}"),
-        ]
-        for each, proxy in zip(rounds, proxies, strict=True)
-    ]
-    headers = [
-        "round",
-        "reward [95 %]",
-        "proxy",
-        "KL",
-        "before",
-        "after",
-        "1st: before",
-        "1st: after",
-        "labels",
-        "alpha",
-    ]
+    columns: dict[str, list[str]] = {
+        "round": [
+            f"{each.number} (best)" if early and each.number == early.best else f"{each.number}" for each in rounds
+        ],
+        "reward [95 %]": [_interval(each.policy) for each in rounds],
+        "control [95 %]": [_interval(each.control) for each in rounds],
+        "proxy": [number(_proxy(each.policy, each.comparison)) for each in rounds],
+        "KL": [number(each.policy and each.policy.kl and each.policy.kl.mean) for each in rounds],
+    }
+    for title, run_of in (("", lambda each: each.labeled_by), ("1st: ", lambda each: first)):
+        for when in (BEFORE, AFTER):
+            columns[f"{title}{when}"] = [number(each.accuracy(when, run_of(each))) for each in rounds]
+    columns |= {f"ECE {when}": [number(each.ece(when)) for each in rounds] for when in (BEFORE, AFTER)}
+    columns["labels"] = [number((each.labels or {}).get("eval_labels"), "{:,.0f}") for each in rounds]
+    columns["alpha"] = [number((each.labels or {}).get("eval_alpha"), "{:.2f}") for each in rounds]
+    if not any(columns["control [95 %]"]):
+        del columns["control [95 %]"]
     note = (
         "Reward: of the round's policy, by the reward that counts in the comparison; proxy: by the reward model that "
         "it was trained on. KL: to the baseline, nats per completion. Before, after: accuracy of the "
         "reward model before and after the round's refresh, on the held-out labels of the round and of the first one. "
+        "ECE: its expected calibration error on the held-out labels of all rounds so far. "
         "Alpha: Krippendorff's, of the labelers."
     )
+    if "control [95 %]" in columns:
+        note += " Control: as many random completions in place of the best."
+    if early:
+        note += f" {early.in_words}"
+    rows = [list(cells) for cells in zip(*columns.values(), strict=True)]
     numbers = [float(each.number) for each in rounds]
     rewards = [each.policy.reward if each.policy else None for each in rounds]
     kl = [each.policy.kl.mean if each.policy and each.policy.kl else None for each in rounds]
-    accuracies = {when: [each.accuracy(when, each.labeled_by) for each in rounds] for when in (BEFORE, "after")}
+    accuracies = {when: [each.accuracy(when, each.labeled_by) for each in rounds] for when in (BEFORE, AFTER)}
     series = [
         Series(f"accuracy {when} the refresh", numbers, values, color=2, hollow=when == BEFORE)
         for when, values in accuracies.items()
@@ -146,9 +163,13 @@ def round_blocks(runs: Sequence[Run]) -> list:
         "refresh a reward model hasn't seen such completions; the gap to the line after it is what the labels brought."
     )
     return [
-        Table(headers, rows, "What each round gained.", note=note),
+        Table(list(columns), rows, "What each round gained.", note=note),
         *([Figure(figure, caption, wide=True)] if series else []),
     ]
+
+
+def _interval(policy: PolicyResult | None) -> str:
+    return interval(policy.reward) if policy else ""
 
 
 def _proxy(policy: PolicyResult | None, comparison: Comparison | None) -> float | None:

@@ -60,10 +60,10 @@ STEP = "rows per step"
 # `resume=auto`, for schedulers that start the same command again
 AUTO = "auto"
 # Lengths of a training or a labeling, which a resumed run may raise, a finished one included
-LENGTHS = (
-    *("stage.args.num_train_epochs", "stage.args.max_steps", "stage.args.total_episodes"),
-    *("stage.budget", "stage.overlap"),
-)
+LABEL_LENGTHS = ("stage.budget", "stage.overlap")
+LENGTHS = ("stage.args.num_train_epochs", "stage.args.max_steps", "stage.args.total_episodes", *LABEL_LENGTHS)
+# Null is no limit
+UNLIMITED = ("stage.budget",)
 # What a stage has made when it ended well, and the partial files of what it was making
 RESULTS = (*MODELS, COMPARISON_FILE, QUALITY_FILE, ENSEMBLE_FILE, "*.partial", "*completions*")
 # The labeler whose answers can't be made again
@@ -219,14 +219,16 @@ def is_empty(run_dir: str | os.PathLike, record: RunRecord) -> bool:
 def is_lengthened(run_dir: str | os.PathLike, values: dict[str, Any]) -> bool:
     """Return whether a config trains for longer than the one that the run in `run_dir` was started with."""
     before = _config_of(Path(run_dir))
-    return before is not None and any(_is_longer(before.get(key), at(values, key)) for key in LENGTHS)
+    return before is not None and any(_is_longer(key, before.get(key), at(values, key)) for key in LENGTHS)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-def _is_longer(before: Any, now: Any) -> bool:
+def _is_longer(key: str, before: Any, now: Any) -> bool:
+    if now is None:
+        return _is_number(before) and key in UNLIMITED
     return _is_number(before) and _is_number(now) and now > before
 
 
@@ -314,7 +316,7 @@ def resume_changes(run_dir: Path, values: dict[str, Any], ranks: int | None = No
         for key in sorted(before | now)
         if before.get(key) != now.get(key)
         and not any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
-        and not (key in LENGTHS and _is_longer(before.get(key), now.get(key)))
+        and not (key in LENGTHS and _is_longer(key, before.get(key), now.get(key)))
         and not (key == ROWS and same_rows)
     ]
     if not changed:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.runs.results import Comparison, RunRecord, SweepJob
+from rlhf_trl.runs.results import Comparison, Rounds, RunRecord, SweepJob
 from rlhf_trl.runs.reward_results import RewardQuality
 from rlhf_trl.runs.serialization import JsonDataclass, encode
 
@@ -27,6 +27,8 @@ METRICS_FILE = "metrics.json"
 COMPARISON_FILE = "comparison.json"
 QUALITY_FILE = "reward_quality.json"
 SWEEP_FILE = "sweep.json"
+# In the folder of a project: what is known of the rounds of its pipeline
+ROUNDS_FILE = "rounds.json"
 ENSEMBLE_FILE = "ensemble.json"
 SAMPLES_FILE = "samples.jsonl"
 # The answers of `stage=label`, and the completions that a `stage=collect` has drawn so far
@@ -39,6 +41,7 @@ REMEDIES = {
     METRICS_FILE: "Delete it: the run then counts as one without metrics.",
     COMPARISON_FILE: "Delete it, and make it again with `stage=evaluate`.",
     QUALITY_FILE: "Delete it, and make it again with `stage=evaluate_reward`.",
+    ROUNDS_FILE: "Delete it: the next call of the pipeline writes it again.",
     SWEEP_FILE: "Delete it, and run the sweep again: jobs that are done are not run twice.",
 }
 
@@ -166,6 +169,16 @@ def read_quality(run_dir: str | os.PathLike) -> RewardQuality | None:
         [`~rlhf_trl.errors.ConfigError`]: if the file is damaged.
     """
     return _read_result(Path(run_dir, QUALITY_FILE), RewardQuality)
+
+
+def read_rounds(project_dir: str | os.PathLike) -> Rounds | None:
+    """
+    Return what is known of the rounds of a project's pipeline, `None` where they don't stop early.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the file is damaged.
+    """
+    return _read_result(Path(project_dir, ROUNDS_FILE), Rounds)
 
 
 def read_jobs(path: str | os.PathLike) -> list[SweepJob]:

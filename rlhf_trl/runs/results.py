@@ -113,6 +113,39 @@ class SweepJob(JsonDataclass):
         return self.status == "done"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rounds(JsonDataclass):
+    """
+    What is known of the rounds of a pipeline that stops early (`rounds.json` in the folder of the project).
+
+    Attributes:
+        metric, step: name of the metric in the last round, and the run that has it.
+        values: the metric by round; that of 0 is from before the first round.
+        best: the best round; `None` where no value is finite.
+        stopped: the round after which the rounds ended early; `None` where they did not.
+        total: number of rounds that there were to be.
+    """
+
+    metric: str = ""
+    step: str = ""
+    values: dict[str, float]
+    best: int | None = None
+    stopped: int | None = None
+    total: int | None = None
+
+    @property
+    def in_words(self) -> str:
+        """The best round, and where the rounds ended early, in a sentence."""
+        best = "none has a finite value" if self.best is None else f"the best one is round {self.best}"
+        if self.best == 0:
+            best = "the best policy is the one before the first round"
+        values = ", ".join(f"{number}: {value:.4g}" for number, value in self.values.items())
+        if self.stopped is None:
+            return f"Rounds by `{self.metric}` ({values}): {best}."
+        end = f"Early stopping after round {self.stopped} of {self.total}"
+        return f"{end}: `{self.metric}` improves no more ({values}); {best}."
+
+
 # ---- Comparison of policies ----
 
 
@@ -278,6 +311,16 @@ class Comparison(JsonDataclass):
     differences: list[PolicyDifference] = field(default_factory=list)
     slices: list[PromptSlice] = field(default_factory=list)
     samples: list[PromptSample]
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """What tables of runs sort evaluations by: `{policy}/{measure}` of all that was measured."""
+        found = {}
+        for name, result in self.policies.items():
+            estimates = {"reward": result.reward, "difference": result.difference}
+            estimates |= {"win_rate": result.win_rate, "kl": result.kl}
+            found |= {f"{name}/{key}": estimate.mean for key, estimate in estimates.items() if estimate}
+        return found
 
     @property
     def base(self) -> PolicyResult:

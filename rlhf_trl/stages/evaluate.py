@@ -28,7 +28,6 @@ from rlhf_trl.runs.directory import delete_backup
 from rlhf_trl.runs.paths import baseline_problem, find_policy, named_policies, project_dir
 from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.runs.record import COMPARISON_FILE, SWEEP_FILE, read_jobs, read_metrics, write_json
-from rlhf_trl.runs.results import Comparison
 from rlhf_trl.stages.base import open_run
 from rlhf_trl.terminal import printable
 
@@ -81,22 +80,12 @@ def evaluate(cfg: DictConfig) -> None:
         path = write_page(page, runs / "report")
         logger = instantiate(cfg.logger.run)
         with logger(run_dir=cfg.run_dir, name=f"{cfg.project}/{cfg.run_name}", config=as_dict(cfg, resolve=False)):
-            log_summary(summary_of(comparison))
+            log_summary(comparison.measures)
             log_tables(comparison_tables(known(comparison)))
             log_images(page.figures())
         if stage.show:
             print("\n" + printable(comparison_text(comparison)))
         print(f"\nReport: {path}")
-
-
-def summary_of(comparison: Comparison) -> dict[str, float]:
-    """Return what a table of runs sorts evaluations by: `{policy}/{measure}` of all that was measured."""
-    found = {}
-    for name, result in comparison.policies.items():
-        measures = {"reward": result.reward, "difference": result.difference}
-        measures |= {"win_rate": result.win_rate, "kl": result.kl}
-        found |= {f"{name}/{key}": estimate.mean for key, estimate in measures.items() if estimate}
-    return found
 
 
 def policies_of(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from math import isinf, isnan
@@ -14,7 +15,9 @@ from tqdm import tqdm
 from rlhf_trl.build import instantiate_data, load_policies, reward_functions
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.file_rows import read_file, resolve_paths
+from rlhf_trl.data.messages import as_chat as chat_of
 from rlhf_trl.data.messages import as_text, check_text_or_chat, read_json_chats
+from rlhf_trl.data.row_types import PASSED_ON
 from rlhf_trl.data.rows import Problems, RowError
 from rlhf_trl.data.splits import eval_split
 from rlhf_trl.data.tokenize import end_tokens
@@ -25,7 +28,12 @@ from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.rewards.http import json_number
 from rlhf_trl.runs.ranks import is_main_process
+from rlhf_trl.runs.record import replacing
 from rlhf_trl.stages.base import open_run
+from rlhf_trl.terminal import say
+
+# Values of `stage.keep`
+BEST_PER_PROMPT, BEST_OVERALL = "best_per_prompt", "best_overall"
 
 
 def generate(cfg: DictConfig) -> None:
@@ -68,8 +76,73 @@ def generate(cfg: DictConfig) -> None:
                 if isinstance(row.get("reward"), float):
                     rewarded.append(row["reward"])
         os.replace(partial, output)
+        if stage.keep is not None:
+            keep(output, stage.keep, cfg.seed)
         mean = f", mean reward {sum(rewarded) / len(rewarded):.3f}" if rewarded else ""
         print(f"{count} completions of {len(prompts)} prompts{mean}: {output}")
+
+
+def keep(output: Path, rule: str, seed: int) -> None:
+    """
+    Write the completions with the highest rewards, and beside them as many random ones, for rejection sampling:
+    `<output>.best.jsonl` and `<output>.random.jsonl`, as rows of the dataset type prompt-completion.
+
+    Args:
+        output (`Path`): the completions.
+        rule (`str`), seed (`int`): see [`chosen`].
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if no completion can be chosen.
+    """
+    rows = [row for _, row in read_file(str(output)) if isinstance(row, dict)]
+    notes: Counter[str] = Counter()
+    best, control = chosen(rows, rule, seed, notes)
+    noted = "".join(f"; {note}: {count:,}" for note, count in notes.items() if count)
+    if not best:
+        raise ConfigError(
+            f"`stage.keep={rule}` finds no completion to keep in `{output}`{noted}. Raise "
+            "`stage.max_completion_length`, or give another reward."
+        )
+    for name, made in (("best", best), ("random", control)):
+        with replacing(output.with_name(f"{output.stem}.{name}.jsonl")) as file:
+            file.writelines(json.dumps(_pair(row), ensure_ascii=False) + "\n" for row in made)
+    means = [sum(row["reward"] for row in made) / len(made) for made in (best, control)]
+    file = output.with_name(f"{output.stem}.best.jsonl")
+    say(f"{len(best):,} best ones, mean reward {means[0]:.3f}, and as many random ones, {means[1]:.3f}{noted}: {file}")
+
+
+def chosen(rows: Sequence[dict], rule: str, seed: int, notes: Counter) -> tuple[list[dict], list[dict]]:
+    """
+    Return the best completions, and a control of equal size: random ones of the same completions.
+
+    Args:
+        rows (`Sequence[dict]`): rows of [`completions`]. Those without a finite reward, and those that were cut, of
+            which a policy would learn to end in the middle, are not chosen.
+        rule (`str`): `best_per_prompt`: one of each prompt; `best_overall`: as many as there are prompts, of all.
+        seed (`int`): draws the control.
+        notes (`Counter`): counts what can't be chosen.
+    """
+    usable, rng = [], random.Random(f"{seed}-keep")
+    for row in rows:
+        notes["not chosen: without a finite reward"] += (no_reward := not isinstance(row.get("reward"), int | float))
+        notes["not chosen: cut at `stage.max_completion_length`"] += not no_reward and not row["ended"]
+        usable += [] if no_reward or not row["ended"] else [row]
+    prompts: dict[str, list[dict]] = {}
+    for row in usable:
+        prompts.setdefault(json.dumps(row["prompt"]), []).append(row)
+    if rule == BEST_PER_PROMPT:
+        groups = list(prompts.values())
+        return [max(group, key=lambda row: row["reward"]) for group in groups], [rng.choice(group) for group in groups]
+    best = sorted(usable, key=lambda row: -row["reward"])[: len(prompts)]
+    return best, rng.sample(usable, len(prompts))
+
+
+def _pair(row: dict) -> dict:
+    """Return a completion as a row of the dataset type prompt-completion, chat where the prompt is one."""
+    text = row["completion"]
+    completion = chat_of(text, "assistant") if isinstance(row["prompt"], list) else text
+    made = {"prompt": row["prompt"], "completion": completion, "reward": row["reward"]}
+    return made | {name: row[name] for name in PASSED_ON if row.get(name) is not None}
 
 
 def prompts_of(cfg: DictConfig, limit: int | None = None) -> list[dict]:

@@ -16,13 +16,17 @@ from rlhf_trl.checks.libraries import _callables
 from rlhf_trl.checks.renamed import RENAMED_KEYS, renamed_key
 from rlhf_trl.cli import overrides
 from rlhf_trl.cli.help import help_text
-from rlhf_trl.cli.pipeline import all_steps
+from rlhf_trl.cli.rounds import all_steps
 from rlhf_trl.config.values import plain
 from tests.helpers.config_reads import interpolations, reads_below, unread_keys
 from tests.helpers.configs import CONF, OPTIONS, PIPELINES, STAGES, composed, every_config, every_key, words_of
 
 # Keys of a sweep, which its jobs lack
 SWEEPS = ("sweep", "accelerate", "launch", "program", "gpus_per_job")
+# Pipelines, and what else they may run
+VARIANTS = [[f"pipeline={name}"] for name in PIPELINES] + [
+    ["pipeline=iterated", "rounds=2", "mixture=by_round", f"align={align}"] for align in ("dpo", "rejection")
+]
 PAGES = [*CONF.parent.glob("*.md"), *CONF.parent.glob("docs/**/*.md")]
 
 
@@ -38,13 +42,16 @@ def users_folder(tmp_path_factory) -> Path:
     texts = [path.read_text() for path in CONF.glob("**/*.yaml")]
     projects = {"default"} | {name for text in texts for name in re.findall(r"\bproject[:=] ?(\w+)", text)}
     for project in projects:
-        rounds = [f"{run}_{number}" for run in ("policy", "reward", "collect", "label") for number in range(4)]
+        names = ("policy", "control", "reward", "collect", "label", "draw")
+        rounds = [f"{name}_{number}" for name in names for number in range(4)]
         for run in ("init", "sft", "reward", "ppo", "dpo", "helpful", "harmless", "collect", *rounds):
             folder = users / "runs" / project / run
             (folder / "merged").mkdir(parents=True)
             (folder / "merged" / "config.json").write_text("{}")
             (folder / "run.json").write_text(json.dumps({"status": "done", "stage": run}))
             (folder / "feedback.jsonl").touch()  # of a labeling
+            for kept in ("best", "random"):
+                (folder / f"completions.{kept}.jsonl").touch()
     (users / "vllm.py").touch()  # stands for the package
     (users / "my_rewards.py").write_text("def short(completions): return [0.0] * len(completions)")
     return users
@@ -171,17 +178,17 @@ def test_every_callable_of_a_stage_takes_what_it_is_given(stage):
     assert _callables(values) == []
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("pipeline", VARIANTS, ids=" ".join)
 def test_every_step_of_a_pipeline_passes_the_checks(pipeline):
-    cfg = composed("pipeline", f"pipeline={pipeline}")
+    cfg = composed("pipeline", *pipeline)
     assert cfg.steps
     for name, words in all_steps(cfg).items():
         assert problems_of(*words, f"project={cfg.project}", f"run_name={name}") == [], name
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("pipeline", VARIANTS, ids=" ".join)
 def test_the_steps_of_a_pipeline_come_after_what_they_start_from(pipeline, users_folder, tmp_path, monkeypatch):
-    cfg = composed("pipeline", f"pipeline={pipeline}")
+    cfg = composed("pipeline", *pipeline)
     monkeypatch.chdir(shutil.copytree(users_folder, tmp_path / "user"))
     for record in Path("runs", cfg.project).glob("*/run.json"):
         record.unlink()

@@ -190,6 +190,47 @@ def test_steps_repeat_in_rounds_and_a_round_resumes_in_its_middle(tmp_path):
     assert code == 0 and len(calls(tmp_path)) == 8, err
 
 
+EARLY = {
+    "each_round": {"ppo": ["stage=ppo", "+stage.args.beta=1e-${round}"], "check": ["stage=evaluate"]},
+    "early_stopping": {
+        **{"step": "ppo", "metric": "eval_loss", "patience": 1},
+        **{"threshold": 0.05, "greater_is_better": False},
+    },
+}
+
+
+def test_rounds_stop_early_and_the_decision_stays(tmp_path):
+    mine = write_pipeline(tmp_path, {"sft": ["stage=sft"]}, **EARLY, rounds=4)
+    said = (
+        "Early stopping after round 3 of 4: `eval_loss` improves no more (1: 0.1, 2: 0.01, 3: 0.001); the best one is"
+    )
+    for _ in range(2):
+        code, out, err = launch("pipeline", tmp_path, *mine, FAKE)
+        assert code == 0 and f"{said} round 2." in out, err
+        assert len(calls(tmp_path)) == 7 and "check_3" in out and "check_4" not in out  # the round is finished
+    assert json.loads((tmp_path / "runs/mine/rounds.json").read_text())["stopped"] == 3
+    assert said in (tmp_path / "runs/mine/report/report.md").read_text()
+    code, out, err = launch("pipeline", tmp_path, *mine, FAKE, "early_stopping.patience=2")
+    assert code == 0 and len(calls(tmp_path)) == 9, err
+    assert "Rounds by `eval_loss` (1: 0.1, 2: 0.01, 3: 0.001, 4: 0.0001): the best one is round 2." in out
+
+
+def test_changed_steps_are_kept_on_request(tmp_path):
+    words = {"each_round": {"label": ["stage=label", "${by}"]}, "by": ["labeler=gold"]}
+    mine = write_pipeline(tmp_path, {"sft": ["stage=sft"]}, **words, rounds=1)
+    launch("pipeline", tmp_path, *mine, FAKE)
+    more = [*mine, FAKE, "rounds=2", 'by=["labeler=judge"]']
+    code, _, err = launch("pipeline", tmp_path, *more)
+    assert code == 2 and "was made with `labeler=gold`, and is now to be made with `labeler=judge`" in err
+    assert "so that the change begins with what isn't: `keep=true`" in err
+    code, out, err = launch("pipeline", tmp_path, *more, "keep=true")
+    assert code == 0 and "label_1: done, skipped" in out, err
+    assert [call.split("stage=label ")[1] for call in calls(tmp_path)[1:]] == [
+        "labeler=gold project=mine run_name=label_1",
+        "labeler=judge project=mine run_name=label_2",
+    ]
+
+
 @pytest.mark.slow
 def test_a_step_that_stopped_for_people_is_resumed_by_the_same_command(tmp_path):
     mine = write_pipeline(tmp_path, {"label": ["stage=label", "+left=true"]})

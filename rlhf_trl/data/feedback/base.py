@@ -44,16 +44,21 @@ class ComparedRow(TypedDict):
     ties: list[tuple[int, int]]
     both_bad: NotRequired[bool]
     rater: NotRequired[Any]
+    confidence: NotRequired[float]
     columns: NotRequired[dict[str, Any]]
 
 
 class RatedRow(TypedDict):
-    """Checked row that rates one completion (ratings, thumbs, attributes), with its ratings by dimension."""
+    """
+    Checked row that rates one completion (ratings, thumbs, attributes), with its ratings by dimension, and where
+    `agreement` reads them the confidences in its ratings.
+    """
 
     prompt: Text
     completion: Text
     ratings: dict[str, list[float]]
     rater: NotRequired[Any]
+    confidences: NotRequired[list[float]]
     columns: NotRequired[dict[str, Any]]
 
 
@@ -178,6 +183,8 @@ class Feedback(ABC):
             for ours, theirs in wanted.items()
             if theirs is not None and ours not in given and (ours in self.NEEDED or ours != theirs)
         }
+        if not self.agreement:
+            given.pop("confidence", None)  # which nothing else reads
         if missing:
             typed = " ".join(f"data.feedback.columns.{ours}=NAME" for ours in missing)
             names = dict.fromkeys(root for roots in missing.values() for root in roots)
@@ -224,6 +231,33 @@ def add_rater(checked: CheckedRow, row: dict) -> CheckedRow:
     if row.get("rater") is not None:
         checked["rater"] = row["rater"]
     return checked
+
+
+def confidence_in(row: dict) -> float | None:
+    """
+    Return the confidence in a row's answer, `None` where it has none.
+
+    Raises:
+        RowError: if it is no number from 0 to 1.
+    """
+    if row.get("confidence") is None:
+        return None
+    number = check_number(row["confidence"], "confidence")
+    if not 0 <= number <= 1:
+        raise RowError(
+            "confidence",
+            f"is {number:g}, where a number from 0.5 (a guess) to 1 (sure) should be "
+            "(`data.feedback.columns.confidence=null` ignores it)",
+        )
+    return number
+
+
+def certainty(confidence: float) -> float:
+    """
+    Return the weight c' = 2c - 1 of an answer with confidence c, the probability that it is right: its expected vote.
+    One below 1/2, as of an ensemble whose mean most members contradict, is 1/2: a guess.
+    """
+    return max(0.0, 2 * confidence - 1)
 
 
 def check_texts(row: dict, fields: list[str], notes: Counter) -> tuple[Text, list[Text]]:

@@ -81,9 +81,9 @@ def label(feedback: Feedback, rows, notes: Counter) -> Iterable[tuple[Text, Text
 
 def drop_duplicates(rows: Sequence[ComparedRow | RatedRow], notes: Counter) -> list:
     """Drop rows that repeat another one; ratings without a rater may be another person's and are kept."""
-    seen, kept = set(), []
+    seen, kept, beside = set(), [], ("columns", "confidence", "confidences")
     for row in rows:
-        key = json.dumps({name: value for name, value in row.items() if name != "columns"}, sort_keys=True)
+        key = json.dumps({name: value for name, value in row.items() if name not in beside}, sort_keys=True)
         if "ratings" in row and "rater" not in row:
             kept.append(row)
             continue

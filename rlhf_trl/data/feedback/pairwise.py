@@ -14,9 +14,11 @@ from rlhf_trl.data.feedback.base import (
     Group,
     Text,
     add_rater,
+    certainty,
     check_list,
     check_number,
     check_texts,
+    confidence_in,
     key_of,
 )
 from rlhf_trl.data.messages import check_text_or_chat
@@ -44,13 +46,14 @@ class Pairs(Feedback):
         min_strength (`float`): a comparison below this strength is a tie.
         agreement (`str`, *optional*): rows on the same two completions are pooled, the side with more raters wins, and
             the share p of raters who agree (a tie is half a vote for each) becomes the comparison's weight 2p - 1
-            (`weights`), or its label smoothing 1 - p (`smoothing`).
+            (`weights`), or its label smoothing 1 - p (`smoothing`). A row with a `confidence` c, from 1/2 (a guess)
+            to 1 (sure), is c of a vote for what it says and 1 - c of one for the other.
         **options: see [`Feedback`].
     """
 
     NEEDED: ClassVar[tuple[str, ...]] = ("prompt", "completion_a", "completion_b", "preferred")
     NULLABLE: ClassVar[tuple[str, ...]] = ("prompt", "preferred")
-    OPTIONAL: ClassVar[tuple[str, ...]] = ("strength", "rater")
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("strength", "rater", "confidence")
     ROWS_ARE_VOTES: ClassVar[bool] = True
 
     answers: list = field(default_factory=lambda: ["a", "b", "tie", "both_bad"])
@@ -135,7 +138,7 @@ class Rankings(Feedback):
 
     NEEDED: ClassVar[tuple[str, ...]] = ("prompt", "completions", "ranks")
     NULLABLE: ClassVar[tuple[str, ...]] = ("ranks",)
-    OPTIONAL: ClassVar[tuple[str, ...]] = ("better", "rater")
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("better", "rater", "confidence")
     ROWS_ARE_VOTES: ClassVar[bool] = True
 
     highest_is_best: bool = False
@@ -195,7 +198,10 @@ class Edits(Feedback):
 
 def compared_row(row: dict, prompt: Text, completions: list[Text], wins: list[Comparison], ties: list) -> ComparedRow:
     """Return what a reader makes of `row`."""
-    return add_rater({"prompt": prompt, "completions": completions, "wins": wins, "ties": ties}, row)
+    made: ComparedRow = {"prompt": prompt, "completions": completions, "wins": wins, "ties": ties}
+    if (confidence := confidence_in(row)) is not None:
+        made["confidence"] = confidence
+    return add_rater(made, row)
 
 
 def join_turns(row: dict, fields: Sequence[str]) -> dict:
@@ -316,29 +322,31 @@ def pool_raters(rows: list[ComparedRow], notes: Counter) -> Iterator[ComparedRow
         pools.setdefault((key_of(row["prompt"]), *sorted(keys)), []).append((keys, row))
     for pool in pools.values():
         keys, first = pool[0]
-        # Of each pair (i < j): (1 if the rater prefers i, -1 if j, 0 for a tie; gap)
-        votes: dict[tuple[int, int], list[tuple[int, float]]] = {
+        # Of each pair (i < j): (1 if the rater prefers i, -1 if j, 0 for a tie; certainty; gap)
+        votes: dict[tuple[int, int], list[tuple[int, float, float]]] = {
             pair: [] for pair in combinations(range(len(keys)), 2)
         }
         for theirs, row in pool:
-            place = [keys.index(key) for key in theirs]
+            place, sure = [keys.index(key) for key in theirs], certainty(row.get("confidence", 1.0))
             for a, b, gap, _ in row["wins"]:
                 i, j = place[a], place[b]
-                votes[min(i, j), max(i, j)].append((1 if i < j else -1, gap))
+                votes[min(i, j), max(i, j)].append((1 if i < j else -1, sure, gap))
             for a, b in row["ties"]:
                 i, j = sorted((place[a], place[b]))
-                votes[i, j].append((0, 0.0))
+                votes[i, j].append((0, sure, 0.0))
         wins, ties = [], []
         for (i, j), each in votes.items():
-            majority = sum(side for side, _ in each)
+            majority = sum(side * sure for side, sure, _ in each)
             if majority == 0:
                 ties += [(i, j)] if each else []
                 continue
             share = 0.5 + abs(majority) / (2 * len(each))
-            gap = math.copysign(1, majority) * sum(side * by for side, by in each) / len(each)
-            gap = max(0.0, gap)  # a minority that is sure may outweigh it, and yet the majority decides
+            total = sum(sure for _, sure, _ in each)
+            gap = math.copysign(1, majority) * sum(side * sure * by for side, sure, by in each) / total
+            gap = max(0.0, gap)  # a minority that prefers strongly may outweigh it, and yet the majority decides
             wins.append(Comparison(*((i, j) if majority > 0 else (j, i)), gap, share))
-            notes["pairs on which raters disagree"] += share < 1
+            notes["pairs on which raters disagree"] += len({side for side, _, _ in each}) > 1
+            notes["pairs on which a rater is not sure"] += any(sure < 1 for _, sure, _ in each)
         notes["rows pooled with others on the same completions"] += len(pool) - 1
         both_bad = all(row.get("both_bad", False) for _, row in pool)
         yield {**first, "wins": wins, "ties": ties, "both_bad": both_bad}

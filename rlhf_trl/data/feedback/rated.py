@@ -16,9 +16,11 @@ from rlhf_trl.data.feedback.base import (
     RatedRow,
     Text,
     add_rater,
+    certainty,
     check_list,
     check_number,
     check_texts,
+    confidence_in,
     key_of,
 )
 from rlhf_trl.data.rows import RowError
@@ -69,7 +71,7 @@ class Rated(Feedback):
     def share(self, a: RatedRow, b: RatedRow) -> float | None:
         """Return the share of pairs of raters who prefer `a` to `b`."""
         ((of_a,), (of_b,)) = a["ratings"].values(), b["ratings"].values()
-        return preference_share(of_a, of_b)
+        return preference_share(of_a, of_b, a.get("confidences"), b.get("confidences"))
 
     def annotations(self, ratings: list[dict[str, list[float]]]) -> dict[str, list]:
         """Return the column in which annotated rows hold the ratings of their completions."""
@@ -87,11 +89,13 @@ class Ratings(Rated):
             those below it are bad ones; null: the middle of the scale.
         use (`str`): what a reward model learns: `pairs` (comparisons) or `regression` (values, scaled to -1 to 1).
         agreement (`str`, *optional*): `weights` or `smoothing` of a comparison from the share of pairs of raters (one
-            of each completion) who agree, a tie half; see [`Pairs`].
+            of each completion) who agree, a tie half; see [`Pairs`]. With confidences c and d of the two, such a pair
+            counts as 1/2 + (2c - 1)(2d - 1)/2 for what it says.
         **options: see [`Rated`]. The unit of `margin` and `min_gap` is one of the scale.
     """
 
     NEEDED: ClassVar[tuple[str, ...]] = ("prompt", "completion", "ratings")
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("rater", "confidence")
 
     scale: list[float] = field(default_factory=lambda: [1, 5])
     good_above: float | None = None
@@ -107,7 +111,7 @@ class Ratings(Rated):
         if "ratings" not in row:
             raise RowError("ratings", "is missing")
         ratings = check_on_scale(row["ratings"], "ratings", self.scale)
-        return add_rater({"prompt": prompt, "completion": completions[0], "ratings": {SCORE: ratings}}, row)
+        return rated_row(row, prompt, completions[0], SCORE, ratings)
 
     def gap(self, a: RatedRow, b: RatedRow) -> float:
         return mean(a["ratings"][SCORE]) - mean(b["ratings"][SCORE])
@@ -133,6 +137,7 @@ class Thumbs(Rated):
     """
 
     NEEDED: ClassVar[tuple[str, ...]] = ("prompt", "completion", "thumb")
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("rater", "confidence")
     ADVICE: ClassVar[str] = (
         "Give prompts with thumbs up and thumbs down, or train with `stage=kto`, which needs no pairs."
     )
@@ -145,7 +150,7 @@ class Thumbs(Rated):
         if str(value).strip().lower() not in known:
             raise RowError("thumb", f"is {value!r}, where true or false, up or down should be")
         thumb = float(known[str(value).strip().lower()])
-        return add_rater({"prompt": prompt, "completion": completions[0], "ratings": {THUMB: [thumb]}}, row)
+        return rated_row(row, prompt, completions[0], THUMB, [thumb])
 
     def gap(self, a: RatedRow, b: RatedRow) -> float:
         return (mean(a["ratings"][THUMB]) - 0.5) - (mean(b["ratings"][THUMB]) - 0.5)
@@ -247,6 +252,14 @@ class Attributes(Rated):
         return total / sum(weights.values())
 
 
+def rated_row(row: dict, prompt: Text, completion: Text, dimension: str, ratings: list[float]) -> RatedRow:
+    """Return what a reader of one dimension makes of `row`."""
+    made: RatedRow = {"prompt": prompt, "completion": completion, "ratings": {dimension: ratings}}
+    if (confidence := confidence_in(row)) is not None:
+        made["confidences"] = [confidence] * len(ratings)
+    return add_rater(made, row)
+
+
 def check_scale_options(feedback: Ratings | Attributes) -> None:
     """Raise a `ConfigError` for a scale or a use that can't be, or for options that regression has no use for."""
     if len(feedback.scale) != 2 or not feedback.scale[0] < feedback.scale[1]:
@@ -291,9 +304,29 @@ def above(value: float, feedback: Ratings | Attributes) -> bool | None:
     return None if value - threshold == 0 else value - threshold > 0
 
 
-def preference_share(better: list[float], worse: list[float]) -> float:
-    """Return the share of pairs of ratings, one of each list, of which the first is higher; a tie counts half."""
-    ahead = sum((a > b) + 0.5 * (a == b) for a in better for b in worse)
+def preference_share(
+    better: list[float],
+    worse: list[float],
+    confidences_better: list[float] | None = None,
+    confidences_worse: list[float] | None = None,
+) -> float:
+    """
+    Return the share of pairs of ratings, one of each list, of which the first is higher; a tie counts half.
+
+    Args:
+        better, worse (`list[float]`): ratings of two completions.
+        confidences_better, confidences_worse (`list[float]`, *optional*): the confidence in each; 1 where there are
+            none, see [`~rlhf_trl.data.feedback.base.certainty`].
+    """
+    sure = [
+        [certainty(confidence) for confidence in given or [1.0] * len(ratings)]
+        for given, ratings in ((confidences_better, better), (confidences_worse, worse))
+    ]
+    ahead = sum(
+        0.5 + ((a > b) - (a < b)) * c * d / 2
+        for a, c in zip(better, sure[0], strict=True)
+        for b, d in zip(worse, sure[1], strict=True)
+    )
     return ahead / (len(better) * len(worse))
 
 
@@ -323,11 +356,18 @@ def pool_completions(rows: Iterable[RatedRow], notes: Counter) -> list[list[Rate
         key = key_of(row["completion"])
         if key in pooled:
             notes["rows pooled with others on the same completion"] += 1
+            if "confidences" in row or "confidences" in pooled[key]:
+                pooled[key]["confidences"] = [*confidences_of(pooled[key]), *confidences_of(row)]
             for name, ratings in row["ratings"].items():
                 pooled[key]["ratings"][name] += ratings
         else:
             pooled[key] = {**row, "ratings": {name: list(ratings) for name, ratings in row["ratings"].items()}}
     return [list(completions.values()) for completions in prompts.values()]
+
+
+def confidences_of(row: RatedRow) -> list[float]:
+    """Return the confidence in each rating of a row, 1 where it names none."""
+    return row.get("confidences") or [1.0] * max(map(len, row["ratings"].values()))
 
 
 def compare(

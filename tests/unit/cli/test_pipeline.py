@@ -1,11 +1,15 @@
-"""Rounds of a pipeline: its problems, and the steps that repeat."""
+"""Rounds of a pipeline: its problems, the steps that repeat, and when they end early."""
 
+import json
+import math
 from argparse import Namespace
 
 import pytest
 from omegaconf import OmegaConf
 
-from rlhf_trl.cli.pipeline import all_steps, flat, numbered, problems
+from rlhf_trl.cli.pipeline import problems
+from rlhf_trl.cli.rounds import all_steps, decide, flat, numbered, rounds_to_run
+from tests.helpers.configs import composed
 
 
 def problems_of(*words: str) -> list[str]:
@@ -31,8 +35,80 @@ def test_rounds_without_steps_and_steps_without_rounds_are_refused(words, says):
     assert says in problem
 
 
-def test_the_loop_has_no_problem_and_names_the_reference():
-    assert problems_of("pipeline=iterated", "rounds=2", "reference=previous") == []
+@pytest.mark.parametrize("words", [["reference=previous"], ["rounds=next", "early_stopping.patience=1"]])
+def test_the_loop_has_no_problem(words):
+    assert problems_of("pipeline=iterated", *words) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["reference=foo"], "`reference` is `foo`. Use one of `first`, `previous`."),
+        (["start=frsh"], "`start` is `frsh`. Use one of `fresh`, `previous`."),
+        (["align=pp"], "`align` is `pp`. Use one of `ppo`, `dpo`, `rejection`."),
+        (["mixture=old"], "`mixture` is `old`. Use one of `pooled`, `by_round`."),
+        (["rounds=more"], "`rounds` is 'more' and must be an integer. Set it to 0 or more, or to `next`: the first"),
+        (["early_stopping.patience=0"], "`early_stopping.patience` is 0. Set it to 1 or more."),
+        (
+            ["early_stopping.patience=1", "early_stopping.step=mesure"],
+            "`early_stopping.step` is 'mesure', and no step of `each_round`. Set it to the one that measures: `col",
+        ),
+        (["early_stopping.patience=1", "early_stopping.metric=null"], "`early_stopping.metric` is null. Set it to"),
+        (["keep=true", "overwrite=true"], "`keep=true` keeps changed steps and `overwrite=true` runs them again"),
+    ],
+)
+def test_a_wrong_choice_is_one_clear_message(words, said):
+    (problem,) = problems_of("pipeline=iterated", *words)
+    assert problem.startswith(said)
+
+
+@pytest.mark.parametrize("align", ["ppo", "dpo", "rejection"])
+@pytest.mark.parametrize(("mixture", "parts"), [("pooled", "labels"), ("by_round", "new")])
+def test_each_aligner_has_its_steps_and_each_mixture_its_parts(align, mixture, parts):
+    cfg = composed("pipeline", "pipeline=iterated", "rounds=2", f"align={align}", f"mixture={mixture}")
+    steps = all_steps(cfg)
+    own = {"ppo": ["policy"], "dpo": ["policy"], "rejection": ["draw", "policy", "control"]}[align]
+    assert [name for name in steps if name.endswith("_2")] == [
+        f"{name}_2" for name in ("collect", "label", "reward", "quality", *own, "compare")
+    ]
+    assert f"align={align}" in cfg.note and ("1 : 1 : 1 of the first data, the labels of" in cfg.note) == (
+        mixture == "by_round"
+    )
+    sources = [word for word in steps["reward_1"] if word.startswith("+data@")]
+    assert sources == ["+data@data.sources.first=demo", f"+data@data.sources.{parts}=files"]
+    later = [word for word in steps["reward_2"] if "earlier" in word]
+    assert bool(later) == (mixture == "by_round")
+    if later:
+        assert "data.sources.earlier.paths=[runs/iterated/label_1/feedback.jsonl]" in later
+        assert "data.sources.new.paths=[runs/iterated/label_2/feedback.jsonl]" in steps["reward_2"]
+        assert "data.weights={first: 1, earlier: 1, new: 1}" in steps["reward_2"]
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "best", "stopped"),
+    [
+        ({0: 1.0, 1: 2.0, 2: 3.0}, (1, 0.0, True), 2, None),
+        ({0: 1.0, 1: 2.0, 2: 1.5, 3: 9.0}, (1, 0.0, True), 1, 2),
+        ({1: 2.0, 2: 2.0}, (1, 0.0, True), 1, 2),  # no gain
+        ({0: 1.0, 1: 0.5}, (1, 0.0, True), 0, 1),  # the start was better
+        ({1: 2.0, 2: 1.5, 3: 2.5, 4: 2.0, 5: 2.1}, (2, 0.0, True), 3, 5),
+        ({1: 2.0, 2: 2.05}, (1, 0.1, True), 1, 2),  # less than the threshold
+        ({1: 0.7, 2: 0.6, 3: 0.65}, (1, 0.0, False), 2, 3),
+        ({1: math.nan, 2: 1.0}, (2, 0.0, True), 2, None),
+    ],
+)
+def test_rounds_end_when_they_gain_no_more(values, options, best, stopped):
+    found = decide(values, *options)
+    assert (found.best, found.stopped) == (best, stopped)
+
+
+def test_the_next_round_is_the_first_that_is_not_done(tmp_path):
+    for name, status in (("label_1", "done"), ("policy_1", "done"), ("label_2", "done"), ("policy_2", "failed")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"status": status, "stage": "ppo"}))
+    assert rounds_to_run("next", ["label", "policy"], tmp_path) == 2
+    assert rounds_to_run("next", ["label"], tmp_path) == 3
+    assert rounds_to_run(7, ["label"], tmp_path) == 7
 
 
 def test_a_round_knows_its_number_and_the_runs_before_it():
@@ -47,7 +123,9 @@ def test_a_round_knows_its_number_and_the_runs_before_it():
                     "y=${earlier:'b_*'}",
                     "z=${so_far:'b_*',0}",
                     "${each:'+w.b_*=b_*'}",
-                ]
+                    "${first_or_later:[only],[others]}",
+                ],
+                "none": None,
             },
             "more": ["k=1", "l=${round}"],
             "start": {"first": "a", "previous": "b_${previous}"},
@@ -58,8 +136,8 @@ def test_a_round_knows_its_number_and_the_runs_before_it():
     )
     assert all_steps(cfg) == {
         "a": ["x=1"],
-        "b_1": ["x=b_0", "k=1", "l=1", "y=[]", "z=[b_0,b_1]", "+w.b_1=b_1"],
-        "b_2": ["x=b_1", "k=1", "l=2", "y=[b_1]", "z=[b_0,b_1,b_2]", "+w.b_1=b_1", "+w.b_2=b_2"],
+        "b_1": ["x=b_0", "k=1", "l=1", "y=[]", "z=[b_0,b_1]", "+w.b_1=b_1", "only"],
+        "b_2": ["x=b_1", "k=1", "l=2", "y=[b_1]", "z=[b_0,b_1,b_2]", "+w.b_1=b_1", "+w.b_2=b_2", "others"],
     }
     assert numbered("runs/p/label_*/f.jsonl", 1, 2) == ["runs/p/label_1/f.jsonl", "runs/p/label_2/f.jsonl"]
-    assert flat([["a", "b"], "c"]) == ["a", "b", "c"] and flat("a") == "a"
+    assert flat([["a", ["b"]], "c"]) == ["a", "b", "c"] and flat("a") == "a"

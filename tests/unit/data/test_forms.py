@@ -364,6 +364,59 @@ def test_the_share_of_raters_who_agree_is_a_weight_or_a_smoothing():
     assert wins(row) == {("a", "b")} and row["label_smoothing"] == pytest.approx([1 - 3.5 / 4])
 
 
+# Two who are not sure against one who is
+VOTES = [("a", 0.6), ("a", 0.6), ("b", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("confidences", "weight"),
+    [
+        ((1.0,), 1.0),
+        ((0.75,), 0.5),  # 2c - 1
+        ((0.75, None), 0.75),  # (0.75 + 1) / 2 = 0.875 of the votes
+        ((0.75, 0.75), 0.5),
+        ((0.5, 1.0), 0.5),
+        ((0.2, 1.0), 0.5),  # less than a guess is a guess
+    ],
+)
+def test_a_vote_counts_by_its_confidence(confidences, weight):
+    rows = [{**pair(), "rater": i, "confidence": confidence} for i, confidence in enumerate(confidences)]
+    assert made(data.Pairs(agreement="weights"), rows)[0]["weights"] == pytest.approx([weight])
+    assert made(data.Pairs(agreement="smoothing"), rows)[0]["label_smoothing"] == pytest.approx([(1 - weight) / 2])
+    ignored = data.Pairs(agreement="weights", columns={"confidence": None})
+    assert made(ignored, rows)[0]["weights"] == [1.0]
+    ranked = {"prompt": "p", "completions": ["x", "y"], "ranks": [1, 2]}
+    rankings = [{**ranked, "rater": i, "confidence": confidence} for i, confidence in enumerate(confidences)]
+    assert made(data.Rankings(agreement="weights"), rankings)[0]["weights"] == pytest.approx([weight])
+
+
+def test_who_is_sure_outvotes_who_guesses():
+    rows = [{**pair(preferred=answer), "rater": i, "confidence": c} for i, (answer, c) in enumerate(VOTES)]
+    (row,) = made(data.Pairs(agreement="weights", margin=1.0), rows)
+    chosen = row["completions"][row["better"][0]]
+    assert chosen == pair()["completion_b"] and row["weights"] == pytest.approx([(1.0 - 0.2 - 0.2) / 3])
+    assert row["margin"] == pytest.approx([(1.0 - 0.2 - 0.2) / 1.4])
+    guess = {**pair(), "rater": 1, "confidence": 0.5}
+    with pytest.raises(DataError, match="no row of the dataset type"):
+        made(data.Pairs(agreement="weights"), [guess])  # a guess alone says nothing
+    assert made(data.Pairs(), [{**guess, "confidence": 7}])  # nothing reads it
+    with pytest.raises(DataError, match="`confidence` is 7.*columns.confidence=null"):
+        made(data.Pairs(agreement="weights"), [{**guess, "confidence": 7}])
+
+
+def test_ratings_count_by_their_confidences():
+    rows = [{**rated("a", [5]), "rater": 1, "confidence": 0.75}, {**rated("b", [2]), "rater": 1}]
+    assert made(data.Ratings(agreement="weights"), rows)[0]["weights"] == pytest.approx([0.5])
+    more = [*rows, {**rated("a", [4]), "rater": 2}]  # 0.75 and 1 of it
+    assert made(data.Ratings(agreement="weights"), more)[0]["weights"] == pytest.approx([0.75])
+    rows[1]["confidence"] = 0.75
+    assert made(data.Ratings(agreement="smoothing"), rows)[0]["label_smoothing"] == pytest.approx([0.375])
+    thumbs = [
+        {"prompt": "p", "completion": c, "thumb": up, "confidence": 0.75} for c, up in (("a", True), ("b", False))
+    ]
+    assert made(data.Thumbs(agreement="weights"), thumbs)[0]["weights"] == pytest.approx([0.25])
+
+
 def test_agreement_needs_to_know_the_raters():
     with pytest.raises(
         DataError, match=r"`data.feedback.columns.rater=NAME`, or `data.feedback.drop_duplicates=false"

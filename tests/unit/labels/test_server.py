@@ -18,6 +18,7 @@ from rlhf_trl.labels.server import LabelingApp, PageOptions, application
 from rlhf_trl.labels.store import Label, LabelStore, read_rows
 
 TOKEN = "0123456789abcdef"
+ADDRESS = "http://127.0.0.1:8008"
 
 
 def candidates(count: int = 4, size: int = 2, questions=None, **texts) -> list[Candidates]:
@@ -45,7 +46,7 @@ class Page:
             TOKEN,
             self.filled.append,
         )
-        self.client = TestClient(application(self.app), cookies={self.app.cookie: TOKEN})
+        self.client = TestClient(application(self.app), base_url=ADDRESS, cookies={self.app.cookie: TOKEN})
         self.name = name
 
     def get(self) -> str:
@@ -311,7 +312,7 @@ def test_names_are_asked_for_and_checked(tmp_path):
 
 def test_the_page_is_locked_without_its_token(tmp_path):
     page = Page(tmp_path, candidates())
-    stranger = TestClient(application(page.app))
+    stranger = TestClient(application(page.app), base_url=ADDRESS)
     assert stranger.get("/?labeler=eve").status_code == 401
     assert stranger.get("/?labeler=eve&token=wrong").status_code == 401
     answer = stranger.post("/answer?labeler=eve", data={"task": "p0|0-1|0", "choice": "1"})
@@ -321,6 +322,46 @@ def test_the_page_is_locked_without_its_token(tmp_path):
     assert TOKEN not in first.headers["location"] and "httponly" in cookie and "samesite=strict" in cookie
     assert "prompt 0" in stranger.get("/?labeler=eve").text  # by the cookie
     assert page.client.get("/docs").status_code == 404
+
+
+OWN = {"origin": ADDRESS, "sec-fetch-site": "same-origin", "sec-fetch-mode": "cors", "sec-fetch-dest": "empty"}
+LINK = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "http://127.0.0.1:3000"},  # another page of this machine, whose requests have the cookie
+        {"origin": "http://localhost:8008"},
+        {"origin": "null"},  # a page that hides its own
+        {"origin": ADDRESS, "host": "evil.example:8008"},  # a name of somebody else that leads here
+        {"host": "evil.example"},
+        {"sec-fetch-site": "same-site"},
+        {"sec-fetch-site": "cross-site"},
+        LINK,  # a form of another page
+    ],
+)
+def test_another_page_can_not_answer(tmp_path, headers):
+    page = Page(tmp_path, candidates())
+    answer = {"data": {"task": page.task, "choice": "1"}, "params": {"labeler": "ann"}}
+    for path in ("answer", "edit", "undo"):
+        assert page.client.post(f"/{path}", **answer, headers=OWN | headers).status_code == 403
+    assert not page.store.read()
+    assert page.client.post("/answer", **answer, headers=OWN, follow_redirects=False).status_code == 303
+    assert len(page.store.read()) == 1
+
+
+def test_a_link_leads_to_the_page_and_nothing_else_of_another_page_does(tmp_path):
+    page = Page(tmp_path, candidates(), options={"hosts": ["labels.example.org"]})
+    assert page.client.get("/", params={"labeler": "ann"}, headers=LINK).status_code == 200
+    framed = LINK | {"sec-fetch-dest": "iframe"}
+    image = LINK | {"sec-fetch-mode": "no-cors", "sec-fetch-dest": "image"}
+    for headers in (framed, image, {"host": "evil.example"}):  # which would reserve a question
+        assert page.client.get("/", params={"labeler": "eve"}, headers=headers).status_code == 403
+    assert "eve" not in page.app.queue.reserved
+    for host in ("localhost:8008", "[::1]:8008", "10.0.0.7", "labels.example.org", "me.localhost:1"):
+        assert page.client.get("/", params={"labeler": "ann"}, headers={"host": host}).status_code == 200
+    assert "labeler.hosts=[evil.example]" in page.client.get("/", headers={"host": "evil.example"}).text
 
 
 # ---- Texts ----

@@ -8,7 +8,7 @@ from rlhf_trl.report.page import Figure, Table
 from rlhf_trl.report.records import load_runs
 from rlhf_trl.report.rounds import number_of, round_blocks, rounds_of
 from rlhf_trl.runs.record import write_json
-from rlhf_trl.runs.results import Comparison, Estimate, PolicyResult
+from rlhf_trl.runs.results import Comparison, Estimate, PolicyResult, Rounds
 from rlhf_trl.runs.reward_results import LengthBias, Reliability, RewardQuality, RewardResult, SliceAccuracy
 
 
@@ -85,8 +85,21 @@ def test_each_round_has_a_row_and_there_is_one_figure(project):
     table, figure = round_blocks(load_runs(project))
     assert isinstance(table, Table) and isinstance(figure, Figure)
     assert table.cells == [
-        ["1", "2.000 [1.900, 2.100]", "4.000", "0.500", "0.500", "0.500", "0.500", "0.500", "8", ""],
-        ["2", "3.000 [2.900, 3.100]", "6.000", "0.750", "0.550", "0.700", "0.750", "0.800", "16", ""],
+        ["1", "2.000 [1.900, 2.100]", "4.000", "0.500", "0.500", "0.500", "0.500", "0.500", "0.100", "0.100", "8", ""],
+        [
+            "2",
+            "3.000 [2.900, 3.100]",
+            "6.000",
+            "0.750",
+            "0.550",
+            "0.700",
+            "0.750",
+            "0.800",
+            "0.100",
+            "0.100",
+            "16",
+            "",
+        ],
     ]
 
 
@@ -94,7 +107,31 @@ def test_a_round_that_is_not_complete_has_empty_cells(project):
     (project / "compare_2" / "comparison.json").unlink()
     (project / "quality_2" / "reward_quality.json").unlink()
     table, _ = round_blocks(load_runs(project))
-    assert table.cells[1] == ["2", *[""] * 7, "16", ""]
+    assert table.cells[1] == ["2", *[""] * 9, "16", ""]
+
+
+def test_early_stopping_names_the_best_round(project):
+    found = Rounds(metric="policy_2/reward", values={"0": 1.0, "1": 2.0, "2": 1.5}, best=1, stopped=2, total=5)
+    write_json(project / "rounds.json", found)
+    table, _ = round_blocks(load_runs(project))
+    assert [row[0] for row in table.cells] == ["1 (best)", "2"]
+    assert "Early stopping after round 2 of 5: `policy_2/reward` improves no more" in table.note
+    for name in ("label_1", "label_2"):  # without labelings the values are all there is
+        (project / name / "run.json").unlink()
+    (table,) = round_blocks(load_runs(project))
+    assert table.cells == [["0", "1.000"], ["1", "2.000"], ["2", "1.500"]] and "round 1." in table.note
+
+
+def test_the_control_of_a_round_is_not_its_policy(project):
+    path = project / "compare_2" / "comparison.json"
+    content = json.loads(path.read_text())
+    content["policies"] = {"control_2": content["policies"]["policy_1"], **content["policies"]}
+    path.write_text(json.dumps(content))
+    table, _ = round_blocks(load_runs(project))
+    assert [row[1:3] for row in table.cells] == [
+        ["2.000 [1.900, 2.100]", ""],
+        ["3.000 [2.900, 3.100]", "2.000 [1.900, 2.100]"],
+    ]
 
 
 def test_a_project_without_labelings_has_no_rounds(tmp_path):
