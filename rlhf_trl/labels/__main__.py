@@ -20,7 +20,7 @@ from rlhf_trl.labels.candidates import Candidates, read_candidates, write_candid
 from rlhf_trl.labels.exchange import FORMATS, Notes, export_text, import_file
 from rlhf_trl.labels.feedback import write_feedback
 from rlhf_trl.labels.formats.label_studio import labeling_config
-from rlhf_trl.labels.store import FORMS, LabelStore, read
+from rlhf_trl.labels.store import FORMS, LabelStore, read, withdrawn
 from rlhf_trl.report.text import table
 from rlhf_trl.runs.record import LABELS_FILE, RUN_FILE
 from rlhf_trl.terminal import printable, say
@@ -88,7 +88,9 @@ def run_import(args: argparse.Namespace) -> None:
     store, notes = LabelStore(args.labels), Notes()
     is_new = not Path(args.candidates).exists()
     rows = [] if is_new else read_candidates(args.candidates)
-    made = import_file(args.file, args.tool, rows, store.read(), notes, args.add or is_new, args.labeler)
+    made = import_file(
+        args.file, args.tool, rows, store.read(), notes, args.add or is_new, args.labeler, withdrawn(store.path)
+    )
     if made.added:
         write_candidates(args.candidates, made.rows)
     store.extend(made.labels)

@@ -139,6 +139,7 @@ def import_file(
     notes: Notes,
     add: bool = False,
     labeler: str | None = None,
+    withdrawn: Sequence[Label] = (),
 ) -> Imported:
     """
     Read the labels in the file of a tool.
@@ -150,10 +151,11 @@ def import_file(
         notes (`Notes`): takes what is noteworthy.
         add (`bool`): whether prompts and completions that the candidates don't have are added to them.
         labeler (`str`, *optional*): name for answers that name no labeler.
+        withdrawn (`Sequence[Label]`): labels that were taken back, and aren't brought back by an older file.
     """
     made = Imported(rows=list(rows))
     places = Places(made, add)
-    known = {_same(label) for label in labels}
+    known, gone = {_same(label) for label in labels}, {_same(label) for label in withdrawn}
     answers = {(label.labeler, label.key): label for label in labels if label.answer is not None}
     for place, row in read_file(path):
         try:
@@ -181,6 +183,11 @@ def import_file(
                 continue
             if _same(label) in known:
                 notes.add("labels that are there already", place)
+                continue
+            if _same(label) in gone:
+                reason = f"`{label.labeler}` took it back since: {label.id}, {label.question}"
+                notes.add("labels that were taken back and are not imported", f"{place}: {reason}")
+                made.rejected.append({"place": place, "reason": reason, "row": row})
                 continue
             known.add(_same(label))
             if not found.is_asked:

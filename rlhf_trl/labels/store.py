@@ -288,7 +288,18 @@ def read(path: str | os.PathLike) -> list[Label]:
 
 def in_force(rows: Iterable[Label]) -> list[Label]:
     """Return the labels that no later row withdraws."""
+    return _sorted(rows)[0]
+
+
+def withdrawn(path: str | os.PathLike) -> list[Label]:
+    """Return the labels of a file that a later row withdraws."""
+    return _sorted(label for _, label in read_rows(path))[1]
+
+
+def _sorted(rows: Iterable[Label]) -> tuple[list[Label], list[Label]]:
+    """Return the labels that are in force, and those that a later row withdraws."""
     found: dict[int, Label] = {}
+    gone = []
     for number, row in enumerate(rows):
         if row.withdraws is None:
             found[number] = row
@@ -299,8 +310,8 @@ def in_force(rows: Iterable[Label]) -> list[Label]:
             if (each.key, each.labeler, each.time or "") == (row.key, row.labeler, row.withdraws)
         ]
         if same:
-            del found[same[-1]]
-    return list(found.values())
+            gone.append(found.pop(same[-1]))
+    return list(found.values()), gone
 
 
 def read_rows(path: str | os.PathLike) -> list[tuple[int, Label]]:

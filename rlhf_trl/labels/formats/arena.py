@@ -1,7 +1,8 @@
 """
-Arena battles (LMSYS, FastChat): two conversations and who won. `tie (bothbad)` is no tie: both are bad.
+Arena battles (LMSYS, FastChat, LMArena): two conversations and who won. `tie (bothbad)`, or `both_bad`, is no tie.
 """
 
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -14,7 +15,8 @@ from rlhf_trl.labels.formats.base import OWN, Item, Parsed, Response
 LINES: bool = False
 FORMS: tuple[str, ...] = ("pair",)
 WINNERS: dict[Any, str] = {0: "model_a", 1: "model_b", "tie": "tie", "both_bad": "tie (bothbad)"}
-VOTES = {"leftvote": 0, "rightvote": 1, "tievote": "tie", "bothbad_vote": "both_bad"}
+# Of raw logs, and of later releases
+VOTES = {"leftvote": 0, "rightvote": 1, "tievote": "tie", "bothbad_vote": "both_bad", "both_bad": "both_bad"}
 
 
 def write(item: Item, number: int) -> Iterator[dict[str, Any]]:
@@ -41,9 +43,8 @@ def write(item: Item, number: int) -> Iterator[dict[str, Any]]:
 
 def read(row: dict[str, Any]) -> Parsed:
     """Return what a battle says."""
-    a: Any = row.get("conversation_a")
-    b: Any = row.get("conversation_b")
-    if not _is_conversation(a) or not _is_conversation(b):
+    a, b = (_conversation(row.get(name)) for name in ("conversation_a", "conversation_b"))
+    if not a or not b:
         raise RowError("conversation_a", "or `conversation_b` is no list of messages")
     length = shared_prompt(a, b)
     while length and a[length - 1].get("role") != "user":
@@ -53,7 +54,8 @@ def read(row: dict[str, Any]) -> Parsed:
         raise RowError("conversation_b", "shares no prompt with `conversation_a`")
     winner = row.get("winner", row.get("type"))
     answers = {name: answer for answer, name in WINNERS.items()} | VOTES
-    made = Response(labeler=None if row.get("judge") is None else str(row["judge"]))
+    judge = row.get("judge", row.get("judge_hash"))
+    made = Response(labeler=None if judge is None else str(judge))
     if isinstance(row.get("tstamp"), int | float):
         made.time = datetime.fromtimestamp(row["tstamp"], UTC).isoformat(timespec="microseconds")
     if winner in answers:
@@ -70,8 +72,20 @@ def read(row: dict[str, Any]) -> Parsed:
     )
 
 
-def _is_conversation(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+def _conversation(value: Any) -> list[dict[str, Any]] | None:
+    """Return the turns of a conversation with role and content alone, `None` where it is none."""
+    if isinstance(value, str):
+        value = json.loads(value)
+    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
+        return None
+    return [{"role": turn.get("role"), "content": _text(turn.get("content"))} for turn in value]
+
+
+def _text(content: Any) -> Any:
+    """Return a content in parts as its text, if it is text alone."""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return "".join(str(part.get("text") or "") for part in content)
+    return content
 
 
 def _stamp(time: str) -> float:

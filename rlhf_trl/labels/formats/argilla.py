@@ -1,11 +1,13 @@
 """
 Argilla's records, as `records.to_json` writes them (nested) and with `flatten=True`.
 
-Fields `prompt`, `response-1`, ...; questions `preference` (a label: response-1, response-2, tie, both_bad), `ranking`,
-`rating-1` or `rating-1-ATTRIBUTE`, ..., and `edited` (a text).
+Fields `prompt`, `response-1`, ...; questions `preference` (a label: response-1, response-2, tie, both_bad), `ranking`
+(its values in order, best first: equal ranks are kept beside it), `rating-1` or `rating-1-ATTRIBUTE`, ..., and
+`edited` (a text). Users are UUIDs.
 """
 
 import re
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,12 +37,20 @@ def write(item: Item, number: int) -> Iterator[dict[str, Any]]:
     for label in answered:
         names += [name for name in _values(item, label) if name not in names]
     for name in names:
-        responses[name] = [{"value": _values(item, label).get(name), "user_id": label.labeler} for label in answered]
+        given = [(label, _values(item, label).get(name)) for label in answered]
+        # A response without a value is none
+        responses[name] = [
+            {"value": value, "user_id": _user_id(label.labeler)} for label, value in given if value is not None
+        ]
+    own = item.own()
+    for label, kept in zip(item.labels, own["labels"], strict=True):
+        if item.form == "ranking" and label.answer is not None and len({*label.answer}) < len(label.answer):
+            kept["ranks"] = item.answer(label)
     yield {
         "id": f"{item.row.id}-{'-'.join(map(str, item.question))}-{item.form}",
         "fields": {"prompt": item.row.prompt}
         | {f"response-{i}": completion for i, completion in enumerate(item.completions, 1)},
-        "metadata": {OWN: item.own()},
+        "metadata": {OWN: own},
         "vectors": {},
         "suggestions": {},
         "responses": responses,
@@ -54,9 +64,7 @@ def _values(item: Item, label) -> dict[str, Any]:
     if item.form == "pair":
         return {"preference": f"response-{answer + 1}" if isinstance(answer, int) else answer}
     if item.form == "ranking":
-        groups = tie_groups(answer)
-        ranks = competition_ranks(groups, len(answer)) or []
-        return {"ranking": [{"value": f"response-{i + 1}", "rank": ranks[i]} for group in groups for i in group]}
+        return {"ranking": [f"response-{i + 1}" for group in tie_groups(answer) for i in group]}
     if item.form == "rating":
         return {
             rating_field(i, name): answer[i] if name is None else answer[i][name] for i, name in rating_names(answer)
@@ -85,26 +93,48 @@ def read(row: dict[str, Any]) -> Parsed:
     for one in own.get("labels") or []:  # a record's responses hold answers only
         if one.get("skipped") is not None:
             parsed.responses.append(Response(labeler=one.get("labeler"), skipped=one["skipped"]))
-    by_user: dict[tuple[str, int], dict[str, Any]] = {}
-    skipped: dict[tuple[str, int], str] = {}
+    kept: dict[str, list[dict[str, Any]]] = {}
+    for one in own.get("labels") or []:
+        if one.get("skipped") is None:
+            kept.setdefault(_user_id(str(one.get("labeler"))), []).append(one)
+    by_user: dict[tuple[str | None, int], dict[str, Any]] = {}
+    skipped: dict[tuple[str | None, int], str] = {}
     for name, given in responses.items():
-        turns: dict[str, int] = {}
+        turns: dict[str | None, int] = {}
         for one in given:
-            user = str(one.get("user_id"))
+            user = None if one.get("user_id") is None else str(one["user_id"])
             turns[user] = turns.get(user, -1) + 1
             key = user, turns[user]
             if one.get("status") == "discarded":
                 skipped[key] = "discarded"
             elif one.get("status") in (None, "submitted"):
                 by_user.setdefault(key, {})[name] = one.get("value")
+    names = {user: str(entries[0]["labeler"]) for user, entries in kept.items()}
     for (user, _), reason in skipped.items():
-        parsed.responses.append(Response(labeler=user, skipped=reason))
-    for (user, _), values in by_user.items():
-        parsed.responses.append(_response(user, values, parsed.form, len(completions)))
+        parsed.responses.append(Response(labeler=names.get(user or "", user), skipped=reason))
+    for (user, turn), values in by_user.items():
+        made = _response(names.get(user or "", user), values, parsed.form, len(completions))
+        entry = (kept.get(user or "") or [])[turn : turn + 1]
+        if entry and (ranks := entry[0].get("ranks")) and _in_order(ranks) == _in_order(made.answer):
+            made.answer = ranks
+        parsed.responses.append(made)
     return parsed
 
 
-def _response(user: str, values: dict[str, Any], form: str, count: int) -> Response:
+def _user_id(labeler: str) -> str:
+    """Return the id of a labeler, which is a UUID in Argilla."""
+    try:
+        return str(uuid.UUID(labeler))
+    except ValueError:
+        return str(uuid.uuid5(uuid.NAMESPACE_URL, f"rlhf_trl/{labeler}"))
+
+
+def _in_order(ranks: Any) -> list[int] | None:
+    """Return the places of the answers, best first; of equal ones the first."""
+    return [i for group in tie_groups(ranks) for i in group] if isinstance(ranks, list) else None
+
+
+def _response(user: str | None, values: dict[str, Any], form: str, count: int) -> Response:
     made = Response(labeler=user)
     value = next(iter(values.values()))
     if form == "pair":
@@ -129,7 +159,10 @@ def _response(user: str, values: dict[str, Any], form: str, count: int) -> Respo
 
 def _ranks(value: Any, count: int) -> list[int] | None:
     ranks = {}
-    for one in value if isinstance(value, list) else []:
+    values = value if isinstance(value, list) else []
+    if all(isinstance(one, str) for one in values):  # best first, as Argilla 2 has them
+        values = [{"value": one, "rank": rank} for rank, one in enumerate(values, 1)]
+    for one in values:
         if isinstance(one, dict) and re.fullmatch(r"response-\d+", str(one.get("value"))) and one.get("rank"):
             ranks[int(one["value"].rpartition("-")[2]) - 1] = one["rank"]
     if ranks.keys() != set(range(count)):

@@ -3,7 +3,8 @@ Label Studio's tasks with annotations, as its JSON export has them and its impor
 
 Data `prompt`, `answer1`, ..., and for rankings `items`; results `pairwise` (left, right) or `choices` (tie, both_bad)
 of a pair, `ranker` of a ranking (with buckets 1, 2, ... where answers tie), `rating` and `textarea`. A skip is
-`was_cancelled`.
+`was_cancelled`. Its users are those of the server: an annotation whose labeler is no e-mail address names none, and
+becomes that of whoever imports the file there.
 """
 
 import re
@@ -44,7 +45,7 @@ def write(item: Item, number: int) -> Iterator[dict[str, Any]]:
         "annotations": [
             {
                 "id": number * 1000 + i,
-                "completed_by": label.labeler,
+                **({"completed_by": {"email": label.labeler}} if "@" in label.labeler else {}),
                 "created_at": label.time,
                 "lead_time": label.seconds,
                 "was_cancelled": label.answer is None,
@@ -101,9 +102,13 @@ def read(row: dict[str, Any]) -> Parsed:
     forms = {"ranker": "ranking", "pairwise": "pair", "choices": "pair", "rating": "rating", "textarea": "edit"}
     found = next((form for kind, form in forms.items() if kind in kinds), "pair")
     parsed = Parsed(prompt=data["prompt"], completions=completions, form=own.get("form") or found, own=own)
+    unnamed = iter([one.get("labeler") for one in own.get("labels") or [] if "@" not in str(one.get("labeler"))])
     for each in annotations:
+        who = _who(each.get("completed_by"))
         made = Response(
-            labeler=_who(each.get("completed_by")), time=each.get("created_at"), seconds=each.get("lead_time")
+            labeler=next(unnamed, None) if who is None else who,
+            time=each.get("created_at"),
+            seconds=each.get("lead_time"),
         )
         if each.get("was_cancelled"):
             made.skipped = "skipped in Label Studio"

@@ -2,8 +2,8 @@
 Potato's annotations, one line per annotator and instance.
 
 `responses` holds the answers, `label_annotations` what was said of them: `preference` (`selection` A, B or tie, or
-`scale_value`, a number as text, negative for A), `ranking` (`rank_order`, such as `B,D=A,C`), `rating-1`, ... and
-`edited`.
+`scale_value`, a number as text, negative for A), `ranking` (`rank_order`, such as `B,D=A,C`, by labels that end in the
+letter), `rating-1`, ... and `edited` (of a text box or a text edit).
 """
 
 import math
@@ -97,8 +97,9 @@ def _answer(made: Response, given: dict[str, Any], parsed: Parsed, count: int) -
         else:
             made.problem = f"answers {selection!r}, and the answers are A, B, tie and both_bad"
     elif parsed.form == "ranking":
-        order = str((given.get("ranking") or {}).get("rank_order") or "").replace(" ", "")
-        groups = [[LETTERS.find(letter) for letter in group.split("=")] for group in order.split(",")]
+        order = str((given.get("ranking") or {}).get("rank_order") or "")
+        # `A`, or a label such as `Response A`
+        groups = [[_letter(label) for label in group.split("=")] for group in order.split(",")]
         made.answer = competition_ranks(groups, count)
         made.problem = None if made.answer else f"ranks `{order}` of {count} answers"
     elif parsed.form == "rating":
@@ -111,8 +112,15 @@ def _answer(made: Response, given: dict[str, Any], parsed: Parsed, count: int) -
         made.answer = read_ratings(numbers, count)
         made.problem = None if numbers else "rates no answer"
     else:
-        made.answer = next(iter((given.get("edited") or {}).values()), None)
+        edited = given.get("edited") or {}
+        made.answer = edited.get("edited_text", next(iter(edited.values()), None))
         made.problem = None if made.answer else "has no text"
+
+
+def _letter(label: str) -> int:
+    """Return the place of a letter, the last word of a label; -1 where there is none."""
+    word = (label.split() or [""])[-1]
+    return LETTERS.find(word) if len(word) == 1 else -1
 
 
 def _number(value: Any) -> float | None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import uuid
 from pathlib import Path
 
 import pytest
@@ -144,9 +145,35 @@ def test_argilla_nested_and_flat(tmp_path):
         "u5": ([1, 0], 0, None),
         "u6": ([1, 0], None, "discarded"),
     }
+    # The SDK's own rankings, best first; and an answer of nobody
+    content = [argilla({"preference": [{"value": ["response-2", "response-1"], "user_id": None}]})]
+    (one,) = imported(tmp_path, "argilla", content, labeler="me")[0].labels
+    assert (one.answer, one.labeler) == (0, "me")
     ratings = {"rating-1": [{"value": 4, "user_id": "u"}], "rating-2": [{"value": 1, "user_id": "u"}]}
     (one,) = imported(tmp_path, "argilla", [argilla(ratings)])[0].labels
     assert (one.form, one.answer) == ("rating", [1, 4])
+
+
+def test_argilla_takes_what_is_written_for_it():
+    """Its SDK wants users that are UUIDs, values that aren't null, and rankings as lists of values, best first."""
+    for form, labels in LABELS.items():
+        for record in json.loads(export_text(rows(), labels, "argilla", form, Notes())[0]):
+            for name, given in record["responses"].items():
+                assert all(uuid.UUID(one["user_id"]) and one["value"] is not None for one in given)
+                if name == "ranking":
+                    names = sorted(f"response-{i}" for i in range(1, len(given[0]["value"]) + 1))
+                    assert all(sorted(one["value"]) == names for one in given)
+    made = json.loads(export_text(rows(), RANKINGS, "argilla", "ranking", Notes())[0])
+    record = next(each for each in made if "response-3" in each["fields"])
+    tied = record["responses"]["ranking"][1]["value"]
+    assert record["metadata"]["rlhf_trl"]["labels"][1]["ranks"].count(2) == 2 and len(tied) == 3
+
+
+def test_label_studio_takes_what_is_written_for_it():
+    """A user is the e-mail address of one there; another name would be refused."""
+    labels = [label(0, answer=0), label(1, "bob@example.org", answer=1)]
+    (task, *_) = json.loads(export_text(rows(), labels, "label_studio", "pair", Notes())[0])
+    assert [each.get("completed_by") for each in task["annotations"]] == [None, {"email": "bob@example.org"}]
 
 
 def studio(*results, **more) -> dict:
@@ -200,6 +227,53 @@ def test_potato_selections_scales_and_ranks(tmp_path):
     half = line({"ranking": {"rank_order": "B,A"}}, "v") | {"responses": list("abcd")}
     made, notes = imported(tmp_path, "potato", [ranking, half], RANKING)
     assert [each.answer for each in made.labels] == [[2, 1, 4, 2]] and len(made.rejected) == 1
+
+
+def test_potato_labels_and_text_edits(tmp_path):
+    line = {"id": "1", "text": "Which?", "responses": list("abcd"), "user_id": "u"}
+    named = {"ranking": {"rank_order": "Response B,Response D=Response A,Response C"}}
+    (one,) = imported(tmp_path, "potato", [line | {"label_annotations": named}], RANKING)[0].labels
+    assert one.answer == [2, 1, 4, 2]
+    edit = {"edited": {"edit_distance_chars": 1, "edited_text": "better", "original_text": "a"}}
+    line |= {"responses": ["a"], "label_annotations": edit}
+    (one,) = imported(tmp_path, "potato", [line])[0].labels
+    assert (one.form, one.answer) == ("edit", "better")
+
+
+def test_arena_battles_of_later_releases(tmp_path):
+    """Turns with other fields, contents in parts, conversations as JSON text, and other names."""
+    turns = [
+        [
+            {"role": "user", "content": [{"type": "text", "text": "Which?"}], "num_tokens": 1},
+            {"role": "assistant", "content": [{"type": "text", "text": text}], "num_tokens": 1},
+        ]
+        for text in "ab"
+    ]
+    row = {"model_a": "x", "model_b": "y", "winner": "both_bad", "judge_hash": "h"}
+    for made in (turns, [json.dumps(each) for each in turns]):
+        battle = row | {"conversation_a": made[0], "conversation_b": made[1]}
+        found, _ = imported(tmp_path, "arena", [battle])
+        assert [(each.answer, each.labeler) for each in found.labels] == [("both_bad", "h")]
+        (new,) = imported(tmp_path, "arena", [battle], [], add=True)[0].rows
+        assert new.candidates[0].completion == [{"role": "assistant", "content": "a"}]
+
+
+def test_an_answer_that_was_taken_back_is_not_brought_back_by_an_older_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_candidates("candidates.jsonl", rows())
+    store = LabelStore("labels.jsonl")
+    store.extend(PAIRS[:2])
+    words = "--candidates candidates.jsonl --labels labels.jsonl".split()
+    main(["export", "--to", "argilla", *words, "--output", "old.json"])
+    store.append(PAIRS[0].withdrawal())
+    main(["import", "--from", "argilla", "old.json", *words])
+    said = capsys.readouterr().out
+    assert "0 labels" in said and "labels that were taken back and are not imported: 1" in said
+    assert store.read() == PAIRS[1:2] and "took it back since" in Path("labels.jsonl.rejected.jsonl").read_text()
+    again = label(9, answer=1)  # another answer of the same person is one
+    store.append(again)
+    main(["import", "--from", "argilla", "old.json", *words])
+    assert store.read() == [PAIRS[1], again]
 
 
 def test_an_arena_battle_with_two_bad_answers_is_no_tie(tmp_path):
