@@ -116,7 +116,7 @@ class SweepJob(JsonDataclass):
 @dataclass(frozen=True, kw_only=True)
 class Rounds(JsonDataclass):
     """
-    What is known of the rounds of a pipeline that stops early (`rounds.json` in the folder of the project).
+    Metric of the rounds of a pipeline that stops early, and its best one (`rounds.json` in the folder of the project).
 
     Attributes:
         metric, step: name of the metric in the last round, and the run that has it.
@@ -314,7 +314,7 @@ class Comparison(JsonDataclass):
 
     @property
     def measures(self) -> dict[str, float]:
-        """What tables of runs sort evaluations by: `{policy}/{measure}` of all that was measured."""
+        """All that was measured, as `{policy}/{measure}`."""
         found = {}
         for name, result in self.policies.items():
             estimates = {"reward": result.reward, "difference": result.difference}
