@@ -116,7 +116,9 @@ def test_written_files_are_read_as_they_are(tmp_path):
     (path,) = write_feedback(tmp_path, [ROW], votes, "pair", notes).values()
     assert path.name == "feedback.jsonl" and len(path.read_text().splitlines()) == 3
     (row,) = rows_of(path, Pairs(agreement="weights", shuffle=False), "comparisons", 1)
-    assert row["completions"] == ["third", "first"] and row["weights"] == [pytest.approx(1 / 3)]
+    assert row["completions"] == ["third", "first"] and row["weights"] == [
+        pytest.approx(0.8 / 3)
+    ]  # all of confidence 0.9
     forms = [
         label(form="ranking", question=[0, 1, 2], order=None, answer=[1, 2, 2]),
         label(form="rating", answer=[4, 2]),
