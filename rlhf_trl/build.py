@@ -7,7 +7,7 @@ Beside `stages/` the only code that sees the whole config.
 import functools
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple, cast
 
@@ -64,6 +64,7 @@ from rlhf_trl.patches.one_device import use_one_device
 from rlhf_trl.ppo.options import RULES as PPO_RULES
 from rlhf_trl.reward_modeling.options import RULES as REWARD_MODEL_RULES
 from rlhf_trl.rewards.base import RESERVED_COLUMNS, Reward
+from rlhf_trl.rewards.lagrange import Lagrange
 from rlhf_trl.rewards.model import ModelReward
 from rlhf_trl.runs.engines import cpu_arguments
 from rlhf_trl.runs.paths import ensemble_members, find_policy, named_policies, project_dir, resolve_path
@@ -341,6 +342,9 @@ def make_trainer(
     if "reward" in cfg:
         extra["reward_funcs"] = reward_functions(cfg, tokenizer, dataset["train"].column_names)
         args.reward_weights = [reward.weight for reward in extra["reward_funcs"]]
+    combine = instantiated(cfg.combine) if "combine" in cfg else None
+    if isinstance(combine, Lagrange):
+        extra["combine"] = combine  # the critic has a value for each constraint
     set_seed(args.seed)  # a new score head must not depend on what was loaded before
     peft = instantiate(cfg.adapter.peft)
     model, peft_config = load_initial_model(
@@ -378,7 +382,7 @@ def make_trainer(
         say(f"warning: {problem}")
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    for callback in callbacks(cfg, trainer):
+    for callback in callbacks(cfg, trainer, combine):
         trainer.add_callback(callback)
     return trainer
 
@@ -458,12 +462,12 @@ def reward_functions(
     return rewards
 
 
-def callbacks(cfg: DictConfig, trainer: Any) -> Iterator[TrainerCallback]:
+def callbacks(cfg: DictConfig, trainer: Any, combine: Callable | None) -> Iterator[TrainerCallback]:
     """Yield the callbacks of the run: always the record and the progress line, and those that the config names."""
     if "reward" in cfg:
         yield UnrewardedGuard(trainer)
     if "reward_norm" in cfg:
-        yield instantiate(cfg.reward_norm)(trainer=trainer, combine=instantiate(cfg.combine))
+        yield instantiate(cfg.reward_norm)(trainer=trainer, combine=combine)
     if not cfg.get("health"):  # the health monitor is such a guard
         yield NonfiniteGuard(trainer)
     for node in (cfg.get("kl"), cfg.get("health"), cfg.logger.get("callback")):

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl
 
 
 def progress_counts(args: Any, step: int) -> dict[str, int]:
@@ -20,17 +20,6 @@ def progress_counts(args: Any, step: int) -> dict[str, int]:
         counts["train/rollout"] = math.ceil(micro_batches / (args.steps_per_generation * args.num_iterations))
         counts["train/episodes"] = counts["train/rollout"] * args.generation_batch_size
     return counts
-
-
-def resumed_state(callback: TrainerCallback, state: TrainerState) -> dict[str, Any] | None:
-    """
-    Return the attributes that a callback's `state()` left in the checkpoint a run is resumed from, if it is.
-
-    Transformers would rebuild the callback from them without its trainer, so callbacks read them back themselves.
-    """
-    saved: Any = state.stateful_callbacks  # a dict, whatever its annotation says
-    found = saved.get(type(callback).__name__)
-    return found["attributes"] if found and state.global_step > 0 else None
 
 
 class SaveAndStop(TrainerCallback):

@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from rlhf_trl.callbacks.base import SaveAndStop, resumed_state
+from rlhf_trl.callbacks.base import SaveAndStop
 from rlhf_trl.callbacks.options import ADAPTIVE_KL, FINAL_KL, KL, guard_problem
 from rlhf_trl.config.ranges import ROLLOUTS, check_values
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.trainers.checkpoints import resumed_state
 from rlhf_trl.trainers.rollout_hook import RolloutRecord
 from rlhf_trl.trainers.sampling import sampling_differences
 from rlhf_trl.trainers.steps import steps_per_rollout

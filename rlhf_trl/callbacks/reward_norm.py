@@ -17,14 +17,15 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from rlhf_trl.callbacks.base import resumed_state
 from rlhf_trl.callbacks.options import REFERENCE_NORM, REWARD_NORM, normalizer_problem
 from rlhf_trl.config.ranges import check_values
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.tokenize import split_row_ids
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.rewards.combine import weighted_sum
+from rlhf_trl.rewards.lagrange import Lagrange
 from rlhf_trl.rewards.options import combination_problem
+from rlhf_trl.trainers.checkpoints import resumed_state
 from rlhf_trl.trainers.rollout_hook import RolloutRecord, RolloutTrainer
 
 
@@ -107,6 +108,11 @@ class RewardNorm(TrainerCallback):
             raise ConfigError(problem)
         if not self._sums and (problem := combination_problem(vars(trainer.args))):
             raise ConfigError(problem)
+        if isinstance(self.combine, Lagrange) and trainer.combine_rewards is not self.combine:
+            raise ConfigError(
+                "A trainer learns from the signals of a `Lagrange` that it was made with. Pass it to the trainer as "
+                "well, `combine=`."
+            )
         trainer.combine_rewards = weighted_sum if self._sums else self.combine
         if self._normalizes:
             trainer.on_rollout(self._normalized)

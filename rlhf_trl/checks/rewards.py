@@ -1,10 +1,11 @@
 """Checks of rewards: their options, combinations, ensembles, and what `stage=serve_reward` serves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_trl.checks.paths import model_folder
 from rlhf_trl.config.values import at, section
+from rlhf_trl.rewards.constraints import constraint_problems, lagrange_problems
 from rlhf_trl.rewards.options import (
     combination_problem,
     ensemble_problem,
@@ -23,7 +24,8 @@ def reward_problems(values: dict[str, Any]) -> list[str]:
     problems: list[str | None] = [
         *_members(values),
         *_without_policy(values, rewards),
-        *_combination(values, list(rewards)),
+        *_reported_constraints(values, list(rewards)),
+        *_combination(values, {name: node.get("weight", 1) for name, node in rewards.items()}),
     ]
     for name, node in rewards.items():
         if node.get("_target_") == "rlhf_trl.rewards.HttpReward":
@@ -72,14 +74,34 @@ def _without_policy(values: dict[str, Any], rewards: dict[str, dict[str, Any]]) 
     return problems
 
 
-def _combination(values: dict[str, Any], names: Sequence[str]) -> list[str | None]:
+def _combination(values: dict[str, Any], weights: Mapping[str, Any]) -> list[str | None]:
     """Return the problems of the group `combine`; `None` for a rule that is kept."""
     kind = str(at(values, "combine._target_") or "weighted_sum").rsplit(".", 1)[-1]
     normalizer = str(at(values, "reward_norm._target_") or "RewardNorm").rsplit(".", 1)[-1]
     problems = [] if kind == "weighted_sum" else [combination_problem(section(values, "stage.args"))]
+    if kind == "Lagrange":
+        problems += _lagrange(values, weights)
     if kind == "threshold":
-        problems.append(threshold_problem(at(values, "combine.constraints"), names))
+        problems.append(threshold_problem(at(values, "combine.constraints"), list(weights)))
         problems.append(floor_problem(at(values, "combine.floor")))
     if kind == "product":
         problems.append(product_problem(normalizer))
     return problems
+
+
+def _reported_constraints(values: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Return the problems of the constraints whose satisfaction `stage=evaluate` reports."""
+    constraints = at(values, "stage.constraints")
+    return [] if constraints is None else constraint_problems(constraints, names, "stage.constraints")
+
+
+def _lagrange(values: dict[str, Any], weights: Mapping[str, Any]) -> list[str]:
+    """Return the problems of `combine=lagrange`."""
+    stage = section(values, "stage")
+    if not stage.get("args"):
+        way = "`combine=sum` and, to see whether bounds hold, `stage.constraints`" if "constraints" in stage else ""
+        return [
+            f"`combine=lagrange` has multipliers that a training moves, and `stage={stage.get('name')}` trains "
+            f"nothing. Set {way or '`combine=sum`'}."
+        ]
+    return lagrange_problems(at(values, "combine.constraints"), weights)

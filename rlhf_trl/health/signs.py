@@ -23,6 +23,8 @@ STANDARD_ERRORS = 4
 LENGTH_CHANGE = 1.25
 # Number of log steps whose gradient norms the newest one is compared with
 GRADIENT_WINDOW = 20
+# Share of its maximum from which on a multiplier counts as being there
+AT_CEILING = 0.999
 
 KL = ("objective/kl",)
 SCORE = ("objective/scores", "reward")
@@ -134,6 +136,27 @@ def _spike(series: Series) -> float | None:
         return None
     usual = median(norms[:-1][-GRADIENT_WINDOW:])
     return norms[-1] / usual if usual > 0 else None
+
+
+def _ceiling(series: Series) -> float | None:
+    shares = [series.recent(f"{stem}/lambda_share") for stem in series.stems("constraints/", "/lambda_share")]
+    return max((share for share in shares if share is not None), default=None)
+
+
+def _unmet(series: Series) -> float | None:
+    """Return for how many log steps in a row a multiplier has been at its maximum, and its constraint violated."""
+    longest = None
+    for stem in series.stems("constraints/", "/lambda_share"):
+        costs, shares = series.values(f"{stem}/cost"), series.values(f"{stem}/lambda_share")
+        if len(costs) < series.baseline + series.window:
+            continue
+        count = 0
+        for cost, share in zip(reversed(costs), reversed(shares), strict=False):
+            if cost <= 0 or share < AT_CEILING:
+                break
+            count += 1
+        longest = max(longest or 0.0, float(count))
+    return longest
 
 
 class Sign(NamedTuple):
@@ -257,6 +280,20 @@ SIGNS: dict[str, Sign] = {
         "Raise `stage.args.max_completion_length`, or set `stage.args.missing_eos_penalty` (ppo)",
         {"note": 0.8, "warn": 0.5, "stop": None},
         falls=True,
+    ),
+    "multiplier_ceiling": Sign(
+        _ceiling,
+        "the multiplier of a constraint is at {value:.0%} of its maximum: there it no longer reacts to violations",
+        "Raise `combine.lambda_max`, or the `weight` of the constraint's reward if its cost is small beside others",
+        {"note": 0.95, "warn": AT_CEILING, "stop": None},
+    ),
+    "constraint_unmet": Sign(
+        _unmet,
+        "for {value:.0f} log steps in a row a constraint has been violated with its multiplier at the maximum: it "
+        "can't be met like this",
+        "Loosen the bound in `combine.constraints`, raise `combine.lambda_max`, or lower `stage.args.beta` if the KL "
+        "holds the policy back",
+        {"note": 3.0, "warn": 7.0, "stop": None},
     ),
     "gradient_spike": Sign(
         _spike,

@@ -50,8 +50,8 @@ class PolicyAndValueOutput(FusedCausalLMOutput):
     Output of a model with a critic: TRL's fused output, and the values.
 
     `value_preds` has the shape of `log_probs`, (batch, seq_len - 1): V read before each next-token label; `None` where
-    they were not asked for. (A field called `values` would hide `dict.values`, and a bare extra key breaks
-    accelerate's conversion to float32.)
+    they were not asked for. With S > 1 signals it has one dimension more, of size S. (A field called `values` would
+    hide `dict.values`, and a bare extra key breaks accelerate's conversion to float32.)
     """
 
     value_preds: Tensor | None = None
@@ -61,11 +61,13 @@ class ValueHead(nn.Linear):
     """Linear layer that computes in float32, whatever the type of its weights: engines and TRL cast whole models."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the values, (..., width) -> (..., 1)."""
+        """Return the values of S signals, (..., width) -> (..., S)."""
         return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
 
 
-def add_critic(model: PreTrainedModel | PeftModel, args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def add_critic(
+    model: PreTrainedModel | PeftModel, args: PPOConfig, tokenizer: PreTrainedTokenizerBase, signals: int = 1
+) -> None:
     """
     Give the policy the critic that `args.critic` names, started from `args.critic_path`.
 
@@ -73,6 +75,8 @@ def add_critic(model: PreTrainedModel | PeftModel, args: PPOConfig, tokenizer: P
         model (`PreTrainedModel` or `PeftModel`): the policy, with `trl.trainer.utils.add_fused_lm_head` applied.
         args ([`PPOConfig`]): its options that begin with `critic`, and `head_init`.
         tokenizer: the policy's, which a critic with a start of its own must share.
+        signals (`int`, defaults to `1`): signals with a value of their own, the score first. `args.critic_score_head`
+            is about the score's.
 
     Raises:
         ConfigError: if the critic can't start from what `args.critic_path` holds, or needs an adapter on the policy.
@@ -104,19 +108,19 @@ def add_critic(model: PreTrainedModel | PeftModel, args: PPOConfig, tokenizer: P
         policy.add_module(CRITIC, network)
         trunk = functools.partial(_hidden_states, network)
     width = score.size(1) if score is not None else policy.get_output_embeddings().in_features
-    head = ValueHead(width, 1, device=policy.device, dtype=torch.float32)
+    head = ValueHead(width, signals, device=policy.device, dtype=torch.float32)
     nn.init.zeros_(head.bias)
+    if args.head_init == "zero":
+        nn.init.zeros_(head.weight)
+    else:
+        nn.init.normal_(head.weight, std=1 / math.sqrt(width + 1))
     if args.critic_score_head:
         if score is None:
             raise ConfigError(
                 "`critic_score_head=True` starts the value head as a reward model's score head. Name the reward "
                 "model: `critic.run=reward` or `critic.path=...`."
             )
-        head.weight.data.copy_(score[:1])
-    elif args.head_init == "zero":
-        nn.init.zeros_(head.weight)
-    else:
-        nn.init.normal_(head.weight, std=1 / math.sqrt(width + 1))
+        head.weight.data[:1] = score[:1]
     policy.add_module(VALUE_HEAD, head)
     _take_type_of_shards(policy)
     policy.detach_values = args.critic_detach
@@ -212,7 +216,7 @@ def critic_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, w
         batch_size (`int`): rows of a pass.
 
     Returns:
-        `Tensor` of shape (N, T).
+        `Tensor` of shape (N, T), or (N, T, S) of S > 1 signals.
     """
     values = []
     for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True):
@@ -258,7 +262,13 @@ def read_critic(model: nn.Module, folder: str, kind: str) -> dict[str, Tensor]:
     if not os.path.isfile(path):
         raise ConfigError(f"`{folder}` has no `{CRITIC_FILE}`. Resume from a checkpoint of PPO.")
     critic = load_file(path)
-    if critic.keys() != {key for key in model.state_dict() if is_critic(key)}:
+    expected = {key: value.shape for key, value in model.state_dict().items() if is_critic(key)}
+    if critic.keys() == expected.keys() and any(critic[key].shape != shape for key, shape in expected.items()):
+        raise ConfigError(
+            f"`{path}` holds a critic of another shape: its number of constraints, or its model, is another one. "
+            "Resume with the `combine` and the `critic` that the run began with."
+        )
+    if critic.keys() != expected.keys():
         raise ConfigError(
             f"`{path}` holds another kind of critic than `critic={kind}`. Resume with the critic that the run began "
             "with."

@@ -2,7 +2,8 @@
 Rollouts of PPO: completions of the current policy, and the advantages and returns that the next updates learn from.
 
 Legend of shapes: N completions (of all ranks), P prompt tokens (padded on the left), T completion tokens (padded on
-the right), F reward functions.
+the right), F reward functions. With constraints (`combine=lagrange`) there are S > 1 signals that are learned from,
+the score and the cost of each constraint, and values and returns have the shape (N, T, S) instead of (N, T).
 """
 
 from dataclasses import dataclass, fields, replace
@@ -142,7 +143,7 @@ class Rollout:
         prompt = int(chosen["prompt_mask"].sum(dim=1).max())
         completion = max(1, int(chosen["completion_mask"].sum(dim=1).max()))
         for name, tensor in chosen.items():
-            if tensor is not None and tensor.dim() == 2:
+            if tensor is not None and tensor.dim() > 1:
                 chosen[name] = tensor[:, -prompt:] if name.startswith("prompt") else tensor[:, :completion]
         return Rollout(**chosen)
 
@@ -183,12 +184,12 @@ def score_rollout(
     mask = rollout.mask & valid.unsqueeze(1)
 
     # 2. Normalize. The policy learns from rewards on one scale (arXiv 1909.08593, section 2: mean 0 and variance 1 on
-    # reference answers); the raw scores are logged.
-    learned = rewards.normalized_scores().nan_to_num()
+    # reference answers); the raw scores are logged. Each constraint has a cost beside the score (arXiv 2310.12773).
+    learned = rewards.signals().nan_to_num()
 
     # 3. EOS and length: a completion without an end is penalized (the "EOS trick", arXiv 2403.17031).
     shaped = shape_scores(
-        learned,
+        learned[:, 0],
         rollout.ended,
         rollout.mask.sum(dim=1),
         missing_eos_penalty=args.missing_eos_penalty,
@@ -197,13 +198,20 @@ def score_rollout(
     )
 
     # 4. KL and token rewards: r_t = -beta * KL_t, plus the score at the last token (arXiv 1909.08593, equation 2).
+    # It is a penalty, which lowers a reward and raises a cost.
     kl = kl_estimate(rollout.old_logps, rollout.ref_logps, args.kl_estimator)
-    token_reward = token_rewards(shaped, kl, mask, beta)
-    if args.whiten_rewards:  # openai/lm-human-preferences, `train_policy.py`: `whiten(rewards, shift_mean=False)`
-        token_reward = masked_whiten(token_reward, mask, shift_mean=False)
+    signals = torch.cat([shaped.unsqueeze(1), learned[:, 1:]], dim=1)
+    values = rollout.old_values.reshape(*mask.shape, -1)
+    estimates = []
+    for i, signal in enumerate(signals.unbind(dim=1)):
+        token_reward = token_rewards(signal, kl, mask, -beta if i else beta)
+        if args.whiten_rewards:  # openai/lm-human-preferences, `train_policy.py`: `whiten(rewards, shift_mean=False)`
+            token_reward = masked_whiten(token_reward, mask, shift_mean=False)
 
-    # 5. Generalized advantage estimation (arXiv 1506.02438, equation 16).
-    advantages, returns = gae(token_reward, rollout.old_values, mask, args.gamma, args.lam)
+        # 5. Generalized advantage estimation (arXiv 1506.02438, equation 16), with a value of each signal's own.
+        estimates.append(gae(token_reward, values[..., i], mask, args.gamma, args.lam))
+    advantages, returns = (torch.stack(each, dim=-1) for each in zip(*estimates, strict=True))
+    advantages = rewards.weigh(advantages)
 
     # 6. Whiten the advantages over the rollout of all ranks (openai/lm-human-preferences, `train_policy.py`).
     advantages = masked_whiten(advantages, mask)
@@ -217,16 +225,20 @@ def score_rollout(
     metrics |= {
         "objective/scores_std": population_std(scores[valid]),
         "objective/kl_per_token": masked_mean(k1, mask),
-        "objective/rlhf_reward": ((shaped - beta * (kl * mask).sum(dim=1)) * valid).sum() / count,
+        "objective/rlhf_reward": ((rewards.weigh(signals) - beta * (kl * mask).sum(dim=1)) * valid).sum() / count,
         "objective/kl_coef": torch.tensor(float(beta)),
         "objective/invalid_rewards": rewards.invalid.any(dim=1).sum(),
-        "value/mean": masked_mean(rollout.old_values, mask),
-        "value/explained_variance": explained_variance(rollout.old_values, returns, mask),
-        "returns/mean": masked_mean(returns, mask),
     }
+    for i, name in enumerate(["", *(f"{name}/" for name in rewards.constraints)]):
+        metrics |= {
+            f"value/{name}mean": masked_mean(values[..., i], mask),
+            f"value/{name}explained_variance": explained_variance(values[..., i], returns[..., i], mask),
+            f"returns/{name}mean": masked_mean(returns[..., i], mask),
+        }
     if rewards.normalized is not None:
-        metrics["objective/scores_normalized"] = (learned * valid).sum() / count
+        metrics["objective/scores_normalized"] = (rewards.weigh(learned) * valid).sum() / count
     kl_of_sequences = statistics["objective/kl"]
+    returns = returns.view_as(rollout.old_values)
     scored = replace(rollout, mask=mask, advantages=advantages, returns=returns, valid=valid, kl=kl_of_sequences)
     return scored, {key: value.item() for key, value in metrics.items()}
 

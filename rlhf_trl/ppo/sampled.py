@@ -93,15 +93,17 @@ class SampledTokens:
         Return what was kept of the completions with `mask` (N, T), once.
 
         Returns:
-            log-probabilities of each token and, with a `value_head`, the values before it, both (N, T) and 0 at
-            padding; `None` if the completions are not those that were sampled last.
+            log-probabilities of each token, (N, T), and, with a `value_head`, the values before it, (N, T) or
+            (N, T, S) of S > 1 signals, 0 at padding; `None` if the completions are not those that were sampled last.
         """
         kept, self._kept = self._kept, None
         if kept is None or mask.sum(dim=1).tolist() != kept[2].tolist():
             return None
 
         def padded(x: Tensor) -> Tensor:
-            return nn.functional.pad(x, (0, mask.size(1) - x.size(1))) * mask
+            more = (1,) * (x.dim() - 2)
+            padding = (0, 0) * len(more) + (0, mask.size(1) - x.size(1))
+            return nn.functional.pad(x, padding) * mask.view(*mask.shape, *more)
 
         return padded(kept[0]), None if kept[1] is None else padded(kept[1])
 

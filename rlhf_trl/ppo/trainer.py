@@ -68,6 +68,7 @@ from rlhf_trl.ppo.sampled import SampledTokens
 from rlhf_trl.ppo.seeds import EpochSampler, preserved_rng_state
 from rlhf_trl.ppo.update import MicroBatch, micro_batch, micro_batch_loss
 from rlhf_trl.rewards.base import Reward
+from rlhf_trl.rewards.lagrange import Lagrange
 from rlhf_trl.trainers.base import TrainerMixin
 from rlhf_trl.trainers.rollout_hook import RolloutHook, RolloutRecord
 from rlhf_trl.trainers.rollouts import Rollouts
@@ -101,6 +102,9 @@ class PPOTrainer(RolloutHook, Rollouts, TrainerMixin, trl.GRPOTrainer):
         train_dataset (`Dataset`): rows with a `prompt`, text or chat messages; the rewards get the other columns.
         eval_dataset (*optional*): held-out prompts; evaluation logs their raw score, KL, length and EOS rate.
         ptx_dataset (`Dataset`, *optional*): demonstrations with `prompt` and `completion` for `args.ptx_coef`.
+        combine (callable, *optional*): function that makes one score of a completion's rewards, see
+            `rlhf_trl.rewards.combine`; their weighted sum when unset. A
+            [`~rlhf_trl.rewards.lagrange.Lagrange`] gives the critic a value for each constraint.
         **kwargs: what `trl.GRPOTrainer` takes besides (`processing_class`, `callbacks`, `peft_config`, ...).
 
     Attributes:
@@ -167,7 +171,8 @@ class PPOTrainer(RolloutHook, Rollouts, TrainerMixin, trl.GRPOTrainer):
             for func in reward_funcs:
                 if isinstance(func, Reward):
                     func.attach(self.model)
-            add_critic(self.model, args, self._tokenizer)
+            constraints = self.combine_rewards.bounds if isinstance(self.combine_rewards, Lagrange) else ()
+            add_critic(self.model, args, self._tokenizer, signals=1 + len(constraints))
         self._set_trainable()
         if self.use_vllm:
             send_only(self.vllm_generation, lambda name: not is_critic(name))

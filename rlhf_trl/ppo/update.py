@@ -107,6 +107,8 @@ def micro_batch_loss(
 
     # Clipped value loss (openai/lm-human-preferences, `train_policy.py`)
     value, value_clipped = value_losses(scores.values, rollout.old_values, rollout.returns, args.cliprange_value)
+    if value.dim() == 3:  # a value for each signal
+        value, value_clipped = value.sum(dim=-1), value_clipped.float().mean(dim=-1)
     loss = loss + args.vf_coef * share(value)
 
     with torch.no_grad():

@@ -20,7 +20,15 @@ MODEL_REWARD = REWARD | {
     "dtype": "auto|float32|bfloat16|float16?",
 }
 HTTP_REWARD = REWARD | {"timeout": POSITIVE, "retries": "int [0, inf)", "backoff": NONNEGATIVE, "batch_size": COUNT}
+LAGRANGE = {
+    "lambda_init": POSITIVE,
+    "lambda_lr": NONNEGATIVE,
+    "lambda_max": POSITIVE,
+    "delay": "int [0, inf)",
+    "window": COUNT,
+}
 RULES = {
+    "rlhf_trl.rewards.lagrange.Lagrange": LAGRANGE,
     "rlhf_trl.rewards.FunctionReward": REWARD,
     "rlhf_trl.rewards.ModelReward": MODEL_REWARD,
     "rlhf_trl.rewards.AdapterReward": MODEL_REWARD,

@@ -1,5 +1,5 @@
 """
-Rewards for the shape of a completion: its length, its format, its end (`reward=length|format|eos`).
+Rewards for the shape of a completion: its length, its format, its end (`reward=length|tokens|format|eos`).
 
 `reward=repetition` is TRL's own `trl.rewards.get_repetition_penalty_reward`.
 """
@@ -47,6 +47,11 @@ def length(
         max(min_length - len(ids), 0 if max_length is None else len(ids) - max_length, 0) for ids in completion_ids
     ]
     return [-min(1.0, tokens / margin) for tokens in beyond]
+
+
+def tokens(completion_ids: list[list[int]]) -> list[float]:
+    """Return the number of generated tokens of each completion, EOS included."""
+    return [float(len(ids)) for ids in completion_ids]
 
 
 def pattern(completions: list, pattern: str, fullmatch: bool = True) -> list[float]:

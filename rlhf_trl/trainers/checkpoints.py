@@ -1,10 +1,22 @@
 """Complete checkpoints: each appears when all of it is on the disk, and a resumed run is the uninterrupted one."""
 
 from pathlib import Path
+from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from rlhf_trl.runs.checkpoints import STATE_FILE, UNFINISHED, clear_unfinished, publish
+
+
+def resumed_state(callback: TrainerCallback, state: TrainerState) -> dict[str, Any] | None:
+    """
+    Return the attributes that a callback's `state()` left in the checkpoint a run is resumed from, if it is.
+
+    Transformers would rebuild the callback from them without its trainer, so callbacks read them back themselves.
+    """
+    saved: Any = state.stateful_callbacks  # a dict, whatever its annotation says
+    found = saved.get(type(callback).__name__)
+    return found["attributes"] if found and state.global_step > 0 else None
 
 
 class CompleteCheckpoints(Trainer):

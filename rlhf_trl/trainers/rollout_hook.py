@@ -18,6 +18,9 @@ from trl.trainer.utils import nanstd
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.rewards.combine import weighted_sum
+from rlhf_trl.rewards.lagrange import Lagrange
+from rlhf_trl.rewards.options import combination_problem
+from rlhf_trl.trainers.multipliers import Multipliers
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,24 @@ class Rewards:
     def normalized_scores(self) -> Tensor:
         """Return the combined normalized rewards, shape (N,): NaN as in [`Rewards.scores`]; the raw without any."""
         return self._combined(self.counted if self.normalized is None else self.normalized)
+
+    @property
+    def constraints(self) -> list[str]:
+        """The rewards whose means are constrained, C of them."""
+        return list(self.combine.bounds) if isinstance(self.combine, Lagrange) else []
+
+    def signals(self) -> Tensor:
+        """
+        Return what is learned from, shape (N, 1 + C): the combined normalized rewards and the cost of each constraint.
+        """
+        if not isinstance(self.combine, Lagrange):
+            return self.normalized_scores().unsqueeze(1)
+        values = self.counted if self.normalized is None else self.normalized
+        return self.combine.signals(values, self.counted, self.weights.to(values), self.names)
+
+    def weigh(self, signals: Tensor) -> Tensor:
+        """Return one number of those of each signal, (..., 1 + C) -> (...)."""
+        return self.combine.weigh(signals) if isinstance(self.combine, Lagrange) else signals.squeeze(-1)
 
     def _combined(self, values: Tensor) -> Tensor:
         return self.combine(values, self.counted, self.weights.to(values), self.names)
@@ -142,7 +163,12 @@ class RolloutHook(Trainer):
     Attributes:
         last_rollout ([`RolloutRecord`], *optional*): the newest one that is learned from, on every rank alike.
         combine_rewards (callable): function that makes one score of a completion's rewards, see
-            `rlhf_trl.rewards.combine`; their weighted sum unless a callback sets another.
+            `rlhf_trl.rewards.combine`; their weighted sum unless `combine` or a callback sets another. The multipliers
+            of a [`~rlhf_trl.rewards.lagrange.Lagrange`] are moved by each rollout before it is learned from, and are
+            in the checkpoints.
+
+    Raises:
+        ConfigError: at a `Lagrange` where GRPO normalizes every reward function.
     """
 
     args: Any
@@ -155,17 +181,22 @@ class RolloutHook(Trainer):
     chat_template_kwargs: dict[str, Any]
     _record: RolloutRecord  # of the rollout that is being made
     _step: int
+    held_out_counts: dict[str, float]
     _metrics: dict[str, dict[str, list[float]]]
     _logs: dict[str, Any]
     _tokenizer: PreTrainedTokenizerBase
     _pending_metrics: dict[str, list]
     _pending_extra_logs: dict[str, list]
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, combine: Callable[..., Tensor] | None = None, **kwargs):
         self._listeners: list[Listener] = []
         self.last_rollout: RolloutRecord | None = None
-        self.combine_rewards: Callable[..., Tensor] = weighted_sum
+        self.combine_rewards: Callable[..., Tensor] = combine or weighted_sum
         super().__init__(*args, **kwargs)
+        if combine is not None and (problem := combination_problem(vars(self.args))):
+            raise ConfigError(problem)
+        if isinstance(combine, Lagrange):
+            self.add_callback(Multipliers(combine))
 
     @property
     def keeps_reference(self) -> bool:
@@ -203,8 +234,29 @@ class RolloutHook(Trainer):
         if len(answers) > 1:
             raise ConfigError("Two callbacks normalize the rewards. Use one reward normalizer.")
         record.rewards = replace(rewards, normalized=answers[0] if answers else None)
+        if isinstance(rewards.combine, Lagrange):
+            self._constrain(rewards.combine, record)
         self._record = record
         return self._rewards_to_learn_from(record)
+
+    def _constrain(self, lagrange: Lagrange, record: RolloutRecord) -> None:
+        """Move the multipliers of the constraints in training, and log how far each constraint is satisfied."""
+        counted, batch, metrics = record.rewards.counted, getattr(self, "held_out_batch", None), {}
+        if record.training:
+            lagrange.update(counted, self.reward_weights, self.reward_func_names)
+            for name, value in lagrange.multipliers.items():
+                metrics[f"{name}/lambda"] = value
+                metrics[f"{name}/lambda_share"] = min(value / lagrange.lambda_max, 1.0)
+                metrics[f"{name}/cost"] = lagrange.mean_cost(name)
+        elif batch is not None:
+            counted = counted[: batch.rows]  # copies of the rows come after them
+        for name, measures in lagrange.measures(counted, self.reward_func_names).items():
+            metrics |= {f"{name}/{key}": value for key, value in measures.items()}
+            if batch is not None:
+                count = float(counted[:, self.reward_func_names.index(name)].isfinite().sum())
+                self.held_out_counts |= {f"constraints/{name}/{key}": count for key in measures}
+        for name, value in metrics.items():
+            self._metrics["train" if record.training else "eval"][f"constraints/{name}"].append(value)
 
     def _rewards_to_learn_from(self, record: RolloutRecord) -> Tensor:
         """

@@ -107,7 +107,7 @@ def make_trainer(model, tmp_path, data=None, path=None, **kwargs):
     rollout_func = kwargs.pop("rollout_func", rollouts)
     extra = {
         k: kwargs.pop(k)
-        for k in ("reward_funcs", "peft_config", "callbacks", "eval_dataset", "ptx_dataset")
+        for k in ("reward_funcs", "combine", "peft_config", "callbacks", "eval_dataset", "ptx_dataset")
         if k in kwargs
     }
     trainer = PPOTrainer(

@@ -20,7 +20,9 @@ def count_of_a(completions, **kwargs):
     return [float(text.split().count("a")) for text in texts]
 
 
-def rl_trainer(kind, path, out, data=None, reward_funcs=count_of_a, eval_dataset=None, peft_config=None, **kwargs):
+def rl_trainer(
+    kind, path, out, data=None, reward_funcs=count_of_a, eval_dataset=None, peft_config=None, combine=None, **kwargs
+):
     """Return a trainer of `kind` with two rollouts, each 8 completions of up to 6 tokens in one mini-batch."""
     trainer, config, own = TRAINERS[kind]
     defaults = {
@@ -50,6 +52,7 @@ def rl_trainer(kind, path, out, data=None, reward_funcs=count_of_a, eval_dataset
         train_dataset=data if data is not None else prompts(8),
         eval_dataset=eval_dataset,
         peft_config=peft_config,
+        combine=combine,
         processing_class=AutoTokenizer.from_pretrained(path),
     )
 

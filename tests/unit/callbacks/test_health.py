@@ -104,6 +104,14 @@ PROVOKED = {
     "repetition": ("ppo", {"completions/repetition": lambda t: 0.6}),
     "mode_collapse": ("grpo", {"completions/similarity": lambda t: 0.7}),
     "missing_eos": ("grpo", {"completions/clipped_ratio": lambda t: 0.9}),
+    "multiplier_ceiling": (
+        "grpo",
+        {"constraints/safe/lambda_share": lambda t: 1.0, "constraints/safe/cost": lambda t: -1},
+    ),
+    "constraint_unmet": (
+        "ppo",
+        {"constraints/safe/lambda_share": lambda t: 1.0, "constraints/safe/cost": lambda t: 1},
+    ),
     "gradient_spike": ("ppo", {"grad_norm": lambda t: 100.0 if t == STEPS - 1 else 0.5}),
     "sampler_mismatch": ("ppo", {"sampling/prob_error": lambda t: 0.07}),
     "clipped_completions": ("grpo", {"sampling/clipfrac_long": lambda t: 0.6}),
@@ -131,7 +139,8 @@ def test_a_stream_with_one_trouble_gets_this_sign_and_no_other(sign):
     ]
     found = judged(stream)
     levels = {name: finding.level for name, finding in found[-1].items() if finding.level}
-    expected = {sign} | ({"kl_high"} if sign == "kl_growing" else set())  # it grew to somewhere
+    # It grew to somewhere; no multiplier below its maximum leaves a constraint unmet
+    expected = {sign, *{"kl_growing": ["kl_high"], "constraint_unmet": ["multiplier_ceiling"]}.get(sign, [])}
     assert levels.keys() == expected and levels[sign] >= LEVELS.index("warn"), found[-1]
     assert " from " in found[-1][sign].text and found[-1][sign].text.endswith(f"{SIGNS[sign].remedy}.")
     # Before, it was as quiet as a healthy one
@@ -321,6 +330,7 @@ def test_every_log_step_has_a_verdict_and_the_measures(path, tmp_path, kind, cap
     expected = (
         SIGNS.keys()
         - {"nan", "over_optimization", "kl_growing", "sampler_mismatch", "clipped_completions"}
+        - {"multiplier_ceiling", "constraint_unmet"}
         - (set() if kind == "ppo" else {"low_explained_variance"})
     )
     assert {f"health/{name}" for name in expected} <= entries[-1].keys()
@@ -362,7 +372,7 @@ def test_a_stop_saves_and_says_why(path, tmp_path, capsys):
     assert isinstance(monitor, HealthMonitor) and "kl_high: the KL to the reference is" in monitor.reason
     output = capsys.readouterr().out
     assert "health stop (kl_high)" in output and "training stops here, with a checkpoint of step 3" in output
-    assert "of 18 signs in 1 log steps.\n  stop kl_high (steps 3 to 3" in output  # the summary, the worst first
+    assert "of 20 signs in 1 log steps.\n  stop kl_high (steps 3 to 3" in output  # the summary, the worst first
 
 
 def test_the_record_says_why_a_run_was_stopped(train, tmp_path):

@@ -9,8 +9,11 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from rlhf_trl.ppo.seeds import permutation
-from tests.helpers.ppo import completion_of, make_trainer, prompts, score
+from rlhf_trl.rewards.lagrange import Lagrange
+from tests.helpers.ppo import completion_of, logged, make_trainer, prompts, score
 from tests.helpers.tiny import save_model
+
+LAMBDA_LR, LAMBDA_MAX, WINDOW = 0.1, 5.0, 12
 
 
 def forward(model, critic, head, rows, temperature):
@@ -21,17 +24,26 @@ def forward(model, critic, head, rows, temperature):
         result = model(input_ids=ids, output_hidden_states=True)
         seen = result if critic is model else critic(input_ids=ids, output_hidden_states=True)
         logits = result.logits[0, len(prompt) - 1 : -1] / temperature
-        values = head(seen.hidden_states[-1][0, len(prompt) - 1 : -1]).squeeze(-1)
+        values = head(seen.hidden_states[-1][0, len(prompt) - 1 : -1])  # a column for each signal
         logp = logits.log_softmax(-1).gather(1, torch.tensor(completion).unsqueeze(1)).squeeze(1)
         out.append((logp, values))
     return out
 
 
-def reference_ppo(policy, reference, critic, head, asked, args, tokenizer):
+def length_cost(completions):
+    """By how much each completion is longer than three words, the cost of the constraint `words <= 3`."""
+    return [len(text.split()) - 3.0 for text in completions]
+
+
+def reference_ppo(policy, reference, critic, head, asked, args, tokenizer, constrained=False):
     """
     PPO as the papers have it, row by row, over the given rollouts. Trains the networks it is given (`critic` may be
-    `policy`) and returns the gradient norms and the KL of each rollout.
+    `policy`) and returns the gradient norms, and the KL and the multiplier of each rollout.
+
+    With `constrained` there is a second signal (Safe RLHF, arXiv 2310.12773): a cost with values of its own, which the
+    KL adds to, and whose advantage a multiplier subtracts.
     """
+    multiplier, multipliers, window = 1.0, [], []
     networks = torch.nn.ModuleList([policy, critic, head])
     parameters = [p for p in networks.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -43,23 +55,31 @@ def reference_ppo(policy, reference, critic, head, asked, args, tokenizer):
         with torch.no_grad():
             old = forward(policy, critic, head, rows, args.temperature)
             ref = forward(reference, reference, head, rows, args.temperature)
-        scores = score([tokenizer.decode(c, skip_special_tokens=True) for _, c in rows])
+        texts = [tokenizer.decode(c, skip_special_tokens=True) for _, c in rows]
+        signals = list(zip(score(texts), length_cost(texts), strict=True))
+        if constrained:
+            window = (window + [cost for _, cost in signals])[-max(len(signals), WINDOW) :]
+            multiplier = min(multiplier * math.exp(LAMBDA_LR * multiplier * sum(window) / len(window)), LAMBDA_MAX)
+            multipliers.append(multiplier)
         advantages, returns = [], []
-        for (_, completion), (logp, values), (ref_logp, _), s in zip(rows, old, ref, scores, strict=True):
+        for (_, completion), (logp, values), (ref_logp, _), (s, cost) in zip(rows, old, ref, signals, strict=True):
             if args.missing_eos_penalty and completion[-1] != tokenizer.eos_token_id:
                 s -= args.missing_eos_penalty
             d = logp - ref_logp
             kl = {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[args.kl_estimator]
-            reward = -args.beta * kl
-            reward[-1] += s
+            reward = torch.stack([-args.beta * kl, args.beta * kl], dim=1)[:, : values.size(1)]
+            reward[-1] += torch.tensor([s, cost])[: values.size(1)]
             advantage = torch.zeros_like(reward)
             carried = next_value = 0.0
             for t in reversed(range(len(reward))):
                 delta = reward[t] + args.gamma * next_value - values[t]
                 carried = delta + args.gamma * args.lam * carried
                 advantage[t], next_value = carried, values[t]
-            advantages.append(advantage)
             returns.append(advantage + values)
+            if constrained:
+                advantages.append((advantage[:, 0] - multiplier * advantage[:, 1]) / (1 + multiplier))
+            else:
+                advantages.append(advantage[:, 0])
         kls.append(sum((o[0] - r[0]).sum().item() for o, r in zip(old, ref, strict=True)) / len(rows))
         flat = torch.cat(advantages)
         mean, std = flat.mean(), torch.sqrt(flat.var(unbiased=False) + 1e-8)
@@ -77,13 +97,13 @@ def reference_ppo(policy, reference, critic, head, asked, args, tokenizer):
                     a, r, old_v = advantages[i], returns[i], old[i][1]
                     surrogate = torch.min(ratio * a, ratio.clamp(1 - args.epsilon, 1 + args.epsilon) * a)
                     clipped = old_v + (values - old_v).clamp(-args.cliprange_value, args.cliprange_value)
-                    value = 0.5 * torch.max((values - r) ** 2, (clipped - r) ** 2)
+                    value = 0.5 * torch.max((values - r) ** 2, (clipped - r) ** 2).sum(dim=1)
                     loss = loss + (-surrogate + args.vf_coef * value).sum() / tokens
                 optimizer.zero_grad()
                 loss.backward()
                 norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
                 optimizer.step()
-    return norms, kls
+    return norms, kls, multipliers
 
 
 def same(actual, expected):
@@ -116,7 +136,8 @@ def test_one_update_equals_plain_pytorch(tmp_path, options, critic):
 
     policy, reference, network = (AutoModelForCausalLM.from_pretrained(path) for _ in range(3))
     network = network if critic == "model" else policy
-    _, kls = reference_ppo(policy, reference, network, head, rollouts.calls, trainer.args, trainer.processing_class)
+    given = policy, reference, network, head, rollouts.calls, trainer.args, trainer.processing_class
+    _, kls, _ = reference_ppo(*given)
     actual = trainer.model.state_dict()
     same(actual, policy.state_dict())
     same(actual, {f"value_head.{name}": value for name, value in head.state_dict().items()})
@@ -127,8 +148,54 @@ def test_one_update_equals_plain_pytorch(tmp_path, options, critic):
     assert logged == pytest.approx(kls, abs=1e-4)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient checkpointing"])
-def test_one_update_with_a_critic_adapter_equals_plain_pytorch(tmp_path, checkpointing):
+def words(completions, **kwargs):
+    return [float(len(text.split())) for text in completions]
+
+
+def words_constrained():
+    return Lagrange({"words": "<= 3"}, lambda_lr=LAMBDA_LR, lambda_max=LAMBDA_MAX, window=WINDOW)
+
+
+@pytest.mark.parametrize("critic", ["head", "model"])
+def test_one_update_with_a_constraint_equals_plain_pytorch(tmp_path, critic):
+    """Two signals, each with values of its own: the policy, both heads and the multiplier are those of the paper."""
+    path = save_model(tmp_path / "model")
+    trainer, rollouts = make_trainer(
+        path,
+        tmp_path,
+        data=prompts(24),
+        critic=critic,
+        num_iterations=2,
+        missing_eos_penalty=1.0,
+        reward_funcs=[score, words],
+        combine=words_constrained(),
+    )
+    head = copy.deepcopy(trainer.model.value_head)
+    assert head.weight.size(0) == 2
+    trainer.train()
+    assert len(rollouts.calls) == 3
+
+    policy, reference, network = (AutoModelForCausalLM.from_pretrained(path) for _ in range(3))
+    network = network if critic == "model" else policy
+    given = policy, reference, network, head, rollouts.calls, trainer.args, trainer.processing_class
+    _, kls, multipliers = reference_ppo(*given, constrained=True)
+    actual = trainer.model.state_dict()
+    same(actual, policy.state_dict())
+    same(actual, {f"value_head.{name}": value for name, value in head.state_dict().items()})
+    if critic == "model":
+        same(actual, {f"critic.{name}": value for name, value in network.model.state_dict().items()})
+    assert moved(reference.state_dict(), policy.state_dict())
+    assert logged(trainer, "objective/kl") == pytest.approx(kls, abs=1e-4)
+    assert logged(trainer, "constraints/words/lambda") == pytest.approx(multipliers, rel=1e-6)
+    assert 1.01 < multipliers[0] != multipliers[1]
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "constrained"),
+    [(False, False), (True, False), (False, True)],
+    ids=["plain", "gradient checkpointing", "constraint"],
+)
+def test_one_update_with_a_critic_adapter_equals_plain_pytorch(tmp_path, checkpointing, constrained):
     """Policy and critic as adapters of one base train like two networks of their own."""
     path = save_model(tmp_path / "model")
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
@@ -147,11 +214,14 @@ def test_one_update_with_a_critic_adapter_equals_plain_pytorch(tmp_path, checkpo
         critic="adapter",
         num_iterations=2,
         gradient_checkpointing=checkpointing,
+        reward_funcs=[score, words] if constrained else score,
+        combine=words_constrained() if constrained else None,
     )
     head = copy.deepcopy(trainer.model.get_base_model().value_head)
     trainer.train()
     policy, reference, critic = (with_adapter() for _ in range(3))
-    reference_ppo(policy, reference, critic, head, rollouts.calls, trainer.args, trainer.processing_class)
+    given = policy, reference, critic, head, rollouts.calls, trainer.args, trainer.processing_class
+    reference_ppo(*given, constrained)
     actual = trainer.model.state_dict()
     trained = {name: value for name, value in policy.state_dict().items() if ".default." in name}
     same(actual, trained)
