@@ -1,7 +1,7 @@
 """Comparison of policies on the same held-out prompts (`stage=evaluate`)."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, NamedTuple, cast
 
@@ -38,11 +38,13 @@ from rlhf_trl.evaluation.statistics import (
 )
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.combine import weighted_sum
+from rlhf_trl.rewards.constraints import Bound
 from rlhf_trl.runs.results import (
     BestOfN,
     BestOfNCurve,
     BestOfNPoint,
     Comparison,
+    ConstraintResult,
     Estimate,
     PolicyDifference,
     PolicyResult,
@@ -72,12 +74,14 @@ class Benchmark:
         dataset: rows with `prompt` and whatever columns the rewards read.
         rewards: as in `rlhf_trl.rewards`; those of weight 0 are reported beside the combined reward.
         combine: function of `rlhf_trl.rewards.combine`, which makes one reward of all.
+        constraints: bounds of the means of rewards that are reported, by reward, such as `">= 0.5"`.
         temperature, max_completion_length, batch_size, seed: see [`~rlhf_trl.evaluation.generation.sample`].
     """
 
     dataset: Dataset
     rewards: Sequence[Reward]
     combine: Callable = weighted_sum
+    constraints: Mapping[str, str] = field(default_factory=dict)
     temperature: float
     max_completion_length: int
     batch_size: int
@@ -164,7 +168,8 @@ def evaluate_policies(
     kept, valid = paired(answers)
     for name, result in results.items():
         base_answers = kept[baseline] if name != baseline else None
-        results[name] = with_rewards(result, kept[name], base_answers, benchmark.rewards)
+        result = with_rewards(result, kept[name], base_answers, benchmark.rewards)
+        results[name] = replace(result, constraints=constraint_results(kept[name], benchmark.constraints))
     prompts = [as_text(prompt) for prompt in benchmark.dataset["prompt"]]
     verdicts = judge_pairs(
         judge, [prompt for prompt, keep in zip(prompts, valid, strict=True) if keep], kept, baseline
@@ -313,6 +318,25 @@ def with_rewards(
         reward_std={name: float(values.std()) if len(values) else None for name, values in finite.items()},
         difference=paired_difference(combined, baseline.rewards[COMBINED]) if baseline else None,
     )
+
+
+def constraint_results(answers: Answers, constraints: Mapping[str, str]) -> dict[str, ConstraintResult]:
+    """Return how far a policy's completions satisfy bounds of the means of rewards, by reward."""
+    found = {}
+    for name, text in constraints.items():
+        bound = Bound.parse(text)
+        values = answers.rewards[name][np.isfinite(answers.rewards[name])]
+        value = bootstrap_mean(values) if len(values) else None
+        ends = sorted(bound.excess(end) for end in value[1:]) if value else (None, None)
+        found[name] = ConstraintResult(
+            bound=str(bound),
+            value=value,
+            violation_rate=float((bound.excess(values) > 0).mean()) if len(values) else None,
+            excess=bound.excess(value.mean) if value else None,
+            excess_low=ends[0],
+            excess_high=ends[1],
+        )
+    return found
 
 
 def with_wins(result: PolicyResult, verdicts: Verdicts, texts: Sequence[str], baseline: Sequence[str]) -> PolicyResult:

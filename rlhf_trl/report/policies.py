@@ -27,6 +27,7 @@ def frontier_blocks(comparison: Comparison) -> list:
         frontier_figure(comparison),
         *_over_optimization(comparison, _placed(comparison)),
         _reward_table(comparison),
+        *_constraint_tables(comparison),
         *_not_measured(comparison),
     ]
 
@@ -125,6 +126,26 @@ def _reward_table(comparison: Comparison) -> Table:
         marked=[i for i, is_best in enumerate(best) if is_best],
         note=" ".join(note),
     )
+
+
+def _constraint_tables(comparison: Comparison) -> list[Table]:
+    """Return which policies satisfy the constraints on the means of rewards, where any were asked for."""
+    rows = [
+        [
+            name,
+            f"{reward} {each.bound}",
+            interval(each.value, "{:.2f}"),
+            each.reading,
+            share(each.violation_rate),
+        ]
+        for name, result in comparison.policies.items()
+        for reward, each in result.constraints.items()
+    ]
+    if not rows:
+        return []
+    note = "Violating answers: the share of single answers beyond the bound; a bound of the mean lets some of them be."
+    headers = ["policy", "constraint", "mean [95 %]", "the mean's bound is", "violating answers"]
+    return [Table(headers, rows, "Constraints on the means of rewards.", note=note)]
 
 
 def _not_measured(comparison: Comparison) -> list[Missing]:

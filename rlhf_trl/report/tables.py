@@ -26,6 +26,8 @@ def _policies(comparison: Comparison) -> Rows:
     columns = ["policy", "verdict", "why"]
     columns += [f"{name}{end}" for name in estimates for end in ("", "_low", "_high")]
     columns += ["vs_best_of_n", "completion_length", "eos_rate", "entropy", "repetition", "parameters"]
+    constrained = list(comparison.base.constraints)
+    columns += [f"{name}{end}" for name in constrained for end in ("_mean", "_violation_rate")]
     rows = []
     for name, result in comparison.policies.items():
         verdict, beside = verdicts.get(name), beside_best_of_n(comparison, name)
@@ -33,6 +35,8 @@ def _policies(comparison: Comparison) -> Rows:
         row += [part_of(getattr(result, each), part) for each in estimates for part in ("mean", "low", "high")]
         row.append(part_of(beside and beside.difference, "mean"))
         row += [result.completion_length, result.eos_rate, result.entropy, result.repetition, result.parameters]
+        for key in constrained:
+            row += [part_of(result.constraints[key].value, "mean"), result.constraints[key].violation_rate]
         rows.append(row)
     return Rows(columns, rows)
 

@@ -115,6 +115,17 @@ def _notes(comparison: Comparison) -> list[str]:
     policies = comparison.policies
     first = [f"{each.position_bias:.0%} ({name})" for name, each in policies.items() if each.position_bias is not None]
     notes = []
+    for key in dict.fromkeys(key for each in policies.values() for key in each.constraints):
+        told = {name: each.constraints[key] for name, each in policies.items()}
+        notes.append(
+            f"{key} {next(iter(told.values())).bound}: "
+            + ", ".join(
+                f"{name} {each.reading} ({number(each.value and each.value.mean, '{:.2f}')}, "
+                f"{number(each.violation_rate, '{:.0%}')} of the answers violate it)"
+                for name, each in told.items()
+            )
+            + "."
+        )
     if first:
         notes.append(f"Wins are judged by {comparison.judge}; the answer shown first wins {', '.join(first)}.")
     for name, result in policies.items():

@@ -126,7 +126,8 @@ def policy_verdicts(comparison: Comparison) -> dict[str, Verdict]:
     """
     Return the verdict on each policy but the baseline.
 
-    A policy that is worse than the baseline, or that gained by the learned reward alone, is not to be shipped. One
+    A policy that violates a constraint or is worse than the baseline, beyond chance, or that gained by the learned
+    reward alone, is not to be shipped. One
     that is better beyond chance is, unless something is out of line that needs a look first: what it costs, best-of-n
     with more reward for the same KL, a judge who prefers the baseline, or another policy with more for no more KL.
     """
@@ -138,12 +139,19 @@ def _policy_verdict(comparison: Comparison, name: str) -> Verdict:
     difference = result.difference
     if difference is None:
         return Verdict(LOOK, [f"its reward could not be held beside that of {base}"])
+    if violated := [f"{key} {each.bound}" for key, each in result.constraints.items() if each.is_violated]:
+        return Verdict(DONT, [f"it violates {names_in_words(violated)} beyond chance"])
     if difference.high < 0:
         return Verdict(DONT, [f"it has less reward than {base}"])
     concerns = [found for check in (_over_optimized, _costly) if (found := check(comparison, name))]
     if not difference.low > 0:  # nor of a single prompt, which has no interval
         call = DONT if _over_optimized(comparison, name) else LOOK
         return Verdict(call, [f"no difference to {base} beyond chance on {comparison.prompts:,} prompts", *concerns])
+    concerns += [
+        f"the mean of {key} is beyond its bound {each.bound}, within chance"
+        for key, each in result.constraints.items()
+        if (each.excess or 0.0) > 0
+    ]
     if result.win_rate and result.win_rate.high < 0.5:
         concerns.append(f"it has more reward, and {comparison.judge} prefers {base}")
     if (beside := beside_best_of_n(comparison, name)) and beside.is_below:

@@ -150,6 +150,40 @@ class Rounds(JsonDataclass):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConstraintResult(JsonDataclass):
+    """
+    A constraint on the mean of a reward, of one policy's completions.
+
+    Attributes:
+        bound: the bound in words, such as `>= 0.5`.
+        value: mean of the raw reward.
+        violation_rate: share of single completions that violate the bound.
+        excess, excess_low, excess_high: by how much the mean, and the ends of its interval, violate the bound; below 0
+            they satisfy it.
+    """
+
+    bound: str
+    value: Estimate | None
+    violation_rate: float | None
+    excess: float | None
+    excess_low: float | None
+    excess_high: float | None
+
+    @property
+    def is_violated(self) -> bool:
+        """True where the bound is violated beyond chance."""
+        return self.excess_low is not None and self.excess_low > 0
+
+    @property
+    def reading(self) -> str:
+        """Whether the bound is satisfied, in words."""
+        if self.excess is None or self.excess_low is None or self.excess_high is None:
+            return "no rewards"
+        open_ = "" if self.is_violated or self.excess_high <= 0 else ", within chance"
+        return f"{'violated' if self.excess > 0 else 'satisfied'}{open_}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicyResult(JsonDataclass):
     """
     Evaluation of a policy on held-out prompts.
@@ -168,6 +202,7 @@ class PolicyResult(JsonDataclass):
         reference_perplexity: perplexity of the data's own answers, per token.
         reward: combined reward.
         rewards, reward_intervals, reward_std: mean, mean with interval, and standard deviation of each reward.
+        constraints: the constraints on the means of rewards, by reward.
         difference: combined reward minus that of the baseline on the same prompts.
         win_rate, length_controlled_win_rate: share of the prompts that it wins against the baseline, as it is and at
             equal length.
@@ -195,6 +230,7 @@ class PolicyResult(JsonDataclass):
     rewards: dict[str, float | None] = field(default_factory=dict)
     reward_intervals: dict[str, Estimate | None] = field(default_factory=dict)
     reward_std: dict[str, float | None] = field(default_factory=dict)
+    constraints: dict[str, ConstraintResult] = field(default_factory=dict)
     difference: Estimate | None = None
     win_rate: Estimate | None = None
     judgements: int | None = field(default=None, metadata={"without": "judgements"})
@@ -319,6 +355,8 @@ class Comparison(JsonDataclass):
         for name, result in self.policies.items():
             estimates = {"reward": result.reward, "difference": result.difference}
             estimates |= {"win_rate": result.win_rate, "kl": result.kl}
+            rates = {key: each.violation_rate for key, each in result.constraints.items()}
+            found |= {f"{name}/violation_rate/{key}": rate for key, rate in rates.items() if rate is not None}
             found |= {f"{name}/{key}": estimate.mean for key, estimate in estimates.items() if estimate}
         return found
 

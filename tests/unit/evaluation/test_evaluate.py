@@ -38,7 +38,10 @@ from rlhf_trl.evaluation.statistics import (
     win_rate,
 )
 from rlhf_trl.report.pareto import pareto
+from rlhf_trl.report.policies import frontier_blocks
+from rlhf_trl.report.tables import comparison_tables
 from rlhf_trl.report.text import WIDTH, comparison_text, duration, side_by_side, table
+from rlhf_trl.report.verdicts import DONT, policy_verdicts
 from rlhf_trl.rewards.combine import combined, minimum, product, threshold, weighted_sum
 from rlhf_trl.rewards.function import FunctionReward
 from rlhf_trl.runs.paths import find_policy
@@ -385,6 +388,35 @@ def test_evaluation_of_two_policies(policies):
     text = comparison_text(found)
     assert max(map(len, text.split("\n"))) <= WIDTH
     assert "24 held-out prompts" in text and "KL to sft" in text
+
+
+def test_constraints_on_the_means_of_rewards_are_reported(policies):
+    """The mean against its bound, the share of single answers beyond it, and the verdict."""
+    rewards = [FunctionReward(likes_a, name="likes"), FunctionReward(length_of, name="length", weight=0.0)]
+    constraints = {"likes": ">= 0", "length": "<= 2"}
+    found = evaluate(named(policies), rewards=rewards, constraints=constraints)
+    for name, result in found.policies.items():
+        assert result.constraints["likes"].reading == "satisfied"
+        assert result.constraints["likes"].violation_rate == 0.0
+        lengths = length_of([row.completions[name] for row in found.samples])
+        each = result.constraints["length"]
+        assert each.value.mean == pytest.approx(np.mean(lengths)) and each.bound == "<= 2"
+        assert each.violation_rate == pytest.approx(np.mean([length > 2 for length in lengths]))
+        assert each.excess == pytest.approx(each.value.mean - 2)
+        assert each.excess_low == pytest.approx(each.value.low - 2)
+        assert each.is_violated and each.reading == "violated"
+    assert policy_verdicts(found)["ppo"].call == DONT
+    assert "length <= 2 beyond chance" in policy_verdicts(found)["ppo"].reasons[0]
+    again = Comparison.from_json(json.loads(json.dumps(found.to_json())))
+    assert again.policies["ppo"].constraints == found.policies["ppo"].constraints
+    (shown,) = [block for block in frontier_blocks(again) if getattr(block, "caption", "").startswith("Constraints")]
+    assert [row[1] for row in shown.rows] == ["likes >= 0", "length <= 2"] * 2
+    assert "length <= 2: sft violated" in comparison_text(found).replace("\n", " ")
+    columns, rows = comparison_tables(again)["report/comparison"]
+    assert (
+        rows[0][columns.index("length_violation_rate")] == found.policies["sft"].constraints["length"].violation_rate
+    )
+    assert found.measures["ppo/violation_rate/likes"] == 0.0
 
 
 def test_entropy_of_each_token_is_that_of_its_distribution(policies):
