@@ -106,7 +106,7 @@ def annotated_of(row: dict) -> dict:
 
 # What belongs to each comparison of a row, and to each completion.
 BY_COMPARISON = ("better", "worse", "margin", "weights", "label_smoothing")
-BY_COMPLETION = ("completions", "completion_ids", "targets")
+BY_COMPLETION = ("completions", "completion_ids", "targets", "safe")
 
 
 def select_completions(row: dict, keep: list[int]) -> dict:
@@ -129,6 +129,8 @@ def contents(rows: list[dict], dataset_type: str) -> str:
         counts["pairs"] = sum(len(row.get("better") or []) for row in rows)
         targets = [target for row in rows for target in row.get("targets") or []]
         counts["targets"] = sum(value is not None for target in targets for value in target.values())
+        sides = [side for row in rows for side in row.get("safe") or []]
+        counts |= {"safe": sides.count(1.0), "unsafe": sides.count(-1.0)}
     elif dataset_type == "unpaired":
         counts["good"] = sum(row["label"] for row in rows)
         counts["bad"] = len(rows) - counts["good"]

@@ -79,7 +79,12 @@ def keep_short_completions(dataset, max_length: int | None, split: str = ""):
     shortest = min(len(ids) for row in dataset["completion_ids"] for ids in row)
     # No cache: the counts are made by going over the rows
     short = dataset.map(shorten, load_from_cache_file=False, desc="Dropping long completions")
-    informed = [i for i, row in enumerate(short) if row.get("better") or (row.get("targets") and row["completions"])]
+    informed = [
+        i
+        for i, row in enumerate(short)
+        if row.get("better")
+        or ((row.get("targets") or (isinstance(row.get("safe"), list) and any(row["safe"]))) and row["completions"])
+    ]
     split = f"{split} " if split else ""
     if not informed:
         raise DataError(
@@ -101,6 +106,13 @@ def head_names(dataset) -> list[str] | None:
 
     targets = dataset.features.get("targets")  # of that name there may be a column for a reward function too
     return list(targets.feature) if isinstance(targets, List) and isinstance(targets.feature, dict) else None
+
+
+def has_safety_labels(dataset) -> bool:
+    """Return whether rows of comparisons say which of their completions are safe."""
+    from datasets import List
+
+    return isinstance(dataset.features.get("safe"), List)  # of that name there may be a column for a reward function
 
 
 def report_cut_rows(dataset, tokenizer, max_length: int | None = None):

@@ -233,7 +233,7 @@ def reward_model_blocks(runs: Sequence[Run], project: str) -> list:
             rows = [
                 [key.removeprefix("eval_"), f"{first[key]:.3f}" if key in first else "", f"{value:.3f}"]
                 for key, value in run.metrics["eval"].items()
-                if isinstance(value, (int, float)) and re.search("accuracy|loss|margin|mse", key)
+                if isinstance(value, (int, float)) and re.search("accuracy|loss|margin|mse|border", key)
             ]
             headers = ["on held-out rows", "at the start", "at the end"]
             blocks.append(Table(headers, rows, f"Training of the reward model `{run.name}`."))

@@ -21,7 +21,8 @@ class ComparisonCollator(DataCollatorMixin):
     - `groups` (N,): number of each completion's row;
     - `better`, `worse` (M,): indices of completions;
     - `margin`, `weights`, `label_smoothing` (M,): only if a row has them;
-    - `targets` (N, H): NaN for a missing one; only if a row has any.
+    - `targets` (N, H): NaN for a missing one; only if a row has any;
+    - `safe` (N,): 1 for a safe completion, -1 for an unsafe one, NaN for one without a label; only if a row has any.
 
     Args:
         pad_token_id (`int`): id to pad with.
@@ -63,6 +64,9 @@ class ComparisonCollator(DataCollatorMixin):
             if any(row.get(name) for row in examples):
                 filled = [row.get(name) or [default] * len(row.get("better") or []) for row in examples]
                 batch[name] = torch.tensor([value for values in filled for value in values], dtype=torch.float)
+        if any(isinstance(row.get("safe"), list) for row in examples):
+            sides = [side for row in examples for side in row.get("safe") or [None] * len(row["completion_ids"])]
+            batch["safe"] = torch.tensor([torch.nan if side is None else float(side) for side in sides])
         if any(row.get("targets") for row in examples):
             batch["targets"] = torch.tensor(
                 [

@@ -27,6 +27,10 @@ class RewardConfig(trl.RewardConfig):
         head_init (`str`, *optional*):
             `"normal"` draws the score head with standard deviation 1/sqrt(d + 1) and bias 0, d the width of its input
             (arXiv 2403.17031). When unset, a new head has the model's `initializer_range`.
+        border_coef (`float`, *optional*, defaults to `1.0`), border_l2_coef (`float`, *optional*, defaults to `1e-3`):
+            Where rows say which completions are safe, weights of the loss that makes the score's zero the border
+            between safe and unsafe, and of the square of the scores, see
+            [`~rlhf_trl.reward_modeling.border.border_loss`].
         calibrate_on (`str`, *optional*, defaults to `"all"`):
             Held-out completions that `calibration.json` is measured on: `"all"`, or `"best"`, those that are worse
             than no other one of their prompt.
@@ -36,6 +40,12 @@ class RewardConfig(trl.RewardConfig):
     label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a comparison is reversed."})
     head_init: str | None = field(
         default=None, metadata={"help": "`normal`: score head with standard deviation 1/sqrt(d + 1)."}
+    )
+    border_coef: float = field(
+        default=1.0, metadata={"help": "Weight of the loss that makes 0 the border between safe and unsafe."}
+    )
+    border_l2_coef: float = field(
+        default=1e-3, metadata={"help": "Weight of the square of the scores of labeled completions."}
     )
     calibrate_on: str = field(default="all", metadata={"help": "Completions the calibration is measured on."})
 

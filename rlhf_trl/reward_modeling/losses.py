@@ -166,10 +166,13 @@ def regression_loss(scores: Tensor, targets: Tensor, count: Tensor | None = None
 
 
 def loss_counts(inputs: dict[str, Tensor]) -> Tensor:
-    """Return the number of prompts with comparisons and of known targets in a micro-batch, shape `(2,)`."""
-    prompts, targets = inputs["groups"][inputs["better"]].unique(), inputs.get("targets")
-    known = 0 if targets is None else int((~targets.isnan()).sum())
-    return torch.tensor([len(prompts), known], dtype=torch.float)
+    """
+    Return the number of prompts with comparisons, of known targets and of completions with a label of safety in a
+    micro-batch, shape `(3,)`.
+    """
+    prompts = inputs["groups"][inputs["better"]].unique()
+    known = [int((~inputs[name].isnan()).sum()) if name in inputs else 0 for name in ("targets", "safe")]
+    return torch.tensor([len(prompts), *known], dtype=torch.float)
 
 
 def score_margins(scores: Tensor, inputs: dict[str, Tensor]) -> Tensor:

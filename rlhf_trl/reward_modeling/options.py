@@ -6,6 +6,8 @@ REWARD_MODEL = {
     "loss_type": "pairwise|plackett_luce",
     "label_smoothing": "[0, 0.5)",
     "head_init": "normal?",
+    "border_coef": NONNEGATIVE,
+    "border_l2_coef": NONNEGATIVE,
     "calibrate_on": "all|best",
     "center_rewards_coefficient": f"{NONNEGATIVE}?",
 }

@@ -10,10 +10,11 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_trl.data.lengths import head_names, keep_short_completions, tokenize_comparisons
+from rlhf_trl.data.lengths import has_safety_labels, head_names, keep_short_completions, tokenize_comparisons
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.calibration import Calibration, write_calibration
 from rlhf_trl.models.heads import score_heads
+from rlhf_trl.reward_modeling.border import border_ece, border_loss
 from rlhf_trl.reward_modeling.collator import ComparisonCollator
 from rlhf_trl.reward_modeling.config import RewardConfig
 from rlhf_trl.reward_modeling.losses import (
@@ -39,11 +40,13 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
 
     - `prompt`, `completions`, and `better`, `worse` (indices of the completions of each comparison), optionally with
       `margin`, `weights` and `label_smoothing` (one number per comparison) or `targets` (a dict of head and number per
-      completion);
+      completion) or `safe` (1, -1 or null per completion);
     - `prompt`, `chosen`, `rejected`;
     - rows of [`~rlhf_trl.data.tokenize_comparisons`].
 
-    Comparisons have the ranking loss, targets the squared error, and rows with both have both.
+    Comparisons have the ranking loss, targets the squared error, and rows with both have both. Labels of safety add
+    the loss of [`~rlhf_trl.reward_modeling.border.border_loss`], which makes 0 the border; `border_accuracy` and, held
+    out, `border_ece` say how good it is.
 
     Overridden: the refusal of `num_labels != 1`, the tokenizing and filtering of datasets, the collator, the columns
     that are kept, and the loss. Metrics have TRL's names; `mse` is added and, with several heads, `mse_<head>` and
@@ -80,6 +83,7 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
     ):
         self.heads = head_names(train_dataset) or ["score"]
         self._scores: list | None = None  # scores of the calibration pass
+        self._labeled: list[tuple[float, float]] = []  # scores and labels of safety of an evaluation
         if not isinstance(model, str):
             _check_heads(model.config.num_labels, self.heads, train_dataset)
             if args.head_init == "normal":
@@ -111,7 +115,7 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = [
-            "completion_ids", "better", "worse", "margin", "weights", "label_smoothing", "targets"
+            "completion_ids", "better", "worse", "margin", "weights", "label_smoothing", "targets", "safe"
         ]  # fmt: skip
 
     # `compute_loss` divides by the counts of the whole batch, so that the loss depends neither on accumulation nor on
@@ -121,7 +125,7 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Return the micro-batches of a step, and the [`loss_counts`] of all of them on all ranks."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = sum((loss_counts(inputs).to(device) for inputs in samples), torch.zeros(2, device=device))
+        counts = sum((loss_counts(inputs).to(device) for inputs in samples), torch.zeros(3, device=device))
         return samples, self.accelerator.reduce(counts, reduction="sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -133,9 +137,9 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
         counts, ranks = num_items_in_batch, self.accelerator.num_processes
         if counts is None:  # called with a single micro-batch
             counts, ranks = loss_counts(inputs).to(scores.device), 1
-        prompts, known = counts.clamp(min=1)
+        prompts, known, labeled = counts.clamp(min=1)
         # 0 times the scores keeps the graph of a micro-batch with nothing but ties, as DDP needs
-        ranking = error = 0.0 * scores.sum()
+        ranking = error = border = 0.0 * scores.sum()
         if len(better):
             losses, _ = comparison_losses(
                 scores[:, 0],
@@ -151,12 +155,20 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
             ranking = losses.sum() / prompts
         if targets is not None:
             error = regression_loss(scores, targets, known)
-        loss = ranks * (ranking + error)  # DDP takes the mean over ranks
+        if "safe" in inputs:
+            coefs = self.args.border_coef, self.args.border_l2_coef
+            border = border_loss(scores[:, 0], inputs["safe"], *coefs, labeled)
+        loss = ranks * (ranking + error + border)  # DDP takes the mean over ranks
         batch = self.held_out_batch
         if batch is not None:
-            prompt_count, target_count = counts.tolist()
+            prompt_count, target_count, label_count = counts.tolist()
             self.held_out_terms = {"ranking": (ranking, prompt_count), "mse": (error, target_count)}
-        if self._scores is not None and not (batch is not None and batch.copied and self.args.process_index):
+            if self.train_has_labels:
+                self.held_out_terms["border"] = border, label_count
+        is_copy = batch is not None and batch.copied and self.args.process_index
+        if batch is not None and "safe" in inputs and not is_copy:
+            self._labeled += zip(scores[:, 0].tolist(), inputs["safe"].tolist(), strict=True)
+        if self._scores is not None and not is_copy:
             self._scores += reference_scores(scores.detach(), inputs, self.args.calibrate_on).tolist()
         self._record(mode, scores.detach(), inputs)
         return (loss, outputs) if return_outputs else loss
@@ -180,6 +192,10 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
             for name, values in {"": errors, **{f"_{head}": errors[:, i] for head, i in named.items()}}.items():
                 self._extend(metrics, {f"mse{name}": values[~values.isnan()]})
             margins |= {f"_{head}": by_head[i] for head, i in named.items()}
+        if self.train_has_labels:
+            sides = inputs.get("safe", torch.full_like(scores[:, 0], torch.nan))
+            known = ~sides.isnan()
+            self._extend(metrics, {"border_accuracy": ((scores[:, 0] > 0) == (sides > 0))[known].float()})
         for name, values in margins.items():
             self._extend(metrics, {f"accuracy{name}": (values > 0).float()} | ({} if name else {"margin": values}))
 
@@ -199,6 +215,20 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
 
     def _gather(self, tensor: Tensor) -> Tensor:
         return cast(Tensor, self.accelerator.gather(tensor))
+
+    def evaluation_loop(self, *args, **kwargs):
+        """Run the evaluation loop, and add the calibration error of the border between safe and unsafe."""
+        self._labeled = []
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.train_has_labels:
+            scores, sides = torch.tensor(gather_object(self._labeled)).reshape(-1, 2).unbind(dim=1)
+            self._metrics["eval"]["border_ece"] = [border_ece(scores, sides)]
+        return output
+
+    @property
+    def train_has_labels(self) -> bool:
+        """Return whether the training rows say which completions are safe."""
+        return has_safety_labels(self.train_dataset)
 
     @property
     def train_has_targets(self) -> bool:
@@ -250,7 +280,7 @@ def _check_heads(labels: int | None, heads: list[str], dataset: Dataset) -> None
             f"The reward model has {labels} head{'s' * (labels != 1)}, and the data has targets for {len(heads)} "
             f"({', '.join(heads)}). Start from a policy, or from a reward model with the data's heads."
         )
-    if len(heads) > 1 and "better" in dataset.column_names:
+    if len(heads) > 1 and ("better" in dataset.column_names or has_safety_labels(dataset)):
         raise ConfigError(
             f"The data compares completions, which trains one score, and the reward model has {labels} heads. "
             "Set `data.feedback.use=regression`, or start from a policy."

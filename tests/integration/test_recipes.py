@@ -30,7 +30,7 @@ RECIPES = {
     "helpsteer2": ["reward"],
     "nectar": ["reward"],
     "arena": ["reward"],
-    "safe_rlhf": ["helpful", "harmless", "ppo"],
+    "safe_rlhf": ["helpful", "cost", "ppo"],
     "own": ["sft", "reward", "ppo", "compare"],
 }
 # Two steps of tiny batches. Everything else is as in the recipe

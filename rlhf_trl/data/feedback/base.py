@@ -43,6 +43,7 @@ class ComparedRow(TypedDict):
     wins: list[Comparison]
     ties: list[tuple[int, int]]
     both_bad: NotRequired[bool]
+    safe: NotRequired[list[float | None]]
     rater: NotRequired[Any]
     confidence: NotRequired[float]
     columns: NotRequired[dict[str, Any]]
@@ -76,6 +77,7 @@ class Group(NamedTuple):
         targets (`list[dict]`, *optional*): regression targets of each completion, by dimension.
         ratings (`list[dict]`, *optional*): all ratings of each completion, by dimension.
         columns (`dict`, *optional*): other columns of the source.
+        safe (`list`, *optional*): for each completion 1 if it is safe, -1 if it is unsafe, `None` without a label.
     """
 
     prompt: Text
@@ -84,6 +86,7 @@ class Group(NamedTuple):
     targets: list[dict[str, float | None] | None] | None = None
     ratings: list[dict[str, list[float]]] | None = None
     columns: dict[str, Any] | None = None
+    safe: list[float | None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,3 +295,13 @@ def check_number(value: Any, field: str) -> float:
     if not math.isfinite(number):
         raise RowError(field, f"is {value!r}, where a finite number should be")
     return number
+
+
+def check_flag(value: Any, field: str) -> bool | None:
+    """Return a truth value, also of text or of 1 and 0, `None` of null; raise a `RowError` for anything else."""
+    text = str(value).strip().lower()
+    if value is None or text == "":
+        return None
+    if text not in ("true", "false", "1", "0", "1.0", "0.0"):
+        raise RowError(field, f"is {value!r}, where true or false should be")
+    return text in ("true", "1", "1.0")

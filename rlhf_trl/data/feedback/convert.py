@@ -3,7 +3,8 @@ Conversion of feedback to the dataset type that a stage trains on.
 
 `comparisons` (reward models) holds `prompt`, `completions` (a list), `better` and `worse` (indices of the completions
 of each comparison) and, where the options ask for them, `margin`, `weights`, `label_smoothing` (a number per
-comparison), or `targets` (a number per head for each completion).
+comparison), or `targets` (a number per head for each completion); and `safe` (1, -1 or null for each completion) where
+rows say which completions are safe.
 
 `annotated` holds what people said, for the evaluation of rewards: `prompt`, `completions`, `better` and `worse`, `gap`
 (by how much, a number per comparison), `share` (of the raters who agree, a number per comparison, or null), `ratings`
@@ -117,7 +118,8 @@ def grouped_rows(
     made = []
     for group in groups:
         annotated = dataset_type == "annotated" and group.ratings is not None
-        if not group.comparisons and group.targets is None and not annotated:
+        labeled = dataset_type == "comparisons" and group.safe is not None
+        if not group.comparisons and group.targets is None and not annotated and not labeled:
             continue
         if feedback.shuffle:
             group = shuffle_completions(group, rng)
@@ -146,16 +148,18 @@ def comparison_rows(feedback: Feedback, group: Group) -> list[dict]:
     row |= {"better": [c.better for c in group.comparisons], "worse": [c.worse for c in group.comparisons]}
     if feedback.margin:
         row["margin"] = [feedback.margin * c.gap for c in group.comparisons]
+    if group.safe is not None:
+        row["safe"] = group.safe
     shares = [c.share for c in group.comparisons if c.share is not None]  # all have one, or none has
     if feedback.agreement == "weights":
         row["weights"] = [2 * share - 1 for share in shares]
     elif feedback.agreement == "smoothing":
         row["label_smoothing"] = [1 - share for share in shares]
     if feedback.pairwise_rows:
-        lists = {name: row[name] for name in row if name not in ("prompt", "completions")}
+        lists = {name: row[name] for name in row if name not in ("prompt", "completions", "safe")}
         single = [row | {name: [values[m]] for name, values in lists.items()} for m in range(len(group.comparisons))]
         return [select_completions(one, sorted([*one["better"], *one["worse"]])) for one in single]
-    compared = {*row["better"], *row["worse"]}
+    compared = {*row["better"], *row["worse"], *(i for i, side in enumerate(group.safe or ()) if side is not None)}
     return [select_completions(row, [i for i in range(len(group.completions)) if i in compared])]
 
 
@@ -222,7 +226,8 @@ def add_negatives(
             completions.append(found)
             notes["completions of other prompts added as negatives"] += 1
         # Nobody rated the negatives
-        made.append(group._replace(comparisons=comparisons, completions=completions, ratings=None))
+        safe = None if group.safe is None else group.safe + [None] * (len(completions) - len(group.safe))
+        made.append(group._replace(comparisons=comparisons, completions=completions, ratings=None, safe=safe))
     return made
 
 
@@ -235,4 +240,5 @@ def shuffle_completions(group: Group, rng: random.Random) -> Group:
         comparisons=[c._replace(better=place[c.better], worse=place[c.worse]) for c in group.comparisons],
         targets=None if group.targets is None else [group.targets[i] for i in order],
         ratings=None if group.ratings is None else [group.ratings[i] for i in order],
+        safe=None if group.safe is None else [group.safe[i] for i in order],
     )

@@ -15,6 +15,7 @@ from rlhf_trl.data.feedback.base import (
     Text,
     add_rater,
     certainty,
+    check_flag,
     check_list,
     check_number,
     check_texts,
@@ -32,7 +33,8 @@ from rlhf_trl.hints import names_of
 class Pairs(Feedback):
     """
     Comparisons of two completions: `prompt`, `completion_a`, `completion_b`, `preferred` and, if there is one,
-    `strength` (a number from 0: how much better; the unit of `margin`).
+    `strength` (a number from 0: how much better; the unit of `margin`) and `safe_a`, `safe_b` (true or false: whether
+    a completion is safe; a reward model then learns a score whose zero is the border).
 
     With `columns.prompt: null` the completions are whole conversations (or texts): the prompt is what both begin with.
     With `columns.preferred: null` the first one is always preferred. `columns.preferred` may be a list of columns, one
@@ -53,7 +55,7 @@ class Pairs(Feedback):
 
     NEEDED: ClassVar[tuple[str, ...]] = ("prompt", "completion_a", "completion_b", "preferred")
     NULLABLE: ClassVar[tuple[str, ...]] = ("prompt", "preferred")
-    OPTIONAL: ClassVar[tuple[str, ...]] = ("strength", "rater", "confidence")
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("strength", "safe_a", "safe_b", "rater", "confidence")
     ROWS_ARE_VOTES: ClassVar[bool] = True
 
     answers: list = field(default_factory=lambda: ["a", "b", "tie", "both_bad"])
@@ -100,11 +102,16 @@ class Pairs(Feedback):
         if preferred < 2 and strength < self.min_strength:
             notes["ties: weaker than `min_strength`"] += 1
             preferred = 2
+        flags = [check_flag(row.get(name), name) for name in ("safe_a", "safe_b")]
+        sides = [None if flag is None else 1.0 if flag else -1.0 for flag in flags]
         same = key_of(completions[0]) == key_of(completions[1])
         if preferred < 2 and same:
             raise RowError("completion_b", "is the same as `completion_a`, and one is preferred")
         if preferred < 2:
-            return compared_row(row, prompt, completions, [Comparison(preferred, 1 - preferred, strength)], ties=[])
+            made = compared_row(row, prompt, completions, [Comparison(preferred, 1 - preferred, strength)], ties=[])
+            if any(side is not None for side in sides):
+                made["safe"] = sides
+            return made
         made = compared_row(row, prompt, completions[: 2 - same], [], ties=[] if same or preferred == 3 else [(0, 1)])
         if preferred == 3:
             made["both_bad"] = True
@@ -297,7 +304,7 @@ def compare(feedback: Feedback, rows: list[ComparedRow], dataset_type: str, note
         if not wins:
             notes[f"rows dropped: {'both are bad' if row.get('both_bad') else 'all completions tie'}"] += 1
             continue
-        yield Group(row["prompt"], row["completions"], wins, columns=row.get("columns"))
+        yield Group(row["prompt"], row["completions"], wins, columns=row.get("columns"), safe=row.get("safe"))
 
 
 def label(rows: list[ComparedRow]) -> Iterator[tuple[Text, Text, bool | None]]:

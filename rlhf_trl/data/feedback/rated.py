@@ -68,6 +68,10 @@ class Rated(Feedback):
         """Return the regression targets of a completion by dimension; `None` where comparisons are trained on."""
         return None
 
+    def side(self, row: RatedRow) -> float | None:
+        """Return on which side of a border a completion is, 1 or -1; `None` where no border is trained on."""
+        return None
+
     def share(self, a: RatedRow, b: RatedRow) -> float | None:
         """Return the share of pairs of raters who prefer `a` to `b`."""
         ((of_a,), (of_b,)) = a["ratings"].values(), b["ratings"].values()
@@ -166,8 +170,10 @@ class Attributes(Rated):
     Scores by dimension for single completions: `prompt`, `completion` and a column per dimension (a number, or a list
     with one per rater; null where it wasn't rated).
 
-    `use: regression` trains a head per dimension. Where one value is needed (pairs, KTO, SFT) it is the weighted mean
-    of the dimensions that were rated, in a comparison of those that both completions were rated in.
+    `use: regression` trains a head per dimension. `use: border`, of one dimension, trains one score whose zero is the
+    border between good and bad (see `good_above`; true and false of a column are the ends of the scale), by that label
+    and by the comparisons of completions whose values differ. Where one value is needed (pairs, KTO, SFT) it is the
+    weighted mean of the dimensions that were rated, in a comparison of those that both completions were rated in.
 
     Args:
         dimensions (`list[str]`): the dimensions, which are columns; `columns` renames them too.
@@ -188,6 +194,11 @@ class Attributes(Rated):
         super().__post_init__()
         check_scale_options(self)
         unknown = [name for name in self.weights or {} if name not in self.dimensions]
+        if self.use == "border" and len(self.dimensions) != 1:
+            raise ConfigError(
+                f"`data.feedback.use=border` learns the border of one dimension, and `data.feedback.dimensions` is "
+                f"{list(self.dimensions)}. Name one, such as `data.feedback.dimensions=[harmless]`."
+            )
         if not self.dimensions:
             raise ConfigError("`data.feedback.dimensions` is empty. Name the columns that hold scores.")
         if len({*self.dimensions, *self.NEEDED}) < len(self.dimensions) + len(self.NEEDED):
@@ -219,9 +230,10 @@ class Attributes(Rated):
 
     def read(self, row: dict, notes: Counter) -> RatedRow:
         prompt, completions = check_texts(row, ["completion"], notes)
+        given = {name: _flags(row.get(name), self.scale) for name in self.dimensions}
         ratings = {
-            name: [] if row.get(name) in (None, "") else check_on_scale(row[name], name, self.scale)
-            for name in self.dimensions
+            name: [] if value in (None, "") else check_on_scale(value, name, self.scale)
+            for name, value in given.items()
         }
         return add_rater({"prompt": prompt, "completion": completions[0], "ratings": ratings}, row)
 
@@ -245,6 +257,11 @@ class Attributes(Rated):
     def annotations(self, ratings: list[dict[str, list[float]]]) -> dict[str, list]:
         return {"attributes": [{name: mean(each) if each else None for name, each in one.items()} for one in ratings]}
 
+    def side(self, row: RatedRow) -> float | None:
+        """Return on which side of the border a completion is, 1 or -1; `None` if on neither."""
+        good = self.label(row) if self.use == "border" else None
+        return None if good is None else 1.0 if good else -1.0
+
     def _mean(self, row: RatedRow, names: list[str]) -> float:
         """Return the weighted mean of some dimensions."""
         weights = {name: (self.weights or {}).get(name, 1.0) for name in names}
@@ -264,8 +281,10 @@ def check_scale_options(feedback: Ratings | Attributes) -> None:
     """Raise a `ConfigError` for a scale or a use that can't be, or for options that regression has no use for."""
     if len(feedback.scale) != 2 or not feedback.scale[0] < feedback.scale[1]:
         raise ConfigError(f"`data.feedback.scale` is {list(feedback.scale)}. Set it to the minimum and the maximum.")
-    if feedback.use not in ("pairs", "regression"):
-        raise ConfigError(f"`data.feedback.use` is {feedback.use!r}. Set it to pairs or regression.")
+    uses = ("pairs", "regression", "border") if isinstance(feedback, Attributes) else ("pairs", "regression")
+    if feedback.use not in uses:
+        *first, last = uses
+        raise ConfigError(f"`data.feedback.use` is {feedback.use!r}. Set it to {', '.join(first)} or {last}.")
     given = [name for name in ("agreement", "margin", "negatives", "max_pairs") if getattr(feedback, name)]
     if feedback.use == "regression" and given:
         idle = names_of(f"data.feedback.{name}" for name in given)
@@ -285,6 +304,13 @@ def check_on_scale(value: Any, field: str, scale: list[float]) -> list[float]:
         if not scale[0] <= number <= scale[1]:
             raise RowError(field, f"is {number:g}, outside the scale from {scale[0]} to {scale[1]}")
     return numbers
+
+
+def _flags(value: Any, scale: list[float]) -> Any:
+    """Return the ends of the scale for true and false, also in a list or as text; anything else as it is."""
+    if isinstance(value, list):
+        return [_flags(each, scale) for each in value]
+    return {"true": scale[1], "false": scale[0]}.get(str(value).strip().lower(), value)
 
 
 def mean(values: list[float]) -> float:
@@ -409,7 +435,10 @@ def _compare_group(feedback: Rated, rows: list[RatedRow], dataset_type: str, not
     targets = [feedback.target(row) for row in rows]
     if dataset_type == "comparisons" and targets[0] is not None:
         return Group(prompt, completions, [], targets)
-    notes["completions dropped: no other one of their prompt to compare with"] += len(rows) == 1
+    safe = [feedback.side(row) for row in rows]
+    safe = safe if any(side is not None for side in safe) else None
+    labeled = dataset_type == "comparisons" and safe is not None
+    notes["completions dropped: no other one of their prompt to compare with"] += len(rows) == 1 and not labeled
     annotated = dataset_type == "annotated"
     comparisons = []
     for i, j in combinations(range(len(rows)), 2):
@@ -428,4 +457,5 @@ def _compare_group(feedback: Rated, rows: list[RatedRow], dataset_type: str, not
     shared = {name: value for name, value in columns[0].items() if all(other.get(name) == value for other in columns)}
     for name in {name for other in columns for name in other} - shared.keys():
         notes[f"rows without `{name}`: their completions differ in it"] += 1
-    return Group(prompt, completions, comparisons, ratings=[row["ratings"] for row in rows], columns=shared)
+    ratings = [row["ratings"] for row in rows]
+    return Group(prompt, completions, comparisons, ratings=ratings, columns=shared, safe=safe)
