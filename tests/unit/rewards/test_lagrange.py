@@ -268,7 +268,7 @@ def test_bad_constraints_are_one_error_before_anything_loads(compose, tmp_path, 
 )
 def test_bad_constraints_of_an_evaluation(compose, tmp_path, constraints, message):
     words = [f"runs_dir={tmp_path}", "stage=evaluate", f"stage.constraints={constraints}"]
-    problems = [p for p in find_problems(compose(*words)) if "constraints" in p]
+    problems = [p for p in find_problems(compose(*words)) if "`stage.constraints" in p]
     assert len(problems) == 1 and message in problems[0], problems
 
 
