@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from bench.engines.architectures import ARCHITECTURES, MODELS
+
 # Files of launch/accelerate
 ENGINES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 RANKS = 2
@@ -18,6 +20,8 @@ PPO = (
 )
 GROUPS = ("stage.args.max_completion_length=12", "stage.args.num_generations=4")
 LORA = ("adapter=lora",)
+# Which the embedded model brings with it
+OF_SMALL_MODELS = ("stage.args.learning_rate=1e-3", "stage.args.gradient_accumulation_steps=1")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Cell:
         rows (`int`): rows of a step on all ranks.
         needs (`tuple[str, ...]`): rows whose run under DDP this one starts from.
         samples (`bool`): whether it generates, by random numbers of each rank: one rank's run is another one.
+        half (`bool`): whether it computes in bfloat16, in which engines round at other places: it has to run.
+        architecture (`str`, *optional*): one of `ARCHITECTURES`; the embedded model where unset.
     """
 
     name: str
@@ -38,6 +44,8 @@ class Cell:
     rows: int = 8
     needs: tuple[str, ...] = ()
     samples: bool = False
+    half: bool = False
+    architecture: str | None = None
 
     @property
     def folder(self) -> str:
@@ -46,8 +54,12 @@ class Cell:
 
     def command(self, ranks: int, project: str, *more: str) -> list[str]:
         """Return the overrides of a run on some ranks."""
-        size = f"stage.args.per_device_train_batch_size={self.rows // ranks}"
-        return [*BASE, size, *self.overrides, f"project={project}", f"run_name={self.folder}", *more]
+        words = [*BASE, f"stage.args.per_device_train_batch_size={self.rows // ranks}", *self.overrides]
+        if self.half:  # `use_cpu` would leave DeepSpeed out
+            words += ["stage.args.bf16=true", *(["+stage.args.use_cpu=true"] if "zero" not in project else [])]
+        if self.architecture is not None:
+            words += ["model=hf", f"model.path={MODELS}/{self.architecture}", *OF_SMALL_MODELS]
+        return [*words, f"project={project}", f"run_name={self.folder}", *more]
 
 
 def cells() -> list[Cell]:
@@ -62,7 +74,7 @@ def cells() -> list[Cell]:
             if critic != "adapter" or adapter:
                 options = (f"stage=ppo critic={critic}".split(), PPO, adapter)
                 found.append(Cell(f"ppo/{critic} {weights}", sum(map(tuple, options), ()), 16, samples=True))
-    return found + second_models()
+    return found + second_models() + checkpointing() + half_precision() + architectures()
 
 
 def second_models() -> list[Cell]:
@@ -100,3 +112,54 @@ def second_models() -> list[Cell]:
             samples=True,
         ),
     ]
+
+
+def checkpointing() -> list[Cell]:
+    """Return the rows whose layers are recomputed in the backward, as is the default for models of real sizes."""
+    again = "stage.args.gradient_checkpointing=true"
+    ppo = ("stage=ppo", *PPO, again)
+    return [
+        Cell("sft full, checkpointing", ("stage=sft", again)),
+        Cell("dpo lora, checkpointing", ("stage=dpo", *LORA, again)),
+        Cell("reward lora, checkpointing", ("stage=reward", *LORA, again)),
+        Cell("ppo/head full, checkpointing", (*ppo, "critic=head"), 16, samples=True),
+        Cell("ppo/adapter lora, checkpointing", (*ppo, "critic=adapter", *LORA), 16, samples=True),
+        Cell("ppo/model lora, checkpointing", (*ppo, "critic=model", *LORA), 16, samples=True),
+    ]
+
+
+def half_precision() -> list[Cell]:
+    """Return the rows in bfloat16, in which the score and value heads, float32 elsewhere, get the engine's type."""
+    ppo = ("stage=ppo", *PPO)
+    start = ("model=hf", "model.run=sft_lora", *LORA)
+    rows: dict[str, tuple[str, ...]] = {
+        "sft full": ("stage=sft",),
+        "reward full": ("stage=reward",),
+        "dpo full": ("stage=dpo",),
+        "grpo full": ("stage=grpo", *GROUPS),
+        "ppo/head full": (*ppo, "critic=head"),
+        "ppo/model full": (*ppo, "critic=model"),
+        "ppo/adapter lora": (*ppo, "critic=adapter", *LORA),
+        "reward lora, from a policy's adapter": ("stage=reward", *start),
+    }
+    return [
+        Cell(
+            f"{name}, bf16",
+            overrides,
+            rows=16 if name.startswith("ppo") else 8,
+            needs=("sft lora",) if "from" in name else (),
+            samples="stage=ppo" in overrides or "stage=grpo" in overrides,
+            half=True,
+        )
+        for name, overrides in rows.items()
+    ]
+
+
+def architectures() -> list[Cell]:
+    """Return the rows of other models: a reward model of each, and PPO, whose critic reads its hidden states."""
+    found = []
+    for name in ARCHITECTURES:
+        found.append(Cell(f"reward full, {name}", ("stage=reward",), architecture=name))
+        head = ("stage=ppo", *PPO, "critic=head")
+        found.append(Cell(f"ppo/head full, {name}", head, 16, samples=True, architecture=name))
+    return found

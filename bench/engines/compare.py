@@ -34,7 +34,7 @@ def weights_of(run_dir: Path) -> dict[str, Tensor]:
 
 def difference(run_dir: Path, other: Path) -> float:
     """
-    Return the largest difference of a weight of two runs.
+    Return the largest difference of a weight of two runs; NaN if a weight of either is.
 
     Raises:
         AssertionError: if one of them lacks weights, but for tied ones that one of them has twice.
@@ -42,7 +42,8 @@ def difference(run_dir: Path, other: Path) -> float:
     ours, theirs = weights_of(run_dir), weights_of(other)
     lacking = {name for name in ours.keys() ^ theirs.keys() if not name.endswith("lm_head.weight")}
     assert ours and not lacking, f"weights of one run only: {sorted(lacking)[:3]}"
-    return max((ours[name] - theirs[name]).abs().max().item() for name in ours.keys() & theirs.keys())
+    largest = [(ours[name] - theirs[name]).abs().max() for name in ours.keys() & theirs.keys()]
+    return torch.stack(largest).max().item()  # Python's `max` would skip a NaN
 
 
 def twice_tied(run_dir: Path) -> bool:
