@@ -70,7 +70,7 @@ from rlhf_trl.runs.engines import cpu_arguments
 from rlhf_trl.runs.paths import ensemble_members, find_policy, named_policies, project_dir, resolve_path
 from rlhf_trl.runs.ranks import world_size
 from rlhf_trl.terminal import say
-from rlhf_trl.trainers.base import extended
+from rlhf_trl.trainers.rollouts import extended
 
 ARGUMENT_RULES = LIBRARY_RULES | PPO_RULES | REWARD_MODEL_RULES
 

@@ -12,7 +12,6 @@ from rlhf_trl.patches.peft import repair_token_wrappers
 from rlhf_trl.trainers.checkpoints import CompleteCheckpoints
 from rlhf_trl.trainers.held_out import ExactEvaluation
 from rlhf_trl.trainers.publishing import Publishing
-from rlhf_trl.trainers.rollout_hook import RolloutHookWithKL
 from rlhf_trl.trainers.workers import ignore_preemptions
 
 
@@ -56,17 +55,6 @@ class TrainerMixin(CompleteCheckpoints, ExactEvaluation, Publishing):
         repair_token_wrappers(self.model)
         # Of the trainer that this class is mixed into
         return super()._precompute_ref_logps(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def extended(trainer_class: type) -> type:
-    """
-    Return a class of trainers with [`TrainerMixin`], and with the hook on rollouts if it is one of TRL's GRPO or RLOO:
-    the class itself, or a subclass of it with the same name.
-    """
-    if issubclass(trainer_class, TrainerMixin):
-        return trainer_class
-    hook = (RolloutHookWithKL,) if issubclass(trainer_class, trl.GRPOTrainer | trl.RLOOTrainer) else ()
-    return type(trainer_class.__name__, (*hook, TrainerMixin, trainer_class), {"__doc__": trainer_class.__doc__})
 
 
 class DPOTrainer(TrainerMixin, trl.DPOTrainer):

@@ -310,7 +310,8 @@ class RolloutHook(Trainer):
 
 class RolloutHookWithKL(RolloutHook):
     """
-    [`RolloutHook`] for `trl.GRPOTrainer` and `trl.RLOOTrainer` themselves, which measures the KL of each rollout.
+    [`RolloutHook`] for `trl.GRPOTrainer` and `trl.RLOOTrainer` themselves, which measures the KL of each rollout. It
+    is mixed in with [`~rlhf_trl.trainers.rollouts.Rollouts`].
 
     Both compute the log-probabilities of a rollout under policy and reference right after they sampled it, and the KL
     is taken from there. GRPO skips the policy's where a rollout is optimized in one step: then they are those of the
@@ -353,7 +354,7 @@ class RolloutHookWithKL(RolloutHook):
             self._sequence_kls.clear()
         output, passes = self._listen(super()._generate_and_score_completions, inputs)
         logps = passes[0] if "old_logps" in output else output.get("old_per_token_logps")  # RLOO's output has sums
-        if logps is not None and hasattr(self, "_log_mismatch"):  # a trainer class of the user's has no `Rollouts`
+        if logps is not None:
             self._log_mismatch(output, logps)
         if len(passes) == 2:  # the policy's, then the reference's
             self._add_kl(passes[0], passes[1], output)

@@ -188,3 +188,15 @@ class GRPOTrainer(RolloutHookWithKL, Rollouts, TrainerMixin, trl.GRPOTrainer):
 
 class RLOOTrainer(RolloutHookWithKL, Rollouts, TrainerMixin, trl.RLOOTrainer):
     """`trl.RLOOTrainer` with [`Rollouts`], the hook on them, and [`~rlhf_trl.trainers.base.TrainerMixin`]."""
+
+
+def extended(trainer_class: type) -> type:
+    """
+    Return a class of trainers with [`~rlhf_trl.trainers.base.TrainerMixin`], and with [`Rollouts`] and the hook on
+    them if it is one of TRL's GRPO or RLOO: the class itself, or a subclass of it with the same name.
+    """
+    if issubclass(trainer_class, TrainerMixin):
+        return trainer_class
+    samples = issubclass(trainer_class, trl.GRPOTrainer | trl.RLOOTrainer)
+    mixins = (RolloutHookWithKL, Rollouts, TrainerMixin) if samples else (TrainerMixin,)
+    return type(trainer_class.__name__, (*mixins, trainer_class), {"__doc__": trainer_class.__doc__})

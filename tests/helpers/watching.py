@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -30,14 +31,15 @@ from rlhf_trl.runs.checkpoints import last_checkpoint
 from rlhf_trl.runs.record import finish_run, start_run
 from rlhf_trl.trainers.checkpoints import CompleteCheckpoints
 from rlhf_trl.trainers.rollout_hook import RolloutHookWithKL
+from rlhf_trl.trainers.rollouts import Rollouts
 
 
 class SFTTrainer(CompleteCheckpoints, trl.SFTTrainer):
     """As `rlhf_trl.build` makes them, but for the evaluation."""
 
 
-class GRPOTrainer(RolloutHookWithKL, CompleteCheckpoints, trl.GRPOTrainer):
-    """As `rlhf_trl.build` makes them, but for sampling and evaluation."""
+class GRPOTrainer(RolloutHookWithKL, Rollouts, CompleteCheckpoints, trl.GRPOTrainer):
+    """As `rlhf_trl.build` makes them, but for the evaluation."""
 
 
 WORDS = "<pad> <eos> the cat dog sat ran on a mat red blue".split()
@@ -135,6 +137,18 @@ class Slow(TrainerCallback):
         end = time.monotonic() + self.seconds
         while time.monotonic() < end:
             time.sleep(0.01)
+
+
+class SlowEvaluation(TrainerCallback):
+    """Makes the evaluation after the last step last, and shows by a file that it has begun."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            Path(args.output_dir, "evaluating").touch()
+            time.sleep(self.seconds)
 
 
 def main():

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.checkpoints import FILES_FILE, last_checkpoint
 from rlhf_trl.trainers import DPOTrainer
-from rlhf_trl.trainers.base import TrainerMixin, extended
+from rlhf_trl.trainers.base import TrainerMixin
+from rlhf_trl.trainers.rollouts import extended
 from tests.helpers.architectures import save_architecture
 
 SMALL = ["data.max_samples=32", "data.max_eval_samples=8", "stage.args.max_steps=2", "stage.args.save_steps=2"]

@@ -15,8 +15,9 @@ from rlhf_trl.callbacks.samples import SAMPLES_FILE, SampleLog
 from rlhf_trl.callbacks.unrewarded import UnrewardedGuard
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.rewards.combine import minimum, threshold
-from rlhf_trl.trainers.base import TrainerMixin, extended
+from rlhf_trl.trainers.base import TrainerMixin
 from rlhf_trl.trainers.rollout_hook import Rewards, RolloutHookWithKL
+from rlhf_trl.trainers.rollouts import Rollouts, extended
 from tests.helpers.ppo import prompts
 from tests.helpers.rl import TRAINERS, count_of_a, logged, rl_trainer
 from tests.helpers.tiny import save_model
@@ -130,5 +131,5 @@ def test_trainers_of_trl_get_the_hook():
         pass
 
     for trainer_class in (trl.GRPOTrainer, Own):
-        assert {RolloutHookWithKL, TrainerMixin} < set(extended(trainer_class).__mro__)
+        assert {RolloutHookWithKL, Rollouts, TrainerMixin} < set(extended(trainer_class).__mro__)
     assert not issubclass(extended(trl.SFTTrainer), RolloutHookWithKL)

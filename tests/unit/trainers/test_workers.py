@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from trl import SFTConfig
 
 from rlhf_trl.errors import PREEMPTIONS
-from rlhf_trl.trainers.base import extended
+from rlhf_trl.trainers.rollouts import extended
 from rlhf_trl.trainers.workers import ignore_preemptions
 from tests.helpers.watching import TEXTS, tiny_model, tiny_tokenizer
 
