@@ -104,7 +104,7 @@ def next_commands(cfg: DictConfig, typed: Sequence[str]) -> dict[str, str]:
         found["chat"] = [*([] if embedded else ["model=hf"]), f"model.run={run}", *remote]
         start = _start(cfg)
         if start and not whole and (rewarded or not data):
-            found["evaluate"] = [*_compared(start, run), *data]
+            found["evaluate"] = [*_compared(start, run), *_reported(data)]
         if (run_dir / ADAPTER_FILE).is_file() and not (run_dir / "merged").is_dir():
             found["merge"] = [f"model.run={run}", *remote]
     return {
@@ -120,6 +120,15 @@ def _as_text(cfg: DictConfig) -> list[str]:
 
 def _typed(words: Sequence[str], keys: Sequence[str]) -> list[str]:
     return [word for word in words if re.split("[./=]", word.lstrip("+~"))[0] in keys]
+
+
+def _reported(words: Sequence[str]) -> list[str]:
+    """Return overrides with the constraints of `combine=lagrange`, which is of training, as an evaluation's."""
+    if "combine=lagrange" not in words:
+        return list(words)
+    key = "combine.constraints="
+    constraints = [word.replace(key, "stage.constraints=", 1) for word in words if word.startswith(key)]
+    return [*(word for word in words if not word.startswith("combine")), *constraints]
 
 
 def _start(cfg: DictConfig) -> str | None:

@@ -125,6 +125,12 @@ def test_the_last_lines_say_what_came_out_and_what_is_next(finished, words, file
         ("stage=ppo model=hf model.path=./my-model.1", POLICY, PPO, {"start": "./my-model.1", "ppo": "ppo"}),
         ("stage=ppo model=hf model.path=other/ppo", POLICY, PPO, {"start": "other/ppo", "run": "ppo"}),
         ("stage=ppo +data@ptx_data=demo stage.args.ptx_coef=0.1", POLICY, PPO, {"sft": "demo:sft", "ppo": "ppo"}),
+        (
+            "stage=ppo reward=[demo,tokens] combine=lagrange 'combine.constraints={tokens:\"<=9\"}' combine.window=64",
+            POLICY,
+            PPO,
+            {"sft": "demo:sft", "ppo": "ppo"},
+        ),
         ("stage=reward adapter=lora", REWARD_ADAPTER, REWARD, None),
         ("stage=init", POLICY, None, None),
     ],
@@ -137,6 +143,8 @@ def test_the_commands_for_what_is_next_compose(finished, words, files, history, 
         assert problems == []
         if cfg.stage.name == "evaluate":
             assert "ptx_data" not in cfg
+            assert cfg.combine._target_.endswith("weighted_sum")  # of training alone are multipliers
+            assert cfg.stage.constraints == ({"tokens": "<=9"} if "tokens" in cfg.reward else None)
             policies = {name: place for name, place in cfg.stage.policies.items() if place}
             assert policies == compared and cfg.stage.baseline == next(iter(compared))
 
