@@ -51,9 +51,9 @@ class ModelReward(BaseReward):
     ensemble is a folder with `ensemble.json` (see `rlhf_trl.stages.reward`) of adapters on one base, which is loaded
     once.
 
-    The reward of an ensemble is the mean or the minimum of its members' scores, or mean - std_coef * std, with the
-    unbiased std over the members (arXiv 2310.02743 penalizes the variance). That std, averaged over the completions,
-    is logged as `rewards/<name>/disagreement`.
+    The reward of an ensemble is the mean or the minimum of its members' scores, mean - std_coef * std, or
+    mean - std_coef * variance (arXiv 2310.02743), both unbiased over the members. That std, averaged over the
+    completions, is logged as `rewards/<name>/disagreement`.
 
     The model reads what its own training read. If the policy's tokenizer (see `bind`) agrees with its own, it scores
     the generated ids themselves, the end token included if and only if it was generated. If vocabulary, special
@@ -70,8 +70,9 @@ class ModelReward(BaseReward):
         trust_remote_code (`bool`): for hub models with code of their own.
         head_weights (`dict[str, float]`, *optional*): weight of each head that counts; the reward is the weighted sum.
             Needed for a model with several heads.
-        ensemble (`str`, defaults to `"mean"`): `mean`, `min` or `mean_minus_std` of the members' scores.
-        std_coef (`float`, defaults to `1.0`): coefficient of the std in `mean_minus_std`.
+        ensemble (`str`, defaults to `"mean"`): `mean`, `min`, `mean_minus_std` or `mean_minus_var` (UWO, arXiv
+            2310.02743) of the members' scores.
+        std_coef (`float`, defaults to `1.0`): coefficient of the std, or of the variance, in the last two.
 
     Attributes:
         heads (`list[str]`): names of the model's heads.
@@ -149,7 +150,10 @@ class ModelReward(BaseReward):
         if self.ensemble == "min":
             return scores.amin(dim=0)
         mean = scores.mean(dim=0)
-        return mean - self.std_coef * disagreement(scores) if self.ensemble == "mean_minus_std" else mean
+        if self.ensemble == "mean":
+            return mean
+        spread = disagreement(scores) if self.ensemble == "mean_minus_std" else scores.var(dim=0)
+        return mean - self.std_coef * spread
 
     def _checked_weights(self, weights: dict[str, float] | None, path: str | PreTrainedModel) -> Tensor:
         example = f"reward.{self.__name__}.head_weights={{{self.heads[0]}: 1.0}}"

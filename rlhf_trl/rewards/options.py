@@ -34,7 +34,7 @@ RULES = {
     "rlhf_trl.rewards.AdapterReward": MODEL_REWARD,
     "rlhf_trl.rewards.HttpReward": HTTP_REWARD,
 }
-ENSEMBLES = ("mean", "min", "mean_minus_std")
+ENSEMBLES = ("mean", "min", "mean_minus_std", "mean_minus_var")
 
 
 def http_problems(key: str, options: Mapping[str, Any]) -> list[str]:

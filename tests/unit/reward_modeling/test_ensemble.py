@@ -130,9 +130,25 @@ def test_the_calibration_is_of_the_combined_score(runs, ensemble):
         ({}, members.mean(0)),
         ({"ensemble": "min"}, members.amin(0)),
         ({"ensemble": "mean_minus_std", "std_coef": 0.5}, members.mean(0) - 0.5 * members.std(0)),
+        ({"ensemble": "mean_minus_var", "std_coef": 0.5}, members.mean(0) - 0.5 * members.var(0)),
     ):
         found = ModelReward(ensemble, **options).calibration
         assert found == (pytest.approx(expected.mean().item()), pytest.approx(expected.std().item()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("mean", 7 / 3),
+        ("min", 1.0),
+        ("mean_minus_std", 7 / 3 - 0.5 * (7 / 3) ** 0.5),
+        ("mean_minus_var", 1.1666666667),
+    ],
+)
+def test_worked_numbers_of_three_members(kind, expected):
+    reward = object.__new__(ModelReward)
+    reward.ensemble, reward.std_coef = kind, 0.5
+    assert reward._combine(torch.tensor([[1.0], [2.0], [4.0]], dtype=torch.float64)).item() == pytest.approx(expected)
 
 
 def test_members_with_several_heads(train, runs, tmp_path):
