@@ -1,4 +1,4 @@
-"""Normalizer moments and KL coefficients on two CPU ranks: those of one, given the same completions."""
+"""Normalizer moments, KL coefficients and multipliers on two CPU ranks: those of one, given the same completions."""
 
 import json
 import os
@@ -17,6 +17,7 @@ import sys
 import torch
 from rlhf_trl.callbacks.kl import AdaptiveKL
 from rlhf_trl.callbacks.reward_norm import ReferenceNorm, RunningNorm
+from rlhf_trl.rewards.lagrange import Lagrange
 from tests.helpers.rl import TRAINERS, count_of_a, logged, rl_trainer
 from tests.helpers.ppo import prompts
 
@@ -59,6 +60,19 @@ for kind in TRAINERS:
             "rollout": [rollout.kl, rollout.kl_std, rollout.num_sequences],
             **{key: logged(trainer, key) for key in keys},
         }
+for kind in TRAINERS:
+    lagrange = Lagrange({"sometimes": "<= 5"}, lambda_lr=0.3, window=12)
+    trainer = rl_trainer(
+        kind, path, out / kind, data=prompts(16), reward_funcs=[count_of_a, sometimes], optim="sgd",
+        learning_rate=0.05, per_device_train_batch_size=8 // ranks, num_iterations=2, combine=lagrange,
+    )
+    trainer._generate_single_turn = completions if kind == "rloo" else lambda *args: (completions(*args), None)
+    trainer.train()
+    keys = ("objective/scores", "constraints/sometimes/lambda", "constraints/sometimes/violation_rate", "grad_norm")
+    found[f"{kind} Lagrange"] = {
+        **lagrange.multipliers, "mean cost": lagrange.mean_cost("sometimes"),
+        "objective": {key: logged(trainer, key) for key in keys},
+    }
 pathlib.Path(out, f"found_{trainer.accelerator.process_index}.json").write_text(json.dumps(found))
 trainer.accelerator.end_training()
 """
@@ -72,7 +86,7 @@ def flat(value, name="") -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_moments_and_coefficients_do_not_depend_on_the_number_of_ranks(tmp_path):
+def test_moments_coefficients_and_multipliers_do_not_depend_on_the_number_of_ranks(tmp_path):
     path = save_model(tmp_path / "model")
     (tmp_path / "script.py").write_text(SCRIPT)
     root = Path(__file__).parents[2]
