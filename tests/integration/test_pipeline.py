@@ -233,6 +233,24 @@ def test_changed_steps_are_kept_on_request(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_labeling_of_which_more_answers_are_asked_goes_on(tmp_path):
+    steps = {"label": ["stage=label", "+left=true", "stage.budget=4"], "ppo": ["stage=ppo"]}
+    launch("pipeline", tmp_path, *write_pipeline(tmp_path, steps), FAKE)
+    (tmp_path / "mended").touch()
+    launch("pipeline", tmp_path, *write_pipeline(tmp_path, steps), FAKE)
+    steps["label"][-1] = "stage.budget=8"
+    code, _, err = launch("pipeline", tmp_path, *write_pipeline(tmp_path, steps), FAKE)
+    assert code == 2 and "with `stage.budget=4`, and is now to be made with `stage.budget=8`" in err
+    assert "continue this labeling, and make all after it again: `overwrite=true`" in err
+    code, _, err = launch("pipeline", tmp_path, *write_pipeline(tmp_path, steps), FAKE, "overwrite=true")
+    assert code == 0, err
+    assert [call.split("project=mine ")[-1] for call in calls(tmp_path)[-2:]] == [
+        "resume=true",
+        "overwrite=true",
+    ]
+
+
+@pytest.mark.slow
 def test_a_step_that_stopped_for_people_is_resumed_by_the_same_command(tmp_path):
     mine = write_pipeline(tmp_path, {"label": ["stage=label", "+left=true"]})
     code, _, err = launch("pipeline", tmp_path, *mine, FAKE)
