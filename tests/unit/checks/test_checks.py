@@ -343,6 +343,9 @@ def test_precision_without_an_accelerator(problems, monkeypatch):
     one(problems("stage.args.bf16=true"), "`stage.args.bf16`", "use_cpu=true")
     one(problems("+stage.args.fp16=true"), "`stage.args.fp16`")
     assert problems("stage.args.bf16=true", "+stage.args.use_cpu=true") == []
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # ranks of a rehearsal, without `use_cpu`
+    assert problems("stage.args.bf16=true") == []
 
 
 @pytest.mark.parametrize(
