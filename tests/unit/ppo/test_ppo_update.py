@@ -219,12 +219,9 @@ def test_one_update_with_a_critic_adapter_equals_plain_pytorch(tmp_path, checkpo
         critic="adapter",
         num_iterations=2,
         gradient_checkpointing=checkpointing,
-<<<<<<< HEAD
         reward_funcs=[score, words] if constrained else score,
         combine=words_constrained() if constrained else None,
-=======
         gradient_checkpointing_kwargs=options,
->>>>>>> d45cf54 (bfloat16 and gradient checkpointing under ZeRO-3: trained weights of one type, layers recomputed under their adapter, also rehearsed on CPU ranks)
     )
     head = copy.deepcopy(trainer.model.get_base_model().value_head)
     trainer.train()
