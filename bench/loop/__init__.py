@@ -1,0 +1,1 @@
+"""Benchmarks of the loop: a refreshed reward model, selected questions, judge labels, rounds on SmolLM2."""

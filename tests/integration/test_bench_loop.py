@@ -1,0 +1,130 @@
+"""The benchmarks of the loop: the measures of their tables, and each of them run at tiny sizes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.loop import active, judge, refresh, smollm2
+from bench.loop.results import Results, at_kl, compare_paths, interval, labels_to_reach, markdown, pair_accuracy
+from rlhf_trl.cli.overrides import compose
+from rlhf_trl.cli.rounds import all_steps, register_rounds
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_gold_reward_at_a_kl_is_between_those_of_the_measured_points():
+    path = [(0.0, 1.0), (4.0, 3.0), (1.0, 2.0), (1.0, 4.0)]
+    assert at_kl(path, 0.0) == 1.0
+    assert at_kl(path, 0.25) == pytest.approx(2.0)  # half of the way to the mean of both points at 1, by the root
+    assert at_kl(path, 4.0) == at_kl(path, 9.0) == 3.0
+    assert at_kl([(-0.01, 1.0), (1.0, 2.0)], 0.0) == 1.0  # an estimate may be below 0
+
+
+def test_two_runs_are_compared_where_both_have_been():
+    further = [(0.0, 1.0), (4.0, 3.0), (16.0, 0.0)]
+    nearer = [(0.0, 1.0), (4.0, 4.0)]
+    found = compare_paths(nearer, further)
+    assert found["kl"] == 4.0 and found["end"] == pytest.approx(1.0) and found["last"] == pytest.approx(4.0)
+    assert found["mean"] == pytest.approx(0.525)  # a straight line in the root of the KL, over 20 points of it
+    assert compare_paths(further, nearer)["end"] == pytest.approx(-1.0)
+
+
+def test_accuracy_counts_pairs_that_differ_in_the_gold_reward():
+    assert pair_accuracy([([1.0, 2.0, 2.0], [0.0, 1.0, -1.0])]) == 0.5
+    assert pair_accuracy([([1.0, 2.0], [0.5, 0.5]), ([3.0, 1.0], [1.0, 0.0])]) == 0.75
+    assert pair_accuracy([([1.0, 1.0], [0.0, 1.0])]) is None
+
+
+def test_the_labels_that_a_curve_needs():
+    curve = [(64, 1.0), (128, 2.0), (192, 1.5)]
+    assert labels_to_reach(curve, 0.5) == 64
+    assert labels_to_reach(curve, 1.5) == pytest.approx(96)
+    assert labels_to_reach(curve, 2.5) is None
+
+
+def test_intervals_are_students_over_seeds():
+    assert interval([1.0, 1.2, 0.8, 1.1, 0.9]) == "1.00 [0.80, 1.20]"  # 2.776 * .158 / sqrt(5)
+    assert interval([0.5], sign=True) == "+0.50" and interval([]) == "-"
+    assert markdown(["a", "b"], [["1", "2"]]).splitlines() == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
+
+
+def test_results_are_those_of_the_same_setting(tmp_path, capsys):
+    results = Results(tmp_path / "results.jsonl")
+    assert results.read("refresh", {"rounds": 3}) == {}
+    results.add("refresh", {"rounds": 3}, "1", value=1.0)
+    results.add("refresh", {"rounds": 2}, "1", value=2.0)
+    results.add("refresh", {"rounds": 3}, "1", value=3.0)
+    results.add("active", {"rounds": 3}, "2", value=4.0)
+    assert {of: row["value"] for of, row in results.read("refresh", {"rounds": 3}).items()} == {"1": 3.0}
+
+
+def test_the_table_of_refreshed_and_static_reward_models():
+    setting = refresh.Setting(rounds=2)
+    found = {
+        str(seed): {
+            "static": {"path": [[0.0, 1.5], [4.0, 1.0 + seed / 10]], "accuracy": [0.7, 0.5]},
+            "refreshed": {"path": [[0.0, 1.5], [4.0, 2.0]], "accuracy": [0.68, 0.7], "before": [None, 0.6]},
+        }
+        for seed in (0, 1)
+    }
+    text = refresh.report(found, setting)
+    assert "| seed 1 | 1.50 | 1.10 at 4.00 | 2.00 at 4.00 | 4.00 | +0.90 |" in text
+    assert "| mean [95 %] |  |  |  | 4.00 [4.00, 4.00] | +0.95 [+0.31, +1.59] | +0.50" in text
+    assert "| 1 | 0.500 [0.500, 0.500] | 0.600 [0.600, 0.600] | 0.700 [0.700, 0.700] |" in text
+    assert "| last - first | -0.200 [-0.200, -0.200] |  | +0.020" in text
+
+
+def test_the_table_of_selections():
+    curves = {"random": [1.0, 2.0], "uncertainty": [1.0, 3.0], "thompson": [1.0, 1.5]}
+    result = {
+        name: {"curve": [[64, gold[0]], [128, gold[1]]], "accuracy": [0.6, 0.7]} for name, gold in curves.items()
+    }
+    text = active.report({"1": result, "2": result}, active.Setting(rounds=2))
+    assert "| uncertainty | 75% | 75%, 75% | missed |" in text
+    assert "| thompson | more than all | more, more | missed |" in text
+
+
+def test_answers_of_a_judge_are_held_against_the_decided_ones_of_people():
+    people = {(0, 1): 0, (2, 3): 2, (4, 5): 5, (6, 7): 6, (8, 9): "tie"}
+    said = {(0, 1): 0, (2, 3): 3, (4, 5): "tie", (8, 9): 8}
+    assert judge.agreement(said, people) == {"same": 1, "other": 1, "tie": 1, "none": 1}
+    assert judge.chosen({"question": [4, 2], "answer": 1}) == 2
+    assert judge.chosen({"question": [4, 2], "answer": "tie"}) == "tie"
+    row = judge.questions([("good", "bad"), ("good", "so so")], seed=1)
+    assert [each.completion for each in row.candidates] == [" good", " bad", " so so"]
+    assert sorted(map(sorted, row.questions)) == [[0, 1], [0, 2]]
+
+
+def test_the_sizes_of_the_rounds_on_smollm2_are_keys_of_the_pipeline():
+    register_rounds()
+    words = [f"pipeline={smollm2.PIPELINE}", *(f"{name}={size}" for name, size in smollm2.QUICK.items())]
+    cfg, problems = compose(words, [], "pipeline")
+    assert cfg is not None and problems == []
+    steps = all_steps(cfg)
+    assert list(steps)[-6:] == [f"{name}_2" for name in ("collect", "label", "reward", "quality", "policy", "compare")]
+    assert "stage.budget=8" in steps["collect_2"] and "stage.labels=[label_1]" in steps["collect_2"]
+
+
+def run(tmp_path: Path, *words: str) -> str:
+    """Return what a benchmark prints at tiny sizes."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "bench.loop", *words, "--quick", "--seeds", "1", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["refresh", "active"])
+def test_a_benchmark_of_the_loop_runs_and_is_resumed(tmp_path, name):
+    text = run(tmp_path, name)
+    (row,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert row["bench"] == name and row["of"] == "1"
+    table = text[text.index("\n|") :]
+    assert run(tmp_path, name).endswith(table) and run(tmp_path, name, "--table").endswith(table)
+    (tmp_path / "results.jsonl").unlink()
+    assert run(tmp_path, name).endswith(table)  # from the runs, which are done
