@@ -54,6 +54,7 @@ from rlhf_trl.data.tokenize import end_tokens, note_template_end
 from rlhf_trl.data.unknown import check_known
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.generation import Policy
+from rlhf_trl.evaluation.judges import pair_judge
 from rlhf_trl.models.initial import load_initial_model
 from rlhf_trl.models.loading import load_model
 from rlhf_trl.models.precision import computed_in, precision_line, rounding_problem, trained_types, weights_dtype
@@ -70,9 +71,10 @@ from rlhf_trl.runs.engines import cpu_arguments
 from rlhf_trl.runs.paths import ensemble_members, find_policy, named_policies, project_dir, resolve_path
 from rlhf_trl.runs.ranks import world_size
 from rlhf_trl.terminal import say
+from rlhf_trl.trainers.options import RULES as TRAINER_RULES
 from rlhf_trl.trainers.rollouts import extended
 
-ARGUMENT_RULES = LIBRARY_RULES | PPO_RULES | REWARD_MODEL_RULES
+ARGUMENT_RULES = LIBRARY_RULES | PPO_RULES | REWARD_MODEL_RULES | TRAINER_RULES
 
 
 class Model(NamedTuple):
@@ -345,6 +347,8 @@ def make_trainer(
     combine = instantiated(cfg.combine) if "combine" in cfg else None
     if isinstance(combine, Lagrange):
         extra["combine"] = combine  # the critic has a value for each constraint
+    if "judge" in cfg:
+        extra["judge"] = pair_judge(instantiated(cfg.judge))
     set_seed(args.seed)  # a new score head must not depend on what was loaded before
     peft = instantiate(cfg.adapter.peft)
     model, peft_config = load_initial_model(
@@ -464,10 +468,12 @@ def reward_functions(
 
 def callbacks(cfg: DictConfig, trainer: Any, combine: Callable | None) -> Iterator[TrainerCallback]:
     """Yield the callbacks of the run: always the record and the progress line, and those that the config names."""
-    if "reward" in cfg:
+    if cfg.get("reward"):
         yield UnrewardedGuard(trainer)
     if "reward_norm" in cfg:
         yield instantiate(cfg.reward_norm)(trainer=trainer, combine=combine)
+    elif combine is not None:
+        trainer.combine_rewards = combine
     if not cfg.get("health"):  # the health monitor is such a guard
         yield NonfiniteGuard(trainer)
     for node in (cfg.get("kl"), cfg.get("health"), cfg.logger.get("callback")):

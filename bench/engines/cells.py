@@ -70,6 +70,8 @@ def cells() -> list[Cell]:
             found.append(Cell(f"{stage} {weights}", (f"stage={stage}", *adapter)))
         for stage in ("rloo", "grpo"):
             found.append(Cell(f"{stage} {weights}", (f"stage={stage}", *GROUPS, *adapter), samples=True))
+        pairs = ("stage=online_dpo", "stage.args.max_completion_length=12", *adapter)
+        found.append(Cell(f"online_dpo {weights}", pairs, samples=True))
         for critic in ("head", "adapter", "model"):
             if critic != "adapter" or adapter:
                 options = (f"stage=ppo critic={critic}".split(), PPO, adapter)

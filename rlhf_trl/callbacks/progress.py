@@ -14,6 +14,17 @@ from rlhf_trl.terminal import keep_output_above_bars, printable
 # Metrics of a terminal line, {logged name: label}, about eight per trainer, by a metric that only this trainer logs.
 # All metrics go to metrics.json and to the logger.
 COLUMNS = {
+    "pairs/ties": {  # online DPO
+        "reward": "reward",
+        "objective/kl": "kl",
+        "rewards/margins": "margin",
+        "rewards/accuracies": "accuracy",
+        "pairs/ties": "ties",
+        "completions/mean_length": "len",
+        "completions/clipped_ratio": "truncated",
+        "loss": "loss",
+        "grad_norm": "grad",
+    },
     "frac_reward_zero_std": {  # GRPO, RLOO
         "reward": "reward",
         "reward_std": "std",
@@ -35,6 +46,13 @@ COLUMNS = {
         "value/explained_variance": "expl_var",
         "completions/mean_length": "len",
         "completions/eos_rate": "eos",
+    },
+    "completions/clipped_ratio": {  # online DPO, held out
+        "reward": "reward",
+        "win_rate": "win_rate",
+        "objective/kl": "kl",
+        "completions/mean_length": "len",
+        "completions/clipped_ratio": "truncated",
     },
     "rewards/margins": {  # DPO, ORPO, KTO
         "rewards/margins": "margin",

@@ -24,6 +24,7 @@ OWN_KEYS = {
     "device_map": "Remove it: the launcher gives each rank its device.",
 }
 PPO_CONFIG = "rlhf_trl.ppo.PPOConfig"
+REWARD_JUDGE = "rlhf_trl.evaluation.judges.RewardJudge"
 MERGE = "rlhf_trl.stages.merge.merge"
 
 
@@ -59,8 +60,15 @@ def _is_rl(values: dict[str, Any]) -> bool:
 
 def _objective(values: dict[str, Any]) -> list[str]:
     """Return the problem of an RL stage with nothing to maximize, or none."""
-    stage, rewards = at(values, "stage.name"), section(values, "reward")
-    if not _is_rl(values):
+    stage, rewards, judge = at(values, "stage.name"), section(values, "reward"), section(values, "judge")
+    if not _is_rl(values) or not section(values, "stage.args"):
+        return []
+    if judge.get("_target_") == REWARD_JUDGE:
+        return [
+            f"`judge=reward` prefers what has the higher reward, as `stage={stage}` does without a judge. Set "
+            "`judge=null`, or `judge=http` or `judge=model`."
+        ]
+    if judge:
         return []
     weights = [reward.get("weight", 1) for reward in rewards.values() if isinstance(reward, dict)]
     if not weights:

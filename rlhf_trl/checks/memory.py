@@ -187,6 +187,7 @@ def _batch(cfg: DictConfig, args: Any, tokenizer: PreTrainedTokenizerBase, rows:
     longest, count = max(length for _, length in lengths), args.per_device_train_batch_size
     padded = cfg.model.attn_implementation != "flash_attention_2"
     if hasattr(args, "num_generations"):
+        count *= getattr(args, "sides", 1)
         return Batch(count, longest + args.max_completion_length, args.max_completion_length, padded)
     limit = getattr(args, "max_length", None) or longest
     if getattr(args, "packing", False):

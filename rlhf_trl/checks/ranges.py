@@ -16,6 +16,7 @@ from rlhf_trl.models.options import RULES as MODEL_RULES
 from rlhf_trl.ppo.options import RULES as PPO_RULES
 from rlhf_trl.reward_modeling.options import RULES as REWARD_MODEL_RULES
 from rlhf_trl.rewards.options import RULES as REWARD_RULES
+from rlhf_trl.trainers.options import RULES as TRAINER_RULES
 
 # The examples stand outside the core, which imports nothing from them
 TASK_RULES = {
@@ -28,6 +29,7 @@ RULES: dict[str, dict[str, str]] = {
     **LIBRARY_RULES,
     **PPO_RULES,
     **REWARD_MODEL_RULES,
+    **TRAINER_RULES,
     **CALLBACK_RULES,
     **REWARD_RULES,
     **DATA_RULES,

@@ -158,6 +158,9 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
         scales = reward_scales(cfg, tokenizer, rows.column_names, sample, found)
     weights = weights_of(model, peft_config)
     critic = critic_weights(args, model, weights, cfg.model.trust_remote_code)
+    if "judge" in cfg:
+        with found():
+            instantiated(cfg.judge).check()
     batch, steps = None, 0
     if generates:
         batches, steps = rollout_lines(args, len(rows))
@@ -197,8 +200,10 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
         seeds = member_seeds(cfg)
         lines["members"] = f"{len(seeds)}, one after another, each as above; seeds {seeds[0]} to {seeds[-1]}"
     if "reward" in cfg:
-        lines["rewards"] = rewards_text(cfg.reward, scales)
-    if "combine" in cfg:
+        lines["rewards"] = rewards_text(cfg.reward, scales) or "none"
+    if "judge" in cfg:
+        lines["judge"] = f"{cfg.judge._target_.rsplit('.', 1)[-1]}, in the rewards' place"
+    if cfg.get("reward") and "combine" in cfg:
         lines["score"] = cfg.combine._target_.rsplit(".", 1)[-1].replace("_", " ") + " of the rewards"
     if hasattr(args, "critic"):
         lines["critic"] = critic_text(args, critic)

@@ -186,7 +186,8 @@ def rollout_lines(args: Any, rows: int) -> tuple[dict[str, str], int]:
     """Return the batch arithmetic of a training on rollouts, and its optimizer steps."""
     rollout, prompts = args.generation_batch_size, args.generation_batch_size // args.num_generations
     each = steps_per_rollout(args)
-    rollouts = rows // prompts * args.num_train_epochs if args.max_steps <= 0 else args.max_steps / each
+    per_epoch = rows // prompts if getattr(args, "fills_rollouts", True) else math.ceil(rows / prompts)
+    rollouts = per_epoch * args.num_train_epochs if args.max_steps <= 0 else args.max_steps / each
     steps, episodes = rollouts * each, rollouts * rollout
     lines = {
         "rollout": f"{rollout:,} completions of {prompts:,} prompts ({args.num_generations} each)",

@@ -59,7 +59,7 @@ def build_dataset(
         notes.append(f"{count_of(problems.count, 'malformed row')} dropped (`bad_rows=drop`):\n{problems.text()}")
     splits, held_out_keys = split_sides(sides, given, notes)
     if isinstance(reader, FeedbackReader):
-        splits = {side: reader.convert(side, rows, seed, notes) for side, rows in splits.items()}
+        splits = {side: reader.convert(side, rows, seed, notes, held_out_keys) for side, rows in splits.items()}
     limits = {"train": "max_samples", "eval": "max_eval_samples"}
     splits = {
         side: limit_rows(rows, getattr(given, limits[side]), seed, limits[side], notes)

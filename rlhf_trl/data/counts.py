@@ -19,7 +19,7 @@ def check_enough_rows(args: Any, count: int) -> None:
             f"There are {count} rows for training and {world_size()} ranks, each of which needs one. Launch with "
             f"`--num_processes {count}`, or give more rows."
         )
-    if not hasattr(args, "generation_batch_size"):
+    if not hasattr(args, "generation_batch_size") or not getattr(args, "fills_rollouts", True):
         return
     needed = args.generation_batch_size // args.num_generations
     if count < needed:

@@ -105,7 +105,7 @@ def annotated_of(row: dict) -> dict:
 
 
 # What belongs to each comparison of a row, and to each completion.
-BY_COMPARISON = ("better", "worse", "margin", "weights", "label_smoothing")
+BY_COMPARISON = ("better", "worse", "margin", "weights", "label_smoothing", "source")
 BY_COMPLETION = ("completions", "completion_ids", "targets", "safe")
 
 

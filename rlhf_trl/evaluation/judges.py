@@ -4,7 +4,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple, Protocol
 
@@ -87,6 +87,22 @@ class Judge(Protocol):
             [`~rlhf_trl.errors.ConfigError`]: if the judge can't be asked.
         """
         ...
+
+
+def pair_judge(judge: Judge) -> Callable[[Sequence[str], Sequence[str], Sequence[str]], np.ndarray]:
+    """
+    Check a judge, and return it as a function of prompts with a first and a second answer each.
+
+    The function returns 1 where the first is better, 0 where the second is, 0.5 for a tie, and NaN where the judge
+    gave no verdict; shape (P,).
+    """
+
+    judge.check()
+
+    def outcomes(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
+        return judge.compare(prompts, Answers(first, {}), Answers(second, {})).outcomes
+
+    return outcomes
 
 
 class RewardJudge:

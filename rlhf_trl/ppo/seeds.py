@@ -1,25 +1,11 @@
 """Randomness that depends on named integers alone, so that it is the same on every rank and after a resume."""
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 from trl.trainer.utils import RepeatSampler
-
-
-@contextmanager
-def preserved_rng_state() -> Iterator[None]:
-    """Leave the random states of Python, NumPy and torch (CPU and GPU) as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def derived_seed(*key: int) -> int:

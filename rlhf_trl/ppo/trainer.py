@@ -65,13 +65,14 @@ from rlhf_trl.ppo.ptx import Demonstrations, add_head_at_temperature_1
 from rlhf_trl.ppo.rewards import checked_reward, invalid_rewards
 from rlhf_trl.ppo.rollout import Rollout, TokenScores, held_out_metrics, score_rollout
 from rlhf_trl.ppo.sampled import SampledTokens
-from rlhf_trl.ppo.seeds import EpochSampler, preserved_rng_state
+from rlhf_trl.ppo.seeds import EpochSampler
 from rlhf_trl.ppo.update import MicroBatch, micro_batch, micro_batch_loss
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.lagrange import Lagrange
 from rlhf_trl.trainers.base import TrainerMixin
 from rlhf_trl.trainers.rollout_hook import RolloutHook, RolloutRecord
 from rlhf_trl.trainers.rollouts import Rollouts
+from rlhf_trl.trainers.seeds import preserved_rng_state
 
 logger = logging.getLogger(__name__)
 

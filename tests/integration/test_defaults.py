@@ -15,7 +15,7 @@ from tests.helpers.architectures import save_architecture
 from tests.helpers.configs import CONF
 from tests.helpers.data import write_letter_pairs
 
-STAGES = ("sft", "reward", "dpo", "orpo", "kto", "grpo", "rloo", "ppo")
+STAGES = ("sft", "reward", "dpo", "orpo", "kto", "grpo", "rloo", "ppo", "online_dpo")
 REAL = ("model=hf", "model.path=organization/name")
 # Learning rates of full fine-tuning, LoRA (and DoRA) and QLoRA; their sources stand in conf/stage and conf/adapter
 LEARNING_RATES = {
@@ -27,6 +27,7 @@ LEARNING_RATES = {
     "grpo": (1e-6, 1e-5, 1e-5),
     "rloo": (1e-6, 1e-5, 1e-5),
     "ppo": (3e-6, 3e-5, 3e-5),
+    "online_dpo": (5e-7, 5e-6, 5e-6),
 }
 ADAPTERS = {"none": 0, "lora": 1, "dora": 1, "qlora": 2}
 CRITICS = {"head": 5e-5, "model": 1e-5, "adapter": 1e-4}
@@ -35,6 +36,12 @@ SIZES = {stage: {"per_device_train_batch_size": 8, "max_length": 1024} for stage
     "grpo": {"per_device_train_batch_size": 8, "steps_per_generation": 8, "num_generations": 8, "beta": 0.04},
     "rloo": {"per_device_train_batch_size": 8, "steps_per_generation": 8, "num_generations": 2, "beta": 0.05},
     "ppo": {"per_device_train_batch_size": 8, "steps_per_generation": 16, "gradient_accumulation_steps": 4},
+    "online_dpo": {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 4,
+        "temperature": 0.9,
+        "beta": 0.1,
+    },
 }
 # Of the embedded model, which the demo and the loss curves were made with
 OFFLINE = {"per_device_train_batch_size": 32, "warmup_steps": 0.05, "max_length": 512}
@@ -54,6 +61,10 @@ EMBEDDED = {
         **{"per_device_train_batch_size": 32, "steps_per_generation": 4, "learning_rate": 1e-4},
         **{"warmup_steps": 0.05, "max_completion_length": 40, "num_iterations": 4, "beta": 0.05},
     },
+    "online_dpo": {
+        **{"per_device_train_batch_size": 32, "learning_rate": 2e-4},
+        **{"max_completion_length": 64, "temperature": 1.0},
+    },
 }
 EMBEDDED_CRITICS = {"head": 1e-2, "model": 1e-3, "adapter": 1e-3}
 
@@ -70,7 +81,7 @@ def test_a_real_model_gets_values_for_its_stage_and_adapter(stage):
     assert {key: found[key] for key in SIZES[stage]} == SIZES[stage]
     assert found.get("max_completion_length", 512) == 512
     assert found.gradient_checkpointing is True and found.per_device_eval_batch_size == 8
-    assert found.get("warmup_steps", 0) == (0.1 if "max_length" in found else 0)
+    assert found.get("warmup_steps", 0) == (0.1 if "max_length" in found or stage == "online_dpo" else 0)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -35,10 +35,10 @@ def test_each_row_of_the_matrix_has_a_name_and_folder_of_its_own():
     assert len(names) == len(folders) == len(rows)
     assert {name for cell in rows for name in cell.needs} <= names
     stages = {name.split("/")[0].split()[0] for name in names}
-    assert stages == {"sft", "reward", "dpo", "orpo", "kto", "rloo", "grpo", "ppo"}
+    assert stages == {"sft", "reward", "dpo", "orpo", "kto", "rloo", "grpo", "online_dpo", "ppo"}
 
 
-@pytest.mark.parametrize("name", ["grpo lora", "ppo/model full", "ppo/head full, bf16", "ppo/head full, OPT"])
+@pytest.mark.parametrize("name", ["grpo lora", "online_dpo full", "ppo/model full", "ppo/head full, bf16", "ppo/head full, OPT"])
 def test_a_row_of_the_matrix_has_no_problem(compose, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -28,7 +28,7 @@ from rlhf_trl.runs.paths import conf_dir, resolve_path
 from tests.helpers.run_files import metrics, record
 from tests.helpers.spies import CRASH, SPY, Crash, Spy, logits
 
-STAGES = ("sft", "reward", "ppo", "dpo", "orpo", "kto", "rloo", "grpo")
+STAGES = ("sft", "reward", "ppo", "dpo", "orpo", "kto", "rloo", "grpo", "online_dpo")
 RL = ("ppo", "rloo", "grpo")
 # The metric that must improve, and whether it must rise
 LEARNED = {
@@ -39,6 +39,7 @@ LEARNED = {
     "kto": ("eval_loss", -1),
     "rloo": ("eval_reward", 1),
     "grpo": ("eval_reward", 1),
+    "online_dpo": ("eval_reward", 1),
 }
 LORA = ("adapter=lora", "adapter.peft.r=4", "stage.args.learning_rate=1e-2")
 
@@ -75,6 +76,7 @@ def test_a_stage_composes_and_trl_takes_its_arguments(compose, tmp_path, stage):
     groups = {"model", "data", "adapter", "logger"}
     rl = {"reward", "reward_norm", "combine", "kl", "health"}
     groups |= rl if stage in RL else set()  # critic=head has no node of its own
+    groups |= rl - {"kl", "reward_norm"} if stage == "online_dpo" else set()
     assert groups == {key for key in cfg if isinstance(cfg[key], dict | type(cfg))} - {
         "stage",
         "callbacks",
@@ -163,7 +165,7 @@ def test_what_trl_refuses_is_a_config_error(compose):
         training_arguments(compose("stage=grpo", "stage.args.num_generations=3").stage.args)
 
 
-@pytest.mark.parametrize("stage", LEARNED)
+@pytest.mark.parametrize("stage", [pytest.param(s, marks=[pytest.mark.slow] * (s == "online_dpo")) for s in LEARNED])
 def test_a_stage_learns_and_its_model_loads_elsewhere(train, tmp_path, stage):
     run_dir = train(tmp_path, f"stage={stage}", SPY)
     metric, direction = LEARNED[stage]
@@ -221,7 +223,7 @@ def ref_and_policy() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     return tuple(adapters)
 
 
-@pytest.mark.parametrize("stage", ["dpo", "kto", "grpo", "ppo"])
+@pytest.mark.parametrize("stage", ["dpo", "kto", "grpo", "ppo", pytest.param("online_dpo", marks=pytest.mark.slow)])
 def test_an_adapter_is_trained_further_and_its_start_stays_the_reference(train, sft_lora, stage):
     name = f"{stage}_on"
     run_dir = train(sft_lora, f"stage={stage}", f"run_name={name}", "model.run=sft", *LORA, SPY)
@@ -263,7 +265,7 @@ def test_a_full_start_gets_a_fresh_adapter(train, sft, adapter):
     assert metrics(run_dir)["eval"]["eval_loss"] < math.log(2)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "orpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "orpo", pytest.param("online_dpo", marks=pytest.mark.slow)])
 def test_qlora_trains_on_a_cpu(train, sft_lora, stage):
     run_dir = train(
         sft_lora, f"stage={stage}", f"run_name={stage}_q", "model.run=sft", *LORA, "adapter=qlora", SPY,

@@ -16,6 +16,9 @@ from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.hints import names_of
 
 AGREEMENT = (None, "weights", "smoothing")
+# Options that make or choose comparisons of training rows, see `rlhf_trl.data.feedback.synthetic`
+SYNTHETIC = ("negatives", "matched", "truncated", "perturbed", "weaker", "paraphrased")
+ALIKE = ("length_ratio", "same_style")
 Text = str | list[dict]
 
 
@@ -27,12 +30,14 @@ class Comparison(NamedTuple):
         better, worse (`int`): indices of the completions.
         gap (`float`): by how much it is better, in the unit of the feedback (strength, ranks, or ratings).
         share (`float`, *optional*): share of the raters who agree, where it was asked for.
+        source (`str`): `feedback` for what people said, else the option that made it.
     """
 
     better: int
     worse: int
     gap: float = 1.0
     share: float | None = None
+    source: str = "feedback"
 
 
 class ComparedRow(TypedDict):
@@ -101,7 +106,18 @@ class Feedback(ABC):
             rank, or rating), 0 for none (Llama 2, arXiv 2307.09288, equation 2).
         max_pairs (`int`, *optional*): maximum number of comparisons per prompt, including those with negatives; a
             random choice beyond it.
-        negatives (`int`): number of completions of other prompts per row, worse than the row's best.
+        negatives (`int`): number of completions of other prompts per row, worse than the row's best. This and the
+            next ones are for training rows, and mark each comparison in a column `source`.
+        matched (`int`): the same, of about the length and of the style of the best.
+        truncated (`int`), perturbed (`int`): number of copies of the best completion that end early, or have words
+            dropped, shuffled or repeated.
+        weaker (`str` or `list[str]`, *optional*): files of completions of weaker policies (`stage=generate` or
+            `stage=collect`), of which each row gets one per file.
+        paraphrased (`str` or `list[str]`, *optional*): files of `stage=paraphrase`: each row is added once more per
+            paraphrase of its prompt.
+        length_ratio (`float`, *optional*): drop comparisons of completions of which one is more than this many times
+            as long.
+        same_style (`bool`): drop comparisons of completions of two styles, see `style_of`.
         shuffle (`bool`): shuffle the completions of a row, so that their order carries no information.
         drop_duplicates (`bool`): drop rows that repeat another one, of the same rater where rows name one. Rows on
             one completion that name no rater are never duplicates: they may be another person's.
@@ -124,6 +140,13 @@ class Feedback(ABC):
     margin: float = 0.0
     max_pairs: int | None = None
     negatives: int = 0
+    matched: int = 0
+    truncated: int = 0
+    perturbed: int = 0
+    weaker: str | list[str] | None = None
+    paraphrased: str | list[str] | None = None
+    length_ratio: float | None = None
+    same_style: bool = False
     shuffle: bool = True
     drop_duplicates: bool = True
     pairwise_rows: bool = False
@@ -143,7 +166,8 @@ class Feedback(ABC):
         ]
         if self.agreement not in AGREEMENT:
             problems.append(f"`data.feedback.agreement` is {self.agreement!r}. Use weights, smoothing or null.")
-        for name, minimum in (("margin", 0), ("negatives", 0), ("max_pairs", 1), *self._minimums()):
+        minimums = dict.fromkeys(("margin", "negatives", "matched", "truncated", "perturbed"), 0)
+        for name, minimum in (*minimums.items(), ("max_pairs", 1), ("length_ratio", 1), *self._minimums()):
             value = getattr(self, name)
             if value is not None and not value >= minimum:
                 problems.append(f"`data.feedback.{name}` is {value}. Set it to {minimum} or more.")
@@ -153,6 +177,11 @@ class Feedback(ABC):
     def _minimums(self) -> tuple[tuple[str, float], ...]:
         """Return (option, its minimum) of the options that a subclass adds."""
         return ()
+
+    @property
+    def marks_sources(self) -> bool:
+        """Whether there are synthetic comparisons, so that each says where it comes from."""
+        return any(getattr(self, name) for name in SYNTHETIC)
 
     @property
     def name(self) -> str:
@@ -219,7 +248,7 @@ class Feedback(ABC):
     def idle(self, dataset_type: str) -> list[str]:
         """Return the options that were set and change nothing in rows of `dataset_type`."""
         names = [] if dataset_type == "comparisons" else ["margin", "pairwise_rows"]
-        names += [] if dataset_type in ("comparisons", "preference") else ["agreement", "negatives"]
+        names += [] if dataset_type in ("comparisons", "preference") else ["agreement", *SYNTHETIC, *ALIKE]
         names += [] if dataset_type in ("comparisons", "preference", "annotated") else ["max_pairs", "min_gap"]
         return [name for name in names if getattr(self, name, None)]
 

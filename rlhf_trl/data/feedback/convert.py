@@ -3,8 +3,8 @@ Conversion of feedback to the dataset type that a stage trains on.
 
 `comparisons` (reward models) holds `prompt`, `completions` (a list), `better` and `worse` (indices of the completions
 of each comparison) and, where the options ask for them, `margin`, `weights`, `label_smoothing` (a number per
-comparison), or `targets` (a number per head for each completion); and `safe` (1, -1 or null for each completion) where
-rows say which completions are safe.
+comparison), `source` (where each comparison comes from, with synthetic ones), or `targets` (a number per head for each
+completion); and `safe` (1, -1 or null for each completion) where rows say which completions are safe.
 
 `annotated` holds what people said, for the evaluation of rewards: `prompt`, `completions`, `better` and `worse`, `gap`
 (by how much, a number per comparison), `share` (of the raters who agree, a number per comparison, or null), `ratings`
@@ -15,18 +15,24 @@ every other column of the source that holds text or numbers.
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import cast
 
 from rlhf_trl.data.dataset_types import select_completions
 from rlhf_trl.data.feedback import pairwise, rated
-from rlhf_trl.data.feedback.base import ComparedRow, Comparison, Feedback, Group, RatedRow, Text, key_of
+from rlhf_trl.data.feedback.base import ComparedRow, Feedback, Group, RatedRow, Text, key_of
 from rlhf_trl.data.feedback.rated import Rated
+from rlhf_trl.data.feedback.synthetic import add_synthetic, drop_unlike
 from rlhf_trl.errors import DataError
 
 
 def convert(
-    feedback: Feedback, rows: Sequence[ComparedRow | RatedRow], dataset_type: str, seed: str, notes: Counter
+    feedback: Feedback,
+    rows: Sequence[ComparedRow | RatedRow],
+    dataset_type: str,
+    seed: str,
+    notes: Counter,
+    held_out: Collection[bytes] | None = (),
 ) -> list[dict]:
     """
     Convert the checked rows of one split.
@@ -38,6 +44,8 @@ def convert(
             `prompt_completion` (SFT), `prompt`.
         seed (`str`): seeds every random choice.
         notes (`Counter`): counts what was made, dropped and added.
+        held_out (`Collection[bytes]`, *optional*): keys of the held-out prompts; `None` for rows that are held out,
+            which get no synthetic comparisons.
 
     Raises:
         DataError: if no row is left.
@@ -53,8 +61,9 @@ def convert(
         converted = labelled_rows(label(feedback, rows, notes), dataset_type, notes)
     else:
         groups = list(compare(feedback, rows, dataset_type, rng, notes))
-        if feedback.negatives and dataset_type != "annotated":
-            groups = add_negatives(feedback, groups, rows, rng, notes)
+        if held_out is not None and dataset_type != "annotated":
+            groups = drop_unlike(feedback, groups, notes)
+            groups = add_synthetic(feedback, groups, rows, rng, notes, held_out) if feedback.marks_sources else groups
         if feedback.max_pairs is not None:  # last: the best shows in all pairs only, and negatives count too
             groups = limit_pairs(groups, feedback.max_pairs, rng, notes)
         converted = grouped_rows(feedback, groups, dataset_type, rng, notes)
@@ -125,8 +134,9 @@ def grouped_rows(
             group = shuffle_completions(group, rng)
         if dataset_type == "preference":
             made += [
-                {"prompt": group.prompt, "chosen": group.completions[a], "rejected": group.completions[b]}
-                for a, b, *_ in group.comparisons
+                {"prompt": group.prompt, "chosen": group.completions[c.better], "rejected": group.completions[c.worse]}
+                | ({"source": c.source} if feedback.marks_sources else {})
+                for c in group.comparisons
             ]
         elif dataset_type == "annotated":
             made.append(annotated_row(feedback, group))
@@ -150,6 +160,8 @@ def comparison_rows(feedback: Feedback, group: Group) -> list[dict]:
         row["margin"] = [feedback.margin * c.gap for c in group.comparisons]
     if group.safe is not None:
         row["safe"] = group.safe
+    if feedback.marks_sources:
+        row["source"] = [c.source for c in group.comparisons]
     shares = [c.share for c in group.comparisons if c.share is not None]  # all have one, or none has
     if feedback.agreement == "weights":
         row["weights"] = [2 * share - 1 for share in shares]
@@ -192,43 +204,6 @@ def limit_pairs(groups: list[Group], max_pairs: int, rng: random.Random, notes: 
         group._replace(comparisons=[c for m, c in enumerate(group.comparisons) if (number, m) in kept])
         for number, group in enumerate(groups)
     ]
-
-
-def add_negatives(
-    feedback: Feedback, groups: Iterable[Group], rows, rng: random.Random, notes: Counter
-) -> list[Group]:
-    """Add `negatives` completions of other prompts to each group, worse than those that nothing is better than."""
-    pool: list[tuple[str, Text]] = []
-    own: dict[str, set[str]] = {}
-    for row in rows:
-        for completion in row.get("completions") or [row["completion"]]:
-            pool.append((key_of(row["prompt"]), completion))
-            own.setdefault(key_of(row["prompt"]), set()).add(key_of(completion))
-    if len(own) < 2:
-        raise DataError(
-            f"`data.feedback.negatives={feedback.negatives}` takes completions of other prompts, and all rows have "
-            "the same prompt. Set it to 0."
-        )
-    made = []
-    for group in groups:
-        prompt, comparisons, completions = key_of(group.prompt), list(group.comparisons), list(group.completions)
-        best = {c.better for c in comparisons} - {c.worse for c in comparisons}
-        taken = set(own[prompt])
-        for _ in range(feedback.negatives if best else 0):
-            others = (rng.choice(pool) for _ in range(20))  # all completions of a small dataset may be alike
-            found = next((text for key, text in others if key != prompt and key_of(text) not in taken), None)
-            if found is None:
-                notes["negatives not found: other prompts have the same completions"] += 1
-                continue
-            taken.add(key_of(found))
-            share = None if feedback.agreement is None else 1.0
-            comparisons += [Comparison(i, len(completions), 1.0, share) for i in sorted(best)]
-            completions.append(found)
-            notes["completions of other prompts added as negatives"] += 1
-        # Nobody rated the negatives
-        safe = None if group.safe is None else group.safe + [None] * (len(completions) - len(group.safe))
-        made.append(group._replace(comparisons=comparisons, completions=completions, ratings=None, safe=safe))
-    return made
 
 
 def shuffle_completions(group: Group, rng: random.Random) -> Group:

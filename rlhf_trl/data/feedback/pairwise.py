@@ -335,7 +335,7 @@ def pool_raters(rows: list[ComparedRow], notes: Counter) -> Iterator[ComparedRow
         }
         for theirs, row in pool:
             place, sure = [keys.index(key) for key in theirs], certainty(row.get("confidence", 1.0))
-            for a, b, gap, _ in row["wins"]:
+            for a, b, gap, *_ in row["wins"]:
                 i, j = place[a], place[b]
                 votes[min(i, j), max(i, j)].append((1 if i < j else -1, sure, gap))
             for a, b in row["ties"]:

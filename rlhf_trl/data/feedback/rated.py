@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 from rlhf_trl.data.columns import Theirs
 from rlhf_trl.data.feedback.base import (
+    ALIKE,
+    SYNTHETIC,
     Comparison,
     Feedback,
     Group,
@@ -285,7 +287,7 @@ def check_scale_options(feedback: Ratings | Attributes) -> None:
     if feedback.use not in uses:
         *first, last = uses
         raise ConfigError(f"`data.feedback.use` is {feedback.use!r}. Set it to {', '.join(first)} or {last}.")
-    given = [name for name in ("agreement", "margin", "negatives", "max_pairs") if getattr(feedback, name)]
+    given = [name for name in ("agreement", "margin", "max_pairs", *SYNTHETIC, *ALIKE) if getattr(feedback, name)]
     if feedback.use == "regression" and given:
         idle = names_of(f"data.feedback.{name}" for name in given)
         raise ConfigError(

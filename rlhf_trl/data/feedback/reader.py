@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain, islice
 
 from rlhf_trl.data.columns import Theirs, rename_columns, roots_of
@@ -79,8 +79,11 @@ class FeedbackReader(Reader):
         note = [f"note: {', '.join(idle)} changes nothing in rows of {self.dataset_type}"] if idle else []
         return super().summary() + note
 
-    def convert(self, side: str, rows, seed: int, notes: list[str]):
-        """Convert the rows of a split to a dataset of the stage's type; `notes` gets what was made of them."""
+    def convert(self, side: str, rows, seed: int, notes: list[str], held_out: Collection[bytes] = ()):
+        """
+        Convert the rows of a split to a dataset of the stage's type; `notes` gets what was made of them, `held_out`
+        has the keys of the held-out prompts.
+        """
         from datasets import Dataset
 
         from rlhf_trl.patches.datasets import exact_json
@@ -88,7 +91,12 @@ class FeedbackReader(Reader):
         counts = Counter()
         try:
             made = convert(
-                self.feedback, [json.loads(row) for row in rows["row"]], self.dataset_type, f"{seed}-{side}", counts
+                self.feedback,
+                [json.loads(row) for row in rows["row"]],
+                self.dataset_type,
+                f"{seed}-{side}",
+                counts,
+                None if side == "eval" else held_out,
             )
         except DataError as error:
             raise DataError(f"{side}: {error}") from None

@@ -51,7 +51,7 @@ def one_or_none(problems: list[str], parts: list[str]) -> None:
         assert problems == []
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "orpo", "kto", "rloo", "grpo", "ppo", "init"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "orpo", "kto", "rloo", "grpo", "ppo", "online_dpo", "init"])
 def test_defaults_have_no_problem(problems, stage):
     assert problems(f"stage={stage}") == []
 
@@ -601,3 +601,16 @@ def test_missing_baseline_is_an_error_before_anything_runs(compose, tmp_path):
 def test_gaps_above_are_numbers(compose, tmp_path, value):
     problems = find_problems(compose("stage=evaluate_reward", f"runs_dir={tmp_path}", f"stage.gaps_above={value}"))
     assert any("`stage.gaps_above` is" in text and "must be a list of numbers" in text for text in problems)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["reward=none"], ["no reward to maximize"]),
+        (["reward=none", "judge=http", "judge.url=http://localhost:1/v1", "judge.model=m"], []),
+        (["reward.gold.weight=0", "judge=http", "judge.url=http://localhost:1/v1", "judge.model=m"], []),
+        (["judge=reward"], ["`judge=reward`", "Set `judge=null`"]),
+    ],
+)
+def test_online_dpo_has_a_reward_or_a_judge(problems, words, parts):
+    one_or_none(problems("stage=online_dpo", *words), parts)

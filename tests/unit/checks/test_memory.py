@@ -35,6 +35,7 @@ ROWS = {
     "orpo": PAIR,
     "ppo": {"prompt": "a b c"},
     "grpo": {"prompt": "a b c"},
+    "online_dpo": {"prompt": "a b c"},
 }
 
 
@@ -65,6 +66,7 @@ def planned(compose, model):
         ("orpo", "logits", False, False, Batch(8, 8, 5)),
         ("grpo", "log_probs", True, False, Batch(4, 3 + 512, 512)),
         ("ppo", "log_probs", True, False, Batch(4, 3 + 512, 512)),
+        ("online_dpo", "log_probs", True, False, Batch(8, 3 + 512, 512)),
     ],
 )
 def test_each_stage_has_its_output_layer_its_reference_and_its_batch(planned, stage, output, reference, beside, batch):
