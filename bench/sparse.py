@@ -1,7 +1,7 @@
 """
 Ablation of synthetic feedback on the embedded world: reward models of few labels, with each option.
 
-    python -m bench.sparse [--labels 250] [--seeds 1 2 3 4 5] [--steps 40] [--threads 1] [--project NAME]
+    python -m bench.sparse [--labels 250] [--seeds 1 2 3 4 5] [--steps 25] [--threads 1] [--project NAME]
 
 A seed draws the labels, the held-out pairs and the score head. All reward models of a seed start from the same policy,
 take the same number of optimizer steps on rows of the same labels, and are evaluated on the same held-out pairs of
@@ -20,12 +20,14 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
-from bench.reward import do
-from rlhf_trl.cli.launcher import launch_command
-from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.statistics import paired_difference
 from rlhf_trl.report.text import table
+from rlhf_trl.runs.paths import conf_dir
+from rlhf_trl.runs.record import is_done
 from rlhf_trl.tasks.demo.world import is_held_out, prompts
 
 # Option, and what it is in the table; paths are filled in by `arms`
@@ -48,20 +50,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.sparse")
     parser.add_argument("--labels", type=int, default=250, help="pairs that people compared")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each reward model")
+    parser.add_argument("--steps", type=int, default=25, help="optimizer steps of each reward model")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a run")
     parser.add_argument("--project", default="bench_sparse", help="folder of the runs under runs/")
     parser.add_argument("--output", type=Path, help="default: sparse_bench.md in the project's folder")
     options = parser.parse_args(arguments)
     folder = Path("runs", options.project)
-    program = launch_command("cpu", ["--num_cpu_threads_per_process", str(options.threads)])
+    torch.set_num_threads(options.threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    phrasings = write_phrasings(folder / "phrasings.jsonl")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        phrasings = write_phrasings(folder / "phrasings.jsonl")
         for name, overrides in steps(options.labels, options.steps, options.seeds, folder, phrasings).items():
-            do([*overrides, f"project={options.project}", f"run_name={name}"], folder / name, program)
-    except ConfigError as error:
-        sys.exit(f"Error: {error}")
+            do([*overrides, f"project={options.project}", f"run_name={name}"], folder / name)
     except KeyboardInterrupt:
         print("Stopped. Run the same command to resume.", file=sys.stderr)
         sys.exit(130)
@@ -70,6 +70,17 @@ def main(arguments: list[str] | None = None) -> None:
     output = options.output or folder / "sparse_bench.md"
     output.write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\n{output}")
+
+
+def do(overrides: list[str], folder: Path) -> None:
+    """Run a step in this process, which has imported the libraries, unless it is done."""
+    if is_done(folder):
+        print(f"{folder.name}: done, skipped", flush=True)
+        return
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("train", [*overrides, "overwrite=true"])
+    print(f"{folder.name}: {' '.join(overrides)}", flush=True)
+    instantiate(cfg.stage.run)(cfg)
 
 
 def write_phrasings(path: Path) -> Path:
