@@ -17,6 +17,8 @@ from rlhf_trl.rewards.options import (
 )
 from rlhf_trl.runs.record import ENSEMBLE_FILE
 
+ONLINE_DPO_CONFIG = "rlhf_trl.trainers.online_dpo.OnlineDPOConfig"
+
 
 def reward_problems(values: dict[str, Any]) -> list[str]:
     """Return the problems of the group `reward` and of the options that belong to it, or none."""
@@ -103,5 +105,10 @@ def _lagrange(values: dict[str, Any], weights: Mapping[str, Any]) -> list[str]:
         return [
             f"`combine=lagrange` has multipliers that a training moves, and `stage={stage.get('name')}` trains "
             f"nothing. Set {way or '`combine=sum`'}."
+        ]
+    if at(values, "stage.args._target_") == ONLINE_DPO_CONFIG:
+        return [
+            "`combine=lagrange` weighs rewards in the advantages of a rollout, and online DPO has none. Set "
+            "`combine=threshold`, in which bounds decide a pair first, or `stage=ppo`, `grpo` or `rloo`."
         ]
     return lagrange_problems(at(values, "combine.constraints"), weights)

@@ -96,7 +96,6 @@ def pair_judge(judge: Judge) -> Callable[[Sequence[str], Sequence[str], Sequence
     The function returns 1 where the first is better, 0 where the second is, 0.5 for a tie, and NaN where the judge
     gave no verdict; shape (P,).
     """
-
     judge.check()
 
     def outcomes(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:

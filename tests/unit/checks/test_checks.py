@@ -610,6 +610,7 @@ def test_gaps_above_are_numbers(compose, tmp_path, value):
         (["reward=none", "judge=http", "judge.url=http://localhost:1/v1", "judge.model=m"], []),
         (["reward.gold.weight=0", "judge=http", "judge.url=http://localhost:1/v1", "judge.model=m"], []),
         (["judge=reward"], ["`judge=reward`", "Set `judge=null`"]),
+        (["combine=lagrange", "combine.constraints={gold: 1.0}"], ["`combine=lagrange`", "Set `combine=threshold`"]),
     ],
 )
 def test_online_dpo_has_a_reward_or_a_judge(problems, words, parts):
