@@ -8,6 +8,7 @@ import functools
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, NamedTuple, cast
 
@@ -61,13 +62,14 @@ from rlhf_trl.models.precision import computed_in, precision_line, rounding_prob
 from rlhf_trl.models.roles import begin_training
 from rlhf_trl.models.sizes import Sizes, empty_model, id_problem, length_problem, sizes_of
 from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.patches.engines import bf16_on_cpu_ranks
 from rlhf_trl.patches.one_device import use_one_device
 from rlhf_trl.ppo.options import RULES as PPO_RULES
 from rlhf_trl.reward_modeling.options import RULES as REWARD_MODEL_RULES
 from rlhf_trl.rewards.base import RESERVED_COLUMNS, Reward
 from rlhf_trl.rewards.lagrange import Lagrange
 from rlhf_trl.rewards.model import ModelReward
-from rlhf_trl.runs.engines import cpu_arguments
+from rlhf_trl.runs.engines import cpu_arguments, deepspeed_on_cpu
 from rlhf_trl.runs.paths import ensemble_members, find_policy, named_policies, project_dir, resolve_path
 from rlhf_trl.runs.ranks import world_size
 from rlhf_trl.terminal import say
@@ -229,7 +231,8 @@ def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
     """
     values = as_dict(node) | resolved
     supported = is_torch_bf16_gpu_available() and not values.get("use_cpu")
-    if values.get("bf16") and not supported and not values.get("use_cpu"):
+    rehearsed = deepspeed_on_cpu()
+    if values.get("bf16") and not (supported or values.get("use_cpu") or rehearsed):
         raise ConfigError(
             "`stage.args.bf16=true` asks for bfloat16, which this machine has no accelerator for. Set "
             "`stage.args.bf16=false`, or `+stage.args.use_cpu=true` to compute in bfloat16 on the CPU."
@@ -247,7 +250,8 @@ def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
     precision = "bf16" if values.get("bf16") else "fp16" if values.get("fp16") else "no"
     try:
         # Else a launch with a file of another precision would have its own
-        with patch_environment(accelerate_mixed_precision=precision):
+        on_ranks = bf16_on_cpu_ranks() if rehearsed else nullcontext()
+        with patch_environment(accelerate_mixed_precision=precision), on_ranks:
             args = instantiate(values)
     except InstantiationException as error:
         raise ConfigError(f"`stage.args` is refused by `{node._target_}`: {error.__cause__ or error}") from error

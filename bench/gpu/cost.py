@@ -10,7 +10,8 @@ from bench.gpu.models import Size, empty_model
 from bench.setting import LORA, Setting
 from rlhf_trl.checks.memory import NF4
 from rlhf_trl.models.dry_passes import Batch, Computation
-from rlhf_trl.models.memory import GIB, Training, adapted, plan_memory, weight_bytes
+from rlhf_trl.models.memory import GIB, Training, adapted, plan_memory
+from rlhf_trl.models.weight_bytes import weight_bytes
 
 # Dense bfloat16 rates of the data sheets in FLOP/s; the first name that the card's holds counts
 PEAKS = {

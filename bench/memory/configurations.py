@@ -86,6 +86,11 @@ CONFIGURATIONS = (
     Configuration("ppo, critic=head, QLoRA", "SmolLM2-135M", ppo("critic=head", NO_CHECKPOINTING, "adapter=qlora")),
     Configuration("sft, full, DDP", "llama", ("stage=sft", NO_CHECKPOINTING), 2, "DDP"),
     Configuration("ppo, critic=model, full, DDP", "olmo2", ppo("critic=model", NO_CHECKPOINTING), 2, "DDP"),
+    Configuration("sft, full, FSDP2", "llama", ("stage=sft", NO_CHECKPOINTING), 2, "FSDP2"),
+    Configuration("sft, LoRA, FSDP2", "olmo2", ("stage=sft", NO_CHECKPOINTING, "adapter=lora"), 2, "FSDP2"),
+    Configuration("dpo, full, checkpointing, FSDP2", "gpt_neox", ("stage=dpo",), 2, "FSDP2"),
+    Configuration("ppo, critic=head, full, FSDP2", "llama", ppo("critic=head", NO_CHECKPOINTING), 2, "FSDP2"),
+    Configuration("ppo, critic=model, full, FSDP2", "olmo2", ppo("critic=model", NO_CHECKPOINTING), 2, "FSDP2"),
 )
 
 

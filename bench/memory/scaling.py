@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from rlhf_trl.checks.memory import NF4, USABLE
 from rlhf_trl.models.dry_passes import Batch, Computation
-from rlhf_trl.models.memory import GIB, Engine, Training, adapted, plan_memory, roles_of, weight_bytes
+from rlhf_trl.models.memory import GIB, Engine, Training, adapted, plan_memory, roles_of
+from rlhf_trl.models.weight_bytes import weight_bytes
 
 CARD = 80  # GiB of an A100 or H100
 SIZES: dict[str, dict[str, Any]] = {

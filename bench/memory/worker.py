@@ -28,12 +28,31 @@ from rlhf_trl.runs.ranks import is_main_process, leave_process_group, world_size
 from rlhf_trl.stages import train as stage
 
 
+class ResizingTracker(StorageTracker):
+    """A [`~rlhf_trl.models.tracking.StorageTracker`] that also sees storages which are resized, as FSDP2 does."""
+
+    def __enter__(self):
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def tracked(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            self.resized(storage)
+            return result
+
+        setattr(torch.UntypedStorage, "resize_", tracked)  # noqa: B010 a method is replaced, which types don't allow
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self._resize
+
+
 class Measurement:
     """Plan and measured peak of a training."""
 
     def __init__(self, engine: str):
         self.engine = engine
-        self.tracker = StorageTracker()
+        self.tracker = ResizingTracker()
         self.plan: MemoryPlan | None = None
         self.base = psutil.Process().memory_info().rss
         self.make_trainer = stage.make_trainer

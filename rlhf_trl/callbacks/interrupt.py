@@ -51,11 +51,14 @@ def raising_preempted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ignoring_preemptions() -> Iterator[None]:
-    """Ignore the signals of schedulers, which send more than one, while the end of a run is recorded."""
+def ignoring_signals() -> Iterator[None]:
+    """
+    Ignore Ctrl-C and the signals of schedulers, which send more than one, for the moment in which the end of a run is
+    recorded: an unfinished record would be that of a run in progress.
+    """
     previous = {}
     if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, signal.SIG_IGN) for number in PREEMPTIONS}
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *PREEMPTIONS)}
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_trl.config.values import at, section
 from rlhf_trl.runs.directory import PEOPLE
-from rlhf_trl.runs.engines import uses_fsdp
+from rlhf_trl.runs.engines import deepspeed_on_cpu, uses_fsdp
 from rlhf_trl.runs.ranks import world_size
 
 MATH_ANSWER = "rlhf_trl.rewards.math.math_answer"
@@ -62,7 +62,8 @@ def _precision(values: dict[str, Any]) -> list[str]:
     """Return the problems of a precision that this machine has no accelerator for."""
     args = section(values, "stage.args")
     asked = [name for name in ("bf16", "fp16") if args.get(name) is True]
-    if not asked or (args.get("use_cpu") is True and asked == ["bf16"]) or _may_have_accelerator():
+    on_cpu = args.get("use_cpu") is True or deepspeed_on_cpu()
+    if not asked or (on_cpu and asked == ["bf16"]) or _may_have_accelerator():
         return []
     out = {
         "bf16": "Set `stage.args.bf16=false`, or `+stage.args.use_cpu=true` to compute in bfloat16 on the CPU.",

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.build import models_of
+from rlhf_trl.checks.devices import Device, device
 from rlhf_trl.config.dotpaths import find
 from rlhf_trl.config.values import as_dict
 from rlhf_trl.data.lengths import prompt_and_row_length
@@ -28,12 +29,12 @@ from rlhf_trl.models.memory import (
     Training,
     adapted,
     scores_moment,
-    weight_bytes,
 )
 from rlhf_trl.models.precision import weights_dtype
 from rlhf_trl.models.sizes import empty_model
+from rlhf_trl.models.weight_bytes import weight_bytes
 from rlhf_trl.rewards.adapter import AdapterReward
-from rlhf_trl.runs.engines import engine
+from rlhf_trl.runs.engines import used_engine
 from rlhf_trl.runs.paths import ensemble_members, project_dir, resolve_path
 from rlhf_trl.runs.ranks import world_size
 
@@ -41,29 +42,6 @@ ROWS = 256  # whose lengths are measured
 # Share of a device's memory that a plan may take: the runtime, communication and fragments take the rest
 USABLE = 0.9
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)  # that of `adapter=qlora`
-
-
-class Device(NamedTuple):
-    """
-    Memory that a rank has.
-
-    Attributes:
-        name (`str`): for messages.
-        memory (`int`): bytes.
-    """
-
-    name: str
-    memory: int
-
-
-def device(use_cpu: bool = False) -> Device:
-    """Return the device of this rank: a GPU, or its share of the machine's memory."""
-    if torch.cuda.is_available() and not use_cpu:
-        properties = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
-        return Device(properties.name, properties.total_memory)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Device("this machine" if ranks == 1 else f"a rank's share of this machine ({ranks} ranks)", memory // ranks)
 
 
 class Estimate(NamedTuple):
@@ -152,11 +130,12 @@ def training_of(
 
 
 def launched_engine(args: Any) -> Engine:
-    """Return the engine of the launch; accelerate leaves out DeepSpeed with `use_cpu`, and FSDP in one process."""
-    name, ranks = engine(), world_size()
-    if (name.startswith("DeepSpeed") and args.use_cpu) or (name.startswith("FSDP") and ranks == 1):
-        name = "DDP" if ranks > 1 else "none"
-    return Engine(name, ranks, bool(args.bf16) or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16")
+    """Return the engine that accelerate runs for this launch, with its ranks and precision."""
+    return Engine(
+        used_engine(args.use_cpu),
+        world_size(),
+        bool(args.bf16) or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",
+    )
 
 
 def _policy(cfg: DictConfig, args: Any) -> PreTrainedModel | PeftModel:

@@ -81,10 +81,27 @@ def vllm_problems(values: dict[str, Any]) -> list[str]:
             "`stage.args.use_vllm` and `stage.args.use_transformers_continuous_batching` are two engines for one "
             "rollout. Set one of them to false: `rollout=continuous` or `rollout=vllm_colocate`."
         )
+    problems.append(quantized_problem(at(values, "adapter.quantization")))
     if args.get("vllm_mode", "colocate") == "colocate":
         problems.append(_tensor_parallel(args.get("vllm_tensor_parallel_size", 1)))
     problems.append(_length(args, at(values, "stage.prepare.max_prompt_length")))
     return [problem for problem in problems if problem]
+
+
+def quantized_problem(quantization: Any) -> str | None:
+    """
+    Return the problem of a policy on a quantized base that vLLM would get the weights of, `None` without quantization.
+
+    TRL 1.16 sends the packed bytes of each merged layer and not the constants that they were packed with
+    (`VLLMGeneration._iter_named_params`), whether or not vLLM has loaded the base in 4 bits as well.
+    """
+    if not quantization:
+        return None
+    return (
+        "vLLM can't get the trained weights of a policy on a quantized base (`adapter=qlora`, or an adapter that was "
+        "trained on one): TRL sends packed bytes without their constants. Use `rollout=continuous` or "
+        "`rollout=transformers`, or `adapter=lora` on a base that isn't quantized."
+    )
 
 
 def _tensor_parallel(size: Any) -> str | None:

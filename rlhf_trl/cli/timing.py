@@ -37,6 +37,7 @@ class Timing(NamedTuple):
         micro_batches (`int`), rollouts (`float`): how many of them the training has.
         tokens (`int`): tokens of a micro-batch on all ranks, padding included.
         peak (`int`, *optional*): bytes that the GPU's tensors took at most.
+        members (`int`): trainings of an ensemble, one after another, of which one was timed.
     """
 
     micro_batch: float
@@ -45,11 +46,13 @@ class Timing(NamedTuple):
     rollouts: float
     tokens: int
     peak: int | None
+    members: int = 1
 
     @property
     def total(self) -> float:
         """Duration of the whole training, without evaluations and checkpoints."""
-        return self.micro_batch * self.micro_batches + (self.rollout or 0.0) * self.rollouts
+        one = self.micro_batch * self.micro_batches + (self.rollout or 0.0) * self.rollouts
+        return self.members * one
 
 
 class _Enough(Exception):
@@ -111,7 +114,8 @@ def time_steps(cfg: DictConfig) -> Timing:
         trainer.add_callback(watch)
         with contextlib.suppress(_Enough):
             trainer.train()
-        return _timing(args, trainer.state.max_steps, watch, tokens)
+        timing = _timing(args, trainer.state.max_steps, watch, tokens)
+        return timing._replace(members=cfg.stage.get("members", 1))
 
 
 def _count_tokens(trainer: Any) -> list[int]:
@@ -150,6 +154,8 @@ def timing_lines(timing: Timing) -> dict[str, str]:
     parts = f"{timing.micro_batches:,} micro-batches x {timing.micro_batch:.3g} s"
     if timing.rollout is not None:
         parts = f"{timing.rollouts:,.4g} rollouts x {timing.rollout:.3g} s + {parts}"
+    if timing.members > 1:
+        parts = f"{timing.members} members x ({parts})"
     rate = timing.tokens / timing.micro_batch
     lines = {
         "time": f"about {duration(timing.total)} without evaluations and checkpoints: {parts}",

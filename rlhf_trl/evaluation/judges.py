@@ -1,6 +1,7 @@
 """Judges of two policies' answers: the group `judge`."""
 
 import json
+import math
 import os
 import re
 import time
@@ -16,6 +17,10 @@ from rlhf_trl.runs.paths import resolve_path
 # A verdict alone: a sentence that begins with the article "A" isn't one
 VERDICT = re.compile(
     r"(?:(?:final )?(?:answer|verdict|winner|response)\s*(?:is)?\W*)?(A|B|C|tie)(?: (?:is better|wins))?", re.I
+)
+# A server's word for a question that is longer than its model's context
+TOO_LONG = re.compile(
+    r"context.?(length|size|window)|maximum.{0,40}tokens|(prompt|input|request).{0,20}too long", re.I
 )
 BRACKETS = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.I)
 
@@ -147,11 +152,13 @@ class Reply(NamedTuple):
         text: as it was written.
         is_cut: whether the limit of tokens ended it.
         is_refused: whether the server says that the model refused.
+        is_too_long: whether the question doesn't fit into the model, which wrote nothing.
     """
 
     text: str
     is_cut: bool = False
     is_refused: bool = False
+    is_too_long: bool = False
 
 
 class TextJudge:
@@ -312,16 +319,21 @@ class ModelJudge(TextJudge):
         """See [`TextJudge.replies`]; a schema has no effect."""
         from rlhf_trl.data.tokenize import end_tokens, prompt_ids
         from rlhf_trl.evaluation.generation import sample
+        from rlhf_trl.models.sizes import sizes_of
 
         model, tokenizer = self._load()
         chat, ends = tokenizer.chat_template is not None, end_tokens(tokenizer)
         asked = [[{"role": "user", "content": question}] if chat else question for question in questions]
         ids = [prompt_ids(tokenizer, one) for one in asked]
-        limit = max_tokens or self.max_new_tokens
-        for start in range(0, len(ids), self.batch_size):
-            batch = ids[start : start + self.batch_size]
+        limit, sizes = max_tokens or self.max_new_tokens, sizes_of(model)
+        most = sizes.positions - limit if sizes.is_table and sizes.positions else math.inf
+        fitting = [i for i, one in enumerate(ids) if len(one) <= most]
+        yield from ((i, Reply("", is_too_long=True)) for i, one in enumerate(ids) if len(one) > most)
+        for start in range(0, len(fitting), self.batch_size):
+            numbers = fitting[start : start + self.batch_size]
+            batch = [ids[i] for i in numbers]
             written = sample(model, tokenizer, batch, limit, temperature, self.batch_size, seed=seed + start)
-            for i, reply in enumerate(written, start):
+            for i, reply in zip(numbers, written, strict=True):
                 text = str(tokenizer.decode(reply, skip_special_tokens=True))
                 yield i, Reply(text, is_cut=not reply or reply[-1] not in ends)
 
@@ -450,6 +462,8 @@ class HTTPJudge(TextJudge):
             if answer.status == 429 or answer.status >= 500:
                 problem = f"it answered {answer.status}: {answer}"
                 continue
+            if answer.status in (400, 413, 422) and TOO_LONG.search(answer.content.decode(errors="replace")):
+                return Reply("", is_too_long=True)
             if answer.status in (400, 422) and "response_format" in body:
                 self.takes_schemas = False
                 return self._reply(client, question, options, None)

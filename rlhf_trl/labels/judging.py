@@ -44,7 +44,8 @@ class AskingLabeler(MachineLabeler):
         counts = self.asker.counts
         self.measures |= {f"eval_judge/{name}": float(count) for name, count in counts.items()}
         parts = [
-            f"{counts[name]:,} {name.replace('_', ' ')}" for name in ("with_thoughts", "refused", "cut", "unreadable")
+            f"{counts[name]:,} {name.replace('_', ' ')}"
+            for name in ("with_thoughts", "refused", "cut", "unreadable", "too_long")
         ]
         say(f"  {counts['replies']:,} replies: {', '.join(parts)}")
 

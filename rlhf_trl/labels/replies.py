@@ -32,7 +32,10 @@ class ReplyCache:
 
     def __init__(self, path: str | os.PathLike):
         self._lines = SyncedLines(path)
-        self._found = {row["key"]: Reply(row["text"], row["is_cut"], row["is_refused"]) for row in self._lines.rows}
+        self._found = {
+            row["key"]: Reply(**{name: value for name, value in row.items() if name != "key"})
+            for row in self._lines.rows
+        }
 
     def get(self, key: str) -> Reply | None:
         """Return the reply of a [`reply_key`], `None` where there is none."""
@@ -62,7 +65,7 @@ class Asker:
         max_tokens (`int`, *optional*): limit of a reply; `None`: the judge's own.
 
     Attributes:
-        counts (`Counter`): replies, and those with thoughts, refusals, cut and unreadable ones.
+        counts (`Counter`): replies, those with thoughts, refusals, cut and unreadable ones, and too long questions.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: for a judge that is no language model, or samples of a greedy one.
@@ -121,7 +124,9 @@ class Asker:
     def unread(self, reply: Reply) -> str:
         """Count a reply in which there is no answer, and return why."""
         text = THOUGHTS.sub("", reply.text)
-        if reply.is_refused or REFUSAL.search(UNFINISHED.split(text)[0]):
+        if reply.is_too_long:
+            kind, why = "too_long", "the question is longer than the judge's context"
+        elif reply.is_refused or REFUSAL.search(UNFINISHED.split(text)[0]):
             kind, why = "refused", "the judge refused"
         elif reply.is_cut:
             kind, why = "cut", "the judge's reply was cut at its limit of tokens"

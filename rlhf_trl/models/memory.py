@@ -3,63 +3,22 @@
 import copy
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_trl.models.dry_passes import Batch, Computation, Passes, without_adapter
 from rlhf_trl.models.optimizers import optimizer_bytes
-from rlhf_trl.models.tracking import parameters_and_buffers
+from rlhf_trl.models.weight_bytes import quantized_layers, tensor_bytes, weight_bytes
 from rlhf_trl.patches.dropout import disable_dropout
 
 GIB = 2**30
-# Bytes per weight in NF4 and of its constants, one per 64 weights: a float32, or a byte and their share of another
-NF4, CONSTANTS, CONSTANTS_TWICE = 0.5, 4 / 64, 1 / 64 + 4 / (64 * 256)
-
-
-def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the bytes of tensors, tied ones once."""
-    return sum({id(tensor): tensor.numel() * tensor.itemsize for tensor in tensors}.values())
-
-
-def weight_bytes(model: nn.Module, quantization: Any = None) -> float:
-    """
-    Return the bytes of a model's weights and buffers.
-
-    Args:
-        model (`nn.Module`): with or without weights.
-        quantization (`transformers.BitsAndBytesConfig`, *optional*): of its linear layers, all but the output layer.
-    """
-    total = tensor_bytes(parameters_and_buffers(model))
-    if quantization is None:
-        return total
-    for layer in quantized_layers(model):
-        constants = CONSTANTS_TWICE if quantization.bnb_4bit_use_double_quant else CONSTANTS
-        packed = NF4 + constants if quantization.load_in_4bit else 1.0
-        total -= layer.weight.numel() * (layer.weight.itemsize - packed)
-    return total
-
-
-def quantized_layers(model: nn.Module) -> list[nn.Linear]:
-    """Return the layers that bitsandbytes quantizes: all linear ones but the output layer and those of adapters."""
-    base: Any = without_adapter(model)
-    output = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
-    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    own = {id(layer) for module in adapted for name in module.adapter_layer_names for layer in _layers(module, name)}
-    heads = {id(output), *(id(module) for name, module in base.named_children() if name in ("score", "classifier"))}
-    return [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in own | heads]
-
-
-def _layers(module: Any, name: str) -> list[nn.Module]:
-    layers = getattr(module, name)
-    return list(layers.values()) if isinstance(layers, nn.ModuleDict) else []
 
 
 def adapted(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
@@ -86,6 +45,11 @@ class Engine(NamedTuple):
     name: str = "none"
     ranks: int = 1
     bf16: bool = False
+
+    @property
+    def casts(self) -> bool:
+        """Whether the engine computes with weights that it has cast to bfloat16."""
+        return self.bf16 and self.name not in ("none", "DDP")
 
     @property
     def shards_weights(self) -> bool:
@@ -195,6 +159,7 @@ class Training:
         sides (`int`): sequences of a row, such as chosen and rejected.
         demonstrations (`bool`): whether each micro-batch has as many demonstrations beside it (PPO-ptx).
         device_memory (`int`): bytes of the device, of which vLLM takes its share.
+        known (`dict`): what passes take that were run for this training, or for the one it is a changed copy of.
     """
 
     policy: PreTrainedModel | PeftModel
@@ -221,6 +186,17 @@ class Training:
     sides: int = 1
     demonstrations: bool = False
     device_memory: int = 0
+    known: dict[tuple, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, name: str, run: Callable[[], Any], *given: Any) -> Any:
+        """
+        Return what `run` returns, run once for this training and the copies of it (`dataclasses.replace`) that agree
+        in `given`, which must be all that it reads.
+        """
+        key = (name, *(id(each) if isinstance(each, nn.Module) else each for each in given))
+        if key not in self.known:
+            self.known[key] = run(), given  # kept, so that no other model gets the id of one of them
+        return self.known[key][0]
 
     @functools.cached_property
     def plan(self) -> MemoryPlan:
@@ -308,16 +284,36 @@ def update_moment(training: Training, gradients: float) -> Moment:
     Args:
         gradients (`float`): bytes of all gradients, or of this rank's share.
     """
+    activations, peak = training.once(
+        "update",
+        lambda: _update_bytes(training),
+        *(training.policy, training.critic_trunk, training.batch, training.computation, training.engine.casts),
+        *(training.output, training.critic, training.checkpointing, _keeps_gradients(training)),
+        *(training.disable_dropout, training.demonstrations, training.scores_reference),
+    )
+    if _keeps_gradients(training):
+        parts = {"activations": activations, "gradients": gradients, "backward": peak - activations}
+    else:
+        parts = {"activations": activations, "gradients and backward": peak - activations}
+    return Moment("update", parts | _gathered(training) | _unpacked(training))
+
+
+def _keeps_gradients(training: Training) -> bool:
+    """Return whether there are gradients already when a micro-batch begins."""
+    return training.accumulates or training.engine.shards_gradients
+
+
+def _update_bytes(training: Training) -> tuple[int, int]:
+    """Return what is alive between forward and backward of a micro-batch, and the most of both."""
     policy, trunk, batch = _computing(training, training.policy), training.critic_trunk, training.batch
     trunk = None if trunk is None else _computing(training, trunk)
     models = [policy] if trunk is None else [policy, trunk]
-    kept = training.accumulates or training.engine.shards_gradients
     with Passes(*models, computation=training.computation, padded=batch.padded) as passes:
         for model in models:
             model.train()
             if training.checkpointing:
                 passes.checkpoint(model)
-            for parameter in model.parameters() if kept else ():
+            for parameter in model.parameters() if _keeps_gradients(training) else ():
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
                     passes.tracker.ignore([parameter.grad])
@@ -340,16 +336,26 @@ def update_moment(training: Training, gradients: float) -> Moment:
                 passes.log_probs(policy, passes.hidden_states(policy, batch), batch)
         activations = passes.tracker.current
         torch.autograd.backward(functools.reduce(torch.add, losses))
-        peak = passes.tracker.peak
-    if kept:
-        parts = {"activations": activations, "gradients": gradients, "backward": peak - activations}
-    else:
-        parts = {"activations": activations, "gradients and backward": peak - activations}
-    return Moment("update", parts | _gathered(training) | _unpacked(training))
+        return activations, passes.tracker.peak
 
 
 def rollout_moment(training: Training) -> Moment:
     """Return what sampling by `generate` takes: the prompts' pass, or the last token's with the whole cache."""
+    cached, peak = training.once(
+        "rollout",
+        lambda: _rollout_bytes(training),
+        *(training.policy, training.rollout, training.batch.padded, training.computation, training.engine.casts),
+        *(training.temperature, training.reuses_sampling, training.disable_dropout),
+    )
+    parts = {"cache": cached, "logits and layers": peak - cached}
+    gathered = _gathered(training)
+    if training.engine.name.endswith("ZeRO-3") and training.engine.ranks > 1:  # `ds3_gather_for_generation`
+        gathered = {"gathered weights": weight_bytes(_computing(training, training.policy))}
+    return Moment("rollout", parts | gathered | _unpacked(training))
+
+
+def _rollout_bytes(training: Training) -> tuple[int, int]:
+    """Return what the whole cache takes, and the most of prefill and last token."""
     assert training.rollout is not None
     rows, prompt, new = training.rollout
     policy = _computing(training, training.policy).eval()
@@ -365,12 +371,7 @@ def rollout_moment(training: Training) -> Moment:
         ids = torch.empty(rows, 1, dtype=torch.long, device="meta")
         mask = passes.inputs(batch._replace(length=prompt + new)) | {"input_ids": ids}
         _next_token(training, passes, policy, past_key_values=cache, **mask)
-        last = passes.tracker.peak
-    parts = {"cache": cached, "logits and layers": max(last, prefill) - cached}
-    gathered = _gathered(training)
-    if training.engine.name.endswith("ZeRO-3") and training.engine.ranks > 1:  # `ds3_gather_for_generation`
-        gathered = {"gathered weights": weight_bytes(policy)}
-    return Moment("rollout", parts | gathered | _unpacked(training))
+        return cached, max(passes.tracker.peak, prefill)
 
 
 def _next_token(training: Training, passes: Passes, policy: Any, **inputs: Any) -> Any:
@@ -411,7 +412,8 @@ def scores_moment(training: Training, name: str, network: PreTrainedModel | None
     batch = training.batch._replace(rows=rows)
     computation = training.computation if network is None else training.computation._replace(autocast=None)
     model = training.policy if network is None else network
-    return Moment(f"scores of {name}", {"layers": pass_bytes(model, batch, computation)})
+    size = training.once("scores", lambda: pass_bytes(model, batch, computation), model, batch, computation)
+    return Moment(f"scores of {name}", {"layers": size})
 
 
 def _step_moment(training: Training, roles: list[Role]) -> Moment:
@@ -426,7 +428,7 @@ def _computing(training: Training, model: Any) -> Any:
     made = copy.deepcopy(model)
     if training.disable_dropout:
         disable_dropout(made)  # which a copy of a model with it would lose
-    if training.engine.bf16 and training.engine.name not in ("none", "DDP"):
+    if training.engine.casts:
         trained = [p.requires_grad for p in made.parameters()]
         made.to(torch.bfloat16)
         for parameter, is_trained in zip(made.parameters(), trained, strict=True):

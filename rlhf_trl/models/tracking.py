@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
@@ -25,7 +25,7 @@ class StorageTracker(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.current = self.peak = 0
-        self._sizes = WeakIdKeyDictionary()
+        self._sizes = WeakIdKeyDictionary()  # bytes in a list, which changes; `None` where ignored
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -37,25 +37,33 @@ class StorageTracker(TorchDispatchMode):
         for each in tree_iter(tree):
             if isinstance(each, Tensor):
                 for part in _parts(each):
-                    self._count(part, part.untyped_storage().nbytes())
+                    self._count(part)
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         """Count nothing for the storages of `tensors`, whatever is done with them."""
         for each in tensors:
             for part in _parts(each):
-                self._count(part, 0)
+                self._count(part, is_ignored=True)
 
-    def _count(self, tensor: Tensor, size: int) -> None:
+    def resized(self, storage: UntypedStorage) -> None:
+        """Count a storage by its new size: FSDP2 frees gathered weights by resizing, which is no operator."""
+        if size := self._sizes.get(storage):
+            self.current += storage.nbytes() - size[0]
+            size[0] = storage.nbytes()
+            self.peak = max(self.peak, self.current)
+
+    def _count(self, tensor: Tensor, is_ignored: bool = False) -> None:
         storage = tensor.untyped_storage()
         if storage in self._sizes:
             return
-        self._sizes[storage] = size
-        self.current += size
-        self.peak = max(self.peak, self.current)
-        weakref.finalize(storage, self._release, size)
+        self._sizes[storage] = size = None if is_ignored else [storage.nbytes()]
+        if size is not None:
+            self.current += size[0]
+            self.peak = max(self.peak, self.current)
+            weakref.finalize(storage, self._release, size)
 
-    def _release(self, size: int) -> None:
-        self.current -= size
+    def _release(self, size: list[int]) -> None:
+        self.current -= size[0]
 
     def reset_peak(self) -> None:
         """Let the peak begin anew at what is alive now."""
@@ -67,7 +75,8 @@ def _parts(tensor: Tensor) -> list[Tensor]:
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue] of every wrapper
-    return [part for name in names for part in _parts(getattr(tensor, name))]
+    inner = [getattr(tensor, name) for name in names]  # of a rank's share its mesh of devices too
+    return [part for each in inner if isinstance(each, Tensor) for part in _parts(each)]
 
 
 def parameters_and_buffers(*modules: torch.nn.Module) -> list[Tensor]:

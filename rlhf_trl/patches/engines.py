@@ -9,10 +9,14 @@ from contextlib import contextmanager
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import training_args
 from transformers.integrations import deepspeed
 
 EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+# Attribute of a parameter of which ZeRO-3 has given each rank a part
+DEALT_OUT = "ds_id"
 
 
 def keep_output_types(plugin: FullyShardedDataParallelPlugin) -> None:
@@ -72,6 +76,47 @@ def whole_weights() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = reference
         if efficient is not None:
             os.environ[EFFICIENT_LOADING] = efficient
+
+
+def cast_to_shards(model: nn.Module) -> None:
+    """
+    Give all weights of a model the type of those that ZeRO-3 has dealt out to the ranks, if there are any.
+
+    With ZeRO-2 DeepSpeed casts the whole model to the type of its mixed precision. With ZeRO-3 it takes the types as
+    they are, and trained weights of several types (adapters in bfloat16 beside a critic or a score head in float32)
+    end in an `AssertionError` of `defragment`. Its optimizer keeps trained weights in float32 besides, and
+    [`~rlhf_trl.ppo.critic.ValueHead`] computes in float32 all the same.
+
+    Seen in: DeepSpeed 0.19.8.
+    Test: `test_weights_that_zero3_has_not_dealt_out_get_the_type_of_the_others`.
+
+    Args:
+        model (`nn.Module`):
+            The model of a trainer, before DeepSpeed wraps it.
+    """
+    weights = list(model.parameters())
+    types = [weight.dtype for weight in weights if hasattr(weight, DEALT_OUT) and weight.is_floating_point()]
+    for weight in weights:
+        if types and not hasattr(weight, DEALT_OUT) and weight.is_floating_point():
+            weight.data = weight.data.to(types[0])
+
+
+@contextmanager
+def bf16_on_cpu_ranks() -> Iterator[None]:
+    """
+    Let a trainer's arguments ask for bfloat16 on CPU ranks of DeepSpeed, as a rehearsal of a run on several GPUs.
+
+    Transformers takes it on a CPU with `use_cpu` alone, with which accelerate leaves DeepSpeed out.
+
+    Seen in: transformers 5.23.
+    Test: `test_bf16_on_cpu_ranks_of_deepspeed`.
+    """
+    available = training_args.is_torch_bf16_gpu_available
+    training_args.is_torch_bf16_gpu_available = lambda: True
+    try:
+        yield
+    finally:
+        training_args.is_torch_bf16_gpu_available = available
 
 
 @contextmanager

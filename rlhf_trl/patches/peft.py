@@ -5,7 +5,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
@@ -110,7 +110,8 @@ def recompute_with_the_same_adapter(model: PreTrainedModel, layers: Sequence[nn.
     Make gradient checkpointing recompute each layer under the adapter of its first pass.
 
     The recomputation happens in the backward, when another adapter may be active: its gradients would be those of
-    another network. Needs `use_reentrant=False`, the default of transformers.
+    another network. (PyTorch's own `context_fn` can't do it: TRL makes checkpointing reentrant under ZeRO-3, which has
+    none.)
 
     Seen in: transformers 5.23, PEFT 0.21.
     Test: `test_one_update_with_a_critic_adapter_equals_plain_pytorch`.
@@ -123,16 +124,22 @@ def recompute_with_the_same_adapter(model: PreTrainedModel, layers: Sequence[nn.
     """
     set_checkpointing = model._set_gradient_checkpointing
 
-    def contexts():
-        return nullcontext(), active_adapter(layers, layers[0].active_adapters[0])
+    def with_adapter(checkpoint, function, *args, **kwargs):
+        name = layers[0].active_adapters[0]
+
+        def same_adapter(*args):
+            with active_adapter(layers, name):
+                return function(*args)
+
+        return checkpoint(same_adapter, *args, **kwargs)
 
     @functools.wraps(set_checkpointing)
-    def with_contexts(enable=True, gradient_checkpointing_func=torch.utils.checkpoint.checkpoint, **kwargs):
+    def with_adapters(enable=True, gradient_checkpointing_func=torch.utils.checkpoint.checkpoint, **kwargs):
         if enable:
-            gradient_checkpointing_func = functools.partial(gradient_checkpointing_func, context_fn=contexts)
+            gradient_checkpointing_func = functools.partial(with_adapter, gradient_checkpointing_func)
         set_checkpointing(enable=enable, gradient_checkpointing_func=gradient_checkpointing_func, **kwargs)
 
-    model._set_gradient_checkpointing = with_contexts
+    model._set_gradient_checkpointing = with_adapters
 
 
 def save_only(model: PeftModel, adapters: Sequence[str]) -> None:

@@ -122,23 +122,8 @@ def add_critic(
             )
         head.weight.data[:1] = score[:1]
     policy.add_module(VALUE_HEAD, head)
-    _take_type_of_shards(policy)
     policy.detach_values = args.critic_detach
     _compute_values(policy, trunk, adapter_layers(policy))
-
-
-def _take_type_of_shards(policy: nn.Module) -> None:
-    """
-    Give the critic the policy's type where ZeRO-3 has dealt the policy out to the ranks: it takes trained weights of
-    one type only (`defragment` of deepspeed/runtime/zero/utils.py). [`ValueHead`] computes in float32 all the same.
-    """
-    weights = list(policy.named_parameters())
-    types = [weight.dtype for name, weight in weights if weight.requires_grad and not is_critic(name)]
-    if not types or not any(hasattr(weight, "ds_id") for _, weight in weights):
-        return
-    for name, weight in weights:
-        if is_critic(name):
-            weight.data = weight.data.to(types[0])
 
 
 def _compute_values(policy: PreTrainedModel, trunk: Callable | None, layers: list[nn.Module]) -> None:

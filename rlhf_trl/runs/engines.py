@@ -26,6 +26,11 @@ def shards_parameters() -> bool:
     return uses_zero3() or uses_fsdp()
 
 
+def deepspeed_on_cpu() -> bool:
+    """Return whether DeepSpeed's ranks are those of a CPU, as a rehearsal of a run on GPUs."""
+    return uses_deepspeed() and os.environ.get("DS_ACCELERATOR") == "cpu"
+
+
 def engine() -> str:
     """Return the name of the engine, or `none`."""
     if uses_deepspeed():
@@ -34,6 +39,19 @@ def engine() -> str:
     if uses_fsdp():
         return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
     return "DDP" if world_size() > 1 else "none"
+
+
+def used_engine(use_cpu: bool = False) -> str:
+    """
+    Return the engine that accelerate runs: it leaves out DeepSpeed with `use_cpu`, and FSDP in one process.
+
+    Args:
+        use_cpu (`bool`): the trainer's argument.
+    """
+    name, ranks = engine(), world_size()
+    if (name.startswith("DeepSpeed") and use_cpu) or (name.startswith("FSDP") and ranks == 1):
+        return "DDP" if ranks > 1 else "none"
+    return name
 
 
 def cpu_arguments() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_trl.callbacks.interrupt import ignoring_preemptions, raising_preempted
+from rlhf_trl.callbacks.interrupt import ignoring_signals, raising_preempted
 from rlhf_trl.config.command_line import config_dirs, unquote_text
 from rlhf_trl.config.program import program
 from rlhf_trl.config.values import as_dict, plain
@@ -39,8 +39,11 @@ from rlhf_trl.runs.directory import (
 from rlhf_trl.runs.lock import locked
 from rlhf_trl.runs.nodes import check_shared
 from rlhf_trl.runs.paths import is_run_name, project_dir
-from rlhf_trl.runs.ranks import is_main_process, raise_on_all_ranks
+from rlhf_trl.runs.ranks import is_main_process, raise_on_all_ranks, world_size
 from rlhf_trl.runs.record import CONFIG_FILE, finish_run, read_run, start_run
+
+# By which a rank that doesn't record the end of a run tells the one that does why it left
+PREEMPTED_FILE = ".preempted"
 
 
 @dataclass
@@ -89,10 +92,13 @@ def open_run(cfg: DictConfig, start: str | None, inputs: Mapping[str, Any] | Non
             try:
                 yield run
             except BaseException as error:
-                with ignoring_preemptions():
-                    _fail(cfg, run, error)
+                with ignoring_signals():
+                    elsewhere = isinstance(error, Exception) and _is_preempted_elsewhere(cfg)
+                    _fail(cfg, run, Preempted() if elsewhere else error)
+                if elsewhere:
+                    raise Preempted from error
                 raise
-            with ignoring_preemptions():
+            with ignoring_signals():
                 _end(cfg, "done", run.record)
 
 
@@ -144,13 +150,14 @@ def _begin(cfg: DictConfig, start: str | None, inputs: Mapping[str, Any] | None)
             print(f"Resuming from {checkpoint}.")
             if moved:
                 print(f"It began on {count_of(moved, 'rank')}. What is drawn at random, such as completions, differs.")
+        Path(run_dir, PREEMPTED_FILE).unlink(missing_ok=True)
         start_run(
             run_dir,
             stage=cfg.stage.name,
             command=command(cfg),
             model=start,
             inputs=inputs,
-            quantization=_quantization(cfg, start),
+            quantization=base_quantization(cfg, start),
             published=as_dict(cfg.published) if cfg.published else None,
         )
         OmegaConf.save(cfg, run_dir / CONFIG_FILE)
@@ -158,7 +165,7 @@ def _begin(cfg: DictConfig, start: str | None, inputs: Mapping[str, Any] | None)
     return checkpoint
 
 
-def _quantization(cfg: DictConfig, start: str | None) -> dict[str, Any] | None:
+def base_quantization(cfg: DictConfig, start: str | None) -> dict[str, Any] | None:
     """Return how the base under the adapter of a run is quantized, `None` where it isn't."""
     if start is None or not (adapter := cfg.get("adapter")) or adapter.peft is None:
         return None
@@ -175,6 +182,7 @@ def _end(cfg: DictConfig, status: str, record: Mapping[str, Any]) -> None:
         base["base"] = adapter.base_model_name_or_path
         base["base_fingerprint"] = weights_fingerprint(base_path(cfg.run_dir, adapter))
     delete_backup(cfg.run_dir)  # of a stage that takes no steps
+    Path(cfg.run_dir, PREEMPTED_FILE).unlink(missing_ok=True)
     finish_run(cfg.run_dir, status, **base, **record)
 
 
@@ -183,6 +191,9 @@ def _fail(cfg: DictConfig, run: Run, error: BaseException) -> None:
     if isinstance(error, Interrupted):
         return _end(cfg, "stopped", run.record)
     if not is_main_process():
+        if isinstance(error, Preempted):
+            with contextlib.suppress(OSError):  # a full disk
+                Path(cfg.run_dir, PREEMPTED_FILE).touch()
         return None
     is_wrong = isinstance(error, ConfigError) and not cfg.resume
     if (is_wrong or has_backup(cfg.run_dir)) and not has_begun(cfg.run_dir):
@@ -193,6 +204,17 @@ def _fail(cfg: DictConfig, run: Run, error: BaseException) -> None:
         return _end(cfg, "preempted", run.record)
     status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
     return _end(cfg, status, run.record | {"error": f"{type(error).__name__}: {error}"})
+
+
+def _is_preempted_elsewhere(cfg: DictConfig) -> bool:
+    """
+    Return whether a scheduler's signal has ended another rank, by which what this one sees is a lost connection: a
+    rank that stands outside of the training steps leaves at once, without agreement.
+    """
+    if world_size() == 1:
+        return False
+    record = read_run(cfg.run_dir)
+    return Path(cfg.run_dir, PREEMPTED_FILE).is_file() or (record is not None and record.status == "preempted")
 
 
 def files_of(cfg: DictConfig, places: str | Sequence[str], key: str, name: str) -> list[str]:

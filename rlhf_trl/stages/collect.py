@@ -50,7 +50,7 @@ from rlhf_trl.runs.directory import delete_backup
 from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.runs.record import DRAWS_FILE, LABELS_FILE, write_metrics
 from rlhf_trl.stages.base import files_of, open_run
-from rlhf_trl.stages.generate import as_chat, given_prompt, prompts_of
+from rlhf_trl.stages.generate import as_chat, check_prompts, given_prompt, prompts_of
 from rlhf_trl.terminal import say
 
 # The thumbs that a log has, beside its candidates
@@ -255,11 +255,14 @@ def draw(
         return
     with tqdm(total=total, initial=done, unit="completion") as bar:
         for policy in each_policy(cfg):
+            setting, wants_chat = settings[policy.name], as_chat(policy, cfg.stage.to_chat)
+            prompts = ((row.prompt, row.extra) for row in rows)
+            check_prompts(policy, prompts, wants_chat, cfg.stage.system_prompt, setting.max_completion_length)
             for number, places in plan[policy.name]:
                 if number in draws.batches:
                     continue
                 seed = cfg.seed + number
-                batch = list(completions(policy, rows, places, settings[policy.name], seed, rewards, cfg.stage))
+                batch = list(completions(policy, rows, places, setting, seed, rewards, cfg.stage))
                 draws.add(number, batch)
                 bar.update(len(batch))
 

@@ -4,9 +4,10 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import isinf, isnan
 from pathlib import Path
+from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -22,8 +23,9 @@ from rlhf_trl.data.rows import Problems, RowError
 from rlhf_trl.data.splits import eval_split
 from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError, DataError
-from rlhf_trl.evaluation.generation import Policy, Prompt, as_prompt, sample
+from rlhf_trl.evaluation.generation import TOO_LONG, Policy, Prompt, as_prompt, sample
 from rlhf_trl.evaluation.rewards import combine_scores, score
+from rlhf_trl.models.sizes import check_rows, sizes_of
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.rewards.http import json_number
@@ -214,6 +216,32 @@ def given_prompt(prompt: Prompt, policy: Policy, wants_chat: bool, system_prompt
     return as_prompt(prompt, policy, system_prompt) if wants_chat and isinstance(prompt, str) else prompt
 
 
+def check_prompts(
+    policy: Policy,
+    prompts: Iterable[tuple[Prompt, Mapping[str, Any]]],
+    wants_chat: bool,
+    system_prompt: str | None,
+    new_tokens: int,
+) -> None:
+    """
+    Check that a policy can take all prompts, before it completes the first one.
+
+    Args:
+        policy ([`~rlhf_trl.evaluation.generation.Policy`]): the policy.
+        prompts (`Iterable`): prompts, with the other columns of their rows.
+        wants_chat (`bool`), system_prompt (`str`, *optional*): see [`given_prompt`].
+        new_tokens (`int`): limit of a completion.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if its chat template refuses one, or one is too long.
+    """
+    ids = [
+        policy.ids(given_prompt(prompt, policy, wants_chat, system_prompt), **template_kwargs(row))
+        for prompt, row in prompts
+    ]
+    check_rows(sizes_of(policy.model), ids, new_tokens, TOO_LONG)
+
+
 def completions(
     policy: Policy,
     prompts: Sequence[dict],
@@ -252,6 +280,7 @@ def completions(
     ends = end_tokens(policy.tokenizer)
     rows = [{**row, "sample": i} for row in prompts for i in range(n)]
     wants_chat = as_chat(policy, to_chat)
+    check_prompts(policy, ((row["prompt"], row) for row in prompts), wants_chat, system_prompt, max_completion_length)
     with tqdm(total=len(rows), unit="completion") as bar:
         for number, start in enumerate(range(0, len(rows), batch_size)):
             batch = rows[start : start + batch_size]

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from transformers import Trainer, set_seed
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from rlhf_trl.build import (
@@ -28,7 +28,7 @@ from rlhf_trl.checks.devices import unused_devices
 from rlhf_trl.checks.learning_rates import learning_rate_warnings
 from rlhf_trl.checks.memory import estimate
 from rlhf_trl.checks.services import vllm_problem
-from rlhf_trl.checks.vllm import installed_version, version_warning
+from rlhf_trl.checks.vllm import installed_version, quantized_problem, version_warning
 from rlhf_trl.config.values import as_dict, at, nodes, plain
 from rlhf_trl.data.counts import check_enough_rows
 from rlhf_trl.data.fingerprint import rows_fingerprint
@@ -39,11 +39,11 @@ from rlhf_trl.models.merging import merge_adapter
 from rlhf_trl.models.sizes import critic_parameters, empty_model
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.runs.directory import STEP
-from rlhf_trl.runs.engines import engine, uses_deepspeed, uses_fsdp
+from rlhf_trl.runs.engines import engine, used_engine, uses_deepspeed, uses_fsdp
 from rlhf_trl.runs.paths import project_dir, resolve_path
 from rlhf_trl.runs.ranks import is_main_process, raise_on_all_ranks
 from rlhf_trl.runs.record import write_metrics
-from rlhf_trl.stages.base import command, open_run
+from rlhf_trl.stages.base import base_quantization, command, open_run
 from rlhf_trl.terminal import say
 
 # Parameters from which the head of a run has a plan of its memory: smaller models fit anywhere
@@ -115,7 +115,17 @@ def train(cfg: DictConfig) -> float | None:
 
 def _parameters(cfg: DictConfig, path: str) -> int:
     """Return the parameters of the model at `path`."""
-    return empty_model(path, cfg.stage.task_type, cfg.model.trust_remote_code, cfg.model.revision).num_parameters()
+    return _empty(cfg, path).num_parameters()
+
+
+def _own_quantization(cfg: DictConfig, path: str) -> Any:
+    """Return the quantization in which the files of the model at `path` are, `None` where they aren't."""
+    return getattr(_empty(cfg, path).config, "quantization_config", None)
+
+
+def _empty(cfg: DictConfig, path: str) -> PreTrainedModel:
+    """Return the model at `path` without weights."""
+    return empty_model(path, cfg.stage.task_type, cfg.model.trust_remote_code, cfg.model.revision)
 
 
 def _learning_rates(cfg: DictConfig, args: Any, path: str) -> list[str]:
@@ -131,7 +141,8 @@ def _vllm(cfg: DictConfig, args: Any, path: str) -> list[str]:
         return []
     problem = None
     if is_main_process():  # TRL asks from this rank alone
-        problem = vllm_problem(args, path, cfg.model.trust_remote_code, wait=args.vllm_server_timeout)
+        problem = quantized_problem(base_quantization(cfg, path) or _own_quantization(cfg, path))
+        problem = problem or vllm_problem(args, path, cfg.model.trust_remote_code, wait=args.vllm_server_timeout)
     raise_on_all_ranks([problem] if problem else [])
     warning = version_warning(installed_version())
     return [warning] if warning else []
@@ -170,7 +181,7 @@ def inputs_of(cfg: DictConfig, path: str, dataset: Mapping[Any, Dataset]) -> dic
     """
     values, _ = plain(cfg)
     ranks = PartialState().num_processes
-    inputs: dict[str, Any] = {"ranks": ranks, "engine": engine()}
+    inputs: dict[str, Any] = {"ranks": ranks, "engine": used_engine(bool(cfg.stage.args.get("use_cpu")))}
     inputs[STEP] = cfg.stage.args.per_device_train_batch_size * ranks
     inputs |= {f"data ({split})": rows_fingerprint(rows) for split, rows in dataset.items()}
     models = {"model": (path, at(values, "model.revision"))}

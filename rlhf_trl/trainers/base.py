@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 import trl
 from accelerate.utils import is_peft_model
 
 from rlhf_trl.patches.dropout import disable_dropout
-from rlhf_trl.patches.engines import fsdp_on_cpu_ranks, keep_output_types
+from rlhf_trl.patches.engines import cast_to_shards, fsdp_on_cpu_ranks, keep_output_types
 from rlhf_trl.patches.log_probs import speed_up_log_probs
 from rlhf_trl.patches.peft import repair_token_wrappers
 from rlhf_trl.trainers.checkpoints import CompleteCheckpoints
@@ -36,6 +37,12 @@ class TrainerMixin(CompleteCheckpoints, ExactEvaluation, Publishing):
             super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
             keep_output_types(self.accelerator.state.fsdp_plugin)
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """Make the trainer's optimizer, of weights that DeepSpeed takes."""
+        if self.is_deepspeed_enabled:
+            cast_to_shards(self.model)
+        return super().create_optimizer(*args, **kwargs)
 
     def get_train_dataloader(self):
         """Return the trainer's data loader, whose workers leave the signals of schedulers to this process."""

@@ -8,13 +8,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 @contextlib.contextmanager
-def judge_server(reply: Callable[[str], str | dict], status: Callable[[dict], int] = lambda body: 200):
+def judge_server(
+    reply: Callable[[str], str | dict], status: Callable[[dict], int] = lambda body: 200, error: str = "no"
+):
     """
     Yield the address of an endpoint, and the requests that it got.
 
     Args:
         reply (`Callable`): from the user's turn to the model's text, or to the whole choice.
         status (`Callable`): from a request to the status of its answer.
+        error (`str`): content of an answer with another status than 200.
     """
     requests: list[dict] = []
 
@@ -22,7 +25,7 @@ def judge_server(reply: Callable[[str], str | dict], status: Callable[[dict], in
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             requests.append(body)
-            code, content = status(body), {"error": "no"}
+            code, content = status(body), {"error": error}
             if code == 200:
                 given = reply(body["messages"][0]["content"])
                 choice = given if isinstance(given, dict) else {"message": {"content": given}, "finish_reason": "stop"}

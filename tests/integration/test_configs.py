@@ -24,8 +24,9 @@ from tests.helpers.configs import CONF, OPTIONS, PIPELINES, STAGES, composed, ev
 # Keys of a sweep, which its jobs lack
 SWEEPS = ("sweep", "accelerate", "launch", "program", "gpus_per_job")
 # Pipelines, and what else they may run
-VARIANTS = [[f"pipeline={name}"] for name in PIPELINES] + [
-    ["pipeline=iterated", "rounds=2", "mixture=by_round", f"align={align}"] for align in ("dpo", "rejection")
+VARIANTS = [[f"pipeline={name}", *(["rounds=2"] if name == "nightly" else [])] for name in PIPELINES] + [
+    ["pipeline=iterated", "rounds=2", "mixture=by_round", *words]
+    for words in (["align=dpo"], ["align=rejection"], ["align=kto", "prompts_of=log"])
 ]
 PAGES = [*CONF.parent.glob("*.md"), *CONF.parent.glob("docs/**/*.md")]
 
@@ -37,7 +38,7 @@ def users_folder(tmp_path_factory) -> Path:
     for name in ("reviews", "smollm2"):
         (users / name).mkdir()
     (users / "smollm2" / "config.json").write_text("{}")
-    for name in ("pairs.jsonl", "own.jsonl", "my.jsonl", "prompts.jsonl"):
+    for name in ("pairs.jsonl", "own.jsonl", "my.jsonl", "prompts.jsonl", "log.jsonl"):
         (users / name).touch()
     texts = [path.read_text() for path in CONF.glob("**/*.yaml")]
     projects = {"default"} | {name for text in texts for name in re.findall(r"\bproject[:=] ?(\w+)", text)}
@@ -49,7 +50,8 @@ def users_folder(tmp_path_factory) -> Path:
             (folder / "merged").mkdir(parents=True)
             (folder / "merged" / "config.json").write_text("{}")
             (folder / "run.json").write_text(json.dumps({"status": "done", "stage": run}))
-            (folder / "feedback.jsonl").touch()  # of a labeling
+            for name in ("feedback.jsonl", "thumbs.jsonl"):  # of a labeling, and of a collection
+                (folder / name).touch()
             for kept in ("best", "random"):
                 (folder / f"completions.{kept}.jsonl").touch()
     (users / "vllm.py").touch()  # stands for the package

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from rlhf_trl.runs.record import read_comparison, read_quality
+from rlhf_trl.tasks.demo.data import rows as demo_rows
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -228,6 +229,24 @@ def test_changed_steps_are_kept_on_request(tmp_path):
     assert [call.split("stage=label ")[1] for call in calls(tmp_path)[1:]] == [
         "labeler=gold project=mine run_name=label_1",
         "labeler=judge project=mine run_name=label_2",
+    ]
+
+
+@pytest.mark.slow
+def test_a_labeling_of_which_more_answers_are_asked_goes_on(tmp_path):
+    steps = {"label": ["stage=label", "+left=true", "stage.budget=4"], "ppo": ["stage=ppo"]}
+    launch("pipeline", tmp_path, *write_pipeline(tmp_path, steps), FAKE)
+    (tmp_path / "mended").touch()
+    launch("pipeline", tmp_path, *write_pipeline(tmp_path, steps), FAKE)
+    steps["label"][-1] = "stage.budget=8"
+    code, _, err = launch("pipeline", tmp_path, *write_pipeline(tmp_path, steps), FAKE)
+    assert code == 2 and "with `stage.budget=4`, and is now to be made with `stage.budget=8`" in err
+    assert "continue this labeling, and make all after it again: `overwrite=true`" in err
+    code, _, err = launch("pipeline", tmp_path, *write_pipeline(tmp_path, steps), FAKE, "overwrite=true")
+    assert code == 0, err
+    assert [call.split("project=mine ")[-1] for call in calls(tmp_path)[-2:]] == [
+        "resume=true",
+        "overwrite=true",
     ]
 
 
@@ -542,11 +561,14 @@ def test_the_demos_ppo_is_not_below_the_best_of_n_of_its_reward_model(demo):
         assert result.reward.mean >= np.interp(result.kl.mean, kls, rewards), name
 
 
-# The loop of conf/pipeline/iterated.yaml, small: its command is in docs/loop.md
+# The loop of conf/pipeline/iterated.yaml, small, each step without a launcher
+DIRECT = f"program=[{sys.executable},{ROOT / 'train.py'}]"
 TINY_LOOP = [
-    *("pipeline=iterated", "rounds=2", "prompts=64", "labels=64", "episodes=256"),
-    'steps.policy_0=["stage=sft","stage.args.max_steps=20"]',
-    'steps.reward_0=["stage=reward","model.run=policy_0","data.max_samples=64","stage.args.max_steps=6"]',
+    *("pipeline=iterated", "rounds=2", "prompts=32", "labels=32", "episodes=128", DIRECT),
+    'steps.policy_0=["stage=sft","stage.args.max_steps=20","data.max_eval_samples=32"]',
+    'steps.reward_0=["stage=reward","model.run=policy_0","data.max_samples=64","data.max_eval_samples=32","stage.args.max_steps=6"]',
+    'more.policy=["data.max_eval_samples=32"]',
+    'more.compare=["data.max_eval_samples=32","stage.references=false"]',
 ]
 
 
@@ -586,6 +608,36 @@ def check_loop(project: Path) -> None:
     assert set(read_quality(project / "quality_2").rewards) == {"before", "model"}
     report = (project / "report" / "report.md").read_text()
     assert "What each round gained." in report
+
+
+def logged(path: Path, seeds: range) -> None:
+    """Append answers of the embedded world and users' thumbs to the log of a service."""
+    with path.open("a") as log:
+        for row in demo_rows("thumbs", seeds.start, False, len(seeds)):
+            log.write(json.dumps({name: row[name] for name in ("prompt", "completion", "thumb", "rater")}) + "\n")
+
+
+@pytest.mark.slow
+def test_two_nights_learn_nothing_twice(tmp_path):
+    """`pipeline=nightly` on a log that grows, and a night without anything new."""
+    words = ["pipeline=nightly", 'training=["stage.args.max_steps=2"]', DIRECT]
+    words += ['compared_by=["reward=demo","data.max_eval_samples=32","stage.references=false"]']
+    thumbs = tmp_path / "runs/nightly"
+    for night in (1, 2):
+        logged(tmp_path / "log.jsonl", range(night, night + 32))
+        code, out, err = launch("pipeline", tmp_path, *words, timeout=900)
+        assert code == 0 and f"Round {night} learns from what log.jsonl has" in out, err[-3000:]
+    learned = [
+        [
+            json.dumps([json.loads(line)[name] for name in ("prompt", "completion", "thumb")])
+            for line in (thumbs / f"collect_{night}" / "thumbs.jsonl").read_text().splitlines()
+        ]
+        for night in (1, 2)
+    ]
+    assert learned[0] and learned[1] and not {*learned[0]} & {*learned[1]}
+    assert set(read_comparison(thumbs / "compare_2").policies) == {"first", "policy_1", "policy_2"}
+    code, out, err = launch("pipeline", tmp_path, *words)
+    assert code == 2 and "`stage.traffic` holds nothing new" in err and not (thumbs / "policy_3").exists()
 
 
 @pytest.mark.slow

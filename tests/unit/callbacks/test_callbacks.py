@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState
 
-from rlhf_trl.callbacks.interrupt import Interrupt, ignoring_preemptions, raising_preempted
+from rlhf_trl.callbacks.interrupt import Interrupt, ignoring_signals, raising_preempted
 from rlhf_trl.callbacks.progress import choose_columns, metrics_line
 from rlhf_trl.callbacks.samples import SAMPLES_FILE
 from rlhf_trl.data.messages import as_text
@@ -371,8 +371,9 @@ def test_outside_of_training_a_scheduler_ends_the_run_where_it_stands():
     with pytest.raises(Preempted) as ended, raising_preempted():
         os.kill(os.getpid(), signal.SIGUSR1)
     assert ended.value.code == PREEMPTED_STATUS == 75 and signal.getsignal(signal.SIGUSR1) is before
-    with raising_preempted(), ignoring_preemptions():
+    with raising_preempted(), ignoring_signals():
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_nohup_is_respected(monkeypatch):

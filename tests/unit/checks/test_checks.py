@@ -343,6 +343,9 @@ def test_precision_without_an_accelerator(problems, monkeypatch):
     one(problems("stage.args.bf16=true"), "`stage.args.bf16`", "use_cpu=true")
     one(problems("+stage.args.fp16=true"), "`stage.args.fp16`")
     assert problems("stage.args.bf16=true", "+stage.args.use_cpu=true") == []
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # ranks of a rehearsal, without `use_cpu`
+    assert problems("stage.args.bf16=true") == []
 
 
 @pytest.mark.parametrize(
@@ -447,6 +450,19 @@ def test_a_run_can_be_lengthened_and_not_shortened(problems, compose, status):
         assert problems("resume=true", f"{key}={longer}") == []
         one(problems("resume=true", f"{key}={shorter}"), f"`{key}` was {before} and is {shorter}")
         one(problems("resume=true", f"{key}={longer}", "stage.args.beta=0.3"), "`stage.args.beta` was")
+
+
+def test_a_labeling_takes_a_larger_budget_and_none_at_all(problems, compose):
+    from omegaconf import OmegaConf
+
+    folder = make_run("label", "done")
+    (folder / "labels.jsonl").touch()
+    words = ["stage=label", "resume=true", "stage.candidates=runs/default/label/run.json"]
+    for before, after, works in ((4, 8, True), (4, "null", True), (8, 4, False), ("null", 8, False)):
+        started = compose(*words[::2], f"stage.budget={before}", "run_name=label")
+        OmegaConf.save(started, folder / "config.yaml", resolve=True)
+        found = problems(*words, f"stage.budget={after}", "run_name=label")
+        assert bool(found) != works, (before, after, found)
 
 
 def test_what_a_failed_run_left_is_not_lost(problems):

@@ -122,6 +122,17 @@ def big(**options) -> Training:
     return Training(**{"output": "log_probs", **values, **sizes, **options})
 
 
+def test_what_is_run_once_for_several_plans_is_what_each_would_run():
+    reward = [("reward model", big().critic_trunk, 0.0, 32)]
+    first = big(rewards=reward, engine=Engine("none", 1), vllm=0.0)
+    changed = [each for _, each in remedies(first, 0.0)]
+    assert len(changed) >= 6
+    for each in changed:
+        assert each.known is first.known and each.plan == replace(each, known={}).plan
+    rollouts = [key for key in first.known if key[0] == "rollout"]
+    assert len(rollouts) < len(changed)  # smaller micro-batches and recomputation change no rollout
+
+
 def test_what_to_set_is_named_in_the_order_of_its_price():
     found = list(remedies(big(), 0.0))
     words = [text.split("`")[1] for text, _ in found]

@@ -3,9 +3,12 @@
 import importlib.util
 import sys
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 from packaging.version import Version
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rlhf_trl.checks import find_problems
 from rlhf_trl.checks.ranges import range_problems
@@ -17,6 +20,10 @@ from rlhf_trl.checks.vllm import (
     vllm_problems,
 )
 from rlhf_trl.cli import overrides
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.runs.record import finish_run, start_run
+from rlhf_trl.stages import train
+from tests.helpers.architectures import save_architecture
 
 
 def test_the_versions_are_those_of_the_installed_trl():
@@ -91,6 +98,30 @@ def test_options_of_vllm_that_do_not_go_together(monkeypatch, args, prompt, mess
     assert len(vllm_problems(values)) == 2
     assert vllm_problems({"stage": {"args": values["stage"]["args"] | {"use_vllm": False}}}) == []
     assert vllm_problems({"stage": {"args": COLOCATE}}) == [version_problem(Version("0.20.0"), "This environment")]
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_a_quantized_policy_is_not_sampled_by_vllm(monkeypatch, mode):
+    monkeypatch.setattr("rlhf_trl.checks.vllm.installed_version", lambda: Version("0.30.0"))
+    args = {"use_vllm": True, "vllm_mode": mode}
+    (problem,) = vllm_problems({"stage": {"args": args}, "adapter": {"quantization": {"load_in_4bit": True}}})
+    assert "packed bytes" in problem and "`rollout=continuous`" in problem
+    assert vllm_problems({"stage": {"args": args}, "adapter": {"quantization": None}}) == []
+
+
+def test_an_adapter_on_a_quantized_base_is_not_sampled_by_vllm(compose, tmp_path):
+    """Also where `adapter=lora` trains it further, on the base that its run has recorded."""
+    model = save_architecture(tmp_path / "model", "llama")
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", base_model_name_or_path=model)
+    start = tmp_path / "runs" / "default" / "start"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(start)
+    quantization = BitsAndBytesConfig(load_in_4bit=True).to_dict()
+    start_run(start, stage="sft", command="", model=model, quantization=quantization)
+    finish_run(start, "done")
+    words = [f"model.path={start}", "model=hf", "adapter=lora", "rollout=vllm_colocate", f"runs_dir={tmp_path}/runs"]
+    cfg = compose("stage=ppo", *words)
+    with pytest.raises(ConfigError, match="packed bytes"):
+        train._vllm(cfg, SimpleNamespace(use_vllm=True, vllm_server_timeout=0), str(start))
 
 
 @pytest.mark.parametrize(

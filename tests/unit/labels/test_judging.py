@@ -6,11 +6,12 @@ import re
 import pytest
 
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.evaluation.judges import HTTPJudge, Reply, RewardJudge
+from rlhf_trl.evaluation.judges import HTTPJudge, ModelJudge, Reply, RewardJudge
 from rlhf_trl.labels.candidates import Candidate, Candidates
 from rlhf_trl.labels.judging import JudgeLabeler, RevisionLabeler, RubricLabeler, checked_principles, fill
 from rlhf_trl.labels.replies import Asker, ReplyCache, read_number
 from rlhf_trl.labels.store import LabelStore
+from tests.helpers.architectures import save_architecture
 from tests.helpers.judge_servers import judge_server
 
 TEMPLATE = "{prompt}|{a}|{b}"
@@ -62,6 +63,34 @@ def test_verdicts_that_differ_by_the_order_may_be_skipped(tmp_path):
         labeler = JudgeLabeler(judge(url), str(tmp_path / "replies.jsonl"), inconsistent="skip")
         (label,) = labels(labeler, rows(["x", "y"]), tmp_path)
     assert label.skipped == "the judge's verdicts differ by the order"
+
+
+LONG = "the question is longer than the judge's context"
+
+
+def test_a_question_that_is_too_long_for_a_server_is_left_unlabeled(tmp_path):
+    """And is no reason to ask the others without a schema."""
+    said = "This model's maximum context length is 64 tokens. However, you requested 99."
+    texts = rows(["x", "good"], ["long", "good"])
+
+    def status(body):
+        return 400 if "long" in body["messages"][0]["content"] else 200
+
+    with judge_server(prefers_good, status, said) as (url, requests):
+        labeler = JudgeLabeler(judge(url), str(tmp_path / "replies.jsonl"))
+        found = labels(labeler, texts, tmp_path)
+    assert [(label.answer, label.skipped) for label in found] == [(1, None), (None, LONG)]
+    assert all("response_format" in body for body in requests) and labeler.measures["eval_judge/too_long"] == 2
+    again = JudgeLabeler(judge("http://127.0.0.1:1/v1"), str(tmp_path / "replies.jsonl"))  # all is cached
+    assert [label.answer for label in labels(again, texts, tmp_path)] == [1, None]
+
+
+def test_a_question_that_is_too_long_for_a_model_is_left_unlabeled(tmp_path):
+    path = save_architecture(tmp_path / "gpt2", "gpt2")  # 64 learned positions
+    labeler = JudgeLabeler(ModelJudge(path, TEMPLATE, max_new_tokens=4), str(tmp_path / "replies.jsonl"))
+    found = labels(labeler, rows(["a", "b"], ["a " * 80, "b"], ["c", "d"]), tmp_path)
+    assert [label.skipped == LONG for label in found] == [False, True, False]
+    assert labeler.measures["eval_judge/too_long"] == 2  # in both orders
 
 
 def test_thoughts_refusals_cut_and_unreadable_replies_are_counted_and_left_unlabeled(tmp_path):

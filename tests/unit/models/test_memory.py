@@ -16,10 +16,10 @@ from rlhf_trl.models.memory import (
     plan_memory,
     rollout_moment,
     update_moment,
-    weight_bytes,
 )
 from rlhf_trl.models.optimizers import optimizer_bytes
 from rlhf_trl.models.tracking import StorageTracker, parameters_and_buffers
+from rlhf_trl.models.weight_bytes import weight_bytes
 from rlhf_trl.patches.dropout import disable_dropout
 from tests.helpers.architectures import ARCHITECTURES, make_architecture
 

@@ -7,11 +7,21 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import LoraConfig
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, set_hf_deepspeed_config
+from trl import SFTConfig
 
+from rlhf_trl import build
+from rlhf_trl.errors import ConfigError
 from rlhf_trl.models import initial, loading, merging, sizes
-from rlhf_trl.patches.engines import EFFICIENT_LOADING, fsdp_on_cpu_ranks, keep_output_types, whole_weights
+from rlhf_trl.patches.engines import (
+    EFFICIENT_LOADING,
+    cast_to_shards,
+    fsdp_on_cpu_ranks,
+    keep_output_types,
+    whole_weights,
+)
 from tests.helpers.ppo import save_reward_model
 from tests.helpers.tiny import save_model
 
@@ -35,6 +45,37 @@ def test_fsdp1_has_no_type_of_outputs_to_keep():
     keep_output_types(plugin)
     plugin.set_mixed_precision("bf16")
     assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
+
+
+def test_weights_that_zero3_has_not_dealt_out_get_the_type_of_the_others():
+    model = nn.ModuleDict({"base": nn.Linear(2, 2), "adapter": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
+    packed = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    model["base"].register_parameter("packed", packed)
+    model["adapter"].bfloat16()
+    cast_to_shards(model)
+    assert model["head"].weight.dtype == torch.float32  # no engine has dealt anything out
+    for weight in model["base"].parameters():
+        weight.ds_id = 0
+        weight.data = weight.data.to(torch.bfloat16 if weight.is_floating_point() else weight.dtype)
+    cast_to_shards(model)
+    types = {name: weight.dtype for name, weight in model.named_parameters()}
+    assert types.pop("base.packed") == torch.uint8 and set(types.values()) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_bf16_on_cpu_ranks_of_deepspeed(monkeypatch, compose, on_cpu):
+    """With `use_cpu`, which transformers asks for otherwise, accelerate would leave DeepSpeed out."""
+    monkeypatch.setattr(build, "deepspeed_on_cpu", lambda: on_cpu)
+    monkeypatch.setattr(build, "cpu_arguments", dict)
+    with pytest.raises(ValueError, match="use_cpu"):
+        SFTConfig("sft", bf16=True)  # else the patch isn't needed any more
+    node = compose("stage=sft", "stage.args.bf16=true").stage.args
+    if on_cpu:
+        args = build.training_arguments(node)
+        assert args.bf16 and not args.use_cpu
+    else:
+        with pytest.raises(ConfigError, match="no accelerator"):
+            build.training_arguments(node)
 
 
 class Zero3:

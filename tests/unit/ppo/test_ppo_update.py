@@ -191,11 +191,16 @@ def test_one_update_with_a_constraint_equals_plain_pytorch(tmp_path, critic):
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "constrained"),
-    [(False, False), (True, False), (False, True)],
-    ids=["plain", "gradient checkpointing", "constraint"],
+    ("checkpointing", "options", "constrained"),
+    [
+        (False, None, False),
+        (True, None, False),
+        (True, {"use_reentrant": True}, False),  # by TRL under ZeRO-3
+        (False, None, True),
+    ],
+    ids=["plain", "gradient checkpointing", "reentrant", "constraint"],
 )
-def test_one_update_with_a_critic_adapter_equals_plain_pytorch(tmp_path, checkpointing, constrained):
+def test_one_update_with_a_critic_adapter_equals_plain_pytorch(tmp_path, checkpointing, options, constrained):
     """Policy and critic as adapters of one base train like two networks of their own."""
     path = save_model(tmp_path / "model")
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
@@ -216,6 +221,7 @@ def test_one_update_with_a_critic_adapter_equals_plain_pytorch(tmp_path, checkpo
         gradient_checkpointing=checkpointing,
         reward_funcs=[score, words] if constrained else score,
         combine=words_constrained() if constrained else None,
+        gradient_checkpointing_kwargs=options,
     )
     head = copy.deepcopy(trainer.model.get_base_model().value_head)
     trainer.train()

@@ -97,14 +97,14 @@ def test_all_ranks_resume_from_the_checkpoint_of_rank_0(config, monkeypatch):
 
 @pytest.fixture
 def late_signal(monkeypatch):
-    """`late_signal(name)` sends this process SIGTERM at the call of a function of `rlhf_trl.stages.base`."""
+    """`late_signal(name)` sends this process a signal at the call of a function of `rlhf_trl.stages.base`."""
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the process would have been killed"))
 
-    def send_at(name: str):
+    def send_at(name: str, number: int = signal.SIGTERM):
         function = getattr(base, name)
 
         def call(*args, **kwargs):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             return function(*args, **kwargs)
 
         monkeypatch.setattr(base, name, call)
@@ -115,16 +115,46 @@ def late_signal(monkeypatch):
 
 def test_a_second_signal_does_not_keep_the_first_from_being_recorded(config, late_signal):
     """As `timeout` sends them, and Slurm and torchrun together."""
-    late_signal("ignoring_preemptions")
+    late_signal("ignoring_signals")
     cfg = config()
     with pytest.raises(Preempted), open_run(cfg, start="random weights"):
         os.kill(os.getpid(), signal.SIGTERM)
     assert record(cfg)["status"] == "preempted"
 
 
-def test_a_signal_after_the_last_result_leaves_the_run_done(config, late_signal):
-    late_signal("finish_run")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_last_result_leaves_the_run_done(config, late_signal, number):
+    late_signal("finish_run", number)
     cfg = config()
     with open_run(cfg, start="random weights"):
         pass
     assert record(cfg)["status"] == "done"
+
+
+def test_ctrl_c_while_an_error_is_recorded_leaves_the_record_whole(config, late_signal):
+    late_signal("finish_run", signal.SIGINT)
+    cfg = config()
+    with pytest.raises(RuntimeError, match="no"), open_run(cfg, start="random weights"):
+        raise RuntimeError("no")
+    assert record(cfg)["status"] == "failed"
+
+
+def test_a_rank_whose_peer_was_preempted_records_that(config, monkeypatch):
+    """Outside of the steps the rank that got the signal leaves at once, and this one sees a lost connection."""
+    cfg = config()
+    with pytest.raises(Preempted), open_run(cfg, start="random weights"):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "1")
+        base._fail(cfg, base.Run(), Preempted())
+        monkeypatch.setenv("RANK", "0")
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:12345")
+    assert record(cfg)["status"] == "preempted" and "error" not in record(cfg)
+    assert not Path(cfg.run_dir, base.PREEMPTED_FILE).exists()
+
+
+def test_an_error_of_several_ranks_is_an_error(config, monkeypatch):
+    cfg = config()
+    with pytest.raises(RuntimeError), open_run(cfg, start="random weights"):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:12345")
+    assert record(cfg)["status"] == "failed"

@@ -1,16 +1,22 @@
 """Candidates and questions by `stage=collect`."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from hydra.utils import instantiate
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rlhf_trl.stages.collect as stage
 from rlhf_trl.checks import find_problems
+from rlhf_trl.data.messages import as_chat
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.labels.candidates import read_candidates
+from rlhf_trl.labels.store import read
 from rlhf_trl.runs.record import read_run
+from tests.helpers.architectures import save_architecture
+from tests.helpers.tiny import CHAT_TEMPLATE
 
 FEW = ("stage=collect", "project=test", "stage.max_prompts=6", "stage.n=2", "stage.batch_size=4")
 
@@ -112,3 +118,69 @@ def test_a_selection_without_its_ensemble_stops_before_the_sampling(compose, tmp
     assert not (tmp_path / "test" / "collect" / "run.json").exists()
     with pytest.raises(ConfigError, match="names `dpo`, which is no policy"):
         collect(compose(*FEW, "stage.sampling={dpo: {n: 2}}", f"runs_dir={tmp_path}"))
+
+
+def write_prompts(path: Path, prompts) -> str:
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return str(path)
+
+
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "says"),
+    [
+        ("gemma2", [[{"role": role, "content": "a"}] for role in ("user", "user", "system")], "No system role"),
+        ("gpt2", ["a", "b", "c " * 80], "has 64 positions, and a row has 80 tokens"),
+    ],
+)
+def test_a_prompt_that_a_policy_can_not_take_is_found_before_the_first_batch(compose, tmp_path, name, prompts, says):
+    path = save_architecture(tmp_path / name, name)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = NO_SYSTEM + CHAT_TEMPLATE if name == "gemma2" else None
+    shutil.rmtree(path)
+    save_architecture(tmp_path / name, name)
+    tokenizer.save_pretrained(path)
+    if name != "gemma2":
+        (tmp_path / name / "chat_template.jinja").unlink(missing_ok=True)
+    words = ["model=hf", f"model.path={path}", f"stage.prompts={write_prompts(tmp_path / 'p.jsonl', prompts)}"]
+    for name_of_stage in ("collect", "generate"):
+        extra = ["stage.batch_size=1", "stage.max_completion_length=4", f"runs_dir={tmp_path}/runs", "reward=none"]
+        cfg = compose(f"stage={name_of_stage}", "project=test", *words, *extra)
+        with pytest.raises(ConfigError, match=says):
+            instantiate(cfg.stage.run)(cfg)
+        assert not list((tmp_path / "runs").rglob("draws.partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "opt"])
+def test_every_architecture_is_collected_from_and_labels(compose, tmp_path, monkeypatch, name):
+    """Policies with and without a chat template, d-optimal features, reward models, and judges."""
+    path = save_architecture(tmp_path / name, name)
+    has_template = name in ("llama", "qwen2", "gemma2")
+    if not has_template:
+        (tmp_path / name / "chat_template.jinja").unlink()
+    reward = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
+    reward.config.pad_token_id = 0
+    shutil.copytree(path, tmp_path / "reward")
+    reward.save_pretrained(tmp_path / "reward")
+    prompts = [f"{a} {b}" for a in "abcd" for b in "ef"]
+    kinds = {"text": prompts} | ({"chat": [as_chat(prompt, "user") for prompt in prompts]} if has_template else {})
+    common = ["project=test", f"runs_dir={tmp_path}/runs"]
+    for kind, given in kinds.items():
+        file = write_prompts(tmp_path / f"{kind}.jsonl", given)
+        words = ["model=hf", f"model.path={path}", f"stage.prompts={file}", "select=d_optimal", "stage.budget=4"]
+        words += ["stage.max_completion_length=8", f"run_name={kind}"]
+        rows = read_candidates(collect(compose("stage=collect", *common, *words)))
+        assert sum(len(row.questions) for row in rows) == 4
+        assert all(isinstance(each.completion, str) == (kind == "text") for row in rows for each in row.candidates)
+        for labeler in (
+            ["labeler=reward", "reward=model", "reward.model.run=null", f"reward.model.path={tmp_path}/reward"],
+            ["labeler=judge", "judge=model", f"judge.path={path}", "labeler.max_tokens=8"],
+        ):
+            cfg = compose(
+                "stage=label", *common, f"stage.candidates={kind}", *labeler, f"run_name={kind}_{labeler[0][8:]}"
+            )
+            instantiate(cfg.stage.run)(cfg)
+            assert len(read(Path(cfg.run_dir, "labels.jsonl"))) == 4
