@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bare, ours, reward
+from bench import bare, ours, reward, sparse
 from bench.__main__ import BARE_HEAD, OURS_HEAD, Target, ratios, table
 from bench.gpu.__main__ import main as benchmark_gpu
 from bench.gpu.configurations import CONFIGURATIONS
@@ -199,3 +199,19 @@ def test_the_plans_of_the_documentation_are_those_of_today():
     found = h200.table().splitlines()
     assert len(found) == 15 and all(line in text for line in found[:-1])
     assert all(abs(planned / measured - 1) < 0.03 for *_, planned, measured in h200.rows())
+
+
+def test_the_ablation_of_sparse_feedback_is_fair_and_passes_the_checks(compose, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = sparse.steps(250, 25, [1], Path("runs/x"), Path("phrasings.jsonl"))
+    rewards = {name: words for name, words in made.items() if words[0] == "stage=reward"}
+    assert {name.removesuffix("_1") for name in rewards} == set(sparse.ARMS)
+    plain = [word for word in rewards["none_1"] if not word.startswith("data.feedback.")]
+    for name, words in rewards.items():
+        assert [word for word in words if not word.startswith("data.feedback.")] == plain, name
+    for words in (rewards["all_1"], made["weaker_answers_1"]):
+        assert find_problems(compose(*words)) == []
+    found = {arm: [0.7, 0.8] for arm in sparse.ARMS} | {"weaker": [0.75, 0.83]}
+    text = sparse.report(found, 250, 25, [1, 2])
+    (line,) = [line for line in text.splitlines() if line.startswith("weaker policy's answers as rejected")]
+    assert line.split()[5:7] == ["0.790", "+0.040"] and line.endswith("2 of 2")

@@ -45,7 +45,7 @@ def test_the_loop_has_no_problem(words):
     [
         (["reference=foo"], "`reference` is `foo`. Use one of `first`, `previous`."),
         (["start=frsh"], "`start` is `frsh`. Use one of `fresh`, `previous`."),
-        (["align=pp"], "`align` is `pp`. Use one of `ppo`, `dpo`, `kto`, `rejection`."),
+        (["align=pp"], "`align` is `pp`. Use one of `ppo`, `online_dpo`, `dpo`, `kto`, `rejection`."),
         (["mixture=old"], "`mixture` is `old`. Use one of `pooled`, `by_round`."),
         (["rounds=more"], "`rounds` is 'more' and must be an integer. Set it to 0 or more, or to `next`: the first"),
         (["early_stopping.patience=0"], "`early_stopping.patience` is 0. Set it to 1 or more."),
@@ -62,7 +62,7 @@ def test_a_wrong_choice_is_one_clear_message(words, said):
     assert problem.startswith(said)
 
 
-@pytest.mark.parametrize("align", ["ppo", "dpo", "kto", "rejection"])
+@pytest.mark.parametrize("align", ["ppo", "online_dpo", "dpo", "kto", "rejection"])
 @pytest.mark.parametrize(("mixture", "parts"), [("pooled", "labels"), ("by_round", "new")])
 def test_each_aligner_has_its_steps_and_each_mixture_its_parts(align, mixture, parts):
     cfg = composed("pipeline", "pipeline=iterated", "rounds=2", f"align={align}", f"mixture={mixture}")
