@@ -114,10 +114,14 @@ def a_users_folder(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+# Runs of `pipeline=iterated`
+ROUNDS = ("reward_0", "reward_1", "reward_2")
+
+
 def add_runs(words: list[str]) -> None:
     """Write records of the runs that a command may start from; the reward model is an ensemble if one is asked for."""
     project = next((word.removeprefix("project=") for word in words if word.startswith("project=")), "default")
-    for name in ("sft", "reward", "ppo", "dpo", "heads", "grpo", "rloo", "init", "collect", "label"):
+    for name in ("sft", "reward", "ppo", "dpo", "heads", "grpo", "rloo", "init", "collect", "label", *ROUNDS):
         folder = Path("runs", project, name)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "run.json").write_text(json.dumps({"status": "done", "stage": name}))
@@ -138,6 +142,7 @@ def test_the_commands_of_a_page_pass_the_checks(page, a_users_folder):
         words = shlex.split(line[PROGRAM.search(line).end() :], comments=True)
         args = overrides.parse_command_line(words)
         for name in DATA_FILE.findall(line):
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
             Path(name).touch()
         mine = [path for folder in args.config_dirs for path in Path(folder).rglob("*.yaml")]
         for name in DATA_FILE.findall("".join(path.read_text() for path in mine)):
