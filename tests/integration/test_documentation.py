@@ -114,14 +114,14 @@ def a_users_folder(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-# Runs of `pipeline=iterated`
-ROUNDS = ("reward_0", "reward_1", "reward_2")
+# Reward models with other names: those of `pipeline=iterated`, and a cost model
+REWARDS = ("reward_0", "reward_1", "reward_2", "cost")
 
 
 def add_runs(words: list[str]) -> None:
     """Write records of the runs that a command may start from; the reward model is an ensemble if one is asked for."""
     project = next((word.removeprefix("project=") for word in words if word.startswith("project=")), "default")
-    for name in ("sft", "reward", "ppo", "dpo", "heads", "grpo", "rloo", "init", "collect", "label", *ROUNDS):
+    for name in ("sft", "reward", "ppo", "dpo", "heads", "grpo", "rloo", "init", "collect", "label", *REWARDS):
         folder = Path("runs", project, name)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "run.json").write_text(json.dumps({"status": "done", "stage": name}))
