@@ -349,10 +349,8 @@ def make_trainer(
         extra["reward_funcs"] = reward_functions(cfg, tokenizer, dataset["train"].column_names)
         args.reward_weights = [reward.weight for reward in extra["reward_funcs"]]
     combine = instantiated(cfg.combine) if "combine" in cfg else None
-    if isinstance(combine, Lagrange):
-        extra["combine"] = combine  # the critic has a value for each constraint
-    if "judge" in cfg:
-        extra["judge"] = pair_judge(instantiated(cfg.judge))
+    extra |= {"combine": combine} if isinstance(combine, Lagrange) else {}  # a critic has a value for each constraint
+    extra |= {"judge": pair_judge(instantiated(cfg.judge))} if "judge" in cfg else {}
     set_seed(args.seed)  # a new score head must not depend on what was loaded before
     peft = instantiate(cfg.adapter.peft)
     model, peft_config = load_initial_model(
@@ -494,8 +492,7 @@ def callbacks(cfg: DictConfig, trainer: Any, combine: Callable | None) -> Iterat
         yield callback
     if "reward" in cfg:
         yield SampleLog(trainer, cfg.run_dir)
-    yield ProgressLine()
-    yield RunRecord(cfg.run_dir)
+    yield from (ProgressLine(), RunRecord(cfg.run_dir))
 
 
 def from_pretrained_kwargs(cfg: DictConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bare, ours, reward, sparse
+from bench import bare, constraints, ours, reward, sparse
 from bench.__main__ import BARE_HEAD, OURS_HEAD, Target, ratios, table
 from bench.gpu.__main__ import main as benchmark_gpu
 from bench.gpu.configurations import CONFIGURATIONS
@@ -22,6 +22,7 @@ from bench.memory.__main__ import table as memory_table
 from bench.setting import PHASES, Meter, Setting, make_prompts, make_small_llama
 from rlhf_trl.checks import find_problems
 from rlhf_trl.cli import overrides
+from rlhf_trl.rewards.shaping import pattern as brevity
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,27 @@ def test_the_report_of_the_reward_benchmark():
     assert "time ratio, median" in text and text.count(" met") == 4 and "-0.0060" in text and "0.50" in text
     results[0]["rankings"]["accuracy"] = 0.8
     assert reward.report(reward.RECIPES["smollm2"], results, options).count("missed") == 2
+
+
+def test_the_benchmark_of_constraints(tmp_path, monkeypatch):
+    made = constraints.steps([0.0, 2.0], [1, 2], episodes=256)
+    assert list(made) == [f"{name}_{seed}" for seed in (1, 2) for name in ("lagrange", "weight_0", "weight_2")]
+    monkeypatch.chdir(tmp_path)
+    for name in ("lagrange_1", "weight_2_2"):
+        cfg, problems = overrides.compose([*made[name], f"run_name={name}"])
+        assert problems + find_problems(cfg) == []
+        (pattern,) = [node.kwargs.pattern for key, node in cfg.reward.items() if key == "format"]
+        texts = ["one two three four five six seven eight", "one two three four five six seven eight nine", "", "a. b"]
+        assert brevity(texts, pattern) == [1.0, 0.0, 0.0, 1.0]
+    for name in made:
+        gold, brief = (2.0, 0.76) if name.startswith("lagrange") else (3.0, 0.7)
+        measured = {"eval_rewards/gold/mean": gold, "eval_rewards/format/mean": brief, "eval_objective/kl": 1.5}
+        history = [{"constraints/format/lambda": 1.25}] if name.startswith("lagrange") else [{}]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"eval": measured, "history": history}))
+    _, _, first, _, last = constraints.report(tmp_path, [0.0, 2.0], [1, 2]).splitlines()
+    assert first.split("  ")[0] == "constraint, mean of brief >= 0.8" and "yes" in first and "1.25, 1.25" in first
+    assert last.startswith("gold + 2 x brief") and "no" in last.split()
 
 
 def test_the_benchmark_of_a_gpu_rehearsed(tmp_path, capsys):
