@@ -92,7 +92,8 @@ def _explained(series: Series) -> float | None:
 
 def _fall(series: Series) -> float | None:
     rise, std = series.rise(*SCORE), series.recent(*SCORE_STD)
-    if rise is None or std is None:
+    # The score of combine=lagrange falls while multipliers rise, whatever the policy does
+    if rise is None or std is None or series.stems("constraints/", "/lambda_share"):
         return None
     # The std of the start counts as well: a policy that has collapsed has none of its own
     std = max(std, series.start(*SCORE_STD))

@@ -99,7 +99,8 @@ class Lagrange:
         signals = [(values[:, others] * weights[others]).nansum(dim=1)]
         for name, bound in self.bounds.items():
             column = names.index(name)
-            signals.append((weights[column].abs() * bound.excess(raw[:, column])).nan_to_num())
+            cost = weights[column].abs() * bound.excess(raw[:, column])
+            signals.append(cost.masked_fill(cost.isnan(), 0.0))  # an infinite one stays, and guards see it
         return torch.stack(signals, dim=1)
 
     def weigh(self, signals: Tensor) -> Tensor:
@@ -107,13 +108,15 @@ class Lagrange:
         multipliers = signals.new_tensor(list(self.multipliers.values()))
         return (signals[..., 0] - (signals[..., 1:] * multipliers).sum(dim=-1)) / (1 + multipliers.sum())
 
-    def update(self, raw: Tensor, weights: Tensor, names: Sequence[str]) -> None:
+    def update(self, raw: Tensor, weights: Tensor, names: Sequence[str], is_warmup: bool = False) -> None:
         """
         Move the multipliers by the costs of a rollout, the same on every rank.
 
         Args:
             raw (`Tensor` of shape (N, F)), weights (`Tensor` of shape (F,)), names (`Sequence[str]`): see
                 [`Lagrange.signals`]; NaN and infinite rewards are skipped.
+            is_warmup (`bool`, defaults to `False`): whether the policy doesn't learn from the rollout. Then the costs
+                are kept and the multipliers stay: no price changes what it does.
         """
         self.rollouts += 1
         for name, bound in self.bounds.items():
@@ -122,7 +125,7 @@ class Lagrange:
             costs = (weights[column].double().abs() * bound.excess(rewards[rewards.isfinite()])).tolist()
             kept = max(self.window, len(costs))
             self.costs[name] = [*self.costs[name], *costs][-kept:]
-            if self.rollouts > self.delay and self.costs[name]:
+            if self.rollouts > self.delay and self.costs[name] and not is_warmup:
                 step = self.lambda_lr * self.mean_cost(name) * math.exp(self.log_lambda[name])
                 self.log_lambda[name] = min(self.log_lambda[name] + step, math.log(self.lambda_max))
 

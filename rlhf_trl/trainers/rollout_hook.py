@@ -203,6 +203,11 @@ class RolloutHook(Trainer):
         """Whether there is a reference, so that the KL to it is measured."""
         return self.beta != 0
 
+    @property
+    def in_critic_warmup(self) -> bool:
+        """Whether the current rollout trains PPO's critic alone."""
+        return False
+
     def on_rollout(self, listener: Listener) -> None:
         """
         Call a function with each rollout, in training and in evaluation, before anything is learned from it.
@@ -243,7 +248,7 @@ class RolloutHook(Trainer):
         """Move the multipliers of the constraints in training, and log how far each constraint is satisfied."""
         counted, batch, metrics = record.rewards.counted, getattr(self, "held_out_batch", None), {}
         if record.training:
-            lagrange.update(counted, self.reward_weights, self.reward_func_names)
+            lagrange.update(counted, self.reward_weights, self.reward_func_names, self.in_critic_warmup)
             for name, value in lagrange.multipliers.items():
                 metrics[f"{name}/lambda"] = value
                 metrics[f"{name}/lambda_share"] = min(value / lagrange.lambda_max, 1.0)

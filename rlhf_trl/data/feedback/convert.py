@@ -167,12 +167,15 @@ def comparison_rows(feedback: Feedback, group: Group) -> list[dict]:
         row["weights"] = [2 * share - 1 for share in shares]
     elif feedback.agreement == "smoothing":
         row["label_smoothing"] = [1 - share for share in shares]
+    compared = {*row["better"], *row["worse"]}
+    labeled = {i for i, side in enumerate(group.safe or ()) if side is not None}
     if feedback.pairwise_rows:
         lists = {name: row[name] for name in row if name not in ("prompt", "completions", "safe")}
         single = [row | {name: [values[m]] for name, values in lists.items()} for m in range(len(group.comparisons))]
-        return [select_completions(one, sorted([*one["better"], *one["worse"]])) for one in single]
-    compared = {*row["better"], *row["worse"], *(i for i, side in enumerate(group.safe or ()) if side is not None)}
-    return [select_completions(row, [i for i in range(len(group.completions)) if i in compared])]
+        made = [select_completions(one, sorted([*one["better"], *one["worse"]])) for one in single]
+        alone = sorted(labeled - compared)
+        return [*made, select_completions(row, alone)] if alone else made
+    return [select_completions(row, sorted(compared | labeled))]
 
 
 def annotated_row(feedback: Feedback, group: Group) -> dict:

@@ -107,14 +107,17 @@ class Pairs(Feedback):
         same = key_of(completions[0]) == key_of(completions[1])
         if preferred < 2 and same:
             raise RowError("completion_b", "is the same as `completion_a`, and one is preferred")
+        if same and None not in sides and sides[0] != sides[1]:
+            raise RowError("safe_b", "is another label than `safe_a`, and the completions are the same")
         if preferred < 2:
             made = compared_row(row, prompt, completions, [Comparison(preferred, 1 - preferred, strength)], ties=[])
-            if any(side is not None for side in sides):
-                made["safe"] = sides
-            return made
-        made = compared_row(row, prompt, completions[: 2 - same], [], ties=[] if same or preferred == 3 else [(0, 1)])
+        else:
+            ties = [] if same or preferred == 3 else [(0, 1)]
+            made = compared_row(row, prompt, completions[: 2 - same], [], ties)
         if preferred == 3:
             made["both_bad"] = True
+        if any(side is not None for side in sides):
+            made["safe"] = [sides[0] if sides[0] is not None else sides[1]] if same else sides
         return made
 
     def _answer(self, value) -> int:
@@ -301,7 +304,7 @@ def compare(feedback: Feedback, rows: list[ComparedRow], dataset_type: str, note
     for row in pool_raters(rows, notes) if pooled else rows:
         notes["ties"] += len(row["ties"])
         wins = [Comparison(*win) for win in row["wins"]]
-        if not wins:
+        if not wins and not (dataset_type == "comparisons" and row.get("safe")):
             notes[f"rows dropped: {'both are bad' if row.get('both_bad') else 'all completions tie'}"] += 1
             continue
         yield Group(row["prompt"], row["completions"], wins, columns=row.get("columns"), safe=row.get("safe"))
@@ -322,7 +325,10 @@ def label(rows: list[ComparedRow]) -> Iterator[tuple[Text, Text, bool | None]]:
 
 
 def pool_raters(rows: list[ComparedRow], notes: Counter) -> Iterator[ComparedRow]:
-    """Yield one row per prompt and set of completions: a comparison is won by the majority of its raters."""
+    """
+    Yield one row per prompt and set of completions: a comparison is won by the majority of its raters, and a
+    completion is safe or unsafe as most of them say.
+    """
     pools: dict[tuple, list[tuple[list[str], ComparedRow]]] = {}
     for row in rows:
         keys = [key_of(completion) for completion in row["completions"]]
@@ -356,4 +362,9 @@ def pool_raters(rows: list[ComparedRow], notes: Counter) -> Iterator[ComparedRow
             notes["pairs on which a rater is not sure"] += any(sure < 1 for _, sure, _ in each)
         notes["rows pooled with others on the same completions"] += len(pool) - 1
         both_bad = all(row.get("both_bad", False) for _, row in pool)
-        yield {**first, "wins": wins, "ties": ties, "both_bad": both_bad}
+        pooled: ComparedRow = {**first, "wins": wins, "ties": ties, "both_bad": both_bad}
+        if any("safe" in row for _, row in pool):
+            sides = [dict(zip(theirs, row.get("safe") or [], strict=False)) for theirs, row in pool]
+            sums = [sum(each.get(key) or 0.0 for each in sides) for key in keys]
+            pooled["safe"] = [math.copysign(1.0, total) if total else None for total in sums]
+        yield pooled

@@ -164,6 +164,19 @@ def test_a_critic_of_a_constant_reward_is_not_blamed():
     assert "low_explained_variance" not in judged(stream)[-1]
 
 
+def test_a_score_that_falls_while_multipliers_rise_is_no_falling_reward():
+    """A reward of 3 and a cost of 1, neither of which moves, while combine=lagrange raises the price of the cost."""
+    prices = [min(1.2**t, 5.0) for t in range(STEPS)]
+    constrained = {f"constraints/safe/{key}": 0.0 for key in ("lambda_share", "cost")}
+    for extra, level in (({}, 2), (constrained, None)):
+        stream = [
+            entry | extra | {"objective/scores": (3 - price) / (1 + price), "objective/scores_std": 0.5}
+            for price, entry in zip(prices, healthy("ppo"), strict=True)
+        ]
+        found = judged(stream)[-1].get("reward_falling")
+        assert (found and found.level) == level
+
+
 def test_a_correlation_with_length_is_no_bias_while_lengths_do_not_follow_it():
     for change, level in ((0.0, 0), (-0.3, 0), (0.3, 2)):
         stream = [

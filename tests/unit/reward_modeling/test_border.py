@@ -116,6 +116,31 @@ def test_attributes_with_a_boolean(tmp_path):
     assert targets == {" 0": 1.0, " 1": -1.0, " 2": 1.0, " 3": -1.0, " x": 1.0}
 
 
+def test_labels_without_a_comparison_are_kept(tmp_path):
+    pair = {"prompt": "a", "completion_a": " x", "completion_b": " y", "preferred": "tie", "safe_a": True}
+    rows = [pair | {"safe_b": False}, pair | {"prompt": "b", "completion_b": " x", "preferred": "both_bad"}]
+    tie, same = sorted(read(tmp_path, rows, Pairs()), key=lambda row: row["prompt"])
+    assert dict(zip(tie["completions"], tie["safe"], strict=True)) == {" x": 1.0, " y": -1.0} and not tie["better"]
+    assert same["completions"] == [" x"] and same["safe"] == [1.0]
+    with pytest.raises(DataError, match="safe_b.*is another label than `safe_a`, and the completions are the same"):
+        read(tmp_path, [rows[1] | {"safe_b": False}], Pairs())
+    # Raters of one pair, in either order: most of them decide, and none in a draw
+    votes = [(" x", " y", "a", True, False), (" y", " x", "tie", False, True), (" x", " y", "a", False, True)]
+    names = ("completion_a", "completion_b", "preferred", "safe_a", "safe_b")
+    raters = [{"prompt": "a", "rater": i, **dict(zip(names, vote, strict=True))} for i, vote in enumerate(votes)]
+    for count, expected in ((3, {" x": 1.0, " y": -1.0}), (1, {" x": 1.0, " y": -1.0}), (2, {" x": 1.0, " y": -1.0})):
+        (pooled,) = read(tmp_path, raters[:count], Pairs(agreement="weights"))
+        assert dict(zip(pooled["completions"], pooled["safe"], strict=True)) == expected
+    (pooled,) = read(tmp_path, [raters[0], raters[2]], Pairs(agreement="weights"))
+    assert pooled["better"] and pooled["safe"] == [None, None]
+    # A row per comparison, and one of those that are in none
+    rated = [{"prompt": "a", "completion": f" {i}", "harmless": i < 2} for i in range(3)]
+    rated += [{"prompt": "b", "completion": f" {i}", "harmless": True} for i in range(2)]
+    options = {"dimensions": ["harmless"], "use": "border", "group_size": None, "pairwise_rows": True}
+    *pairs, safe = sorted(read(tmp_path, rated, Attributes(**options)), key=lambda row: row["prompt"])
+    assert [len(row["better"]) for row in pairs] == [1, 1] and safe["safe"] == [1.0, 1.0] and not safe["better"]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

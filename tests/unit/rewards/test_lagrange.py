@@ -68,7 +68,8 @@ def test_score_is_the_lagrangian_and_costs_are_raw():
     torch.testing.assert_close(signals, torch.tensor(expected))
     found = lagrange(values, raw, WEIGHTS, NAMES)
     assert found.tolist() == pytest.approx([(2 - 3 * 5.3) / 7, (2 + 3 * 5.4) / 7, -3 / 7, nan], nan_ok=True, rel=1e-6)
-    # Two multipliers of 0 leave R alone
+    # An infinite reward is no price: it ends in a NaN, as without constraints
+    assert lagrange(values[:1], torch.tensor([[7.0, -math.inf, 70.0]]), WEIGHTS, NAMES).tolist() == [-math.inf]
     assert lagrange.measures(raw, NAMES) == {
         "safe": {"mean": pytest.approx(0.55), "violation_rate": 0.5},
         "length": {"mean": pytest.approx(182 / 3), "violation_rate": pytest.approx(2 / 3)},
@@ -165,6 +166,13 @@ def test_multipliers_move_and_the_score_follows(path, tmp_path, kind):
     rate = (held_out > 2.5).float().mean().item()
     assert logged(trainer, "eval_constraints/num_words/violation_rate") == pytest.approx([rate])
     assert not logged(trainer, "eval_constraints/num_words/lambda")
+
+
+def test_multipliers_rest_while_the_critic_warms_up(path, tmp_path):
+    trainer, lagrange, _ = run("ppo", path, tmp_path, critic_warmup_steps=2)
+    first, second, *moved = logged(trainer, "constraints/num_words/lambda")
+    assert first == second == 1.0 and len({1.0, *moved}) == 3 and lagrange.rollouts == 4
+    assert all(logged(trainer, "constraints/num_words/cost"))  # measured all the same
 
 
 @pytest.mark.parametrize("kind", ["ppo", "grpo"])
