@@ -5,7 +5,7 @@ from typing import Any
 
 from rlhf_trl.checks.paths import model_folder
 from rlhf_trl.config.values import at, section
-from rlhf_trl.rewards.constraints import constraint_problems, lagrange_problems
+from rlhf_trl.rewards.constraints import constraint_problems, lagrange_problems, multiplier_problem
 from rlhf_trl.rewards.options import (
     combination_problem,
     ensemble_problem,
@@ -111,4 +111,5 @@ def _lagrange(values: dict[str, Any], weights: Mapping[str, Any]) -> list[str]:
             "`combine=lagrange` weighs rewards in the advantages of a rollout, and online DPO has none. Set "
             "`combine=threshold`, in which bounds decide a pair first, or `stage=ppo`, `grpo` or `rloo`."
         ]
-    return lagrange_problems(at(values, "combine.constraints"), weights)
+    problem = multiplier_problem(at(values, "combine.lambda_init"), at(values, "combine.lambda_max"))
+    return lagrange_problems(at(values, "combine.constraints"), weights) + ([problem] if problem else [])

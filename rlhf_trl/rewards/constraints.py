@@ -91,6 +91,16 @@ def lagrange_problems(constraints: Any, weights: Mapping[str, Any]) -> list[str]
     return problems
 
 
+def multiplier_problem(lambda_init: Any, lambda_max: Any) -> str | None:
+    """Return that the multipliers of `combine=lagrange` would begin above their limit, `None` if they don't."""
+    if not (_is_number(lambda_init) and _is_number(lambda_max) and lambda_init > lambda_max):
+        return None
+    return (
+        f"`combine.lambda_init={lambda_init:g}` is above `combine.lambda_max={lambda_max:g}`, the upper limit of the "
+        f"multipliers. Set `combine.lambda_max={2 * lambda_init:g}`, or a lower `combine.lambda_init`."
+    )
+
+
 def _is_bound(text: Any) -> bool:
     try:
         Bound.parse(str(text))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlhf_trl.config.ranges import check_values
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.rewards.constraints import Bound, constraint_problems, lagrange_problems
+from rlhf_trl.rewards.constraints import Bound, constraint_problems, lagrange_problems, multiplier_problem
 from rlhf_trl.rewards.options import LAGRANGE
 
 
@@ -45,7 +45,7 @@ class Lagrange:
             least those of the rollout.
 
     Raises:
-        ConfigError: at a malformed bound, or a value out of range.
+        ConfigError: at a malformed bound, a value out of range, or a `lambda_init` above `lambda_max`.
     """
 
     def __init__(
@@ -59,12 +59,13 @@ class Lagrange:
     ):
         given = {"lambda_init": lambda_init, "lambda_lr": lambda_lr, "lambda_max": lambda_max}
         check_values(LAGRANGE, given | {"delay": delay, "window": window}, "combine.")
-        if problems := constraint_problems(constraints, list(constraints or ())):
+        problem = multiplier_problem(lambda_init, lambda_max)
+        if problems := constraint_problems(constraints, list(constraints or ())) + ([problem] if problem else []):
             raise ConfigError.join(problems)
         assert constraints is not None
         self.bounds = {name: Bound.parse(text) for name, text in constraints.items()}
         self.lambda_lr, self.lambda_max, self.delay, self.window = lambda_lr, lambda_max, delay, window
-        self.log_lambda = dict.fromkeys(self.bounds, math.log(min(lambda_init, lambda_max)))
+        self.log_lambda = dict.fromkeys(self.bounds, math.log(lambda_init))
         self.rollouts = 0  # seen so far
         self.costs: dict[str, list[float]] = {name: [] for name in self.bounds}  # of the newest completions
 

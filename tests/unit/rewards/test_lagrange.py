@@ -92,7 +92,8 @@ def test_window_delay_and_ceiling():
     assert lagrange.mean_cost("safe") == 25000.0
     before = lagrange.multipliers["safe"]
     assert update(nan) == pytest.approx(before)  # no new cost
-    assert Lagrange({"safe": "<= 0"}, lambda_init=9.0, lambda_max=4.0).multipliers == {"safe": pytest.approx(4.0)}
+    with pytest.raises(ConfigError, match="`combine.lambda_init=9` is above `combine.lambda_max=4`"):
+        Lagrange({"safe": "<= 0"}, lambda_init=9.0, lambda_max=4.0)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +251,7 @@ def test_stages_with_rollouts_have_the_option(compose, stage):
         (["combine.constraints={tokens: '<= 20', gold: '>= 1'}"], "leaves no reward to maximize"),
         (["combine.constraints={tokens: '<= 20'}", "combine.lambda_lr=-1"], "`combine.lambda_lr` is -1"),
         (["combine.constraints={tokens: '<= 20'}", "combine.window=0"], "`combine.window` is 0"),
+        (["combine.constraints={tokens: '<= 20'}", "combine.lambda_init=10"], "Set `combine.lambda_max=20`"),
         (
             [
                 "stage=grpo",
