@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -47,7 +48,7 @@ def last_lines(cfg: DictConfig, typed: Sequence[str], seconds: float) -> str:
     record = read_run(cfg.run_dir)
     if record is None or record.status != "done" or record.stage != cfg.stage.name:
         return ""
-    facts = _measured(cfg.run_dir, cfg.objective)
+    facts = _measured(cfg.run_dir, cfg.objective, OmegaConf.select(cfg, "combine.constraints") or {})
     if record.reason:
         facts.append(f"stopped early ({record.reason.rstrip('.')})")
     lines = [f"{cfg.stage.name}: {', '.join([*facts, duration(seconds), str(cfg.run_dir)])}"]
@@ -58,8 +59,8 @@ def last_lines(cfg: DictConfig, typed: Sequence[str], seconds: float) -> str:
     return "\n".join(lines)
 
 
-def _measured(run_dir: str | os.PathLike, objective: str | None) -> list[str]:
-    """Return the objective before and after, and the KL or the accuracy at the end."""
+def _measured(run_dir: str | os.PathLike, objective: str | None, constraints: Mapping[str, Any]) -> list[str]:
+    """Return the objective before and after, and at the end the KL or the accuracy, and means with their bounds."""
     metrics = read_metrics(run_dir)
     if metrics is None:
         return []
@@ -73,6 +74,11 @@ def _measured(run_dir: str | os.PathLike, objective: str | None) -> list[str]:
         last = metrics["eval"].get(f"eval_{beside}", metrics.get("train", {}).get(beside))
         if last is not None and beside != name:
             found.append(f"{label} {compact_number(last)}")
+    for name, bound in constraints.items():
+        mean = f"constraints/{name}/mean"  # of combine=lagrange
+        last = metrics["eval"].get(f"eval_{mean}", metrics.get("train", {}).get(mean))
+        if last is not None:
+            found.append(f"{name} {compact_number(last)} ({bound})")
     return found
 
 

@@ -45,6 +45,13 @@ def finished(tmp_path, monkeypatch):
     return lines
 
 
+def test_the_last_line_has_the_means_that_are_constrained(finished):
+    history = [*PPO[:2], PPO[2] | {"eval_constraints/tokens/mean": 9.25}]
+    words = "stage=ppo reward=[demo,tokens] combine=lagrange 'combine.constraints={tokens: \"<= 9\"}'"
+    first, *_ = finished(words, POLICY, history)
+    assert first == "ppo: score 1.5 -> 3.1, KL 1.23, tokens 9.25 (<= 9), 35 s, runs/default/ppo"
+
+
 @pytest.mark.parametrize(
     ("words", "files", "history", "expected"),
     [
