@@ -28,6 +28,8 @@ AT_CEILING = 0.999
 
 KL = ("objective/kl",)
 SCORE = ("objective/scores", "reward")
+# With combine=lagrange, whose score changes with its multipliers
+MAXIMIZED = "objective/maximized"
 SCORE_STD = ("objective/scores_std", "reward_std")
 ENTROPY = ("policy/entropy", "entropy")
 CLIPPED = ("policy/clipfrac", "clip_ratio/region_mean")
@@ -53,7 +55,7 @@ def _entropy(series: Series) -> float | None:
 def _over_optimization(series: Series) -> float | None:
     drops = []
     for prefix in ("", "eval_"):
-        scores = series.values(*(f"{prefix}{name}" for name in SCORE))
+        scores = series.values(*(f"{prefix}{name}" for name in (MAXIMIZED, *SCORE)))
         for name in series.watched:
             stem = f"{prefix}rewards/{name}"
             drops.append(_drop(series, series.values(f"{stem}/mean"), f"{stem}/std", scores))

@@ -260,8 +260,15 @@ class RolloutHook(Trainer):
             if batch is not None:
                 count = float(counted[:, self.reward_func_names.index(name)].isfinite().sum())
                 self.held_out_counts |= {f"constraints/{name}/{key}": count for key in measures}
+        logged = self._metrics["train" if record.training else "eval"]
         for name, value in metrics.items():
-            self._metrics["train" if record.training else "eval"][f"constraints/{name}"].append(value)
+            logged[f"constraints/{name}"].append(value)
+        scored = counted[~counted.isnan().all(dim=1)]
+        if len(scored):  # a score that no multiplier changes
+            signals = lagrange.signals(scored, scored, self.reward_weights.to(scored), self.reward_func_names)
+            logged["objective/maximized"].append(signals[:, 0].mean().item())
+            if batch is not None:
+                self.held_out_counts["objective/maximized"] = float(len(scored))
 
     def _rewards_to_learn_from(self, record: RolloutRecord) -> Tensor:
         """

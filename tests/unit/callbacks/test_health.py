@@ -177,6 +177,19 @@ def test_a_score_that_falls_while_multipliers_rise_is_no_falling_reward():
         assert (found and found.level) == level
 
 
+def test_over_optimization_is_seen_whatever_multipliers_do():
+    """The maximized reward rises and a watched one falls, while the score falls as the price of a cost rises."""
+    stream = [
+        entry
+        | {"objective/scores": -t, "objective/maximized": 1 + 0.1 * t, "rewards/gold/mean": min(1, 2.2 - 0.3 * t)}
+        for t, entry in enumerate(healthy("ppo"))
+    ]
+    assert judged(stream)[-1]["over_optimization"].level == 2
+    for entry in stream:
+        del entry["objective/maximized"]
+    assert judged(stream)[-1]["over_optimization"].level == 0
+
+
 def test_a_correlation_with_length_is_no_bias_while_lengths_do_not_follow_it():
     for change, level in ((0.0, 0), (-0.3, 0), (0.3, 2)):
         stream = [

@@ -160,7 +160,11 @@ def test_multipliers_move_and_the_score_follows(path, tmp_path, kind):
     assert logged(trainer, "rewards/num_words/mean") == pytest.approx(means)
     rates = [(r[~r.isnan()] > 2.5).float().mean().item() for r in (rewards[:, 1] for rewards in trained)]
     assert logged(trainer, "constraints/num_words/violation_rate") == pytest.approx(rates)
+    maximized = [rewards[:, 0].mean().item() for rewards in trained]
+    assert logged(trainer, "objective/maximized") == pytest.approx(maximized)
     # Evaluation moves nothing, and counts each row once
+    maximized = torch.cat([rewards[:, 0] for training, rewards in seen if not training]).mean().item()
+    assert logged(trainer, "eval_objective/maximized") == pytest.approx([maximized])
     held_out = torch.cat([rewards[:, 1] for training, rewards in seen if not training])
     held_out = held_out[~held_out.isnan()]
     assert logged(trainer, "eval_constraints/num_words/mean") == pytest.approx([held_out.mean().item()])
