@@ -1,8 +1,9 @@
 """Rendering of chats with the tokenizer's template."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -108,7 +109,7 @@ def _template_tokens(tokenizer) -> set[str]:
     return {token for token in tokenizer.all_special_tokens if token in text}
 
 
-def template_kwargs(row: dict) -> dict:
+def template_kwargs(row: Mapping[str, Any]) -> dict:
     """Return what a row's own `tools` and `chat_template_kwargs` columns give to the chat template."""
     kwargs = dict(row.get("chat_template_kwargs") or {})
     if row.get("tools"):  # TRL takes them as JSON text too
