@@ -58,6 +58,7 @@ RUN = {
     "stage.top_p": "(0, 1]",
     "stage.budget": f"{COUNT}?",
     "stage.per_prompt": COUNT,
+    "stage.min_thumbs": f"{COUNT}?",
     "stage.question_size": COUNT,
     "stage.overlap": COUNT,
     "stage.ask": "pair|ranking|rating|edit",

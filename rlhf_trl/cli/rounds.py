@@ -116,8 +116,9 @@ def round_problems(cfg: DictConfig) -> list[str]:
     if bool(rounds) != bool(repeated):
         way = "Name the steps of a round there." if not repeated else "Set `rounds=1` or more."
         return [f"`rounds={rounds}`, and `each_round` holds {len(repeated)} steps. {way}"]
-    for number in range(1, 2 if rounds == NEXT else rounds + 1):
-        set_round(cfg, number)  # a round that lacks something fails before the first one runs
+    # A round that lacks something fails before the first one runs. Those after the second are like it
+    for number in range(1, 3 if rounds == NEXT else rounds + 1):
+        set_round(cfg, number)
         if found := choice_problems(cfg) or plain(cfg)[1]:
             return found
     return []

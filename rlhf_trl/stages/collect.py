@@ -156,6 +156,11 @@ def _noted(found: Collected, before: str = "") -> str:
 def traffic_of(cfg: DictConfig) -> Traffic | None:
     """Return the log in `cfg.stage.traffic` without what earlier collections used, `None` where there is none."""
     stage = cfg.stage
+    if stage.traffic is None and stage.min_thumbs is not None:
+        raise ConfigError(
+            f"`stage.min_thumbs={stage.min_thumbs}` counts the thumbs of a log, and `stage.traffic` names none. Name "
+            "one (of `pipeline=iterated`: `prompts_of=log log=...`)."
+        )
     if stage.traffic is None:
         return None
     files = resolve_paths(_list(stage.traffic), "stage.traffic")
@@ -173,6 +178,13 @@ def traffic_of(cfg: DictConfig) -> Traffic | None:
     if not traffic.rows and not traffic.thumbs:
         noted = _noted(Collected([], traffic.notes), ": ")
         raise ConfigError(f"`stage.traffic` holds nothing new{noted}. Give the log of a later time.")
+    ups = sum(row["thumb"] for row in traffic.thumbs)
+    downs = len(traffic.thumbs) - ups
+    if stage.min_thumbs is not None and min(ups, downs) < stage.min_thumbs:
+        raise ConfigError(
+            f"`stage.traffic` has {ups} new thumbs up and {downs} down, and `stage.min_thumbs={stage.min_thumbs}` "
+            "asks for that many of each. Nothing was used: the log of a later time has these too."
+        )
     return traffic
 
 

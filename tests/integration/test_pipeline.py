@@ -619,9 +619,9 @@ def logged(path: Path, seeds: range) -> None:
 
 @pytest.mark.slow
 def test_two_nights_learn_nothing_twice(tmp_path):
-    """`pipeline=nightly` on a log that grows, and a night without anything new."""
+    """`pipeline=nightly` on a log that grows, a night without anything new, and one with too little."""
     words = ["pipeline=nightly", 'training=["stage.args.max_steps=2"]', DIRECT]
-    words += ['compared_by=["reward=demo","data.max_eval_samples=32","stage.references=false"]']
+    words += ['compared_by=["reward=demo","data.max_eval_samples=32"]']
     thumbs = tmp_path / "runs/nightly"
     for night in (1, 2):
         logged(tmp_path / "log.jsonl", range(night, night + 32))
@@ -638,6 +638,9 @@ def test_two_nights_learn_nothing_twice(tmp_path):
     assert set(read_comparison(thumbs / "compare_2").policies) == {"first", "policy_1", "policy_2"}
     code, out, err = launch("pipeline", tmp_path, *words)
     assert code == 2 and "`stage.traffic` holds nothing new" in err and not (thumbs / "policy_3").exists()
+    logged(tmp_path / "log.jsonl", range(100, 104))
+    code, out, err = launch("pipeline", tmp_path, *words)
+    assert code == 2 and "Nothing was used" in err and not (thumbs / "collect_3" / "candidates.jsonl").exists()
 
 
 @pytest.mark.slow

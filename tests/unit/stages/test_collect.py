@@ -100,6 +100,9 @@ def test_last_hidden_states_choose_without_a_reward_and_logs_have_thumbs(compose
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [*FEW, "select=d_optimal", f"stage.traffic={log}", f"runs_dir={tmp_path}", "stage.budget=1"]
     words += ["stage.columns={completion: answer, thumb: vote}", "stage.max_completion_length=24"]
+    with pytest.raises(ConfigError, match="2 new thumbs up and 0 down, and `stage.min_thumbs=1`"):
+        collect(compose(*words, "stage.min_thumbs=1"))
+    assert not (tmp_path / "test" / "collect" / "run.json").exists()
     path = collect(compose(*words))
     rows = read_candidates(path)
     assert [row.candidates[0].policy for row in rows] == ["traffic", "traffic"]
@@ -108,6 +111,8 @@ def test_last_hidden_states_choose_without_a_reward_and_logs_have_thumbs(compose
     assert [row["thumb"] for row in thumbs] == [True, True]
     with pytest.raises(ConfigError, match="nothing new: logged rows dropped: used before: 2"):
         collect(compose(*words, "run_name=again", "stage.used=[collect]"))
+    with pytest.raises(ConfigError, match="`stage.traffic` names none"):
+        collect(compose(*FEW, f"runs_dir={tmp_path}", "run_name=again", "stage.min_thumbs=1"))
 
 
 def test_a_selection_without_its_ensemble_stops_before_the_sampling(compose, tmp_path):
