@@ -183,7 +183,7 @@ def test_every_callable_of_a_stage_takes_what_it_is_given(stage):
 @pytest.mark.parametrize("pipeline", VARIANTS, ids=" ".join)
 def test_every_step_of_a_pipeline_passes_the_checks(pipeline):
     cfg = composed("pipeline", *pipeline)
-    assert cfg.steps
+    assert all_steps(cfg)
     for name, words in all_steps(cfg).items():
         assert problems_of(*words, f"project={cfg.project}", f"run_name={name}") == [], name
 
