@@ -58,7 +58,7 @@ def evaluate(cfg: DictConfig) -> None:
             dataset=dataset,
             rewards=reward_functions(cfg, load_tokenizer(base), dataset.column_names),
             combine=instantiate(cfg.combine),
-            constraints=as_dict(stage)["constraints"] or {},
+            constraints=as_dict(stage.constraints) if stage.constraints else {},
             temperature=stage.temperature,
             max_completion_length=stage.max_completion_length,
             batch_size=stage.batch_size,

@@ -32,6 +32,7 @@ NEEDS = {
     "select/best_worst": ["reward=demo"],
     "select/thompson": ["reward=model"],
     "select/uncertainty": ["reward=model"],
+    "combine/lagrange": ["reward=[demo,tokens]", "combine.constraints={tokens: '<= 20'}"],
     "combine/threshold": ["reward=[demo,eos]", "combine.constraints={eos: 1}"],
     "reward/format": ["reward.format.kwargs.pattern=.*"],
     "reward/http": ["reward.http.url=http://127.0.0.1:8000/score"],

@@ -2,6 +2,7 @@
 
 import fnmatch
 import functools
+import importlib
 import json
 import re
 import shlex
@@ -45,7 +46,7 @@ def users_folder(tmp_path_factory) -> Path:
     for project in projects:
         names = ("policy", "control", "reward", "collect", "label", "draw")
         rounds = [f"{name}_{number}" for name in names for number in range(4)]
-        for run in ("init", "sft", "reward", "ppo", "dpo", "helpful", "harmless", "collect", *rounds):
+        for run in ("init", "sft", "reward", "ppo", "dpo", "helpful", "cost", "collect", *rounds):
             folder = users / "runs" / project / run
             (folder / "merged").mkdir(parents=True)
             (folder / "merged" / "config.json").write_text("{}")
@@ -54,6 +55,7 @@ def users_folder(tmp_path_factory) -> Path:
                 (folder / name).touch()
             for kept in ("best", "random"):
                 (folder / f"completions.{kept}.jsonl").touch()
+    importlib.import_module("rlhf_trl.trainers.online_dpo")  # imports vLLM where there is one
     (users / "vllm.py").touch()  # stands for the package
     (users / "my_rewards.py").write_text("def short(completions): return [0.0] * len(completions)")
     return users
