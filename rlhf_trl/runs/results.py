@@ -230,7 +230,7 @@ class PolicyResult(JsonDataclass):
     rewards: dict[str, float | None] = field(default_factory=dict)
     reward_intervals: dict[str, Estimate | None] = field(default_factory=dict)
     reward_std: dict[str, float | None] = field(default_factory=dict)
-    constraints: dict[str, ConstraintResult] = field(default_factory=dict)
+    constraints: dict[str, ConstraintResult] = field(default_factory=dict, metadata={"without": "constraints"})
     difference: Estimate | None = None
     win_rate: Estimate | None = None
     judgements: int | None = field(default=None, metadata={"without": "judgements"})

@@ -13,7 +13,7 @@ class JsonDataclass:
     Base of dataclasses that stand in JSON files under the names of their fields.
 
     A field's metadata may hold `key`, its key in the file where that isn't its name, and `without`, the name of a
-    field: while that one is `None` this one is not written.
+    field: while that one is `None` or an empty mapping this one is not written.
     """
 
     def to_json(self) -> dict[str, Any]:
@@ -21,7 +21,7 @@ class JsonDataclass:
         return {
             one.metadata.get("key", one.name): encode(getattr(self, one.name))
             for one in fields(self)
-            if "without" not in one.metadata or getattr(self, one.metadata["without"]) is not None
+            if "without" not in one.metadata or getattr(self, one.metadata["without"]) not in (None, {})
         }
 
     @classmethod

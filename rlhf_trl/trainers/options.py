@@ -6,7 +6,18 @@ from typing import Any
 
 from rlhf_trl.config.ranges import COUNT, POSITIVE, ROLLOUTS, TRAINING
 
-ONLINE_DPO = {name: rule for name, rule in ROLLOUTS.items() if name != "beta"} | {
+# Of rollouts, without what TRL's config has no argument for; `beta` is a number or a list of them
+ABSENT = {
+    "beta",
+    "epsilon",
+    "generation_batch_size",
+    "num_generations",
+    "num_generations_eval",
+    "num_iterations",
+    "steps_per_generation",
+    "vllm_max_model_length",
+}
+ONLINE_DPO = {name: rule for name, rule in ROLLOUTS.items() if name not in ABSENT} | {
     "loss_type": "sigmoid|ipo",
     "missing_eos_penalty": f"{POSITIVE}?",
     "max_completion_length": COUNT,

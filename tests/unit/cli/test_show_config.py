@@ -1,5 +1,6 @@
 """`--cfg job`: YAML, with a comment behind each value that names where it comes from."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,8 @@ def test_it_is_the_yaml_of_the_composed_config(stage):
     )
     text = shown(*words)
     assert OmegaConf.to_container(OmegaConf.create(text)) == OmegaConf.to_container(composed("train", words, ()))
+    # A text of several lines has one comment, behind its last
+    text = re.sub(r"(?m)^( *\w+: )'[^'\n]*\n[^']*'", r"\1''", text)
     bare = [line for line in text.splitlines() if not line.rstrip().endswith(":") and "  # " not in line]
     assert all(line.lstrip().startswith("- ") for line in bare)  # items of a list, whose key has the comment
 

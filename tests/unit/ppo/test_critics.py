@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.fingerprints import weights_fingerprint
+from rlhf_trl.patches.engines import cast_to_shards
 from rlhf_trl.ppo import PPOConfig
 from rlhf_trl.ppo.critic import is_critic
 from rlhf_trl.ppo.ptx import Demonstrations
@@ -446,6 +447,7 @@ def test_zero_3_gets_weights_of_one_type(path, tmp_path, engine, dtype):
     for i, parameter in enumerate(model.parameters() if engine == "ZeRO-3" else ()):
         parameter.ds_id = i
     trainer = sampled(model, tmp_path, path=path, critic="head")
+    cast_to_shards(trainer.model)
     assert {trainer.model.value_head.weight.dtype, trainer.model.value_head.bias.dtype} == {dtype}
     ids = torch.tensor([[5, 6, 7, 8]])
     output = trainer.model(ids, torch.ones_like(ids), labels=ids, fused_lm_head=True, with_values=True)
