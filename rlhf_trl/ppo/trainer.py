@@ -72,7 +72,7 @@ from rlhf_trl.rewards.lagrange import Lagrange
 from rlhf_trl.trainers.base import TrainerMixin
 from rlhf_trl.trainers.rollout_hook import RolloutHook, RolloutRecord
 from rlhf_trl.trainers.rollouts import Rollouts
-from rlhf_trl.trainers.seeds import preserved_rng_state
+from rlhf_trl.trainers.seeds import SampledEvaluation, preserved_rng_state
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def keeping_reference(holder: Any) -> Iterator[None]:
         holder.beta = beta
 
 
-class PPOTrainer(RolloutHook, Rollouts, TrainerMixin, trl.GRPOTrainer):
+class PPOTrainer(SampledEvaluation, RolloutHook, Rollouts, TrainerMixin, trl.GRPOTrainer):
     """
     Trainer for proximal policy optimization from a learned or programmed reward (arXiv 1707.06347, 1909.08593,
     2203.02155).
@@ -410,18 +410,6 @@ class PPOTrainer(RolloutHook, Rollouts, TrainerMixin, trl.GRPOTrainer):
         self._update_sums.clear()
 
     # ---- Evaluation ----
-
-    def evaluate(self, *args, **kwargs):
-        """Score held-out prompts, sampled with the run's seed each time, leaving the training's random state alone."""
-        with preserved_rng_state():
-            set_seed(self.args.seed, device_specific=True)
-            return super().evaluate(*args, **kwargs)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
-        """Sample and score a batch of held-out prompts. There is no held-out loss: a rollout's loss means nothing."""
-        with torch.no_grad(), self.compute_loss_context_manager():
-            self._prepare_inputs(inputs)
-        return None, None, None
 
     # ---- Checkpoints: the policy's files hold the policy alone, the critic's lies beside them ----
 

@@ -34,7 +34,7 @@ from rlhf_trl.trainers.base import TrainerMixin
 from rlhf_trl.trainers.options import ONLINE_DPO, online_dpo_problem
 from rlhf_trl.trainers.rollout_hook import RolloutHookWithKL, RolloutRecord
 from rlhf_trl.trainers.rollouts import Rollouts
-from rlhf_trl.trainers.seeds import preserved_rng_state
+from rlhf_trl.trainers.seeds import SampledEvaluation, preserved_rng_state
 
 PAIR = 2  # completions per prompt
 
@@ -438,12 +438,6 @@ class PairEngine(online_dpo.OnlineDPOTrainer):
         # TRL's own averages its `stats`
         super(online_dpo.OnlineDPOTrainer, self)._maybe_log_save_evaluate(*args, **kwargs)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
-        """Sample and score a batch of held-out prompts. There is no held-out loss: it is of pairs that are new."""
-        with torch.no_grad(), self.compute_loss_context_manager():
-            self._prepare_inputs(inputs)
-        return None, None, None
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the means of the metrics since the last call."""
         mode = "train" if self.model.training else "eval"
@@ -455,7 +449,7 @@ class PairEngine(online_dpo.OnlineDPOTrainer):
         self._metrics[mode].clear()
 
 
-class OnlineDPOTrainer(RolloutHookWithKL, Rollouts, TrainerMixin, PairEngine):
+class OnlineDPOTrainer(SampledEvaluation, RolloutHookWithKL, Rollouts, TrainerMixin, PairEngine):
     """
     Trainer for online DPO: [`PairEngine`] with the hook on rollouts and
     [`~rlhf_trl.trainers.base.TrainerMixin`].
@@ -488,9 +482,3 @@ class OnlineDPOTrainer(RolloutHookWithKL, Rollouts, TrainerMixin, PairEngine):
         if self.model.training:  # the last step of an epoch may have fewer
             self._micro_batches_without_kl = max(len(self._micro_batches), 1)
         return output
-
-    def evaluate(self, *args, **kwargs):
-        """Score held-out prompts, sampled with the run's seed each time, leaving the training's random state alone."""
-        with preserved_rng_state():
-            set_seed(self.args.seed, device_specific=True)
-            return super().evaluate(*args, **kwargs)
