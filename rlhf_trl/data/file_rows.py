@@ -11,15 +11,17 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
+from typing import TypeVar
 
-from rlhf_trl.data.rows import Row, RowError, ending, typed_row
+from rlhf_trl.data.rows import Problems, Row, RowError, ending, typed_row
 from rlhf_trl.errors import DataError
 from rlhf_trl.hints import names_of
 from rlhf_trl.terminal import say
 
+T = TypeVar("T")
 # A JSON object with one of these is a row, whatever lists it holds.
 COLUMNS = {"prompt", "completion", "chosen", "rejected", "messages", "conversations", "text", "instruction"}
 DEEPEST = 100  # objects and lists in each other
@@ -78,6 +80,26 @@ def read_file(path: str) -> Iterator[Row]:
         yield from READERS[ending(path)](path)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         yield path, RowError(None, f"is a damaged gzip file ({error})", fatal=True)
+
+
+def checked_rows(path: str, check: Callable[[dict], T], problems: Problems) -> Iterator[T]:
+    """
+    Yield what `check` makes of each row of a file.
+
+    Args:
+        path (`str`): the file.
+        check (callable): function that returns what a row says, or raises a [`~rlhf_trl.data.rows.RowError`].
+        problems ([`~rlhf_trl.data.rows.Problems`]): gets the errors of rows, with their places.
+    """
+    for place, row in read_file(path):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            made = check(row)
+        except RowError as error:
+            problems.add(place, error)
+        else:
+            yield made
 
 
 def _open(path: str):

@@ -5,6 +5,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from math import isinf, isnan
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from tqdm import tqdm
 
 from rlhf_trl.build import instantiate_data, load_policies, reward_functions
 from rlhf_trl.data.chat_template import template_kwargs
-from rlhf_trl.data.file_rows import read_file, resolve_paths
+from rlhf_trl.data.file_rows import checked_rows, read_file, resolve_paths
 from rlhf_trl.data.messages import as_chat as chat_of
 from rlhf_trl.data.messages import as_text, check_text_or_chat, read_json_chats
 from rlhf_trl.data.row_types import PASSED_ON
-from rlhf_trl.data.rows import Problems, RowError
+from rlhf_trl.data.rows import Problems
 from rlhf_trl.data.splits import eval_split
 from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError, DataError
@@ -46,17 +47,13 @@ def generate(cfg: DictConfig) -> None:
         [`~rlhf_trl.errors.ConfigError`]: if there are no prompts, a row has none, or the output exists.
     """
     OmegaConf.resolve(cfg)
-    stage, output = cfg.stage, Path(cfg.stage.output)
-    prompts = prompts_of(cfg, stage.max_prompts)
-    if output.exists() and not cfg.overwrite:
-        raise ConfigError(
-            f"`stage.output` is `{output}`, which exists. Name another file, or delete it first with `overwrite=true`."
-        )
+    stage, prompts = cfg.stage, prompts_of(cfg, cfg.stage.max_prompts)
+    output = new_output(cfg)
     (policy,) = load_policies(cfg)
     with open_run(cfg, start=policy.path):
         if not is_main_process():
             return  # one rank samples and writes
-        partial = output.with_name(f".{output.name}.partial")
+        partial = output.with_name(f".{output.name}.partial")  # one, however often a long sampling is killed
         output.parent.mkdir(parents=True, exist_ok=True)
         count, rewarded = 0, []  # rows; their rewards
         with open(partial, "w", encoding="utf-8") as file:
@@ -82,6 +79,21 @@ def generate(cfg: DictConfig) -> None:
             keep(output, stage.keep, cfg.seed)
         mean = f", mean reward {sum(rewarded) / len(rewarded):.3f}" if rewarded else ""
         print(f"{count} completions of {len(prompts)} prompts{mean}: {output}")
+
+
+def new_output(cfg: DictConfig) -> Path:
+    """
+    Return the file `cfg.stage.output`, which a stage is about to write.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if it exists and may not be overwritten.
+    """
+    output = Path(cfg.stage.output)
+    if output.exists() and not cfg.overwrite:
+        raise ConfigError(
+            f"`stage.output` is `{output}`, which exists. Name another file, or delete it first with `overwrite=true`."
+        )
+    return output
 
 
 def keep(output: Path, rule: str, seed: int) -> None:
@@ -175,18 +187,13 @@ def read_prompts(source: str | list[str], limit: int | None = None) -> list[dict
     Raises:
         [`~rlhf_trl.errors.DataError`]: with file and row, if one has no prompt; if there is none at all.
     """
-    rows, notes, problems, files = [], Counter(), Problems(), resolve_paths(source, "stage.prompts")
-    for file in files:
-        for place, row in read_file(file):
-            if limit is not None and len(rows) >= limit:
-                break
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                row = read_json_chats(row, notes)
-                rows.append({**row, "prompt": check_text_or_chat(row, "prompt")})
-            except RowError as error:
-                problems.add(place, error)
+    notes, problems, files = Counter(), Problems(), resolve_paths(source, "stage.prompts")
+
+    def check(row: dict) -> dict:
+        row = read_json_chats(row, notes)
+        return {**row, "prompt": check_text_or_chat(row, "prompt")}
+
+    rows = list(islice(chain.from_iterable(checked_rows(file, check, problems) for file in files), limit))
     if problems.count:
         raise DataError(f"{problems.count} rows of `stage.prompts` can't be used:\n{problems.text()}")
     if not rows:

@@ -1,9 +1,7 @@
 """Prompts in other words, by a language model, into a file (`stage=paraphrase`)."""
 
 import json
-import os
 from collections import Counter
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -12,8 +10,9 @@ from rlhf_trl.data.feedback.synthetic import answer_of
 from rlhf_trl.data.splits import prompt_key
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.ranks import is_main_process
+from rlhf_trl.runs.record import replacing
 from rlhf_trl.stages.base import open_run
-from rlhf_trl.stages.generate import completions, prompts_of
+from rlhf_trl.stages.generate import completions, new_output, prompts_of
 from rlhf_trl.terminal import say
 
 
@@ -28,14 +27,11 @@ def paraphrase(cfg: DictConfig) -> None:
             exists, or no paraphrase is left.
     """
     OmegaConf.resolve(cfg)
-    stage, output = cfg.stage, Path(cfg.stage.output)
+    stage = cfg.stage
     if "{prompt}" not in stage.template:
         raise ConfigError("`stage.template` has no `{prompt}`, so the model wouldn't see the request. Add it.")
     given = {prompt_key(row["prompt"]): row["prompt"] for row in prompts_of(cfg, stage.max_prompts)}
-    if output.exists() and not cfg.overwrite:
-        raise ConfigError(
-            f"`stage.output` is `{output}`, which exists. Name another file, or delete it first with `overwrite=true`."
-        )
+    output = new_output(cfg)
     (policy,) = load_policies(cfg)
     with open_run(cfg, start=policy.path):
         if not is_main_process():
@@ -53,11 +49,9 @@ def paraphrase(cfg: DictConfig) -> None:
                 "`stage.template`."
             )
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_name(f".{output.name}.partial")
-        with open(partial, "w", encoding="utf-8") as file:
+        with replacing(output) as file:
             for row in rows:
                 file.write(json.dumps(row | {"model": policy.path}, ensure_ascii=False) + "\n")
-        os.replace(partial, output)
         say(f"{len(rows):,} paraphrases of {len(prompts):,} prompts: {output}")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_trl.data.feedback.base import Comparison, Feedback, Group, Text, key_of
-from rlhf_trl.data.file_rows import read_file, resolve_paths
+from rlhf_trl.data.file_rows import checked_rows, resolve_paths
 from rlhf_trl.data.messages import as_chat, as_text, check_text_or_chat, read_json_chats
 from rlhf_trl.data.rows import Problems, RowError
 from rlhf_trl.data.splits import prompt_key
@@ -156,16 +156,13 @@ def read_texts(key: str, paths: str | list[str], read: Callable[[dict], list[Tex
         [`~rlhf_trl.errors.DataError`]: with file and row, if one is malformed; for a file without rows.
     """
     files, problems, notes = [], Problems(), Counter()
+
+    def check(row: dict) -> FileRow:
+        row = read_json_chats(row, notes)
+        return FileRow(prompt_key(check_text_or_chat(row, "prompt")), read(row))
+
     for file in resolve_paths(paths, key):
-        rows = []
-        for place, row in read_file(file):
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                row = read_json_chats(row, notes)
-                rows.append(FileRow(prompt_key(check_text_or_chat(row, "prompt")), read(row)))
-            except RowError as error:
-                problems.add(place, error)
+        rows = list(checked_rows(file, check, problems))
         if not rows and not problems.count:
             raise DataError(f"`{key}`: {file} holds no rows. Name a file that has some.")
         files.append(rows)
