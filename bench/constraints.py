@@ -9,16 +9,15 @@ held-out prompts after training. Finished runs are skipped, so the same command 
 """
 
 import argparse
+import functools
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from bench.reward import do
+from bench.reward import do, do_all
 from rlhf_trl.cli.launcher import launch_command
-from rlhf_trl.errors import ConfigError
 from rlhf_trl.report.text import table
 
 WORDS, BOUND, TOLERANCE = 8, 0.8, 0.05
@@ -39,16 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of a training")
     parser.add_argument("--project", default="bench_constraints", help="folder of the runs under runs/")
     options = parser.parse_args(arguments)
-    folder = Path("runs", options.project)
     program = launch_command("cpu", ["--num_cpu_threads_per_process", str(options.threads)])
-    try:
-        for name, overrides in steps(options.weights, options.seeds, options.episodes).items():
-            do([*overrides, f"project={options.project}", f"run_name={name}"], folder / name, program)
-    except ConfigError as error:
-        sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        print("Stopped. Run the same command to resume.", file=sys.stderr)
-        sys.exit(130)
+    made = steps(options.weights, options.seeds, options.episodes)
+    folder = do_all(made, options.project, functools.partial(do, program=program))
     text = report(folder, options.weights, options.seeds)
     Path(folder, "constraints.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\n{folder / 'constraints.md'}")

@@ -9,10 +9,11 @@ comparisons. Finished runs are skipped, so the same command resumes a stopped be
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -85,16 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="default: reward_bench.md in the project's folder")
     options = parser.parse_args(arguments)
     recipe, project = RECIPES[options.model], options.project or f"bench_reward_{options.model}"
-    folder = Path("runs", project)
     program = launch_command("cpu", ["--num_cpu_threads_per_process", str(options.threads)])
-    try:
-        for name, overrides in steps(recipe, options.seeds).items():
-            do([*overrides, f"project={project}", f"run_name={name}"], folder / name, program)
-    except ConfigError as error:
-        sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        print("Stopped. Run the same command to resume.", file=sys.stderr)
-        sys.exit(130)
+    folder = do_all(steps(recipe, options.seeds), project, functools.partial(do, program=program))
     text = report(recipe, [result(recipe, folder, seed) for seed in options.seeds], options)
     output = options.output or folder / "reward_bench.md"
     output.write_text(text + "\n", encoding="utf-8")
@@ -116,6 +109,30 @@ def steps(recipe: Recipe, seeds: Sequence[int]) -> dict[str, list[str]]:
         rewards = [f"reward.model.run=rankings_{seed}", f"reward.model.dtype={recipe.dtype}", f"+reward.pairs={other}"]
         made[f"quality_{seed}"] = [*recipe.evaluate, *rewards]
     return made
+
+
+def do_all(steps: Mapping[str, list[str]], project: str, do: Callable[[list[str], Path], None]) -> Path:
+    """
+    Run the steps of a benchmark, and end the process with a message where one fails or is interrupted.
+
+    Args:
+        steps (`Mapping[str, list[str]]`): name of each run, with its overrides.
+        project (`str`): project of the runs.
+        do (callable): function that runs a step, of its overrides and the folder of its run.
+
+    Returns:
+        `Path`: the folder of the project.
+    """
+    folder = Path("runs", project)
+    try:
+        for name, overrides in steps.items():
+            do([*overrides, f"project={project}", f"run_name={name}"], folder / name)
+    except ConfigError as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        print("Stopped. Run the same command to resume.", file=sys.stderr)
+        sys.exit(130)
+    return folder
 
 
 def do(overrides: list[str], folder: Path, program: Sequence[str]) -> None:

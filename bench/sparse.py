@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -24,6 +23,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+from bench.reward import do_all
 from rlhf_trl.evaluation.statistics import paired_difference
 from rlhf_trl.report.text import table
 from rlhf_trl.runs.paths import conf_dir
@@ -59,12 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     folder.mkdir(parents=True, exist_ok=True)
     phrasings = write_phrasings(folder / "phrasings.jsonl")
-    try:
-        for name, overrides in steps(options.labels, options.steps, options.seeds, folder, phrasings).items():
-            do([*overrides, f"project={options.project}", f"run_name={name}"], folder / name)
-    except KeyboardInterrupt:
-        print("Stopped. Run the same command to resume.", file=sys.stderr)
-        sys.exit(130)
+    do_all(steps(options.labels, options.steps, options.seeds, folder, phrasings), options.project, do)
     found = {arm: [accuracy(folder / f"{arm}_{seed}") for seed in options.seeds] for arm in ARMS}
     text = report(found, options.labels, options.steps, options.seeds)
     output = options.output or folder / "sparse_bench.md"

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_trl.ppo import PPOConfig, PPOTrainer
-from tests.helpers.tiny import WORDS
+from tests.helpers.tiny import QUIET_ON_CPU, WORDS
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
@@ -89,13 +89,7 @@ def make_trainer(model, tmp_path, data=None, path=None, **kwargs):
         "adam_epsilon": 1e-4,  # at the default the rounding of a tiny gradient moves a weight by more than 1e-5
         "lr_scheduler_type": "constant",
         "max_completion_length": 8,
-        "report_to": "none",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
+        **QUIET_ON_CPU,
         "head_init": "normal",
         "vf_coef": 0.5,
         "beta": 0.1,

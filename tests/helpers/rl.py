@@ -7,6 +7,7 @@ from trl import GRPOConfig, RLOOConfig
 from rlhf_trl.ppo import PPOConfig, PPOTrainer
 from rlhf_trl.trainers.rollouts import GRPOTrainer, RLOOTrainer
 from tests.helpers.ppo import prompts
+from tests.helpers.tiny import QUIET_ON_CPU
 
 TRAINERS = {
     "ppo": (PPOTrainer, PPOConfig, {"num_generations": 2, "head_init": "normal"}),
@@ -37,13 +38,7 @@ def rl_trainer(
         "lr_scheduler_type": "constant",
         "beta": 0.1,
         "disable_dropout": True,
-        "report_to": "none",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
+        **QUIET_ON_CPU,
     }
     return trainer(
         path,

@@ -5,6 +5,16 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = "a b c d e f g h i j k l m n o p".split()
+# Arguments of a trainer that says and saves nothing, on a CPU
+QUIET_ON_CPU = {
+    "report_to": "none",
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "save_strategy": "no",
+}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}<user> {{ message['content'] }} "
     "{% else %}<assistant> {{ message['content'] }} <eos>{% endif %}{% endfor %}"

@@ -19,7 +19,7 @@ from rlhf_trl.trainers.online_dpo import OnlineDPOConfig, OnlineDPOTrainer, pair
 from tests.helpers.architectures import ARCHITECTURES, save_architecture
 from tests.helpers.ppo import prompts
 from tests.helpers.rl import count_of_a, logged
-from tests.helpers.tiny import save_model
+from tests.helpers.tiny import QUIET_ON_CPU, save_model
 
 QUICK = ("llama", "gpt2")
 NAMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ARCHITECTURES]
@@ -40,13 +40,7 @@ def make(path, out, peft_config=None, model=None, rewards=(count_of_a,), data=No
         "num_train_epochs": 1,
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
-        "report_to": "none",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
+        **QUIET_ON_CPU,
     }
     trainer = OnlineDPOTrainer(
         AutoModelForCausalLM.from_pretrained(path) if model is None else model,
