@@ -163,7 +163,9 @@ def best_of_n(select: np.ndarray, measure: np.ndarray, n: int) -> np.ndarray:
     """
     select, measure = np.asarray(select, dtype=float), np.asarray(measure, dtype=float)
     m = select.shape[1]
-    weights = np.array([math.comb(i, n - 1) / math.comb(m, n) for i in range(m)])
+    # From the largest, n / m, down: C(i - 1, n - 1) = C(i, n - 1) (i - n + 1) / i
+    i = np.arange(m - 1, 0, -1)
+    weights = n / m * np.append(1.0, np.cumprod((i - n + 1).clip(min=0) / i))[::-1]
     values = np.empty(len(select))
     for row, (by, worth) in enumerate(zip(select, measure, strict=True)):
         _, rank_of, count = np.unique(by, return_inverse=True, return_counts=True)

@@ -125,6 +125,14 @@ def test_best_of_n_is_the_mean_over_all_draws():
             draws = [list(draw) for draw in itertools.combinations(range(6), n)]
             exact.append(np.mean([worth[draw][by[draw] == by[draw].max()].mean() for draw in draws]))
         np.testing.assert_allclose(best_of_n(select, measure, n), exact)
+    # The example of arXiv 2310.02743's estimator: all six pairs of four samples, the gold reward in the scores' order
+    assert best_of_n(np.arange(4)[None], np.array([[1.0, 0, 3, 2]]), 2) == pytest.approx([2.0])
+
+
+def test_the_best_of_many_samples_has_no_number_too_large_for_a_float():
+    samples = np.arange(4096.0)[None]
+    for n in (1, 64, 1024, 4096):  # the largest of n of m numbers without replacement: n (m + 1) / (n + 1), from 1
+        assert best_of_n(samples, samples + 1, n) == pytest.approx([n * 4097 / (n + 1)])
 
 
 def test_best_of_n_kl_is_the_published_one():
