@@ -235,7 +235,7 @@ def evaluate_policy(
         repetition=repetition(answers.texts),
     )
     if policy is base:
-        return answers, result
+        return answers, replace(result, baseline_perplexity=perplexity_of(own)) if own else result
     if own is None:
         return answers, replace(result, missing={"kl": NOT_DRAWN})
     if policy.tokenizer.get_vocab() != base.tokenizer.get_vocab():
@@ -276,9 +276,9 @@ def with_kl(
     result: PolicyResult, own: Sequence[TokenStatistics], reference: Sequence[TokenStatistics]
 ) -> PolicyResult:
     """
-    Return a result with KL(policy || baseline) from the policy's own samples, in nats: summed over a completion, and
-    per token, by the estimators k1 and k3. Both are unbiased; k3 is never negative (Schulman, "Approximating KL
-    divergence").
+    Return a result with the perplexity of the policy's own samples under the baseline, and with KL(policy || baseline)
+    from them, in nats: summed over a completion, and per token, by the estimators k1 and k3. Both are unbiased; k3 is
+    never negative (Schulman, "Approximating KL divergence").
     """
     ratios = [(a.logps - b.logps).double().numpy() for a, b in zip(own, reference, strict=True)]
     k3 = [np.exp(-ratio) - 1 + ratio for ratio in ratios]
@@ -289,7 +289,13 @@ def with_kl(
         kl_k3=bootstrap_mean(np.array([each.sum() for each in k3])),
         kl_per_token=float(np.concatenate(ratios).sum() / tokens),
         kl_k3_per_token=float(np.concatenate(k3).sum() / tokens),
+        baseline_perplexity=perplexity_of(reference),
     )
+
+
+def perplexity_of(rows: Sequence[TokenStatistics]) -> float:
+    """Return exp of the mean loss over the tokens of completions."""
+    return float(torch.cat([row.logps for row in rows]).double().mean().neg().exp())
 
 
 def perplexity(policy: Policy, rows: Dataset, batch_size: int) -> float:
@@ -299,8 +305,7 @@ def perplexity(policy: Policy, rows: Dataset, batch_size: int) -> float:
         for row in cast(Iterable[dict[str, Any]], rows)
     ]
     starts, ends = zip(*parts, strict=True)
-    found = token_statistics(policy.model, starts, ends, temperature=1.0, batch_size=batch_size)
-    return float(torch.cat([row.logps for row in found]).double().mean().neg().exp())
+    return perplexity_of(token_statistics(policy.model, starts, ends, temperature=1.0, batch_size=batch_size))
 
 
 def with_rewards(

@@ -294,6 +294,7 @@ def cost_blocks(comparison: Comparison) -> list:
         ("distinct-2", lambda each: number(each.distinct_2, "{:.3f}")),
         ("repeated", lambda each: share(each.repetition)),
         ("perplexity", lambda each: number(each.reference_perplexity, "{:.2f}")),
+        ("baseline's perplexity", lambda each: number(each.baseline_perplexity, "{:.2f}")),
     )
     policies = comparison.policies
     kept = [(name, read) for name, read in columns if any(read(result) for result in policies.values())]
@@ -303,6 +304,8 @@ def cost_blocks(comparison: Comparison) -> list:
             [[name, *(read(result) for _, read in kept)] for name, result in policies.items()],
             note=f"KL to {comparison.baseline} in nats, k1 and k3 on the policy's own answers, summed over a "
             "sequence and per token. Entropy in nats per token. Distinct-n: different n-grams of words among all. "
-            "Repeated: 4-grams that an answer has had before. Perplexity: of the data's own answers, a token.",
+            "Repeated: 4-grams that an answer has had before. Perplexity: of the data's own answers, a token; the "
+            f"baseline's: of the policy's answers under {comparison.baseline}, which is high where they are no text "
+            "that it would write.",
         )
     ]

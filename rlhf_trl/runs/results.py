@@ -200,6 +200,7 @@ class PolicyResult(JsonDataclass):
         kl_per_token, kl_k3_per_token: the same per token.
         missing: for each measure that could not be computed the reason, with what to do about it.
         reference_perplexity: perplexity of the data's own answers, per token.
+        baseline_perplexity: perplexity of the policy's completions under the baseline, per token.
         reward: combined reward.
         rewards, reward_intervals, reward_std: mean, mean with interval, and standard deviation of each reward.
         constraints: the constraints on the means of rewards, by reward.
@@ -226,6 +227,7 @@ class PolicyResult(JsonDataclass):
     kl_per_token: float | None = field(default=None, metadata={"without": "kl_k3"})
     kl_k3_per_token: float | None = field(default=None, metadata={"without": "kl_k3"})
     reference_perplexity: float | None = field(default=None, metadata={"without": "reference_perplexity"})
+    baseline_perplexity: float | None = field(default=None, metadata={"without": "baseline_perplexity"})
     reward: Estimate | None = None
     rewards: dict[str, float | None] = field(default_factory=dict)
     reward_intervals: dict[str, Estimate | None] = field(default_factory=dict)

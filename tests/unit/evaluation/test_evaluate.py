@@ -457,6 +457,20 @@ def test_best_of_n_and_reference_answers_are_the_baselines(policies):
     assert found.policies["ppo"].reference_perplexity == pytest.approx(expected, rel=1e-4)
 
 
+def test_completions_have_a_perplexity_under_the_baseline(policies):
+    found = evaluate(named(policies))
+    base, tokenizer = load(policies["sft"])
+    for name, result in found.policies.items():
+        model, _ = load(policies[name])
+        prompts = [tokenizer(row.prompt)["input_ids"] for row in found.samples]
+        ids = sample(model, tokenizer, prompts, 8, 1.0, 8, seed=3)  # as `evaluate` does
+        assert [tokenizer.decode(row, skip_special_tokens=True) for row in ids] == [
+            row.completions[name] for row in found.samples
+        ]
+        logps = torch.cat([row.logps for row in token_statistics(base, prompts, ids, 1.0, 4)])
+        assert result.baseline_perplexity == pytest.approx(math.exp(-logps.mean().item()), rel=1e-4), name
+
+
 def test_greedy_answers_have_rewards_and_wins_but_no_kl(policies):
     found = evaluate(named(policies), temperature=0.0, samples=4)
     again = evaluate(named(policies), temperature=0.0, seed=9)
