@@ -6,7 +6,6 @@ Beside `stages/` the only code that sees the whole config.
 
 import functools
 import os
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -49,11 +48,11 @@ from rlhf_trl.data.chat_template import (
 )
 from rlhf_trl.data.lengths import head_names, keep_one_bos, measure
 from rlhf_trl.data.messages import is_chat
-from rlhf_trl.data.preview import note_rows_without_end
+from rlhf_trl.data.multimodal import processor_of
 from rlhf_trl.data.splits import drop_held_out, prompt_keys
 from rlhf_trl.data.tokenize import end_tokens, note_template_end
 from rlhf_trl.data.unknown import check_known
-from rlhf_trl.errors import ConfigError, DataError
+from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.generation import Policy
 from rlhf_trl.evaluation.judges import pair_judge
 from rlhf_trl.models.initial import load_initial_model
@@ -73,8 +72,9 @@ from rlhf_trl.runs.engines import cpu_arguments, deepspeed_on_cpu
 from rlhf_trl.runs.paths import ensemble_members, find_policy, named_policies, project_dir, resolve_path
 from rlhf_trl.runs.ranks import world_size
 from rlhf_trl.terminal import say
+from rlhf_trl.trainers.construction import build_trainer
+from rlhf_trl.trainers.images import check_images, check_readers
 from rlhf_trl.trainers.options import RULES as TRAINER_RULES
-from rlhf_trl.trainers.rollouts import extended
 
 ARGUMENT_RULES = LIBRARY_RULES | PPO_RULES | REWARD_MODEL_RULES | TRAINER_RULES
 
@@ -259,14 +259,21 @@ def training_arguments(node: DictConfig, **resolved: Any) -> TrainingArguments:
     return args
 
 
-def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
-    """Load the splits `train` and, where there is one, `eval`, in the dataset type that the stage trains on."""
+def load_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, args: Any = None) -> DatasetDict:
+    """
+    Load the splits `train` and, where there is one, `eval`, in the dataset type that the stage trains on.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        args (`TrainingArguments`, *optional*): those of the trainer, to check that it reads the images of the rows.
+    """
     template_source = cfg.model.chat_template or tokenizer.name_or_path
     with PartialState().main_process_first():
         if tokenizer.chat_template is not None:
             check_template_syntax(tokenizer, template_source)
         with refusals_named(tokenizer):
             dataset = instantiate_data(cfg, tokenizers=[tokenizer])
+        check_images(find(cfg.stage.trainer._target_).func, args, dataset)
         remedy = "Set `model=hf model.path=...` to a model of their language, or `data=demo` for the embedded model."
         check_known(dataset["train"], tokenizer, cfg.model.tokenizer or tokenizer.name_or_path, remedy)
         options = as_dict(cfg.stage.args)
@@ -318,7 +325,9 @@ def instantiate_data(
         readers = (dataset_type == "annotated" and rewards) or policies
         tokenizers = [model.load_tokenizer() for model in readers]
     with text_as_chat(tokenizers):
-        return instantiated(cfg.data)(dataset_type=dataset_type, seed=cfg.seed)
+        dataset = instantiated(cfg.data)(dataset_type=dataset_type, seed=cfg.seed)
+    check_readers(dataset, tokenizers)
+    return dataset
 
 
 def instantiated(node: DictConfig, **options):
@@ -361,6 +370,7 @@ def make_trainer(
         heads=head_names(dataset["train"]),
         dtype=weights_dtype(cfg.model.dtype, is_trained=peft is None, bf16=args.bf16),
         attn_implementation=cfg.model.attn_implementation,
+        vision=cfg.adapter.get("vision") or "lora",
         quantization_config=instantiate(cfg.adapter.quantization),
         **from_pretrained_kwargs(cfg),
         **(as_dict(cfg.model)["init_kwargs"] or {}),
@@ -373,7 +383,7 @@ def make_trainer(
         args=args,
         train_dataset=dataset["train"],
         eval_dataset=dataset.get("eval"),
-        processing_class=tokenizer,
+        processing_class=processor_of(tokenizer) or tokenizer,
         peft_config=peft_config,
         **extra,
     )
@@ -390,41 +400,6 @@ def make_trainer(
         trainer.remove_callback(callback)
     for callback in callbacks(cfg, trainer, combine):
         trainer.add_callback(callback)
-    return trainer
-
-
-def build_trainer(cfg: DictConfig, **objects: Any) -> Trainer:
-    """
-    Make the trainer that `cfg.stage.trainer` names. Its dataset is prepared as it will be trained on.
-
-    Where its class, such as one of TRL's own, isn't a [`~rlhf_trl.trainers.base.TrainerMixin`], a subclass of it is.
-
-    Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if it is no class of trainers, or TRL refuses the arguments or the rows, or
-            leaves none.
-    """
-    named = instantiate(cfg.stage.trainer)
-    if not (isinstance(named.func, type) and issubclass(named.func, Trainer)):
-        raise ConfigError(
-            f"`stage.trainer` names `{cfg.stage.trainer._target_}`, which is no class of trainers. Name a subclass of "
-            "`transformers.Trainer`, such as one of TRL's."
-        )
-    try:
-        trainer = extended(named.func)(*named.args, **named.keywords, **objects)
-    except Exception as error:
-        frame = traceback.walk_tb(error.__traceback__)
-        *_, (last, _) = frame
-        if isinstance(error, ConfigError) or not last.f_globals.get("__name__", "").startswith("trl."):
-            raise
-        raise ConfigError(f"`{cfg.stage.trainer._target_}` refuses the run: {error}") from error
-    if len(trainer.train_dataset) == 0:
-        raise DataError(
-            f"`{cfg.stage.trainer._target_}` keeps no row of the {len(objects['train_dataset']):,} for training: in "
-            "none is anything left to train on after `stage.args.max_length` tokens. Set it higher."
-        )
-    if hasattr(trainer.args, "eos_token"):  # SFT teaches where to stop
-        rows = [trainer.train_dataset[i] for i in range(min(32, len(trainer.train_dataset)))]
-        note_rows_without_end(trainer.data_collator(rows), trainer.processing_class)
     return trainer
 
 

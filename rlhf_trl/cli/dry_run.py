@@ -19,7 +19,6 @@ from transformers.utils import logging
 
 from rlhf_trl.build import (
     Model,
-    build_trainer,
     critic_start,
     from_pretrained_kwargs,
     instantiate_data,
@@ -66,6 +65,7 @@ from rlhf_trl.config.values import as_dict, at
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.counts import check_enough_rows
 from rlhf_trl.data.lengths import head_names, row_lengths
+from rlhf_trl.data.multimodal import processor_of
 from rlhf_trl.data.preview import count_trained, render_batch, render_sample
 from rlhf_trl.data.splits import eval_split
 from rlhf_trl.data.unknown import check_known
@@ -73,10 +73,11 @@ from rlhf_trl.evaluation.annotations import read_annotated
 from rlhf_trl.evaluation.generation import TOO_LONG, Policy
 from rlhf_trl.models.adapters import adapter_config
 from rlhf_trl.models.initial import load_initial_model
-from rlhf_trl.models.loading import AUTO_CLASSES, load_model, load_reward_model
+from rlhf_trl.models.loading import load_model, load_reward_model
 from rlhf_trl.models.precision import computed_in, dtype_name, precision_text, rounding_problem, weights_dtype
 from rlhf_trl.models.sizes import Sizes, check_rows, empty_model, sizes_of
 from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.models.vision import auto_class
 from rlhf_trl.runs.engines import uses_deepspeed, uses_fsdp
 from rlhf_trl.runs.paths import project_dir, resolve_path
 from rlhf_trl.runs.ranks import is_main_process
@@ -85,6 +86,7 @@ from rlhf_trl.stages.evaluate_reward import rows_of
 from rlhf_trl.stages.generate import as_chat, given_prompt, prompts_of
 from rlhf_trl.stages.reward import member_seeds
 from rlhf_trl.terminal import printable
+from rlhf_trl.trainers.construction import build_trainer
 
 OTHER_TEXTS = "Name a policy of their language, or other prompts."
 END = "Dry run: nothing was started and nothing written. Remove `debug=dry_run` to run it."
@@ -141,7 +143,7 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
     found.note(hub_problem(args))
     dataset = DatasetDict()
     with found():
-        dataset = load_data(cfg, tokenizer)
+        dataset = load_data(cfg, tokenizer, args)
     start = check_model_files(cfg, args.bf16, head_names(dataset["train"]) if dataset else None, found)
     if not dataset or start is None:
         found.stop()
@@ -389,7 +391,7 @@ def first_batch(
             model=_placeholder_model(tokenizer, cfg.stage.task_type, head_names(dataset["train"]), folder),
             args=args,
             train_dataset=dataset["train"],
-            processing_class=tokenizer,
+            processing_class=processor_of(tokenizer) or tokenizer,
         )
         batches = trainer.get_train_dataloader()
         return next(iter(batches)), offline_steps(args, len(batches))
@@ -419,5 +421,6 @@ def _placeholder_model(tokenizer: PreTrainedTokenizerBase, task_type: str, heads
         pad_token_id=pad_token_id,
     )
     config.num_labels = len(heads or ["score"])
-    AUTO_CLASSES[task_type].from_config(config).save_pretrained(folder)
-    return AUTO_CLASSES[task_type].from_pretrained(folder)
+    loader = auto_class(config, task_type)
+    loader.from_config(config).save_pretrained(folder)
+    return loader.from_pretrained(folder)

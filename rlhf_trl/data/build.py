@@ -15,7 +15,7 @@ from rlhf_trl.data.options import LoadOptions, check_dataset_type
 from rlhf_trl.data.reader import Reader, Side
 from rlhf_trl.data.rows import Problems, Source
 from rlhf_trl.data.splits import drop_held_out, hold_out, limit_rows, prompt_keys, split_dataset
-from rlhf_trl.data.tables import concatenate
+from rlhf_trl.data.tables import as_dataset, concatenate
 from rlhf_trl.errors import DataError
 from rlhf_trl.hints import count_of
 from rlhf_trl.terminal import say
@@ -120,16 +120,12 @@ def split_sides(sides: dict[str, Side], options: LoadOptions, notes: list[str]) 
 
 def join_tables(side: str, tables: list, notes: list[str]) -> Dataset:
     """Return the tables of a side as one dataset; raise a `DataError` that repeats the notes if there is none."""
-    from datasets import Dataset
-
-    from rlhf_trl.patches.datasets import exact_json
-
     if not tables:
         what = "\n".join(f"  {note}" for note in notes)
         raise DataError(
             f"no rows are left for `{side}`:\n{what}\nGive `data` a source with rows of use to this stage."
         )
-    return exact_json(Dataset(concatenate(tables)))
+    return as_dataset(concatenate(tables))
 
 
 def describe(datasets: DatasetDict, dataset_type: str) -> str:

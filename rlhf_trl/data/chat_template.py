@@ -7,7 +7,9 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from rlhf_trl.data.images import has_images
 from rlhf_trl.data.messages import CHAT_CHECK, TEMPLATE_TOKENS, is_chat
+from rlhf_trl.data.multimodal import as_read, processor_of, read_prompt, with_parts
 from rlhf_trl.data.rows import RowError
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.terminal import say
@@ -21,7 +23,7 @@ def without_bos(tokenizer, text: str) -> str:
     return text.removeprefix(bos)
 
 
-def render_chat(tokenizer, messages: list[dict], tokenize: bool, **kwargs):
+def render_chat(tokenizer, messages: list[dict], tokenize: bool, **kwargs) -> Any:
     """Apply the tokenizer's chat template; raise a `ConfigError` where it has none."""
     if tokenizer.chat_template is None:
         raise ConfigError(
@@ -32,10 +34,18 @@ def render_chat(tokenizer, messages: list[dict], tokenize: bool, **kwargs):
     # Arrow gives every message all keys of all messages: what is null wasn't there.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     kwargs = (trained_template_kwargs(tokenizer) or {}) | kwargs
+    images = kwargs.pop("images", None)
     try:
+        if tokenize and (images or has_images(messages)):
+            return {"input_ids": read_prompt(tokenizer, messages, images or [], **kwargs)}
+        messages = with_parts(messages, images) if images else as_read(tokenizer, messages)
         return tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **kwargs)
     except TemplateError as error:
         raise TemplateRefusal(str(error), messages) from error
+
+
+def _kinds(content) -> list[str]:
+    return [part["type"] for part in content] if isinstance(content, list) else []
 
 
 class TemplateRefusal(DataError):
@@ -60,9 +70,13 @@ def refusals_named(tokenizer) -> Iterator[None]:
     known: dict[str, str | None] = {}
 
     def check(messages: list[dict], row: dict) -> None:
+        if has_images(messages) and processor_of(tokenizer) is None:
+            raise RowError(
+                None, f"has images, and the model of `{tokenizer.name_or_path}` reads text alone: set `model.path`"
+            )
         # Templates look at roles, and at what else a turn has, not at words: chats of one kind are rendered once
         kwargs = template_kwargs(row)
-        kind = json.dumps([[(turn["role"], *turn) for turn in messages], kwargs])
+        kind = json.dumps([[(turn["role"], *turn, _kinds(turn.get("content"))) for turn in messages], kwargs])
         if kind not in known:
             known[kind] = None
             try:
@@ -102,7 +116,7 @@ def _template_tokens(tokenizer) -> set[str]:
     """Return the special tokens that a chat template writes around the user's turn."""
     try:
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
+            as_read(tokenizer, [{"role": "user", "content": "Hello"}]), tokenize=False, add_generation_prompt=True
         )
     except TemplateError:
         return set()
@@ -110,8 +124,10 @@ def _template_tokens(tokenizer) -> set[str]:
 
 
 def template_kwargs(row: Mapping[str, Any]) -> dict:
-    """Return what a row's own `tools` and `chat_template_kwargs` columns give to the chat template."""
+    """Return what a row's own `tools`, `chat_template_kwargs` and `images` give to the chat template."""
     kwargs = dict(row.get("chat_template_kwargs") or {})
+    if row.get("images"):
+        kwargs["images"] = row["images"]
     if row.get("tools"):  # TRL takes them as JSON text too
         kwargs["tools"] = json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]
     return kwargs
@@ -204,7 +220,7 @@ def check_template_answers(tokenizer, source: str) -> None:
 
 def _rendered_answer(tokenizer, words: str) -> str:
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": words}]
-    return tokenizer.apply_chat_template(chat, tokenize=False)
+    return tokenizer.apply_chat_template(as_read(tokenizer, chat), tokenize=False)
 
 
 def template_columns(tokenizer, columns: dict[str, list], rows: int) -> dict[str, list]:

@@ -1,9 +1,11 @@
 """Tokenization and length limits of whole datasets."""
 
+import functools
 from collections import Counter
 
 from rlhf_trl.data.chat_template import render_chat, template_kwargs, without_bos
 from rlhf_trl.data.dataset_types import comparisons_of, select_completions
+from rlhf_trl.data.images import decode_images
 from rlhf_trl.data.tokenize import prompt_ids, row_ids
 from rlhf_trl.errors import DataError
 from rlhf_trl.hints import count_of
@@ -43,15 +45,17 @@ def tokenize_comparisons(dataset, tokenizer, max_length: int | None = None, spli
     def tokenize(row):
         row = comparisons_of(row) if "chosen" in row else row
         kwargs = template_kwargs(row)
-        ids = [row_ids(tokenizer, row["prompt"], completion, **kwargs) for completion in row["completions"]]
+        start = prompt_ids(tokenizer, row["prompt"], **kwargs)
+        ids = [row_ids(tokenizer, row["prompt"], each, start=start, **kwargs) for each in row["completions"]]
         return {**row, "completion_ids": ids, "length": max(map(len, ids))}
 
     if isinstance(dataset, dict):
         sides = {side: tokenize_comparisons(rows, tokenizer, max_length, side) for side, rows in dataset.items()}
         return type(dataset)(sides)
     pairs = [name for name in ("chosen", "rejected") if name in dataset.column_names]
+    dataset = decode_images(dataset, False)  # what `map` decodes it would encode anew
     dataset = dataset.map(tokenize, desc="Tokenizing completions", remove_columns=pairs)
-    return keep_short_completions(dataset, max_length, split)
+    return decode_images(keep_short_completions(dataset, max_length, split))
 
 
 def keep_short_completions(dataset, max_length: int | None, split: str = ""):
@@ -134,6 +138,7 @@ def report_cut_rows(dataset, tokenizer, max_length: int | None = None):
                 "stage learns from good and bad completions. Give data that has both."
             )
     for split, rows in dataset.items() if max_length is not None else ():
+        rows = decode_images(rows, False)
         measured = rows.map(
             lambda row: dict(zip(("prompt_tokens", "tokens"), prompt_and_row_length(tokenizer, row), strict=True)),
             remove_columns=rows.column_names,
@@ -146,6 +151,12 @@ def report_cut_rows(dataset, tokenizer, max_length: int | None = None):
             raise DataError(
                 f"all {len(rows):,} {split} rows have prompts of `max_length={max_length}` tokens or more, so nothing "
                 f"of any completion is left. Set `stage.args.max_length={longest}` to keep all."
+            )
+        if cut and "images" in rows.column_names:
+            raise DataError(
+                f"{cut:,} of {len(rows):,} {split} rows are longer than `max_length={max_length}` tokens (the "
+                f"longest: {longest:,}), and rows with images can't be cut: the tokens of an image would be lost. Set "
+                f"`stage.args.max_length={longest}`, or drop the long rows."
             )
         if cut:
             what = f"; {lost:,} lose the whole completion" if lost else ""
@@ -176,7 +187,7 @@ def _whole_rows(tokenizer, row: dict) -> list[list[int]]:
         return [prompt_ids(tokenizer, row["prompt"], **kwargs)]
     return [
         row_ids(tokenizer, row["prompt"], completion, **kwargs)
-        if isinstance(completion, str)
+        if isinstance(completion, str) or "images" in kwargs
         # with what the template adds after the end of a turn
         else render_chat(tokenizer, row["prompt"] + completion, tokenize=True, **kwargs)["input_ids"]
         for completion in completions
@@ -199,7 +210,7 @@ def measure(dataset, tokenizer, max_length: int | None = None) -> tuple[int, int
         }
 
     tokens, largest = [0], [0]
-    for rows in dataset.values():
+    for rows in map(functools.partial(decode_images, decode=False), dataset.values()):
         measured = rows.map(sizes, remove_columns=rows.column_names, desc="Measuring rows")
         tokens.append(max(measured["tokens"]))
         largest.append(max(measured["largest"]))
@@ -224,7 +235,7 @@ def _keep_short(dataset, length, limit: int | None, noun: str, name: str, key: s
         return type(dataset)(kept)
     if limit is None:
         return dataset
-    lengths = [length(row) for row in dataset]
+    lengths = [length(row) for row in decode_images(dataset, False)]
     short = [i for i, tokens in enumerate(lengths) if tokens <= limit]
     if not short:
         raise DataError(

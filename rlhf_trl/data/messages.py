@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 
+from rlhf_trl.data.images import check_parts
 from rlhf_trl.data.rows import RowError, Struct, type_of
 from rlhf_trl.errors import DataError
 
@@ -72,10 +73,12 @@ def check_messages(value: list, field: str) -> list[dict]:
             message["content"] = ""
         if "content" not in message:
             raise RowError(f"{at}.content", "is missing or null")
-        if not isinstance(message["content"], str):
+        if isinstance(message["content"], list):
+            message["content"] = check_parts(message["content"], f"{at}.content", str(message["role"]))
+        elif not isinstance(message["content"], str):
             raise RowError(f"{at}.content", f"is {type_of(message['content'])}, where text should be")
         needs_text = message["role"] in ("user", "assistant") and "tool_calls" not in message
-        if needs_text and not message["content"].strip():
+        if needs_text and isinstance(message["content"], str) and not message["content"].strip():
             raise RowError(f"{at}.content", "is empty")
         messages.append(message)
     return messages

@@ -44,6 +44,7 @@ class LoadOptions:
             order of the file.
         feedback (`Feedback`, *optional*): the rows are feedback of this kind, which names its own columns (`row_type`,
             `columns` and `messages` don't apply). Splits are made before rows become comparisons, limits act after.
+        image_urls (`bool`): whether images that are given as URLs are downloaded; else they are an error.
 
     Raises:
         ConfigError: for all values that an option can't have.
@@ -60,9 +61,10 @@ class LoadOptions:
     max_samples: int | None = None
     max_eval_samples: int | None = None
     feedback: Feedback | None = None
+    image_urls: bool = False
 
     def __post_init__(self):
-        given = {"columns": self.columns, "system_prompt": self.system_prompt}
+        given = {"columns": self.columns, "system_prompt": self.system_prompt, "image_urls": self.image_urls}
         if wrong := type_problems(LoadOptions, given, "data"):
             raise ConfigError.join(wrong)
         problems = [

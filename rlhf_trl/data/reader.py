@@ -5,9 +5,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from pathlib import Path
 
 from rlhf_trl.data.columns import Theirs, rename_columns, roots_of, shown
 from rlhf_trl.data.dataset_types import ANNOTATED, CONVERSIONS, SOURCES, annotated_of, choose_row_type, convert
+from rlhf_trl.data.images import IMAGE_COLUMNS, ImageStore, has_images, place_images
 from rlhf_trl.data.messages import (
     add_system_prompt,
     check_template,
@@ -79,6 +81,7 @@ class Reader:
         self.sources: dict[str, list[str]] = {}  # row type -> names of the sources that hold it
         self.rows, self.dropped, self.changes = Counter(), Counter(), Counter()
         self.unused: dict[str, None] = {}
+        self.images, self.folder = ImageStore(options.image_urls), Path()
 
     def read(self, sources: Iterable[Source]) -> Side:
         """
@@ -89,6 +92,7 @@ class Reader:
         """
         self.side = Side()
         for name, rows in sources:
+            self.folder = Path(name).parent if Path(name).is_file() else Path()
             if (table := self._read_source(name, rows)) is not None:
                 self.side.tables.append(table)
             self.side.ends.append(len(self.side.known))
@@ -152,7 +156,12 @@ class Reader:
                         f"Set `data.columns.{ours}=NAME` to one of these.",
                     )
                 )
-            if self.dataset_type not in ("prompt", "annotated") and ours not in (*CANONICAL, *PASSED_ON, "margin"):
+            if self.dataset_type not in ("prompt", "annotated") and ours not in (
+                *CANONICAL,
+                *PASSED_ON,
+                *IMAGE_COLUMNS,
+                "margin",
+            ):
                 raise DataError(
                     sentences(
                         f"`data.columns.{ours}` names no column of ours.",
@@ -232,7 +241,7 @@ class Reader:
                     row = take_prompt_out(row) if whole_texts else row
                 if "margin" in mapping:
                     row.setdefault("margin")  # all rows have one or none has: TRL looks at the first
-                made = read_row(row, row_type, self.changes)
+                made = self._with_images(read_row(row, row_type, self.changes), row, place)
                 key = self._note_key(prompt_of(made))
                 made = self._apply_chat_options(made, place)
                 converted = convert(made, row_type, self.dataset_type, self.whole_messages)
@@ -248,7 +257,7 @@ class Reader:
             self.dropped[row_type] += not converted
             for new in converted:
                 self.side.keys.append(key)
-                yield place, {**new, **extra}
+                yield place, self.images.take({**new, **extra})
 
     def _note_key(self, prompt) -> bytes | int:
         """Note the key of the row that is being read, and return it."""
@@ -267,6 +276,17 @@ class Reader:
         with contextlib.suppress(RowError):
             self._note_key(check_text_or_chat({} if isinstance(row, RowError) else row, "prompt"))
 
+    def _with_images(self, made: dict, row: dict, place: str) -> dict:
+        """Return a checked row with the images of `row` in its chat, which text with images becomes."""
+        field = "messages" if "messages" in made else "prompt"
+        keys = self.images.columns_of(row, self.folder)
+        if not keys and not has_images(made.get(field)):
+            return made
+        if field not in made or self.options.to_chat is False:
+            raise RowError(None, "has images, which are read in chats alone (remove `data.to_chat=false`)")
+        made = to_chat(made, self.changes, True, place)
+        return {**made, field: place_images(made[field], keys, self.images, self.folder)}
+
     def _apply_chat_options(self, row: dict, place: str) -> dict:
         """Apply `to_chat` and `system_prompt`."""
         row = to_chat(row, self.changes, self.options.to_chat, place)
@@ -284,12 +304,13 @@ class Reader:
         Return the columns that are kept beside the dataset type's own: all of prompts (for rewards), texts and numbers
         of annotated rows (for slices), else those that a chat template reads.
         """
+        passed_on = [key for key in PASSED_ON if key != "images"]  # which `ImageStore.take` adds
         if self.dataset_type == "prompt":
-            extra = {key: value for key, value in row.items() if key not in FOREIGN and key != "prompt"}
+            extra = {key: value for key, value in row.items() if key not in (*FOREIGN, *IMAGE_COLUMNS, "prompt")}
         elif self.dataset_type == "annotated":
-            extra = {key: value for key, value in row.items() if key in PASSED_ON or self._can_slice(key, value)}
+            extra = {key: value for key, value in row.items() if key in passed_on or self._can_slice(key, value)}
         else:
-            extra = {key: row[key] for key in PASSED_ON if row.get(key) is not None}
+            extra = {key: row[key] for key in passed_on if row.get(key) is not None}
         for key, value in extra.items():
             kind = float if type(value) is int else type(value)
             first, where = self.types.setdefault(key, (kind, place)) if value is not None else (None, None)
@@ -299,7 +320,11 @@ class Reader:
 
     def _can_slice(self, key: str, value) -> bool:
         """Return whether comparisons can be sliced by this value of this column."""
-        if key in (*CANONICAL, "margin") or (key in ANNOTATED and key not in OF_COMPARISON) or value is None:
+        if (
+            key in (*CANONICAL, *IMAGE_COLUMNS, "margin")
+            or (key in ANNOTATED and key not in OF_COMPARISON)
+            or value is None
+        ):
             return False
         plain = isinstance(value, str | int | float)
         self.changes[f"`{key}` is neither text nor number and dropped"] += not plain
@@ -325,6 +350,6 @@ class Reader:
         elif self.dataset_type == "annotated":
             used |= {ours for ours in mapping if ours in OF_COMPARISON or ours not in (*FOREIGN, *ANNOTATED)}
         else:
-            used |= set(PASSED_ON)
+            used |= {*PASSED_ON, *IMAGE_COLUMNS}
         theirs = {root for ours in used if ours in mapping for root in roots_of(mapping[ours], found)}
         return [column for column in found if column not in theirs]

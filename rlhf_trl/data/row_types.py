@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from rlhf_trl.data.messages import as_chat, check_text_or_chat, check_turns, is_chat, split_last_turn
+from rlhf_trl.data.messages import as_chat, as_text, check_text_or_chat, check_turns, is_chat, split_last_turn
 from rlhf_trl.data.rows import RowError
 
 # What each row type needs at the least, in the order in which they are recognized: the more telling first.
@@ -22,10 +22,10 @@ ROW_TYPES = {
     "text": ("text",),
 }
 
-# The columns that have a meaning of their own. `tools` and `chat_template_kwargs` go to the chat template, `margin` to
-# the reward model's loss.
+# The columns that have a meaning of their own. `tools` and `chat_template_kwargs` go to the chat template, `images` to
+# the processor, `margin` to the reward model's loss.
 CANONICAL = ("prompt", "completion", "chosen", "rejected", "label", "messages", "text")
-PASSED_ON = ("tools", "chat_template_kwargs")
+PASSED_ON = ("tools", "chat_template_kwargs", "images")
 
 
 def row_types_in(columns) -> list[str]:
@@ -141,7 +141,7 @@ def _take_prompt_out(prompt, given: dict, notes: Counter) -> tuple:
         raise RowError(fields[-1], "shares no prompt with `chosen`, and there is no `prompt`")
     if isinstance(prompt, list) and shared != prompt:
         raise RowError("prompt", f"isn't what `{fields[0]}`, a whole conversation, begins with")
-    turns = [] if isinstance(shared, str) else [turn["content"].strip() for turn in shared]
+    turns = [] if isinstance(shared, str) else [as_text([turn | {"role": "assistant"}]).strip() for turn in shared]
     if isinstance(prompt, str) and prompt.strip() not in turns:
         raise RowError("prompt", f"isn't a turn of the conversation in `{fields[0]}`")
     if isinstance(shared, str):

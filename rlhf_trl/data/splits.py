@@ -5,10 +5,11 @@ import json
 import random
 import unicodedata
 from collections.abc import Hashable, Iterable, Sequence
-from itertools import pairwise
+from itertools import pairwise, repeat
 
 from datasets import Dataset, DatasetDict
 
+from rlhf_trl.data.images import decode_images, keys_of
 from rlhf_trl.data.row_types import prompt_of
 from rlhf_trl.data.tables import BATCH_ROWS
 from rlhf_trl.errors import ConfigError, DataError
@@ -71,27 +72,37 @@ def _position(key: Hashable) -> float:
     return int.from_bytes(digest) / 2**64
 
 
-def prompt_key(prompt: str | list[dict]) -> bytes:
+def prompt_key(prompt: str | list[dict], images: Sequence[str] = ()) -> bytes:
     """
     Return a digest of a prompt, which doesn't depend on white space, case, Unicode normalization, and system turns.
     Text is the user's turn.
+
+    Args:
+        prompt (`str` or `list[dict]`): text or chat.
+        images (`Sequence[str]`): keys of its images, where they don't stand in the chat.
     """
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    said = [
-        (turn["role"], " ".join(unicodedata.normalize("NFKC", turn["content"]).casefold().split()))
-        for turn in turns
-        if turn["role"] not in ("system", "developer")
-    ]
-    return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).digest()
+    said, shown = [], list(images)
+    for turn in turns:
+        if turn["role"] in ("system", "developer"):
+            continue
+        words = turn["content"]
+        if isinstance(words, list):
+            shown += [part["image"] for part in words if "image" in part]
+            words = " ".join(part["text"] for part in words if part["type"] == "text")
+        said.append((turn["role"], " ".join(unicodedata.normalize("NFKC", words).casefold().split())))
+    key: list = [said, shown] if shown else said
+    return hashlib.blake2b(json.dumps(key).encode(), digest_size=16).digest()
 
 
 def prompt_keys(dataset) -> list[bytes]:
     """Return the [`prompt_key`] of each row: of a conversation without its answer, of plain text as it is."""
     column = next(name for name in ("prompt", "messages", "text") if name in dataset.column_names)
+    shown = ["images"] if "images" in dataset.column_names else []
     return [
-        prompt_key(prompt_of({column: value}))
-        for batch in dataset.select_columns(column).iter(BATCH_ROWS)
-        for value in batch[column]
+        prompt_key(prompt_of({column: value}), keys_of(images))
+        for batch in decode_images(dataset.select_columns([column, *shown]), False).iter(BATCH_ROWS)
+        for value, images in zip(batch[column], batch.get("images") or repeat(None), strict=False)
     ]
 
 

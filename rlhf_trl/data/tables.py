@@ -24,7 +24,7 @@ def needs_json(value) -> bool:
 
 BATCH_ROWS = 1000
 # What stands for a column that a row doesn't have, where it isn't null: TRL passes this one on with `**`.
-ABSENT = {"chat_template_kwargs": {}}
+ABSENT = {"chat_template_kwargs": {}, "images": []}
 
 
 def make_table(rows: list[tuple[str, dict]], of_objects: Container[str] | None = None):
@@ -43,6 +43,9 @@ def make_table(rows: list[tuple[str, dict]], of_objects: Container[str] | None =
     columns = {}
     for key in dict.fromkeys(key for _, row in rows for key in row):
         values = [row.get(key, ABSENT.get(key)) for _, row in rows]
+        if key == "images":
+            columns[key] = _as_images(values)
+            continue
         json_column = (of_objects is None or key in of_objects) and any(map(needs_json, values))
         columns[key] = _as_json(values) if json_column else as_array(key, values, rows)
     return pa.table(columns)
@@ -73,6 +76,30 @@ def _as_json(values: list):
 
     texts = pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
     return pa.ExtensionArray.from_storage(pa.json_(), texts)
+
+
+def _as_images(values: list):
+    """Return lists of images, `{"bytes", "path"}`, as an Arrow array of the type that `datasets.Image` reads."""
+    import pyarrow as pa
+
+    return pa.array(values, pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()})))
+
+
+def as_dataset(table):
+    """Return an Arrow table as a `Dataset`: columns of JSON give objects, `images` gives PIL images."""
+    import pyarrow as pa
+    from datasets import Dataset, Features, Image, List
+
+    from rlhf_trl.patches.datasets import exact_json
+
+    at = table.schema.get_field_index("images")
+    if at < 0 or not pa.types.is_list(table.schema.field("images").type):
+        return exact_json(Dataset(table))
+    if table["images"].null_count:  # rows of a source without images, which TRL reads as none
+        table = table.set_column(at, "images", _as_images([value or [] for value in table["images"].to_pylist()]))
+    dataset = exact_json(Dataset(table))
+    dataset.info.features = Features({**dataset.features, "images": List(Image())})
+    return dataset
 
 
 def as_array(key: str, values: list, batch: list[tuple[str, dict]]):

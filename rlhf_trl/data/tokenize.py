@@ -11,6 +11,7 @@ import functools
 from jinja2 import TemplateError
 
 from rlhf_trl.data.chat_template import render_chat, without_bos
+from rlhf_trl.data.multimodal import as_read
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.terminal import say
 
@@ -42,7 +43,7 @@ def _template_ends(tokenizer, template: str, ends: tuple[int, ...]) -> list[int]
     words = "Hello"
     messages = [{"role": "user", "content": words}, {"role": "assistant", "content": words}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = tokenizer.apply_chat_template(as_read(tokenizer, messages), tokenize=False)
     except TemplateError:  # a template that refuses even this is reported where the data are rendered
         return []
     _, found, after = text.rpartition(words)
@@ -59,7 +60,7 @@ def prompt_ids(tokenizer, prompt: str | list[dict], **template_kwargs) -> list[i
 
     Args:
         prompt (`str` or `list[dict]`): text or chat.
-        **template_kwargs: for the chat template.
+        **template_kwargs: for the chat template, and `images`, of which each becomes as many ids as its model reads.
     """
     if isinstance(prompt, str):
         return tokenizer(without_bos(tokenizer, prompt))["input_ids"]
@@ -67,7 +68,12 @@ def prompt_ids(tokenizer, prompt: str | list[dict], **template_kwargs) -> list[i
 
 
 def row_ids(
-    tokenizer, prompt: str | list[dict], completion: str | list[dict], eos: bool = True, **template_kwargs
+    tokenizer,
+    prompt: str | list[dict],
+    completion: str | list[dict],
+    eos: bool = True,
+    start: list[int] | None = None,
+    **template_kwargs,
 ) -> list[int]:
     """
     Return the ids of a prompt and its completion, as the policy is trained to write it.
@@ -79,7 +85,8 @@ def row_ids(
     Args:
         prompt, completion (`str` or `list[dict]`): text or chat.
         eos (`bool`, *optional*, defaults to `True`): `False` for a truncated completion, without an end token.
-        **template_kwargs: for the chat template (`tools`, ...).
+        start (`list[int]`, *optional*): the [`prompt_ids`], where they are known.
+        **template_kwargs: for the chat template (`tools`, ...), and `images`.
     """
     ends = end_tokens(tokenizer)
     if not ends:
@@ -87,20 +94,20 @@ def row_ids(
             "the tokenizer has no EOS token, so nothing says where a completion ends. "
             "Add `eos_token` to its tokenizer_config.json, or name another with `model.tokenizer=PATH`."
         )
-    start = prompt_ids(tokenizer, prompt, **template_kwargs)
+    head: list[int] = prompt_ids(tokenizer, prompt, **template_kwargs) if start is None else start
     if isinstance(prompt, str) and isinstance(completion, str):
         ids = tokenizer(without_bos(tokenizer, prompt) + completion)["input_ids"]
-        start = ids[: _common(start, ids)]
-        ids = ids[len(start) :]
+        head = ids[: _common(head, ids)]
+        ids = ids[len(head) :]
     elif isinstance(prompt, list) and isinstance(completion, list):
-        ids = _turn_ids(tokenizer, prompt, completion, start, template_kwargs)
+        ids = _turn_ids(tokenizer, prompt, completion, head, template_kwargs)
     else:
         raise TypeError("A prompt and its completion must both be text or both be messages.")
     if isinstance(completion, str) or len(completion) > 1:
         end = _last_end(tokenizer, ids, ends)
     else:
         end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return start + ids[:end] + ((ids[end : end + 1] or ends[:1]) if eos else [])
+    return head + ids[:end] + ((ids[end : end + 1] or ends[:1]) if eos else [])
 
 
 def split_row_ids(
@@ -149,9 +156,10 @@ def _last_end(tokenizer, ids: list[int], ends: list[int]) -> int:
 
 def _turn_ids(tokenizer, prompt: list[dict], completion: list[dict], start: list[int], template_kwargs) -> list[int]:
     """Return what the chat template adds for `completion` after the generation prompt, whose ids are `start`."""
-    ids = render_chat(tokenizer, prompt + completion, tokenize=True, **template_kwargs)["input_ids"]
-    if ids[: len(start)] == start:
-        return ids[len(start) :]
+    if not template_kwargs.get("images"):  # which would be read again
+        ids = render_chat(tokenizer, prompt + completion, tokenize=True, **template_kwargs)["input_ids"]
+        if ids[: len(start)] == start:
+            return ids[len(start) :]
     # The prompt ends in other tokens alone than followed by the completion: tokens merge across the border, or the
     # template puts something (an empty thought) into the generation prompt only. The policy continues `start`.
     head = render_chat(tokenizer, prompt, tokenize=False, add_generation_prompt=True, **template_kwargs)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Image, List
 
 from rlhf_trl.data.dataset_types import ANNOTATED
 from rlhf_trl.data.feedback.base import key_of
+from rlhf_trl.data.images import decode_images, keys_of
 from rlhf_trl.data.messages import as_text
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.columns import slice_columns
@@ -66,14 +67,19 @@ class Annotations:
     def of_completions(self) -> Dataset:
         """Return the prompt and the other columns of each completion, N rows."""
         columns = {name: [values[row] for row in self.first_row] for name, values in self.columns.items()}
-        return Dataset.from_dict({"prompt": self.prompts, **columns})
+        return _dataset({"prompt": self.prompts, **columns})
 
     def first_prompts(self, count: int) -> Dataset:
         """Return the first `count` prompts with the other columns, one row per prompt."""
         rows = sorted(dict(zip(self.prompt_numbers[::-1], self.first_row[::-1], strict=True)).values())[:count]
         prompts = [self.prompts[self.first_row.index(row)] for row in rows]
         columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
-        return Dataset.from_dict({"prompt": prompts, **columns})
+        return _dataset({"prompt": prompts, **columns})
+
+
+def _dataset(columns: dict[str, list]) -> Dataset:
+    dataset = Dataset.from_dict(columns)
+    return dataset.cast_column("images", List(Image())) if "images" in columns else dataset
 
 
 def _length(completion: str | list[dict]) -> int:
@@ -89,13 +95,15 @@ def read_annotated(dataset: Dataset) -> Annotations:
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if it compares nothing.
     """
+    dataset = decode_images(dataset, False)
     columns = {name: dataset[name][:] for name in dataset.column_names if name not in ("prompt", *ANNOTATED)}
     prompts, completions, prompt_numbers, ratings, first_row, of_row, comparisons = ([] for _ in range(7))
     numbers: dict[str, int] = {}
     places: dict[tuple[int, str], int] = {}
     attributes: dict[str, list[tuple[int, int, int]]] = {}
     for r, row in enumerate(cast(Iterable[dict[str, Any]], dataset)):
-        number = numbers.setdefault(key_of(row["prompt"]), len(numbers))
+        asked = " ".join([key_of(row["prompt"]), *keys_of(row.get("images"))])
+        number = numbers.setdefault(asked, len(numbers))
         indices = []
         for i, completion in enumerate(row["completions"]):
             key = (number, key_of(completion))

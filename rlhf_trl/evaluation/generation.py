@@ -9,7 +9,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
+from rlhf_trl.data.multimodal import extra_of
 from rlhf_trl.data.tokenize import end_tokens, prompt_ids
+from rlhf_trl.models.inputs import batch_inputs
 from rlhf_trl.models.loading import load_model
 from rlhf_trl.models.sizes import check_rows, sizes_of
 from rlhf_trl.models.tokenizers import load_tokenizer
@@ -106,13 +108,17 @@ def sample(
         **generation_config(temperature, max_completion_length, top_p), eos_token_id=ends, pad_token_id=pad
     )
     completions = []
+    # A sampled place of an image would have no image (as TRL's rollouts have it)
+    if (place := getattr(model.config, "image_token_id", None)) is not None:
+        model.generation_config.suppress_tokens = [place]
     for batch in _batches(prompts, batch_size):
         width = max(len(ids) for ids in batch)
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=model.device)
         # From the lengths: the pad token may be the end token, and be part of a prompt
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
-        # Of GenerationMixin, which models that write have
-        written = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()  # pyright: ignore[reportCallIssue]
+        extra = extra_of(batch)
+        inputs = {"input_ids": ids, "attention_mask": mask} | (batch_inputs(extra, mask) if extra else {})
+        written = model.generate(**inputs)[:, width:].tolist()  # pyright: ignore[reportCallIssue] of GenerationMixin
         completions += [_to_the_end(row, ends) for row in written]
     check_rows(sizes, [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)], 0, TOO_LONG)
     return completions
@@ -191,7 +197,9 @@ def token_statistics(
             mask[i, :end] = 1
             counts[i, len(prompt) : end] = 1
         ids, mask, counts = (tensor.to(model.device) for tensor in (ids, mask, counts))
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        extra = extra_of(prompt for prompt, _ in batch)
+        inputs = {"input_ids": ids, "attention_mask": mask} | (batch_inputs(extra, mask) if extra else {})
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
         # Only the completions' tokens: the others can be most of them
         kept = counts[:, 1:].bool()
         logits = logits[kept].float() / temperature
@@ -218,16 +226,16 @@ def last_hidden_states(
             Number of rows at a time.
     """
     found = []
-    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+    rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     check_rows(sizes_of(model), rows, 0, TOO_LONG)
     for batch in _batches(rows, batch_size):
         width = max(map(len, batch))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=model.device)
         lengths = torch.tensor([len(row) for row in batch], device=model.device)
         mask = (torch.arange(width, device=model.device) < lengths.unsqueeze(1)).long()
-        states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states[
-            -1
-        ]
+        extra = extra_of(batch)
+        inputs = {"input_ids": ids, "attention_mask": mask} | (batch_inputs(extra, mask) if extra else {})
+        states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
         found.append(states[torch.arange(len(batch), device=model.device), lengths - 1].float().cpu())
     return torch.cat(found)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.data.file_rows import read_file
+from rlhf_trl.data.images import refuse_images
 from rlhf_trl.data.messages import check_text_or_chat
 from rlhf_trl.data.rows import Problems, RowError, type_of
 from rlhf_trl.errors import DataError
@@ -141,6 +142,7 @@ def parse_candidates(row: dict[str, Any]) -> Candidates:
     """
     row = dict(row)
     prompt = check_text_or_chat(row, "prompt")
+    refuse_images(row, prompt, "`stage=label` shows text alone")
     listed, questions = row.pop("candidates", None), row.pop("questions", [])
     if not isinstance(listed, list) or not listed:
         raise RowError("candidates", "is missing" if listed is None else "is not a list of candidates")

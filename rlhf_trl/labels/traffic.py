@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from rlhf_trl.data.columns import rename_columns
 from rlhf_trl.data.feedback.rated import DOWN, UP
 from rlhf_trl.data.file_rows import read_file
+from rlhf_trl.data.images import refuse_images
 from rlhf_trl.data.messages import check_text_or_chat, read_json_chats
 from rlhf_trl.data.rows import Problems, RowError
 from rlhf_trl.errors import ConfigError, DataError, user_location
@@ -119,6 +120,7 @@ def _filtered(privacy: Privacy, row: dict[str, Any], place: str) -> dict[str, An
 
 def _checked(row: dict[str, Any]) -> dict[str, Any]:
     prompt, completion = check_text_or_chat(row, "prompt"), check_text_or_chat(row, "completion")
+    refuse_images(row, prompt, "`stage=collect` keeps text alone")
     made: dict[str, Any] = {"prompt": prompt, "completion": completion}
     made |= {name: row[name] for name in ("policy", "time", "rater") if row.get(name) is not None}
     for name in ("policy", "rater"):

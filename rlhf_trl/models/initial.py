@@ -4,7 +4,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -26,6 +26,7 @@ from rlhf_trl.models.heads import HEADS, adapter_head_names, check_head_count
 from rlhf_trl.models.loading import load_full, refuse_reward_model
 from rlhf_trl.models.merging import merge_adapter
 from rlhf_trl.models.quantization import start_quantization, trained_quantization
+from rlhf_trl.models.vision import with_vision
 from rlhf_trl.patches.engines import whole_weights
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def load_initial_model(
     merge_dir: str,
     revision: str | None = None,
     heads: Sequence[str] | None = None,
+    vision: str = "lora",
     **options: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PeftConfig | None]:
     """
@@ -72,6 +74,8 @@ def load_initial_model(
             As in `from_pretrained`.
         heads (`Sequence[str]`, *optional*):
             Names of the heads of a `SEQ_CLS` model; one score without them.
+        vision (`str`):
+            What an adapter does with a model's vision tower, see [`~rlhf_trl.models.vision.with_vision`].
         **options:
             See [`~rlhf_trl.models.loading.load_model`].
 
@@ -80,9 +84,11 @@ def load_initial_model(
     """
     saved = adapter_config(path, revision)
     if saved is None:
+        model = load_full(path, task_type, revision=revision, heads=heads, **options)
         if peft_config is not None:
             peft_config.inference_mode = True
-        return load_full(path, task_type, revision=revision, heads=heads, **options), peft_config
+            peft_config = with_vision(peft_config, model, vision)
+        return model, peft_config
     refuse_reward_model(path, task_type, saved.task_type == "SEQ_CLS")
     if peft_config is None:
         with PartialState().main_process_first():
@@ -105,7 +111,7 @@ def load_initial_model(
         if options["quantization_config"] is not None and trained_quantization(path) is None:
             logger.warning("The adapter `%s` was trained on an unquantized base, and this one is quantized.", path)
     base = load_full(base_path(path, saved), task_type, revision=saved.revision, heads=heads, **options)
-    _check_shape(path, saved, peft_config, base)
+    _check_shape(path, saved, cast(LoraConfig, with_vision(peft_config, base, vision)), base)
     saved.base_model_name_or_path = base.config.name_or_path
     saved.lora_dropout = peft_config.lora_dropout
     if saved.task_type == task_type:

@@ -10,8 +10,6 @@ from peft import PeftConfig, PeftModel
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,13 +26,12 @@ from rlhf_trl.models.adapters import (
 from rlhf_trl.models.heads import HEADS, adapter_head_names, check_head_count
 from rlhf_trl.models.precision import weights_dtype
 from rlhf_trl.models.quantization import trained_quantization
+from rlhf_trl.models.vision import auto_class
 from rlhf_trl.models.weights import load_weights
 from rlhf_trl.patches.bitsandbytes import keep_trainable
 from rlhf_trl.patches.engines import whole_weights
 from rlhf_trl.patches.peft import cast_head_inputs
 from rlhf_trl.runs.paths import ensemble_members
-
-AUTO_CLASSES = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
 
 
 def model_config(path: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
@@ -191,7 +188,7 @@ def load_full(
         names = list(heads or ["score"])
         options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     model = load_weights(
-        AUTO_CLASSES[task_type], path, new_head=not is_scored, trust_remote_code=trust_remote_code, **options
+        auto_class(config, task_type), path, new_head=not is_scored, trust_remote_code=trust_remote_code, **options
     )
     if task_type == "SEQ_CLS":
         if heads is not None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_trl.data.multimodal import processor_of
 from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.adapters import adapter_config, base_path, with_adapter
@@ -126,7 +127,7 @@ def merge_adapter(
     if merged.can_generate():  # an adapter's folder has no generation_config; a trained full model's lists them
         merged.generation_config.eos_token_id = end_tokens(tokenizer) or None
     merged.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    (processor_of(tokenizer) or tokenizer).save_pretrained(partial)
     if Path(source, CALIBRATION_FILE).is_file():  # merging doesn't change a score
         shutil.copy(Path(source, CALIBRATION_FILE), partial)
     shutil.rmtree(output_dir, ignore_errors=True)

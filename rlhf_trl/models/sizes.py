@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.adapters import adapter_config, base_path
-from rlhf_trl.models.loading import AUTO_CLASSES, model_config
+from rlhf_trl.models.loading import model_config
+from rlhf_trl.models.vision import auto_class
 from rlhf_trl.patches.engines import whole_weights
 from rlhf_trl.runs.paths import ensemble_members
 
@@ -71,7 +72,7 @@ def empty_model(
     config = model_config(path, trust_remote_code, revision)
     try:
         with whole_weights(), torch.device("meta"):
-            return AUTO_CLASSES[task_type].from_config(config, trust_remote_code=trust_remote_code)
+            return auto_class(config, task_type).from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         what = {"CAUSAL_LM": "writes text from left to right", "SEQ_CLS": "scores a text"}[task_type]
         raise ConfigError(

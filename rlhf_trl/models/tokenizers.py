@@ -3,14 +3,16 @@
 import json
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
+from rlhf_trl.data.multimodal import remember_processor
 from rlhf_trl.data.tokenize import remember_ends
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import names_of
 from rlhf_trl.models.adapters import adapter_config, base_path
 from rlhf_trl.models.loading import model_config
 from rlhf_trl.models.options import CHAT_TEMPLATES, template_file
+from rlhf_trl.models.vision import has_processor
 from rlhf_trl.terminal import say
 
 
@@ -25,7 +27,8 @@ def load_tokenizer(
     Load the tokenizer of a model.
 
     It has a padding token (the end token if it has none of its own), adds no EOS to a text, and knows which tokens end
-    the model's turns, see [`~rlhf_trl.data.tokenize.end_tokens`].
+    the model's turns, see [`~rlhf_trl.data.tokenize.end_tokens`]. That of a model that reads images knows its
+    processor, see [`~rlhf_trl.data.multimodal.processor_of`].
 
     Args:
         path (`str`):
@@ -57,6 +60,10 @@ def load_tokenizer(
                 f"No tokenizer can be loaded from `{source}` ({error}). Set `model.tokenizer`."
             ) from error
         tokenizer = AutoTokenizer.from_pretrained(base_path(path, config), trust_remote_code=trust_remote_code)
+    if (processor := _load_processor(path, source, trust_remote_code, revision)) is not None:
+        tokenizer = processor.tokenizer
+        tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
+        remember_processor(tokenizer, processor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     _stop_adding_eos(tokenizer, source)
@@ -69,11 +76,42 @@ def load_tokenizer(
             )
         try:
             tokenizer.chat_template = file.read_text(encoding="utf-8")
+            if processor is not None:
+                processor.chat_template = tokenizer.chat_template
         except UnicodeDecodeError as error:
             raise ConfigError(
                 f"The chat template `{chat_template}` is not UTF-8 ({error}). Save it as UTF-8."
             ) from error
     return tokenizer
+
+
+def _load_processor(path: str, source: str, trust_remote_code: bool, revision: str | None) -> ProcessorMixin | None:
+    """Return the processor of a model that reads more than text, `None` for a language model."""
+    config = adapter_config(path, revision)
+    base = (path, revision) if config is None else (base_path(path, config), config.revision)
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(base[0], revision=base[1])
+    except OSError:  # a tokenizer by itself
+        return None
+    if not has_processor(values.get("model_type")):
+        return None
+    last = None
+    for place in dict.fromkeys([source, base[0]]):  # an adapter without files of its own has its base's
+        try:
+            processor = AutoProcessor.from_pretrained(
+                place, trust_remote_code=trust_remote_code, revision=revision if place == source else base[1]
+            )
+        except (OSError, ValueError, ImportError) as error:
+            last = last or error
+            continue
+        if isinstance(processor, ProcessorMixin):
+            return processor
+    if last is not None:
+        say(
+            f"note: `{source}` reads more than text, and its processor can't be loaded "
+            f"({' '.join(str(last).split())[:160]}): it is used for text alone"
+        )
+    return None
 
 
 def _broken_json(folder: str) -> Path | None:

@@ -1,6 +1,8 @@
 """TRL: position ids of left-padded rows in the fused forward."""
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -11,6 +13,14 @@ from rlhf_trl.patches.forward import wrap_forward
 def takes_positions(trunk: nn.Module) -> bool:
     """Return whether a transformer takes position ids. Some attention knows distances only, such as ALiBi."""
     return "position_ids" in inspect.signature(type(trunk).forward).parameters
+
+
+def counts_positions(trunk: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """
+    Return whether a transformer counts the positions of these inputs itself, from the mask and the grids of images:
+    Qwen-VL's have three for each token of an image.
+    """
+    return hasattr(trunk, "get_rope_index") and any(name.endswith("grid_thw") for name in inputs)
 
 
 def positions(attention_mask: Tensor) -> Tensor:
@@ -38,7 +48,8 @@ def count_positions_from_mask(model: PreTrainedModel) -> None:
     def with_positions(model, forward, *args, fused_lm_head=False, **kwargs):
         if fused_lm_head:
             kwargs["fused_lm_head"] = True
-            if kwargs.get("attention_mask") is not None and kwargs.get("position_ids") is None:
+            given = kwargs.get("attention_mask") is not None and kwargs.get("position_ids") is None
+            if given and not counts_positions(model.base_model, kwargs):
                 kwargs["position_ids"] = positions(kwargs["attention_mask"])
         return forward(*args, **kwargs)
 

@@ -1,11 +1,13 @@
 """Checks of what [`PPOTrainer`] is given, before any model is loaded."""
 
 import logging
+from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
+from rlhf_trl.data.multimodal import processor_of
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.ppo.config import PPOConfig
 from rlhf_trl.runs.ranks import is_main_process
@@ -13,12 +15,27 @@ from rlhf_trl.runs.ranks import is_main_process
 logger = logging.getLogger(__name__)
 
 
+def check_prompt_images(dataset: Dataset | None, tokenizer: Any) -> None:
+    """
+    Check that prompts with images have a processor.
+
+    Raises:
+        ConfigError: if they have none.
+    """
+    images = {"image", "images"} & set((dataset and dataset.column_names) or [])
+    if images and tokenizer is not None and processor_of(tokenizer) is None:
+        raise ConfigError(
+            f"The prompts have images (column `{images.pop()}`), and the model reads text alone. Pass the processor "
+            "of a vision-language model as `processing_class`, or remove the column."
+        )
+
+
 def check_inputs(reward_funcs: list, dataset: Dataset | None, ptx_dataset: Dataset | None, args: PPOConfig) -> None:
     """
     Check that there is a reward, that prompts fill a rollout, and that `ptx_coef` has demonstrations.
 
     Raises:
-        ConfigError: if something is missing; for images, and for a dataset of unknown length.
+        ConfigError: if something is missing; for demonstrations with images, and for a dataset of unknown length.
     """
     if not reward_funcs:
         raise ConfigError("PPO needs a reward. Pass at least one of `reward_funcs`.")
@@ -29,11 +46,11 @@ def check_inputs(reward_funcs: list, dataset: Dataset | None, ptx_dataset: Datas
         )
     if dataset is None:
         raise ConfigError("PPO needs prompts. Pass `train_dataset` with a column `prompt`.")
-    images = {"image", "images"} & set(dataset.column_names or [])
+    images = {"image", "images"} & set((ptx_dataset and ptx_dataset.column_names) or [])
     if images:
         raise ConfigError(
-            f"The prompts have images (column `{images.pop()}`), and PPO trains on text and chat prompts. Remove the "
-            "column."
+            f"The demonstrations of `ptx_coef` have images (column `{images.pop()}`), and its loss reads text alone. "
+            "Remove the column."
         )
     if not isinstance(dataset, Dataset):
         raise ConfigError("PPO needs a dataset of known length. Pass a `datasets.Dataset`, not an iterable one.")

@@ -10,7 +10,7 @@ import copy
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import FusedCausalLMOutput
 
+from rlhf_trl.data.multimodal import ExtraInputs
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.adapters import adapter_config
+from rlhf_trl.models.inputs import batches
 from rlhf_trl.models.loading import load_reward_model
 from rlhf_trl.models.merging import load_merged
 from rlhf_trl.models.roles import CRITIC, adapter_layers, add_role, policy_is_active
@@ -32,11 +34,13 @@ from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.patches.engines import whole_weights
 from rlhf_trl.patches.forward import wrap_forward
 from rlhf_trl.patches.peft import active_adapter, recompute_with_the_same_adapter
-from rlhf_trl.patches.positions import positions, takes_positions
+from rlhf_trl.patches.positions import counts_positions, positions, takes_positions
 from rlhf_trl.ppo.config import PPOConfig
 
 CRITIC_FILE = "critic.safetensors"
 VALUE_HEAD = "value_head"
+# Inputs of the fused forward that are no inputs of a trunk
+OF_THE_HEAD = ("labels", "position_ids", "output_router_logits", "at_temperature_1")
 
 
 def is_critic(name: str) -> bool:
@@ -150,7 +154,7 @@ def _compute_values(policy: PreTrainedModel, trunk: Callable | None, layers: lis
             hidden = seen["h"]
         else:
             output = {} if values_only else fused_forward(*args, fused_lm_head=True, **kwargs)
-            hidden = trunk(input_ids=kwargs["input_ids"], attention_mask=kwargs["attention_mask"])
+            hidden = trunk(**{name: value for name, value in kwargs.items() if name not in OF_THE_HEAD})
         hidden = hidden[:, :-1]
         if model.detach_values and trunk is None:
             hidden = hidden.detach()
@@ -161,9 +165,10 @@ def _compute_values(policy: PreTrainedModel, trunk: Callable | None, layers: lis
     wrap_forward(policy, forward)
 
 
-def _hidden_states(trunk: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    extra: dict[str, Any] = {"position_ids": positions(attention_mask)} if takes_positions(trunk) else {}
-    return trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).last_hidden_state
+def _hidden_states(trunk: Any, attention_mask: Tensor, **inputs: Any) -> Tensor:
+    if takes_positions(trunk) and not counts_positions(trunk, inputs):
+        inputs["position_ids"] = positions(attention_mask)
+    return trunk(attention_mask=attention_mask, use_cache=False, **inputs).last_hidden_state
 
 
 def _network(model: PreTrainedModel | PeftModel, args: PPOConfig) -> tuple[Any, Tensor | None]:
@@ -189,7 +194,14 @@ def _network(model: PreTrainedModel | PeftModel, args: PPOConfig) -> tuple[Any, 
     return trunk.to(policy.device, dtype).requires_grad_(True), score
 
 
-def critic_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, batch_size: int) -> Tensor:
+def critic_values(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    width: int,
+    batch_size: int,
+    extra: Sequence[ExtraInputs] | None = None,
+) -> Tensor:
     """
     Return the values of a critic with a trunk of its own, without a pass of the policy.
 
@@ -199,13 +211,15 @@ def critic_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, w
             completions.
         width (`int`): completion tokens, T.
         batch_size (`int`): rows of a pass.
+        extra (`Sequence[ExtraInputs]`, *optional*): inputs of each row beside its ids.
 
     Returns:
         `Tensor` of shape (N, T), or (N, T, S) of S > 1 signals.
     """
     values = []
-    for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True):
-        output = model(input_ids=ids, attention_mask=mask, fused_lm_head=True, with_values=True, values_only=True)
+    for ids, mask, inputs in batches(input_ids, attention_mask, batch_size, extra):
+        options = {"fused_lm_head": True, "with_values": True, "values_only": True}
+        output = model(input_ids=ids, attention_mask=mask, **inputs, **options)
         values.append(output.value_preds[:, -width:])
     return torch.cat(values)
 

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
+from rlhf_trl.data.multimodal import ExtraInputs
 from rlhf_trl.ppo.config import PPOConfig
 from rlhf_trl.ppo.losses import (
     explained_variance,
@@ -75,6 +77,8 @@ class Rollout:
         valid (`Tensor` of shape (N,), *optional*): whether the completion has a valid reward, set by
             [`score_rollout`].
         kl (`Tensor` of shape (N,), *optional*): summed k1 estimate in nats, set by [`score_rollout`].
+        extra (`list[ExtraInputs]`, *optional*): what the model reads of each prompt beside its ids, such as images, on
+            the CPU.
     """
 
     prompt_ids: Tensor
@@ -91,6 +95,7 @@ class Rollout:
     returns: Tensor = None  # pyright: ignore[reportAssignmentType] set by `score_rollout`
     valid: Tensor = None  # pyright: ignore[reportAssignmentType] set by `score_rollout`
     kl: Tensor = None  # pyright: ignore[reportAssignmentType] set by `score_rollout`
+    extra: list[ExtraInputs] | None = None
 
     @classmethod
     def gather(
@@ -111,7 +116,9 @@ class Rollout:
         for key in [key for key in OUTPUTS if key in output]:
             padding = {"pad_index": pad_token_id if key.endswith("_ids") else 0, "pad_first": key.startswith("prompt")}
             gathered[key] = accelerator.gather(accelerator.pad_across_processes(output[key], dim=1, **padding))
-        return cls.from_output(gathered, eos_token_ids)
+        rollout = cls.from_output(gathered, eos_token_ids)
+        extra = output.get("extra")
+        return replace(rollout, extra=gather_object(extra)) if extra else rollout
 
     @classmethod
     def from_output(cls, output: dict[str, Tensor], eos_token_ids: list[int]) -> "Rollout":
@@ -138,14 +145,15 @@ class Rollout:
 
     def select(self, rows: Tensor) -> "Rollout":
         """Return some completions, cut to the longest prompt and the longest completion among them."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         chosen: dict[str, Any] = {name: None if x is None else x[rows] for name, x in tensors.items()}
         prompt = int(chosen["prompt_mask"].sum(dim=1).max())
         completion = max(1, int(chosen["completion_mask"].sum(dim=1).max()))
         for name, tensor in chosen.items():
             if tensor is not None and tensor.dim() > 1:
                 chosen[name] = tensor[:, -prompt:] if name.startswith("prompt") else tensor[:, :completion]
-        return Rollout(**chosen)
+        extra = None if self.extra is None else [self.extra[row] for row in rows.tolist()]
+        return Rollout(**chosen, extra=extra)
 
     @property
     def input_ids(self) -> Tensor:

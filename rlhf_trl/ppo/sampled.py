@@ -1,13 +1,14 @@
 """Old log-probabilities and values from the very passes that sampled the tokens."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_trl.data.multimodal import ExtraInputs
 from rlhf_trl.ppo.critic import critic_values
 from rlhf_trl.ppo.rollout import TokenScores
 
@@ -114,7 +115,8 @@ class SampledTokens:
         attention_mask: Tensor,
         width: int,
         batch_size: int,
-        forward_pass: Callable[[Tensor, Tensor], TokenScores],
+        forward_pass: Callable[[Tensor, Tensor, Sequence[ExtraInputs] | None], TokenScores],
+        extra: Sequence[ExtraInputs] | None = None,
     ) -> TokenScores | None:
         """
         Return log-probabilities and values of completions, if they are those that were sampled last.
@@ -127,7 +129,8 @@ class SampledTokens:
                 completions.
             width (`int`): completion tokens, T.
             batch_size (`int`): rows of a pass.
-            forward_pass (callable): gives the scores of some rows by a pass over them.
+            forward_pass (callable): gives the scores of some rows by a pass over their ids, mask and other inputs.
+            extra (`Sequence[ExtraInputs]`, *optional*): inputs of each row beside its ids.
 
         Returns:
             [`TokenScores`], 0 at padding; `None` if `generate` computed none, or other ones than a pass.
@@ -137,12 +140,12 @@ class SampledTokens:
             return None
         log_probs, values = taken
         if not self.compared:
-            first = forward_pass(input_ids[:batch_size], attention_mask[:batch_size])
+            first = forward_pass(input_ids[:batch_size], attention_mask[:batch_size], extra and extra[:batch_size])
             self.compared, self.usable = True, _agree(log_probs[:batch_size], first.logps)
         if not self.usable:
             return None
         if values is None:
-            values = critic_values(model, input_ids, attention_mask, width, batch_size)
+            values = critic_values(model, input_ids, attention_mask, width, batch_size, extra)
         return TokenScores(log_probs, values)
 
 

@@ -6,15 +6,13 @@ reference model, checkpoints and distributed training. Added here: a critic, KL-
 Private methods of TRL 1.16 and transformers that it overrides, and why:
 
 - `_get_train_sampler`: the order of the prompts comes from (seed, epoch), so that a run resumes exactly.
-- `_generate_single_turn`: `generate` computes the log-probabilities that a pass over the completions would compute
-  again ([`SampledTokens`]).
-- `_get_per_token_logps_and_entropies`: the pass that gives a rollout's log-probabilities gives the values as well.
 - `_generate_and_score_completions`: the reference is scored at `beta=0` too, and values are added.
 - `_prepare_inputs`: the rollouts of all ranks are scored together, and dealt into mini-batches of all ranks.
 - `_compute_loss`: PPO's loss instead of GRPO's.
 - `_save`, `_load_from_checkpoint`, `_issue_warnings_after_load`: the critic has a file of its own.
 
-The mixins [`~rlhf_trl.trainers.rollout_hook.RolloutHook`] and [`~rlhf_trl.trainers.rollouts.Rollouts`] list theirs.
+The mixins [`~rlhf_trl.ppo.scoring.TokenScoring`], [`~rlhf_trl.trainers.rollout_hook.RolloutHook`] and
+[`~rlhf_trl.trainers.rollouts.Rollouts`] list theirs.
 `tests/unit/ppo/test_ppo_update.py` holds that seam by comparing a whole update with plain PyTorch.
 """
 
@@ -33,6 +31,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.utils import RepeatSampler
 
+from rlhf_trl.data.multimodal import ExtraInputs, tokenizer_of
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.roles import (
     CRITIC,
@@ -40,7 +39,6 @@ from rlhf_trl.models.roles import (
     REFERENCE,
     adapter_layers,
     copy_adapter,
-    policy_is_active,
     set_trainable,
 )
 from rlhf_trl.models.sizes import check_rows, sizes_of
@@ -48,7 +46,7 @@ from rlhf_trl.patches.generation import make_output_layer_inputs_contiguous
 from rlhf_trl.patches.peft import save_only
 from rlhf_trl.patches.vllm import send_only
 from rlhf_trl.ppo.callbacks import CountInRollouts, CriticWarmup
-from rlhf_trl.ppo.checks import check_adapter_dropout, check_inputs
+from rlhf_trl.ppo.checks import check_adapter_dropout, check_inputs, check_prompt_images
 from rlhf_trl.ppo.config import PPOConfig
 from rlhf_trl.ppo.critic import (
     VALUE_HEAD,
@@ -65,6 +63,7 @@ from rlhf_trl.ppo.ptx import Demonstrations, add_head_at_temperature_1
 from rlhf_trl.ppo.rewards import checked_reward, invalid_rewards
 from rlhf_trl.ppo.rollout import Rollout, TokenScores, held_out_metrics, score_rollout
 from rlhf_trl.ppo.sampled import SampledTokens
+from rlhf_trl.ppo.scoring import TokenScoring
 from rlhf_trl.ppo.seeds import EpochSampler
 from rlhf_trl.ppo.update import MicroBatch, micro_batch, micro_batch_loss
 from rlhf_trl.rewards.base import Reward
@@ -87,7 +86,7 @@ def keeping_reference(holder: Any) -> Iterator[None]:
         holder.beta = beta
 
 
-class PPOTrainer(SampledEvaluation, RolloutHook, Rollouts, TrainerMixin, trl.GRPOTrainer):
+class PPOTrainer(SampledEvaluation, TokenScoring, RolloutHook, Rollouts, TrainerMixin, trl.GRPOTrainer):
     """
     Trainer for proximal policy optimization from a learned or programmed reward (arXiv 1707.06347, 1909.08593,
     2203.02155).
@@ -114,7 +113,7 @@ class PPOTrainer(SampledEvaluation, RolloutHook, Rollouts, TrainerMixin, trl.GRP
             on every rank alike. See [`~rlhf_trl.trainers.rollout_hook.RolloutHook.on_rollout`].
 
     Raises:
-        ConfigError: no reward, fewer prompts than a rollout holds, images in the data, dropout in an adapter.
+        ConfigError: no reward, fewer prompts than a rollout holds, dropout in an adapter.
     """
 
     _tag_names = ["trl", "ppo", "rlhf_trl"]
@@ -147,11 +146,13 @@ class PPOTrainer(SampledEvaluation, RolloutHook, Rollouts, TrainerMixin, trl.GRP
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         check_inputs(reward_funcs, train_dataset, ptx_dataset, args)
         check_adapter_dropout(model, kwargs.get("peft_config"), args)
+        tokenizer = tokenizer_of(kwargs.get("processing_class"))
+        check_prompt_images(train_dataset, tokenizer)
 
         with keeping_reference(args):
             super().__init__(
                 model,
-                reward_funcs=[checked_reward(func, kwargs.get("processing_class")) for func in reward_funcs],
+                reward_funcs=[checked_reward(func, tokenizer) for func in reward_funcs],
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -188,6 +189,7 @@ class PPOTrainer(SampledEvaluation, RolloutHook, Rollouts, TrainerMixin, trl.GRP
         reuse = self._can_reuse_generation_logprobs()
         self._sampled = SampledTokens(self._policy, self.temperature, head) if reuse else None
         self._last_pass: tuple[Tensor, TokenScores] | None = None  # see `_old_scores`
+        self._extra: list[ExtraInputs] | None = None  # inputs beside ids of the rollout that is being made
         self._rollout: Rollout | None = None  # the one that is optimized
         self._update_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
         if problem := critic_warmup_problem(args.critic_warmup_steps, self.is_deepspeed_enabled):
@@ -224,73 +226,6 @@ class PPOTrainer(SampledEvaluation, RolloutHook, Rollouts, TrainerMixin, trl.GRP
     def _rewards_to_learn_from(self, record: RolloutRecord) -> Tensor:
         return record.rewards.values  # TRL logs them, and [`score_rollout`] learns from them
 
-    # ---- Log-probabilities and values ----
-
-    def _can_reuse_generation_logprobs(self) -> bool:
-        """Return whether `generate` computes what the first pass over a rollout would, see [`SampledTokens`]."""
-        return (
-            not (self.use_vllm or self.rollout_func or self.tools)
-            and not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-            and self._policy.dtype == torch.float32
-            and getattr(self._policy, "hf_quantizer", None) is None
-            and self.accelerator.mixed_precision == "no"
-            and torch.get_float32_matmul_precision() == "highest"
-            and self.args.disable_dropout
-            and self.generation_config.cache_implementation is None  # a static one may be compiled
-        )
-
-    def _generate_single_turn(self, *args, **kwargs):
-        if self._sampled is None:
-            return super()._generate_single_turn(*args, **kwargs)
-        with self._sampled.watching():
-            completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
-        self._sampled.keep(completion_ids)
-        return completion_ids, logprobs
-
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if model is self.model and policy_is_active(self._adapter_layers) and not torch.is_grad_enabled():
-            return self._old_scores(input_ids, attention_mask, logits_to_keep).logps, None, None
-        return super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-        )
-
-    @torch.no_grad()
-    def _old_scores(self, input_ids: Tensor, attention_mask: Tensor, width: int) -> TokenScores:
-        """
-        Return log-probabilities and values of a rollout's tokens under the policy that wrote them.
-
-        TRL asks for the log-probabilities while it makes the rollout, unless each rollout gets one optimizer step, and
-        knows no values: the last pass is kept, so that one pass serves both.
-        """
-        if self._last_pass is None or not torch.equal(self._last_pass[0], input_ids):
-            train, args = self.model.training, self.args
-            batch_size = args.per_device_train_batch_size if train else args.per_device_eval_batch_size
-
-            def forward_pass(ids: Tensor, mask: Tensor) -> TokenScores:
-                return self._score_tokens(self.model, ids, mask, width, batch_size)
-
-            scores = None
-            if self._sampled is not None:
-                scores = self._sampled.scores(self.model, input_ids, attention_mask, width, batch_size, forward_pass)
-            self._last_pass = input_ids, scores or forward_pass(input_ids, attention_mask)
-        return self._last_pass[1]
-
-    def _score_tokens(
-        self, model, input_ids: Tensor, attention_mask: Tensor, width: int, batch_size: int | None = None, **kwargs
-    ) -> TokenScores:
-        """Return the scores of the last `width` tokens: one forward for log-probabilities, values and entropies."""
-        values = []
-
-        def forward(**inputs):
-            output = model(**inputs, with_values=True)
-            values.append(output.value_preds)
-            return output
-
-        logps, entropies, _ = super()._get_per_token_logps_and_entropies(
-            forward, input_ids, attention_mask, width, batch_size, **kwargs
-        )
-        return TokenScores(logps, torch.cat(values)[:, -width:], entropies)
-
     # ---- Rollout ----
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
@@ -308,14 +243,15 @@ class PPOTrainer(SampledEvaluation, RolloutHook, Rollouts, TrainerMixin, trl.GRP
         )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._last_pass = None
+        self._last_pass = self._extra = None
         with keeping_reference(self):
             output = super()._generate_and_score_completions(inputs)
         self._set_trainable()
         ids, masks = (torch.cat([output[f"prompt_{x}"], output[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
         scores, self._last_pass = self._old_scores(ids, masks, output["completion_ids"].size(1)), None
+        extra, self._extra = self._extra, None
         self._log_mismatch(output, scores.logps)
-        return output | {"old_per_token_logps": scores.logps, "old_values": scores.values}
+        return output | {"old_per_token_logps": scores.logps, "old_values": scores.values, "extra": extra}
 
     def _make_rollout(self, inputs: Any) -> Rollout:
         """Generate completions of this rank's prompts, score those of all ranks, and log the metrics."""
@@ -362,7 +298,8 @@ class PPOTrainer(SampledEvaluation, RolloutHook, Rollouts, TrainerMixin, trl.GRP
         rollout, warmup = inputs.rollout, self.in_critic_warmup
         self._policy.detach_values = self.args.critic_detach or warmup
         width = rollout.mask.size(1)
-        scores = self._score_tokens(model, rollout.input_ids, rollout.attention_mask, width, compute_entropy=True)
+        tokens = rollout.input_ids, rollout.attention_mask
+        scores = self._score_tokens(model, *tokens, width, extra=rollout.extra, compute_entropy=True)
         loss, metrics = micro_batch_loss(inputs, scores, self.args, self._ptx_loss(model, inputs), warmup)
         if self.args.ratio_threshold is not None:
             skipped = self._exceeds_ratio_threshold(scores, rollout)

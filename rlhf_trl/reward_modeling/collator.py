@@ -6,8 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from transformers.data.data_collator import DataCollatorMixin
 from trl.trainer.utils import pad
+
+from rlhf_trl.data.chat_template import template_kwargs
+from rlhf_trl.data.multimodal import extra_inputs
+from rlhf_trl.models.inputs import batch_inputs
+
+# What isn't an input of the model
+NOT_INPUTS = ("groups", "better", "worse", "margin", "weights", "label_smoothing", "targets")
 
 
 @dataclass
@@ -23,18 +31,21 @@ class ComparisonCollator(DataCollatorMixin):
     - `margin`, `weights`, `label_smoothing` (M,): only if a row has them;
     - `targets` (N, H): NaN for a missing one; only if a row has any;
     - `safe` (N,): 1 for a safe completion, -1 for an unsafe one, NaN for one without a label; only if a row has any.
+    - the processor's inputs beside ids (`pixel_values` ...): only if a row has images, with its `prompt`.
 
     Args:
         pad_token_id (`int`): id to pad with.
         heads (`Sequence[str]`): order of the heads in `targets`.
         label_smoothing (`float`): default for comparisons without their own.
         pad_to_multiple_of (`int`, *optional*): as in `trl.trainer.utils.pad`.
+        tokenizer (*optional*): one with a processor, for rows with images.
     """
 
     pad_token_id: int
     heads: Sequence[str] = ()
     label_smoothing: float = 0.0
     pad_to_multiple_of: int | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -54,6 +65,10 @@ class ComparisonCollator(DataCollatorMixin):
                 ("attention_mask", [torch.ones_like(row) for row in ids], 0),
             )
         }
+        if any(row.get("images") for row in examples):
+            each = [extra_inputs(self.tokenizer, row["prompt"], **template_kwargs(row)) for row in examples]
+            extra = [one for one, count in zip(each, counts.tolist(), strict=True) for _ in range(count)]
+            batch |= batch_inputs(extra, batch["attention_mask"])
         batch["groups"] = torch.repeat_interleave(torch.arange(len(examples)), counts)
         for side in ("better", "worse"):
             indices = [

@@ -8,14 +8,16 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from rlhf_trl.data.lengths import has_safety_labels, head_names, keep_short_completions, tokenize_comparisons
+from rlhf_trl.data.multimodal import processor_of, tokenizer_of
+from rlhf_trl.data.row_types import PASSED_ON
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.calibration import Calibration, write_calibration
 from rlhf_trl.models.heads import score_heads
 from rlhf_trl.reward_modeling.border import border_ece, border_loss
-from rlhf_trl.reward_modeling.collator import ComparisonCollator
+from rlhf_trl.reward_modeling.collator import NOT_INPUTS, ComparisonCollator
 from rlhf_trl.reward_modeling.config import RewardConfig
 from rlhf_trl.reward_modeling.losses import (
     comparison_losses,
@@ -76,11 +78,12 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
         model: str | PreTrainedModel,
         args: RewardConfig,
         train_dataset: Dataset,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         eval_dataset=None,
         data_collator=None,
         **kwargs,
     ):
+        processing_class = tokenizer_of(processing_class)  # which TRL's takes, and the collator finds the processor
         self.heads = head_names(train_dataset) or ["score"]
         self._scores: list | None = None  # scores of the calibration pass
         self._labeled: list[tuple[float, float]] = []  # scores and labels of safety of an evaluation
@@ -106,6 +109,7 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
                 self.heads,
                 args.label_smoothing,
                 cast(int | None, args.pad_to_multiple_of),
+                self.processing_class,
             )
 
     def _prepare_dataset(self, dataset: Dataset, processing_class, args, dataset_name):
@@ -117,6 +121,8 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
         self._signature_columns = [
             "completion_ids", "better", "worse", "margin", "weights", "label_smoothing", "targets", "safe"
         ]  # fmt: skip
+        if "images" in self.train_dataset.column_names:  # from which the collator makes the processor's inputs
+            self._signature_columns += ["prompt", *PASSED_ON]
 
     # `compute_loss` divides by the counts of the whole batch, so that the loss depends neither on accumulation nor on
     # how rows are distributed over ranks
@@ -131,7 +137,8 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the loss of one micro-batch, ranking loss plus squared error, and record its metrics."""
         mode = "train" if self.model.training else "eval"
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        given = {name: value for name, value in inputs.items() if name not in NOT_INPUTS}
+        outputs = model(**given, use_cache=False)
         scores = outputs.logits.float()  # (N, H)
         better, worse, targets = inputs["better"], inputs["worse"], inputs.get("targets")
         counts, ranks = num_items_in_batch, self.accelerator.num_processes
@@ -238,6 +245,8 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """Save the model and, at the end of training, `calibration.json` beside it. Call it on all ranks."""
         super().save_model(output_dir, _internal_call)
+        if self.args.should_save and (processor := processor_of(self.processing_class)) is not None:
+            processor.save_pretrained(output_dir or cast(str, self.args.output_dir))
         if not _internal_call:
             calibration = self.calibrate()
             if self.args.should_save:

@@ -6,13 +6,14 @@ from typing import cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.calibration import read_calibration
 from rlhf_trl.models.heads import adapter_head_names
 from rlhf_trl.models.roles import POLICY, adapter_layers, add_role, shared_adapter_config
 from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.models.vision import auto_class
 from rlhf_trl.patches.peft import cast_head_inputs, save_only
 from rlhf_trl.rewards.base import BaseReward
 from rlhf_trl.rewards.model import Member, ModelReward
@@ -107,7 +108,7 @@ def _classifier_on(policy: PreTrainedModel, score: Tensor, tokenizer: PreTrained
     config.num_labels = score.size(0)
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = auto_class(config, "SEQ_CLS").from_config(config)
     setattr(model, model.base_model_prefix, policy.base_model)
     head = next(module for module in model.children() if isinstance(module, nn.Linear))
     head.weight = nn.Parameter(score.float().to(policy.device), requires_grad=False)

@@ -159,6 +159,11 @@ class HttpReward(BaseReward):
 
     def column_problem(self, columns: Collection[str]) -> str | None:
         """See [`Reward.column_problem`]."""
+        if "images" in columns:
+            return (
+                f"The data has images, and `reward.{self.__name__}` sends text alone to its server. Use "
+                "`reward=model` or `reward=function`, which get the images, or leave the column of images out."
+            )
         missing = [name for name in self.columns if name not in columns]
         there = ", ".join(f"`{name}`" for name in columns) or "none besides the prompt"
         if not missing:

@@ -1,7 +1,7 @@
 """Rewards from reward models and ensembles of them."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,12 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_trl.config.ranges import check_values
 from rlhf_trl.data.chat_template import template_kwargs, trained_template_kwargs
+from rlhf_trl.data.multimodal import extra_of, processor_of
 from rlhf_trl.data.row_types import PASSED_ON
 from rlhf_trl.data.tokenize import end_tokens, row_ids, written_row_ids
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import names_of
 from rlhf_trl.models.calibration import Calibration, read_calibration
 from rlhf_trl.models.fingerprints import tokenizer_fingerprint
+from rlhf_trl.models.inputs import batch_inputs
 from rlhf_trl.models.loading import load_reward_model
 from rlhf_trl.models.roles import adapter_layers
 from rlhf_trl.models.sizes import check_rows, sizes_of
@@ -114,6 +116,15 @@ class ModelReward(BaseReward):
         self._layers = adapter_layers(self.model) if members else []
         adapters = list(self.model.peft_config) if members else ["default"]
         self._members = [Member(adapter, self.model) for adapter in adapters]
+
+    def column_problem(self, columns: Collection[str]) -> str | None:
+        """See [`Reward.column_problem`]."""
+        if "images" not in columns or processor_of(self.tokenizer) is not None:
+            return None
+        return (
+            f"The data has images, and the model of `reward.{self.__name__}` reads text alone. Train it from a "
+            "vision-language model (`stage=reward model=hf`), or leave the column of images out."
+        )
 
     def _member_folders(self, path: str | PreTrainedModel, ensemble: str) -> list[str]:
         """Return the folders of an ensemble's members, none for a single model, and check the option `ensemble`."""
@@ -237,7 +248,7 @@ class ModelReward(BaseReward):
         trained = trained_template_kwargs(self.tokenizer)
         if trained is None:
             return policy_kwargs
-        own = trained | ({"tools": policy_kwargs["tools"]} if "tools" in policy_kwargs else {})
+        own = trained | {name: policy_kwargs[name] for name in ("tools", "images") if name in policy_kwargs}
         if own != policy_kwargs and not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -245,7 +256,7 @@ class ModelReward(BaseReward):
                 "policy with %s.",
                 self.__name__,
                 trained,
-                {key: value for key, value in policy_kwargs.items() if key != "tools"},
+                {key: value for key, value in policy_kwargs.items() if key not in ("tools", "images")},
             )
         return own
 
@@ -271,14 +282,15 @@ class ModelReward(BaseReward):
         check_rows(sizes_of(model, f"reward.{self.__name__}"), rows, 0, "Shorten prompts and completions.")
         device, pad = model.device, self.tokenizer.pad_token_id
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # similar lengths in one batch need less padding
-        scores = torch.zeros(len(rows), len(self.heads))
+        scores, extra = torch.zeros(len(rows), len(self.heads)), extra_of(rows)
         for start in range(0, len(order), self.batch_size):
             chunk = order[start : start + self.batch_size]
             width = max(len(rows[i]) for i in chunk)
             ids = torch.tensor([rows[i] + [pad] * (width - len(rows[i])) for i in chunk], device=device)
             lengths = torch.tensor([len(rows[i]) for i in chunk], device=device)
             mask = (torch.arange(width, device=device) < lengths.unsqueeze(1)).long()
-            scores[chunk] = model(input_ids=ids, attention_mask=mask).logits.float().cpu()
+            more = batch_inputs([extra[i] for i in chunk], mask) if extra else {}  # such as images
+            scores[chunk] = model(input_ids=ids, attention_mask=mask, **more).logits.float().cpu()
         return scores
 
 

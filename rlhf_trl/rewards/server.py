@@ -55,6 +55,10 @@ class Request(BaseModel):
         for chat in [value for value in (*self.prompts, *self.completions) if not isinstance(value, str)]:
             if not chat or not all(isinstance(message.get("role"), str) for message in chat):
                 raise ValueError("a chat must be a list of at least one message, each with a `role`")
+            if any(isinstance(message.get("content"), list) for message in chat):
+                raise ValueError("the `content` of a message must be text: images are not served")
+        if "images" in self.columns:
+            raise ValueError("`columns` holds `images`, which are not served")
         return self
 
 

@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import torch
@@ -15,12 +16,16 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from rlhf_trl.build import load_policies, reward_functions
+from rlhf_trl.data.images import ImageStore, take_images
 from rlhf_trl.data.messages import as_text
+from rlhf_trl.data.multimodal import as_pil, extra_of, processor_of
+from rlhf_trl.data.rows import RowError
 from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.generation import TOO_LONG, Policy, Prompt, as_prompt, generation_config
 from rlhf_trl.evaluation.rewards import combine_scores, score
-from rlhf_trl.hints import did_you_mean
+from rlhf_trl.hints import did_you_mean, names_of
+from rlhf_trl.models.inputs import batch_inputs
 from rlhf_trl.models.sizes import check_rows, sizes_of
 from rlhf_trl.report.text import number, side_by_side
 from rlhf_trl.rewards.base import Reward
@@ -29,6 +34,7 @@ from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.terminal import printable
 
 COMMANDS = {
+    "/image": "/image PATH: an image for the next prompt; once more for another",
     "/score": "the rewards of the last answers",
     "/again": "new answers to the last prompt",
     "/new": "forget the conversation (with stage.remember=true)",
@@ -115,6 +121,8 @@ def talk(
     memory: dict[str, list[dict]] = {policy.name: [] for policy in policies}
     last: list[Answer] = []
     text, is_remembered = "", False  # the last prompt; whether its turn is in the memory
+    images: list = []  # of the last prompt
+    waiting: list = []  # of the next one
     score_of = functools.partial(score_text, rewards=rewards, combine=combine) if rewards else None
     for line in lines if lines is not None else read_lines(stream):
         line = line.strip()
@@ -122,16 +130,22 @@ def talk(
             continue
         if line == "/quit":
             break
+        if line.split()[0] == "/image":
+            waiting += read_image(line.removeprefix("/image").strip(), policies, stream)
+            continue
         if line.startswith("/") and (line != "/again" or not text):
             run_command(line, last, score_of, memory, stream)
             continue
         if line != "/again":
             text, is_remembered = line, False
+            images, waiting = waiting, []
         # `/again` replaces the last turn, once there is a new answer
         before = {name: turns[:-2] if is_remembered else turns[:] for name, turns in memory.items()}
         try:
-            last = [answer(policy, text, before[policy.name], sampling, system_prompt, stream, len(policies) == 1)
-                    for policy in policies]  # fmt: skip
+            last = [
+                answer(policy, text, before[policy.name], sampling, system_prompt, stream, len(policies) == 1, images)
+                for policy in policies
+            ]
         except KeyboardInterrupt:
             print("\n(stopped)", file=stream, flush=True)
             continue
@@ -142,9 +156,25 @@ def talk(
         if remember:
             for each in last:
                 if each.policy.chats:
-                    turn = [{"role": "user", "content": text}, {"role": "assistant", "content": each.text}]
+                    turn = [each.prompt[-1], {"role": "assistant", "content": each.text}]
                     memory[each.policy.name] = before[each.policy.name] + turn
             is_remembered = True
+
+
+def read_image(path: str, policies: Sequence[Policy], out: TextIO) -> list:
+    """Return the image at a path in a list; none, with what is wrong, where it can't be read."""
+    blind = [policy.name for policy in policies if processor_of(policy.tokenizer) is None]
+    if blind:
+        print(f"{names_of(blind)} can't read images.", file=out, flush=True)
+        return []
+    store = ImageStore()
+    try:
+        key = store.add(path, "image", Path())
+    except RowError as error:
+        print(printable(f"{path or 'the path'} {error.what}."), file=out, flush=True)
+        return []
+    print("(read; now the prompt)", file=out, flush=True)
+    return [as_pil(store.images[key])]
 
 
 def read_lines(out: TextIO) -> Iterator[str]:
@@ -195,13 +225,18 @@ def answer(
     system_prompt: str | None,
     out: TextIO,
     stream: bool,
+    images: Sequence = (),
 ) -> Answer:
-    """Generate one answer, shown token by token if `stream`."""
+    """Generate one answer, shown token by token if `stream`, to a prompt with images before its words."""
     prompt = as_prompt(text, policy, system_prompt)
+    if images:  # which only policies with a chat template read
+        parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+        prompt = [*prompt[:-1], {"role": "user", "content": parts}]
     if turns:
         prompt = [*prompt[:-1], *turns, prompt[-1]]
     ids = policy.ids(prompt)
     check_rows(sizes_of(policy.model), [ids], sampling["max_new_tokens"], TOO_LONG)
+    extra = extra_of([ids])
     ids = torch.tensor([ids], device=policy.model.device)
     tokenizer = policy.tokenizer
     streamer = Stream(tokenizer, out) if stream else None
@@ -210,6 +245,7 @@ def answer(
         **sampling, eos_token_id=end_tokens(tokenizer), pad_token_id=tokenizer.pad_token_id
     )
     options = {"attention_mask": torch.ones_like(ids), "streamer": streamer}
+    options |= batch_inputs(extra, options["attention_mask"]) if extra else {}
     written = policy.model.generate(input_ids=ids, **options)  # pyright: ignore[reportCallIssue] of GenerationMixin
     return Answer(policy, prompt, written[0, ids.size(1) :].tolist())
 
@@ -241,8 +277,10 @@ def show(answers: list[Answer], score_of: Callable[[Answer], str] | None, out: T
 def score_text(given: Answer, rewards: Sequence[Reward], combine: Callable) -> str:
     """Return the reward of an answer in words: `1.25`, or with several rewards `1.25: 2.00 gold, -0.75 short`."""
     completion = given.policy.completion(given.prompt, given.ids)
+    prompt, images = (given.prompt, []) if isinstance(given.prompt, str) else take_images(given.prompt)
+    columns = {"images": [images]} if images else {}
     try:
-        scores = score(rewards, [given.prompt], [completion], [given.ids], {}, given.policy.tokenizer)
+        scores = score(rewards, [prompt], [completion], [given.ids], columns, given.policy.tokenizer)
         combined = combine_scores(scores, rewards, combine).item()
     except ConfigError as error:  # such as a reward that doesn't know this prompt: the conversation continues
         return f"no score: {error}"

@@ -80,6 +80,11 @@ def collect(cfg: DictConfig) -> None:
     stage = cfg.stage
     traffic = traffic_of(cfg)
     prompts = prompts_of(cfg) if traffic is None else [{"prompt": row["prompt"]} for row in traffic.rows]
+    if any(row.get("images") for row in prompts):
+        raise ConfigError(
+            "The prompts have images, and `stage=collect` keeps text alone, as `stage=label` shows it. Give prompts "
+            "without images, or feedback on images that was given elsewhere (`data/feedback`)."
+        )
     found = without_labeled(merge_prompts(prompts), earlier_labels(cfg), stage.overlap)
     found.rows = found.rows[: stage.max_prompts]
     if traffic is not None:

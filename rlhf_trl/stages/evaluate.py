@@ -15,6 +15,7 @@ from rlhf_trl.config.program import command_line
 from rlhf_trl.config.values import as_dict
 from rlhf_trl.data.splits import eval_split
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.evaluation.judges import TextJudge
 from rlhf_trl.evaluation.policies import Benchmark, Candidate, evaluate_policies
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.report.measures import known
@@ -54,6 +55,8 @@ def evaluate(cfg: DictConfig) -> None:
         judge = instantiated(cfg.judge)
         judge.check()
         dataset = eval_split(instantiate_data(cfg))
+        if "images" in dataset.column_names and isinstance(judge, TextJudge):
+            raise ConfigError("The prompts have images, and the judge reads text alone. Set `judge=reward`.")
         benchmark = Benchmark(
             dataset=dataset,
             rewards=reward_functions(cfg, load_tokenizer(base), dataset.column_names),

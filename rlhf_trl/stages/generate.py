@@ -5,6 +5,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, islice
 from math import isinf, isnan
 from pathlib import Path
@@ -17,8 +18,10 @@ from tqdm import tqdm
 from rlhf_trl.build import instantiate_data, load_policies, reward_functions
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.file_rows import checked_rows, read_file, resolve_paths
+from rlhf_trl.data.images import ImageStore, image_as_text
 from rlhf_trl.data.messages import as_chat as chat_of
 from rlhf_trl.data.messages import as_text, check_text_or_chat, read_json_chats
+from rlhf_trl.data.multimodal import as_pil
 from rlhf_trl.data.row_types import PASSED_ON
 from rlhf_trl.data.rows import Problems
 from rlhf_trl.data.splits import eval_split
@@ -143,7 +146,7 @@ def chosen(rows: Sequence[dict], rule: str, seed: int, notes: Counter) -> tuple[
         usable += [] if no_reward or not row["ended"] else [row]
     prompts: dict[str, list[dict]] = {}
     for row in usable:
-        prompts.setdefault(json.dumps(row["prompt"]), []).append(row)
+        prompts.setdefault(json.dumps([row["prompt"], row.get("images")]), []).append(row)
     if rule == BEST_PER_PROMPT:
         groups = list(prompts.values())
         return [max(group, key=lambda row: row["reward"]) for group in groups], [rng.choice(group) for group in groups]
@@ -188,12 +191,14 @@ def read_prompts(source: str | list[str], limit: int | None = None) -> list[dict
         [`~rlhf_trl.errors.DataError`]: with file and row, if one has no prompt; if there is none at all.
     """
     notes, problems, files = Counter(), Problems(), resolve_paths(source, "stage.prompts")
+    images = ImageStore()
 
-    def check(row: dict) -> dict:
+    def check(folder: Path, row: dict) -> dict:
         row = read_json_chats(row, notes)
-        return {**row, "prompt": check_text_or_chat(row, "prompt")}
+        return images.read_prompt({**row, "prompt": check_text_or_chat(row, "prompt")}, folder)
 
-    rows = list(islice(chain.from_iterable(checked_rows(file, check, problems) for file in files), limit))
+    rows = chain.from_iterable(checked_rows(file, partial(check, Path(file).parent), problems) for file in files)
+    rows = list(islice(rows, limit))
     if problems.count:
         raise DataError(f"{problems.count} rows of `stage.prompts` can't be used:\n{problems.text()}")
     if not rows:
@@ -303,6 +308,8 @@ def completions(
             )
             names = {name for row in batch for name in row} - {"prompt", "completion", "sample"}
             columns = {name: [row.get(name) for row in batch] for name in sorted(names)}
+            if "images" in columns:
+                columns["images"] = [list(map(as_pil, images or ())) for images in columns["images"]]
             texts = [policy.completion(prompt, ids) for prompt, ids in zip(given, written, strict=True)]
             try:
                 scores = score(rewards, given, texts, written, columns, policy.tokenizer)
@@ -316,6 +323,8 @@ def completions(
                     "tokens": len(ids),
                     "ended": bool(ids) and ids[-1] in ends,
                 }
+                if row.get("images"):
+                    out["images"] = list(map(image_as_text, row["images"]))
                 if rewards:
                     named = {name: json_number(values[i]) for name, values in scores.items()}
                     reward = None if isnan(combined[i]) else "NaN" if isinf(combined[i]) else combined[i]

@@ -30,7 +30,12 @@ def paraphrase(cfg: DictConfig) -> None:
     stage = cfg.stage
     if "{prompt}" not in stage.template:
         raise ConfigError("`stage.template` has no `{prompt}`, so the model wouldn't see the request. Add it.")
-    given = {prompt_key(row["prompt"]): row["prompt"] for row in prompts_of(cfg, stage.max_prompts)}
+    asked = prompts_of(cfg, stage.max_prompts)
+    if any(row.get("images") for row in asked):
+        raise ConfigError(
+            "The prompts have images, and `stage=paraphrase` writes text in other words. Give prompts without images."
+        )
+    given = {prompt_key(row["prompt"]): row["prompt"] for row in asked}
     output = new_output(cfg)
     (policy,) = load_policies(cfg)
     with open_run(cfg, start=policy.path):

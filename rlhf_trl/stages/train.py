@@ -71,7 +71,7 @@ def train(cfg: DictConfig) -> float | None:
     args = training_arguments(cfg.stage.args, **critic_start(cfg))
     path = resolve_path(cfg.model.path, cfg.model.run, project_dir(cfg))
     tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **from_pretrained_kwargs(cfg))
-    dataset = load_data(cfg, tokenizer)
+    dataset = load_data(cfg, tokenizer, args)
     check_enough_rows(args, len(dataset["train"]))
     for warning in filter(None, [unused_devices(args), *_learning_rates(cfg, args, path), *_vllm(cfg, args, path)]):
         say(f"warning: {warning}")

@@ -470,6 +470,8 @@ class OnlineDPOTrainer(SampledEvaluation, RolloutHookWithKL, Rollouts, TrainerMi
         ConfigError: without a reward and a judge, and at images in the data.
     """
 
+    READS_NO_IMAGES = "its prompts are text. DPO, GRPO and PPO read them"
+
     def _rewards_to_learn_from(self, record: RolloutRecord) -> Tensor:
         return record.rewards.values  # their scores are compared in pairs, and logged as they are
 

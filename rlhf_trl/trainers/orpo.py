@@ -7,3 +7,7 @@ from rlhf_trl.trainers.base import TrainerMixin
 
 class ORPOTrainer(TrainerMixin, orpo.ORPOTrainer):
     """`trl.experimental.orpo.ORPOTrainer` with [`~rlhf_trl.trainers.base.TrainerMixin`]."""
+
+    READS_NO_IMAGES = (
+        "TRL's ORPO tokenizes prompts and answers as text and has no collator for images. DPO reads them (`stage=dpo`)"
+    )

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from trl.trainer.utils import nanstd
 
+from rlhf_trl.data.images import take_images
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.rewards.lagrange import Lagrange
@@ -221,6 +222,7 @@ class RolloutHook(Trainer):
 
     def score_completions(self, inputs, prompts, completions, completion_ids_list) -> Rewards:
         """Return the rewards of completions, of all ranks on every rank; the arguments are TRL's, of this rank."""
+        prompts = [prompt if isinstance(prompt, str) else take_images(prompt)[0] for prompt in prompts]
         values = super()._calculate_rewards(  # pyright: ignore[reportAttributeAccessIssue] GRPO's and RLOO's
             inputs, prompts, completions, completion_ids_list
         )
@@ -232,6 +234,7 @@ class RolloutHook(Trainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> Tensor:
         rewards = self.score_completions(inputs, prompts, completions, completion_ids_list)
+        prompts = [prompt if isinstance(prompt, str) else take_images(prompt)[0] for prompt in prompts]
         record = RolloutRecord(self.model.training, gather_object(prompts), gather_object(completions), rewards)
         if record.training:
             self.last_rollout = record

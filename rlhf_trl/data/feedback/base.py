@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, NotRequired, TypedDict, TypeVar
 
 from rlhf_trl.data.columns import Theirs, roots_of
+from rlhf_trl.data.images import IMAGE_COLUMNS
 from rlhf_trl.data.messages import as_chat, check_text_or_chat, check_turns
 from rlhf_trl.data.rows import RowError, type_of
 from rlhf_trl.data.validation import type_problems
@@ -191,7 +192,7 @@ class Feedback(ABC):
     @property
     def known(self) -> tuple[str, ...]:
         """Our names of the columns that are read."""
-        return (*self.NEEDED, *self.OPTIONAL)
+        return (*self.NEEDED, *self.OPTIONAL, *IMAGE_COLUMNS)
 
     def mapping(self, source: str, found: list[str]) -> dict[str, Theirs]:
         """

@@ -219,7 +219,7 @@ class Attributes(Rated):
 
     @property
     def known(self) -> tuple[str, ...]:
-        return (*self.NEEDED, *self.OPTIONAL, *self.dimensions)
+        return (*super().known, *self.dimensions)
 
     def mapping(self, source: str, found: list[str]) -> dict[str, Theirs]:
         mapping = super().mapping(source, found)

@@ -14,7 +14,7 @@ from rlhf_trl.data.options import LoadOptions
 from rlhf_trl.data.reader import Reader
 from rlhf_trl.data.row_types import PASSED_ON, repeats_prompt
 from rlhf_trl.data.rows import Problems, Row, RowError
-from rlhf_trl.data.tables import BATCH_ROWS, as_array, concatenate, make_table
+from rlhf_trl.data.tables import BATCH_ROWS, as_dataset, concatenate, make_table
 from rlhf_trl.errors import DataError
 
 REPEATED = "the prompt is repeated at the beginning of the completions, and stays there: remove it from them"
@@ -35,8 +35,6 @@ class FeedbackReader(Reader):
 
     def _read_source(self, name: str, rows: Iterable[Row]):
         """Return checked rows, each with its `prompt` and as JSON, as a `pyarrow.Table`; `None` if there is none."""
-        import pyarrow as pa
-
         rows = iter(rows)
         head, found = self._head(name, rows)
         mapping = self.feedback.mapping(name, found) if found else {}
@@ -47,8 +45,8 @@ class FeedbackReader(Reader):
         stream = self._check(chain(head, rows), mapping, used)
         tables = []
         while batch := list(islice(stream, BATCH_ROWS)):
-            columns = {"prompt": [row["prompt"] for _, row in batch], "row": [json.dumps(row) for _, row in batch]}
-            tables.append(pa.table({key: as_array(key, values, batch) for key, values in columns.items()}))
+            made = [(place, {"prompt": row["prompt"], "row": json.dumps(row)}) for place, row in batch]
+            tables.append(make_table(made, ("prompt",)))
         return concatenate(tables) if tables else None
 
     def _check(self, rows: Iterable[Row], mapping: dict[str, Theirs], used: set[str]) -> Iterator[tuple[str, dict]]:
@@ -64,6 +62,7 @@ class FeedbackReader(Reader):
                 self.changes[REPEATED] += repeats_prompt(made)
                 if self.dataset_type == "annotated":
                     made["columns"] = self._extra(others, place)
+                made = self._with_images(made, row, place)
                 made = self._apply_chat_options(made, place)
                 self._check_kind(made, place)
                 check_template(made)
@@ -84,10 +83,6 @@ class FeedbackReader(Reader):
         Convert the rows of a split to a dataset of the stage's type; `notes` gets what was made of them, `held_out`
         has the keys of the held-out prompts.
         """
-        from datasets import Dataset
-
-        from rlhf_trl.patches.datasets import exact_json
-
         counts = Counter()
         try:
             made = convert(
@@ -103,4 +98,4 @@ class FeedbackReader(Reader):
         notes.append(f"{side}: {len(rows):,} rows of {self.feedback.name} -> {contents(made, self.dataset_type)}")
         if any(counts.values()):
             notes.append("  " + "; ".join(f"{what}: {count:,}" for what, count in counts.items() if count))
-        return exact_json(Dataset(make_table([(side, row) for row in made], (*CHATS, *PASSED_ON))))
+        return as_dataset(make_table([(side, self.images.take(row)) for row in made], (*CHATS, *PASSED_ON)))

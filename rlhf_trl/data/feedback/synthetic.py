@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from rlhf_trl.data.feedback.base import Comparison, Feedback, Group, Text, key_of
 from rlhf_trl.data.file_rows import checked_rows, resolve_paths
+from rlhf_trl.data.images import refuse_images
 from rlhf_trl.data.messages import as_chat, as_text, check_text_or_chat, read_json_chats
 from rlhf_trl.data.rows import Problems, RowError
 from rlhf_trl.data.splits import prompt_key
@@ -159,7 +160,9 @@ def read_texts(key: str, paths: str | list[str], read: Callable[[dict], list[Tex
 
     def check(row: dict) -> FileRow:
         row = read_json_chats(row, notes)
-        return FileRow(prompt_key(check_text_or_chat(row, "prompt")), read(row))
+        prompt = check_text_or_chat(row, "prompt")
+        refuse_images(row, prompt, "these files are matched with prompts by their text alone")
+        return FileRow(prompt_key(prompt), read(row))
 
     for file in resolve_paths(paths, key):
         rows = list(checked_rows(file, check, problems))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.data.build import build_dataset
+from rlhf_trl.data.images import decode_images
 from rlhf_trl.data.rows import Row, typed_row
 from rlhf_trl.data.tables import BATCH_ROWS
 from rlhf_trl.data.validation import type_problems
@@ -83,7 +84,7 @@ def _dataset_rows(source: str, dataset) -> Iterator[Row]:
     from rlhf_trl.patches.datasets import exact_json
 
     number = 0
-    batches: Any = exact_json(dataset.with_format(None)).iter(BATCH_ROWS)
+    batches: Any = decode_images(exact_json(dataset.with_format(None)), False).iter(BATCH_ROWS)
     for batch in batches:
         for values in zip(*batch.values(), strict=True):
             number += 1

@@ -7,7 +7,7 @@ from rlhf_trl.data.build import describe
 from rlhf_trl.data.options import SPLIT_BY, choice_problems
 from rlhf_trl.data.row_types import kind_of
 from rlhf_trl.data.splits import draw, drop_held_out, held_out_keys, limit_rows, prompt_keys
-from rlhf_trl.data.tables import concatenate
+from rlhf_trl.data.tables import as_dataset, concatenate
 from rlhf_trl.data.validation import type_problems
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.hints import did_you_mean, names_of, sentences
@@ -99,11 +99,7 @@ def _draw(train: dict, weights: dict[str, float] | None, repeat: bool, seed: int
 
 
 def _concatenate(datasets: list):
-    from datasets import Dataset
-
-    from rlhf_trl.patches.datasets import exact_json
-
-    return exact_json(Dataset(concatenate([rows.with_format("arrow")[:] for rows in datasets])))
+    return as_dataset(concatenate([rows.with_format("arrow")[:] for rows in datasets]))
 
 
 def mixture_counts(sizes: dict[str, int], weights: dict[str, float] | None, repeat: bool) -> dict[str, int]:

@@ -298,7 +298,11 @@ def test_bad_rows_drop_is_counted(tmp_path, capsys):
         ("prompt", {"prompt": [{"role": "usr", "content": "x"}]}, "`prompt[0].role` is `usr`, not one of system,"),
         ("prompt", {"prompt": [{"content": "x"}]}, "`prompt[0].role` is missing, it should be one of system,"),
         ("prompt", {"prompt": [{"role": "user", "content": None}]}, "`prompt[0].content` is missing or null"),
-        ("prompt", {"prompt": [{"role": "user", "content": [1]}]}, "`prompt[0].content` is a list, where text should"),
+        (
+            "prompt",
+            {"prompt": [{"role": "user", "content": [1]}]},
+            "`prompt[0].content[0]` is a number (1), where a part of the type `text` or `image` should",
+        ),
         ("prompt", {"prompt": [user(" ")]}, "`prompt[0].content` is empty"),
         ("prompt", {"prompt": ["hi"]}, "`prompt[0]` is text, where a message with `role` and `content` should be"),
         ("prompt", {"prompt": [user("a"), assistant("b")]}, "`prompt` ends with a turn of `assistant`"),

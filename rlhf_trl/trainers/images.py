@@ -1,0 +1,72 @@
+"""Rows with images: what can't read them, said before a model is loaded."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import DatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_trl.data.multimodal import processor_of
+from rlhf_trl.errors import ConfigError
+
+# Options of TRL's trainers that TRL refuses for rows with images, or whose rows lose them, with the reason
+REFUSED = {
+    "packing": "TRL packs token ids, and an image isn't one of them",
+    "eval_packing": "TRL packs token ids, and an image isn't one of them",
+    "padding_free": "TRL joins rows of token ids, and an image isn't one of them",
+    "precompute_ref_log_probs": "TRL processes images while it trains",
+    "use_transformers_continuous_batching": "continuous batching reads text alone",
+    "use_liger_kernel": "it was never tried with images here",
+}
+
+
+def check_readers(dataset: DatasetDict, tokenizers: Sequence[PreTrainedTokenizerBase]) -> None:
+    """
+    Check that the models that read rows with images can.
+
+    Args:
+        dataset (`DatasetDict`): rows.
+        tokenizers (`Sequence[PreTrainedTokenizerBase]`): those of the models.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: that names a model that reads text alone.
+    """
+    blind = [tokenizer.name_or_path for tokenizer in tokenizers if processor_of(tokenizer) is None]
+    if blind and any("images" in rows.column_names for rows in dataset.values()):
+        raise ConfigError(
+            f"The data has images, and the model of `{blind[0]}` reads text alone. Name a vision-language model, or "
+            "leave the column of images out."
+        )
+
+
+def image_problems(trainer: Any, args: Any, dataset: DatasetDict) -> list[str]:
+    """
+    Return what keeps a trainer from reading the images of its rows, nothing for rows without.
+
+    Args:
+        trainer (`type`): class of the trainer.
+        args (`TrainingArguments`): its arguments.
+        dataset (`DatasetDict`): rows.
+    """
+    if "images" not in dataset["train"].column_names:
+        return []
+    problems = []
+    if reason := getattr(trainer, "READS_NO_IMAGES", None):
+        problems.append(f"The data has images, which `{trainer.__name__}` doesn't read: {reason}.")
+    problems += [
+        f"`stage.args.{name}` doesn't go with images: {reason}. Set it to false."
+        for name, reason in REFUSED.items()
+        if getattr(args, name, None)
+    ]
+    return problems
+
+
+def check_images(trainer: Any, args: Any, dataset: DatasetDict) -> None:
+    """
+    Check that a trainer reads the images of its rows, see [`image_problems`].
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: that says what doesn't.
+    """
+    if problems := image_problems(trainer, args, dataset):
+        raise ConfigError.join(problems)

@@ -1,0 +1,159 @@
+"""Stages on data with images, on a tiny LLaVA: what trains, what is evaluated, and what is refused before it loads."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from rlhf_trl.cli.dry_run import show_plan
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.labels.candidates import read_candidates
+from rlhf_trl.models.loading import load_reward_model
+from rlhf_trl.runs.record import read_metrics
+from tests.helpers.vision import COLOURS, picture, save_vlm
+
+QUESTIONS = [
+    "what colour is it ?",
+    "is it red ?",
+    "is it a blue colour ?",
+    "what is it ?",
+    "is it green ?",
+    "colour ?",
+]
+SMALL = (
+    "stage.args.max_steps=2",
+    "stage.args.per_device_train_batch_size=4",
+    "stage.args.gradient_accumulation_steps=1",
+    "stage.args.gradient_checkpointing=false",
+)
+ROLLOUT = (*SMALL, "stage.args.max_completion_length=6")
+REWARD = ("reward=function", f"reward.function.function={__name__}.redness")
+
+
+def redness(completions, images, **columns) -> list[float]:
+    """Score by the picture and the length of the answer."""
+    return [
+        len(text[0]["content"]) + shown[0].getpixel((0, 0))[0] for text, shown in zip(completions, images, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    save_vlm(folder / "vlm")
+    colours = list(COLOURS)
+    for colour in colours:
+        picture(colour).save(folder / f"{colour}.png")
+    rows = [
+        {"prompt": text, "image": f"{colour}.png", "chosen": f"{colour} .", "rejected": f"{colours[i - 1]} ."}
+        for text in QUESTIONS
+        for i, colour in enumerate(colours)
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(compose, folder):
+    """`run(stage, *overrides)` runs a stage on the pictures, from the tiny LLaVA, and returns its run directory."""
+
+    def ran(stage: str, *overrides: str, model: bool = True) -> str:
+        words = [f"stage={stage}", f"runs_dir={folder}", "project=test", "data=files", "overwrite=true"]
+        words += [f"data.paths={folder}/pairs.jsonl"]
+        words += ["model=hf", f"model.path={folder}/vlm"] if model else []
+        cfg = compose(*words, *overrides)
+        instantiate(cfg.stage.run)(cfg)
+        return cfg.run_dir
+
+    return ran
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("sft", SMALL),
+        ("dpo", SMALL),
+        ("kto", SMALL),
+        ("grpo", (*ROLLOUT, *REWARD, "stage.args.num_generations=4")),
+        ("rloo", (*ROLLOUT, *REWARD, "stage.args.num_generations=4")),
+        ("ppo", (*ROLLOUT, *REWARD, "stage.args.steps_per_generation=2")),
+    ],
+)
+def test_a_policy_that_reads_images_is_trained_and_saved_with_its_processor(run, folder, stage, options):
+    path = run(stage, *options, "stage.args.learning_rate=1e-2")
+    before, after = (AutoModelForImageTextToText.from_pretrained(each).state_dict() for each in (folder / "vlm", path))
+    assert before.keys() == after.keys()
+    moved = {name for name in after if not after[name].equal(before[name])}
+    assert any("vision_tower" in name for name in moved) and any("language_model" in name for name in moved)
+    assert AutoProcessor.from_pretrained(path).image_token == "<image>"
+    assert read_metrics(path)["history"]
+
+
+@pytest.mark.slow
+def test_reward_models_score_images_for_ppo_evaluation_and_generation(run, folder):
+    reward = run("reward", *SMALL)
+    assert load_reward_model(reward).config.num_labels == 1
+    run("reward", *SMALL, "adapter=lora", "stage.members=2", "run_name=ensemble")
+    run("reward", *SMALL, "adapter=lora", "run_name=lora")
+    update = (*ROLLOUT, "stage.args.steps_per_generation=2")
+    run("ppo", *update, "reward=model", "critic=model", "critic.run=reward")
+    run("ppo", *update, "reward=adapter", "reward.adapter.run=lora", "critic=adapter", "adapter=lora", "run_name=one")
+    run("evaluate_reward", "reward=model", "reward.model.run=ensemble", model=False)
+    policies = ("stage.policies={sft: ppo, ppo: one, dpo: null}", "stage.baseline=sft", "stage.best_of_n=2")
+    path = run("evaluate", *policies, "reward=model", "stage.max_completion_length=6", model=False)
+    assert json.loads(Path(path, "comparison.json").read_text())
+    options = ("reward=model", "stage.n=2", "stage.keep=best_per_prompt", "stage.max_completion_length=2")
+    path = run("generate", *options, "stage.split=train", "run_name=written")
+    rows = [json.loads(line) for line in Path(path, "completions.jsonl").read_text().splitlines()]
+    assert {Path(row["images"][0]).name for row in rows} == {f"{colour}.png" for colour in COLOURS}
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        ("orpo", SMALL, "`ORPOTrainer` doesn't read: .*no collator for images"),
+        ("online_dpo", (*ROLLOUT, *REWARD), "`OnlineDPOTrainer` doesn't read: its prompts are text"),
+        ("sft", (*SMALL, "+stage.args.packing=true"), "`stage.args.packing` doesn't go with images"),
+        ("dpo", (*SMALL, "+stage.args.precompute_ref_log_probs=true"), "precompute_ref_log_probs.*images"),
+        ("dpo", (*SMALL, "stage.args.max_length=16"), "rows with images can't be cut"),
+        ("ppo", (*ROLLOUT, "stage.args.steps_per_generation=2", "reward=http", "reward.http.url=http://127.0.0.1:9/"),
+         "`reward.http` sends text alone"),
+        ("collect", ("reward=none",), "`stage=collect` keeps text alone"),
+        ("paraphrase", (), "`stage=paraphrase` writes text"),
+    ],
+)  # fmt: skip
+def test_what_reads_no_images_is_refused(run, stage, options, message):
+    with pytest.raises(ConfigError, match=message):
+        run(stage, *options, f"run_name=refused_{stage}")
+
+
+def test_a_model_that_reads_text_alone_is_refused(run):
+    for stage, options in (
+        ("sft", SMALL),
+        ("evaluate", ("stage.policies={sft: 'demo:sft', ppo: null, dpo: null}", "stage.baseline=sft")),
+    ):
+        with pytest.raises(ConfigError, match="has images, and the model of .* reads text alone"):
+            run(stage, *options, "run_name=refused", model=False)
+
+
+def test_a_judge_of_text_is_refused(run, folder):
+    policies = (f"stage.policies={{sft: '{folder}/vlm', ppo: null, dpo: null}}", "stage.baseline=sft", "reward=none")
+    with pytest.raises(ConfigError, match="the judge reads text alone"):
+        run("evaluate", *policies, "judge=model", "judge.path=demo:sft", "run_name=judged", model=False)
+
+
+def test_label_refuses_candidates_with_images(folder):
+    row = {"prompt": "is it red ?", "images": ["red.png"], "candidates": [{"completion": "a"}, {"completion": "b"}]}
+    (folder / "candidates.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ConfigError, match="has images, and `stage=label` shows text alone"):
+        read_candidates(str(folder / "candidates.jsonl"))
+
+
+def test_the_plan_of_a_run_counts_the_tokens_of_images(compose, folder, capsys):
+    cfg = compose("stage=dpo", f"runs_dir={folder}", "project=dry", "data=files", f"data.paths={folder}/pairs.jsonl",
+                  "model=hf", f"model.path={folder}/vlm", *SMALL)  # fmt: skip
+    show_plan(cfg)
+    assert "<image> <image> <image> <image> " in capsys.readouterr().out
