@@ -102,9 +102,13 @@ def prompt_id(prompt: Text) -> str:
     return hashlib.blake2b(content.encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
-def read_candidates(path: str | os.PathLike) -> list[Candidates]:
+def read_candidates(path: str | os.PathLike, allow_empty: bool = False) -> list[Candidates]:
     """
     Read a file of candidates.
+
+    Args:
+        path (`str` or `os.PathLike`): the file.
+        allow_empty (`bool`): whether it may hold none, as that of a log with new thumbs on old answers alone.
 
     Raises:
         [`~rlhf_trl.errors.DataError`]: with file and row, for rows that are none, and for an id that is there twice.
@@ -128,7 +132,7 @@ def read_candidates(path: str | os.PathLike) -> list[Candidates]:
         rows.append(made)
     if problems.count:
         raise DataError(f"{problems.count} rows of `{path}` can't be used as candidates:\n{problems.text()}")
-    if not rows:
+    if not rows and not allow_empty:
         raise DataError(f"`{path}` holds no candidates. Make it with `stage=collect`.")
     return rows
 

@@ -18,6 +18,7 @@ POLICY = "traffic"
 COLUMNS = ("prompt", "completion", "thumb", "policy", "time", "rater")
 # Takes a row, and returns it without what is private, or None to drop it
 Privacy = Callable[[dict[str, Any]], dict[str, Any] | None]
+TOO_LONG = "logged rows dropped: too long a prompt"
 
 
 class Traffic(NamedTuple):
@@ -28,11 +29,13 @@ class Traffic(NamedTuple):
         rows: `prompt`, `completion` and the other columns of [`COLUMNS`] that a row has; each answer to a prompt once.
         thumbs: the rows with a thumb, for `data/feedback=thumbs`; several of an answer where several users gave one.
         notes: counts of what was left out.
+        too_long: rows with too long a prompt, the first few.
     """
 
     rows: list[dict[str, Any]]
     thumbs: list[dict[str, Any]]
     notes: Counter
+    too_long: Problems
 
     def candidate(self, row: Mapping[str, Any]) -> Candidate:
         """Return the logged answer of a row as a candidate."""
@@ -45,6 +48,7 @@ def read_traffic(
     columns: Mapping[str, str | None],
     privacy: Privacy | None = None,
     used: Collection[Hashable] = (),
+    length_problem: Callable[[Text], str | None] = lambda prompt: None,
 ) -> Traffic:
     """
     Read logs.
@@ -54,13 +58,15 @@ def read_traffic(
         columns (`dict[str, str]`): our names, see [`COLUMNS`], to the file's; null for one that it doesn't have.
         privacy (`Callable`, *optional*): filter of each row, before anything else reads it.
         used (`Collection`): what was collected before: the [`used_key`] of answers, and the [`thumb_key`] of thumbs.
+        length_problem (`Callable`): says why a prompt is too long, in a sentence without its subject; its rows are
+            dropped.
 
     Raises:
         [`~rlhf_trl.errors.DataError`]: with file and row, for rows without a prompt or an answer, or with a thumb that
             is none.
         [`~rlhf_trl.errors.ConfigError`]: if the filter raises, or returns something else than a row.
     """
-    rows, thumbs, notes, problems = [], [], Counter(), Problems()
+    rows, thumbs, notes, problems, too_long = [], [], Counter(), Problems(), Problems()
     seen = set(used)
     mapping = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
     for file in files:
@@ -77,6 +83,10 @@ def read_traffic(
                 continue
             key = used_key(made["prompt"], made["completion"])
             is_new, has_new_thumb = key not in seen, "thumb" in made and thumb_key(made) not in seen
+            if (is_new or has_new_thumb) and (problem := length_problem(made["prompt"])):
+                too_long.add(place, RowError("prompt", problem), mapping["prompt"])
+                notes[TOO_LONG] += 1
+                continue
             if is_new:
                 seen.add(key)
                 rows.append(made)
@@ -87,7 +97,7 @@ def read_traffic(
                 notes[f"logged rows dropped: {'used before' if key in used else 'they repeat another one'}"] += 1
     if problems.count:
         raise DataError(f"{problems.count} rows of `stage.traffic` can't be used:\n{problems.text()}")
-    return Traffic(rows, thumbs, notes)
+    return Traffic(rows, thumbs, notes, too_long)
 
 
 def used_key(prompt: Text, completion: Text) -> tuple[str, str]:

@@ -12,12 +12,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from rlhf_trl.build import each_policy, policy_paths, reward_functions
+from rlhf_trl.build import each_policy, models_of, policy_paths, reward_functions
 from rlhf_trl.config.dotpaths import find
 from rlhf_trl.config.ranges import COUNT, NONNEGATIVE, check_values
 from rlhf_trl.config.values import as_dict
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.file_rows import read_file, resolve_paths
+from rlhf_trl.data.messages import as_chat as chat_of
 from rlhf_trl.data.messages import as_text
 from rlhf_trl.data.tokenize import end_tokens
 from rlhf_trl.errors import ConfigError
@@ -28,6 +29,7 @@ from rlhf_trl.labels.candidates import (
     CANDIDATES_FILE,
     Candidate,
     Candidates,
+    Text,
     prompt_id,
     read_candidates,
     write_candidates,
@@ -44,8 +46,10 @@ from rlhf_trl.labels.collection import (
 )
 from rlhf_trl.labels.options import BY_FEATURES, BY_SCORE, selection_problem
 from rlhf_trl.labels.store import Label, read
-from rlhf_trl.labels.traffic import COLUMNS, Traffic, read_traffic, thumb_key, used_key
+from rlhf_trl.labels.traffic import COLUMNS, TOO_LONG, Traffic, read_traffic, thumb_key, used_key
+from rlhf_trl.models.sizes import empty_model, sizes_of
 from rlhf_trl.rewards.base import Reward
+from rlhf_trl.rewards.model import ModelReward
 from rlhf_trl.runs.directory import delete_backup
 from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.runs.record import DRAWS_FILE, LABELS_FILE, write_metrics
@@ -90,10 +94,11 @@ def collect(cfg: DictConfig) -> None:
     if traffic is not None:
         del found.notes[REPEATED_PROMPT]  # a prompt may be asked often
         found.notes.update(traffic.notes)
-    if not found.rows:
+    if not found.rows and not (traffic is not None and traffic.thumbs and stage.budget is None):
         raise ConfigError(
-            f"No prompt is left to collect for{_noted(found, ': ')}. Give more prompts (`data`, `stage.prompts`), or "
-            "ask several people about each: `stage.overlap=2`."
+            f"No prompt is left to collect for{_noted(found, ': ')}. Give more prompts (`data`, `stage.prompts`, a "
+            "log of a later time), or ask several people about each: `stage.overlap=2`. To take the thumbs of a log "
+            "without any question: `stage.budget=null`."
         )
     paths = policy_paths(cfg)
     settings = {name: sampling_of(cfg, name) for name in paths}
@@ -108,7 +113,7 @@ def collect(cfg: DictConfig) -> None:
         draws = Draws(Path(cfg.run_dir, DRAWS_FILE), plan_of(found.rows, settings, cfg))
         delete_backup(cfg.run_dir)
         draw(cfg, found.rows, settings, rewards, draws)
-        add_candidates(found, logged(found, traffic))
+        add_candidates(found, logged(cfg, found, traffic, rewards))
         add_candidates(found, ((row["row"], Candidate(**row["candidate"])) for row in draws.rows()))
         by_score = cfg.select._target_ in BY_SCORE
         ask(
@@ -146,7 +151,7 @@ def finish(cfg: DictConfig, found: Collected, draws: Draws, traffic: Traffic | N
         say(f"  {noted}")
     if thumbs:
         say(f"Thumbs, for `data/feedback=thumbs`: {Path(cfg.run_dir, THUMBS_FILE)}")
-    elif not questions:
+    if not questions and not (thumbs and cfg.stage.budget is None):
         raise ConfigError(
             f"There is nothing to ask{_noted(found, ': ')}. Collect more candidates per prompt (`stage.n`), at a "
             "higher `stage.temperature`, or from several policies (`stage.policies`)."
@@ -174,12 +179,14 @@ def traffic_of(cfg: DictConfig) -> Traffic | None:
         raise ConfigError(f"`stage.columns.{unknown[0]}` is no column of a log. {did_you_mean(unknown[0], COLUMNS)}")
     used = set()
     for file in files_of(cfg, stage.used, "stage.used", CANDIDATES_FILE):
-        for row in read_candidates(file):
+        for row in read_candidates(file, allow_empty=True):
             used |= {used_key(row.prompt, candidate.completion) for candidate in row.candidates}
         if (thumbs := Path(file).with_name(THUMBS_FILE)).exists():
             used |= {thumb_key(row) for _, row in read_file(str(thumbs)) if isinstance(row, dict)}
     privacy = find(stage.privacy) if stage.privacy is not None else None
-    traffic = read_traffic(files, columns, privacy, used)
+    traffic = read_traffic(files, columns, privacy, used, prompt_problem(cfg))
+    if traffic.too_long.count:
+        say(f"warning: {TOO_LONG} ({traffic.too_long.count:,}):\n{traffic.too_long.text()}")
     if not traffic.rows and not traffic.thumbs:
         noted = _noted(Collected([], traffic.notes), ": ")
         raise ConfigError(f"`stage.traffic` holds nothing new{noted}. Give the log of a later time.")
@@ -193,14 +200,79 @@ def traffic_of(cfg: DictConfig) -> Traffic | None:
     return traffic
 
 
-def logged(found: Collected, traffic: Traffic | None) -> Iterator[tuple[int, Candidate]]:
-    """Yield the logged answers to the prompts of `found`, each with the index of its prompt."""
-    numbers = {row.id: number for number, row in enumerate(found.rows)}
+def weightless_policies(cfg: DictConfig) -> list[Policy]:
+    """Return the policies of `cfg` without their weights, for what their tokenizers and configs say."""
+    models = [model for model in models_of(as_dict(cfg)) if model.writes]
+    empty = [empty_model(each.path, each.task_type, each.trust_remote_code, each.revision) for each in models]
+    return [
+        Policy(each.key, each.path, model, each.load_tokenizer()) for each, model in zip(models, empty, strict=True)
+    ]
+
+
+def prompt_problem(cfg: DictConfig) -> Callable[[Text], str | None]:
+    """
+    Return a function that says why a prompt is too long for a policy with a table of positions, such as GPT-2's, and
+    `None` where it isn't.
+    """
+    stage, limits = cfg.stage, []
+    for name, policy in zip(policy_paths(cfg), weightless_policies(cfg), strict=True):
+        if (sizes := sizes_of(policy.model, policy.path)).is_table:
+            limits.append((policy, sizes, sampling_of(cfg, name).max_completion_length))
+
+    def problem(prompt: Text) -> str | None:
+        for policy, sizes, new_tokens in limits:
+            given = given_prompt(prompt, policy, as_chat(policy, stage.to_chat), stage.system_prompt)
+            tokens = len(policy.ids(given))
+            if tokens + new_tokens > sizes.positions:
+                return (
+                    f"has {tokens:,} tokens, and `{sizes.name}` {sizes.positions:,} positions for it and up to "
+                    f"{new_tokens:,} generated ones (`stage.max_completion_length`)"
+                )
+        return None
+
+    return problem
+
+
+def logged(
+    cfg: DictConfig, found: Collected, traffic: Traffic | None, rewards: Sequence[Reward]
+) -> Iterator[tuple[int, Candidate]]:
+    """
+    Yield the logged answers to the prompts of `found`, each with the index of its prompt and its scores. One that is
+    too long for a reward model with a table of positions has none, and is counted.
+    """
     if traffic is None:
         return
-    for row in traffic.rows:
-        if (number := numbers.get(prompt_id(row["prompt"]))) is not None:
-            yield number, traffic.candidate(row)
+    numbers = {row.id: number for number, row in enumerate(found.rows)}
+    rows = [row for row in traffic.rows if prompt_id(row["prompt"]) in numbers]
+    scores: list[dict[str, list[float | None]]] = [{} for _ in rows]
+    if rewards and rows:
+        policy, stage = weightless_policies(cfg)[0], cfg.stage
+        wants_chat = as_chat(policy, stage.to_chat)
+        given = [given_prompt(row["prompt"], policy, wants_chat, stage.system_prompt) for row in rows]
+        answers = [
+            row["completion"] if isinstance(prompt, str) else chat_of(row["completion"], "assistant")
+            for row, prompt in zip(rows, given, strict=True)
+        ]
+        fits = rows_that_fit(rewards, given, answers)
+        found.notes["logged answers without a score: too long for the reward model"] += len(rows) - len(fits)
+        chosen = [given[i] for i in fits], [answers[i] for i in fits]
+        for i, scored in zip(fits, score_members(rewards, *chosen, [[] for _ in fits], {}), strict=True):
+            scores[i] = scored
+    for row, scored in zip(rows, scores, strict=True):
+        candidate = traffic.candidate(row)
+        candidate.scores = scored
+        yield numbers[prompt_id(row["prompt"])], candidate
+
+
+def rows_that_fit(rewards: Sequence[Reward], prompts: list, completions: list) -> list[int]:
+    """Return the indices of the rows that no reward model with a table of positions is too small for."""
+    fits = [True] * len(prompts)
+    for reward in rewards:
+        if isinstance(reward, ModelReward) and (sizes := sizes_of(reward.model)).is_table:
+            reward.bind(None)
+            lengths = map(len, reward.token_rows(prompts, completions, [[] for _ in prompts]))
+            fits = [fit and length <= sizes.positions for fit, length in zip(fits, lengths, strict=True)]
+    return [i for i, fit in enumerate(fits) if fit]
 
 
 def _list(value: Any) -> list[str]:

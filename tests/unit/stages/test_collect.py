@@ -14,6 +14,7 @@ from rlhf_trl.data.messages import as_chat
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.labels.candidates import read_candidates
 from rlhf_trl.labels.store import read
+from rlhf_trl.rewards.model import ModelReward
 from rlhf_trl.runs.record import read_run
 from tests.helpers.architectures import save_architecture
 from tests.helpers.tiny import CHAT_TEMPLATE
@@ -113,6 +114,55 @@ def test_last_hidden_states_choose_without_a_reward_and_logs_have_thumbs(compose
         collect(compose(*words, "run_name=again", "stage.used=[collect]"))
     with pytest.raises(ConfigError, match="`stage.traffic` names none"):
         collect(compose(*FEW, f"runs_dir={tmp_path}", "run_name=again", "stage.min_thumbs=1"))
+
+
+def write_log(path: Path, *rows: tuple[str, str, str | None]) -> str:
+    lines = [{"prompt": prompt, "completion": answer, "thumb": thumb} for prompt, answer, thumb in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    return str(path)
+
+
+def test_new_thumbs_on_old_answers_are_a_round_of_their_own(compose, tmp_path, capsys):
+    log = write_log(tmp_path / "log.jsonl", ("What color is a cow?", "It is blue.", None))
+    words = [*FEW, f"runs_dir={tmp_path}", "stage.max_completion_length=4"]
+    collect(compose(*words, "run_name=first", f"stage.traffic={log}"))
+    later = write_log(tmp_path / "later.jsonl", ("What color is a cow?", "It is blue.", "down"))
+    words += [f"stage.traffic={later}", "stage.used=[first]", "run_name=second"]
+    with pytest.raises(ConfigError, match="No prompt is left .* `stage.budget=null`"):
+        collect(compose(*words, "stage.budget=1"))  # a labeling would find no question
+    path = collect(compose(*words))
+    assert read_candidates(path, allow_empty=True) == []
+    assert json.loads((path.parent / "thumbs.jsonl").read_text())["thumb"] is False
+    assert read_run(path.parent).status == "done" and "thumbs of users: 1" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="nothing new: logged rows dropped: used before: 1"):
+        collect(compose(*words, "stage.used=[first,second]", "run_name=third"))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_logged_rows_that_a_table_of_positions_is_too_small_for_are_dropped_and_named(compose, tmp_path, capsys, name):
+    path = save_architecture(tmp_path / name, name)
+    (tmp_path / name / "chat_template.jinja").unlink(missing_ok=True)
+    reward = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
+    reward.config.pad_token_id = 0
+    shutil.copytree(path, tmp_path / "reward")
+    reward.save_pretrained(tmp_path / "reward")
+    rows = [("a b", "c d", "up"), ("c " * 80, "d", "down"), ("e f", "g h", None), ("h", "a " * 80, "down")]
+    words = ["stage=collect", "project=test", "model=hf", f"model.path={path}", f"runs_dir={tmp_path}/runs"]
+    words += [f"stage.traffic={write_log(tmp_path / 'log.jsonl', *rows)}", "stage.max_completion_length=4"]
+    words += ["reward=model", "reward.model.run=null", f"reward.model.path={tmp_path}/reward", "select=best_worst"]
+    found = read_candidates(collect(compose(*words)))
+    assert [row.prompt for row in found] == ["a b", "e f", "h"]
+    out = capsys.readouterr().out
+    assert "log.jsonl, line 2: `prompt` has 80 tokens" in out and "too long a prompt: 1" in out
+    thumbs = (tmp_path / "runs" / "test" / "collect" / "thumbs.jsonl").read_text().splitlines()
+    assert [json.loads(row)["prompt"] for row in thumbs] == ["a b", "h"]
+    # Answers of the log have the scores that the reward gives them elsewhere, and are asked about
+    assert [each.candidates[0].policy for each in found] == ["traffic"] * 3
+    (score,) = found[0].candidates[0].scores["model"]
+    alone = ModelReward(str(tmp_path / "reward"), dtype="float32")
+    assert score == pytest.approx(alone(["a b"], ["c d"], [[]])[0], abs=1e-5)
+    assert found[2].candidates[0].scores == {} and "too long for the reward model: 1" in out
+    assert all(0 not in question for question in found[2].questions)
 
 
 def test_a_selection_without_its_ensemble_stops_before_the_sampling(compose, tmp_path):
