@@ -7,14 +7,16 @@ Every row is checked, and dropped rows are counted and reported.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
+from rlhf_trl.data.feedback.convert import adds_synthetic
 from rlhf_trl.data.feedback.reader import FeedbackReader
 from rlhf_trl.data.messages import is_chat
 from rlhf_trl.data.options import LoadOptions, check_dataset_type
 from rlhf_trl.data.reader import Reader, Side
 from rlhf_trl.data.rows import Problems, Source
-from rlhf_trl.data.splits import drop_held_out, hold_out, limit_rows, prompt_keys, split_dataset
+from rlhf_trl.data.splits import chosen, drop_held_out, hold_out, limit_rows, prompt_keys, split_dataset
 from rlhf_trl.data.tables import as_dataset, concatenate
 from rlhf_trl.errors import DataError
 from rlhf_trl.hints import count_of
@@ -58,13 +60,17 @@ def build_dataset(
     if problems.count:
         notes.append(f"{count_of(problems.count, 'malformed row')} dropped (`bad_rows=drop`):\n{problems.text()}")
     splits, held_out_keys = split_sides(sides, given, notes)
+    limits = {"train": given.max_samples, "eval": given.max_eval_samples}
     if isinstance(reader, FeedbackReader):
-        splits = {side: reader.convert(side, rows, seed, notes, held_out_keys) for side, rows in splits.items()}
-    limits = {"train": "max_samples", "eval": "max_eval_samples"}
-    splits = {
-        side: limit_rows(rows, getattr(given, limits[side]), seed, limits[side], notes)
-        for side, rows in splits.items()
-    }
+        before = None  # synthetic comparisons come on top of the rows that people gave
+        if adds_synthetic(reader.feedback, dataset_type) and (rows := limits.pop("train")) is not None:
+            before = partial(chosen, rows=rows, seed=seed, key="max_samples", notes=notes)
+        splits = {
+            side: reader.convert(side, rows, seed, notes, held_out_keys, before if side == "train" else None)
+            for side, rows in splits.items()
+        }
+    keys = {"train": "max_samples", "eval": "max_eval_samples"}
+    splits = {side: limit_rows(rows, limits.get(side), seed, keys[side], notes) for side, rows in splits.items()}
     built = DatasetDict(**splits)
     built.held_out = held_out_keys  # pyright: ignore[reportAttributeAccessIssue]  # a mixture holds them out of all
     say("\n".join([describe(built, dataset_type), *(f"  {note}" for note in notes)]))

@@ -41,7 +41,7 @@ class LoadOptions:
             training rows whose prompt is held out; `row` doesn't, and `eval_size` then counts rows.
         bad_rows (`str`): `error` stops at malformed rows, `drop` drops and counts them.
         max_samples, max_eval_samples (`int`, *optional*): maximum number of rows per side, a random choice in the
-            order of the file.
+            order of the file. Synthetic comparisons of `feedback` come on top of the training rows.
         feedback (`Feedback`, *optional*): the rows are feedback of this kind, which names its own columns (`row_type`,
             `columns` and `messages` don't apply). Splits are made before rows become comparisons, limits act after.
         image_urls (`bool`): whether images that are given as URLs are downloaded; else they are an error.

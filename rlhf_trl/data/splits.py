@@ -143,8 +143,15 @@ def limit_rows(dataset, rows: int | None, seed: int, key: str, notes: list[str])
     """Choose at most `rows` rows by `seed`, in their order; `notes` gets how many are kept."""
     if rows is None or len(dataset) <= rows:
         return dataset
-    notes.append(f"`{key}={rows}`: {rows:,} of {len(dataset):,} rows kept")
-    return dataset.select(draw(len(dataset), rows, f"{seed}-{key}"))
+    return dataset.select(chosen(len(dataset), rows, seed, key, notes))
+
+
+def chosen(size: int, rows: int, seed: int, key: str, notes: list[str]) -> Sequence[int]:
+    """Return the indices of at most `rows` of `size` rows, see [`limit_rows`]."""
+    if size <= rows:
+        return range(size)
+    notes.append(f"`{key}={rows}`: {rows:,} of {size:,} rows kept")
+    return draw(size, rows, f"{seed}-{key}")
 
 
 def draw(size: int, count: int, seed: str) -> list[int]:

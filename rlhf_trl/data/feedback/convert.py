@@ -15,7 +15,7 @@ every other column of the source that holds text or numbers.
 import json
 import random
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import cast
 
 from rlhf_trl.data.dataset_types import select_completions
@@ -33,6 +33,7 @@ def convert(
     seed: str,
     notes: Counter,
     held_out: Collection[bytes] | None = (),
+    limit: Callable[[int], Sequence[int]] | None = None,
 ) -> list[dict]:
     """
     Convert the checked rows of one split.
@@ -46,6 +47,8 @@ def convert(
         notes (`Counter`): counts what was made, dropped and added.
         held_out (`Collection[bytes]`, *optional*): keys of the held-out prompts; `None` for rows that are held out,
             which get no synthetic comparisons.
+        limit (`Callable`, *optional*): returns which ones of a number of rows are kept, before synthetic comparisons
+            are added to these.
 
     Raises:
         DataError: if no row is left.
@@ -63,7 +66,10 @@ def convert(
         groups = list(compare(feedback, rows, dataset_type, rng, notes))
         if held_out is not None and dataset_type != "annotated":
             groups = drop_unlike(feedback, groups, notes)
-            groups = add_synthetic(feedback, groups, rows, rng, notes, held_out) if feedback.marks_sources else groups
+            if limit is not None:
+                groups = limit_groups(groups, dataset_type == "preference" or feedback.pairwise_rows, limit)
+            if adds_synthetic(feedback, dataset_type):
+                groups = add_synthetic(feedback, groups, rows, rng, notes, held_out)
         if feedback.max_pairs is not None:  # last: the best shows in all pairs only, and negatives count too
             groups = limit_pairs(groups, feedback.max_pairs, rng, notes)
         converted = grouped_rows(feedback, groups, dataset_type, rng, notes)
@@ -75,6 +81,11 @@ def convert(
             f"{feedback.ADVICE}"
         )
     return converted
+
+
+def adds_synthetic(feedback: Feedback, dataset_type: str) -> bool:
+    """Return whether training rows of a dataset type get synthetic comparisons."""
+    return feedback.marks_sources and dataset_type in ("comparisons", "preference")
 
 
 def compare(feedback: Feedback, rows, dataset_type: str, rng: random.Random, notes: Counter) -> Iterable[Group]:
@@ -192,6 +203,29 @@ def annotated_row(feedback: Feedback, group: Group) -> dict:
     if group.ratings is not None and isinstance(feedback, Rated):
         row |= feedback.annotations(group.ratings)
     return row
+
+
+def limit_groups(groups: list[Group], is_paired: bool, limit: Callable[[int], Sequence[int]]) -> list[Group]:
+    """
+    Keep the comparisons of as many rows as there are to be.
+
+    Args:
+        groups (`list[Group]`): groups of completions.
+        is_paired (`bool`): whether each comparison makes a row, and not each group.
+        limit (`Callable`): see [`convert`].
+    """
+    rows = [
+        (number, m)
+        for number, group in enumerate(groups)
+        for m in range(len(group.comparisons) if is_paired else bool(group.comparisons or group.safe))
+    ]
+    kept = {rows[i] for i in limit(len(rows))}
+    if not is_paired:
+        return [group for number, group in enumerate(groups) if (number, 0) in kept]
+    return [
+        group._replace(comparisons=[c for m, c in enumerate(group.comparisons) if (number, m) in kept])
+        for number, group in enumerate(groups)
+    ]
 
 
 def limit_pairs(groups: list[Group], max_pairs: int, rng: random.Random, notes: Counter) -> list[Group]:

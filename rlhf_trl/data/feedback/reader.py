@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain, islice
 
 from rlhf_trl.data.columns import Theirs, rename_columns, roots_of
@@ -78,10 +78,18 @@ class FeedbackReader(Reader):
         note = [f"note: {', '.join(idle)} changes nothing in rows of {self.dataset_type}"] if idle else []
         return super().summary() + note
 
-    def convert(self, side: str, rows, seed: int, notes: list[str], held_out: Collection[bytes] = ()):
+    def convert(
+        self,
+        side: str,
+        rows,
+        seed: int,
+        notes: list[str],
+        held_out: Collection[bytes] = (),
+        limit: Callable[[int], Sequence[int]] | None = None,
+    ):
         """
         Convert the rows of a split to a dataset of the stage's type; `notes` gets what was made of them, `held_out`
-        has the keys of the held-out prompts.
+        has the keys of the held-out prompts, and `limit` is as in [`~rlhf_trl.data.feedback.convert.convert`].
         """
         counts = Counter()
         try:
@@ -92,6 +100,7 @@ class FeedbackReader(Reader):
                 f"{seed}-{side}",
                 counts,
                 None if side == "eval" else held_out,
+                limit,
             )
         except DataError as error:
             raise DataError(f"{side}: {error}") from None

@@ -72,6 +72,8 @@ def perturbed(text: str, rng: random.Random) -> str | None:
     span = words[start : start + size]
     if kind == "dropped":
         changed = words[:start] + words[start + size :]
+        if start == 0:  # the space before a word in the middle is none at the beginning
+            changed[0] = words[0][: len(words[0]) - len(words[0].lstrip())] + changed[0].lstrip()
     elif kind == "repeated":
         changed = [*words[: start + size], f" {span[0].strip()}", *span[1:], *words[start + size :]]
     else:
@@ -79,7 +81,7 @@ def perturbed(text: str, rng: random.Random) -> str | None:
         spaces = [word[: len(word) - len(word.lstrip())] for word in span]
         changed = words[:start] + [space + word for space, word in zip(spaces, order, strict=True)]
         changed += words[start + size :]
-    return "".join(changed) if changed != words else "".join([*words, *words])
+    return "".join(changed if changed != words else [*words, f" {words[0].strip()}", *words[1:]])
 
 
 # ---- Completions of other prompts ----

@@ -26,10 +26,11 @@ def rows_of(chat: bool = False) -> list[dict]:
     return rows
 
 
-def build(dataset_type="comparisons", rows=None, seed=0, eval_size=0.2, **options):
+def build(dataset_type="comparisons", rows=None, seed=0, eval_size=0.2, max_samples=None, **options):
     rows = rows_of() if rows is None else rows
     source = [("rows", ((f"rows, row {i}", row) for i, row in enumerate(rows, 1)))]
-    return build_dataset(dataset_type, seed, source, eval_size=eval_size, feedback=data.Pairs(**options))
+    limits = {"eval_size": eval_size, "max_samples": max_samples}
+    return build_dataset(dataset_type, seed, source, feedback=data.Pairs(**options), **limits)
 
 
 def by_source(dataset) -> dict[str, list[tuple[str, str, str]]]:
@@ -108,6 +109,19 @@ def test_a_paraphrase_is_no_held_out_prompt_and_no_repetition(capsys, tmp_path):
     assert f"rows of `paraphrased` not used: their prompts aren't compared in training: {len(held_out)}" in shown
 
 
+@pytest.mark.parametrize("dataset_type", ["comparisons", "preference"])
+def test_the_limit_of_rows_counts_what_people_said_alone(capsys, tmp_path, dataset_type):
+    given = [{"prompt": p, "paraphrase": f"Tell me: {p}"} for p in PROMPTS]
+    alone = build(dataset_type, max_samples=10)["train"]["prompt"]
+    options = {"paraphrased": write(tmp_path / "p.jsonl", given), "truncated": 1}
+    train = build(dataset_type, max_samples=10, **options)["train"]
+    prompts = list(dict.fromkeys(row["prompt"] for row in train))
+    assert prompts == [*alone, *(f"Tell me: {prompt}" for prompt in alone)]  # the rows of the same seed
+    assert len(train) == (20 if dataset_type == "comparisons" else 30)
+    assert "`max_samples=10`: 10 of" in capsys.readouterr().out
+    assert len(build(dataset_type, max_samples=1000, **options)["train"]) > 30
+
+
 def test_comparisons_that_length_or_style_could_decide_are_dropped_and_counted(capsys):
     rows = [
         *rows_of(),
@@ -166,4 +180,7 @@ def test_wrong_options_are_refused(tmp_path):
 def test_copies_differ_from_their_text_and_short_texts_have_none(make):
     for seed in range(50):
         assert make(GOOD, random.Random(seed)) not in (None, GOOD)
+        made = make(GOOD, random.Random(seed))
+        assert made == made.strip() and "  " not in made and set(made.split()) <= set(GOOD.split())
     assert make("Two words", random.Random(0)) is None
+    assert perturbed("a a a a", random.Random(0)) in ("a a", "a a a", "a a a a a", "a a a a a a", "a a a a a a a a")
