@@ -46,6 +46,10 @@ def write(item: Item, number: int) -> Iterator[dict[str, Any]]:
     for label, kept in zip(item.labels, own["labels"], strict=True):
         if item.form == "ranking" and label.answer is not None and len({*label.answer}) < len(label.answer):
             kept["ranks"] = item.answer(label)
+        if item.form == "rating" and label.answer is not None:
+            rated = [name for name, value in _values(item, label).items() if value is not None]
+            if len(rated) < len(names):  # another rating of the labeler would take the place of a missing one
+                kept["rated"] = rated
     yield {
         "id": f"{item.row.id}-{'-'.join(map(str, item.question))}-{item.form}",
         "fields": {"prompt": item.row.prompt}
@@ -99,12 +103,15 @@ def read(row: dict[str, Any]) -> Parsed:
             kept.setdefault(_user_id(str(one.get("labeler"))), []).append(one)
     by_user: dict[tuple[str | None, int], dict[str, Any]] = {}
     skipped: dict[tuple[str | None, int], str] = {}
+    for user, entries in kept.items():
+        if any("rated" in entry for entry in entries):
+            by_user |= {(user, turn): {} for turn in range(len(entries))}  # in the order of the entries
     for name, given in responses.items():
         turns: dict[str | None, int] = {}
         for one in given:
             user = None if one.get("user_id") is None else str(one["user_id"])
             turns[user] = turns.get(user, -1) + 1
-            key = user, turns[user]
+            key = user, _turn(kept.get(user or "", []), name, turns[user])
             if one.get("status") == "discarded":
                 skipped[key] = "discarded"
             elif one.get("status") in (None, "submitted"):
@@ -113,12 +120,20 @@ def read(row: dict[str, Any]) -> Parsed:
     for (user, _), reason in skipped.items():
         parsed.responses.append(Response(labeler=names.get(user or "", user), skipped=reason))
     for (user, turn), values in by_user.items():
+        if not values:
+            continue
         made = _response(names.get(user or "", user), values, parsed.form, len(completions))
         entry = (kept.get(user or "") or [])[turn : turn + 1]
         if entry and (ranks := entry[0].get("ranks")) and _in_order(ranks) == _in_order(made.answer):
             made.answer = ranks
         parsed.responses.append(made)
     return parsed
+
+
+def _turn(entries: list[dict[str, Any]], name: str, number: int) -> int:
+    """Return which of a labeler's entries the `number`-th value of a question belongs to: one that has a value."""
+    rated = [turn for turn, entry in enumerate(entries) if name in entry.get("rated", (name,))]
+    return rated[number] if number < len(rated) else len(entries) - len(rated) + number
 
 
 def _user_id(labeler: str) -> str:

@@ -59,6 +59,8 @@ RATINGS = [
     label(1, "bob", form="rating", answer=[None, 5]),
     label(2, form="rating", question=[3, 2], answer=[{"honest": 4, "kind": 1}, {"honest": 2}]),
     label(3, form="rating", id="b", question=[1], answer=[3]),
+    label(4, "bob", form="rating", answer=[1, 2]),  # rated again, after a rating of one alone
+    label(5, "bob", form="rating", answer=[3, None]),
 ]
 EDITS = [
     label(0, form="edit", question=[0], answer="zero,\nbut better"),
