@@ -21,6 +21,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 from bench.loop.results import Results
 from bench.overoptimization.figure import draw
+from bench.overoptimization.forecast import tables
 from bench.overoptimization.jobs import BENCH, FULL, QUICK, Job, identity, jobs, run, samples_file
 from bench.overoptimization.report import report
 from bench.overoptimization.samples import make
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not found:
         print("Nothing was measured.")
         return
-    text = report(found, setting, seeds)
+    text = "\n\n".join([report(found, setting, seeds), tables(found, setting, seeds)])
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "overoptimization.md").write_text(text + "\n", encoding="utf-8")
     draw(found, setting, seeds, options.folder / "overoptimization.png")

@@ -101,14 +101,24 @@ def bootstrap(
     return float(low), float(high)
 
 
-def highest(curve: Curve, window: int = 3) -> tuple[float, float]:
-    """Return distance and gain where the mean of `window` neighboring points of a curve is largest."""
+def highest(curve: Curve, width: float = 0.5) -> tuple[float, float]:
+    """
+    Return distance and gain at the highest point of a curve: that of a parabola through the points around it.
+
+    Args:
+        curve (`Curve`): the curve.
+        width (`float`): largest distance of those points from the highest one, of running means of three.
+    """
     distances, gains = curve
-    window = min(window, len(gains))
-    kernel = np.ones(window) / window
-    smooth = np.convolve(gains, kernel, mode="valid")
-    at = int(smooth.argmax())
-    return float(distances[at : at + window].mean()), float(smooth[at])
+    running = np.convolve(np.pad(gains, 1, mode="edge"), np.ones(3) / 3, mode="valid")
+    at = int(running.argmax())
+    near = np.abs(distances - distances[at]) <= width
+    if near.sum() >= 3:
+        square, line, constant = np.polyfit(distances[near], gains[near], 2)
+        if square < 0:
+            top = float(np.clip(-line / (2 * square), distances[near].min(), distances[near].max()))
+            return top, float(square * top**2 + line * top + constant)
+    return float(distances[at]), float(running[at])
 
 
 def best_of_n_curves(select: np.ndarray, rewards: Mapping[str, np.ndarray], counts: Sequence[int]) -> dict[str, Curve]:

@@ -51,9 +51,9 @@ class Setting:
     members: int = 4
     ensemble_of: int = 1000
     counts: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-    rollouts: int = 30
+    rollouts: int = 26
     epochs: int = 3
-    rate: float = 2.5e-4
+    rate: float = 4e-4
     betas: tuple[float, ...] = (0.0, 0.02, 0.1)
     dpo_sizes: tuple[int, ...] = (250, 1000, 4000)
     dpo_steps: tuple[int, ...] = (2, 4, 7, 10, 15, 20, 30, 40, 60, 80)

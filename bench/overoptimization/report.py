@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.loop.results import interval, markdown
+from bench.loop.results import compare_paths, interval, markdown
 from bench.overoptimization.curves import FORMS, Curve, bootstrap, fit, highest, mean_curve
 from bench.overoptimization.jobs import ENSEMBLES, SINGLE, WARM, Setting, name_of
 from rlhf_trl.evaluation.statistics import best_of_n_kl
@@ -119,39 +119,44 @@ def _ensembles(found: Found, seeds: Sequence[int], setting: Setting) -> str:
     for kind in ("best_of_n", "ppo"):
         for noise in setting.noises:
             base = {"kind": kind, "noise": noise, "size": setting.ensemble_of}
+            complete = [
+                seed
+                for seed in seeds
+                if all(name_of(seed, **base, aggregation=each) in found for each in (SINGLE, "mean"))
+            ]
+            singles = curves(found, complete, "gold", **base, aggregation=SINGLE)
             for each in (SINGLE, *ENSEMBLES, WARM):
-                runs = curves(found, seeds, "gold", **base, aggregation=each)
-                single = curves(found, seeds, "gold", **base, aggregation=SINGLE)
-                if not runs or len(runs) != len(single):
+                runs = curves(found, complete, "gold", **base, aggregation=each)
+                if not runs or len(runs) != len(singles):
                     continue
-                values = [_summary(run) for run in runs]
-                gaps = [
-                    tuple(a - b for a, b in zip(x, _summary(y), strict=True))
-                    for x, y in zip(values, single, strict=True)
-                ]
-                cells = [KINDS[kind], f"{noise:.0%}", each]
-                for i in range(3):
-                    cells.append(interval([value[i] for value in values]))
-                    cells.append("" if each == SINGLE else interval([gap[i] for gap in gaps], sign=True))
-                rows.append(cells)
-    headers = [
-        "",
-        "noise",
-        "reward",
-        "gold peak at d",
-        "shift",
-        "gold gain there",
-        "more than single",
-        "at the end",
-        "more than single",
-    ]
+                tops, others = ([highest(smooth(run)) for run in each_runs] for each_runs in (runs, singles))
+                gaps = [compare_paths(_path(run), _path(other)) for run, other in zip(runs, singles, strict=True)]
+                more = [[top[i] - other[i] for top, other in zip(tops, others, strict=True)] for i in (0, 1)]
+                more += [[gap[key] for gap in gaps] for key in ("mean", "end")]
+                rows.append(
+                    [
+                        *(KINDS[kind], f"{noise:.0%}", each),
+                        *(interval([top[i] for top in tops]) for i in (0, 1)),
+                        *("" if each == SINGLE else interval(values, sign=True) for values in more),
+                    ]
+                )
+    headers = ["", "noise", "reward", "gold peak at d", "gain there", "shift of the peak", "more gain there"]
+    headers += ["more on the way", "more at the largest common d"]
     return markdown(headers, rows) if rows else ""
+
+
+def smooth(run: Curve) -> Curve:
+    """Return a run's means over intervals of distances."""
+    return mean_curve([run], WIDTH)
+
+
+def _path(run: Curve) -> list[tuple[float, float]]:
+    return [(float(distance) ** 2, float(gain)) for distance, gain in zip(*smooth(run), strict=True)]
 
 
 def _summary(run: Curve) -> tuple[float, float, float]:
     """Return distance and gain of the highest point of a run, and its gain at the end."""
-    curve = mean_curve([run], WIDTH)
-    return *highest(curve), at_the_end(curve)
+    return *highest(smooth(run)), at_the_end(smooth(run))
 
 
 def _peaks(found, seeds, conditions, title, name) -> str:

@@ -6,6 +6,7 @@ import pytest
 from bench.overoptimization import __main__ as program
 from bench.overoptimization import jobs
 from bench.overoptimization.curves import LOG, SQUARE, best_of_n_curves, bootstrap, fit, highest, mean_curve
+from bench.overoptimization.forecast import first_above, forecasts, worth
 from bench.overoptimization.samples import Sample, Sizes, comparisons, parts, reward_rows
 
 
@@ -36,7 +37,10 @@ def test_runs_are_averaged_where_half_of_them_are():
     distances, gains = mean_curve([near, far, near], 0.1)
     np.testing.assert_allclose(distances, [0.155 / 3, 0.15])
     np.testing.assert_allclose(gains, [5 / 3, 2.0])
-    assert highest((np.arange(5.0), np.array([0, 1, 4, 1, 0])), window=3) == pytest.approx((2, 2))
+    distances = np.linspace(0, 4, 41)
+    noise = 0.1 * np.cos(50 * distances)
+    assert highest((distances, distances * (2 - 0.5 * distances) + noise)) == pytest.approx((2, 2), abs=0.1)
+    assert highest((np.array([0.0, 9.0]), np.array([0.0, 1.0])))[0] == 9.0
     low, high = bootstrap([near, far], lambda runs: float(np.mean([gains.max() for _, gains in runs])))
     assert (low, high) == (2.0, 9.0)
 
@@ -69,6 +73,24 @@ def test_prompts_of_comparisons_policies_and_measures_are_disjoint():
     assert not compared & training and not held_out & (compared | training)
 
 
+def test_a_forecast_is_where_the_fitted_form_of_the_first_rollouts_peaks():
+    distances = np.linspace(0, 3, 20)
+    gains = distances * (2 - 0.5 * distances)
+    points = [
+        {"kl": d**2, "proxy": 1 + gain, "gold": 2 + gain, "gold_64": 2 + gain, "disagreement": 0.3 + 0.1 * d}
+        for d, gain in zip(distances, gains, strict=True)
+    ]
+    row = {"points": points, "start": {"proxy": 1.0, "gold": 2.0}}
+    found = forecasts(row, 0.5)
+    assert found[f"proxy, {SQUARE}"] == pytest.approx(4) and found[
+        f"64 gold rewards per rollout, {SQUARE}"
+    ] == pytest.approx(4)
+    assert found[f"proxy - 2 x disagreement, {SQUARE}"] == pytest.approx(1.8**2)  # a is smaller by twice the slope
+    assert first_above(row, 4.0) == 13 and first_above(row, 100.0) == 19 and first_above(row, 0.1, part=0.5) == 10
+    points[3]["gold_64"] += 8  # what a rule sees by chance is no part of what it gets
+    assert worth(row)[3] < 2 + gains[3]
+
+
 @pytest.mark.slow
 def test_the_benchmark_resumes_and_makes_table_and_figure(tmp_path, monkeypatch, capsys):
     tiny = jobs.Setting(
@@ -94,5 +116,11 @@ def test_the_benchmark_resumes_and_makes_table_and_figure(tmp_path, monkeypatch,
     assert len(lines) == 2 * sum(len(list(job.names(tiny))) for job in jobs.jobs(tiny, [1]))
     said = capsys.readouterr().out
     assert (tmp_path / "overoptimization.png").stat().st_size > 10_000
-    for part in ("| best of n | 25% | 64 |", "| DPO | 25% | 64 |", "| PPO | 25% | mean_minus_var |", "PPO's beta"):
+    for part in (
+        "| best of n | 25% | 64 |",
+        "| DPO | 25% | 64 |",
+        "| PPO | 25% | mean_minus_var |",
+        "PPO's beta",
+        "below its best",
+    ):
         assert part in said
