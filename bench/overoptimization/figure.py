@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from bench.overoptimization.curves import SQUARE, fit
 from bench.overoptimization.jobs import ENSEMBLES, SINGLE, WARM, Setting
-from bench.overoptimization.report import Found, curves, mean_of
+from bench.overoptimization.report import KINDS, Found, curves, mean_of
 
 NAMES = {
     SINGLE: "one reward model",
-    "mean": "mean of four",
+    "mean": "mean",
     "min": "min",
     "mean_minus_std": "mean - std",
     "mean_minus_var": "mean - 2 var",
@@ -21,35 +23,46 @@ NAMES = {
 
 def draw(found: Found, setting: Setting, seeds: Sequence[int], path: Path) -> None:
     """
-    Write the figure as PNG: best-of-n to the left and PPO to the right; above by the number of comparisons, below by
-    the aggregation of an ensemble. Solid: gold reward, and dotted its fit; dashed: proxy.
+    Write the figure as PNG: above best-of-n, PPO and DPO by the number of comparisons; below the aggregations of an
+    ensemble for best-of-n and PPO, and PPO's beta.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    noise = max(setting.noises)
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(10, 7.5), layout="constrained", dpi=120)
-        grid = figure.subplots(2, 2, sharey="row")
-        colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(setting.comparisons)))
-        for column, (kind, title) in enumerate({"best_of_n": "Best of n", "ppo": "PPO, beta 0"}.items()):
-            above, below = grid[0][column], grid[1][column]
+    at = {"noise": max(setting.noises), "size": setting.ensemble_of}
+    settings: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(13, 7.5), layout="constrained", dpi=100)
+        grid = figure.subplots(2, 3)
+        colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(setting.comparisons)))
+        own = {"best_of_n": 0.0, "ppo": setting.betas[0], "dpo": setting.dpo_beta}
+        for axes, (kind, beta) in zip(grid[0], own.items(), strict=True):
             for size, color in zip(setting.comparisons, colors, strict=True):
-                condition = {"kind": kind, "noise": noise, "size": size}
-                _lines(above, found, seeds, condition, color, f"{size:,} comparisons", True)
+                condition = {"kind": kind, "noise": at["noise"], "size": size, "beta": beta}
+                _lines(axes, found, seeds, condition, color, f"{size:,} comparisons", True)
+            axes.set_title(f"{KINDS[kind]}{f', beta {beta:g}' if kind != 'best_of_n' else ''}")
+        for axes, kind in zip(grid[1], ("best_of_n", "ppo"), strict=False):
             for i, each in enumerate((SINGLE, *ENSEMBLES, WARM)):
-                condition = {"kind": kind, "noise": noise, "size": setting.ensemble_of, "aggregation": each}
-                _lines(below, found, seeds, condition, f"C{i}", NAMES[each], False)
-            above.set_title(f"{title}: number of comparisons, {noise:.0%} of them reversed")
-            below.set_title(f"{title}: ensembles, {setting.ensemble_of:,} comparisons, {noise:.0%} reversed")
-            for axes in (above, below):
-                axes.axhline(0, color="0.7", linewidth=0.7)
-                axes.set_xlabel("d = sqrt(KL to the first policy)")
+                condition = {"kind": kind, **at, "beta": own[kind], "aggregation": each}
+                _lines(axes, found, seeds, condition, f"C{i}", NAMES[each], False)
+            axes.set_title(f"{KINDS[kind]}: ensembles of {setting.members}, {at['size']:,} comparisons")
+        for i, beta in enumerate(setting.betas):
+            _lines(grid[1][2], found, seeds, {"kind": "ppo", **at, "beta": beta}, f"C{i}", f"beta {beta:g}", False)
+        grid[1][2].set_title(f"PPO: KL coefficient, {at['size']:,} comparisons")
+        for axes in grid.flat:
+            axes.axhline(0, color="0.7", linewidth=0.7)
+            axes.set_xlabel("d = sqrt(KL to the first policy)")
+            if axes.get_legend_handles_labels()[0]:
                 axes.legend(frameon=False, fontsize=8)
-        for axes in (grid[0][0], grid[1][0]):
-            axes.set_ylabel("gain in reward (units of gold)")
+        for axes in grid[:, 0]:
+            axes.set_ylabel("gain in reward (in units of the gold reward)")
+        figure.suptitle(
+            f"{at['noise']:.0%} of the comparisons reversed. Solid: gold, dashed: proxy, dotted: d (a - b d)"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
+    # A third of the size
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def _lines(axes, found: Found, seeds: Sequence[int], condition: dict, color, label: str, whole: bool) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from bench.loop.results import compare_paths, interval, markdown
-from bench.overoptimization.curves import FORMS, Curve, bootstrap, fit, highest, mean_curve
+from bench.overoptimization.curves import FORMS, SQUARE, Curve, bootstrap, fit, highest, mean_curve
 from bench.overoptimization.jobs import ENSEMBLES, SINGLE, WARM, Setting, name_of
 from rlhf_trl.evaluation.statistics import best_of_n_kl
 
-WIDTH = 0.1  # of the intervals of sqrt(KL) that rollouts are averaged over
+WIDTH = 0.2  # of the intervals of sqrt(KL) that rollouts are averaged over
 KINDS = {"best_of_n": "best of n", "ppo": "PPO", "dpo": "DPO"}
 Found = Mapping[str, Mapping[str, Any]]
 
@@ -102,11 +102,12 @@ def _fits(found: Found, seeds: Sequence[int], conditions: Sequence[dict[str, Any
         for form in FORMS:
             whole = fitted(runs, form)
             low, high = bootstrap(runs, functools.partial(_coefficient, form=form))
-            cells += [f"{whole.a:.2f}", f"{whole.b:.2f} [{low:.2f}, {high:.2f}]", f"{whole.r2:.2f}"]
+            cells.append(f"{whole.a:.2f}, {whole.b:.2f} [{low:.2f}, {high:.2f}], {whole.r2:.2f}")
+        square = fitted(runs, SQUARE)
+        cells.append(f"{max(square.a / square.b, 0.0):.2f}" if square.b > 0 else "-")
         rows.append(cells)
     headers = ["", "noise", "comparisons", "accuracy [95 %]", "highest gold gain at d", "gain at the end"]
-    for form in FORMS:
-        headers += [f"{form}: a", "b [95 %]", "R²"]
+    headers += [*(f"{form}: a, b [95 %], R²" for form in FORMS), "no gain from d = a / b on"]
     return markdown(headers, rows)
 
 

@@ -472,9 +472,12 @@ def test_generation_gives_the_output_layer_contiguous_states(path, tmp_path):
     assert seen and all(seen)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_the_best_checkpoint_by_the_raw_score_is_kept_and_loaded(path, tmp_path, lora):
-    """The score rises, then the learning goes wrong on purpose; what is kept and loaded at the end is the best."""
+@pytest.mark.parametrize("lora", [False, True], ids=["full, by a watched reward", "lora, by the raw score"])
+def test_the_best_checkpoint_is_kept_and_loaded(path, tmp_path, lora):
+    """
+    The reward rises, then the learning goes wrong on purpose; what is kept and loaded at the end is the best. It is
+    the one that is learned from, or one of weight 0.
+    """
     rewards = iter([1.0, 3.0, 2.0, 0.0])
 
     class Scores(TrainerCallback):
@@ -487,12 +490,14 @@ def test_the_best_checkpoint_by_the_raw_score_is_kept_and_loaded(path, tmp_path,
         return [Scores.value] * len(completions)
 
     peft = {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")} if lora else {}
+    metric = "eval_objective/scores" if lora else "eval_rewards/reward/mean"
     trainer = sampled(
         path,
         tmp_path,
         data=prompts(16),
         eval_dataset=prompts(8),
-        reward_funcs=reward,
+        reward_funcs=reward if lora else [reward, lambda completions, **kwargs: [1.0 + len(c) for c in completions]],
+        reward_weights=None if lora else [0.0, 1.0],
         callbacks=[Scores()],
         steps_per_generation=1,
         per_device_train_batch_size=4,
@@ -501,12 +506,12 @@ def test_the_best_checkpoint_by_the_raw_score_is_kept_and_loaded(path, tmp_path,
         save_strategy="steps",
         save_steps=1,
         save_total_limit=1,
-        metric_for_best_model="eval_objective/scores",
+        metric_for_best_model=metric,
         load_best_model_at_end=True,
         **peft,
     )
     trainer.train()
-    assert logged(trainer, "eval_objective/scores") == [1.0, 3.0, 2.0, 0.0]
+    assert logged(trainer, metric) == [1.0, 3.0, 2.0, 0.0]
     best = f"{trainer.args.output_dir}/checkpoint-2"
     assert trainer.state.best_model_checkpoint == best and trainer.state.best_metric == 3.0
     assert "checkpoint-2" in os.listdir(trainer.args.output_dir)
