@@ -12,17 +12,22 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from rlhf_trl.callbacks.base import progress_counts
 from rlhf_trl.data.messages import as_text
+from rlhf_trl.data.multimodal import opened
 from rlhf_trl.runs.record import SAMPLES_FILE
 from rlhf_trl.trainers.rollout_hook import RolloutRecord, RolloutTrainer
 from rlhf_trl.trainers.steps import steps_per_rollout
 
 
 class Sample(NamedTuple):
-    """A completion, and what each reward function gave it: NaN where it doesn't apply."""
+    """
+    A completion, and what each reward function gave it: NaN where it doesn't apply. `images` are thumbnails of the
+    prompt's, as data URIs.
+    """
 
     prompt: str | list[dict]
     completion: str | list[dict]
     rewards: list[float]
+    images: list[str] | None
 
 
 class SampleLog(TrainerCallback):
@@ -30,7 +35,7 @@ class SampleLog(TrainerCallback):
     Write prompts, completions and rewards of the newest rollout at each log step, for trainers that generate.
 
     Rows go to `samples.jsonl` in the run directory, to a table `samples` that grows over the steps where W&B is on,
-    and to TensorBoard's text where that is. Only rank 0 writes.
+    and to TensorBoard's text where that is, there without images. Only rank 0 writes.
 
     Args:
         trainer ([`~rlhf_trl.trainers.rollout_hook.RolloutHook`]):
@@ -54,7 +59,8 @@ class SampleLog(TrainerCallback):
         if not self.trainer.is_world_process_zero():
             return
         rewards = rollout.rewards.values.tolist()
-        samples = [Sample(*row) for row in zip(rollout.prompts, rollout.completions, rewards, strict=True)]
+        images = rollout.images or [None] * len(rewards)
+        samples = [Sample(*row) for row in zip(rollout.prompts, rollout.completions, rewards, images, strict=True)]
         if rollout.training:
             self._rollout = samples
         else:
@@ -92,6 +98,7 @@ class SampleLog(TrainerCallback):
         rewards = dict(zip(self.trainer.reward_func_names, sample.rewards, strict=True))
         return {
             "prompt": as_text(sample.prompt),
+            **({} if sample.images is None else {"images": sample.images}),
             "completion": as_text(sample.completion),
             "rewards": {name: _rounded(value) for name, value in rewards.items()},
         }
@@ -102,6 +109,7 @@ class SampleLog(TrainerCallback):
             if isinstance(callback, WandbCallback):
                 self._log_wandb(flat, counts)
             elif isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                flat = [{name: value for name, value in row.items() if name != "images"} for row in flat]
                 lines = ["|" + "|".join(flat[0]) + "|", "|" + "---|" * len(flat[0])]
                 lines += ["|" + "|".join(_cell(value) for value in row.values()) + "|" for row in flat]
                 callback.tb_writer.add_text("samples", "\n".join(lines), counts["train/global_step"])
@@ -115,6 +123,8 @@ class SampleLog(TrainerCallback):
             # Incremental: each step uploads its own rows, and the interface shows them all
             self._table = wandb.Table(columns=list(rows[0]), log_mode="INCREMENTAL")
         for row in rows:
+            if "images" in row:
+                row = row | {"images": [wandb.Image(opened(uri)) for uri in row["images"]]}
             self._table.add_data(*row.values())
         wandb.log({"samples": self._table, **counts})
 

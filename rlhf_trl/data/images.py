@@ -271,9 +271,9 @@ def take_images(messages: list[dict]) -> tuple[list[dict], list]:
     one keeps its parts, with a place for each image.
     """
     keys = [key for turn in messages for key in _keys_in(turn)]
+    messages = [_as_words(turn) for turn in messages]
     if not keys:
         return messages, []
-    messages = [_as_words(turn) for turn in messages]
     users = [turn for turn in messages if turn["role"] == "user"]
     with_images = [turn for turn in messages if _keys_in(turn)]
     kinds = [part["type"] for part in with_images[0]["content"]]

@@ -6,6 +6,7 @@ A model that reads more than text has a processor, which [`~rlhf_trl.models.toke
 the tokenizer.
 """
 
+import base64
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from typing import Any
 from rlhf_trl.errors import ConfigError
 
 IDS = ("input_ids", "attention_mask")
+# Of a thumbnail, in pixels
+SIDE = 160
 
 
 @dataclass
@@ -109,6 +112,24 @@ def as_pil(image):
     with Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
         opened.load()
         return opened
+
+
+def thumbnail(image) -> str:
+    """Return an image of a dataset at 160 pixels at most, as a data URI that a page can hold."""
+    small = as_pil(image).convert("RGB")
+    small.thumbnail((SIDE, SIDE))
+    made = {}
+    for kind in ("PNG", "JPEG"):  # a drawing is smaller as the one, a photograph as the other
+        content = io.BytesIO()
+        small.save(content, kind)
+        made[kind] = base64.b64encode(content.getvalue()).decode()
+    kind = min(made, key=lambda kind: len(made[kind]))
+    return f"data:image/{kind.lower()};base64,{made[kind]}"
+
+
+def opened(uri: str):
+    """Return a [`thumbnail`] as a PIL image."""
+    return as_pil({"bytes": base64.b64decode(uri.partition(",")[2]), "path": None})
 
 
 def extra_inputs(tokenizer, prompt: str | list[dict], **template_kwargs) -> ExtraInputs:

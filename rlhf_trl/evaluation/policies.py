@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.messages import as_text
+from rlhf_trl.data.multimodal import thumbnail
 from rlhf_trl.data.tokenize import end_tokens, split_row_ids
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.columns import slice_columns
@@ -195,7 +196,7 @@ def evaluate_policies(
         best_of_n=curves,
         differences=policy_differences(rewards, baseline),
         slices=prompt_slices(rewards, columns, baseline),
-        samples=prompt_samples(prompts, answers),
+        samples=prompt_samples(prompts, answers, benchmark.columns.get("images")),
     )
 
 
@@ -402,8 +403,10 @@ def _resampled(values: np.ndarray) -> Estimate:
     return bootstrap_mean(values, resamples=2000)  # there may be hundreds of pairs and parts
 
 
-def prompt_samples(prompts: Sequence[str], answers: Mapping[str, Answers]) -> list[PromptSample]:
-    """Return every prompt with the policies' completions and their combined rewards."""
+def prompt_samples(
+    prompts: Sequence[str], answers: Mapping[str, Answers], images: Sequence[Sequence] | None = None
+) -> list[PromptSample]:
+    """Return every prompt, with its images, and the policies' completions and their combined rewards."""
     finite = {
         name: [float(value) if np.isfinite(value) else None for value in each.rewards[COMBINED]]
         for name, each in answers.items()
@@ -413,6 +416,7 @@ def prompt_samples(prompts: Sequence[str], answers: Mapping[str, Answers]) -> li
             prompt=prompt,
             completions={name: each.texts[row] for name, each in answers.items()},
             rewards={name: values[row] for name, values in finite.items()},
+            images=list(map(thumbnail, images[row])) if images else None,
         )
         for row, prompt in enumerate(prompts)
     ]

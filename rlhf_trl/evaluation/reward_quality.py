@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from rlhf_trl.data.messages import as_text
+from rlhf_trl.data.multimodal import thumbnail
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation import rewardbench
 from rlhf_trl.evaluation.annotations import Annotations, slices_of
@@ -187,6 +188,7 @@ def _longer_preferred(annotations: Annotations, margin: np.ndarray) -> float:
 def _mistakes(annotations: Annotations, scores: np.ndarray, margin: np.ndarray) -> list[Mistake]:
     """Return the comparisons with the lowest margins below 0."""
     order = np.argsort(np.where(np.isnan(margin), np.inf, margin), kind="stable")[:MISTAKES]
+    shown = annotations.columns.get("images")
     return [
         Mistake(
             prompt=as_text(annotations.prompts[better]),
@@ -194,6 +196,7 @@ def _mistakes(annotations: Annotations, scores: np.ndarray, margin: np.ndarray) 
             other=as_text(annotations.completions[worse]),
             scores=[float(scores[better]), float(scores[worse])],
             rating_gap=float(annotations.rating_gap[m]),
+            images=list(map(thumbnail, shown[annotations.row[m]])) if shown else None,
         )
         for m in order
         if margin[m] < 0

@@ -113,4 +113,4 @@ def _side_by_side(sample: PromptSample, note: str = "") -> SideBySide:
         f"{name} ({number(sample.rewards[name], '{:.2f}') or 'no reward'})": text
         for name, text in sample.completions.items()
     }
-    return SideBySide(sample.prompt, answers, note=note)
+    return SideBySide(sample.prompt, answers, note=note, images=sample.images or ())

@@ -18,6 +18,7 @@ from rlhf_trl.report.text import FORBIDDEN, WIDTH, side_by_side
 from rlhf_trl.runs.record import replacing
 
 TEMPLATES = Path(__file__).parent
+IMAGE = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+\Z")
 NUMBER = re.compile(r"\s*[-+±−]?\.?\d")
 
 
@@ -104,12 +105,19 @@ class SideBySide:
             Heading and text of each.
         note (`str`):
             Beside the prompt.
+        images (`Sequence[str]`):
+            Under the prompt: data URIs, see [`~rlhf_trl.data.multimodal.thumbnail`].
     """
 
     prompt: str
     answers: dict[str, str]
     note: str = ""
+    images: Sequence[str] = ()
     kind = "side_by_side"
+
+    def __post_init__(self):
+        if strange := [image for image in self.images if not IMAGE.match(image)]:
+            raise ValueError(f"an image is {strange[0][:40]!r}, where a data URI of a PNG or JPEG should be")
 
 
 @dataclass(frozen=True)

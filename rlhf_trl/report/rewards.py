@@ -304,6 +304,7 @@ def _mistakes(quality: RewardQuality) -> list:
                     f"people prefer (score {one.scores[0]:.2f})": one.preferred,
                     f"`{name}` prefers (score {one.scores[1]:.2f})".replace("`", ""): one.other,
                 },
+                images=one.images or (),
             )
             for one in entry.mistakes
         ]

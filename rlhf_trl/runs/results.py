@@ -280,11 +280,16 @@ class BestOfN(JsonDataclass):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSample(JsonDataclass):
-    """A prompt with the completion of each policy and its combined reward; `None` where there is no finite one."""
+    """
+    A prompt with the completion of each policy and its combined reward; `None` where there is no finite one.
+
+    `images` are thumbnails of the prompt's images, as data URIs.
+    """
 
     prompt: str
     completions: dict[str, str]
     rewards: dict[str, float | None]
+    images: list[str] | None = field(default=None, metadata={"without": "images"})
 
 
 @dataclass(frozen=True, kw_only=True)

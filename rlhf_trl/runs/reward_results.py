@@ -74,13 +74,18 @@ class RatingCorrelation(JsonDataclass):
 
 @dataclass(frozen=True, kw_only=True)
 class Mistake(JsonDataclass):
-    """A comparison in which the reward prefers the `other` completion; `scores` of the preferred one and of it."""
+    """
+    A comparison in which the reward prefers the `other` completion; `scores` of the preferred one and of it.
+
+    `images` are thumbnails of the prompt's images, as data URIs.
+    """
 
     prompt: str
     preferred: str
     other: str
     scores: list[float]
     rating_gap: float = field(metadata={"key": "gap"})
+    images: list[str] | None = field(default=None, metadata={"without": "images"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from trl.trainer.utils import nanstd
 
 from rlhf_trl.data.images import take_images
+from rlhf_trl.data.multimodal import thumbnail
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.rewards.lagrange import Lagrange
@@ -93,6 +94,8 @@ class RolloutRecord:
             step on the rollout.
         kl_std (`float`, *optional*): standard deviation of the summed k1 over the sequences.
         num_sequences (`int`): how many sequences `kl` is the mean of.
+        images (`list[list[str]]`, *optional*): thumbnails of each prompt's images, as data URIs. `None` for data
+            without.
     """
 
     training: bool
@@ -102,6 +105,7 @@ class RolloutRecord:
     kl: float | None = None
     kl_std: float | None = None
     num_sequences: int = 0
+    images: list[list[str]] | None = None
 
     @property
     def kl_standard_error(self) -> float:
@@ -236,6 +240,8 @@ class RolloutHook(Trainer):
         rewards = self.score_completions(inputs, prompts, completions, completion_ids_list)
         prompts = [prompt if isinstance(prompt, str) else take_images(prompt)[0] for prompt in prompts]
         record = RolloutRecord(self.model.training, gather_object(prompts), gather_object(completions), rewards)
+        if "images" in inputs[0]:  # a column of the data, so on every rank or on none
+            record.images = gather_object([list(map(thumbnail, row["images"] or ())) for row in inputs])
         if record.training:
             self.last_rollout = record
         answers = [answer for listener in self._listeners if (answer := listener(record)) is not None]

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_trl.models.options import template_file
+from tests.helpers.vision import picture, save_vlm
 
 SPECIAL = ["<|endoftext|>", "<pad>", "<|im_start|>", "<|im_end|>"]
 SIZES = {
@@ -39,6 +40,8 @@ START = {
     "Qwen/Qwen2.5-0.5B-Instruct": ("Qwen2", True),
     "Qwen/Qwen2.5-1.5B-Instruct": ("Qwen2", True),
 }
+# Those that read images. The processor of Qwen-VL needs torchvision, which is no dependency: another stands for it
+START_VISION = {"HuggingFaceTB/SmolVLM-256M-Instruct": "idefics3", "Qwen/Qwen2-VL-7B-Instruct": "llava"}
 
 
 def save_tokenizer(path: Path, has_template: bool) -> None:
@@ -62,6 +65,9 @@ def save_tokenizer(path: Path, has_template: bool) -> None:
 
 def save_start(folder: Path, name: str) -> str:
     """Write a tiny model of the architecture of `name`, once, and return its path."""
+    if name in START_VISION:
+        path = folder / START_VISION[name]
+        return str(path) if path.exists() else save_vlm(path, START_VISION[name])
     family, has_template = START[name]
     path = folder / f"{family}-{has_template}"
     if not path.exists():
@@ -182,6 +188,11 @@ def _safe_rlhf(i):
     }
 
 
+def _rlaif_v(i):
+    image = picture("red" if i % 2 else "blue", (16, 16 + i))
+    return {"question": f"what colour is it {i} ?", "image": image, "chosen": "red .", "rejected": "blue .", "idx": i}
+
+
 ROWS = {
     "trl-lib/tldr": _tldr,
     "trl-lib/tldr-preference": _tldr_preference,
@@ -202,6 +213,7 @@ ROWS = {
     "berkeley-nest/Nectar": _nectar,
     "lmarena-ai/arena-human-preference-55k": _arena,
     "PKU-Alignment/PKU-SafeRLHF": _safe_rlhf,
+    "openbmb/RLAIF-V-Dataset": _rlaif_v,
 }
 
 
@@ -225,7 +237,7 @@ def localize(cfg: DictConfig, folder: Path) -> DictConfig:
             splits = [source.split] + ([source.eval_split] if source.eval_split else [])
             source.path = save_dataset(folder, name, splits)
             source.eval_size = None if source.eval_split else 4
-    if "model" in cfg and cfg.model.run is None and cfg.model.path in START:
+    if "model" in cfg and cfg.model.run is None and cfg.model.path in (*START, *START_VISION):
         cfg.model.path, cfg.model.revision = save_start(folder, cfg.model.path), None
     if "policies" in cfg.stage:
         places = cfg.stage.policies.items()

@@ -8,9 +8,11 @@ from hydra.utils import instantiate
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rlhf_trl.cli.dry_run import show_plan
+from rlhf_trl.data.multimodal import opened
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.labels.candidates import read_candidates
 from rlhf_trl.models.loading import load_reward_model
+from rlhf_trl.report.project import write_report
 from rlhf_trl.runs.record import read_metrics
 from tests.helpers.vision import COLOURS, picture, save_vlm
 
@@ -93,6 +95,29 @@ def test_a_policy_that_reads_images_is_trained_and_saved_with_its_processor(run,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo", "kto", "grpo", "rloo", "reward"])
+def test_each_stage_learns_from_images(run, stage):
+    """The loss falls in one epoch after another; of GRPO and RLOO, whose loss says nothing, the reward rises."""
+    options = [*SMALL, "stage.args.max_steps=24", "stage.args.learning_rate=1e-2", "stage.args.logging_steps=1"]
+    measure, sign = "loss", 1
+    if stage in ("grpo", "rloo"):
+        options += [*ROLLOUT[-1:], *REWARD, "stage.args.num_generations=4"]
+        measure, sign = "reward", -1
+    history = read_metrics(run(stage, *options, f"run_name={stage}_learns"))["history"]
+    values = [sign * entry[measure] for entry in history if measure in entry]
+    assert len(values) >= 20 and sum(values[-6:]) < sum(values[:6])
+
+
+@pytest.mark.slow
+def test_adapters_on_a_base_in_four_bits_read_images(run):
+    four = (*SMALL, "adapter=qlora", "stage.args.optim=adamw_torch")
+    run("reward", *four, "run_name=four_reward")
+    update = (*four, *ROLLOUT[-1:], "stage.args.steps_per_generation=2")
+    path = run("ppo", *update, "reward=adapter", "reward.adapter.run=four_reward", "critic=adapter", "run_name=four")
+    assert [entry for entry in read_metrics(path)["history"] if "value/loss" in entry]
+
+
+@pytest.mark.slow
 def test_reward_models_score_images_for_ppo_evaluation_and_generation(run, folder):
     reward = run("reward", *SMALL)
     assert load_reward_model(reward).config.num_labels == 1
@@ -104,11 +129,23 @@ def test_reward_models_score_images_for_ppo_evaluation_and_generation(run, folde
     run("evaluate_reward", "reward=model", "reward.model.run=ensemble", model=False)
     policies = ("stage.policies={sft: ppo, ppo: one, dpo: null}", "stage.baseline=sft", "stage.best_of_n=2")
     path = run("evaluate", *policies, "reward=model", "stage.max_completion_length=6", model=False)
-    assert json.loads(Path(path, "comparison.json").read_text())
+    samples = json.loads(Path(path, "comparison.json").read_text())["samples"]
+    assert samples and all(sample["images"][0].startswith("data:image/png;base64,") for sample in samples)
+    assert 'src="data:image/png;base64,' in write_report(Path(path).parent).read_text()
     options = ("reward=model", "stage.n=2", "stage.keep=best_per_prompt", "stage.max_completion_length=2")
     path = run("generate", *options, "stage.split=train", "run_name=written")
     rows = [json.loads(line) for line in Path(path, "completions.jsonl").read_text().splitlines()]
     assert {Path(row["images"][0]).name for row in rows} == {f"{colour}.png" for colour in COLOURS}
+
+
+@pytest.mark.slow
+def test_the_logged_samples_have_images(run):
+    path = Path(run("grpo", *ROLLOUT, *REWARD, "stage.args.num_generations=4", "logger=wandb", "run_name=logged"))
+    rows = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
+    assert rows and all(opened(row["images"][0]).size == (16, 16) for row in rows)
+    tables = [json.loads(file.read_text()) for file in path.glob("wandb/*/files/media/table/*.json")]
+    cells = [row[table["columns"].index("images")] for table in tables for row in table["data"]]
+    assert cells and list(path.glob("wandb/*/files/media/images/**/*.png"))
 
 
 @pytest.mark.parametrize(

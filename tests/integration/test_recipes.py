@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from rlhf_trl.checks import find_problems
 from rlhf_trl.config.values import flatten
 from tests.helpers.configs import CONF, GROUPS, composed
-from tests.helpers.recipes import ROWS, START, localize
+from tests.helpers.recipes import ROWS, START, START_VISION, localize
 from tests.helpers.run_files import metrics, record
 
 # Recipes by project, in the order in which they start from each other
@@ -31,6 +31,8 @@ RECIPES = {
     "nectar": ["reward"],
     "arena": ["reward"],
     "safe_rlhf": ["helpful", "cost", "ppo"],
+    "rlaif_v/smolvlm": ["reward", "ppo", "dpo"],
+    "rlaif_v/qwen2_vl": ["dpo"],
     "own": ["sft", "reward", "ppo", "compare"],
 }
 # Two steps of tiny batches. Everything else is as in the recipe
@@ -185,7 +187,7 @@ def test_the_batches_of_a_head_are_those_of_the_file(compose):
 
 def test_the_rows_and_models_of_this_test_are_those_of_the_recipes(compose):
     paths = {value for name in GROUPS["experiment"] if not name.startswith("reviews/") for value in paths_of(name)}
-    assert paths == {*ROWS, *START}
+    assert paths == {*ROWS, *START, *START_VISION}
 
 
 def paths_of(name: str) -> list[str]:

@@ -4,74 +4,13 @@ import copy
 
 import pytest
 import torch
-from datasets import Dataset, Image, List
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
-from rlhf_trl.data.images import take_images
 from rlhf_trl.data.multimodal import processor_of
-from rlhf_trl.data.tokenize import prompt_ids
 from rlhf_trl.models.tokenizers import load_tokenizer
-from rlhf_trl.ppo import PPOConfig, PPOTrainer
 from tests.helpers.plain_ppo import moved, reference_ppo, same
-from tests.helpers.ppo import score
-from tests.helpers.vision import COLOURS, picture, save_vlm
-
-SIZES = [(16, 16), (24, 16), (16, 32)]
-SETTINGS = {
-    "per_device_train_batch_size": 4,
-    "steps_per_generation": 2,
-    "num_iterations": 2,
-    "num_train_epochs": 1,
-    "learning_rate": 1e-2,
-    "adam_epsilon": 1e-4,
-    "lr_scheduler_type": "constant",
-    "max_completion_length": 6,
-    "report_to": "none",
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "head_init": "normal",
-    "vf_coef": 0.5,
-    "beta": 0.1,
-    "temperature": 0.7,
-}
-
-
-def questions(count: int) -> Dataset:
-    """Return prompts with one or two pictures each, of several sizes and lengths."""
-    colours, rows = list(COLOURS), []
-    for i in range(count):
-        text = ["what colour is it ?", "is it red ?", "is it a blue colour ?"][i % 3]
-        images = [picture(colours[(i + j) % 3], SIZES[i % 3]) for j in range(1 + (i % 4 == 3))]
-        rows.append({"prompt": [{"role": "user", "content": text}], "images": images})
-    return Dataset.from_list(rows).cast_column("images", List(Image()))
-
-
-def written(tokenizer, prompt, images) -> list[int]:
-    """Return a completion that depends on the prompt and its pictures alone."""
-    number = len(prompt[0]["content"]) + sum(images[0].getpixel((0, 0))) + 7 * len(images)
-    words = ["red", "blue", "green", "a", "."][: 2 + number % 4]
-    return tokenizer(" ".join(words))["input_ids"] + [tokenizer.eos_token_id] * (number % 3 > 0)
-
-
-class Rollouts:
-    """A `rollout_func` that answers each prompt the same way, and remembers what it was asked."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.calls = tokenizer, []
-
-    def __call__(self, batch, trainer):
-        asked = [take_images(prompt) for prompt in batch]
-        self.calls.append(asked)
-        ids = [written(self.tokenizer, *each) for each in asked]
-        return {
-            "prompt_ids": [list(prompt_ids(self.tokenizer, prompt, images=images)) for prompt, images in asked],
-            "completion_ids": ids,
-            "logprobs": [[0.0] * len(row) for row in ids],
-        }
+from tests.helpers.ppo_images import Rollouts, make_trainer, questions, written
+from tests.helpers.vision import save_vlm
 
 
 def read(tokenizer, asked):
@@ -88,17 +27,6 @@ def read(tokenizer, asked):
         if name in made:
             made[name] = torch.cat([made[name], torch.zeros(1, len(completion), dtype=torch.long)], dim=1)
     return ids, completion, made
-
-
-def make_trainer(model, tmp_path, tokenizer, data, rollout_func=None, **options):
-    return PPOTrainer(
-        model,
-        reward_funcs=lambda completions, **_: score([each[0]["content"] for each in completions]),
-        args=PPOConfig(str(tmp_path / "run"), **(SETTINGS | options)),
-        train_dataset=data,
-        processing_class=processor_of(tokenizer),
-        rollout_func=rollout_func,
-    )
 
 
 @pytest.mark.parametrize(
@@ -177,3 +105,21 @@ def test_whatever_a_processor_makes_reaches_policy_critic_and_reference(tmp_path
     trainer.train()
     assert sum(heard) > 3 * len(trainer.train_dataset)
     assert not torch.equal(before, model.model.ear.weight)
+
+
+def saved_run(path, out, resume=None):
+    tokenizer = load_tokenizer(path)
+    trainer = make_trainer(path, out, tokenizer, questions(24), save_strategy="steps", save_steps=1, critic="model")
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.slow
+def test_a_run_with_images_resumes_exactly(tmp_path):
+    path = save_vlm(tmp_path / "model")
+    whole = saved_run(path, tmp_path / "whole")
+    first = min((tmp_path / "whole" / "run").glob("checkpoint-*"), key=lambda each: int(each.name.split("-")[1]))
+    again = saved_run(path, tmp_path / "again", resume=str(first))
+    assert whole.state.global_step == again.state.global_step > 3
+    resumed = again.model.state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in whole.model.state_dict().items())

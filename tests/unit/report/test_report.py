@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure as MatplotlibFigure
 from omegaconf import OmegaConf
+from PIL import Image
 
+from rlhf_trl.data.multimodal import opened, thumbnail
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.report import plots
 from rlhf_trl.report.page import (
@@ -46,6 +48,17 @@ EVIL = "</p><script>alert(1)</script> | `a` \x00\ud800"
 
 def page(*blocks, **options) -> Page:
     return Page("Title", "What came out.", [Section("A part", list(blocks))], **options)
+
+
+def test_images_are_shown_small_beside_answers_and_are_part_of_the_page():
+    small = thumbnail(Image.new("RGB", (640, 320), "red"))
+    shown = re.findall('src="([^"]+)"', to_html(page(SideBySide("What color?", {"sft": "Red."}, images=[small]))))
+    assert shown == [small] and opened(shown[0]).size == (160, 80)
+    assert opened(shown[0]).getpixel((80, 40)) == (255, 0, 0)
+    noise = np.random.default_rng(0).integers(0, 255, (160, 160, 3), dtype=np.uint8)
+    assert thumbnail(Image.fromarray(noise)).startswith("data:image/jpeg;base64,")
+    with pytest.raises(ValueError, match="where a data URI"):
+        SideBySide("What color?", {}, images=["https://example.org/a.png"])
 
 
 def figures() -> list[str]:
