@@ -3,9 +3,11 @@
 import functools
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bench.engines import ranks
 from rlhf_trl.cli.launcher import START_OVERRIDES, shell_line, state_of
@@ -65,6 +67,19 @@ class Steps:
             raise ConfigError(f"`train.py {shell_line(words)}` ended with status {code}:\n{end}")
         return path
 
+    def compute(self, name: str, function: Callable[[], Any]) -> Any:
+        """Return what a function computes in a fork of this process, read from its file where that is done."""
+        path, log = self.path(f"{name}.json"), self.folder / "logs" / f"{self.project}_{name}.log"
+        if not path.is_file():
+            prepare()
+            for file in (path, log):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            print(f"{self.project}/{name}", flush=True)
+            if code := ranks.run(functools.partial(_write, function, path), [{}], log, LIMIT):
+                end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+                raise ConfigError(f"`{name}` ended with status {code}:\n{end}")
+        return json.loads(path.read_text("utf-8"))
+
     def comparison(self, name: str) -> Comparison:
         """Return the result of a comparison of policies."""
         found = read_comparison(self.path(name))
@@ -82,6 +97,12 @@ class Steps:
     def rows(self, name: str, file: str) -> Iterator[dict[str, Any]]:
         """Yield the rows of a file of JSON lines in a run directory."""
         yield from map(json.loads, (self.path(name) / file).read_text(encoding="utf-8").splitlines())
+
+
+def _write(function: Callable[[], Any], path: Path) -> None:
+    torch.set_num_threads(1)
+    text = json.dumps(function())
+    path.write_text(text, encoding="utf-8")
 
 
 def prepare() -> None:
