@@ -39,6 +39,8 @@ from rlhf_trl.hints import did_you_mean, names_of, sentences
 
 # Columns that prompts don't keep for reward functions: TRL distinguishes chat from text by any of them
 FOREIGN = ("completion", "chosen", "rejected", "messages", "text")
+# Columns of a file of candidates (`stage=collect`), whose prompts a policy is trained on
+COLLECTED = {"candidates", "questions"}
 # Columns of a source that become those of the comparison itself in annotated rows
 OF_COMPARISON = ("gap", "share")
 
@@ -306,7 +308,8 @@ class Reader:
         """
         passed_on = [key for key in PASSED_ON if key != "images"]  # which `ImageStore.take` adds
         if self.dataset_type == "prompt":
-            extra = {key: value for key, value in row.items() if key not in (*FOREIGN, *IMAGE_COLUMNS, "prompt")}
+            dropped = {"prompt", *FOREIGN, *IMAGE_COLUMNS, *(COLLECTED if row.keys() >= COLLECTED else ())}
+            extra = {key: value for key, value in row.items() if key not in dropped}
         elif self.dataset_type == "annotated":
             extra = {key: value for key, value in row.items() if key in passed_on or self._can_slice(key, value)}
         else:

@@ -27,7 +27,7 @@ SWEEPS = ("sweep", "accelerate", "launch", "program", "gpus_per_job")
 # Pipelines, and what else they may run
 VARIANTS = [[f"pipeline={name}", *(["rounds=2"] if name == "nightly" else [])] for name in PIPELINES] + [
     ["pipeline=iterated", "rounds=2", "mixture=by_round", *words]
-    for words in (["align=dpo"], ["align=rejection"], ["align=kto", "prompts_of=log"])
+    for words in (["align=dpo"], ["align=rejection"], ["align=kto", "prompts_of=log"], ["prompts_of=log"])
 ]
 PAGES = [*CONF.parent.glob("*.md"), *CONF.parent.glob("docs/**/*.md")]
 
