@@ -90,12 +90,13 @@ def vllm_problems(values: dict[str, Any]) -> list[str]:
 
 def quantized_problem(quantization: Any) -> str | None:
     """
-    Return the problem of a policy on a quantized base that vLLM would get the weights of, `None` without quantization.
+    Return the problem of a policy on a quantized base that vLLM would get the weights of, `None` without quantization
+    or where transformers dequantizes the weights when it loads them (`dequantize`, of MXFP4, FP8 and others).
 
     TRL 1.16 sends the packed bytes of each merged layer and not the constants that they were packed with
     (`VLLMGeneration._iter_named_params`), whether or not vLLM has loaded the base in 4 bits as well.
     """
-    if not quantization:
+    if not quantization or quantization.get("dequantize"):
         return None
     return (
         "vLLM can't get the trained weights of a policy on a quantized base (`adapter=qlora`, or an adapter that was "

@@ -106,7 +106,8 @@ def test_a_quantized_policy_is_not_sampled_by_vllm(monkeypatch, mode):
     args = {"use_vllm": True, "vllm_mode": mode}
     (problem,) = vllm_problems({"stage": {"args": args}, "adapter": {"quantization": {"load_in_4bit": True}}})
     assert "packed bytes" in problem and "`rollout=continuous`" in problem
-    assert vllm_problems({"stage": {"args": args}, "adapter": {"quantization": None}}) == []
+    for loaded_whole in (None, {"quant_method": "fp8", "dequantize": True}):
+        assert vllm_problems({"stage": {"args": args}, "adapter": {"quantization": loaded_whole}}) == []
 
 
 def test_an_adapter_on_a_quantized_base_is_not_sampled_by_vllm(compose, tmp_path):
