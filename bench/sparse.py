@@ -1,33 +1,36 @@
 """
 Ablation of synthetic feedback on the embedded world: reward models of few labels, with each option.
 
-    python -m bench.sparse [--labels 250] [--seeds 1 2 3 4 5] [--steps 25] [--threads 1] [--project NAME]
+    python -m bench.sparse [--labels 250] [--seeds 1 2 3 4 5] [--steps 25] [--folder FOLDER]
 
 A seed draws the labels, the held-out pairs and the score head. All reward models of a seed start from the same policy,
 take the same number of optimizer steps on rows of the same labels, and are evaluated on the same held-out pairs of
 people, which get no synthetic ones. The weaker policy is the embedded base checkpoint, and the paraphrases come from
 it after SFT on other phrasings of training prompts. Finished runs are skipped, so the same command resumes a stopped
-benchmark.
+benchmark; other `--labels` and `--steps` are other runs.
 """
 
 import argparse
 import itertools
 import json
+import os
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-import numpy as np
-import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
+# Read when the libraries are imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from bench.reward import do_all
+import numpy as np
+
+from bench.loop.steps import Steps
+from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.statistics import paired_difference
 from rlhf_trl.report.text import table
-from rlhf_trl.runs.paths import conf_dir
-from rlhf_trl.runs.record import is_done
 from rlhf_trl.tasks.demo.world import is_held_out, prompts
 
 # Option, and what it is in the table; paths are filled in by `arms`
@@ -43,6 +46,8 @@ ARMS = {
     "all": "all that add pairs",
 }
 METRIC = "eval_accuracy"
+ROOT = Path(__file__).parents[1]
+PHRASINGS = "phrasings.jsonl"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,34 +56,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--labels", type=int, default=250, help="pairs that people compared")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--steps", type=int, default=25, help="optimizer steps of each reward model")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a run")
-    parser.add_argument("--project", default="bench_sparse", help="folder of the runs under runs/")
-    parser.add_argument("--output", type=Path, help="default: sparse_bench.md in the project's folder")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench" / "sparse", help="for the runs")
     options = parser.parse_args(arguments)
-    folder = Path("runs", options.project)
-    torch.set_num_threads(options.threads)
-    folder.mkdir(parents=True, exist_ok=True)
-    phrasings = write_phrasings(folder / "phrasings.jsonl")
-    do_all(steps(options.labels, options.steps, options.seeds, folder, phrasings), options.project, do)
-    found = {arm: [accuracy(folder / f"{arm}_{seed}") for seed in options.seeds] for arm in ARMS}
+    project = f"labels_{options.labels}_steps_{options.steps}"
+    options.folder.mkdir(parents=True, exist_ok=True)
+    write_phrasings(options.folder / PHRASINGS)
+    runs = Steps(options.folder, project, [])
+    try:
+        for name, words in steps(options.labels, options.steps, options.seeds, Path("runs", project)).items():
+            runs.run(name, *words)
+    except ConfigError as error:
+        sys.exit(f"Error: {error}")
+    found = {arm: [runs.metrics(f"{arm}_{seed}")[METRIC] for seed in options.seeds] for arm in ARMS}
     text = report(found, options.labels, options.steps, options.seeds)
-    output = options.output or folder / "sparse_bench.md"
+    output = options.folder / f"{project}.md"
     output.write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\n{output}")
 
 
-def do(overrides: list[str], folder: Path) -> None:
-    """Run a step in this process, which has imported the libraries, unless it is done."""
-    if is_done(folder):
-        print(f"{folder.name}: done, skipped", flush=True)
-        return
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("train", [*overrides, "overwrite=true"])
-    print(f"{folder.name}: {' '.join(overrides)}", flush=True)
-    instantiate(cfg.stage.run)(cfg)
-
-
-def write_phrasings(path: Path) -> Path:
+def write_phrasings(path: Path) -> None:
     """Write pairs of a training prompt and another phrasing of it, which a paraphraser learns from."""
     by_topic: dict[object, list[str]] = {}
     for prompt, topic in prompts().items():
@@ -89,14 +85,13 @@ def write_phrasings(path: Path) -> Path:
         shuffled = rng.sample(each, len(each))
         rows += [{"prompt": a, "completion": b} for a, b in itertools.pairwise(shuffled)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rng.sample(rows, len(rows))), encoding="utf-8")
-    return path
 
 
-def steps(labels: int, count: int, seeds: Sequence[int], folder: Path, phrasings: Path) -> dict[str, list[str]]:
-    """Return name and overrides of every run, in order."""
+def steps(labels: int, count: int, seeds: Sequence[int], folder: Path) -> dict[str, list[str]]:
+    """Return name and overrides of every run, in order; `folder` is that of the runs."""
     made = {
         "paraphraser": [
-            *("stage=sft", "data=files", f"data.paths={phrasings}", "data.eval_size=0.05"),
+            *("stage=sft", "data=files", f"data.paths={PHRASINGS}", "data.eval_size=0.05"),
             *("data.split_by=row", "stage.args.num_train_epochs=2"),
         ]
     }
@@ -131,11 +126,6 @@ def options_of(arm: str, folder: Path, seed: int) -> list[str]:
     given = added if arm == "all" else {"length_ratio": "2"} if arm == "length_ratio" else {}
     given = {arm: added[arm]} if arm in added else given
     return [f"data.feedback.{name}={value}" for name, value in given.items()]
-
-
-def accuracy(run: Path) -> float:
-    """Return the accuracy of a reward model on the held-out pairs of its seed."""
-    return json.loads((run / "metrics.json").read_text(encoding="utf-8"))["eval"][METRIC]
 
 
 def report(found: dict[str, list[float]], labels: int, count: int, seeds: Sequence[int]) -> str:

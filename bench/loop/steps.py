@@ -17,7 +17,7 @@ from rlhf_trl.runs.record import read_comparison, read_metrics
 from rlhf_trl.runs.results import Comparison
 
 # What the steps import besides
-MODULES = ("collect", "label", "evaluate", "evaluate_reward")
+MODULES = ("collect", "label", "evaluate", "evaluate_reward", "generate", "paraphrase")
 LIMIT = 3600.0  # seconds of a step
 PREPARED: list[bool] = []
 

@@ -225,7 +225,7 @@ def test_the_plans_of_the_documentation_are_those_of_today():
 
 def test_the_ablation_of_sparse_feedback_is_fair_and_passes_the_checks(compose, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = sparse.steps(250, 25, [1], Path("runs/x"), Path("phrasings.jsonl"))
+    made = sparse.steps(250, 25, [1], Path("runs/x"))
     rewards = {name: words for name, words in made.items() if words[0] == "stage=reward"}
     assert {name.removesuffix("_1") for name in rewards} == set(sparse.ARMS)
     plain = [word for word in rewards["none_1"] if not word.startswith("data.feedback.")]
