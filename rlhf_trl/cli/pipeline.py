@@ -14,6 +14,8 @@ Finished steps are skipped, so the same command resumes an earlier pipeline, als
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -30,6 +32,7 @@ from rlhf_trl.cli.launcher import (
     state_of,
 )
 from rlhf_trl.cli.overrides import compose, without_sweeps
+from rlhf_trl.cli.promotion import note_promotions, promotions
 from rlhf_trl.cli.rounds import (
     EarlyStopping,
     all_steps,
@@ -38,6 +41,7 @@ from rlhf_trl.cli.rounds import (
     note_rounds,
     register_rounds,
     round_problems,
+    rounds_at_a_time,
     rounds_to_run,
     steps_of_a_round,
     stopping_problems,
@@ -50,7 +54,8 @@ from rlhf_trl.report.project import write_report
 from rlhf_trl.report.text import comparison_text, duration, table
 from rlhf_trl.runs.directory import name_problems
 from rlhf_trl.runs.paths import kind_of, other_model
-from rlhf_trl.runs.record import ROUNDS_FILE, RUN_FILE, is_done, read_comparison, read_run
+from rlhf_trl.runs.record import PROMOTIONS_FILE, ROUNDS_FILE, RUN_FILE, is_done, read_comparison, read_run
+from rlhf_trl.runs.results import Promotions
 from rlhf_trl.terminal import printable
 
 # States of a step that was made otherwise
@@ -107,19 +112,22 @@ def start(cfg: DictConfig) -> None:
     """Run the steps of a config."""
     try:
         cfg.rounds = rounds_to_run(cfg.rounds, steps_of_a_round(cfg), Path(cfg.runs_dir, cfg.project))
-        steps, stopping = all_steps(cfg), early_stopping(cfg)
-        if cfg.note:
-            print(cfg.note, flush=True)
-        run_pipeline(
-            steps=steps,
-            project=cfg.project,
-            runs_dir=cfg.runs_dir,
-            program=list(cfg.program or launch_command(cfg.accelerate, cfg.launch)),
-            overrides=list(cfg.overrides),
-            changed="overwrite" if cfg.overwrite else "keep" if cfg.keep else "refuse",
-            config_dirs=config_dirs(),
-            stopping=stopping,
-        )
+        for last in rounds_at_a_time(cfg):
+            cfg.rounds = last
+            steps, stopping = all_steps(cfg), early_stopping(cfg)
+            if cfg.note:
+                print(cfg.note, flush=True)
+            run_pipeline(
+                steps=steps,
+                project=cfg.project,
+                runs_dir=cfg.runs_dir,
+                program=list(cfg.program or launch_command(cfg.accelerate, cfg.launch)),
+                overrides=list(cfg.overrides),
+                changed="overwrite" if cfg.overwrite else "keep" if cfg.keep else "refuse",
+                config_dirs=config_dirs(),
+                stopping=stopping,
+                promoted=partial(promotions, cfg, last),
+            )
     except ConfigError as error:  # here, because Hydra would print the overrides in front of it
         exit_with(f"Error: {error}", 2)
 
@@ -133,6 +141,7 @@ def run_pipeline(
     changed: str,
     config_dirs: list[str],
     stopping: EarlyStopping | None = None,
+    promoted: Callable[[], Promotions | None] = lambda: None,
 ) -> None:
     """
     Run the steps that are not done yet, then print the results.
@@ -153,6 +162,8 @@ def run_pipeline(
             `--config-dir` and its value, or nothing.
         stopping ([`~rlhf_trl.cli.rounds.EarlyStopping`], *optional*):
             Early stopping of the rounds.
+        promoted (`Callable`):
+            Returns which policies the rounds that are done promoted.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if a finished step doesn't fit these steps, or still runs.
@@ -185,10 +196,12 @@ def run_pipeline(
         if rounds and rounds.stopped is not None:
             break
     note_rounds(rounds, project_dir)
-    if rounds:
-        print("\n" + rounds.in_words)
+    note_promotions(found := promoted(), project_dir)
+    for each in (rounds, found.rounds[-1] if found and found.rounds else None):
+        if each:
+            print("\n" + each.in_words)
     page = project_dir / "report" / "index.html"
-    files = [*project_dir.glob(f"*/{RUN_FILE}"), *project_dir.glob(ROUNDS_FILE)]
+    files = [*project_dir.glob(f"*/{RUN_FILE}"), *project_dir.glob(ROUNDS_FILE), *project_dir.glob(PROMOTIONS_FILE)]
     if not page.exists() or page.stat().st_mtime < max(path.stat().st_mtime for path in files):
         write_report(project_dir)  # no evaluation has written it since
     print("\n" + result(project_dir, ran))

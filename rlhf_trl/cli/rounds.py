@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
+from rlhf_trl.cli.promotion import current_before, promotion_problems
 from rlhf_trl.config.ranges import problem_of
 from rlhf_trl.config.values import as_dict, plain, texts
 from rlhf_trl.errors import ConfigError
@@ -41,7 +42,9 @@ def register_rounds() -> None:
     """
     Register `${earlier:PATTERN}` and `${so_far:PATTERN}`: what [`numbered`] makes of the rounds before this one, and
     of these and this one, as a list of a command line; and `${each:PATTERN}`, as overrides. They are from round 1 on,
-    or from that of a second argument. `${first_or_later:A,B}` is A in the first round, B in the others.
+    or from that of a second argument. `${since_current:PATTERN}` has those after the round of the current policy, up
+    to this one. `${first_or_later:A,B}` is A in the first round, B in the others; `${first_or_current:A,B}` is A while
+    the current policy is the one before the rounds, else B.
     """
 
     def listed(key: str, as_words: bool = False):
@@ -54,18 +57,26 @@ def register_rounds() -> None:
     def first_or_later(first: Any, later: Any, *, _root_):
         return first if _root_["round"] < 2 else later
 
+    def since_current(pattern: str, *, _root_):
+        return f"[{','.join(numbered(pattern, _root_['current'] + 1, _root_['round']))}]"
+
+    def first_or_current(first: Any, later: Any, *, _root_):
+        return first if _root_["current"] < 1 else later
+
     for name, resolver in (
         ("earlier", listed("previous")),
         ("so_far", listed("round")),
         ("each", listed("round", as_words=True)),
+        ("since_current", since_current),
         ("first_or_later", first_or_later),
+        ("first_or_current", first_or_current),
     ):
         OmegaConf.register_new_resolver(name, resolver, replace=True)
 
 
 def set_round(cfg: DictConfig, number: int) -> None:
-    """Set the round in which the overrides of `each_round` are read."""
-    cfg.round, cfg.previous = number, number - 1
+    """Set the round in which the overrides of `each_round` are read, and the one whose policy it builds on."""
+    cfg.round, cfg.previous, cfg.current = number, number - 1, current_before(cfg, number)
 
 
 def all_steps(cfg: DictConfig) -> dict[str, list[str]]:
@@ -106,6 +117,17 @@ def rounds_to_run(rounds: int | str, names: list[str], project_dir: Path) -> int
     return number
 
 
+def rounds_at_a_time(cfg: DictConfig) -> list[int]:
+    """
+    Return up to which rounds the steps are run, one call after another: at once up to the last one; with promotion
+    each by itself, as what a round measures decides what the next one builds on.
+    """
+    if cfg.promotion.step is None:
+        return [cfg.rounds]
+    following = rounds_to_run(NEXT, steps_of_a_round(cfg), Path(cfg.runs_dir, cfg.project))
+    return [*range(min(following, cfg.rounds), cfg.rounds + 1)]
+
+
 def round_problems(cfg: DictConfig) -> list[str]:
     """Return the problems of the keys of a pipeline that repeat steps."""
     rounds, repeated = cfg.rounds, cfg.each_round
@@ -116,6 +138,8 @@ def round_problems(cfg: DictConfig) -> list[str]:
     if bool(rounds) != bool(repeated):
         way = "Name the steps of a round there." if not repeated else "Set `rounds=1` or more."
         return [f"`rounds={rounds}`, and `each_round` holds {len(repeated)} steps. {way}"]
+    if found := promotion_problems(cfg):
+        return found
     # A round that lacks something fails before the first one runs. Those after the second are like it
     for number in range(1, 3 if rounds == NEXT else rounds + 1):
         set_round(cfg, number)

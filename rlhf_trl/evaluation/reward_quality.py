@@ -32,6 +32,7 @@ from rlhf_trl.runs.reward_results import (
     LengthBias,
     Mistake,
     RatingCorrelation,
+    Reliability,
     RewardQuality,
     RewardResult,
     SliceAccuracy,
@@ -129,7 +130,10 @@ def evaluate_reward(
         accuracy=accuracy(margin, annotations.row),
         completions_without_score=int((~known).sum()),
         comparisons_dropped=int((~valid).sum()),
-        slices=[_slice(name, margin[part], annotations.row[part]) for name, part in slices.items()]
+        slices=[
+            _slice(name, margin[part], annotations.row[part], reliability(margin[part], annotations.share[part], bins))
+            for name, part in slices.items()
+        ]
         + [
             _slice(f"more {name}", scores[better] - scores[worse], row)
             for name, (better, worse, row) in annotations.attribute_arrays().items()
@@ -150,8 +154,9 @@ def evaluate_reward(
     )
 
 
-def _slice(name: str, margin: np.ndarray, row: np.ndarray) -> SliceAccuracy:
-    return SliceAccuracy(name=name, n=int((~np.isnan(margin)).sum()), accuracy=accuracy(margin, row))
+def _slice(name: str, margin: np.ndarray, row: np.ndarray, curve: Reliability | None = None) -> SliceAccuracy:
+    n = int((~np.isnan(margin)).sum())
+    return SliceAccuracy(name=name, n=n, accuracy=accuracy(margin, row), ece=curve.ece if curve and n else None)
 
 
 def _rating_correlation(annotations: Annotations, scores: np.ndarray) -> RatingCorrelation | None:

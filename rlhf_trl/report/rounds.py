@@ -6,7 +6,7 @@ a comparison whose names end in the number of a round, `control_2` is a control 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_trl.report import plots
@@ -14,13 +14,15 @@ from rlhf_trl.report.page import Figure, Table
 from rlhf_trl.report.plots import Series
 from rlhf_trl.report.records import Run
 from rlhf_trl.report.text import interval, number
-from rlhf_trl.runs.record import read_comparison, read_quality, read_rounds
-from rlhf_trl.runs.results import Comparison, PolicyResult
-from rlhf_trl.runs.reward_results import RewardQuality, RewardResult
+from rlhf_trl.runs.record import read_comparison, read_promotions, read_quality, read_rounds
+from rlhf_trl.runs.results import Comparison, PolicyResult, Promotion
+from rlhf_trl.runs.reward_results import RewardQuality, RewardResult, SliceAccuracy
 
 NUMBERED = re.compile(r"(.+)_(\d+)")
 # The reward model before a refresh, in an evaluation of rewards
 BEFORE, AFTER = "before", "after"
+# In `metrics.json` of `stage=collect`
+THUMBS = "eval_thumbs_of_users"
 # A policy beside the round's, such as one of random completions beside one of the best
 CONTROL = "control"
 
@@ -35,6 +37,8 @@ class Round:
         comparison: of the policies so far, the one of this round among them.
         quality: of the round's reward model and, under the name `before`, of the one before it.
         labels: `metrics.json` of the labeling, and the name of its run.
+        thumbs: number of users' thumbs that were collected.
+        promotion: whether its policy became the current one.
     """
 
     number: int
@@ -42,6 +46,8 @@ class Round:
     quality: RewardQuality | None = None
     labels: Mapping[str, float] | None = None
     labeled_by: str | None = None
+    thumbs: float | None = None
+    promotion: Promotion | None = None
 
     @property
     def policy(self) -> PolicyResult | None:
@@ -69,15 +75,20 @@ class Round:
         """
         if (result := self.reward(when)) is None:
             return None
-        found = {part.name: part.accuracy.mean for part in result.slices if part.n}
-        return found.get(
-            f"run: {run}", None if any(name.startswith("run: ") for name in found) else result.accuracy.mean
-        )
+        return self._of_run(result, run, result.accuracy.mean, lambda part: part.accuracy.mean)
 
-    def ece(self, when: str) -> float | None:
-        """Return the expected calibration error of the reward model on the labels of all rounds so far."""
-        result = self.reward(when)
-        return None if result is None else result.reliability.ece
+    def ece(self, when: str, run: str | None) -> float | None:
+        """Return the expected calibration error of the reward model before or after the refresh, likewise."""
+        if (result := self.reward(when)) is None:
+            return None
+        return self._of_run(result, run, result.reliability.ece, lambda part: part.ece)
+
+    @staticmethod
+    def _of_run(
+        result: RewardResult, run: str | None, whole: float, value: Callable[[SliceAccuracy], float | None]
+    ) -> float | None:
+        found = {part.name: value(part) for part in result.slices if part.n}
+        return found.get(f"run: {run}", None if any(name.startswith("run: ") for name in found) else whole)
 
 
 def number_of(name: str) -> int | None:
@@ -87,8 +98,10 @@ def number_of(name: str) -> int | None:
 
 
 def rounds_of(runs: Sequence[Run]) -> list[Round]:
-    """Return the rounds of a project, in order; none where no labeling belongs to one."""
+    """Return the rounds of a project, in order; none where no labeling and no thumbs of users belong to one."""
     found: dict[int, dict] = {}
+    promotions = read_promotions(runs[0].folder.parent) if runs else None
+    decided = {each.round: each for each in promotions.rounds} if promotions else {}
     for run in runs:
         number, stage = number_of(run.name), run.record.stage
         if number is None or number < 1:
@@ -100,8 +113,10 @@ def rounds_of(runs: Sequence[Run]) -> list[Round]:
             values["quality"] = read_quality(run.folder)
         elif stage == "label":
             values |= {"labels": (run.metrics or {}).get("eval"), "labeled_by": run.name}
-    rounds = [Round(number, **values) for number, values in sorted(found.items())]
-    return rounds if any(each.labeled_by for each in rounds) else []
+        elif stage == "collect":
+            values["thumbs"] = ((run.metrics or {}).get("eval") or {}).get(THUMBS)
+    rounds = [Round(number, **values, promotion=decided.get(number)) for number, values in sorted(found.items())]
+    return rounds if any(each.labeled_by or each.thumbs for each in rounds) else []
 
 
 def round_blocks(runs: Sequence[Run]) -> list:
@@ -112,12 +127,13 @@ def round_blocks(runs: Sequence[Run]) -> list:
         return [Table(["round", early.metric], rows, "What each round measured.", note=early.in_words)]
     if not rounds:
         return []
-    first = rounds[0].labeled_by
+    first = next((each.labeled_by for each in rounds if each.labeled_by), None)
+    promoted = [each.number for each in rounds if each.promotion and each.promotion.is_promoted]
+    marks = {early.best: " (best)"} if early else {promoted[-1]: " (current)"} if promoted else {}
     columns: dict[str, list[str]] = {
-        "round": [
-            f"{each.number} (best)" if early and each.number == early.best else f"{each.number}" for each in rounds
-        ],
+        "round": [f"{each.number}{marks.get(each.number, '')}" for each in rounds],
         "reward [95 %]": [_interval(each.policy) for each in rounds],
+        "win rate [95 %]": [interval(each.policy.win_rate) if each.policy else "" for each in rounds],
         "control [95 %]": [_interval(each.control) for each in rounds],
         "proxy": [number(_proxy(each.policy, each.comparison)) for each in rounds],
         "KL": [number(each.policy and each.policy.kl and each.policy.kl.mean) for each in rounds],
@@ -125,22 +141,29 @@ def round_blocks(runs: Sequence[Run]) -> list:
     for title, run_of in (("", lambda each: each.labeled_by), ("1st: ", lambda each: first)):
         for when in (BEFORE, AFTER):
             columns[f"{title}{when}"] = [number(each.accuracy(when, run_of(each))) for each in rounds]
-    columns |= {f"ECE {when}": [number(each.ece(when)) for each in rounds] for when in (BEFORE, AFTER)}
+    for when in (BEFORE, AFTER):
+        columns[f"ECE {when}"] = [number(each.ece(when, each.labeled_by)) for each in rounds]
     columns["labels"] = [number((each.labels or {}).get("eval_labels"), "{:,.0f}") for each in rounds]
     columns["alpha"] = [number((each.labels or {}).get("eval_alpha"), "{:.2f}") for each in rounds]
-    if not any(columns["control [95 %]"]):
-        del columns["control [95 %]"]
-    note = (
-        "Reward: of the round's policy, by the reward that counts in the comparison; proxy: by the reward model that "
-        "it was trained on. KL: to the baseline, nats per completion. Before, after: accuracy of the "
-        "reward model before and after the round's refresh, on the held-out labels of the round and of the first one. "
-        "ECE: its expected calibration error on the held-out labels of all rounds so far. "
-        "Alpha: Krippendorff's, of the labelers."
-    )
-    if "control [95 %]" in columns:
-        note += " Control: as many random completions in place of the best."
-    if early:
-        note += f" {early.in_words}"
+    columns["thumbs"] = [number(each.thumbs, "{:,.0f}") for each in rounds]
+    notes = {
+        "reward [95 %]": "Reward: of the round's policy, by the reward that counts in the comparison.",
+        "win rate [95 %]": "Win rate: by the judge, against the baseline.",
+        "proxy": "Proxy: by the reward model that it was trained on.",
+        "KL": "KL: to the baseline, nats per completion.",
+        BEFORE: "Before, after: accuracy of the reward model before and after the round's refresh, on the held-out "
+        "labels of the round and of the first one. ECE: its expected calibration error on those of the round.",
+        "alpha": "Alpha: Krippendorff's, of the labelers.",
+        "control [95 %]": "Control: as many random completions in place of the best.",
+        "thumbs": "Thumbs: those of users that no earlier round has used.",
+    }
+    # A judge may read the reward, so that one of both says enough
+    wins = any(columns["win rate [95 %]"]) and not any(columns["reward [95 %]"])
+    del columns["reward [95 %]" if wins else "win rate [95 %]"]
+    always = () if first is None else {*columns} - {"control [95 %]", "thumbs"}
+    columns = {title: cells for title, cells in columns.items() if title in always or any(cells)}
+    sentences = [text for title, text in notes.items() if title in columns]
+    note = " ".join([*sentences, *(each.in_words for each in (early, rounds[-1].promotion) if each)])
     rows = [list(cells) for cells in zip(*columns.values(), strict=True)]
     numbers = [float(each.number) for each in rounds]
     rewards = [each.policy.reward if each.policy else None for each in rounds]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.runs.results import Comparison, Rounds, RunRecord, SweepJob
+from rlhf_trl.runs.results import Comparison, Promotions, Rounds, RunRecord, SweepJob
 from rlhf_trl.runs.reward_results import RewardQuality
 from rlhf_trl.runs.serialization import JsonDataclass, encode
 
@@ -29,6 +29,7 @@ QUALITY_FILE = "reward_quality.json"
 SWEEP_FILE = "sweep.json"
 # In the folder of a project: what is known of the rounds of its pipeline
 ROUNDS_FILE = "rounds.json"
+PROMOTIONS_FILE = "promotions.json"
 ENSEMBLE_FILE = "ensemble.json"
 SAMPLES_FILE = "samples.jsonl"
 # The answers of `stage=label`, and the completions that a `stage=collect` has drawn so far
@@ -42,6 +43,7 @@ REMEDIES = {
     COMPARISON_FILE: "Delete it, and make it again with `stage=evaluate`.",
     QUALITY_FILE: "Delete it, and make it again with `stage=evaluate_reward`.",
     ROUNDS_FILE: "Delete it: the next call of the pipeline writes it again.",
+    PROMOTIONS_FILE: "Delete it: the next call of the pipeline writes it again.",
     SWEEP_FILE: "Delete it, and run the sweep again: jobs that are done are not run twice.",
 }
 
@@ -179,6 +181,16 @@ def read_rounds(project_dir: str | os.PathLike) -> Rounds | None:
         [`~rlhf_trl.errors.ConfigError`]: if the file is damaged.
     """
     return _read_result(Path(project_dir, ROUNDS_FILE), Rounds)
+
+
+def read_promotions(project_dir: str | os.PathLike) -> Promotions | None:
+    """
+    Return which policies the rounds of a project's pipeline promoted, `None` where nothing is decided.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the file is damaged.
+    """
+    return _read_result(Path(project_dir, PROMOTIONS_FILE), Promotions)
 
 
 def read_jobs(path: str | os.PathLike) -> list[SweepJob]:

@@ -146,6 +146,53 @@ class Rounds(JsonDataclass):
         return f"{end}: `{self.metric}` improves no more ({values}); {best}."
 
 
+@dataclass(frozen=True)
+class Promotion(JsonDataclass):
+    """
+    Whether the policy of a round became the current one.
+
+    Attributes:
+        round, policy: the round, and its policy.
+        former: the policy that was the current one before.
+        is_promoted: whether it is `policy` now.
+        measure, value, former_value: what decided, and its means; `None` where nothing was measured.
+    """
+
+    round: int
+    policy: str
+    former: str
+    is_promoted: bool
+    measure: str | None = None
+    value: float | None = None
+    former_value: float | None = None
+
+    @property
+    def in_words(self) -> str:
+        """The decision in a sentence."""
+        if self.value is None or self.former_value is None:
+            return f"`{self.policy}` is the current policy; it was not compared by a reward or a judge."
+        values = (
+            f"{(self.measure or '').replace('_', ' ')} {self.value:.4g}, and `{self.former}` {self.former_value:.4g}"
+        )
+        if self.is_promoted:
+            return f"`{self.policy}` is the current policy: {values}."
+        return f"`{self.policy}` is worse than the one before ({values}), so `{self.former}` stays the current policy."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promotions(JsonDataclass):
+    """
+    Policies that the rounds of a pipeline promoted (`promotions.json` in the folder of the project).
+
+    Attributes:
+        current: name of the policy that the next round builds on, which is the one to serve.
+        rounds: the decision of each round that is compared.
+    """
+
+    current: str
+    rounds: list[Promotion] = field(default_factory=list)
+
+
 # ---- Comparison of policies ----
 
 

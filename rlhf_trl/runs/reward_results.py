@@ -8,11 +8,12 @@ from rlhf_trl.runs.serialization import JsonDataclass
 
 @dataclass(frozen=True, kw_only=True)
 class SliceAccuracy(JsonDataclass):
-    """Accuracy on a part of the `n` comparisons."""
+    """Accuracy and expected calibration error on a part of the `n` comparisons."""
 
     name: str = field(metadata={"key": "slice"})
     n: int
     accuracy: Estimate
+    ece: float | None = field(default=None, metadata={"without": "ece"})
 
 
 @dataclass(frozen=True, kw_only=True)

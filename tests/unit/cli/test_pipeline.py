@@ -8,7 +8,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from rlhf_trl.cli.pipeline import problems
-from rlhf_trl.cli.rounds import all_steps, decide, flat, numbered, rounds_to_run
+from rlhf_trl.cli.promotion import note_promotions, promotions
+from rlhf_trl.cli.rounds import all_steps, decide, flat, numbered, rounds_at_a_time, rounds_to_run
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.runs.record import read_promotions, write_json
+from rlhf_trl.runs.results import Comparison, Estimate, PolicyResult
 from tests.helpers.configs import composed
 
 
@@ -82,6 +86,85 @@ def test_each_aligner_has_its_steps_and_each_mixture_its_parts(align, mixture, p
         assert "data.sources.earlier.paths=[runs/iterated/label_1/feedback.jsonl]" in later
         assert "data.sources.new.paths=[runs/iterated/label_2/feedback.jsonl]" in steps["reward_2"]
         assert "data.weights={first: 1, earlier: 1, new: 1}" in steps["reward_2"]
+
+
+@pytest.mark.parametrize("align", ["ppo", "online_dpo", "rejection"])
+def test_prompts_of_a_log_are_what_policies_are_trained_and_compared_on(align):
+    words = ["pipeline=iterated", "rounds=2", "prompts_of=log", f"align={align}"]
+    steps, own = all_steps(composed("pipeline", *words)), "draw" if align == "rejection" else "policy"
+    paths = "data.paths=[runs/iterated/collect_1/candidates.jsonl,runs/iterated/collect_2/candidates.jsonl]"
+    assert all("data=files" in steps[name] and paths in steps[name] for name in (f"{own}_2", "compare_2"))
+    without = all_steps(composed("pipeline", *words, "prompts_of=data"))
+    assert not any("candidates.jsonl" in word for word in without[f"{own}_2"] + without["compare_2"])
+
+
+def nights(tmp_path, rewards: list[dict[str, float]], measure: str = "reward") -> None:
+    """Write the comparisons of some nights, each with the mean of every policy."""
+    for number, means in enumerate(rewards, 1):
+        policies = {
+            name: PolicyResult(
+                path=name,
+                completion_length=9,
+                eos_rate=1,
+                **({} if value is None else {measure: Estimate(value, value - 1, value + 1)}),
+            )
+            for name, value in means.items()
+        }
+        folder = tmp_path / "nightly" / f"compare_{number}"
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"status": "done", "stage": "evaluate"}))
+        write_json(
+            folder / "comparison.json",
+            Comparison(baseline="first", prompts=9, dropped=0, policies=policies, samples=[]),
+        )
+
+
+def test_a_worse_policy_is_not_built_upon_and_its_thumbs_are_learned_from_again(tmp_path):
+    nights(tmp_path, [{"first": 1.0, "policy_1": 2.0}, {"first": 1.0, "policy_1": 2.0, "policy_2": 1.5}])
+    cfg = composed("pipeline", "pipeline=nightly", "rounds=3", f"runs_dir={tmp_path}")
+    steps = all_steps(cfg)
+    folder = f"{tmp_path}/nightly"
+    assert "model.run=policy_1" in steps["collect_3"] and "model.run=policy_1" in steps["policy_3"]
+    assert f"data.paths=[{folder}/collect_2/thumbs.jsonl,{folder}/collect_3/thumbs.jsonl]" in steps["policy_3"]
+    assert f"data.paths=[{folder}/collect_2/thumbs.jsonl]" in steps["policy_2"]
+    assert "+stage.policies.policy_1=policy_1" in steps["compare_3"]
+    assert not any("policy_2" in word for word in steps["compare_3"])
+    found = promotions(cfg, 3)
+    assert found.current == "policy_1" and [each.is_promoted for each in found.rounds] == [True, False]
+    assert "`policy_2` is worse than the one before (reward 1.5, and `policy_1` 2), so" in found.rounds[1].in_words
+    note_promotions(found, tmp_path / "nightly")
+    assert read_promotions(tmp_path / "nightly") == found
+    assert rounds_at_a_time(cfg) == [1, 2, 3] and rounds_at_a_time(composed("pipeline", "rounds=3")) == [3]
+
+
+def test_the_first_policy_stays_while_none_is_better_by_the_judge(tmp_path):
+    nights(tmp_path, [{"first": None, "policy_1": 0.4}, {"first": None, "policy_2": 0.5}], "win_rate")
+    cfg = composed("pipeline", "pipeline=nightly", "rounds=2", f"runs_dir={tmp_path}")
+    assert not any("model.run" in word for word in all_steps(cfg)["policy_2"])  # it starts where round 1 did
+    found = promotions(cfg, 2)
+    assert found.current == "policy_2" and found.rounds[0].former_value == 0.5
+    nights(tmp_path / "other", [{"first": None, "policy_1": None}])
+    cfg.runs_dir = str(tmp_path / "other")
+    assert promotions(cfg, 1).rounds[0].in_words == (
+        "`policy_1` is the current policy; it was not compared by a reward or a judge."
+    )
+    cfg.promotion.measure = "reward"
+    with pytest.raises(ConfigError, match="`promotion.measure=reward`, which the comparison .* didn't measure"):
+        promotions(cfg, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["promotion.step=none"], "`promotion.step` is 'none', and no step of `each_round`. Set it to `collect`"),
+        (["promotion.first=null"], "`promotion.first` is null"),
+        (["promotion.measure=kl"], "`promotion.measure` is 'kl'. Set it to `reward`"),
+        (["early_stopping.patience=1", "early_stopping.step=compare", "early_stopping.metric=x"], "are both set"),
+    ],
+)
+def test_wrong_promotions_are_refused(words, said):
+    (problem,) = problems_of("pipeline=nightly", *words)
+    assert said in problem
 
 
 @pytest.mark.parametrize(

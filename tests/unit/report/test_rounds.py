@@ -8,7 +8,7 @@ from rlhf_trl.report.page import Figure, Table
 from rlhf_trl.report.records import load_runs
 from rlhf_trl.report.rounds import number_of, round_blocks, rounds_of
 from rlhf_trl.runs.record import write_json
-from rlhf_trl.runs.results import Comparison, Estimate, PolicyResult, Rounds
+from rlhf_trl.runs.results import Comparison, Estimate, PolicyResult, Promotion, Promotions, Rounds
 from rlhf_trl.runs.reward_results import LengthBias, Reliability, RewardQuality, RewardResult, SliceAccuracy
 
 
@@ -33,7 +33,10 @@ def quality(**accuracies: dict[str, float]) -> RewardQuality:
             accuracy=estimate(0.5),
             completions_without_score=0,
             comparisons_dropped=0,
-            slices=[SliceAccuracy(name=f"run: {run}", n=9, accuracy=estimate(value)) for run, value in parts.items()],
+            slices=[
+                SliceAccuracy(name=f"run: {run}", n=9, accuracy=estimate(value), ece=1 - value)
+                for run, value in parts.items()
+            ],
             top_one=estimate(0.5),
             reliability=Reliability(ece=0.1, bins=[]),
             length=LengthBias(pearson=0, spearman=0, longer_preferred=0.5, curve=[]),
@@ -95,8 +98,8 @@ def test_each_round_has_a_row_and_there_is_one_figure(project):
             "0.700",
             "0.750",
             "0.800",
-            "0.100",
-            "0.100",
+            "0.450",
+            "0.300",
             "16",
             "",
         ],
@@ -120,6 +123,23 @@ def test_early_stopping_names_the_best_round(project):
         (project / name / "run.json").unlink()
     (table,) = round_blocks(load_runs(project))
     assert table.cells == [["0", "1.000"], ["1", "2.000"], ["2", "1.500"]] and "round 1." in table.note
+
+
+def test_nights_have_rounds_of_thumbs_and_say_which_policy_is_the_current_one(project):
+    for number in (1, 2):
+        (project / f"label_{number}" / "run.json").unlink()
+        (project / f"quality_{number}" / "run.json").unlink()
+        thumbs = {"train": {}, "eval": {"eval_thumbs_of_users": 20 * number}, "history": []}
+        add_run(project, f"collect_{number}", "collect", "metrics.json", thumbs)
+    decisions = [
+        Promotion(1, "policy_1", "first", True, "reward", 2.0, 1.0),
+        Promotion(2, "policy_2", "policy_1", False, "reward", 1.5, 2.0),
+    ]
+    write_json(project / "promotions.json", Promotions(current="policy_1", rounds=decisions))
+    table, _ = round_blocks(load_runs(project))
+    assert table.headers == ["round", "reward [95 %]", "proxy", "KL", "thumbs"]
+    assert [[row[0], row[-1]] for row in table.cells] == [["1 (current)", "20"], ["2", "40"]]
+    assert "so `policy_1` stays the current policy" in table.note and "Before" not in table.note
 
 
 def test_the_control_of_a_round_is_not_its_policy(project):

@@ -1,0 +1,114 @@
+"""Promotion between the rounds of a pipeline: a policy that its own comparison finds worse is not built upon."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from rlhf_trl.config.values import as_dict
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.hints import names_of
+from rlhf_trl.runs.record import PROMOTIONS_FILE, is_done, read_comparison, read_promotions, write_json
+from rlhf_trl.runs.results import Comparison, Promotion, Promotions
+
+# What a policy is judged by where `promotion.measure` is null: the first of these that the comparison has
+MEASURES = ("reward", "win_rate")
+
+
+def promotions(cfg: DictConfig, last: int) -> Promotions | None:
+    """
+    Return the decisions of the rounds up to `last` whose comparison is done, `None` where nothing is decided. They
+    follow from the files of the runs alone.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if a comparison lacks a policy or the measure.
+    """
+    options = cfg.get("promotion")
+    if not options or options.step is None:
+        return None
+    current, found = options.first, []
+    for number in range(1, last + 1):
+        run_dir = Path(cfg.runs_dir, cfg.project, f"{options.step}_{number}")
+        comparison = read_comparison(run_dir) if is_done(run_dir) else None
+        if comparison is None:
+            break
+        made = decide(comparison, number, f"{options.policy}_{number}", current, options.measure, run_dir)
+        found.append(made)
+        current = made.policy if made.is_promoted else current
+    return Promotions(current=current, rounds=found)
+
+
+def current_before(cfg: DictConfig, number: int) -> int:
+    """
+    Return the round whose policy the round `number` builds on, 0 for what there was before the first one: the last
+    promoted one; without promotion, or where a round isn't compared yet, the one before.
+    """
+    found = promotions(cfg, number - 1)
+    if found is None or len(found.rounds) < number - 1:
+        return number - 1
+    return max((each.round for each in found.rounds if each.is_promoted), default=0)
+
+
+def decide(
+    comparison: Comparison, number: int, policy: str, former: str, measure: str | None, run_dir: Path
+) -> Promotion:
+    """
+    Return whether the policy of a round becomes the current one: unless it is worse than the former one in the mean.
+
+    Args:
+        comparison (`Comparison`): of both.
+        number (`int`), policy (`str`), former (`str`): the round, and the names of its policy and of the current one.
+        measure (`str`, *optional*): what counts; `None`: the first of [`MEASURES`] that the comparison has.
+        run_dir (`Path`): the run of the comparison, for messages.
+    """
+    if missing := [name for name in (policy, former) if name not in comparison.policies]:
+        raise ConfigError(
+            f"`promotion.step`: the comparison `{run_dir}` has no policy `{missing[0]}` (it has "
+            f"{names_of(comparison.policies)}), so that none can be promoted. Compare both, or set "
+            "`promotion.step=null`."
+        )
+    for name in MEASURES if measure is None else (measure,):
+        value, before = (_value(comparison, each, name) for each in (policy, former))
+        if value is not None and before is not None:
+            return Promotion(number, policy, former, value >= before, name, value, before)
+    if measure is not None:
+        raise ConfigError(f"`promotion.measure={measure}`, which the comparison `{run_dir}` didn't measure.")
+    return Promotion(number, policy, former, True)
+
+
+def _value(comparison: Comparison, policy: str, measure: str) -> float | None:
+    """Return the mean of a measure of a policy; the baseline wins against itself half of the time."""
+    estimate = getattr(comparison.policies[policy], measure)
+    if estimate is None and measure == "win_rate" and policy == comparison.baseline:
+        others = comparison.others.values()
+        return 0.5 if any(each.win_rate is not None for each in others) else None
+    return None if estimate is None else estimate.mean
+
+
+def promotion_problems(cfg: DictConfig) -> list[str]:
+    """Return the problems of `promotion`."""
+    options, known = as_dict(cfg.promotion), ("step", "policy", "first", "measure")
+    if set(options) - set(known):
+        return [f"`promotion` must hold {names_of(known)}, and nothing else."]
+    if options["step"] is None:
+        return []
+    steps = [name for name, words in as_dict(cfg.each_round).items() if words is not None]
+    for key in ("step", "policy"):
+        if options[key] not in steps:
+            return [
+                f"`promotion.{key}` is {options[key]!r}, and no step of `each_round`. Set it to {names_of(steps)}."
+            ]
+    if options["first"] is None:
+        return ["`promotion.first` is null. Set it to the name that the comparison has for the policy before round 1."]
+    if options["measure"] not in (None, *MEASURES):
+        return [f"`promotion.measure` is {options['measure']!r}. Set it to {names_of(MEASURES)}, or null for either."]
+    if cfg.early_stopping.patience is not None:
+        return ["`promotion.step` and `early_stopping.patience` are both set. Set one of them to null."]
+    return []
+
+
+def note_promotions(found: Promotions | None, project_dir: Path) -> None:
+    """Write the decisions, for the report and for whoever serves the policy, or delete them where there are none."""
+    if found is None or not found.rounds:
+        Path(project_dir, PROMOTIONS_FILE).unlink(missing_ok=True)
+    elif found != read_promotions(project_dir):
+        write_json(project_dir / PROMOTIONS_FILE, found)
