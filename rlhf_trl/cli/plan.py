@@ -189,9 +189,10 @@ def rollout_lines(args: Any, rows: int) -> tuple[dict[str, str], int]:
     per_epoch = rows // prompts if getattr(args, "fills_rollouts", True) else math.ceil(rows / prompts)
     rollouts = per_epoch * args.num_train_epochs if args.max_steps <= 0 else args.max_steps / each
     steps, episodes = rollouts * each, rollouts * rollout
+    noun = "pairs of completions" if getattr(args, "sides", 1) == 2 else "completions"
     lines = {
         "rollout": f"{rollout:,} completions of {prompts:,} prompts ({args.num_generations} each)",
-        "batch": f"{_batch(args)} completions per optimizer step (a mini-batch)",
+        "batch": f"{_batch(args)} {noun} per optimizer step (a mini-batch)",
         "optimization": f"{args.num_iterations} epoch(s) per rollout = {each} optimizer steps",
         "steps": f"{rollouts:,.4g} rollouts, {episodes:,.0f} episodes, {steps:,.0f} optimizer steps",
     }

@@ -33,7 +33,8 @@ class Timing(NamedTuple):
 
     Attributes:
         micro_batch (`float`): forward and backward of a micro-batch, with the optimizer step where each takes one.
-        rollout (`float`, *optional*): a rollout, scores and log-probabilities included; `None` without any.
+        rollout (`float`, *optional*): a rollout, scores and log-probabilities included; `None` without any, or where
+            each micro-batch has one, which is then part of it.
         micro_batches (`int`), rollouts (`float`): how many of them the training has.
         tokens (`int`): tokens of a micro-batch on all ranks, padding included.
         peak (`int`, *optional*): bytes that the GPU's tensors took at most.
@@ -135,31 +136,48 @@ def _count_tokens(trainer: Any) -> list[int]:
 def _timing(args: Any, steps: int, watch: _Stopwatch, tokens: list[int]) -> Timing:
     """Return the durations that a stopwatch has."""
     durations = [end - begin for begin, end in zip([*watch.begins, *watch.ends], watch.ends, strict=False)]
-    micro_batch = median(durations[1:] or durations)
     micro_batches = steps * args.gradient_accumulation_steps
-    generates = hasattr(args, "steps_per_generation")
-    per_rollout = args.steps_per_generation * args.num_iterations if generates else micro_batches
+    per_rollout = args.steps_per_generation * args.num_iterations if hasattr(args, "steps_per_generation") else None
+    micro_batch, rollout = parts_of(durations, per_rollout)
     return Timing(
         micro_batch,
-        max(durations[0] - micro_batch, 0.0) if generates else None,
+        rollout,
         micro_batches,
-        micro_batches / per_rollout if generates else 0,
+        micro_batches / per_rollout if per_rollout else 0,
         args.world_size * (sum(tokens) // max(len(watch.ends), 1)),
         torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     )
 
 
+def parts_of(durations: list[float], per_rollout: int | None) -> tuple[float, float | None]:
+    """
+    Return the durations of a micro-batch and of a rollout.
+
+    Args:
+        durations (`list[float]`): of the first micro-batches; each that begins a rollout waits for it.
+        per_rollout (`int`, *optional*): micro-batches per rollout; `None` without rollouts.
+    """
+    alone = [each for number, each in enumerate(durations) if per_rollout and number % per_rollout]
+    if not alone:  # no rollouts, or one in each micro-batch
+        return median(durations[1:] or durations), None
+    return median(alone), max(durations[0] - median(alone), 0.0)
+
+
 def timing_lines(timing: Timing) -> dict[str, str]:
     """Return what was measured as lines of a plan."""
     parts = f"{timing.micro_batches:,} micro-batches x {timing.micro_batch:.3g} s"
+    sampled = timing.rollouts > 0 and timing.rollout is None
+    if sampled:
+        parts += ", each with its rollout"
     if timing.rollout is not None:
         parts = f"{timing.rollouts:,.4g} rollouts x {timing.rollout:.3g} s + {parts}"
     if timing.members > 1:
         parts = f"{timing.members} members x ({parts})"
     rate = timing.tokens / timing.micro_batch
+    where = "the update and its rollout" if sampled else "the update"
     lines = {
         "time": f"about {duration(timing.total)} without evaluations and checkpoints: {parts}",
-        "speed": f"{rate:,.0f} tokens per second in the update ({timing.tokens:,} per micro-batch, with padding)",
+        "speed": f"{rate:,.0f} tokens per second in {where} ({timing.tokens:,} per micro-batch, with padding)",
     }
     if timing.peak is not None:
         lines["memory measured"] = f"{gib(timing.peak)} GiB at the peak of what was run"
