@@ -51,7 +51,7 @@ def users_folder(tmp_path_factory) -> Path:
             (folder / "merged").mkdir(parents=True)
             (folder / "merged" / "config.json").write_text("{}")
             (folder / "run.json").write_text(json.dumps({"status": "done", "stage": run}))
-            for name in ("feedback.jsonl", "thumbs.jsonl"):  # of a labeling, and of a collection
+            for name in ("feedback.jsonl", "thumbs.jsonl", "candidates.jsonl"):  # of a labeling, and of a collection
                 (folder / name).touch()
             for kept in ("best", "random"):
                 (folder / f"completions.{kept}.jsonl").touch()
