@@ -14,10 +14,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from rlhf_trl.runs.record import read_comparison, read_quality
 from rlhf_trl.tasks.demo.data import rows as demo_rows
+from tests.helpers.forked_pipeline import forked
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -579,10 +582,45 @@ def test_two_rounds_of_the_loop_interrupted_in_the_middle(tmp_path):
     wait_for(lambda: (project / "collect_1" / "draws.partial").exists(), 600)
     process.send_signal(signal.SIGINT)
     assert process.wait(300) == 130
-    code, out, err = launch("pipeline", tmp_path, *TINY_LOOP, timeout=1800)
+    forked(tmp_path, *TINY_LOOP)
+    code, out, err = launch("pipeline", tmp_path, *TINY_LOOP)
     assert code == 0, err[-3000:]
-    assert "reference=first: each round's policy starts at policy_0" in out
+    assert "reference=first: each round's policy starts at policy_0" in out and "nothing was run" in out
     check_loop(project)
+
+
+@pytest.mark.slow
+def test_two_rounds_of_online_dpo(tmp_path):
+    forked(tmp_path, *TINY_LOOP, "align=online_dpo", 'more.policy=["data.max_samples=64","data.max_eval_samples=32"]')
+    check_aligned(tmp_path / "runs" / "iterated", "online_dpo")
+
+
+@pytest.mark.slow
+def test_two_rounds_of_kto_on_the_log_of_a_service(tmp_path):
+    words = [*TINY_LOOP, "align=kto", "prompts_of=log", "reference=previous", "min_thumbs=2"]
+    for number in (1, 2):
+        logged(tmp_path / "log.jsonl", range(100 * number, 100 * number + 64))
+        forked(tmp_path, *words, f"rounds={number}")
+    project = tmp_path / "runs" / "iterated"
+    check_aligned(project, "kto")
+    prompts = [
+        {
+            json.loads(line)["prompt"]
+            for line in (project / f"collect_{n}" / "candidates.jsonl").read_text().splitlines()
+        }
+        for n in (1, 2)
+    ]
+    compared = {sample.prompt.removeprefix("user: ") for sample in read_comparison(project / "compare_2").samples}
+    assert compared and compared <= prompts[0] | prompts[1]
+
+
+def check_aligned(project: Path, stage: str) -> None:
+    """Check that the policies of two rounds differ from each other and from the first one."""
+    assert json.loads((project / "policy_2" / "run.json").read_text())["stage"] == stage
+    weights = [load_file(project / f"policy_{n}" / "model.safetensors") for n in range(3)]
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        assert any(not torch.equal(weights[one][name], weights[other][name]) for name in weights[0])
+    assert set(read_comparison(project / "compare_2").policies) == {"policy_0", "policy_1", "policy_2"}
 
 
 def check_loop(project: Path) -> None:
