@@ -66,6 +66,8 @@ from rlhf_trl.patches.one_device import use_one_device
 from rlhf_trl.ppo.options import RULES as PPO_RULES
 from rlhf_trl.reward_modeling.options import RULES as REWARD_MODEL_RULES
 from rlhf_trl.rewards.base import RESERVED_COLUMNS, Reward
+from rlhf_trl.rewards.conditioned import ConditionedReward
+from rlhf_trl.rewards.conditions import unmet_conditions
 from rlhf_trl.rewards.lagrange import Lagrange
 from rlhf_trl.rewards.model import ModelReward
 from rlhf_trl.runs.engines import cpu_arguments, deepspeed_on_cpu
@@ -76,6 +78,8 @@ from rlhf_trl.trainers.construction import build_trainer
 from rlhf_trl.trainers.images import check_images, check_readers
 from rlhf_trl.trainers.options import RULES as TRAINER_RULES
 
+# Keys of a reward that its class doesn't get
+OURS = ("run", "when")
 ARGUMENT_RULES = LIBRARY_RULES | PPO_RULES | REWARD_MODEL_RULES | TRAINER_RULES
 
 
@@ -357,6 +361,8 @@ def make_trainer(
     if "reward" in cfg:
         extra["reward_funcs"] = reward_functions(cfg, tokenizer, dataset["train"].column_names)
         args.reward_weights = [reward.weight for reward in extra["reward_funcs"]]
+        if problems := unmet_conditions(as_dict(cfg.reward), dataset["train"]):
+            raise ConfigError.join(problems)
     combine = instantiated(cfg.combine) if "combine" in cfg else None
     extra |= {"combine": combine} if isinstance(combine, Lagrange) else {}  # a critic has a value for each constraint
     extra |= {"judge": pair_judge(instantiated(cfg.judge))} if "judge" in cfg else {}
@@ -428,8 +434,9 @@ def reward_functions(
             continue
         if "run" in node:
             options["path"] = resolve_path(node.path, node.run, project_dir(cfg))
-            node = OmegaConf.masked_copy(node, [key for key in node if key != "run"])
-        reward = instantiated(node, **options)
+        when = as_dict(node).get("when")
+        reward = instantiated(OmegaConf.masked_copy(node, [key for key in node if key not in OURS]), **options)
+        reward = reward if when is None else ConditionedReward(reward, when)
         reward.bind(tokenizer)
         rewards.append(instantiate(cfg.stage.wrap_reward)(reward) if cfg.stage.wrap_reward else reward)
     problems = [reward.column_problem(columns) for reward in rewards] if columns is not None else []

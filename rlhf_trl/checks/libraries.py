@@ -97,7 +97,7 @@ def _reward_functions(values: dict[str, Any]) -> list[str]:
     for name, node in section(values, "reward").items():
         if isinstance(node, dict) and node.get("_target_") == "rlhf_trl.rewards.FunctionReward":
             try:
-                instantiated(OmegaConf.create(node), name=name)
+                instantiated(OmegaConf.create({key: node[key] for key in node if key != "when"}), name=name)
             except ConfigError as error:
                 problems.append(str(error))
     return problems
@@ -129,8 +129,9 @@ def _callback(path: str, node: dict[str, Any], found: functools.partial) -> list
 
 def _signature(path: str, node: dict[str, Any], found: functools.partial) -> list[str]:
     parameters = signature(found)
-    # `run` of a reward becomes its `path` before it is instantiated
+    # `run` of a reward becomes its `path` before it is instantiated, and `when` is of the one around it
     replaced = {"run"} if any(p.name == "path" for p in parameters) else set()
+    replaced |= {"when"} if path.startswith("reward.") else set()
     names = [key for key in node if key not in replaced and not key.startswith("_")]
     return [
         f"`{path}.{key}` is no argument of `{node['_target_']}`. {hint}"

@@ -16,8 +16,8 @@ from rlhf_trl.data.splits import prompt_key
 from rlhf_trl.data.tokenize import split_row_ids
 from rlhf_trl.errors import ConfigError, user_traceback
 from rlhf_trl.models.calibration import Moments, read_calibration
-from rlhf_trl.rewards.base import Reward
-from rlhf_trl.rewards.finite import FiniteReward
+from rlhf_trl.rewards.base import Reward, WrappedReward
+from rlhf_trl.rewards.conditioned import ConditionedReward
 from rlhf_trl.rewards.function import FunctionReward
 
 ROWS = 4
@@ -44,10 +44,11 @@ class Sample(NamedTuple):
     columns: dict[str, list]
     is_real: bool
 
-    def row(self, i: int) -> "Sample":
-        """Return row `i` alone."""
-        columns = {name: [values[i]] for name, values in self.columns.items()}
-        return Sample([self.prompts[i]], [self.completions[i]], [self.completion_ids[i]], columns, self.is_real)
+    def of(self, rows: Sequence[int]) -> "Sample":
+        """Return some of the rows."""
+        columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
+        prompts, completions = ([values[i] for i in rows] for values in (self.prompts, self.completions))
+        return Sample(prompts, completions, [self.completion_ids[i] for i in rows], columns, self.is_real)
 
 
 class Scale(NamedTuple):
@@ -104,22 +105,28 @@ def trial_call(reward: Reward, sample: Sample, finite: bool = True) -> list[floa
         finite (`bool`): whether NaN and infinity are errors.
 
     Returns:
-        `list[float]` or `None`: its values; `None` for rewards of other kinds, and for a function that needs the
-        environments of a training.
+        `list[float]` or `None`: its values on the rows that it counts for; `None` if there is none among them, for
+        rewards of other kinds, and for a function that needs the environments of a training.
 
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: with the row, if it raises an error, returns a wrong number of values, or
             something that is no finite number.
     """
-    function = reward.reward if isinstance(reward, FiniteReward) else reward
-    if not isinstance(function, FunctionReward) or any(
-        parameter.name == "environments" for parameter in signature(function.function)
+    function = reward
+    while isinstance(function, WrappedReward):
+        if isinstance(function, ConditionedReward):
+            sample = sample.of(function.rows(sample.columns))
+        function = function.reward
+    if (
+        not sample.prompts
+        or not isinstance(function, FunctionReward)
+        or any(parameter.name == "environments" for parameter in signature(function.function))
     ):
         return None
     try:
         values = _call(function, sample)
     except (Exception, SystemExit) as error:
-        place = next((i for i in range(len(sample.prompts)) if _raises(function, sample.row(i))), 0)
+        place = next((i for i in range(len(sample.prompts)) if _raises(function, sample.of([i]))), 0)
         raise ConfigError(f"{_message(reward, error)}\n{_shown(sample, place)}") from error
     for place, value in enumerate(values):
         if finite and value is not None and not math.isfinite(value):

@@ -5,6 +5,7 @@ from typing import Any
 
 from rlhf_trl.checks.paths import model_folder
 from rlhf_trl.config.values import at, section
+from rlhf_trl.rewards.conditions import condition_problem
 from rlhf_trl.rewards.constraints import constraint_problems, lagrange_problems, multiplier_problem
 from rlhf_trl.rewards.options import (
     combination_problem,
@@ -30,6 +31,7 @@ def reward_problems(values: dict[str, Any]) -> list[str]:
         *_combination(values, {name: node.get("weight", 1) for name, node in rewards.items()}),
     ]
     for name, node in rewards.items():
+        problems.append(condition_problem(node.get("when"), f"reward.{name}.when"))
         if node.get("_target_") == "rlhf_trl.rewards.HttpReward":
             problems += http_problems(f"reward.{name}", node)
         if "ensemble" in node:
@@ -67,6 +69,12 @@ def _without_policy(values: dict[str, Any], rewards: dict[str, dict[str, Any]]) 
         )
     if at(stage, "run._target_") == "rlhf_trl.stages.serve_reward.serve_reward":
         problems += server_problems(stage)
+        problems += [
+            f"`reward.{name}.when` is about columns of the data, and the server scores what it is sent. Set "
+            "`reward.http.when` where the server is asked."
+            for name, node in rewards.items()
+            if node.get("when") is not None
+        ]
     adapters = any(str(node.get("_target_")).endswith(".AdapterReward") for node in rewards.values())
     if adapters and not stage.get("args"):
         problems.append(

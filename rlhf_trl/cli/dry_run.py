@@ -78,6 +78,7 @@ from rlhf_trl.models.precision import computed_in, dtype_name, precision_text, r
 from rlhf_trl.models.sizes import Sizes, check_rows, empty_model, sizes_of
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.models.vision import auto_class
+from rlhf_trl.rewards.conditions import unmet_conditions
 from rlhf_trl.runs.engines import uses_deepspeed, uses_fsdp
 from rlhf_trl.runs.paths import project_dir, resolve_path
 from rlhf_trl.runs.ranks import is_main_process
@@ -158,6 +159,7 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
     if "reward" in cfg:
         sample = sample_of(cast(Iterable[dict], rows), answers, tokenizer)
         scales = reward_scales(cfg, tokenizer, rows.column_names, sample, found)
+        found.problems += unmet_conditions(as_dict(cfg.reward), rows)
     weights = weights_of(model, peft_config)
     critic = critic_weights(args, model, weights, cfg.model.trust_remote_code)
     if "judge" in cfg:

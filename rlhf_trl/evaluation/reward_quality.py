@@ -26,6 +26,7 @@ from rlhf_trl.evaluation.rewards import as_arrays, score
 from rlhf_trl.evaluation.statistics import pearson, spearman
 from rlhf_trl.hints import count_of
 from rlhf_trl.rewards.base import Reward
+from rlhf_trl.rewards.conditioned import counting
 from rlhf_trl.rewards.model import ModelReward
 from rlhf_trl.runs.reward_results import (
     Disagreement,
@@ -77,8 +78,9 @@ def evaluate_rewards(
         if truth is not None and name != gold:
             gains = best_of_n_gains(scores[name], truth, np.array(annotations.prompt_numbers))
             result = replace(result, best_of_n=gains)
-        if isinstance(reward, ModelReward) and reward.members > 1:
-            result = replace(result, disagreement=ensemble_disagreement(reward, annotations, columns))
+        model, rows = counting(reward, columns, len(annotations.completions))
+        if isinstance(model, ModelReward) and model.members > 1:
+            result = replace(result, disagreement=ensemble_disagreement(model, annotations, columns, rows))
         results[name] = result
     return RewardQuality(
         rows=len(annotations.of_row),
@@ -209,11 +211,14 @@ def _mistakes(annotations: Annotations, scores: np.ndarray, margin: np.ndarray) 
     ]
 
 
-def ensemble_disagreement(reward: ModelReward, annotations: Annotations, columns: dict[str, list]) -> Disagreement:
-    """Measure how much the members of a reward model ensemble disagree."""
+def ensemble_disagreement(
+    reward: ModelReward, annotations: Annotations, columns: dict[str, list], counted: Sequence[int]
+) -> Disagreement:
+    """Measure how much the members of a reward model ensemble disagree about the completions `counted`."""
     count = len(annotations.completions)
     rows = reward.token_rows(annotations.prompts, annotations.completions, [[]] * count, [True] * count, columns)
     members = reward.member_scores(rows).numpy()
+    members[:, ~np.isin(np.arange(count), counted)] = np.nan
     return disagreement(members, annotations.better, annotations.worse, annotations.row)
 
 

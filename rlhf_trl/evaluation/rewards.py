@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_trl.data.chat_template import template_columns
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.combine import combined, reward_array
+from rlhf_trl.rewards.conditioned import counting, spread, subset
 from rlhf_trl.rewards.model import ModelReward
 
 COMBINED = ""  # key of the combined reward beside those of single ones
@@ -65,20 +66,24 @@ def score_members(
         `list[dict]`: for each completion, by the reward's name, the score of each member of an ensemble, of another
         reward its one score; `None` where it doesn't apply or is no finite number.
     """
-    single = [reward for reward in rewards if not isinstance(reward, ModelReward)]
-    found: dict[str, list[list[float | None]]] = {
-        name: [[value] for value in values]
-        for name, values in score(single, prompts, completions, completion_ids, columns, tokenizer).items()
-    }
-    given = _given(columns, tokenizer, len(completions))
+    count = len(completions)
+    given, found = _given(columns, tokenizer, count), {}
     for reward in rewards:
-        if isinstance(reward, ModelReward):
-            reward.bind(tokenizer)
-            rows = reward.token_rows(prompts, completions, completion_ids, columns=given)
-            found[reward.__name__] = reward.member_scores(rows).T.tolist()
+        model, rows = counting(reward, given, count)
+        if isinstance(model, ModelReward):
+            model.bind(tokenizer)
+            asked, answers = ([values[i] for i in rows] for values in (prompts, completions))
+            chosen = {name: subset(values, rows, count) for name, values in given.items()}
+            ids = model.token_rows(asked, answers, [completion_ids[i] for i in rows], columns=chosen)
+            members = model.member_scores(ids).T.tolist() if rows else []
+            scores = spread(members, rows, count)
+            found[reward.__name__] = [[None] * model.members if each is None else each for each in scores]
+        else:
+            single = score([reward], prompts, completions, completion_ids, columns, tokenizer)
+            found[reward.__name__] = [[value] for value in single[reward.__name__]]
     return [
         {reward.__name__: [_finite(value) for value in found[reward.__name__][i]] for reward in rewards}
-        for i in range(len(completions))
+        for i in range(count)
     ]
 
 

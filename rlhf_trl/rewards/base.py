@@ -93,3 +93,32 @@ class BaseReward:
 
     def attach(self, policy: PreTrainedModel | PeftModel) -> None:
         """See [`Reward.attach`]."""
+
+
+class WrappedReward(BaseReward):
+    """
+    A reward that changes when or how another one is called, and leaves the rest to it.
+
+    Args:
+        reward ([`Reward`]): the other one.
+    """
+
+    def __init__(self, reward: Reward):
+        super().__init__(reward.__name__, reward.weight)
+        self.reward, self.calibration = reward, reward.calibration
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """See [`Reward.bind`]."""
+        self.reward.bind(tokenizer)
+
+    def check(self) -> None:
+        """See [`Reward.check`]."""
+        self.reward.check()
+
+    def column_problem(self, columns: Collection[str]) -> str | None:
+        """See [`Reward.column_problem`]."""
+        return self.reward.column_problem(columns)
+
+    def attach(self, policy: PreTrainedModel | PeftModel) -> None:
+        """See [`Reward.attach`]."""
+        self.reward.attach(policy)

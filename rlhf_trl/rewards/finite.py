@@ -1,17 +1,13 @@
 """A guard against NaN and infinite rewards for TRL's trainers."""
 
 import math
-from collections.abc import Collection
 from typing import Any
 
-from peft import PeftModel
-from transformers import PreTrainedModel
-
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.rewards.base import BaseReward, Reward
+from rlhf_trl.rewards.base import WrappedReward
 
 
-class FiniteReward(BaseReward):
+class FiniteReward(WrappedReward):
     """
     A reward whose NaN and infinite values are errors.
 
@@ -21,22 +17,6 @@ class FiniteReward(BaseReward):
     Args:
         reward ([`Reward`]): the reward to guard.
     """
-
-    def __init__(self, reward: Reward):
-        super().__init__(reward.__name__, reward.weight)
-        self.reward, self.calibration = reward, reward.calibration
-
-    def check(self) -> None:
-        """See [`Reward.check`]."""
-        self.reward.check()
-
-    def column_problem(self, columns: Collection[str]) -> str | None:
-        """See [`Reward.column_problem`]."""
-        return self.reward.column_problem(columns)
-
-    def attach(self, policy: PreTrainedModel | PeftModel) -> None:
-        """See [`Reward.attach`]."""
-        self.reward.attach(policy)
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float | None]:
         """

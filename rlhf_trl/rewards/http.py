@@ -45,7 +45,7 @@ TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 MAX_ANSWER = 16 * 2**20
 # Names that a server may give its metrics, and those that every reward has already
 METRIC_NAME, MAX_METRICS = re.compile(r"[\w.-]{1,64}"), 64
-RESERVED_METRICS = ("mean", "std")
+RESERVED_METRICS = ("mean", "std", "frac_applied")
 SCHEMA = 'It must be `{"rewards": [...]}` with a number or null for each completion'
 NON_FINITE = ("NaN", "Infinity", "-Infinity")
 

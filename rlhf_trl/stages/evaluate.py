@@ -24,13 +24,14 @@ from rlhf_trl.report.project import project_page
 from rlhf_trl.report.records import swept_keys
 from rlhf_trl.report.tables import comparison_tables
 from rlhf_trl.report.text import comparison_text, short_value
+from rlhf_trl.rewards.conditions import unmet_conditions
 from rlhf_trl.runs.checkpoints import checkpoints
 from rlhf_trl.runs.directory import delete_backup
 from rlhf_trl.runs.paths import baseline_problem, find_policy, named_policies, project_dir
 from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.runs.record import COMPARISON_FILE, SWEEP_FILE, read_jobs, read_metrics, write_json
 from rlhf_trl.stages.base import open_run
-from rlhf_trl.terminal import printable
+from rlhf_trl.terminal import printable, say
 
 
 def evaluate(cfg: DictConfig) -> None:
@@ -57,6 +58,8 @@ def evaluate(cfg: DictConfig) -> None:
         dataset = eval_split(instantiate_data(cfg))
         if "images" in dataset.column_names and isinstance(judge, TextJudge):
             raise ConfigError("The prompts have images, and the judge reads text alone. Set `judge=reward`.")
+        for problem in unmet_conditions(as_dict(cfg.reward), dataset):
+            say(f"warning: {problem}")
         benchmark = Benchmark(
             dataset=dataset,
             rewards=reward_functions(cfg, load_tokenizer(base), dataset.column_names),

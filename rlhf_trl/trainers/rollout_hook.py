@@ -248,10 +248,19 @@ class RolloutHook(Trainer):
         if len(answers) > 1:
             raise ConfigError("Two callbacks normalize the rewards. Use one reward normalizer.")
         record.rewards = replace(rewards, normalized=answers[0] if answers else None)
+        self._log_applied(record)
         if isinstance(rewards.combine, Lagrange):
             self._constrain(rewards.combine, record)
         self._record = record
         return self._rewards_to_learn_from(record)
+
+    def _log_applied(self, record: RolloutRecord) -> None:
+        """Log to which share of the completions each reward applies; the rest is None."""
+        rewards, batch = record.rewards, getattr(self, "held_out_batch", None)
+        applied = ~rewards.values.isnan() | rewards.invalid
+        applied = applied if batch is None else applied[: batch.rows]  # copies of the rows come after them
+        for name, share in zip(rewards.names, applied.double().mean(dim=0).tolist(), strict=True):
+            self._metrics["train" if record.training else "eval"][f"rewards/{name}/frac_applied"].append(share)
 
     def _constrain(self, lagrange: Lagrange, record: RolloutRecord) -> None:
         """Move the multipliers of the constraints in training, and log how far each constraint is satisfied."""

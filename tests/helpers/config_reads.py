@@ -76,6 +76,8 @@ def parameters(target: str) -> set[str]:
     names = {*inspect.signature(get_object(target)).parameters}
     if "path" in names:
         names.add("run")  # the name of an earlier run, replaced by its path
+    if target.startswith("rlhf_trl.rewards."):
+        names.add("when")  # of the reward around it
     return names | (parameters(PASSED_ON[target]) if target in PASSED_ON else set())
 
 
