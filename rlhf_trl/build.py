@@ -77,6 +77,7 @@ from rlhf_trl.terminal import say
 from rlhf_trl.trainers.construction import build_trainer
 from rlhf_trl.trainers.images import check_images, check_readers
 from rlhf_trl.trainers.options import RULES as TRAINER_RULES
+from rlhf_trl.trainers.rollout_hook import RolloutHook
 
 # Keys of a reward that its class doesn't get
 OURS = ("run", "when")
@@ -452,7 +453,7 @@ def reward_functions(
 
 def callbacks(cfg: DictConfig, trainer: Any, combine: Callable | None) -> Iterator[TrainerCallback]:
     """Yield the callbacks of the run: always the record and the progress line, and those that the config names."""
-    if cfg.get("reward"):
+    if cfg.get("reward") and isinstance(trainer, RolloutHook):
         yield UnrewardedGuard(trainer)
     if "reward_norm" in cfg:
         yield instantiate(cfg.reward_norm)(trainer=trainer, combine=combine)
@@ -472,7 +473,7 @@ def callbacks(cfg: DictConfig, trainer: Any, combine: Callable | None) -> Iterat
                 f"`{node._target_}` be a subclass of it, or return one."
             )
         yield callback
-    if "reward" in cfg:
+    if "reward" in cfg and isinstance(trainer, RolloutHook):
         yield SampleLog(trainer, cfg.run_dir)
     yield from (ProgressLine(), RunRecord(cfg.run_dir))
 

@@ -18,6 +18,7 @@ from rlhf_trl.errors import ConfigError, user_traceback
 from rlhf_trl.models.calibration import Moments, read_calibration
 from rlhf_trl.rewards.base import Reward, WrappedReward
 from rlhf_trl.rewards.conditioned import ConditionedReward
+from rlhf_trl.rewards.conditions import NOT_COLUMNS
 from rlhf_trl.rewards.function import FunctionReward
 
 ROWS = 4
@@ -90,7 +91,7 @@ def sample_of(
         split_row_ids(tokenizer, row["prompt"], completion, **template_kwargs(row))[1] if tokenizer else []
         for row, completion in zip(found, completions, strict=True)
     ]
-    names = sorted(set().union(*found) - {"prompt", "completion", "completion_ids"})
+    names = sorted(set().union(*found) - {"completion_ids", *NOT_COLUMNS})
     columns = {name: [row.get(name) for row in found] for name in names}
     return Sample([row["prompt"] for row in found], completions, ids, columns, is_real)
 

@@ -18,6 +18,7 @@ from rlhf_trl.rewards.options import (
 )
 from rlhf_trl.runs.record import ENSEMBLE_FILE
 
+MODPO_CONFIG = "rlhf_trl.trainers.modpo.MODPOConfig"
 ONLINE_DPO_CONFIG = "rlhf_trl.trainers.online_dpo.OnlineDPOConfig"
 
 
@@ -76,7 +77,12 @@ def _without_policy(values: dict[str, Any], rewards: dict[str, dict[str, Any]]) 
             if node.get("when") is not None
         ]
     adapters = any(str(node.get("_target_")).endswith(".AdapterReward") for node in rewards.values())
-    if adapters and not stage.get("args"):
+    if adapters and at(stage, "args._target_") == MODPO_CONFIG:
+        problems.append(
+            "`reward=adapter` scores on the base of a policy that is trained, and margin rewards are scored before "
+            "there is one. Set `reward=model`, which loads the adapter with its base."
+        )
+    elif adapters and not stage.get("args"):
         problems.append(
             f"`reward=adapter` scores on the base of a policy that is trained, and `stage={stage.get('name')}` trains "
             "none. Set `reward=model`, which loads the adapter with its base."

@@ -53,6 +53,7 @@ from rlhf_trl.cli.probes import (
     ROWS,
     Collected,
     check_other_tokenizers,
+    chosen_answers,
     completion_lengths,
     disk_text,
     first_rows,
@@ -154,7 +155,7 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
     with found():
         check_enough_rows(args, len(rows))
     check_other_tokenizers(cfg, tokenizer, rows, found)
-    answers = own_answers(cfg, [tokenizer]) if generates else []
+    answers = own_answers(cfg, [tokenizer]) if generates else chosen_answers(rows)
     scales: dict[str, Scale] = {}
     if "reward" in cfg:
         sample = sample_of(cast(Iterable[dict], rows), answers, tokenizer)

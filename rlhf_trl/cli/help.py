@@ -14,7 +14,7 @@ from rlhf_trl.runs.record import versions
 WIDTH = 110
 # In the order in which they are used. Others, such as the user's own, come after them
 STAGES = (
-    *("sft", "reward", "ppo", "grpo", "rloo", "online_dpo", "dpo", "orpo", "kto"),
+    *("sft", "reward", "ppo", "grpo", "rloo", "online_dpo", "dpo", "modpo", "orpo", "kto"),
     *(
         "evaluate",
         "evaluate_reward",

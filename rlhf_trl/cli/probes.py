@@ -76,6 +76,12 @@ def own_answers(cfg: DictConfig, tokenizers: list[PreTrainedTokenizerBase]) -> l
     return [row for rows in answered for row in first_rows(rows)]
 
 
+def chosen_answers(dataset: Dataset) -> list[dict[str, Any]]:
+    """Return the first rows of pairs with their chosen answers as `completion`; none of other rows."""
+    rows = first_rows(dataset) if "chosen" in dataset.column_names else []
+    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+
+
 def first_rows(dataset: Dataset) -> list[dict[str, Any]]:
     """Return the first rows of a dataset."""
     return dataset.select(range(min(ROWS, len(dataset)))).to_list()

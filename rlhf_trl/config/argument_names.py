@@ -28,6 +28,7 @@ CLASSES = (
     "trl.KTOConfig",
     "trl.RLOOConfig",
     "trl.GRPOConfig",
+    "rlhf_trl.trainers.modpo.MODPOConfig",
     "rlhf_trl.trainers.online_dpo.OnlineDPOConfig",
     "rlhf_trl.ppo.PPOConfig",
     "rlhf_trl.reward_modeling.RewardConfig",

@@ -1,10 +1,10 @@
-"""Rules of the options of online DPO. Imports no torch."""
+"""Rules of the options of online DPO and MODPO. Imports no torch."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_trl.config.ranges import COUNT, POSITIVE, ROLLOUTS, TRAINING
+from rlhf_trl.config.ranges import COUNT, MAX_LENGTH, POSITIVE, ROLLOUTS, TRAINING
 
 # Of rollouts, without what TRL's config has no argument for; `beta` is a number or a list of them
 ABSENT = {
@@ -22,7 +22,18 @@ ONLINE_DPO = {name: rule for name, rule in ROLLOUTS.items() if name not in ABSEN
     "missing_eos_penalty": f"{POSITIVE}?",
     "max_completion_length": COUNT,
 }
-RULES = {"rlhf_trl.trainers.online_dpo.OnlineDPOConfig": TRAINING | ONLINE_DPO}
+# The margin stands in the sigmoid of DPO's loss, which reads no other divergence and no label smoothing
+MODPO = MAX_LENGTH | {
+    "beta": POSITIVE,
+    "preference_weight": "(0, 1]",
+    "loss_type": "sigmoid",
+    "f_divergence_type": "reverse_kl",
+    "label_smoothing": "[0, 0]",
+}
+RULES = {
+    "rlhf_trl.trainers.modpo.MODPOConfig": TRAINING | MODPO,
+    "rlhf_trl.trainers.online_dpo.OnlineDPOConfig": TRAINING | ONLINE_DPO,
+}
 # Arguments of TRL's config that would do nothing here, with their defaults and what to set in their place
 REFUSED: dict[str, tuple[Any, str]] = {
     "max_new_tokens": (64, "Set `max_completion_length`, as in the other stages that generate."),

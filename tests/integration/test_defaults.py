@@ -15,13 +15,14 @@ from tests.helpers.architectures import save_architecture
 from tests.helpers.configs import CONF
 from tests.helpers.data import write_letter_pairs
 
-STAGES = ("sft", "reward", "dpo", "orpo", "kto", "grpo", "rloo", "ppo", "online_dpo")
+STAGES = ("sft", "reward", "dpo", "modpo", "orpo", "kto", "grpo", "rloo", "ppo", "online_dpo")
 REAL = ("model=hf", "model.path=organization/name")
 # Learning rates of full fine-tuning, LoRA (and DoRA) and QLoRA; their sources stand in conf/stage and conf/adapter
 LEARNING_RATES = {
     "sft": (2e-5, 2e-4, 2e-4),
     "reward": (1e-5, 1e-4, 1e-4),
     "dpo": (1e-6, 1e-5, 5e-6),
+    "modpo": (1e-6, 1e-5, 5e-6),
     "orpo": (8e-6, 8e-5, 8e-5),
     "kto": (1e-6, 1e-5, 5e-6),
     "grpo": (1e-6, 1e-5, 1e-5),
@@ -32,7 +33,7 @@ LEARNING_RATES = {
 ADAPTERS = {"none": 0, "lora": 1, "dora": 1, "qlora": 2}
 CRITICS = {"head": 5e-5, "model": 1e-5, "adapter": 1e-4}
 # Rows or completions per device, and tokens
-SIZES = {stage: {"per_device_train_batch_size": 8, "max_length": 1024} for stage in STAGES[:5]} | {
+SIZES = {stage: {"per_device_train_batch_size": 8, "max_length": 1024} for stage in STAGES[:6]} | {
     "grpo": {"per_device_train_batch_size": 8, "steps_per_generation": 8, "num_generations": 8, "beta": 0.04},
     "rloo": {"per_device_train_batch_size": 8, "steps_per_generation": 8, "num_generations": 2, "beta": 0.05},
     "ppo": {"per_device_train_batch_size": 8, "steps_per_generation": 16, "gradient_accumulation_steps": 4},
@@ -53,6 +54,7 @@ EMBEDDED = {
     "sft": OFFLINE | {"learning_rate": 1e-3},
     "reward": OFFLINE | {"learning_rate": 5e-4},
     "dpo": OFFLINE | {"learning_rate": 2e-4},
+    "modpo": OFFLINE | {"learning_rate": 2e-4},
     "orpo": OFFLINE | {"learning_rate": 2e-4},
     "kto": OFFLINE | {"learning_rate": 2e-4},
     "grpo": GROUPS_OF_4,

@@ -28,13 +28,14 @@ from rlhf_trl.runs.paths import conf_dir, resolve_path
 from tests.helpers.run_files import metrics, record
 from tests.helpers.spies import CRASH, SPY, Crash, Spy, logits
 
-STAGES = ("sft", "reward", "ppo", "dpo", "orpo", "kto", "rloo", "grpo", "online_dpo")
+STAGES = ("sft", "reward", "ppo", "dpo", "modpo", "orpo", "kto", "rloo", "grpo", "online_dpo")
 RL = ("ppo", "rloo", "grpo")
 # The metric that must improve, and whether it must rise
 LEARNED = {
     "sft": ("eval_loss", -1),
     "reward": ("eval_loss", -1),
     "dpo": ("eval_loss", -1),
+    "modpo": ("eval_loss", -1),
     "orpo": ("eval_loss", -1),
     "kto": ("eval_loss", -1),
     "rloo": ("eval_reward", 1),
@@ -77,6 +78,7 @@ def test_a_stage_composes_and_trl_takes_its_arguments(compose, tmp_path, stage):
     rl = {"reward", "reward_norm", "combine", "kl", "health"}
     groups |= rl if stage in RL else set()  # critic=head has no node of its own
     groups |= rl - {"kl", "reward_norm"} if stage == "online_dpo" else set()
+    groups |= {"reward"} if stage == "modpo" else set()
     assert groups == {key for key in cfg if isinstance(cfg[key], dict | type(cfg))} - {
         "stage",
         "callbacks",
@@ -165,7 +167,9 @@ def test_what_trl_refuses_is_a_config_error(compose):
         training_arguments(compose("stage=grpo", "stage.args.num_generations=3").stage.args)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(s, marks=[pytest.mark.slow] * (s == "online_dpo")) for s in LEARNED])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(s, marks=[pytest.mark.slow] * (s in ("modpo", "online_dpo"))) for s in LEARNED]
+)
 def test_a_stage_learns_and_its_model_loads_elsewhere(train, tmp_path, stage):
     run_dir = train(tmp_path, f"stage={stage}", SPY)
     metric, direction = LEARNED[stage]
