@@ -74,12 +74,12 @@ def normalizer_problem(args: Mapping[str, Any]) -> str | None:
             "`reward_norm=none`, or `stage.args.critic_score_head=false`, with which the critic still starts from "
             "the reward model's weights."
         )
-    if args.get("scale_rewards") in ("group", "batch", True):
-        cause, way = f"scale_rewards={args['scale_rewards']}", "scale_rewards=none"
-        what = "divides the advantages by the std of their rewards, whatever scale these have"
-    elif args.get("multi_objective_aggregation") == "normalize_then_sum":
+    if args.get("multi_objective_aggregation") == "normalize_then_sum":
         cause, way = "multi_objective_aggregation=normalize_then_sum", "multi_objective_aggregation=sum_then_normalize"
         what = "normalizes every reward function over a prompt's completions"
+    elif args.get("scale_rewards") in ("group", "batch", True):
+        cause, way = f"scale_rewards={args['scale_rewards']}", "scale_rewards=none"
+        what = "divides the advantages by the std of their rewards, whatever scale these have"
     elif args.get("normalize_advantages") and args.get("beta") == 0:
         cause, way = "normalize_advantages=true", "normalize_advantages=false"
         what = "with `stage.args.beta=0` brings advantages to std 1, whatever scale the rewards have"

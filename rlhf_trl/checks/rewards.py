@@ -13,6 +13,7 @@ from rlhf_trl.rewards.options import (
     floor_problem,
     http_problems,
     product_problem,
+    scaling_problem,
     server_problems,
     threshold_problem,
 )
@@ -94,7 +95,8 @@ def _combination(values: dict[str, Any], weights: Mapping[str, Any]) -> list[str
     """Return the problems of the group `combine`; `None` for a rule that is kept."""
     kind = str(at(values, "combine._target_") or "weighted_sum").rsplit(".", 1)[-1]
     normalizer = str(at(values, "reward_norm._target_") or "RewardNorm").rsplit(".", 1)[-1]
-    problems = [] if kind == "weighted_sum" else [combination_problem(section(values, "stage.args"))]
+    args = section(values, "stage.args")
+    problems = [scaling_problem(args) if kind == "weighted_sum" else combination_problem(args)]
     if kind == "Lagrange":
         problems += _lagrange(values, weights)
     if kind == "threshold":

@@ -113,6 +113,19 @@ def combination_problem(args: Mapping[str, Any]) -> str | None:
     )
 
 
+def scaling_problem(args: Mapping[str, Any]) -> str | None:
+    """Return the scaling of advantages that GDPO doesn't read, `None` where it is the default or another method's."""
+    if args.get("multi_objective_aggregation") != "normalize_then_sum":
+        return None
+    if (scaling := args.get("scale_rewards", "group")) in ("group", True):
+        return None
+    return (
+        f"`stage.args.scale_rewards={scaling}` has no effect with "
+        "`stage.args.multi_objective_aggregation=normalize_then_sum`, which scales every reward over a prompt's "
+        "completions and their sum over the rollout. Remove it, or set `sum_then_normalize`."
+    )
+
+
 def threshold_problem(constraints: Mapping[str, float] | None, names: Sequence[str]) -> str | None:
     """Return the problem of the constraints of `combine=threshold`, `None` if there is none."""
     example = f"Set for example `'combine.constraints={{{names[-1] if names else 'NAME'}: 0.5}}'`."

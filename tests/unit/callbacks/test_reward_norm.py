@@ -283,6 +283,7 @@ def test_moments_are_read_back_from_a_checkpoint(path, tmp_path, kind):
         ("grpo", {"scale_rewards": "group"}, "`stage.args.scale_rewards=group` divides.*scale_rewards=none"),
         ("grpo", {"scale_rewards": "batch"}, "scale_rewards=batch"),
         ("grpo", {"multi_objective_aggregation": "normalize_then_sum"}, "sum_then_normalize"),
+        ("grpo", {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "group"}, "sum_then_norm"),
         ("rloo", {"normalize_advantages": True, "beta": 0.0}, "normalize_advantages=false"),
     ],
 )

@@ -12,6 +12,7 @@ from rlhf_trl.callbacks.reward_norm import ReferenceNorm, RewardNorm
 from rlhf_trl.checks import find_problems
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.rewards.combine import minimum, product, threshold, weighted_sum
+from rlhf_trl.trainers.rollout_hook import Rewards
 from tests.helpers.ppo import prompts
 from tests.helpers.rl import TRAINERS, count_of_a, logged, rl_trainer
 from tests.helpers.tiny import save_model
@@ -177,6 +178,37 @@ def test_combination_is_refused_where_grpo_normalizes_every_function(path, tmp_p
         RewardNorm(combine=minimum, trainer=trainer)
 
 
+def test_gdpo_normalizes_each_reward_by_prompt_and_their_sum_over_the_rollout(path, tmp_path):
+    """Against the formula of arXiv 2601.05242, with TRL's unbiased deviations and 1e-4 beside them."""
+    rewards = torch.tensor(
+        [[1.0, 0.2], [3.0, 0.1], [2.0, nan], [2.0, 0.4], [5.0, 7.0], [5.0, 9.0], [nan, 1.0], [0.0, 1.0]]
+    )
+    weights = torch.tensor([0.5, 2.0])
+    trainer = rl_trainer(
+        "grpo", path, tmp_path, reward_funcs=[count_of_a, has_b], reward_weights=weights.tolist(), num_generations=4,
+        scale_rewards="group", multi_objective_aggregation="normalize_then_sum",
+    )  # fmt: skip
+    found = []
+    trainer.score_completions = lambda *args: Rewards(
+        rewards, torch.zeros_like(rewards, dtype=torch.bool), trainer.reward_weights, trainer.reward_func_names
+    )
+    original = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: found.append(original(inputs)) or found[-1]
+    trainer.train()
+    sums = []
+    for group in rewards.split(4):
+        total = torch.zeros(4)
+        for column, weight in zip(group.T, weights, strict=True):
+            known = column[~column.isnan()]
+            scaled = (column - known.mean()) / (known.std() + 1e-4)
+            total += weight * scaled.nan_to_num(0.0)
+        sums.append(total)
+    sums = torch.cat(sums)
+    expected = (sums - sums.mean()) / (sums.std() + 1e-4)
+    torch.testing.assert_close(found[0]["advantages"], expected)
+    assert logged(trainer, "reward")[0] == pytest.approx((rewards.nan_to_num(0.0) @ weights).mean().item())
+
+
 # ---- The group ----
 
 
@@ -214,8 +246,16 @@ def test_stages_that_score_completions_use_the_group_combine(compose, stage):
         (["combine=threshold", "combine.constraints={glod: 1}"], "Did you mean `gold`"),
         (["combine=product", "reward_norm=running"], "`RunningNorm` brings about half of them below"),
         (
-            ["stage=grpo", "combine=min", "+stage.args.multi_objective_aggregation=normalize_then_sum"],
+            ["stage=grpo", "combine=min", "stage.args.multi_objective_aggregation=normalize_then_sum"],
             "set `combine=sum`",
+        ),
+        (
+            [
+                "stage=grpo",
+                "stage.args.multi_objective_aggregation=normalize_then_sum",
+                "stage.args.scale_rewards=none",
+            ],
+            "`stage.args.scale_rewards=none` has no effect",
         ),
     ],
 )

@@ -260,7 +260,7 @@ def test_stages_with_rollouts_have_the_option(compose, stage):
             [
                 "stage=grpo",
                 "combine.constraints={tokens: '<= 20'}",
-                "+stage.args.multi_objective_aggregation=normalize_then_sum",
+                "stage.args.multi_objective_aggregation=normalize_then_sum",
             ],
             "set `combine=sum`",
         ),
