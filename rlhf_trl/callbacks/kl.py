@@ -103,7 +103,7 @@ class FixedKL(SaveAndStop, ExportableState):
         return {"args": {}, "attributes": {"coef": self.coef, "skipped": self.skipped}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if saved := resumed_state(self, state):
+        if saved := resumed_state(self, state, "kl"):
             self.coef, self.skipped = saved["coef"], saved["skipped"]
         self.trainer.beta = self.coef
         self.reason, self._in_a_row, self._rollout = None, 0, None

@@ -173,7 +173,7 @@ class RunningNorm(RewardNorm, ExportableState):
         return {"args": {}, "attributes": {"moments": moments}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if (saved := resumed_state(self, state)) and (moments := saved["moments"]):
+        if (saved := resumed_state(self, state, "reward_norm")) and (moments := saved["moments"]):
             self.moments = Moments(**{key: torch.tensor(value, dtype=torch.float64) for key, value in moments.items()})
 
 
@@ -281,7 +281,7 @@ class ReferenceNorm(RewardNorm, ExportableState):
         return {"args": {}, "attributes": {"gain": self.gain, "bias": self.bias}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if saved := resumed_state(self, state):
+        if saved := resumed_state(self, state, "reward_norm"):
             self.gain, self.bias = saved["gain"], saved["bias"]
             return
         self.gain, self.bias = [], []

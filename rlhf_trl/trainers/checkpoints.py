@@ -5,18 +5,34 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerState
 
+from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.checkpoints import STATE_FILE, UNFINISHED, clear_unfinished, publish
 
 
-def resumed_state(callback: TrainerCallback, state: TrainerState) -> dict[str, Any] | None:
+def resumed_state(callback: TrainerCallback, state: TrainerState, key: str) -> dict[str, Any] | None:
     """
     Return the attributes that a callback's `state()` left in the checkpoint a run is resumed from, if it is.
 
     Transformers would rebuild the callback from them without its trainer, so callbacks read them back themselves.
+
+    Args:
+        callback (`TrainerCallback`), state (`TrainerState`): the callback, and the state of the trainer.
+        key (`str`): where the config names the callback, such as `kl`.
+
+    Raises:
+        ConfigError: if the checkpoint has none: the callback would begin anew in the middle of a run.
     """
+    if state.global_step == 0:
+        return None
     saved: Any = state.stateful_callbacks  # a dict, whatever its annotation says
-    found = saved.get(type(callback).__name__)
-    return found["attributes"] if found and state.global_step > 0 else None
+    name = type(callback).__name__
+    if name not in saved:
+        raise ConfigError(
+            f"The checkpoint at step {state.global_step} has no state of `{name}`: the run began with another "
+            f"`{key}`. Resume it with that of its config.yaml, or begin a new run from its weights: "
+            "`run_name=... model.run=...`."
+        )
+    return saved[name]["attributes"]
 
 
 class CompleteCheckpoints(Trainer):

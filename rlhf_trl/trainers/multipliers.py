@@ -25,5 +25,5 @@ class Multipliers(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": self.lagrange.state()}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if saved := resumed_state(self, state):
+        if saved := resumed_state(self, state, "combine"):
             self.lagrange.load_state(saved)

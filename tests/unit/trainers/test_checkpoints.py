@@ -8,10 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerState
 
+from rlhf_trl.callbacks.kl import FixedKL
+from rlhf_trl.callbacks.reward_norm import RunningNorm
 from rlhf_trl.cli.main import error_message
+from rlhf_trl.errors import ConfigError
+from rlhf_trl.rewards.lagrange import Lagrange
 from rlhf_trl.runs.checkpoints import UNFINISHED, clear_unfinished, last_whole_checkpoint
 from rlhf_trl.runs.record import write_json
+from rlhf_trl.trainers.multipliers import Multipliers
 from tests.helpers.watching import add_callbacks, sft
 
 
@@ -82,3 +88,21 @@ def test_a_full_disk_before_the_first_checkpoint(tmp_path):
         OSError(errno.EDQUOT, "Disk quota exceeded"), SimpleNamespace(run_dir=str(tmp_path / "run"))
     )
     assert "`overwrite=true`" in message and "are free" in message
+
+
+@pytest.mark.parametrize(
+    ("callback", "key"),
+    [
+        (Multipliers(Lagrange({"tokens": "<= 9"})), "combine"),
+        (RunningNorm(), "reward_norm"),
+        (FixedKL(0.1), "kl"),
+    ],
+)
+def test_a_checkpoint_without_the_state_of_a_callback_is_not_resumed(callback, key):
+    callback.trainer = SimpleNamespace(beta=0.0)
+    fresh, resumed = TrainerState(global_step=0), TrainerState(global_step=4)
+    callback.on_train_begin(None, fresh, None)
+    with pytest.raises(
+        ConfigError, match=f"checkpoint at step 4 has no state of .* the run began with another `{key}`"
+    ):
+        callback.on_train_begin(None, resumed, None)
