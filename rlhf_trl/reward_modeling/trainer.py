@@ -1,5 +1,6 @@
 """Trainer of reward models from K-way rankings, ratings and attributes."""
 
+import math
 from typing import Any, cast
 
 import torch
@@ -228,8 +229,10 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
         self._labeled = []
         output = super().evaluation_loop(*args, **kwargs)
         if self.train_has_labels:
-            scores, sides = torch.tensor(gather_object(self._labeled)).reshape(-1, 2).unbind(dim=1)
-            self._metrics["eval"]["border_ece"] = [border_ece(scores, sides)]
+            labeled = [(score, side) for score, side in gather_object(self._labeled) if not math.isnan(side)]
+            if labeled:
+                scores, sides = torch.tensor(labeled).unbind(dim=1)
+                self._metrics["eval"]["border_ece"] = [border_ece(scores, sides)]
         return output
 
     @property

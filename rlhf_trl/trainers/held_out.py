@@ -331,13 +331,17 @@ class BatchMetric(NamedTuple):
 
 
 def pool_metrics(metrics: dict[str, list[BatchMetric]]) -> dict[str, float]:
-    """Return the metrics over all rows: means, standard deviations, minima and maxima."""
+    """
+    Return the metrics over all rows: means, standard deviations, minima and maxima. Those of no row are left out.
+    """
     found = {}
     for key, each in metrics.items():
         last = key.rsplit("/", 1)[-1].removeprefix("eval_")
         known = [one for one in each if one.count > 0]
-        if last == "num_tokens" or not known:
+        if last == "num_tokens":
             found[key] = each[-1].value
+        elif not known:
+            continue  # a mean over nothing, such as a reward that applies to no held-out row
         elif last.startswith("min_") or last == "min" or last.endswith("_min"):
             found[key] = min(one.value for one in known)
         elif last.startswith("max_") or last == "max" or last.endswith("_max"):

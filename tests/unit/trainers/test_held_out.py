@@ -47,6 +47,7 @@ def test_batches_are_weighted_by_what_they_are_means_of():
         "reward_std": [BatchMetric(2.0, 4, 4), BatchMetric(0.0, 1, 2)],
         "completions/min_length": [BatchMetric(3, 4, 4), BatchMetric(2, 1, 2)],
         "rewards/f/mean": [BatchMetric(float("nan"), 0, 0), BatchMetric(40.0, 1, 2)],
+        "rewards/g/mean": [BatchMetric(float("nan"), 0, 0), BatchMetric(0.0, 0, 0)],  # of no row: left out
     }
     # 4 rows with variance 4 around 10 (squares: 12), and one of 40: mean 16
     assert pool_metrics(figures) == pytest.approx(
