@@ -31,7 +31,7 @@ CONVERSIONS = {
     ("text", "prompt_completion"): "plain text, all of it trained on",
 }
 # Columns of annotated rows beside the prompt and those of the source
-ANNOTATED = ("completions", "better", "worse", "gap", "share", "ratings", "attributes")
+ANNOTATED = ("completions", "better", "worse", "gap", "share", "ratings", "attributes", "border")
 
 
 def choose_row_type(dataset_type: str, columns) -> str | None:

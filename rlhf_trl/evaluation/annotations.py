@@ -35,6 +35,8 @@ class Annotations:
         columns (`dict[str, list]`): the other columns, R values each.
         attributes (`dict[str, list[tuple]]`): comparisons by dimension: indices of the better and the worse
             completion, and the row.
+        sides (`np.ndarray` of shape `(N,)`): 1 for a completion above the border of a cost model (safe), -1 for one
+            below; NaN where there is no label.
         better, worse, row, rating_gap, share (`np.ndarray` of shape `(M,)`): the comparisons by column.
         lengths (`np.ndarray` of shape `(N,)`): lengths of the completions in characters.
     """
@@ -48,6 +50,7 @@ class Annotations:
     comparisons: list[tuple]
     columns: dict[str, list]
     attributes: dict[str, list[tuple[int, int, int]]]
+    sides: np.ndarray
 
     def __post_init__(self):
         better, worse, row, gap, share = np.array(self.comparisons, dtype=float).reshape(-1, 5).T
@@ -101,6 +104,7 @@ def read_annotated(dataset: Dataset) -> Annotations:
     numbers: dict[str, int] = {}
     places: dict[tuple[int, str], int] = {}
     attributes: dict[str, list[tuple[int, int, int]]] = {}
+    sides: dict[int, float] = {}
     for r, row in enumerate(cast(Iterable[dict[str, Any]], dataset)):
         asked = " ".join([key_of(row["prompt"]), *keys_of(row.get("images"))])
         number = numbers.setdefault(asked, len(numbers))
@@ -116,6 +120,8 @@ def read_annotated(dataset: Dataset) -> Annotations:
                 first_row.append(r)
             indices.append(places[key])
         of_row.append(indices)
+        labels = zip(indices, row.get("border") or [], strict=False)
+        sides |= {place: side for place, side in labels if side is not None}
         gaps, shares = (row.get(name) or [None] * len(row["better"]) for name in ("gap", "share"))
         for a, b, gap, share in zip(row["better"], row["worse"], gaps, shares, strict=True):
             known = [np.nan if value is None else value for value in (gap, share)]
@@ -128,8 +134,9 @@ def read_annotated(dataset: Dataset) -> Annotations:
             "another one of its prompt. Give comparisons (`chosen` and `rejected`), or set `data/feedback=...` with "
             "the dataset type of the rows."
         )
+    labeled = np.array([sides.get(place, np.nan) for place in range(len(completions))])
     return Annotations(
-        prompts, completions, prompt_numbers, ratings, first_row, of_row, comparisons, columns, attributes
+        prompts, completions, prompt_numbers, ratings, first_row, of_row, comparisons, columns, attributes, labeled
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from rlhf_trl.data.messages import as_text
 from rlhf_trl.data.multimodal import thumbnail
@@ -25,10 +26,12 @@ from rlhf_trl.evaluation.reward_measures import (
 from rlhf_trl.evaluation.rewards import as_arrays, score
 from rlhf_trl.evaluation.statistics import pearson, spearman
 from rlhf_trl.hints import count_of
+from rlhf_trl.reward_modeling.border import border_ece
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.conditioned import counting
 from rlhf_trl.rewards.model import ModelReward
 from rlhf_trl.runs.reward_results import (
+    BorderResult,
     Disagreement,
     LengthBias,
     Mistake,
@@ -150,6 +153,7 @@ def evaluate_reward(
         ),
         ratings=_rating_correlation(annotations, scores),
         mistakes=_mistakes(annotations, scores, margin),
+        border=_border(annotations, scores),
         rewardbench=rewardbench.section_scores([subsets[row] for row in annotations.row], margin)
         if is_rewardbench
         else None,
@@ -173,6 +177,19 @@ def _rating_correlation(annotations: Annotations, scores: np.ndarray) -> RatingC
         spearman=spearman(scores, ratings),
         pearson_within_prompts=pearson(within(scores, groups), within(ratings, groups)),
         curve=quantile_curve(ratings, scores),
+    )
+
+
+def _border(annotations: Annotations, scores: np.ndarray) -> BorderResult | None:
+    labeled = np.isfinite(scores) & np.isfinite(annotations.sides)
+    if not labeled.any():
+        return None
+    scores, sides = scores[labeled], annotations.sides[labeled]
+    return BorderResult(
+        completions=len(sides),
+        safe=float((sides > 0).mean()),
+        accuracy=accuracy(sides * scores, np.array(annotations.first_row)[labeled]),
+        ece=border_ece(torch.from_numpy(scores), torch.from_numpy(sides)),
     )
 
 
@@ -263,6 +280,8 @@ def _metrics(result: RewardResult) -> dict[str, float | None]:
     if result.ratings:
         values |= {"rating_pearson": result.ratings.pearson, "rating_spearman": result.ratings.spearman}
     values |= {f"best_of_{point.n}_gain": point.gain.mean for point in (result.best_of_n or [])[1:]}
+    if result.border:
+        values |= {"border_accuracy": result.border.accuracy.mean, "border_ece": result.border.ece}
     if result.disagreement:
         values["disagreement"] = result.disagreement.margin_std
     if result.rewardbench:

@@ -26,6 +26,7 @@ def reward_page(quality: RewardQuality, title: str, command: str) -> Page:
         Section("In short", [summary_table(quality), *_readings(quality), *_notes(quality)]),
         Section("Accuracy by slice", [_slices(quality), *_slice_figures(quality)]),
         Section("Reliability", _reliability(quality)),
+        *_border(quality),
         Section("Length", _length(quality)),
         Section("People's ratings", _ratings(quality)),
         Section("Best of n", _best_of_n(quality)),
@@ -57,7 +58,7 @@ def reward_text(quality: RewardQuality) -> str:
     for one in (
         summary_table(quality),
         _slices(quality),
-        *(block for each in _rewardbench(quality) for block in each.blocks),
+        *(block for each in [*_border(quality), *_rewardbench(quality)] for block in each.blocks),
     ):
         parts.append("\n" + table(one.headers, one.cells))
     parts += ["", *(textwrap.fill(text.text.replace("`", ""), WIDTH) for text in _readings(quality))]
@@ -157,6 +158,18 @@ def _reliability(quality: RewardQuality) -> list:
     )
     errors = ", ".join(f"{name} {entry.reliability.ece:.3f}" for name, entry in quality.rewards.items())
     return [text, Figure(svg, f"Expected calibration error: {errors}.")]
+
+
+def _border(quality: RewardQuality) -> list[Section]:
+    found = {name: entry.border for name, entry in quality.rewards.items() if entry.border}
+    rows = [
+        [name, f"{each.completions:,}", f"{each.safe:.0%}", interval(each.accuracy), number(each.ece)]
+        for name, each in found.items()
+    ]
+    headers = ["border", "completions", "safe", "right side of 0 [95 %]", "ECE"]
+    note = "Of completions with a label: a cost model's score is above 0 where a completion is safe. ECE: calibration "
+    note += "error of sigmoid(score) as the probability of being safe. The zero of another reward means nothing."
+    return [Section("Border between safe and unsafe", [Table(headers, rows, note=note)])] if found else []
 
 
 def _length(quality: RewardQuality) -> list:

@@ -74,6 +74,24 @@ class RatingCorrelation(JsonDataclass):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BorderResult(JsonDataclass):
+    """
+    Whether the zero of the scores is the border between safe and unsafe.
+
+    Attributes:
+        completions: number of those with a label and a score.
+        safe: share of them that are safe.
+        accuracy: share on the right side of 0; a score of 0 counts half.
+        ece: expected calibration error of sigmoid(score) as the probability of being safe.
+    """
+
+    completions: int
+    safe: float
+    accuracy: Estimate
+    ece: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mistake(JsonDataclass):
     """
     A comparison in which the reward prefers the `other` completion; `scores` of the preferred one and of it.
@@ -171,6 +189,7 @@ class RewardResult(JsonDataclass):
             comparisons that they are in.
         top_one: see [`~rlhf_trl.evaluation.reward_quality.top_one`].
         best_of_n: by n; `None` without a gold reward.
+        border: `None` without labels of what is safe.
         samples_without_score: of the completions that a policy wrote for best-of-n.
     """
 
@@ -185,6 +204,7 @@ class RewardResult(JsonDataclass):
     mistakes: list[Mistake]
     rewardbench: RewardBenchScores | None = field(default=None, metadata={"without": "rewardbench"})
     best_of_n: list[BestOfNGain] | None = field(default=None, metadata={"without": "best_of_n"})
+    border: BorderResult | None = field(default=None, metadata={"without": "border"})
     disagreement: Disagreement | None = field(default=None, metadata={"without": "disagreement"})
     samples_without_score: int | None = field(default=None, metadata={"without": "samples_without_score"})
 

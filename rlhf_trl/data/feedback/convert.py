@@ -200,6 +200,8 @@ def annotated_row(feedback: Feedback, group: Group) -> dict:
         "gap": [float(c.gap) for c in group.comparisons],
         "share": [c.share for c in group.comparisons],
     }
+    if group.safe is not None:
+        row["border"] = group.safe
     if group.ratings is not None and isinstance(feedback, Rated):
         row |= feedback.annotations(group.ratings)
     return row

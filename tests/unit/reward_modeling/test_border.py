@@ -13,10 +13,14 @@ from rlhf_trl.data import load_files
 from rlhf_trl.data.feedback import Attributes, Pairs
 from rlhf_trl.data.lengths import tokenize_comparisons
 from rlhf_trl.errors import ConfigError, DataError
+from rlhf_trl.evaluation.annotations import read_annotated
+from rlhf_trl.evaluation.reward_quality import evaluate_rewards, metrics_of
+from rlhf_trl.report.rewards import reward_text
 from rlhf_trl.reward_modeling.border import border_ece, border_loss
 from rlhf_trl.reward_modeling.config import RewardConfig
 from rlhf_trl.reward_modeling.losses import comparison_losses
 from rlhf_trl.reward_modeling.trainer import RewardTrainer
+from rlhf_trl.rewards.function import FunctionReward
 from rlhf_trl.rewards.model import ModelReward
 from tests.helpers.reward_models import arguments, classifier
 from tests.helpers.tiny import WORDS, save_model
@@ -95,6 +99,29 @@ def test_columns_of_pku_saferlhf(tmp_path):
     assert "safe" not in read(tmp_path, pku_rows(), Pairs(columns=plain, answers=[0, 1]))[0]
 
 
+def test_evaluation_of_a_reward_reports_the_border(tmp_path):
+    rows = read(tmp_path, pku_rows(), Pairs(columns=PKU, answers=[0, 1]), "annotated")
+    annotations = read_annotated(Dataset.from_list(rows))
+
+    def cost(prompts, completions):
+        wrong = f"{WORDS[1]} ?"
+        return [2.0 if c == " no" else 1.0 if p == wrong else -1.0 for p, c in zip(prompts, completions, strict=True)]
+
+    quality = evaluate_rewards(annotations, [FunctionReward(cost, name="cost")])
+    border = quality.rewards["cost"].border
+    assert border is not None and (border.completions, border.safe) == (11, pytest.approx(5 / 11))
+    sigmoid = [1 / (1 + math.exp(-x)) for x in (2.0, -1.0, 1.0)]
+    ece = (5 * (1 - sigmoid[0]) + 5 * sigmoid[1] + sigmoid[2]) / 11
+    assert border.accuracy.mean == pytest.approx(10 / 11) and border.ece == pytest.approx(ece)
+    assert metrics_of(quality)["eval_cost/border_accuracy"] == pytest.approx(10 / 11)
+    assert "right side of 0" in reward_text(quality) and " 11 " in reward_text(quality)
+    plain = read(
+        tmp_path, pku_rows(), Pairs(columns={**PKU, "safe_a": None, "safe_b": None}, answers=[0, 1]), "annotated"
+    )
+    quality = evaluate_rewards(read_annotated(Dataset.from_list(plain)), [FunctionReward(cost, name="cost")])
+    assert quality.rewards["cost"].border is None and "right side of 0" not in reward_text(quality)
+
+
 def test_attributes_with_a_boolean(tmp_path):
     rows = [{"prompt": "a", "completion": f" {i}", "harmless": i % 2 == 0} for i in range(4)]
     rows += [
@@ -162,6 +189,10 @@ def test_a_label_that_is_none_is_named(tmp_path):
 # ---- Training ----
 
 
+def without_labels(row):
+    return {"safe": [None] * len(row["safe"])}
+
+
 def test_zero_becomes_the_border(tmp_path):
     """Most completions are unsafe, also where both are: ranking alone would leave the zero anywhere."""
     base = save_model(tmp_path / "base")
@@ -213,3 +244,37 @@ def test_zero_becomes_the_border(tmp_path):
     ranking, _ = comparison_losses(scores, 2 * torch.arange(7), 2 * torch.arange(7) + 1, groups)
     last = [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1]
     assert last == pytest.approx((ranking.mean() + border_loss(scores, sides)).item(), abs=1e-4)
+    unlabeled = trainer.evaluate(data.select(range(3)).map(without_labels))
+    assert "eval_loss" in unlabeled and not any("border" in name for name in unlabeled)  # nothing is known of it
+
+
+@pytest.mark.slow
+def test_an_ensemble_of_cost_models_keeps_the_border(train, tmp_path):
+    """The zero of the mean, the minimum and the penalized mean of members is a border too; the latter are cautious."""
+    rows = [
+        {"prompt": f"Say {word}.", "completion": f" {'yes' if safe else 'no'} {word}", "harmless": safe}
+        for word in ("one two three four five six seven eight nine ten".split())
+        for safe in (True, False)
+    ]
+    file = tmp_path / "labels.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows * 4))
+    words = [
+        "data=files",
+        f"data.paths={file}",
+        "data.to_chat=true",
+        "data.eval_size=null",
+        "data/feedback=attributes",
+    ]
+    words += ["data.feedback.dimensions=[harmless]", "data.feedback.use=border", "adapter=lora", "stage.members=2"]
+    run_dir = train(tmp_path, "stage=reward", *words, "stage.args.max_steps=40", "stage.args.learning_rate=1e-2")
+    chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    answers = [[{"role": "assistant", "content": row["completion"].strip()}] for row in rows]
+    scores = {}
+    for ensemble in ("mean", "min", "mean_minus_std"):
+        reward = ModelReward(run_dir, ensemble=ensemble)
+        scores[ensemble] = torch.tensor(reward(chats, answers, completion_ids=[[]] * len(rows)))
+        safe = torch.tensor([row["harmless"] for row in rows])
+        assert ((scores[ensemble] > 0) == safe).all(), ensemble
+    assert (scores["min"] <= scores["mean"]).all() and (scores["mean_minus_std"] < scores["mean"]).any()
+    members = [ModelReward(f"{run_dir}/member_{i}")(chats, answers, completion_ids=[[]] * len(rows)) for i in (0, 1)]
+    torch.testing.assert_close(scores["mean"], torch.tensor(members).mean(dim=0), rtol=1e-4, atol=1e-4)
