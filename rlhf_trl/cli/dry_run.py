@@ -36,6 +36,7 @@ from rlhf_trl.checks.services import hub_problem, vllm_problem
 from rlhf_trl.checks.vllm import installed_version, version_warning
 from rlhf_trl.cli.plan import (
     adapter_text,
+    constraints_text,
     critic_text,
     critic_weights,
     cut_warning,
@@ -210,6 +211,8 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
         lines["judge"] = f"{cfg.judge._target_.rsplit('.', 1)[-1]}, in the rewards' place"
     if cfg.get("reward") and "combine" in cfg:
         lines["score"] = cfg.combine._target_.rsplit(".", 1)[-1].replace("_", " ") + " of the rewards"
+    if bounds := at(as_dict(cfg), "combine.lambda_init") and as_dict(cfg.combine)["constraints"]:
+        lines["constraints"] = constraints_text(cfg.reward, bounds, scales)
     if hasattr(args, "critic"):
         lines["critic"] = critic_text(args, critic)
     if batch is not None:

@@ -15,6 +15,7 @@ from rlhf_trl.checks.reward_calls import Scale
 from rlhf_trl.hints import size_of
 from rlhf_trl.models.precision import dtype_name
 from rlhf_trl.models.sizes import critic_parameters
+from rlhf_trl.rewards.constraints import Bound
 from rlhf_trl.trainers.steps import steps_per_rollout
 
 # A share of cut completions that is worth a warning
@@ -140,6 +141,29 @@ def rewards_text(nodes: Mapping[Any, Any], scales: Mapping[str, Scale]) -> str:
         if scale and scale.is_real:
             parts[-1] += f" (mean {scale.moments.mean:.3g}, std {scale.moments.std:.2g}: {scale.source})"
     return ", ".join(parts)
+
+
+def constraints_text(nodes: Mapping[Any, Any], bounds: Mapping[str, str], scales: Mapping[str, Scale]) -> str:
+    """
+    Return how far each constraint of `combine=lagrange` is from its bound, in the unit of its cost, beside the spread
+    of the rewards that it is weighed against; of those whose scale is known.
+
+    Args:
+        nodes (`Mapping`): options of each reward, by its name.
+        bounds (`Mapping[str, str]`): bound of each constraint, by the name of the reward.
+        scales (`Mapping[str, Scale]`): scales of rewards.
+    """
+    known = {name: scale for name, scale in scales.items() if scale.is_real}
+    parts = []
+    for name, text in bounds.items():
+        parts.append(f"{name} {text}")
+        if scale := known.get(name):
+            size, (mean, std) = abs(nodes[name].weight), scale.moments
+            cost = size * Bound.parse(text).excess(mean)
+            parts[-1] += f" (mean cost {cost:+.3g}, std {size * std:.2g}: {scale.source})"
+    others = [abs(nodes[name].weight) * scale.moments.std for name, scale in known.items() if name not in bounds]
+    spread = f"; std of what is maximized {math.hypot(*others):.2g}" if others else ""
+    return ", ".join(parts) + spread
 
 
 def critic_text(args: Any, trained: int) -> str:

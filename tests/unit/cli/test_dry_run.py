@@ -18,7 +18,7 @@ from rlhf_trl.build import models_of, training_arguments
 from rlhf_trl.checks.disk import Weights, disk_need
 from rlhf_trl.checks.reward_calls import Scale
 from rlhf_trl.cli.dry_run import show_plan
-from rlhf_trl.cli.plan import sampler_text, weights_of
+from rlhf_trl.cli.plan import constraints_text, sampler_text, weights_of
 from rlhf_trl.cli.probes import scale_warning
 from rlhf_trl.config.values import as_dict
 from rlhf_trl.errors import ConfigError
@@ -445,6 +445,15 @@ def test_scales_count_where_rewards_are_summed(combine, found):
     )
     scales = {"a": Scale(Moments(0.0, 5.0), "four rows"), "b": Scale(Moments(0.0, 0.1), "four rows")}
     assert bool(scale_warning(cfg, None, scales)) == found
+
+
+def test_costs_stand_beside_the_spread_of_what_is_maximized():
+    nodes = OmegaConf.create({name: {"weight": weight} for name, weight in (("a", 2.0), ("b", -0.1), ("c", 1.0))})
+    scales = {"a": Scale(Moments(0.0, 3.0), "4 rows"), "b": Scale(Moments(30.0, 8.0), "4 rows")}
+    found = constraints_text(nodes, {"b": "<= 12", "c": ">= 1"}, scales)
+    assert found == "b <= 12 (mean cost +1.8, std 0.8: 4 rows), c >= 1; std of what is maximized 6"
+    made_up = {"b": scales["b"]._replace(is_real=False)}
+    assert constraints_text(nodes, {"b": "<= 12"}, made_up) == "b <= 12"
 
 
 def test_the_gold_reward_of_the_demo_refuses_other_prompts(compose, tmp_path):
