@@ -26,7 +26,7 @@ import numpy as np
 import yaml
 
 from bench.loop.driver import ROOT, drive, parser
-from bench.loop.results import Point, compare_paths, interval, markdown, pair_accuracy
+from bench.loop.results import Point, at_kl, interval, markdown, pair_accuracy
 from bench.loop.steps import Steps
 from rlhf_trl.evaluation.generation import load_policy, sample, token_statistics
 from rlhf_trl.rewards import ModelReward
@@ -38,20 +38,21 @@ EPOCHS = "stage.args.num_train_epochs"
 # Of the demo's step `reward`: changes
 BATCH = "stage.args.per_device_train_batch_size"
 # Of the demo's step `reward`: changes
-REWARDS = {"reward": [], "reward_short": [f"{EPOCHS}=3", f"{BATCH}=32"]}
+REWARDS = {"reward": [], "reward_long": [f"{EPOCHS}=5", f"{BATCH}=16"]}
+LONG = ["reward.model.run=reward_long", "critic.run=reward_long"]
 # Of the demo's steps: the step, and changes
 POLICIES = {
     "dpo": ("dpo", []),
     "dpo_long": ("dpo", [f"{EPOCHS}=3", "stage.args.beta=1"]),
     "ppo": ("ppo", []),
-    "ppo_low_beta": ("ppo", ["stage.args.beta=0.2"]),
-    "ppo_short": ("ppo", ["reward.model.run=reward_short", "critic.run=reward_short"]),
+    "ppo_long": ("ppo", [*LONG, "stage.args.beta=0.4"]),
     "ppo_gold": ("ppo", ["reward=demo"]),
 }
+TRAINED_ON = {"ppo": "reward", "ppo_long": "reward_long"}
 RANKED = {
     "gold": "the gold reward itself",
-    "reward": "reward model of the demo",
-    "reward_short": "reward model, 3 epochs in batches of 32",
+    "reward": "reward model of the demo: 3 epochs in batches of 32",
+    "reward_long": "reward model of 5 epochs in batches of 16",
     "dpo": "implicit reward of DPO",
     "dpo_long": "implicit reward of DPO, 3 epochs, beta 1",
 }
@@ -59,27 +60,26 @@ TRAINED = {
     "dpo": "DPO of the demo",
     "dpo_long": "DPO, 3 epochs, beta 1",
     "ppo": "PPO of the demo",
-    "ppo_low_beta": "PPO, beta 0.2",
-    "ppo_short": "PPO, reward model of 3 epochs in batches of 32",
+    "ppo_long": "PPO, reward model of 5 epochs in batches of 16, beta 0.4",
     "ppo_gold": "PPO against the gold reward",
 }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes: held-out prompts, completions of each by a policy and by the SFT policy, and checkpoints of a policy."""
+    """Sizes: held-out prompts, completions of each by a policy and by the SFT policy, and checkpoints of DPO."""
 
     prompts: int = 256
-    samples: int = 4
+    samples: int = 8
     drawn: int = 16
     points: int = 3
-    policies: tuple[str, ...] = ("dpo", "ppo")
+    policies: tuple[str, ...] = ("dpo", "ppo", "ppo_long")
     extra: tuple[str, ...] = ()  # overrides of every training
 
     @property
     def rewards(self) -> list[str]:
         """Return the reward models that the policies need."""
-        return [name for name in REWARDS if name == "reward" or "ppo_short" in self.policies]
+        return [name for name in REWARDS if name == "reward" or "ppo_long" in self.policies]
 
     @property
     def limits(self) -> list[str]:
@@ -119,7 +119,8 @@ class Frontier:
         Returns:
             `dict[str, Any]`: `rewards`, of each reward its `accuracy` on pairs of completions of the SFT policy and
             `limit`, the gold reward at each of `KLS`; `policies`, of each policy its `path`, (KL, gold reward) from
-            the SFT policy on, and `accuracy`, the reward model's on completions of the policy.
+            the SFT policy on (of DPO with checkpoints, so that it can be read at another policy's KL), and `accuracy`,
+            that of the reward model which it was trained on, on its own completions.
         """
         steps.run("sft", *demo_step("sft"), *setting.extra)
         for name in setting.rewards:
@@ -127,10 +128,11 @@ class Frontier:
         for name in setting.policies:
             step, changes = POLICIES[name]
             saves = [f"stage.args.save_steps={1 / setting.points}", "stage.args.save_total_limit=null"]
+            saves = saves if name == "dpo" else []
             few = ["data.max_eval_samples=16", "stage.args.eval_on_start=false"]
             health = ["health=none"] if step == "ppo" else []
             steps.run(name, *demo_step(step), *changes, *saves, *few, *health, *setting.extra)
-        sft, reward = steps.path("sft"), steps.path("reward")
+        sft = steps.path("sft")
         written = steps.compute("written", functools.partial(written_by, sft, setting))
         limits = {
             name: steps.compute(
@@ -141,7 +143,9 @@ class Frontier:
         start: Point = (0.0, limits["gold"]["start"])
         policies = {}
         for name in setting.policies:
-            found = steps.compute(f"{name}_path", functools.partial(path_of, sft, steps.path(name), reward, setting))
+            reward = steps.path(TRAINED_ON[name]) if name in TRAINED_ON else None
+            function = functools.partial(path_of, sft, steps.path(name), reward, setting)
+            found = steps.compute(f"{name}_path", function)
             policies[name] = {"path": [start, *found["path"]], "accuracy": found["accuracy"]}
         return {"rewards": limits, "policies": policies}
 
@@ -158,18 +162,15 @@ class Frontier:
         for name, text in [(name, TRAINED[name]) for name in setting.policies]:
             each = [seed["policies"][name] for seed in found.values()]
             ends = [row["path"][-1] for row in each]
-            gaps = [
-                compare_paths(row["path"], seed["policies"]["dpo"]["path"])
-                for row, seed in zip(each, found.values(), strict=True)
-            ]
-            compared = [interval([gap[key] for gap in gaps], sign=True) for key in ("end", "last")]
+            others = [seed["policies"]["dpo"]["path"] for seed in found.values()]
+            gaps = [gold - at_kl(path, kl) for (kl, gold), path in zip(ends, others, strict=True)]
             rows.append(
                 [
                     text,
                     interval([kl for kl, _ in ends]),
                     interval([gold for _, gold in ends]),
-                    *(compared if name != "dpo" else ["", ""]),
-                    f"{fmean(row['accuracy'] for row in each):.3f}",
+                    interval(gaps, sign=True) if name != "dpo" else "",
+                    f"{fmean(row['accuracy'] for row in each):.3f}" if name in TRAINED_ON else "",
                 ]
             )
         headers = [
@@ -177,8 +178,7 @@ class Frontier:
             "KL",
             "gold reward",
             "minus DPO's at equal KL",
-            "minus DPO's at the end",
-            "accuracy on its completions",
+            "accuracy of its reward model on its completions",
         ]
         return "\n".join([*lines, markdown(headers, rows)])
 
@@ -277,17 +277,16 @@ def limit(scores: np.ndarray, gold: np.ndarray, kls: Sequence[float]) -> list[fl
     return [float(value) for value in np.interp(kls, distances, values)]
 
 
-def path_of(sft: Path, run: Path, reward: Path, setting: Setting) -> dict[str, Any]:
-    """Return (KL, gold reward) of a run's checkpoints and its end, and the reward model's accuracy at the end."""
+def path_of(sft: Path, run: Path, reward: Path | None, setting: Setting) -> dict[str, Any]:
+    """Return (KL, gold reward) of a run's checkpoints and its end, and a reward model's accuracy at the end."""
     checkpoints = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-    points, drawn = [], None
-    for path in [*checkpoints[:-1], run]:  # the last one is the end
-        drawn = draw(path, sft, setting.prompts, setting.samples, seed=1)
-        points.append((float(drawn.ratios.mean()), float(drawn.gold.mean())))
-    assert drawn is not None
-    scores = scores_of(reward, drawn)
-    accuracy = pair_accuracy(list(zip(drawn.gold.tolist(), scores.tolist(), strict=True)))
-    return {"path": points, "accuracy": accuracy}
+    places = [*checkpoints[:-1], run]  # the last one is the end
+    drawn = [draw(path, sft, setting.prompts, setting.samples, seed=1) for path in places]
+    points = [(float(each.ratios.mean()), float(each.gold.mean())) for each in drawn]
+    if reward is None:
+        return {"path": points, "accuracy": None}
+    rows = zip(drawn[-1].gold.tolist(), scores_of(reward, drawn[-1]).tolist(), strict=True)
+    return {"path": points, "accuracy": pair_accuracy(list(rows))}
 
 
 if __name__ == "__main__":

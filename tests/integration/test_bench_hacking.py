@@ -33,11 +33,12 @@ def test_the_benchmark_changes_the_demos_own_steps():
 
 def test_the_tables_of_ppo_beside_dpo():
     policies = {name: {"path": [[0.0, 1.7], [1.0, 2.7]], "accuracy": 0.7} for name in frontier.POLICIES}
-    policies["ppo"] = {"path": [[0.0, 1.7], [0.81, 3.0], [1.0, 3.1]], "accuracy": 0.7}
+    policies["dpo"] = {"path": [[0.0, 1.7], [0.81, 2.7], [1.0, 2.7]], "accuracy": 0.7}
+    policies["ppo"] = {"path": [[0.0, 1.7], [0.81, 3.1]], "accuracy": 0.7}
     rewards = {name: {"accuracy": 0.8, "limit": [2.0, 2.5, 2.8, 3.0], "start": 1.7} for name in frontier.RANKED}
     found = {str(seed): {"rewards": rewards, "policies": policies} for seed in (1, 2)}
     text = frontier.Frontier().report(found, frontier.Setting(policies=tuple(frontier.POLICIES)))
-    assert "| PPO of the demo | 1.00 [1.00, 1.00] | 3.10 [3.10, 3.10] | +0.40 [+0.40, +0.40] |" in text
+    assert "| PPO of the demo | 0.81 [0.81, 0.81] | 3.10 [3.10, 3.10] | +0.40 [+0.40, +0.40] | 0.700 |" in text
     assert "| the gold reward itself | 0.800 | 2.00 [2.00, 2.00] |" in text
 
 

@@ -114,8 +114,8 @@ def a_users_folder(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-# Reward models with other names: those of `pipeline=iterated`, and a cost model
-REWARDS = ("reward_0", "reward_1", "reward_2", "cost")
+# Reward models with other names: those of `pipeline=iterated`, one trained longer, and a cost model
+REWARDS = ("reward_0", "reward_1", "reward_2", "reward_long", "cost")
 
 
 def add_runs(words: list[str]) -> None:
