@@ -65,8 +65,8 @@ def fit(distances: np.ndarray, gains: np.ndarray, form: str) -> Fit:
 
 def mean_curve(runs: Sequence[Curve], width: float) -> Curve:
     """
-    Return the mean of several runs' curves: of the points of a run within an interval of distances the mean counts,
-    and an interval counts where at least half of the runs have a point.
+    Return the mean of several runs' curves: of the points of a run within an interval of distances the mean counts, a
+    run without one there is interpolated between its others, and an interval counts that half of the runs reach.
 
     Args:
         runs (`Sequence[Curve]`): the curves.
@@ -79,6 +79,11 @@ def mean_curve(runs: Sequence[Curve], width: float) -> Curve:
         for place in np.unique(places):
             inside = places == place
             row[place] = distances[inside].mean(), gains[inside].mean()
+        seen = np.isfinite(row[:, 0])
+        centers = (np.arange(len(row)) + 0.5) * width
+        between = ~seen & (centers > row[seen, 0].min()) & (centers < row[seen, 0].max())
+        filled = np.interp(centers[between], row[seen, 0], row[seen, 1])
+        row[between] = np.stack([centers[between], filled], axis=1)
     known = np.isfinite(table[:, :, 0]).sum(axis=0)
     distances, gains = np.nanmean(table[:, 2 * known >= len(runs)], axis=0).T
     return distances, gains

@@ -62,7 +62,7 @@ def draw(found: Found, setting: Setting, seeds: Sequence[int], path: Path) -> No
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     # A third of the size
-    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def _lines(axes, found: Found, seeds: Sequence[int], condition: dict, color, label: str, whole: bool) -> None:

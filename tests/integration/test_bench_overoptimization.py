@@ -36,7 +36,9 @@ def test_runs_are_averaged_where_half_of_them_are():
     )
     distances, gains = mean_curve([near, far, near], 0.1)
     np.testing.assert_allclose(distances, [0.155 / 3, 0.15])
-    np.testing.assert_allclose(gains, [5 / 3, 2.0])
+    np.testing.assert_allclose(gains, [5 / 3, (2 + 2 + (3 + 6 * 0.095 / 0.195)) / 3])
+    distances, gains = mean_curve([(np.array([0.05, 0.35]), np.array([0.0, 3.0]))], 0.1)
+    np.testing.assert_allclose([distances, gains], [[0.05, 0.15, 0.25, 0.35], [0, 1, 2, 3]])  # nothing between
     distances = np.linspace(0, 4, 41)
     noise = 0.1 * np.cos(50 * distances)
     assert highest((distances, distances * (2 - 0.5 * distances) + noise)) == pytest.approx((2, 2), abs=0.1)
