@@ -61,3 +61,4 @@ bench-gpu: $(READY) ## PPO on one GPU beside GRPO, RLOO and TRL 1.12's PPO, and 
 
 checkpoints: $(READY) ## make the embedded checkpoints again
 	$(BIN)/python -m rlhf_trl.tasks.demo.build
+	$(BIN)/python -m rlhf_trl.tasks.shapes.build

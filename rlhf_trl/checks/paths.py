@@ -14,9 +14,9 @@ from rlhf_trl.runs.paths import (
     ADAPTER_FILE,
     DEMO,
     MODEL_FILES,
-    PACKAGE,
     baseline_problem,
     conf_dir,
+    embedded_folder,
     finish_command,
     is_run_name,
     kind_of,
@@ -85,9 +85,7 @@ def model_folder(node: dict[str, Any], values: dict[str, Any]) -> Path:
     run, path = node.get("run"), str(node.get("path"))
     if run is not None:
         return project_dir(values) / str(run)
-    if path.startswith(DEMO):
-        return PACKAGE / "tasks" / "demo" / "checkpoints" / path.removeprefix(DEMO)
-    return Path(path).expanduser()
+    return embedded_folder(path) or Path(path).expanduser()
 
 
 def _model(key: str, node: dict[str, Any], values: dict[str, Any], task_type: str) -> list[str]:
@@ -135,7 +133,7 @@ def _values_of_the_embedded_model(model: dict[str, Any], values: dict[str, Any])
         if is_run or (folder / CONFIG_FILE).is_file():
             other = other_model(folder)
         else:
-            other = None if place.startswith(DEMO) else place
+            other = None if embedded_folder(place) else place
         if other is not None:
             return [for_embedded(key, place, f", a run of {other}" if other != place else "")]
     return []
@@ -163,8 +161,8 @@ def _earlier_run(key: str, run: str, values: dict[str, Any]) -> list[str]:
 
 
 def _model_path(key: str, path: str, folder: Path) -> list[str]:
-    if path.startswith(DEMO):
-        names = [f"{DEMO}{p.name}" for p in folder.parent.glob("*/")]
+    if embedded_folder(path) is not None:
+        names = [f"{path.partition(':')[0]}:{p.name}" for p in folder.parent.glob("*/")]
         return [] if folder.is_dir() else [f"`{key}` is `{path}`, which isn't embedded. {did_you_mean(path, names)}"]
     if folder.is_file():
         return [f"`{key}` is the file `{path}`. Give the folder that holds the model."]

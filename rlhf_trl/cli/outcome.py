@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.config.program import command_line
 from rlhf_trl.report.text import compact_number, duration
-from rlhf_trl.runs.paths import ADAPTER_FILE, DEMO, conf_dir, kind_of, project_dir
+from rlhf_trl.runs.paths import ADAPTER_FILE, conf_dir, embedded_folder, kind_of, project_dir
 from rlhf_trl.runs.record import read_metrics, read_run
 
 # Set for the steps of a pipeline and the jobs of a sweep: what comes after them is already known
@@ -106,7 +106,7 @@ def next_commands(cfg: DictConfig, typed: Sequence[str]) -> dict[str, str]:
     elif kind == "policy" and read_metrics(run_dir) is None:
         found["sft"] = [f"model.run={run}", *data, *_as_text(cfg)]
     elif kind == "policy":
-        embedded = str(OmegaConf.select(cfg, "model.path")).startswith(DEMO)
+        embedded = embedded_folder(str(OmegaConf.select(cfg, "model.path"))) is not None
         found["chat"] = [*([] if embedded else ["model=hf"]), f"model.run={run}", *remote]
         start = _start(cfg)
         if start and not whole and (rewarded or not data):

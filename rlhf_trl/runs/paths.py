@@ -25,6 +25,8 @@ from rlhf_trl.runs.record import (
 )
 
 DEMO = "demo:"
+# Folders of `tasks/` with embedded checkpoints, by the beginning of their paths
+EMBEDDED = {DEMO: "demo", "shapes:": "shapes"}
 ADAPTER_FILE = "adapter_config.json"
 MODEL_FILES = ("config.json", ADAPTER_FILE)
 # Keys that name what is written, or nothing on the disk
@@ -66,7 +68,8 @@ def resolve_path(path: str | None, run: str | None, project_dir: str | os.PathLi
 
     Args:
         path (`str`, *optional*):
-            `demo:base` or `demo:sft` (the embedded checkpoints), a folder, or a hub id.
+            `demo:base`, `demo:sft` or `shapes:base`, which reads images (the embedded checkpoints), a folder, or a hub
+            id.
         run (`str`, *optional*):
             Name of an earlier run of the project, which wins over `path`.
         project_dir (`str` or `os.PathLike`):
@@ -82,8 +85,7 @@ def resolve_path(path: str | None, run: str | None, project_dir: str | os.PathLi
         return _finished_run(run, project_dir)
     if path is None:
         raise ConfigError("No model is named. Set `path` to its folder or hub id, or `run` to an earlier run.")
-    if path.startswith(DEMO):
-        embedded = PACKAGE / "tasks" / "demo" / "checkpoints" / path.removeprefix(DEMO)
+    if (embedded := embedded_folder(path)) is not None:
         if not embedded.is_dir():
             raise ConfigError(f"There is no embedded checkpoint `{path}` ({embedded}). Use `demo:base` or `demo:sft`.")
         return str(embedded)
@@ -93,6 +95,14 @@ def resolve_path(path: str | None, run: str | None, project_dir: str | os.PathLi
     if path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise ConfigError(f"The model folder `{path}` doesn't exist. Set an existing folder or a hub id.")
     return path
+
+
+def embedded_folder(path: str) -> Path | None:
+    """Return the folder of an embedded checkpoint, existing or not; `None` for any other path."""
+    for prefix, task in EMBEDDED.items():
+        if path.startswith(prefix):
+            return PACKAGE / "tasks" / task / "checkpoints" / path.removeprefix(prefix)
+    return None
 
 
 def find_policy(place: str, project_dir: str | os.PathLike) -> str:
@@ -211,7 +221,7 @@ def other_model(folder: str | os.PathLike) -> str | None:
     file = Path(folder, CONFIG_FILE)
     config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
     started = config.get("model") if isinstance(config, dict) else None
-    if started is None or str(started.get("path")).startswith(DEMO):
+    if started is None or embedded_folder(str(started.get("path"))) is not None:
         return None
     return started.get("path") or "another model"
 

@@ -14,6 +14,7 @@ from rlhf_trl.labels.candidates import read_candidates
 from rlhf_trl.models.loading import load_reward_model
 from rlhf_trl.report.project import write_report
 from rlhf_trl.runs.record import read_metrics
+from tests.helpers.configs import composed
 from tests.helpers.vision import COLOURS, picture, save_vlm
 
 QUESTIONS = [
@@ -136,6 +137,27 @@ def test_reward_models_score_images_for_ppo_evaluation_and_generation(run, folde
     path = run("generate", *options, "stage.split=train", "run_name=written")
     rows = [json.loads(line) for line in Path(path, "completions.jsonl").read_text().splitlines()]
     assert {Path(row["images"][0]).name for row in rows} == {f"{colour}.png" for colour in COLOURS}
+
+
+@pytest.mark.slow
+def test_the_pipeline_of_shapes_goes_through_all_its_steps(compose, tmp_path):
+    """Two optimizer steps each, on the embedded model: the runs start from each other and are compared on one page."""
+    few = {"max_steps": 2, "total_episodes": None, "max_samples": 256, "max_eval_samples": 16, "best_of_n": 2}
+    pipeline = composed("pipeline", "pipeline=demo_images")
+    for name, words in pipeline.steps.items():
+        cfg = compose(
+            *words, *pipeline.overrides, f"project={tmp_path.name}", f"runs_dir={tmp_path}", f"run_name={name}"
+        )
+        for node in (cfg.data, cfg.stage, cfg.stage.get("args", {})):
+            for key in few.keys() & node.keys():
+                node[key] = few[key]
+        instantiate(cfg.stage.run)(cfg)
+    comparison = json.loads((tmp_path / tmp_path.name / "compare" / "comparison.json").read_text())
+    assert list(comparison["policies"]) == ["sft", "ppo", "dpo"] and comparison["weights"] == {
+        "gold": 1.0,
+        "model": 0.0,
+    }
+    assert comparison["samples"][0]["images"][0].startswith("data:image/png;base64,")
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ RECIPES = {
     "arena": ["reward"],
     "safe_rlhf": ["helpful", "cost", "ppo"],
     "rlaif_v/smolvlm": ["reward", "ppo", "dpo"],
-    "rlaif_v/qwen2_vl": ["dpo"],
+    "rlaif_v/qwen": ["dpo"],
     "own": ["sft", "reward", "ppo", "compare"],
 }
 # Two steps of tiny batches. Everything else is as in the recipe

@@ -1,6 +1,7 @@
 """Tokenizer of the embedded world: one token per word of the language."""
 
 import re
+from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -33,8 +34,12 @@ def vocabulary() -> list[str]:
     texts += ["Comment:", facts.PRAISE, facts.SHRUG, *facts.COMMENTS.values()]
     # Steps also occur without "First," and "Then,"
     texts += [step[0].upper() + step[1:] for pair in facts.TASKS.values() for step in pair]
-    words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text)})
-    return [*SPECIAL, *words]
+    return [*SPECIAL, *words_in(texts)]
+
+
+def words_in(texts: Iterable[str]) -> list[str]:
+    """Return all words and punctuation marks of some texts, sorted."""
+    return sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text)})
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
