@@ -4,6 +4,7 @@ A pipeline whose steps are forks of one process, so that none waits for the impo
     python -m tests.helpers.forked_pipeline FOLDER OVERRIDE ...
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +25,11 @@ def forked(folder: Path, *words: str, timeout: float = 1200) -> None:
 
 def main(folder: str, *words: str) -> None:
     """Run the steps, in a process that nothing else has used."""
+    os.chdir(folder)
     register_rounds()
     cfg, problems = compose(list(words), [], "pipeline")
     assert cfg is not None and not problems, problems
-    steps = Steps(Path(folder), cfg.project, list(cfg.overrides))
+    steps = Steps(Path(), cfg.project, list(cfg.overrides))
     for name, overrides in all_steps(cfg).items():
         steps.run(name, *overrides)
 

@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from rlhf_trl.runs.record import read_comparison, read_quality
+from rlhf_trl.runs.record import read_comparison, read_promotions, read_quality
 from rlhf_trl.tasks.demo.data import rows as demo_rows
 from tests.helpers.forked_pipeline import forked
 
@@ -663,8 +663,10 @@ def test_two_nights_learn_nothing_twice(tmp_path):
     thumbs = tmp_path / "runs/nightly"
     for night in (1, 2):
         logged(tmp_path / "log.jsonl", range(night, night + 32))
-        code, out, err = launch("pipeline", tmp_path, *words, timeout=900)
+        forked(tmp_path, *words, f"rounds={night}")
+        code, out, err = launch("pipeline", tmp_path, *words, f"rounds={night}")
         assert code == 0 and f"Round {night} learns from what log.jsonl has" in out, err[-3000:]
+        assert "nothing was run" in out
     learned = [
         [
             json.dumps([json.loads(line)[name] for name in ("prompt", "completion", "thumb")])
@@ -673,7 +675,12 @@ def test_two_nights_learn_nothing_twice(tmp_path):
         for night in (1, 2)
     ]
     assert learned[0] and learned[1] and not {*learned[0]} & {*learned[1]}
-    assert set(read_comparison(thumbs / "compare_2").policies) == {"first", "policy_1", "policy_2"}
+    promotions = read_promotions(thumbs)
+    built_upon = {"policy_1"} if promotions.rounds[0].is_promoted else set()
+    assert set(read_comparison(thumbs / "compare_2").policies) == {"first", "policy_2"} | built_upon
+    assert [each.round for each in promotions.rounds] == [1, 2] and promotions.rounds[1].in_words in out
+    report = (thumbs / "report" / "report.md").read_text()
+    assert "What each round gained." in report and f"`{promotions.current}`" in report
     code, out, err = launch("pipeline", tmp_path, *words)
     assert code == 2 and "`stage.traffic` holds nothing new" in err and not (thumbs / "policy_3").exists()
     logged(tmp_path / "log.jsonl", range(100, 104))
