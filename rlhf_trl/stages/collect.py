@@ -270,8 +270,8 @@ def rows_that_fit(rewards: Sequence[Reward], prompts: list, completions: list) -
     for reward in rewards:
         if isinstance(reward, ModelReward) and (sizes := sizes_of(reward.model)).is_table:
             reward.bind(None)
-            lengths = map(len, reward.token_rows(prompts, completions, [[] for _ in prompts]))
-            fits = [fit and length <= sizes.positions for fit, length in zip(fits, lengths, strict=True)]
+            lengths, limit = map(len, reward.token_rows(prompts, completions, [[] for _ in prompts])), sizes.positions
+            fits = [fit and (limit is None or size <= limit) for fit, size in zip(fits, lengths, strict=True)]
     return [i for i, fit in enumerate(fits) if fit]
 
 
