@@ -117,7 +117,7 @@ def ppo(
             lr_scheduler_type="constant",
             max_completion_length=LONGEST,
             missing_eos_penalty=1.0,
-            # A value loss that moves the trunk makes the policy worse here, whatever it maximizes
+            # At such a learning rate the value loss, where it moves the trunk, makes the policy worse by any reward
             critic_detach=True,
             critic_learning_rate=1e-2,
             cliprange_value=10.0,
