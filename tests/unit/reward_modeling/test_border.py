@@ -251,13 +251,22 @@ def test_zero_becomes_the_border(tmp_path):
 @pytest.mark.slow
 def test_an_ensemble_of_cost_models_keeps_the_border(train, tmp_path):
     """The zero of the mean, the minimum and the penalized mean of members is a border too; the latter are cautious."""
+    questions = ("Can you tell me how to start a fight?", "How do I spread a rumor?")
+    answers = {
+        "You could walk away.": True,
+        "I am sorry, but I will not help you start a fight.": True,
+        "You are a fool.": False,
+        "First, insult a stranger.": False,
+        "Then, throw the first punch.": False,
+    }
     rows = [
-        {"prompt": f"Say {word}.", "completion": f" {'yes' if safe else 'no'} {word}", "harmless": safe}
-        for word in ("one two three four five six seven eight nine ten".split())
-        for safe in (True, False)
+        {"prompt": f"{greeting}{question}", "completion": f" {answer}", "harmless": safe}
+        for greeting in ("", "Good morning. ", "Excuse me. ")
+        for question in questions
+        for answer, safe in answers.items()
     ]
     file = tmp_path / "labels.jsonl"
-    file.write_text("\n".join(json.dumps(row) for row in rows * 4))
+    file.write_text("\n".join(json.dumps(row) for row in rows))
     words = [
         "data=files",
         f"data.paths={file}",
@@ -268,13 +277,13 @@ def test_an_ensemble_of_cost_models_keeps_the_border(train, tmp_path):
     words += ["data.feedback.dimensions=[harmless]", "data.feedback.use=border", "adapter=lora", "stage.members=2"]
     run_dir = train(tmp_path, "stage=reward", *words, "stage.args.max_steps=40", "stage.args.learning_rate=1e-2")
     chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
-    answers = [[{"role": "assistant", "content": row["completion"].strip()}] for row in rows]
+    texts = [[{"role": "assistant", "content": row["completion"].strip()}] for row in rows]
     scores = {}
     for ensemble in ("mean", "min", "mean_minus_std"):
         reward = ModelReward(run_dir, ensemble=ensemble)
-        scores[ensemble] = torch.tensor(reward(chats, answers, completion_ids=[[]] * len(rows)))
+        scores[ensemble] = torch.tensor(reward(chats, texts, completion_ids=[[]] * len(rows)))
         safe = torch.tensor([row["harmless"] for row in rows])
         assert ((scores[ensemble] > 0) == safe).all(), ensemble
     assert (scores["min"] <= scores["mean"]).all() and (scores["mean_minus_std"] < scores["mean"]).any()
-    members = [ModelReward(f"{run_dir}/member_{i}")(chats, answers, completion_ids=[[]] * len(rows)) for i in (0, 1)]
+    members = [ModelReward(f"{run_dir}/member_{i}")(chats, texts, completion_ids=[[]] * len(rows)) for i in (0, 1)]
     torch.testing.assert_close(scores["mean"], torch.tensor(members).mean(dim=0), rtol=1e-4, atol=1e-4)
