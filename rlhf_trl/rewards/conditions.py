@@ -18,7 +18,7 @@ FORM = (
 
 class ValueTest(NamedTuple):
     """
-    ValueTest of the value of a column.
+    Test of the value of a column.
 
     Attributes:
         values (`tuple`): text, numbers, booleans or None.

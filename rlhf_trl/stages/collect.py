@@ -20,7 +20,7 @@ from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.file_rows import read_file, resolve_paths
 from rlhf_trl.data.messages import as_chat as chat_of
 from rlhf_trl.data.messages import as_text
-from rlhf_trl.data.tokenize import end_tokens
+from rlhf_trl.data.tokenize import end_tokens, split_row_ids
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.generation import Policy, last_hidden_states, sample
 from rlhf_trl.evaluation.rewards import score_members
@@ -253,10 +253,14 @@ def logged(
             row["completion"] if isinstance(prompt, str) else chat_of(row["completion"], "assistant")
             for row, prompt in zip(rows, given, strict=True)
         ]
+        # With the end token, which an answer that users saw has
+        written = [
+            split_row_ids(policy.tokenizer, prompt, answer)[1] for prompt, answer in zip(given, answers, strict=True)
+        ]
         fits = rows_that_fit(rewards, given, answers)
         found.notes["logged answers without a score: too long for the reward model"] += len(rows) - len(fits)
-        chosen = [given[i] for i in fits], [answers[i] for i in fits]
-        for i, scored in zip(fits, score_members(rewards, *chosen, [[] for _ in fits], {}), strict=True):
+        chosen = ([values[i] for i in fits] for values in (given, answers, written))
+        for i, scored in zip(fits, score_members(rewards, *chosen, {}, policy.tokenizer), strict=True):
             scores[i] = scored
     for row, scored in zip(rows, scores, strict=True):
         candidate = traffic.candidate(row)

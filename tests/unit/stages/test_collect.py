@@ -149,7 +149,12 @@ def test_logged_rows_that_a_table_of_positions_is_too_small_for_are_dropped_and_
     rows = [("a b", "c d", "up"), ("c " * 80, "d", "down"), ("e f", "g h", None), ("h", "a " * 80, "down")]
     words = ["stage=collect", "project=test", "model=hf", f"model.path={path}", f"runs_dir={tmp_path}/runs"]
     words += [f"stage.traffic={write_log(tmp_path / 'log.jsonl', *rows)}", "stage.max_completion_length=4"]
-    words += ["reward=model", "reward.model.run=null", f"reward.model.path={tmp_path}/reward", "select=best_worst"]
+    words += [
+        "reward=[model,tokens]",
+        "reward.model.run=null",
+        f"reward.model.path={tmp_path}/reward",
+        "select=best_worst",
+    ]
     found = read_candidates(collect(compose(*words)))
     assert [row.prompt for row in found] == ["a b", "e f", "h"]
     out = capsys.readouterr().out
@@ -161,6 +166,7 @@ def test_logged_rows_that_a_table_of_positions_is_too_small_for_are_dropped_and_
     (score,) = found[0].candidates[0].scores["model"]
     alone = ModelReward(str(tmp_path / "reward"), dtype="float32")
     assert score == pytest.approx(alone(["a b"], ["c d"], [[]])[0], abs=1e-5)
+    assert found[0].candidates[0].scores["tokens"] == [3.0]  # with the end token
     assert found[2].candidates[0].scores == {} and "too long for the reward model: 1" in out
     assert all(0 not in question for question in found[2].questions)
 
