@@ -12,7 +12,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from rlhf_trl.callbacks.base import progress_counts
 from rlhf_trl.data.messages import as_text
-from rlhf_trl.data.multimodal import opened
+from rlhf_trl.data.multimodal import beside
 from rlhf_trl.runs.record import SAMPLES_FILE
 from rlhf_trl.trainers.rollout_hook import RolloutRecord, RolloutTrainer
 from rlhf_trl.trainers.steps import steps_per_rollout
@@ -124,7 +124,8 @@ class SampleLog(TrainerCallback):
             self._table = wandb.Table(columns=list(rows[0]), log_mode="INCREMENTAL")
         for row in rows:
             if "images" in row:
-                row = row | {"images": [wandb.Image(opened(uri)) for uri in row["images"]]}
+                # One picture a cell: a table shows no lists of them
+                row = row | {"images": wandb.Image(beside(row["images"])) if row["images"] else None}
             self._table.add_data(*row.values())
         wandb.log({"samples": self._table, **counts})
 

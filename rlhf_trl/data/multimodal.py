@@ -132,6 +132,19 @@ def opened(uri: str):
     return as_pil({"bytes": base64.b64decode(uri.partition(",")[2]), "path": None})
 
 
+def beside(uris: list[str]):
+    """Return [`thumbnail`]s as one PIL image, from left to right."""
+    from PIL import Image
+
+    images = list(map(opened, uris))
+    joined = Image.new("RGB", (sum(each.width for each in images), max(each.height for each in images)), "white")
+    left = 0
+    for each in images:
+        joined.paste(each, (left, 0))
+        left += each.width
+    return joined
+
+
 def extra_inputs(tokenizer, prompt: str | list[dict], **template_kwargs) -> ExtraInputs:
     """
     Return the inputs of a prompt beside its ids; none of a prompt without images.

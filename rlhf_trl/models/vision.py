@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
+from rlhf_trl.data.multimodal import processor_of
 from rlhf_trl.errors import ConfigError
 
 CHOICES = ("frozen", "lora", "full")
@@ -81,6 +82,20 @@ def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def _stem(name: str) -> str:
     return re.split("For[A-Z]", name)[0]
+
+
+def find_unused_parameters(args: Any, tokenizer: Any) -> None:
+    """
+    Let DDP look for parameters without a gradient, where a model reads images: not every layer of a vision tower is
+    read (LLaVA's last norm isn't), and rows without images leave all of it out. TRL does so in its own trainers with
+    images.
+
+    Args:
+        args (`TrainingArguments`): changed in place.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+    """
+    if tokenizer is not None and processor_of(tokenizer) is not None:
+        args.ddp_find_unused_parameters = True
 
 
 def vision_parts(model: PreTrainedModel) -> list[str]:

@@ -42,6 +42,7 @@ from rlhf_trl.models.roles import (
     set_trainable,
 )
 from rlhf_trl.models.sizes import check_rows, sizes_of
+from rlhf_trl.models.vision import find_unused_parameters
 from rlhf_trl.patches.generation import make_output_layer_inputs_contiguous
 from rlhf_trl.patches.peft import save_only
 from rlhf_trl.patches.vllm import send_only
@@ -148,6 +149,7 @@ class PPOTrainer(SampledEvaluation, TokenScoring, RolloutHook, Rollouts, Trainer
         check_adapter_dropout(model, kwargs.get("peft_config"), args)
         tokenizer = tokenizer_of(kwargs.get("processing_class"))
         check_prompt_images(train_dataset, tokenizer)
+        find_unused_parameters(args, tokenizer)
 
         with keeping_reference(args):
             super().__init__(

@@ -17,6 +17,7 @@ from rlhf_trl.data.row_types import PASSED_ON
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.models.calibration import Calibration, write_calibration
 from rlhf_trl.models.heads import score_heads
+from rlhf_trl.models.vision import find_unused_parameters
 from rlhf_trl.reward_modeling.border import border_ece, border_loss
 from rlhf_trl.reward_modeling.collator import NOT_INPUTS, ComparisonCollator
 from rlhf_trl.reward_modeling.config import RewardConfig
@@ -85,6 +86,7 @@ class RewardTrainer(TrainerMixin, trl.RewardTrainer):
         **kwargs,
     ):
         processing_class = tokenizer_of(processing_class)  # which TRL's takes, and the collator finds the processor
+        find_unused_parameters(args, processing_class)
         self.heads = head_names(train_dataset) or ["score"]
         self._scores: list | None = None  # scores of the calibration pass
         self._labeled: list[tuple[float, float]] = []  # scores and labels of safety of an evaluation

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerState
+from safetensors import safe_open
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.checkpoints import STATE_FILE, UNFINISHED, clear_unfinished, publish
@@ -46,6 +47,8 @@ class CompleteCheckpoints(Trainer):
     - `_run_epoch`: the Trainer compares with `max_steps` after a step only, so that a run killed during its final
       evaluation would train one step too many after resuming, unless the last step ends an epoch.
     - `_issue_warnings_after_load`: a checkpoint holds tied weights once, and the Trainer calls the other name missing.
+    - `_load_from_checkpoint`, `_load_best_model`: many models that read images are saved under other names than those
+      of their modules, and the Trainer passes over what it can't place, so that a run went on from its first weights.
     """
 
     _checkpoints_dir: str | None = None
@@ -75,6 +78,29 @@ class CompleteCheckpoints(Trainer):
                 state.save_to_json(str(unfinished / name / STATE_FILE))
             publish(run_dir, name, args.save_total_limit, state.best_model_checkpoint)
         wait()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_renamed(self.state.best_model_checkpoint)
+
+    def _load_renamed(self, folder: str | None, model=None) -> None:
+        """Load the weights of a checkpoint by `from_pretrained`, if it has them under other names than the model."""
+        model = self.accelerator.unwrap_model(model or self.model)
+        if (
+            folder is None
+            or not isinstance(model, PreTrainedModel)
+            or self.is_fsdp_enabled
+            or self.is_deepspeed_enabled
+        ):
+            return
+        files = Path(folder).glob("model*.safetensors")
+        names = set().union(*(safe_open(file, "pt").keys() for file in files))
+        if not names <= model.state_dict().keys():
+            model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict(), strict=False)
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from omegaconf import OmegaConf
 from PIL import Image
 
-from rlhf_trl.data.multimodal import opened, thumbnail
+from rlhf_trl.data.multimodal import beside, opened, thumbnail
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.report import plots
 from rlhf_trl.report.page import (
@@ -55,6 +55,8 @@ def test_images_are_shown_small_beside_answers_and_are_part_of_the_page():
     shown = re.findall('src="([^"]+)"', to_html(page(SideBySide("What color?", {"sft": "Red."}, images=[small]))))
     assert shown == [small] and opened(shown[0]).size == (160, 80)
     assert opened(shown[0]).getpixel((80, 40)) == (255, 0, 0)
+    joined = beside([small, thumbnail(Image.new("RGB", (8, 200), "blue"))])
+    assert joined.size == (166, 160) and joined.getpixel((165, 159)) == (0, 0, 255)
     noise = np.random.default_rng(0).integers(0, 255, (160, 160, 3), dtype=np.uint8)
     assert thumbnail(Image.fromarray(noise)).startswith("data:image/jpeg;base64,")
     with pytest.raises(ValueError, match="where a data URI"):
