@@ -276,7 +276,10 @@ class Hacking:
                 runs = [(each["hacks"][hack][defense], each["start"]) for each in found.values()]
                 gaps = [run["gold"] - first["gold"] for run, first in runs]
                 kl = fmean(run["kl"] for run, _ in runs)
-                cells.append(f"{interval(gaps, sign=True)}, {verdict(gaps)} (KL {kl:.1f})")
+                bare = [each["hacks"][hack]["none"]["gold"] for each in found.values()]
+                more = interval([run["gold"] - gold for (run, _), gold in zip(runs, bare, strict=True)], sign=True)
+                text = f"{interval(gaps, sign=True)}, {verdict(gaps)} (KL {kl:.1f}"
+                cells.append(f"{text})" if defense == "none" else f"{text}; {more} to none)")
             rows.append([label_, *cells])
         head = [f"gold reward minus {start:.2f}, that of the start; survives?", *setting.hacks]
         lines = [markdown(head, rows), ""]
@@ -292,9 +295,10 @@ class Hacking:
 
 def verdict(gaps: Sequence[float]) -> str:
     """Return whether a policy survives, from the differences to its start, one of each seed."""
+    if len(gaps) == 1:
+        return "one seed"
     found = estimate(gaps)
-    low, high = (found.mean, found.mean) if len(gaps) == 1 else (found.low, found.high)
-    return "yes" if low >= 0 else "no" if high < 0 else "open"
+    return "yes" if found.low >= 0 else "no" if found.high < 0 else "open"
 
 
 def write(pairs: int, seed: int, policy: str = START) -> dict[str, list]:
@@ -317,7 +321,8 @@ def label(path: Path, written: Mapping[str, list], hack: str, scale: float, seed
     lines = []
     for i in range(0, len(prompts), 2):
         best, worst = (i, i + 1) if judged[i] > judged[i + 1] else (i + 1, i)
-        if completions[best] != completions[worst]:
+        said = {completion_text(completions[each]).strip() for each in (best, worst)}
+        if len(said) == 2 and "" not in said:  # an empty completion is no row of a file
             lines.append({"prompt": prompts[i], "chosen": completions[best], "rejected": completions[worst]})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 

@@ -60,11 +60,8 @@ def test_a_feature_rises_with_its_hack_alone(hack, plain, hacked):
 
 
 def test_a_policy_survives_where_the_interval_is_above_its_start():
-    assert [hacking.verdict(gaps) for gaps in ([0.5, 0.6, 0.7], [-0.5, -0.6, -0.7], [-0.5, 0.6, 0.1])] == [
-        "yes",
-        "no",
-        "open",
-    ]
+    gaps = [0.5, 0.6, 0.7], [-0.5, -0.6, -0.7], [-0.5, 0.6, 0.1], [0.5]
+    assert [hacking.verdict(each) for each in gaps] == ["yes", "no", "open", "one seed"]
     start = {"gold": 1.5}
     hacks = {
         hack: {name: {"gold": 2.0, "kl": 1.0, "proxy": 3.0, "feature": 1.0} for name in hacking.DEFENSES}
@@ -73,7 +70,7 @@ def test_a_policy_survives_where_the_interval_is_above_its_start():
     measured = {kind: {"accuracy": 0.7, "like_length": 0.6, "length": 0.1} for kind in hacking.KINDS}
     seed = {"start": start, "models": dict.fromkeys(hacking.FEATURES, measured), "hacks": hacks}
     text = hacking.Hacking().report({"1": seed, "2": seed, "3": seed}, hacking.Setting())
-    assert f"{interval([0.5] * 3, sign=True)}, yes (KL 1.0)" in text
+    assert f"{interval([0.5] * 3, sign=True)}, yes (KL 1.0; +0.00 [+0.00, +0.00] to none)" in text
     assert "reward_debiased: like_length | 0.600" in text
 
 
