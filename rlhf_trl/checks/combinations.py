@@ -6,12 +6,14 @@ from rlhf_trl.callbacks.options import kl_problems, normalizer_problem
 from rlhf_trl.checks.paths import model_folder
 from rlhf_trl.checks.renamed import renamed_key
 from rlhf_trl.config.values import at, section
+from rlhf_trl.errors import ConfigError
 from rlhf_trl.health.signs import limit_problems
 from rlhf_trl.labels.options import human_problems, selection_problem
+from rlhf_trl.models.options import soup_weight_problem
 from rlhf_trl.ppo.options import critic_warmup_problem
 from rlhf_trl.runs.directory import PEOPLE
 from rlhf_trl.runs.engines import shards_parameters, uses_deepspeed
-from rlhf_trl.runs.paths import ADAPTER_FILE, read_model_config
+from rlhf_trl.runs.paths import ADAPTER_FILE, project_dir, read_model_config, soup_models
 
 # Arguments of `from_pretrained` that have a key of their own, or that the trainer sets
 OWN_KEYS = {
@@ -44,6 +46,7 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
         _reward_norm,
         _unused_adapter_options,
         _merge,
+        _soup,
         _directories,
         _no_training,
         _quantization,
@@ -125,6 +128,19 @@ def _merge(values: dict[str, Any]) -> list[str]:
             "`merge=true`, or set `adapter=lora`."
         )
     return problems
+
+
+def _soup(values: dict[str, Any]) -> list[str]:
+    """Return the problem of the weights of a soup, or none."""
+    if (models := at(values, "stage.models")) is None:
+        return []
+    try:
+        names = list(soup_models(models, project_dir(values)))
+    except ConfigError:
+        return []  # which is said by the key
+    grid = at(values, "stage.grid")
+    problem = soup_weight_problem(names, at(values, "stage.weights"), grid if isinstance(grid, list) else None)
+    return [problem] if problem else []
 
 
 def _directories(values: dict[str, Any]) -> list[str]:

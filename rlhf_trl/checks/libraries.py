@@ -24,7 +24,8 @@ from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.models.adapters import NEUTRAL_INIT
 from rlhf_trl.models.sizes import empty_model
-from rlhf_trl.runs.paths import project_dir, resolve_path
+from rlhf_trl.models.soup import soup_problem
+from rlhf_trl.runs.paths import project_dir, resolve_path, soup_models
 
 HEADS = ("lm_head", "embed_out", "score", "classifier")  # kept in full precision
 
@@ -39,6 +40,7 @@ def library_problems(cfg: DictConfig) -> list[str]:
         *_loading(values),
         *_sizes(values),
         *_adapter_layers(values),
+        *_soup(values),
     ]
     if at(values, "logger.report_to") == "wandb":
         problems += [problem] if (problem := wandb_problem()) else []
@@ -59,6 +61,20 @@ def library_problems(cfg: DictConfig) -> list[str]:
     elif at(values, "stage.repo") is not None:
         problems += _hub_login(f"`stage={at(values, 'stage.name')}` writes to the hub")
     return problems
+
+
+def _soup(values: dict[str, Any]) -> list[str]:
+    """Return why the models of a soup don't go together, or nothing."""
+    if (models := at(values, "stage.models")) is None:
+        return []
+    try:
+        paths = soup_models(models, project_dir(values))
+        problem = soup_problem(
+            paths, bool(at(values, "stage.assume_shared_start")), bool(at(values, "stage.trust_remote_code"))
+        )
+    except ConfigError as error:
+        return [str(error)]
+    return [f"`stage.models`: {problem}."] if problem else []
 
 
 def _hub_login(why: str) -> list[str]:

@@ -56,6 +56,8 @@ def model_problems(values: dict[str, Any]) -> list[str]:
     if baseline is not None and (problem := baseline_problem(baseline, named)):
         problems.append(problem)
     places = {f"stage.policies.{name}": place for name, place in named.items()}
+    soup = named_policies(at(values, "stage.models") or {})
+    places |= {f"stage.models.{name}": place for name, place in soup.items()}
     places |= {key: at(values, key) for key in ("stage.policy", "stage.candidates")}
     for key, place in places.items():
         if isinstance(place, str) and is_run_name(place, project_dir(values)):

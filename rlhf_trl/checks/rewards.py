@@ -5,6 +5,7 @@ from typing import Any
 
 from rlhf_trl.checks.paths import model_folder
 from rlhf_trl.config.values import at, section
+from rlhf_trl.report.options import front_problems
 from rlhf_trl.rewards.conditions import condition_problem
 from rlhf_trl.rewards.constraints import constraint_problems, lagrange_problems, multiplier_problem
 from rlhf_trl.rewards.options import (
@@ -30,6 +31,7 @@ def reward_problems(values: dict[str, Any]) -> list[str]:
         *_members(values),
         *_without_policy(values, rewards),
         *_reported_constraints(values, list(rewards)),
+        *_front(values, list(rewards)),
         *_combination(values, {name: node.get("weight", 1) for name, node in rewards.items()}),
     ]
     for name, node in rewards.items():
@@ -89,6 +91,14 @@ def _without_policy(values: dict[str, Any], rewards: dict[str, dict[str, Any]]) 
             "none. Set `reward=model`, which loads the adapter with its base."
         )
     return problems
+
+
+def _front(values: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Return the problems of the front of `stage=evaluate`."""
+    stage = section(values, "stage")
+    if "reference_point" not in stage:
+        return []
+    return front_problems(stage.get("front"), stage["reference_point"], stage.get("choose"), names)
 
 
 def _combination(values: dict[str, Any], weights: Mapping[str, Any]) -> list[str | None]:

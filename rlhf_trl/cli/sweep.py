@@ -3,6 +3,7 @@ Hydra multirun over `train.py`: one `accelerate launch train.py` a job, and a ta
 
     python launch/sweep.py -m stage=ppo stage.args.beta=0.02,0.1
     python launch/sweep.py -m stage=dpo seed=1,2 accelerate=ddp 'launch=[--num_processes,"4"]'
+    python launch/sweep.py -m sweep=pareto stage=ppo 'reward=[demo,tokens]' reward.tokens.weight=-0.2
 
 Any Hydra launcher and sweeper fits (`hydra/launcher=joblib`, `sweep=optuna`): a job returns the run's objective, whose
 direction is that of the metric unless `direction` is set. Jobs that are done are skipped, so the same command resumes
@@ -21,6 +22,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf_trl.cli import pareto
 from rlhf_trl.cli.app import exit_with, run_app
 from rlhf_trl.cli.devices import claimed, devices_of_job
 from rlhf_trl.cli.launcher import (
@@ -43,7 +45,10 @@ from rlhf_trl.runs.record import is_done, write_json
 from rlhf_trl.runs.results import SweepJob
 
 # Keys of the sweep itself; each run gets its own name, and is started or resumed by itself
-OWN_KEYS = ("sweep", "accelerate", "launch", "program", "direction", "gpus_per_job", "run_name", "resume", "overwrite")
+OWN_KEYS = (
+    *("sweep", "pareto", "accelerate", "launch", "program", "direction", "gpus_per_job"),
+    *("run_name", "resume", "overwrite"),
+)
 
 # Keys with one value for all jobs: they name the folder of the sweep, or how its jobs start
 ONE_FOR_ALL = ("project", "run_name", "runs_dir", "direction", "resume", "overwrite")
@@ -87,7 +92,9 @@ def problems(args: Namespace) -> list[str]:
             "for each value, each time with another `project=...` or `run_name=...`."
         ]
     several = [word for word in args.overrides if without_sweeps([word]) != [word] and name_of(word) in ONE_FOR_ALL]
-    found = name_problems(plain(cfg)[0]) + machine_problems(cfg.accelerate, cfg.launch) + _launcher_problems(args)
+    values = plain(cfg)[0]
+    found = name_problems(values) + machine_problems(cfg.accelerate, cfg.launch) + _launcher_problems(args)
+    found += pareto.problems(values)
     if cfg.direction not in (None, MINIMIZE, MAXIMIZE):
         found.append(f"`direction` is `{cfg.direction}`. Set it to `{MINIMIZE}`, `{MAXIMIZE}` or `null`.")
     elif cfg.direction is None and direction_of(cfg.objective) is None and _searches(args):
@@ -128,7 +135,12 @@ def job(cfg: DictConfig) -> float:
     """Run `train.py` with the overrides of one job, and return the run's objective."""
     settings = HydraConfig.get()
     number, run_dir = settings.job.num, Path(settings.runtime.output_dir)
-    overrides = [item for item in unquote_text(settings.overrides.task) if name_of(item) not in OWN_KEYS]
+    own, given = pareto.overrides(plain(cfg)[0]), unquote_text(settings.overrides.task)
+    left_out = {name_of(item) for item in own}
+    overrides = [
+        *(item for item in given if name_of(item).split(".")[0] not in OWN_KEYS and name_of(item) not in left_out),
+        *own,
+    ]
     program = list(cfg.program or launch_command(cfg.accelerate, cfg.launch))
     devices = devices_of_job(as_dict(settings.launcher), cfg.gpus_per_job, cfg.accelerate, cfg.launch)
     run_name = f"run_name={cfg.run_name}/{number}"

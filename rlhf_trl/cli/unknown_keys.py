@@ -16,6 +16,7 @@ OPEN_NODES = {
     "columns",
     "each_round",
     "kwargs",
+    "models",
     "policies",
     "principles",
     "published",

@@ -8,7 +8,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 # Keys of text, where a value that looks like a number is text; of the first ones all keys below them
-TEXT_NODES = {"columns", "policies", "sweeps", "tags"}
+TEXT_NODES = {"columns", "models", "policies", "sweeps", "tags"}
 TEXT = {
     *("project", "run_name", "run", "policy", "stage.baseline", "stage.gold", "objective", "runs_dir", "run_dir"),
     *("path", "paths", "eval_paths", "output", "name", "split", "eval_split", "revision", "tokenizer", "url"),

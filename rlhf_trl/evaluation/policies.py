@@ -16,6 +16,7 @@ from rlhf_trl.data.multimodal import thumbnail
 from rlhf_trl.data.tokenize import end_tokens, split_row_ids
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.columns import slice_columns
+from rlhf_trl.evaluation.fronts import front_rewards, policy_front
 from rlhf_trl.evaluation.generation import (
     Policy,
     TokenStatistics,
@@ -37,6 +38,7 @@ from rlhf_trl.evaluation.statistics import (
     repetition,
     win_rate,
 )
+from rlhf_trl.report.fronts import FrontOptions
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.combine import weighted_sum
 from rlhf_trl.rewards.constraints import Bound
@@ -122,6 +124,7 @@ def evaluate_policies(
     samples_batch_size: int | None = None,
     references: Dataset | None = None,
     slices: Sequence[str] | None = None,
+    front: FrontOptions | None = None,
 ) -> Comparison:
     """
     Compare policies by one completion per prompt of each, sampled with the same prompts and seed.
@@ -145,15 +148,19 @@ def evaluate_policies(
             Rows with `prompt` and `completion` whose perplexity is measured.
         slices (`Sequence[str]`, *optional*):
             Columns of the data to part the prompts by; `None`: all with 2 to 20 different values.
+        front ([`~rlhf_trl.report.fronts.FrontOptions`], *optional*):
+            Options of the front by several rewards; `None`: the rewards that count, and the knee.
 
     Returns:
         [`~rlhf_trl.runs.results.Comparison`]: content of `comparison.json`.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if no prompt has a reward from every policy, or a column of `slices` is
-            missing.
+        [`~rlhf_trl.errors.ConfigError`]: if no prompt has a reward from every policy, or a column of `slices` or a
+            reward of `front` is missing.
     """
     columns = slice_columns(benchmark.columns, slices)
+    options = front or FrontOptions()
+    objectives = front_rewards(benchmark.rewards, options)
     answers, results, curves = {}, {}, None
     base = load_policy(baseline, candidates[baseline].path, dtype)
     for name, candidate in tqdm(candidates.items(), desc="evaluating", unit="policy"):
@@ -196,6 +203,7 @@ def evaluate_policies(
         best_of_n=curves,
         differences=policy_differences(rewards, baseline),
         slices=prompt_slices(rewards, columns, baseline),
+        front=policy_front(kept, results, objectives, options) if objectives else None,
         samples=prompt_samples(prompts, answers, benchmark.columns.get("images")),
     )
 

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from peft import PeftConfig
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
 
@@ -122,13 +122,17 @@ def merge_adapter(
     merged = load_merged(source, "auto", trust_remote_code, revision, dequantize)
     partial = Path(f"{output_dir}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
-    merged.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if merged.can_generate():  # an adapter's folder has no generation_config; a trained full model's lists them
-        merged.generation_config.eos_token_id = end_tokens(tokenizer) or None
-    merged.save_pretrained(partial)
-    (processor_of(tokenizer) or tokenizer).save_pretrained(partial)
+    save_whole(merged, load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision), partial)
     if Path(source, CALIBRATION_FILE).is_file():  # merging doesn't change a score
         shutil.copy(Path(source, CALIBRATION_FILE), partial)
     shutil.rmtree(output_dir, ignore_errors=True)
     partial.rename(output_dir)
+
+
+def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a full model, made of others, with the tokens that pad and end its texts, and its tokenizer."""
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if model.can_generate():  # an adapter's folder has no generation_config; a trained full model's lists them
+        model.generation_config.eos_token_id = end_tokens(tokenizer) or None
+    model.save_pretrained(folder)
+    (processor_of(tokenizer) or tokenizer).save_pretrained(folder)

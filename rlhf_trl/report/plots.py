@@ -61,6 +61,8 @@ class Series:
             Points; NaN and None are dropped.
         low, high (`Sequence[float]`, *optional*):
             Lower and upper end of an interval around each `y`.
+        left, right (`Sequence[float]`, *optional*):
+            The same around each `x`, of points.
         line (`bool`):
             Whether the points are joined.
         color (`int`, *optional*):
@@ -83,6 +85,8 @@ class Series:
     color: int | None = None
     hollow: bool = False
     labels: Sequence[str] = ()
+    left: Sequence[float | None] | None = None
+    right: Sequence[float | None] | None = None
 
 
 def curves(series: Sequence[Series], title: str, x_label: str, y_label: str = "", wide: bool = False) -> Drawing:
@@ -136,6 +140,11 @@ def frontier(
                     axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
                 else:
                     axes.vlines(x, low, high, color=color, linewidth=1.2, alpha=0.7, zorder=3)
+            if one.left is not None and one.right is not None:
+                ends = np.isfinite(_numbers(one.x)) & np.isfinite(_numbers(one.y))
+                axes.hlines(
+                    y, _numbers(one.left)[ends], _numbers(one.right)[ends], color=color, linewidth=1.2, alpha=0.7
+                )
             taken += list(zip(x, y, one.labels, strict=False))
         if x_scale == "sqrt":
             # With its sign, as an estimate of a small KL may be below 0

@@ -19,6 +19,7 @@ from rlhf_trl.errors import ConfigError
 from rlhf_trl.health.signs import LEVELS, SIGNS, signs_seen
 from rlhf_trl.report import plots
 from rlhf_trl.report.answers import answer_blocks, distribution_blocks, slice_blocks
+from rlhf_trl.report.fronts import front_blocks
 from rlhf_trl.report.measures import POLICY_COLORS, known, policy_colors
 from rlhf_trl.report.page import Code, Details, Figure, Missing, Page, Section, Table, Text, write_page
 from rlhf_trl.report.plots import Series
@@ -116,6 +117,7 @@ def project_page(project_dir: Path, evaluation: str | None = None, ending: str |
         sections += [
             Section("Verdict", verdict_blocks(comparison)),
             Section("Reward and KL", frontier_blocks(comparison)),
+            Section("Several rewards", front_blocks(comparison)),
             Section("Wins", win_blocks(comparison)),
             Section("Kinds of prompts", slice_blocks(comparison)),
             Section("What it cost", cost_blocks(comparison)),

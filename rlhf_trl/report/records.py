@@ -136,6 +136,21 @@ def swept_keys(jobs: Sequence[SweepJob]) -> list[str]:
     return [name for name in names if len({job.overrides.get(name) for job in jobs}) > 1] or names
 
 
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Return the last part of each key, or where several have the same one the part before it: `beta`, `gold`."""
+    parts = {key: key.split(".") for key in keys}
+    last = [part[-1] for part in parts.values()]
+    before = [part[-2] for part in parts.values() if len(part) > 1]
+    return {
+        key: part[-1]
+        if last.count(part[-1]) == 1
+        else part[-2]
+        if before.count(part[-2]) == 1
+        else ".".join(part[-2:])
+        for key, part in parts.items()
+    }
+
+
 def metric_names(jobs: Sequence[SweepJob]) -> list[str]:
     """Return the names of the metrics of a sweep: the objective first, then its cost."""
     objectives = [job.objective for job in jobs if job.objective]

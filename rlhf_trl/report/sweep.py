@@ -1,16 +1,18 @@
 """Page of a sweep: parameters against metrics, averaged over seeds, with the Pareto set marked (`<sweep>/report`)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from rlhf_trl.report import plots
+from rlhf_trl.report.fronts import FrontOptions
 from rlhf_trl.report.page import Code, Details, Figure, Missing, Page, Section, Table, Text, write_page
 from rlhf_trl.report.pareto import pareto
 from rlhf_trl.report.plots import Series
-from rlhf_trl.report.records import COSTS, load_run, metric_names, swept_keys
+from rlhf_trl.report.records import COSTS, load_run, metric_names, short_names, swept_keys
 from rlhf_trl.report.seeds import Setting, contenders, estimate_of, is_seed, settings_of, spread, value_of
+from rlhf_trl.report.sweep_fronts import SweepFront, front_of_jobs
 from rlhf_trl.report.text import duration, interval, number, short_value
 from rlhf_trl.runs.directions import MINIMIZE, direction_of
 from rlhf_trl.runs.record import CONFIG_FILE, SWEEP_FILE, read_jobs, read_run
@@ -33,6 +35,7 @@ class Sweep:
         objective: name of the metric that counts; `None` where no job measured it.
         cost: name of the metric that it is paid with; `None`: time.
         direction: `minimize` or `maximize`; `None` where it isn't known.
+        front: the settings by several rewards, where the weights of rewards or the bounds of constraints differ.
     """
 
     jobs: Sequence[SweepJob]
@@ -42,16 +45,19 @@ class Sweep:
     objective: str | None
     cost: str | None
     direction: str | None
+    front: SweepFront | None = None
 
     @classmethod
-    def of(cls, jobs: Sequence[SweepJob]) -> "Sweep":
-        """Return the jobs with what they are compared by."""
+    def of(cls, jobs: Sequence[SweepJob], front: FrontOptions | None = None) -> "Sweep":
+        """Return the jobs with what they are compared by, and the front with its options."""
         metrics = metric_names(jobs)
         measured = next((job for job in jobs if job.done and job.value is not None), None)
         objective = measured.objective if measured else None
         cost = next((name for name in COSTS if name in metrics and name != objective), None)
         direction = (measured.direction if measured else None) or direction_of(objective)
-        return cls(jobs, settings_of(jobs, objective), swept_keys(jobs), metrics, objective, cost, direction)
+        keys = swept_keys(jobs)
+        found = cls(jobs, settings_of(jobs, objective), keys, metrics, objective, cost, direction)
+        return replace(found, front=front_of_jobs(jobs, keys, found.label, front))
 
     @property
     def parameters(self) -> list[str]:
@@ -110,20 +116,25 @@ class Sweep:
 
 
 def _label(overrides: dict[str, str], keys: Sequence[str]) -> str:
-    return ", ".join(f"{key.rsplit('.', 1)[-1]}={short_value(overrides.get(key, ''))}" for key in keys)
+    return ", ".join(f"{name}={short_value(overrides.get(key, ''))}" for key, name in short_names(keys).items())
 
 
-def write_sweep_report(folder: str | Path) -> Path:
-    """Write `report/index.html` and `report/report.md` into a sweep's folder, from its `sweep.json`."""
-    return write_page(sweep_page(Path(folder)), Path(folder) / "report")
+def write_sweep_report(folder: str | Path, front: FrontOptions | None = None) -> Path:
+    """
+    Write `report/index.html` and `report/report.md` into a sweep's folder, from its `sweep.json`, with the options of
+    its front.
+    """
+    return write_page(sweep_page(Path(folder), front), Path(folder) / "report")
 
 
-def sweep_page(folder: Path) -> Page:
+def sweep_page(folder: Path, front: FrontOptions | None = None) -> Page:
     """Return the page of the sweep in `folder`."""
-    sweep = Sweep.of(read_jobs(folder / SWEEP_FILE))
+    sweep = Sweep.of(read_jobs(folder / SWEEP_FILE), front)
     count, done, failed = len(sweep.jobs), sweep.done, sweep.failed
+    # Where the weights of the rewards differ, so does the objective that is their sum: the front takes its place
+    compared = sweep.front.blocks if sweep.front else _figures(sweep)
     sections = [
-        Section("Parameters against metrics", [*_figures(sweep), *_tables(sweep)]),
+        Section("Front" if sweep.front else "Parameters against metrics", [*compared, *_tables(sweep)]),
         Section("Training", _curves(folder, sweep)),
         Section("Failed", [Missing(f"Job {job.number} {job.status}: {job.message}") for job in failed]),
         Section("Runs", [_details(folder, sweep, job) for job in done] or [Missing("No job is done.")]),
@@ -148,7 +159,7 @@ def outcome(sweep: Sweep) -> str:
     count, failed = len(sweep.jobs), len(sweep.failed)
     if not sweep.measured:
         return f"None of the {count} jobs measured its objective. Look at what the failed ones say."
-    said = [_winner(sweep)]
+    said = [sweep.front.in_words if sweep.front else _winner(sweep)]
     if unhealthy := [job for job in sweep.done if job.health.startswith(("warn", "stop"))]:
         signs = sorted({sign for job in unhealthy for sign in job.health.split()[1:] if not sign.startswith("+")})
         said.append(f"The health monitor warned in {len(unhealthy)} of {len(sweep.done)} jobs ({', '.join(signs)}).")
@@ -228,7 +239,7 @@ def _worst_health(jobs: Sequence[SweepJob]) -> str:
 def _tables(sweep: Sweep) -> list:
     first, more = sweep.metrics[:METRICS_SHOWN], sweep.metrics[METRICS_SHOWN:]
     watched = any(job.health for job in sweep.jobs)
-    blocks: list = [settings_table(sweep)]
+    blocks: list = [] if sweep.front else [settings_table(sweep)]
     headers = ["job", *sweep.keys, "time", *first, *(["health"] if watched else [])]
     rows = [[*_row(sweep, job, sweep.keys, first), *([job.health] if watched else [])] for job in sweep.jobs]
     jobs = Table(headers, rows, "Parameters and metrics of every job.")

@@ -3,9 +3,9 @@
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from rlhf_trl.runs.results import Comparison, Estimate
+from rlhf_trl.runs.results import Comparison, Estimate, Front
 
 WIDTH = 100  # columns of a terminal that everybody has
 # Characters that HTML and XML don't allow, and lone surrogates, which can't be written as UTF-8
@@ -100,6 +100,9 @@ def comparison_text(comparison: Comparison, samples: int = 3) -> str:
     ]
     dropped = f"; {comparison.dropped} dropped, as they have no reward" if comparison.dropped else ""
     parts = ["\n".join([f"{comparison.prompts} held-out prompts{dropped}", table(headers, rows), *_notes(comparison)])]
+    if comparison.front:
+        points = {name: result.reward_intervals for name, result in comparison.policies.items()}
+        parts.append(front_text(comparison.front, points))
     differing = [sample for sample in comparison.samples if len(set(sample.completions.values())) > 1]
     for sample in differing[:samples]:
         columns = {
@@ -108,6 +111,47 @@ def comparison_text(comparison: Comparison, samples: int = 3) -> str:
         }
         parts.append(f"{_wrapped(sample.prompt, WIDTH)}\n\n{side_by_side(columns)}")
     return f"\n\n{'=' * WIDTH}\n".join(parts)
+
+
+# ---- Fronts ----
+
+
+def front_rows(front: Front, points: Mapping[str, Mapping[str, Estimate | None]]) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows of a table of policies by their rewards, {policy: {reward: mean with its interval}}."""
+    headers = ["policy", *(f"{name} [95 %]" for name in front.rewards), "non-dominated", "chosen"]
+    rows = [
+        [
+            name,
+            *(interval(rewards.get(reward), "{:.3g}") for reward in front.rewards),
+            "yes" if name in front.policies else front.missing.get(name, "no"),
+            "yes" if name == front.chosen else "",
+        ]
+        for name, rewards in points.items()
+    ]
+    return headers, rows
+
+
+def hypervolume_rows(front: Front) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows of a table of hypervolumes."""
+    rows = [[name or "all policies", interval(each, "{:.4g}")] for name, each in front.hypervolumes.items()]
+    return ["policies", "hypervolume [95 %]"], rows
+
+
+def front_note(front: Front) -> str:
+    """Return where a front's hypervolume begins, which policy is chosen and why, and what has no place on it."""
+    point = ", ".join(f"{name} {round(value, 9) + 0.0:.4g}" for name, value in front.reference_point.items())
+    said = [f"Hypervolume over the reference point {point}."]
+    said.append(f"Chosen: {front.chosen}, {front.rule}." if front.chosen else f"No policy is chosen: {front.rule}.")
+    if front.missing:
+        absent = "; ".join(f"{name} ({why})" for name, why in front.missing.items())
+        said.append(f"Not on the front, {len(front.missing)}: {absent}.")
+    return " ".join(said)
+
+
+def front_text(front: Front, points: Mapping[str, Mapping[str, Estimate | None]]) -> str:
+    """Return the tables of a front and their note."""
+    tables = [table(*front_rows(front, points)), table(*hypervolume_rows(front))]
+    return "\n\n".join([f"Front of {', '.join(front.rewards)}", *tables, _wrapped(front_note(front), WIDTH)])
 
 
 def _notes(comparison: Comparison) -> list[str]:

@@ -187,10 +187,13 @@ def _overwrite_problems(run_dir: Path, values: dict[str, Any]) -> list[str]:
             "`run_name=...`."
         ]
     members = (OmegaConf.select(before, "stage.members") or 1) > 1
+    is_grid = OmegaConf.select(before, "stage.models") is not None
     nested = [
-        path.parent
-        for path in sorted(run_dir.rglob(RUN_FILE))
-        if path.parent != run_dir and not (members and path.parent.parent == run_dir and "member_" in str(path))
+        folder
+        for folder in (path.parent for path in sorted(run_dir.rglob(RUN_FILE)))
+        if folder != run_dir
+        and not (members and folder.parent == run_dir and "member_" in str(folder))
+        and not (is_grid and folder.parent == run_dir and folder.name.isdigit())
     ]
     if nested:
         return [

@@ -32,7 +32,7 @@ MODEL_FILES = ("config.json", ADAPTER_FILE)
 # Keys that name what is written, or nothing on the disk
 NOT_READ = {"run_dir", "runs_dir", "output_dir", "logging_dir", "output", "run_name", "name", "project", "starts_from"}
 # Keys that may name runs of the project, and keys that may hold globs
-RUNS = {"run", "policy", "policies", "sweeps", "labels", "used", "candidates"}
+RUNS = {"run", "policy", "policies", "models", "sweeps", "labels", "used", "candidates"}
 GLOBS = {"paths", "eval_paths", "prompts", "labels", "used", "compare", "traffic"}
 
 
@@ -108,6 +108,16 @@ def embedded_folder(path: str) -> Path | None:
 def find_policy(place: str, project_dir: str | os.PathLike) -> str:
     """Return the folder or hub id of a policy: a run of the project where there is one of that name, else a path."""
     return resolve_path(place, place if is_run_name(place, project_dir) else None, project_dir)
+
+
+def soup_models(models: dict[str, str | None] | list[str], project_dir: str | os.PathLike) -> dict[str, str]:
+    """Return the folders or hub ids of models by name, as of [`find_policy`]; of an ensemble those of its members."""
+    found = {}
+    for name, place in named_policies(models).items():
+        path = find_policy(place, project_dir)
+        members = ensemble_members(path)
+        found |= {f"{name}/{Path(member).name}": member for member in members} or {name: path}
+    return found
 
 
 def is_run_name(place: str, project_dir: str | os.PathLike) -> bool:

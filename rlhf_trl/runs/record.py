@@ -21,6 +21,8 @@ from rlhf_trl.runs.results import Comparison, Promotions, Rounds, RunRecord, Swe
 from rlhf_trl.runs.reward_results import RewardQuality
 from rlhf_trl.runs.serialization import JsonDataclass, encode
 
+# Start of a run in place of a model (`stage=init`)
+RANDOM_WEIGHTS = "random weights"
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"

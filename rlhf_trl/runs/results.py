@@ -366,6 +366,32 @@ class PromptSlice(JsonDataclass):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Front(JsonDataclass):
+    """
+    Policies by the means of several rewards at once.
+
+    Attributes:
+        rewards: names of the rewards.
+        minimized: those of them of which less is better.
+        reference_point: where the hypervolume begins, by reward.
+        policies: the policies whose means no other one's are as good as in every reward, and better in one.
+        chosen, rule: the policy that is chosen, `None` where none is, and by which rule, in words.
+        hypervolumes: volume between the reference point and what the policies of a family (runs of one sweep, or one
+            policy) dominate, in units of the rewards multiplied; of all policies under `""`.
+        missing: policies or runs that have no place on it, with the reason.
+    """
+
+    rewards: list[str]
+    minimized: list[str] = field(default_factory=list)
+    reference_point: dict[str, float]
+    policies: list[str]
+    chosen: str | None = None
+    rule: str = ""
+    hypervolumes: dict[str, Estimate] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison(JsonDataclass):
     """
     Evaluation of several policies on the same held-out prompts (`comparison.json`).
@@ -383,6 +409,7 @@ class Comparison(JsonDataclass):
         best_of_n: best-of-n of the baseline.
         differences: of the other policies between each other.
         slices: parts of the prompts by the columns of the data.
+        front: the policies by several rewards, where there are two or more.
         samples: every prompt, those without a reward included.
     """
 
@@ -400,6 +427,7 @@ class Comparison(JsonDataclass):
     best_of_n: BestOfN | None = None
     differences: list[PolicyDifference] = field(default_factory=list)
     slices: list[PromptSlice] = field(default_factory=list)
+    front: Front | None = field(default=None, metadata={"without": "front"})
     samples: list[PromptSample]
 
     @property

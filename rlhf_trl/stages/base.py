@@ -177,13 +177,18 @@ def _end(cfg: DictConfig, status: str, record: Mapping[str, Any]) -> None:
     """Record on rank 0 how the run ended; for an adapter also its base, and a hash of a local one."""
     if not is_main_process():
         return
-    base = {}
-    if status == "done" and (adapter := adapter_config(cfg.run_dir)) is not None:
-        base["base"] = adapter.base_model_name_or_path
-        base["base_fingerprint"] = weights_fingerprint(base_path(cfg.run_dir, adapter))
+    base = adapter_base(cfg.run_dir) if status == "done" else {}
     delete_backup(cfg.run_dir)  # of a stage that takes no steps
     Path(cfg.run_dir, PREEMPTED_FILE).unlink(missing_ok=True)
     finish_run(cfg.run_dir, status, **base, **record)
+
+
+def adapter_base(folder: str) -> dict[str, str | None]:
+    """Return what the record of a run says of the base of the adapter in its folder; nothing where there is none."""
+    if (adapter := adapter_config(folder)) is None:
+        return {}
+    fingerprint = weights_fingerprint(base_path(folder, adapter))
+    return {"base": adapter.base_model_name_or_path, "base_fingerprint": fingerprint}
 
 
 def _fail(cfg: DictConfig, run: Run, error: BaseException) -> None:

@@ -18,10 +18,11 @@ from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.judges import TextJudge
 from rlhf_trl.evaluation.policies import Benchmark, Candidate, evaluate_policies
 from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.report.fronts import FrontOptions
 from rlhf_trl.report.measures import known
 from rlhf_trl.report.page import write_page
 from rlhf_trl.report.project import project_page
-from rlhf_trl.report.records import swept_keys
+from rlhf_trl.report.records import short_names, swept_keys
 from rlhf_trl.report.tables import comparison_tables
 from rlhf_trl.report.text import comparison_text, short_value
 from rlhf_trl.rewards.conditions import unmet_conditions
@@ -80,6 +81,7 @@ def evaluate(cfg: DictConfig) -> None:
             samples_batch_size=stage.best_of_n_batch_size,
             references=reference_answers(cfg) if stage.references else None,
             slices=stage.slices,
+            front=front_options(cfg),
         )
         delete_backup(cfg.run_dir)
         write_json(Path(cfg.run_dir, COMPARISON_FILE), comparison)  # before anything that could go wrong with the page
@@ -93,6 +95,12 @@ def evaluate(cfg: DictConfig) -> None:
         if stage.show:
             print("\n" + printable(comparison_text(comparison)))
         print(f"\nReport: {path}")
+
+
+def front_options(cfg: DictConfig) -> FrontOptions:
+    """Return the options of the front by several rewards."""
+    stage = as_dict(cfg.stage)
+    return FrontOptions(rewards=stage["front"], reference_point=stage["reference_point"], choose=stage["choose"])
 
 
 def policies_of(
@@ -141,7 +149,7 @@ def sweep_runs(folder: Path) -> dict[str, str]:
         shown = values  # rounded, two of them would have one name
     paths = [str((folder / str(job.number)).resolve()) for job in done]
     names = [
-        " ".join([title, *(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in zip(keys, each, strict=True))])
+        " ".join([title, *(f"{key}={value}" for key, value in zip(short_names(keys).values(), each, strict=True))])
         for each in shown
     ]
     return dict(zip(names, paths, strict=True))

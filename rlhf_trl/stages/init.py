@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_trl.build import instantiate_data
 from rlhf_trl.models.scratch import random_model, texts_of
 from rlhf_trl.runs.ranks import is_main_process
+from rlhf_trl.runs.record import RANDOM_WEIGHTS
 from rlhf_trl.stages.base import open_run
 from rlhf_trl.terminal import say
 
@@ -23,7 +24,7 @@ def init(cfg: DictConfig) -> None:
     OmegaConf.resolve(cfg)
     rows = instantiate_data(cfg)["train"]
     tokenizer = instantiate(cfg.stage.tokenizer)(texts_of(cast(Iterable[dict], rows)))
-    with open_run(cfg, start="random weights"):
+    with open_run(cfg, start=RANDOM_WEIGHTS):
         model = random_model(instantiate(cfg.stage.config), tokenizer, cfg.seed)
         if is_main_process():
             model.save_pretrained(cfg.run_dir)

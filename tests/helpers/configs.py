@@ -18,6 +18,7 @@ PIPELINES = sorted(GROUPS["pipeline"])
 NEEDS = {
     "stage/merge": ["model.run=sft"],  # what `model=demo` names is a full model
     "stage/push": ["model.run=sft", "stage.repo=me/my-model"],
+    "stage/soup": ["stage.models=[ppo,dpo]"],
     "critic/adapter": ["adapter=lora"],
     # The embedded model has learning rates of its own
     "adapter/lora": ["model=hf", "model.path=organization/name"],

@@ -63,5 +63,10 @@ metrics = {
     "eval": {"eval_loss": last},
     "history": [{"eval_loss": 2.0}, {"loss": 1.0}, {"eval_loss": last}],
 }
+for key, value in given.items():  # rewards that rise with the root of their share of the weights
+    if key.startswith("reward.") and key.endswith(".weight"):
+        metrics["eval"][f"eval_rewards/{key.split('.')[1]}/mean"] = abs(float(value)) ** 0.5 * (
+            1 if float(value) > 0 else -1
+        )
 (run_dir / "metrics.json").write_text(json.dumps(metrics))
 write("done")

@@ -1,6 +1,7 @@
 """The benchmark's contenders train on the same numbers: our PPO against the bare loop, and the meter's arithmetic."""
 
 import json
+import re
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bare, constraints, ours, reward, sparse
+from bench import bare, constraints, fronts, ours, reward, sparse
 from bench.__main__ import BARE_HEAD, OURS_HEAD, Target, ratios, table
 from bench.gpu.__main__ import main as benchmark_gpu
 from bench.gpu.configurations import CONFIGURATIONS
@@ -22,7 +23,11 @@ from bench.memory.__main__ import table as memory_table
 from bench.setting import PHASES, Meter, Setting, make_prompts, make_small_llama
 from rlhf_trl.checks import find_problems
 from rlhf_trl.cli import overrides
+from rlhf_trl.cli.overrides import parse_command_line
+from rlhf_trl.cli.sweep import problems as sweep_problems
 from rlhf_trl.rewards.shaping import pattern as brevity
+from rlhf_trl.runs.record import write_json
+from rlhf_trl.runs.results import Comparison, Estimate, Front, PolicyResult
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +165,43 @@ def test_the_benchmark_of_constraints(tmp_path, monkeypatch):
     _, _, first, _, last = constraints.report(tmp_path, [0.0, 2.0], [1, 2]).splitlines()
     assert first.split("  ")[0] == "constraint, mean of brief >= 0.8" and "yes" in first and "1.25, 1.25" in first
     assert last.startswith("gold + 2 x brief") and "no" in last.split()
+
+
+def test_the_benchmark_of_fronts(tmp_path, monkeypatch):
+    for words in fronts.sweeps(1, episodes=256).values():
+        assert sweep_problems(parse_command_line(["-m", *words])) == []
+    monkeypatch.chdir(tmp_path)
+    made = fronts.steps(1)
+    assert list(made) == ["soup_1", "compare_1"]
+    for name, words in made.items():
+        cfg, problems = overrides.compose([*words, "project=p", f"run_name={name}"])
+        assert problems == []
+    assert cfg.stage.policies == {"sft": "demo:sft"} and cfg.stage.sweeps == ["weights_1", "soup_1", "bounds_1"]
+    volumes = {"": 4.0, "weights_1": 2.0, "soup_1": 1.0, "bounds_1": 3.0}
+    front = Front(
+        rewards=["gold", "format"],
+        reference_point={"gold": 0, "format": 0.25},
+        policies=["w0", "b"],
+        hypervolumes={name: Estimate(volume, volume - 1, volume + 1) for name, volume in volumes.items()},
+    )
+    policies = {
+        name: PolicyResult(
+            path=name, family=family, completion_length=1, eos_rate=1, rewards={"gold": gold, "format": 0.5}
+        )
+        for name, family, gold in (
+            ("w0", "weights_1", 3),
+            ("w1", "weights_1", 2),
+            ("s", "soup_1", 1),
+            ("b", "bounds_1", 4),
+        )
+    }
+    comparison = Comparison(baseline="w0", prompts=1, dropped=0, policies=policies, front=front, samples=[])
+    (tmp_path / "compare_1").mkdir()
+    write_json(tmp_path / "compare_1" / "comparison.json", comparison)
+    text = fronts.report(tmp_path, [1])
+    rows = [re.split("  +", line) for line in text.splitlines()[2:5]]
+    assert rows[0] == ["fixed weights", "2", "2.000", "2.000 [1.000, 3.000]", "(3.00, 0.50)"]
+    assert rows[1][1:3] == ["2", "1.000"] and rows[1][-1] == "none" and rows[2][2] == "3.000"
 
 
 def test_the_benchmark_of_a_gpu_rehearsed(tmp_path, capsys):

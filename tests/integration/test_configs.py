@@ -23,7 +23,7 @@ from tests.helpers.config_reads import interpolations, reads_below, unread_keys
 from tests.helpers.configs import CONF, OPTIONS, PIPELINES, STAGES, composed, every_config, every_key, words_of
 
 # Keys of a sweep, which its jobs lack
-SWEEPS = ("sweep", "accelerate", "launch", "program", "gpus_per_job")
+SWEEPS = ("sweep", "pareto", "accelerate", "launch", "program", "gpus_per_job")
 # Pipelines, and what else they may run
 VARIANTS = [[f"pipeline={name}", *(["rounds=2"] if name == "nightly" else [])] for name in PIPELINES] + [
     ["pipeline=iterated", "rounds=2", "mixture=by_round", *words]
@@ -251,8 +251,8 @@ def problems_of_words(kind: str, given: tuple[str, ...]) -> list[str]:
         composed("pipeline", *given)
         return []
     if kind == "sweep":
-        composed("sweep", *[w for w in given if w.split("=")[0] in SWEEPS])
-    given = [w for w in given if w.split("=")[0] not in SWEEPS]
+        composed("sweep", *[w for w in given if re.split("[=.]", w)[0] in SWEEPS])
+    given = [w for w in given if re.split("[=.]", w)[0] not in SWEEPS]
     return overrides.compose(overrides.without_sweeps([w for w in given if not w.startswith("hydra")]))[1]
 
 

@@ -115,7 +115,7 @@ def a_users_folder(tmp_path, monkeypatch):
 
 
 # Reward models with other names: those of `pipeline=iterated`, one trained longer, and a cost model
-REWARDS = ("reward_0", "reward_1", "reward_2", "reward_long", "cost")
+REWARDS = ("reward_0", "reward_1", "reward_2", "reward_long", "cost", "warm")
 
 
 def add_runs(words: list[str]) -> None:

@@ -348,6 +348,22 @@ def test_sweep_runs_each_job_in_a_directory_of_its_own_and_ends_with_a_table(tmp
     assert [job["overrides"]["stage.args.beta"] for job in jobs] == ["0.02", "0.1"]
 
 
+def test_a_sweep_over_a_simplex_of_weights_ends_with_the_front(tmp_path):
+    words = ["sweep=pareto", "stage=ppo", "reward=[demo,tokens]", "reward.tokens.weight=-4", "pareto.grid=[0,0.5,1]"]
+    code, out, err = sweep(tmp_path, *words)
+    assert code == 0, err
+    common = "project=mine stage=ppo reward=[demo,tokens]"
+    weights = [("1", "0"), ("0.5", "-2"), ("0", "-4")]
+    assert calls(tmp_path) == [
+        f"{common} reward.gold.weight={gold} reward.tokens.weight={tokens} run_name=ppo_sweep/{number}"
+        for number, (gold, tokens) in enumerate(weights)
+    ]
+    # Of a reward of negative weight less is better: 1 and 0, .707 and -1.41, 0 and -2 over the reference point 0, 0
+    assert "3 of 3 settings are non-dominated by gold and tokens. Chosen: gold=0.5, tokens=-2" in out
+    page = (tmp_path / "runs/mine/ppo_sweep/report/report.md").read_text()
+    assert "Hypervolume over the reference point gold 0, tokens 0." in page and "Front of gold and tokens" in page
+
+
 def test_a_failed_job_is_reported_and_does_not_hide_the_others(tmp_path):
     code, out, _ = sweep(tmp_path, "stage=ppo,sft,dpo", "run_name=all", "+fails=true")
     assert code == 1

@@ -1,0 +1,129 @@
+"""Fronts of the settings of a sweep by the held-out means of several rewards (`sweep=pareto`)."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, stdev
+
+import numpy as np
+
+from rlhf_trl.report.fronts import FrontOptions, Points, blocks_of, front_of, volume_of
+from rlhf_trl.report.records import metric_names
+from rlhf_trl.report.seeds import LEVEL, Setting, estimate_of, is_seed, settings_of, t_quantile, value_of
+from rlhf_trl.runs.results import Estimate, Front, SweepJob
+
+MEAN = re.compile(r"eval_rewards/(.+)/mean")
+WEIGHT = re.compile(r"reward\.(.+)\.weight")
+CONSTRAINTS = "combine.constraints"
+
+
+@dataclass(frozen=True)
+class SweepFront:
+    """
+    Settings of a sweep by several rewards.
+
+    Attributes:
+        front: the front, its policies named by their settings.
+        points: means of the rewards by setting, with intervals over seeds.
+        seeds: number of seeds of which the hypervolume is a mean.
+    """
+
+    front: Front
+    points: Points
+    seeds: int
+
+    @property
+    def blocks(self) -> list:
+        """Blocks of the page."""
+        with_seeds = f"Bars are 95 % Student intervals over {self.seeds} seeds."
+        with_one = "With one seed there are no intervals; `stage=evaluate stage.sweeps=[...]` has those over prompts."
+        intervals = with_seeds if self.seeds > 1 else with_one
+        return blocks_of(self.front, self.points, dict.fromkeys(self.points, "settings"), intervals)
+
+    @property
+    def in_words(self) -> str:
+        """The result in a few sentences."""
+        names = " and ".join(self.front.rewards)
+        chosen = f" Chosen: {self.front.chosen}, {self.front.rule}." if self.front.chosen else ""
+        return f"{len(self.front.policies)} of {len(self.points)} settings are non-dominated by {names}.{chosen}"
+
+
+def front_of_jobs(
+    jobs: Sequence[SweepJob],
+    keys: Sequence[str],
+    label: Callable[[Setting], str],
+    options: FrontOptions | None = None,
+) -> SweepFront | None:
+    """
+    Return the front of a sweep; `None` where no weight of a reward and no constraint differs, or fewer than two
+    rewards were measured on held-out prompts.
+
+    Args:
+        jobs (`Sequence[SweepJob]`), keys (`Sequence[str]`): the jobs, and the overrides in which they differ.
+        label (callable): name of a setting.
+        options ([`~rlhf_trl.report.fronts.FrontOptions`], *optional*): reference point, and how to choose.
+    """
+    done = [job for job in jobs if job.done]
+    metrics = [name for name in metric_names(jobs) if MEAN.fullmatch(name) and all(name in job.eval for job in done)]
+    if len(metrics) < 2 or not any(WEIGHT.fullmatch(key) or key.startswith(CONSTRAINTS) for key in keys):
+        return None
+    rewards = [MEAN.sub(r"\1", name) for name in metrics]
+    settings = {reward: settings_of(jobs, metric) for reward, metric in zip(rewards, metrics, strict=True)}
+    names = [label(setting) for setting in settings[rewards[0]]]
+    points = {
+        name: {reward: estimate_of(found[i], found) for reward, found in settings.items()}
+        for i, name in enumerate(names)
+    }
+    means = np.array([[found[i].mean for found in settings.values()] for i in range(len(names))])
+    front = front_of(means, names, rewards, _minimized(jobs, rewards), options or FrontOptions())
+    groups = settings[rewards[0]]
+    failed = {
+        f"job {job.number} ({name})": job.status
+        for name, setting in zip(names, groups, strict=True)
+        for job in setting.jobs
+        if not job.done
+    }
+    volumes = [volume_of(each, front) for each in _by_seed(groups, metrics)]
+    known = {name: why for name, why in front.missing.items() if not any(f"({name})" in job for job in failed)}
+    return SweepFront(
+        replace(front, hypervolumes={"": _over_seeds(volumes, volume_of(means, front))}, missing=known | failed),
+        points,
+        len(volumes),
+    )
+
+
+def _minimized(jobs: Sequence[SweepJob], rewards: Sequence[str]) -> list[str]:
+    """Return the rewards with a negative weight, or an upper bound, in any job."""
+    found = set()
+    for job in jobs:
+        for key, value in job.overrides.items():
+            if (match := WEIGHT.fullmatch(key)) and value.strip().startswith("-") and float(value) < 0:
+                found.add(match[1])
+            if key.startswith(CONSTRAINTS):
+                found |= {name for name in rewards if re.search(rf"\b{re.escape(name)}\b[^,}}]*<=", f"{key}:{value}")}
+    return [name for name in rewards if name in found]
+
+
+def _by_seed(settings: Sequence[Setting], metrics: Sequence[str]) -> list[np.ndarray]:
+    """Return the rewards of all settings, shape (settings, rewards), of each seed that every setting has."""
+    rows: list[dict[tuple, list[float]]] = []
+    for setting in settings:
+        rows.append({})
+        for job in setting.jobs:
+            values = [value_of(job, metric) for metric in metrics]
+            if all(value is not None for value in values):
+                seed = tuple(sorted((k, v) for k, v in job.overrides.items() if is_seed(k)))
+                rows[-1][seed] = [float(value) for value in values if value is not None]
+    rows = [row for row in rows if row]  # a setting whose jobs all failed is on no front
+    shared = [seed for seed in (rows[0] if rows else ()) if all(seed in row for row in rows)]
+    return [np.array([row[seed] for row in rows]) for seed in shared]
+
+
+def _over_seeds(volumes: Sequence[float], of_means: float) -> Estimate:
+    """Return the mean over seeds with its t interval; where no seed is in all settings, that of the means."""
+    if len(volumes) < 2:
+        return Estimate(volumes[0] if volumes else of_means, math.nan, math.nan)
+    mean = fmean(volumes)
+    half = t_quantile(1 - (1 - LEVEL) / 2, len(volumes) - 1) * stdev(volumes) / math.sqrt(len(volumes))
+    return Estimate(mean, mean - half, mean + half)
