@@ -7,13 +7,12 @@ dataset has them in the column `images`, as TRL's trainers read them.
 """
 
 import base64
-import binascii
 import functools
 import hashlib
+import http.client
 import io
 import json
 import os
-import urllib.error
 import urllib.request
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -95,10 +94,7 @@ class ImageStore:
         elif isinstance(value, str) and value.startswith(URL):
             content = self._download(value, field)
         elif isinstance(value, str) and value:
-            file = Path(folder, Path(value).expanduser())
-            if not file.is_file():
-                raise RowError(field, f"names the file `{value}`, which doesn't exist (seen from {folder.resolve()})")
-            path, content = str(file.resolve()), file.read_bytes()
+            path, content = _read_file(value, field, folder)
         elif isinstance(value, bytes):
             content = value
         else:
@@ -119,7 +115,7 @@ class ImageStore:
         try:
             with urllib.request.urlopen(url, timeout=SECONDS) as response:
                 return response.read()
-        except (OSError, urllib.error.URLError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # the last two for what is no URL
             raise RowError(field, f"is the URL {url[:80]}, which can't be downloaded ({error})") from None
 
     def read_prompt(self, row: dict, folder: Path) -> dict:
@@ -145,13 +141,30 @@ class ImageStore:
         return {**row, field: messages, "images": [self.images[key] for key in keys]} if keys else row
 
 
+def _read_file(given: str, field: str, folder: Path) -> tuple[str, bytes]:
+    """Return the whole path of a file and its content."""
+    shown = given if len(given) <= 200 else f"{given[:80]}..."
+    try:
+        file = Path(folder, Path(given).expanduser())
+        if not file.is_file():
+            raise RowError(field, f"names the file `{shown}`, which doesn't exist (seen from {folder.resolve()})")
+        return str(file.resolve()), file.read_bytes()
+    except (OSError, RuntimeError) as error:  # too long for a name, no rights; no such home folder
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise RowError(
+            field,
+            f"names the file `{shown}`, which can't be read ({why}). An image in base64 must be a data URI, "
+            "`data:image/png;base64,...`",
+        ) from None
+
+
 def _decode(uri: str, field: str) -> bytes:
     head, _, content = uri.partition(",")
     if not head.endswith(";base64"):
         raise RowError(field, "is a data URI, and must hold the image in base64: `data:image/png;base64,...`")
     try:
         return base64.b64decode(content, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise RowError(field, f"is a data URI that is no base64 ({error})") from None
 
 
@@ -162,12 +175,15 @@ def check_image(content: bytes, field: str) -> None:
     Raises:
         RowError: if it can't be decoded.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.draft("L", (64, 64))  # of a JPEG a small version is decoded, from all of its bytes
             image.load()
+    except UnidentifiedImageError:  # its message is the address of the bytes
+        what = "it is of no format that Pillow knows" if content else "it is empty"
+        raise RowError(field, f"can't be read as an image ({what})") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RowError(field, f"can't be read as an image ({' '.join(str(error).split())[:120]})") from None
 

@@ -104,14 +104,17 @@ def with_parts(messages: list[dict], images: list | None) -> list[dict]:
 
 
 def as_pil(image):
-    """Return an image of a dataset as a PIL image, also one that isn't decoded, `{"bytes", "path"}`."""
+    """
+    Return an image of a dataset as a PIL image, also one that isn't decoded, `{"bytes", "path"}`: turned as its
+    camera says, as `datasets` decodes it for the trainers.
+    """
     if not isinstance(image, dict):
         return image
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     with Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
         opened.load()
-        return opened
+        return ImageOps.exif_transpose(opened)
 
 
 def thumbnail(image) -> str:

@@ -6,8 +6,12 @@ import json
 
 import pytest
 from datasets import Dataset, Features, Image, List, Value
+from PIL import ExifTags
+from PIL import Image as PILImage
 
 from rlhf_trl.data import Edits, Pairs, Rankings, Ratings, Thumbs, load_files, load_hub
+from rlhf_trl.data.images import decode_images
+from rlhf_trl.data.multimodal import as_pil, opened, thumbnail
 from rlhf_trl.data.splits import prompt_keys
 from rlhf_trl.errors import DataError
 from tests.helpers.vision import COLOURS, picture
@@ -81,6 +85,8 @@ def test_images_are_read_from_paths_bytes_and_data_uris(folder, tmp_path):
         ({"image": "pics/pink.png"}, "`image` names the file `pics/pink.png`, which doesn't exist"),
         ({"image": "pics/broken.png"}, "`image` can't be read as an image"),
         ({"image": "pics/cut.jpg"}, "`image` can't be read as an image ("),
+        ({"image": "pics/empty.png"}, "`image` can't be read as an image (it is empty)"),
+        ({"image": base64.b64encode(bytes(999)).decode()}, "An image in base64 must be a data URI"),
         ({"image": "https://example.org/a.png"}, "`image` is the URL https://example.org/a.png, and nothing is down"),
         ({"image": None, "images": ["pics/red.png", 3]}, "`images[1]` is a number (3), where a path or the bytes"),
         ({"image": None, "images": {"a": 1}}, "`images` is an object, where a list of images should be"),
@@ -101,13 +107,30 @@ def test_images_are_read_from_paths_bytes_and_data_uris(folder, tmp_path):
 )
 def test_every_bad_image_is_named(folder, row, message):
     (folder / "pics" / "broken.png").write_bytes(b"no image at all")
+    (folder / "pics" / "empty.png").write_bytes(b"")
     (folder / "pics" / "cut.jpg").write_bytes(content("red", "JPEG")[:-40])
     path = write(folder, pair("red"), pair("red") | row)
     with pytest.raises(DataError) as error:
         load(path, "preference")
-    assert f"rows.jsonl, line 2: {message}" in str(error.value)
+    assert "rows.jsonl, line 2: " in str(error.value) and message in str(error.value)
     if "type" not in message and "places" not in message and "turn" not in message:
         assert len(load(path, "preference", bad_rows="drop")) == 1
+
+
+@pytest.mark.parametrize("url", ["http://a b/c d.png", "http://[bad/x.png", "http://127.0.0.1:9/\u20ac.png"])
+def test_what_is_no_url_is_named_where_urls_are_read(folder, url):
+    with pytest.raises(DataError, match="line 1: `image` is the URL .* which can't be downloaded"):
+        load(write(folder, pair("red", image=url)), "preference", image_urls=True)
+
+
+def test_a_photograph_is_turned_as_its_camera_says_wherever_it_is_read(folder):
+    photo = PILImage.new("RGB", (40, 20))
+    exif = photo.getexif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo.save(folder / "turned.jpg", exif=exif)
+    rows = load(write(folder, pair("red", image="turned.jpg")), "preference")
+    kept = decode_images(rows, False)[0]["images"][0]
+    assert rows[0]["images"][0].size == as_pil(kept).size == opened(thumbnail(kept)).size == (20, 40)
 
 
 def test_images_go_to_their_places_or_before_the_first_words(folder):
