@@ -614,6 +614,7 @@ def test_two_rounds_of_online_dpo(tmp_path):
 @pytest.mark.slow
 def test_two_rounds_of_kto_on_the_log_of_a_service(tmp_path):
     words = [*TINY_LOOP, "align=kto", "prompts_of=log", "reference=previous", "min_thumbs=2"]
+    words += ['more.policy=["data.max_eval_samples=32","stage.args.max_steps=3"]']  # the first step has rate 0
     for number in (1, 2):
         logged(tmp_path / "log.jsonl", range(100 * number, 100 * number + 64))
         forked(tmp_path, *words, f"rounds={number}")
