@@ -259,8 +259,9 @@ def logged(
         ]
         fits = rows_that_fit(rewards, given, answers)
         found.notes["logged answers without a score: too long for the reward model"] += len(rows) - len(fits)
-        chosen = ([values[i] for i in fits] for values in (given, answers, written))
-        for i, scored in zip(fits, score_members(rewards, *chosen, {}, policy.tokenizer), strict=True):
+        chosen, ids = ([given[i] for i in fits], [answers[i] for i in fits]), [written[i] for i in fits]
+        found_scores = score_members(rewards, *chosen, ids, {}, policy.tokenizer)
+        for i, scored in zip(fits, found_scores, strict=True):
             scores[i] = scored
     for row, scored in zip(rows, scores, strict=True):
         candidate = traffic.candidate(row)
