@@ -51,8 +51,8 @@ def check_margin(row: dict) -> float:
     """Return `margin`, by how much `chosen` is better, as a finite float; of two numbers the first less the second."""
     value: Any = row.get("margin")
     try:
-        first, second = value if isinstance(value, list) and len(value) == 2 else (value, 0.0)
-        margin = float(first) - float(second)
+        pair: Any = value if isinstance(value, list) and len(value) == 2 else (value, 0.0)
+        margin = float(pair[0]) - float(pair[1])
     except (TypeError, ValueError):
         raise RowError("margin", f"is {value!r}, where a number should be") from None
     if not math.isfinite(margin):
