@@ -4,7 +4,7 @@ PPO and DPO from the same labels at equal KL on the embedded world, and the limi
     python -m bench.frontier [--seeds 1 2 ...] [--quick] [--folder FOLDER] [--table]
 
 The steps are those of `pipeline=demo`, with data, labels and training drawn anew by each seed. The limit of a reward r
-is the gold reward of pi(y|x) exp(r(x, y) / b) / Z(x), the best policy for it at its KL to the SFT policy pi
+is the gold reward of pi(y|x) exp(r(x, y) / b) / Z(x), which scores best by r at its KL to the SFT policy pi
 (arXiv 2305.18290, equation 4): samples of the SFT policy are reweighted, at as many b as it takes to reach a KL.
 A second call runs what is missing.
 """
@@ -35,7 +35,6 @@ from rlhf_trl.tasks.demo import gold_reward, load
 PROMPTS = 42  # seed of the held-out prompts, the same for every seed
 KLS = (0.25, 0.5, 0.75, 1.0)
 EPOCHS = "stage.args.num_train_epochs"
-# Of the demo's step `reward`: changes
 BATCH = "stage.args.per_device_train_batch_size"
 # Of the demo's step `reward`: changes
 REWARDS = {"reward": [], "reward_long": [f"{EPOCHS}=5", f"{BATCH}=16"]}
@@ -260,7 +259,7 @@ def limit_of(sft: Path, written: list[list[int]], name: str, path: Path, setting
 
 def limit(scores: np.ndarray, gold: np.ndarray, kls: Sequence[float]) -> list[float]:
     """
-    Return the gold reward of the best policy for a reward at each KL, by reweighted samples of the first policy.
+    Return the gold reward of the policy that scores best by a reward at each KL, by reweighted samples.
 
     Args:
         scores, gold (`np.ndarray` of shape (P, n)): reward and gold reward of n samples of P prompts.

@@ -74,7 +74,7 @@ class MODPOTrainer(DPOTrainer):
         ConfigError: at the first loss, if the data has no margin rewards.
     """
 
-    READS_NO_IMAGES = "its margin rewards are of text. DPO reads them"
+    READS_NO_IMAGES = "its margin rewards read text alone. DPO reads them"
     _tag_names: ClassVar[list[str]] = ["trl", "modpo", "rlhf_trl"]
     _name = "MODPO"
     args: MODPOConfig
@@ -247,7 +247,7 @@ def _scored(
 
 
 def _say_margins(values: Sequence[tuple[list, list]], rewards: Sequence[Reward]) -> None:
-    """Say what each margin reward says of the pairs; one that tells no pair apart changes nothing."""
+    """Say by how much each margin reward tells the answers of the pairs apart; warn of one that doesn't."""
     for number, reward in enumerate(rewards):
         pairs = [(chosen[number], rejected[number]) for chosen, rejected in values]
         known = torch.tensor([pair for pair in pairs if None not in pair], dtype=torch.float64).reshape(-1, 2)
@@ -256,10 +256,10 @@ def _say_margins(values: Sequence[tuple[list, list]], rewards: Sequence[Reward])
             "" if len(known) == len(pairs) else f"; it applies to {len(known):,} of {count_of(len(pairs), 'pair')}"
         )
         if not gaps.any():
-            say(f"warning: the margin reward `{reward.__name__}` tells the answers of no pair apart{missing}")
+            say(f"warning: the margin reward `{reward.__name__}` is the same for both answers of every pair{missing}")
             continue
         say(
             f"margin reward `{reward.__name__}`, weighted: chosen less rejected has mean {gaps.mean():.3g} and "
             f"standard deviation {gaps.std(correction=0):.3g}, and it prefers the chosen answer of "
-            f"{(gaps > 0).double().mean():.0%} of pairs{missing}"
+            f"{(gaps > 0).double().mean():.0%} of {count_of(len(known), 'pair')}{missing}"
         )

@@ -139,8 +139,10 @@ def test_margin_rewards_count_where_they_apply_to_both_answers(capsys):
     found = with_margin_rewards(data, [partly, only_y], make_tokenizer())
     assert found["chosen_reward"][:] == [0.0, 11.0, 1.0, 1.0] and found["rejected_reward"][:] == [0.0, 41.0, 1.0, 1.0]
     shown = capsys.readouterr().out
-    assert "`partly` tells the answers of no pair apart; it applies to 3 of 4 pairs" in shown
-    assert "`words`, weighted: chosen less rejected has mean -30" in shown and "chosen answer of 0% of pairs" in shown
+    assert "`partly` is the same for both answers of every pair; it applies to 3 of 4 pairs" in shown
+    assert (
+        "`words`, weighted: chosen less rejected has mean -30" in shown and "chosen answer of 0% of 1 pair;" in shown
+    )
     with pytest.raises(ConfigError, match="The margin reward `words` is nan for ' c c d'"):
         with_margin_rewards(data, [FunctionReward(lambda completions: [float("nan")] * 8, name="words")], None)
 
