@@ -70,7 +70,7 @@ def front_of(
         allowed (`Sequence[bool]`, *optional*): which policies may be chosen: those that satisfy constraints.
     """
     gains = means * signs_of(rewards, minimized)
-    best, is_known = nondominated(gains), np.isfinite(gains).all(axis=1)
+    best, is_known = nondominated(gains), np.asarray(np.isfinite(gains).all(axis=1))
     given = options.reference_point
     worst = gains[is_known].min(axis=0, initial=np.inf) * signs_of(rewards, minimized)
     point = {name: float(given[name] if given else value) for name, value in zip(rewards, worst, strict=True)}

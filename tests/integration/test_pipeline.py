@@ -361,7 +361,7 @@ def test_a_sweep_over_a_simplex_of_weights_ends_with_the_front(tmp_path):
     # Of a reward of negative weight less is better: 1 and 0, .707 and -1.41, 0 and -2 over the reference point 0, 0
     assert "3 of 3 settings are non-dominated by gold and tokens. Chosen: gold=0.5, tokens=-2" in out
     page = (tmp_path / "runs/mine/ppo_sweep/report/report.md").read_text()
-    assert "Hypervolume over the reference point gold 0, tokens 0." in page and "Front of gold and tokens" in page
+    assert "Hypervolume over the reference point gold 0, tokens 0." in page and "Policies by their rewards." in page
 
 
 def test_a_failed_job_is_reported_and_does_not_hide_the_others(tmp_path):
