@@ -15,7 +15,7 @@ from rlhf_trl.data.multimodal import extra_inputs
 from rlhf_trl.models.inputs import batch_inputs
 
 # What isn't an input of the model
-NOT_INPUTS = ("groups", "better", "worse", "margin", "weights", "label_smoothing", "targets")
+NOT_INPUTS = ("groups", "better", "worse", "margin", "weights", "label_smoothing", "targets", "safe")
 
 
 @dataclass
