@@ -7,8 +7,9 @@ the tokenizer.
 """
 
 import base64
+import functools
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,20 +41,27 @@ class PromptIds(list):
     """
     Token ids of a prompt with images, or of one with its completion, and the other inputs of the model.
 
-    Attributes:
-        extra ([`ExtraInputs`]): kept where ids are added behind these.
+    Args:
+        ids (`Iterable[int]`): token ids.
+        read (`Callable`): returns the other inputs. They can take megabytes for each image, so that rows that wait for
+            their batch don't hold them.
     """
 
-    def __init__(self, ids: Iterable[int], extra: ExtraInputs):
+    def __init__(self, ids: Iterable[int], read: Callable[[], ExtraInputs]):
         super().__init__(ids)
-        self.extra = extra
+        self.read = read
+
+    @property
+    def extra(self) -> ExtraInputs:
+        """The other inputs, also where ids were added behind those of the prompt."""
+        return self.read()
 
     def __add__(self, other):
-        return PromptIds(super().__add__(other), self.extra)
+        return PromptIds(super().__add__(other), self.read)
 
     def __getitem__(self, index):
         found = super().__getitem__(index)
-        return PromptIds(found, self.extra) if isinstance(index, slice) and not index.start else found
+        return PromptIds(found, self.read) if isinstance(index, slice) and not index.start else found
 
 
 def extra_of(rows: Iterable[list[int]]) -> list[ExtraInputs] | None:
@@ -115,6 +123,21 @@ def as_pil(image):
     with Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
         opened.load()
         return ImageOps.exif_transpose(opened)
+
+
+def decoded(rows: Iterable[Sequence | None]) -> list[list]:
+    """Return the images of rows as PIL images, each of them once, though many rows may have it."""
+    known: dict[Any, Any] = {}
+
+    def decode(image):
+        if not isinstance(image, dict):
+            return image
+        key = image["path"] if image["bytes"] is None else image["bytes"]
+        if key not in known:
+            known[key] = as_pil(image)
+        return known[key]
+
+    return [list(map(decode, images or ())) for images in rows]
 
 
 def thumbnail(image) -> str:
@@ -182,12 +205,28 @@ def read_prompt(tokenizer, messages: list[dict], images: list, **kwargs) -> Prom
             f"The data has images, and the model of the tokenizer `{tokenizer.name_or_path}` reads text alone. Set "
             "`model=hf model.path=...` to a vision-language model, or remove the column of images."
         )
-    made = processor.apply_chat_template(
-        [with_parts(messages, list(map(as_pil, images)))],
+    chat = _Chat(processor, messages, images, kwargs)
+    return PromptIds(_read(chat)[0], lambda: _read(chat)[1])
+
+
+@dataclass(frozen=True, eq=False)
+class _Chat:
+    """A chat with images that a processor reads."""
+
+    processor: Any
+    messages: list[dict]
+    images: list
+    kwargs: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=32)  # images of a batch, or of a prompt that is sampled from many times
+def _read(chat: _Chat) -> tuple[list[int], ExtraInputs]:
+    made = chat.processor.apply_chat_template(
+        [with_parts(chat.messages, list(map(as_pil, chat.images)))],
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        **kwargs,
+        **chat.kwargs,
     )
     shape = made["input_ids"].shape
     extra = ExtraInputs()
@@ -196,4 +235,4 @@ def read_prompt(tokenizer, messages: list[dict], images: list, **kwargs) -> Prom
             extra.by_token[name] = value[0]
         elif name not in IDS:
             extra.others[name] = value
-    return PromptIds(made["input_ids"][0].tolist(), extra)
+    return made["input_ids"][0].tolist(), extra

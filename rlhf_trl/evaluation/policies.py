@@ -11,6 +11,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from rlhf_trl.data.chat_template import template_kwargs
+from rlhf_trl.data.images import decode_images
 from rlhf_trl.data.messages import as_text
 from rlhf_trl.data.multimodal import thumbnail
 from rlhf_trl.data.tokenize import end_tokens, split_row_ids
@@ -97,7 +98,7 @@ class Benchmark:
 
     def prompt_ids(self, policy: Policy) -> list[list[int]]:
         """Return the token ids of the prompts, as training gives them to the policy."""
-        rows = cast(Iterable[dict[str, Any]], self.dataset)
+        rows = cast(Iterable[dict[str, Any]], decode_images(self.dataset, False))
         return [policy.ids(row["prompt"], **template_kwargs(row)) for row in rows]
 
     def scored(self, policy: Policy, dataset: Dataset, completion_ids: list[list[int]]) -> Answers:
@@ -111,6 +112,7 @@ class Benchmark:
 
 
 def _columns(dataset: Dataset) -> dict[str, list]:
+    dataset = decode_images(dataset, False)  # which of all prompts at once could fill the memory
     return {name: dataset[name][:] for name in dataset.column_names if name not in ("prompt", "completion")}
 
 
@@ -311,7 +313,7 @@ def perplexity(policy: Policy, rows: Dataset, batch_size: int) -> float:
     """Return exp of the mean loss over the tokens of the rows' completions, the end token among them."""
     parts = [
         split_row_ids(policy.tokenizer, row["prompt"], row["completion"], **template_kwargs(row))
-        for row in cast(Iterable[dict[str, Any]], rows)
+        for row in cast(Iterable[dict[str, Any]], decode_images(rows, False))
     ]
     starts, ends = zip(*parts, strict=True)
     return perplexity_of(token_statistics(policy.model, starts, ends, temperature=1.0, batch_size=batch_size))

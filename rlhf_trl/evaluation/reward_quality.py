@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from rlhf_trl.data.images import decode_images
 from rlhf_trl.data.messages import as_text
 from rlhf_trl.data.multimodal import thumbnail
 from rlhf_trl.errors import ConfigError
@@ -68,7 +69,7 @@ def evaluate_rewards(
     """
     parts = slices_of(annotations, gaps_above, slices, like_length)
     ceiling = rater_ceiling(annotations.ratings, annotations.better, annotations.worse)
-    given = annotations.of_completions()
+    given = decode_images(annotations.of_completions(), False)
     columns = {name: given[name][:] for name in given.column_names if name not in ("prompt", "completion")}
     ids: list[list[int]] = [[] for _ in annotations.completions]
     scores = as_arrays(score(rewards, given["prompt"][:], annotations.completions, ids, columns))

@@ -8,6 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_trl.data.chat_template import template_columns
+from rlhf_trl.data.multimodal import decoded
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.rewards.combine import combined, reward_array
 from rlhf_trl.rewards.conditioned import counting, spread, subset
@@ -35,7 +36,7 @@ def score(
         completion_ids (`list[list[int]]` of length N):
             Token ids of the completions, with the end token where it was written.
         columns (`dict[str, list]`):
-            Further columns of the data, which function rewards may read.
+            Further columns of the data, which function rewards may read; `images` decoded or not.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer that made the ids; policies may have different ones.
 
@@ -43,6 +44,8 @@ def score(
         `dict[str, list[float | None]]`: N values by the reward's name, as it gave them: `None` where it doesn't apply.
     """
     given, scores = _given(columns, tokenizer, len(completions)), {}
+    if "images" in given and not all(isinstance(reward, ModelReward) for reward in rewards):
+        given["images"] = decoded(given["images"])  # as in training; reward models decode a row at a time
     for reward in rewards:
         reward.bind(tokenizer)
         scores[reward.__name__] = reward(

@@ -63,7 +63,7 @@ def _completions(reward: ModelReward, row: dict) -> list[list[int]]:
     if not row.get("images"):
         return row["completion_ids"]
     extra = extra_inputs(reward.tokenizer, row["prompt"], **template_kwargs(row))
-    return [PromptIds(ids, extra) for ids in row["completion_ids"]]
+    return [PromptIds(ids, lambda: extra) for ids in row["completion_ids"]]
 
 
 def mean_metrics(metrics: list[dict[str, float]]) -> dict[str, float]:

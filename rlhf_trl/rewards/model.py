@@ -282,14 +282,15 @@ class ModelReward(BaseReward):
         check_rows(sizes_of(model, f"reward.{self.__name__}"), rows, 0, "Shorten prompts and completions.")
         device, pad = model.device, self.tokenizer.pad_token_id
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # similar lengths in one batch need less padding
-        scores, extra = torch.zeros(len(rows), len(self.heads)), extra_of(rows)
+        scores = torch.zeros(len(rows), len(self.heads))
         for start in range(0, len(order), self.batch_size):
             chunk = order[start : start + self.batch_size]
             width = max(len(rows[i]) for i in chunk)
             ids = torch.tensor([rows[i] + [pad] * (width - len(rows[i])) for i in chunk], device=device)
             lengths = torch.tensor([len(rows[i]) for i in chunk], device=device)
             mask = (torch.arange(width, device=device) < lengths.unsqueeze(1)).long()
-            more = batch_inputs([extra[i] for i in chunk], mask) if extra else {}  # such as images
+            extra = extra_of(rows[i] for i in chunk)
+            more = batch_inputs(extra, mask) if extra else {}  # such as images
             scores[chunk] = model(input_ids=ids, attention_mask=mask, **more).logits.float().cpu()
         return scores
 

@@ -167,11 +167,14 @@ def read_image(path: str, policies: Sequence[Policy], out: TextIO) -> list:
     if blind:
         print(f"{names_of(blind)} can't read images.", file=out, flush=True)
         return []
+    if not path:
+        print(COMMANDS["/image"], file=out, flush=True)
+        return []
     store = ImageStore()
     try:
         key = store.add(path, "image", Path())
     except RowError as error:
-        print(printable(f"{path or 'the path'} {error.what}."), file=out, flush=True)
+        print(printable(f"{path} {error.what}."), file=out, flush=True)
         return []
     print("(read; now the prompt)", file=out, flush=True)
     return [as_pil(store.images[key])]

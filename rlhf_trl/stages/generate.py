@@ -21,7 +21,6 @@ from rlhf_trl.data.file_rows import checked_rows, read_file, resolve_paths
 from rlhf_trl.data.images import ImageStore, image_as_text
 from rlhf_trl.data.messages import as_chat as chat_of
 from rlhf_trl.data.messages import as_text, check_text_or_chat, read_json_chats
-from rlhf_trl.data.multimodal import as_pil
 from rlhf_trl.data.row_types import PASSED_ON
 from rlhf_trl.data.rows import Problems
 from rlhf_trl.data.splits import eval_split
@@ -308,8 +307,6 @@ def completions(
             )
             names = {name for row in batch for name in row} - {"prompt", "completion", "sample"}
             columns = {name: [row.get(name) for row in batch] for name in sorted(names)}
-            if "images" in columns:
-                columns["images"] = [list(map(as_pil, images or ())) for images in columns["images"]]
             texts = [policy.completion(prompt, ids) for prompt, ids in zip(given, written, strict=True)]
             try:
                 scores = score(rewards, given, texts, written, columns, policy.tokenizer)

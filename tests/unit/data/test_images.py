@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 
 from rlhf_trl.data import Edits, Pairs, Rankings, Ratings, Thumbs, load_files, load_hub
 from rlhf_trl.data.images import decode_images
-from rlhf_trl.data.multimodal import as_pil, opened, thumbnail
+from rlhf_trl.data.multimodal import as_pil, decoded, opened, thumbnail
 from rlhf_trl.data.splits import prompt_keys
 from rlhf_trl.errors import DataError
 from tests.helpers.vision import COLOURS, picture
@@ -175,3 +175,10 @@ def test_all_forms_of_feedback_keep_images(folder, feedback, given, dataset_type
     rows = load(write(folder, *made), dataset_type, feedback=feedback)
     assert {tuple(each) for each in colours_of(rows)} == {(COLOURS["red"],), (COLOURS["blue"],)}
     assert all(row["prompt"] == [{"role": "user", "content": ASK}] for row in rows)
+
+
+def test_an_image_of_many_rows_is_decoded_once(folder):
+    rows = decode_images(load(write(folder, pair("red"), pair("blue")), "prompt"), False)["images"][:]
+    first, again, other, none = decoded([rows[0], rows[0], rows[1], None])
+    assert first[0] is again[0] and none == []
+    assert [each[0].getpixel((0, 0)) for each in (first, other)] == [COLOURS["red"], COLOURS["blue"]]

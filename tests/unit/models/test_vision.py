@@ -1,5 +1,8 @@
 """Models that read images: how they are found out, loaded, adapted, scored and batched."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -13,7 +16,7 @@ from rlhf_trl.models.inputs import batch_inputs, split_rows
 from rlhf_trl.models.loading import load_full, load_model, load_reward_model
 from rlhf_trl.models.tokenizers import load_tokenizer
 from tests.helpers.tiny import save_model
-from tests.helpers.vision import ARCHITECTURES, picture, save_vlm
+from tests.helpers.vision import ARCHITECTURES, COLOURS, picture, save_vlm
 
 ROWS = [("what colour is it ?", ["red"]), ("is it red ?", ["blue", "green"]), ("is it a colour ?", ["green"])]
 
@@ -118,3 +121,17 @@ def test_completions_follow_a_prompt_with_its_images(path):
     ids = row_ids(tokenizer, chat("is it red ?"), [{"role": "assistant", "content": "it is ."}], images=images)
     assert ids[: len(start)] == start and ids.extra.others.keys() == start.extra.others.keys()
     assert tokenizer.decode(ids[len(start) :]) == "it is . <eos>"
+
+
+def test_rows_that_wait_for_their_batch_hold_no_pixels(path):
+    tokenizer, colours = load_tokenizer(path), list(COLOURS)
+    rows = [prompt_ids(tokenizer, chat("colour ?"), images=[picture(colours[i % 3])]) for i in range(40)]
+    first = weakref.ref(rows[0].extra.others["pixel_values"])
+    expected = batch_inputs(extra_of(rows[:3]), torch.ones(3, len(rows[0])))["pixel_values"]
+    assert len({tuple(pixels.flatten().tolist()) for pixels in expected}) == 3
+    for row in rows:
+        assert row.extra
+    gc.collect()
+    assert first() is None
+    again = batch_inputs(extra_of(rows[:3]), torch.ones(3, len(rows[0])))["pixel_values"]
+    assert torch.equal(again, expected)
