@@ -13,6 +13,7 @@ import yaml
 from rlhf_trl.config.program import command_line, typed_config_dir, typed_overrides
 from rlhf_trl.config.values import texts
 from rlhf_trl.errors import PACKAGE, ConfigError
+from rlhf_trl.hints import names_of
 from rlhf_trl.runs.ranks import is_main_process
 from rlhf_trl.runs.record import (
     CONFIG_FILE,
@@ -87,7 +88,8 @@ def resolve_path(path: str | None, run: str | None, project_dir: str | os.PathLi
         raise ConfigError("No model is named. Set `path` to its folder or hub id, or `run` to an earlier run.")
     if (embedded := embedded_folder(path)) is not None:
         if not embedded.is_dir():
-            raise ConfigError(f"There is no embedded checkpoint `{path}` ({embedded}). Use `demo:base` or `demo:sft`.")
+            there = names_of(f"{path.partition(':')[0]}:{each.name}" for each in sorted(embedded.parent.glob("*/")))
+            raise ConfigError(f"There is no embedded checkpoint `{path}` ({embedded}). There are: {there}.")
         return str(embedded)
     local = Path(path).expanduser()
     if local.is_dir():
