@@ -16,6 +16,7 @@ from bench.overoptimization.samples import LONGEST, POLICY, Pair, Sample, chat, 
 from rlhf_trl.data.tokenize import prompt_ids
 from rlhf_trl.evaluation.generation import sample, token_statistics
 from rlhf_trl.models.loading import load_full, load_model
+from rlhf_trl.models.soup import average_weights
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.ppo import PPOConfig, PPOTrainer
 from rlhf_trl.reward_modeling import RewardConfig, RewardTrainer
@@ -80,9 +81,8 @@ def reward_model(
 
 def average(models: Sequence[PreTrainedModel]) -> PreTrainedModel:
     """Return the mean of the weights of reward models that share their start (WARM, arXiv 2401.12187)."""
-    states = [model.state_dict() for model in models]
     merged = copy.deepcopy(models[0])
-    merged.load_state_dict({name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]})
+    average_weights(models, [1 / len(models)] * len(models), merged)
     return merged.eval()
 
 
