@@ -35,6 +35,10 @@ def split_rows(
     kept = attention_mask.bool().cpu()
     known: dict[str, Any] = {"num_images": num_images} if num_images is not None else {}
     known |= {"num_tiles": num_tiles} if num_tiles is not None else {}
+    pixels = inputs.get("pixel_values")
+    if isinstance(pixels, Tensor) and pixels.dim() > 4 and num_tiles is None and inputs.get("image_sizes") is None:
+        # Rows of images (Idefics, SmolVLM), which TRL 1.16 takes for images where it has as many rows as images
+        known = {}
     split: dict[str, Any] = dict(split_pixel_values_by_grid({**inputs, **known}))
     for name, value in split.items():
         if name in ("num_images", "num_tiles") or value is None:

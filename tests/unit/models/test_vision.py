@@ -62,6 +62,30 @@ def test_rows_read_one_by_one_make_the_batch_of_the_processor(path):
         torch.testing.assert_close(again[name], value, rtol=0, atol=0)
 
 
+def test_each_row_of_a_batch_gets_its_own_images(path):
+    """Three images of three rows, which have none, one and two of them."""
+    tokenizer = load_tokenizer(path)
+    shown = [[], ["red"], ["blue", "green"]]
+    parts = [[*({"type": "image", "image": picture(each)} for each in row), {"type": "text", "text": "is it red ?"}]
+             for row in shown]  # fmt: skip
+    made = processor_of(tokenizer).apply_chat_template(
+        [[{"role": "user", "content": each}] for each in parts],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
+    mask = made.pop("attention_mask")
+    made.pop("input_ids")
+    for row, colours in zip(split_rows(dict(made), mask, list(map(len, shown))), shown, strict=True):
+        pixels = row.others.get("pixel_values", torch.zeros(0, 3, 16, 16)).flatten(0, -4)
+        kept = pixels[pixels.flatten(1).any(dim=1)]  # a row of images is padded with empty ones
+        assert len(kept) == len(colours)
+        for image, colour in zip(kept, colours, strict=True):
+            alone = prompt_ids(tokenizer, chat("is it red ?"), images=[picture(colour)]).extra.others["pixel_values"]
+            assert torch.equal(image, alone.flatten(0, -4)[0])
+
+
 def test_an_input_of_no_row_is_refused():
     with pytest.raises(ConfigError, match=r"`strange` has the shape \(5, 2\) for 2 rows"):
         split_rows({"strange": torch.zeros(5, 2)}, torch.ones(2, 4), [1, 2])
