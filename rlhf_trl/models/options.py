@@ -43,13 +43,18 @@ def simplex(names: Sequence[str], grid: Sequence[float]) -> list[dict[str, float
     ]
 
 
-def soup_weight_problem(
-    names: Sequence[str], weights: Mapping[str, float] | None, grid: Sequence[float] | None
-) -> str | None:
+def soup_weight_problem(names: Sequence[str], weights: object, grid: Sequence[float] | None) -> str | None:
     """Return what is wrong with the weights or the grid of a soup of several models, `None` where nothing is."""
     if weights is not None and grid is not None:
         return "`stage.weights` is one soup, and `stage.grid` is many. Set one of them to null."
     if weights is not None:
+        if not isinstance(weights, Mapping) or not all(
+            isinstance(each, int | float) and math.isfinite(each) for each in weights.values()
+        ):
+            example = ", ".join(f"{name}: {1 / len(names):.2g}" for name in names)
+            return (
+                f"`stage.weights` is {weights!r} and must give each model a number: `'stage.weights={{{example}}}'`."
+            )
         if set(weights) != set(names):
             return (
                 f"`stage.weights` has {names_of(weights)}, and the models are {names_of(names)}. Give each a weight."

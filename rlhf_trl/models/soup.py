@@ -28,7 +28,10 @@ from rlhf_trl.models.sizes import empty_model
 from rlhf_trl.models.tokenizers import load_tokenizer
 
 # Options of a LoRA adapter that make its layers' outputs depend on more than the base and the product B A
-MORE_THAN_DELTAS = ("use_dora", "lora_bias", "trainable_token_indices", "layer_replication", "target_parameters")
+MORE_THAN_DELTAS = (
+    *("use_dora", "lora_bias", "trainable_token_indices", "layer_replication", "target_parameters", "use_qalora"),
+    *("use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
+)
 # Options in which two adapters that are concatenated must be alike
 ALIKE = ("modules_to_save", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "exclude_modules")
 # Keys of a model's config that its weights have nothing to do with, or that are compared by themselves

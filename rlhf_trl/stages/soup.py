@@ -4,10 +4,10 @@ Weighted averages of models that were trained from one start (`stage=soup`).
 Without a grid the run directory holds one model, as that of a training does. With one, each combination of weights is
 a run in a folder of its own (`0`, `1`, ...), and `sweep.json` lists them, so that `stage=evaluate stage.sweeps=[soup]`
 compares them as it does the runs of a sweep. A soup of reward models is calibrated on the held-out answers that its
-first model was calibrated on, since the scores of averaged weights aren't the averages of the scores.
+first model with a record was calibrated on, since the scores of averaged weights aren't the averages of the scores.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_trl.build import load_data
 from rlhf_trl.config.values import as_dict
 from rlhf_trl.data.lengths import head_names
+from rlhf_trl.hints import names_of
 from rlhf_trl.models.adapters import adapter_config, model_fingerprint
 from rlhf_trl.models.calibration import Calibration, write_calibration
 from rlhf_trl.models.lineage import common_start
@@ -59,7 +60,7 @@ def soup(cfg: DictConfig) -> None:
             write_soups(members, lambdas, stage["trust_remote_code"])
         PartialState().wait_for_everyone()
         for folder, point in zip(folders, points, strict=True):
-            metrics = measure(str(folder), members[0]) if task_type(str(folder)) == "SEQ_CLS" else {}
+            metrics = measure(str(folder), members) if task_type(str(folder)) == "SEQ_CLS" else {}
             # The base of an adapter is as it was in training, which the record says
             quantization = trained_quantization(members[0]) if adapter_config(str(folder)) is not None else None
             recorded = {"quantization": quantization and quantization.to_dict()}
@@ -78,20 +79,23 @@ def _job(number: int, weights: Mapping[str, float]) -> SweepJob:
     return SweepJob(number=number, overrides={name: f"{share:g}" for name, share in weights.items()}, status="done")
 
 
-def measure(folder: str, model: str) -> dict[str, float]:
+def measure(folder: str, models: Sequence[str]) -> dict[str, float]:
     """
-    Write `calibration.json` and `metrics.json` of the soup of reward models in `folder`, from the held-out rows that
-    the run of one of its models, `model`, had. Call it on all ranks.
+    Write `calibration.json` and `metrics.json` of the soup of reward models in `folder`, from the held-out rows of the
+    first of its models that a run has trained. Call it on all ranks.
 
     Returns:
-        `dict[str, float]`: `eval_accuracy`; nothing where the model has no record of a run, which is said.
+        `dict[str, float]`: `eval_accuracy`; nothing where no model has the config of its training, which is said.
     """
-    file = Path(model, CONFIG_FILE)
-    if not file.is_file():
-        say(f"`{model}` has no `{CONFIG_FILE}` that names its held-out rows, so `{folder}` has no calibration.")
+    configs = [OmegaConf.load(file) for model in models if (file := Path(model, CONFIG_FILE)).is_file()]
+    # Soups and merged models have configs that train on no rows
+    cfg = next((each for each in configs if OmegaConf.select(each, "stage.args.calibrate_on") is not None), None)
+    if not isinstance(cfg, DictConfig):
+        say(
+            f"None of {names_of(models)} has a `{CONFIG_FILE}` that names its held-out rows, so `{folder}` has no "
+            "calibration."
+        )
         return {}
-    cfg = OmegaConf.load(file)
-    assert isinstance(cfg, DictConfig)
     dataset = load_data(cfg, load_tokenizer(folder))
     split = "eval" if "eval" in dataset else "train"
     heads, calibrate_on = head_names(dataset["train"]) or [], cfg.stage.args.calibrate_on

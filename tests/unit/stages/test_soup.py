@@ -34,6 +34,8 @@ def test_points_of_a_grid_are_those_that_sum_to_one():
         ({"a": 0.5, "b": 0.5}, [0, 1], "Set one of them to null"),
         ({"a": 1.0}, None, "Give each a weight"),
         ({"a": 0.5, "b": 0.6}, None, "sum to 1.1"),
+        ({"a": 0.5, "b": "x"}, None, "must give each model a number: `'stage.weights={a: 0.5, b: 0.5}'`"),
+        ([0.5, 0.5], None, "must give each model a number"),
         (None, [0, 2], "from 0 to 1"),
         (None, [0.3, 0.4], "No 2 values"),
     ],
@@ -124,3 +126,9 @@ def test_soup_of_reward_models_is_a_calibrated_reward_model(compose, train, tmp_
     record = json.loads((tmp_path / "test/warm/run.json").read_text())
     assert record["base_fingerprint"] == json.loads(Path(runs[0], "run.json").read_text())["base_fingerprint"]
     assert 0 < json.loads((tmp_path / "test/warm/metrics.json").read_text())["eval"]["eval_accuracy"] < 1
+    # A soup has no held-out rows of its own: those of the next model count
+    cfg = compose("stage=soup", f"runs_dir={tmp_path}", "project=test", "stage.models=[warm,rm2]", "run_name=again")
+    assert find_problems(cfg) == []
+    instantiate(cfg.stage.run)(cfg)
+    again = read_calibration(str(tmp_path / "test/again"))
+    assert again.n == one.n and again.on == one.on
