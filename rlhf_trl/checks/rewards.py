@@ -31,8 +31,8 @@ def reward_problems(values: dict[str, Any]) -> list[str]:
         *_members(values),
         *_without_policy(values, rewards),
         *_reported_constraints(values, list(rewards)),
-        *_front(values, list(rewards)),
-        *_combination(values, {name: node.get("weight", 1) for name, node in rewards.items()}),
+        *_front(values, weights := {name: node.get("weight", 1) for name, node in rewards.items()}),
+        *_combination(values, weights),
     ]
     for name, node in rewards.items():
         problems.append(condition_problem(node.get("when"), f"reward.{name}.when"))
@@ -93,12 +93,13 @@ def _without_policy(values: dict[str, Any], rewards: dict[str, dict[str, Any]]) 
     return problems
 
 
-def _front(values: dict[str, Any], names: Sequence[str]) -> list[str]:
+def _front(values: dict[str, Any], weights: Mapping[str, Any]) -> list[str]:
     """Return the problems of the front of `stage=evaluate`."""
     stage = section(values, "stage")
     if "reference_point" not in stage:
         return []
-    return front_problems(stage.get("front"), stage["reference_point"], stage.get("choose"), names)
+    counted = [name for name, weight in weights.items() if weight != 0]
+    return front_problems(stage.get("front"), stage["reference_point"], stage.get("choose"), list(weights), counted)
 
 
 def _combination(values: dict[str, Any], weights: Mapping[str, Any]) -> list[str | None]:

@@ -47,12 +47,17 @@ def problems(values: dict[str, Any]) -> list[str]:
             "Set for example `'reward=[demo,tokens]'`."
         ]
     thresholds, named = pareto.get("thresholds"), pareto.get("rewards")
-    found = front_problems(None, pareto.get("reference_point"), pareto.get("choose"), list(rewards), "pareto.")
+    counted = [name for name in rewards if at(values, f"reward.{name}.weight") != 0]
+    found = front_problems(
+        None, pareto.get("reference_point"), pareto.get("choose"), list(rewards), counted, "pareto."
+    )
     for key, names in (("thresholds", thresholds), ("rewards", named)):
         for name in names or ():
             if name not in rewards:
                 found.append(f"`pareto.{key}` names the reward `{name}`. {did_you_mean(str(name), rewards)}")
-    if thresholds is None:
+    if named is not None and len(named) < 2:
+        found.append(f"`pareto.rewards` names {len(named)} of the rewards, and two or more are weighed. Add one.")
+    elif thresholds is None:
         grid = pareto.get("grid")
         if not isinstance(grid, list) or not all(isinstance(each, int | float) and 0 <= each <= 1 for each in grid):
             found.append(f"`pareto.grid` is {grid!r} and must be a list of shares from 0 to 1.")
@@ -82,7 +87,13 @@ def overrides(values: dict[str, Any]) -> list[str]:
     if pareto["thresholds"]:
         bounds = {**(at(values, "combine.constraints") or {}), **point}
         return ["combine.constraints={" + ", ".join(f"{name}: '{bound}'" for name, bound in bounds.items()) + "}"]
-    weights = {
-        name: share * float(at(values, f"reward.{name}.weight")) + 0.0 for name, share in point.items()
-    }  # no -0
-    return [f"reward.{name}.weight={weight:g}" for name, weight in weights.items()]
+    own = weights(values)
+    shares = {name: share * own.get(name, 1.0) + 0.0 for name, share in point.items()}  # no -0
+    return [f"reward.{name}.weight={weight:g}" for name, weight in shares.items()]
+
+
+def weights(values: dict[str, Any]) -> dict[str, float]:
+    """Return the weight of each reward of a config."""
+    nodes = section(values, "reward")
+    found = {name: node.get("weight", 1) for name, node in nodes.items() if isinstance(node, dict)}
+    return {name: float(weight) for name, weight in found.items() if isinstance(weight, int | float)}

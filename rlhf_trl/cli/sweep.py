@@ -135,7 +135,8 @@ def job(cfg: DictConfig) -> float:
     """Run `train.py` with the overrides of one job, and return the run's objective."""
     settings = HydraConfig.get()
     number, run_dir = settings.job.num, Path(settings.runtime.output_dir)
-    own, given = pareto.overrides(plain(cfg)[0]), unquote_text(settings.overrides.task)
+    values, given = plain(cfg)[0], unquote_text(settings.overrides.task)
+    own = pareto.overrides(values)
     left_out = {name_of(item) for item in own}
     overrides = [
         *(item for item in given if name_of(item).split(".")[0] not in OWN_KEYS and name_of(item) not in left_out),
@@ -145,7 +146,7 @@ def job(cfg: DictConfig) -> float:
     devices = devices_of_job(as_dict(settings.launcher), cfg.gpus_per_job, cfg.accelerate, cfg.launch)
     run_name = f"run_name={cfg.run_name}/{number}"
     outcome = run_job(number, program, config_dirs(), overrides, run_name, run_dir, *devices)
-    outcome = replace(outcome, direction=_direction(cfg, settings.sweeper))
+    outcome = replace(outcome, direction=_direction(cfg, settings.sweeper), weights=pareto.weights(values))
     write_json(run_dir.with_suffix(".json"), outcome)  # not in the run directory, which a new start clears
     if outcome.done and outcome.value is not None:
         return outcome.value

@@ -45,7 +45,7 @@ class FrontOptions:
         Raises:
             [`~rlhf_trl.errors.ConfigError`]: if a reward that is named wasn't measured, or the front has but one.
         """
-        if problems := front_problems(self.rewards, self.reference_point, self.choose, measured):
+        if problems := front_problems(self.rewards, self.reference_point, self.choose, measured, counted):
             raise ConfigError.join(problems)
         chosen = list(counted if self.rewards is None else self.rewards)
         return chosen if len(chosen) > 1 else []

@@ -12,6 +12,7 @@ def front_problems(
     reference_point: Mapping[str, float] | None,
     choose: object,
     measured: Sequence[str],
+    counted: Sequence[str],
     prefix: str = "stage.",
 ) -> list[str]:
     """
@@ -21,6 +22,7 @@ def front_problems(
         rewards (`Sequence[str]`, *optional*), reference_point (`Mapping[str, float]`, *optional*), choose (`str` or
             `Mapping[str, float]`): see [`~rlhf_trl.report.fronts.FrontOptions`].
         measured (`Sequence[str]`): names of the rewards that there are.
+        counted (`Sequence[str]`): those of a weight other than 0, whose front it is where `rewards` is `None`.
         prefix (`str`): of the keys.
     """
     problems = []
@@ -45,6 +47,8 @@ def front_problems(
                 )
     if rewards is not None and len(rewards) < 2:
         problems.append(f"`{prefix}front` names {len(rewards)} of the rewards, and a front has two or more. Add one.")
-    if reference_point is not None and (lacking := [name for name in rewards or () if name not in reference_point]):
-        problems.append(f"`{prefix}reference_point` lacks {names_of(lacking)} of `{prefix}front`. Add its value.")
+    shown = counted if rewards is None else rewards
+    lacking = [name for name in shown if name not in (reference_point or ())]
+    if reference_point is not None and lacking and len(shown) > 1:
+        problems.append(f"`{prefix}reference_point` lacks {names_of(lacking)}, a reward of the front. Add its value.")
     return problems

@@ -64,11 +64,11 @@ def knee(points: Sequence[Sequence[float]] | np.ndarray) -> int | None:
     """
     values = np.asarray(points, dtype=float)
     kept = np.flatnonzero(nondominated(values))
-    if len(kept) == 1:
-        return int(kept[0])
     if not len(kept):
         return None
     front = values[kept]
+    if (front == front[0]).all():  # one point, or equal ones
+        return int(kept[0])
     low, high = front.min(axis=0), front.max(axis=0)
     beyond = ((front - low) / np.where(high > low, high - low, 1.0)).sum(axis=1)
     best = int(beyond.argmax())

@@ -57,7 +57,7 @@ def front_of_jobs(
 ) -> SweepFront | None:
     """
     Return the front of a sweep; `None` where no weight of a reward and no constraint differs, or fewer than two
-    rewards were measured on held-out prompts.
+    rewards that count were measured on held-out prompts.
 
     Args:
         jobs (`Sequence[SweepJob]`), keys (`Sequence[str]`): the jobs, and the overrides in which they differ.
@@ -65,7 +65,13 @@ def front_of_jobs(
         options ([`~rlhf_trl.report.fronts.FrontOptions`], *optional*): reference point, and how to choose.
     """
     done = [job for job in jobs if job.done]
-    metrics = [name for name in metric_names(jobs) if MEAN.fullmatch(name) and all(name in job.eval for job in done)]
+    metrics = [
+        name
+        for name in metric_names(jobs)
+        if (match := MEAN.fullmatch(name))
+        and all(name in job.eval for job in done)
+        and not _is_only_watched(jobs, match[1])
+    ]
     if len(metrics) < 2 or not any(WEIGHT.fullmatch(key) or key.startswith(CONSTRAINTS) for key in keys):
         return None
     rewards = [MEAN.sub(r"\1", name) for name in metrics]
@@ -95,14 +101,32 @@ def front_of_jobs(
 
 def _minimized(jobs: Sequence[SweepJob], rewards: Sequence[str]) -> list[str]:
     """Return the rewards with a negative weight, or an upper bound, in any job."""
-    found = set()
-    for job in jobs:
-        for key, value in job.overrides.items():
-            if (match := WEIGHT.fullmatch(key)) and value.strip().startswith("-") and float(value) < 0:
-                found.add(match[1])
-            if key.startswith(CONSTRAINTS):
-                found |= {name for name in rewards if re.search(rf"\b{re.escape(name)}\b[^,}}]*<=", f"{key}:{value}")}
-    return [name for name in rewards if name in found]
+    return [
+        name
+        for name in rewards
+        if any(weight < 0 for weight in _weights(jobs, name)) or any("<=" in bound for bound in _bounds(jobs, name))
+    ]
+
+
+def _is_only_watched(jobs: Sequence[SweepJob], reward: str) -> bool:
+    """Return whether a reward has the weight 0 in all jobs, and no bound in any."""
+    weights = _weights(jobs, reward)
+    return bool(weights) and not any(weights) and not _bounds(jobs, reward)
+
+
+def _weights(jobs: Sequence[SweepJob], reward: str) -> list[float]:
+    """Return the weight of a reward in each job that has one: its override, else that of the config."""
+    found = (job.overrides.get(f"reward.{reward}.weight", job.weights.get(reward)) for job in jobs)
+    return [float(weight) for weight in found if weight is not None]
+
+
+def _bounds(jobs: Sequence[SweepJob], reward: str) -> list[str]:
+    """Return the bounds that constraints of the jobs set a reward, as text."""
+    overrides = [
+        f"{key}:{value}" for job in jobs for key, value in job.overrides.items() if key.startswith(CONSTRAINTS)
+    ]
+    bound = re.compile(rf"\b{re.escape(reward)}\b[^,}}]*[<>]=[^,}}]*")
+    return [each for text in overrides for each in bound.findall(text)]
 
 
 def _by_seed(settings: Sequence[Setting], metrics: Sequence[str]) -> list[np.ndarray]:

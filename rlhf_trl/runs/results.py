@@ -91,6 +91,7 @@ class SweepJob(JsonDataclass):
         direction: `minimize` or `maximize`; `None` where it isn't known.
         health: worst level of the health monitor with its signs; empty where nothing was watched.
         eval: last value of each metric of the evaluation.
+        weights: weight of each reward of the config, where no override sets it.
         message: error message of a failed job.
         log: file with its output.
     """
@@ -104,6 +105,7 @@ class SweepJob(JsonDataclass):
     direction: str | None = None
     health: str = ""
     eval: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict, metadata={"without": "weights"})
     message: str | None = None
     log: str = ""
 

@@ -110,13 +110,15 @@ def test_front_of_the_rewards_that_count():
         ((["a"], None, "knee"), "`stage.front` names 1 of the rewards"),
         (("a", None, "knee"), "must be a list"),
         ((["a", "b"], {"a": 0}, "knee"), "`stage.reference_point` lacks `b`"),
+        ((None, {"a": 0}, "knee"), "`stage.reference_point` lacks `b`"),
         ((["a", "b"], 3, "knee"), "must name rewards"),
         ((None, None, {"c": 1}), "`stage.choose` names `c`, and the rewards are `a`, `b`."),
     ],
 )
 def test_wrong_options_of_a_front(options, problem):
-    assert problem in "".join(front_problems(*options, ["a", "b"]))
-    assert front_problems(["a", "b"], {"a": 0, "b": 1}, {"b": 1}, ["a", "b"]) == []
+    assert problem in "".join(front_problems(*options, ["a", "b"], ["a", "b"]))
+    assert front_problems(["a", "b"], {"a": 0, "b": 1}, {"b": 1}, ["a", "b"], ["a"]) == []
+    assert front_problems(None, {"a": 0, "b": 1}, "knee", ["a", "b", "watched"], ["a", "b"]) == []
 
 
 def test_a_page_shows_each_pair_of_rewards():

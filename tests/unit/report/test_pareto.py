@@ -57,6 +57,7 @@ def test_knee():
     assert knee([(0, 10), (0.5, 5), (1, 0)]) is None  # on the line
     assert knee([(0, 10), (0.4, 4), (1, 0)]) is None  # behind it
     assert knee([(1, 1), (0, 0)]) == 0  # better in all
+    assert knee([(0, 0), (1, 1), (1, 1)]) == 1  # as good as its copy
     # A dominated point is none, however far from the ends
     assert knee([(0, 1), (0.9, 0.9), (0.95, 0.95), (1, 0)]) == 2
     assert knee([(0, 0, 1), (0, 1, 0), (1, 0, 0), (0.5, 0.5, 0.5)]) == 3

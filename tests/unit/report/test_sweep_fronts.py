@@ -1,5 +1,7 @@
 """Fronts of the settings of a sweep."""
 
+from dataclasses import replace
+
 import pytest
 
 from rlhf_trl.report.fronts import FrontOptions
@@ -51,3 +53,12 @@ def test_front_of_thresholds_and_no_front_of_other_sweeps():
     assert found.front.minimized == ["tokens"] and len(found.front.policies) == 2 and found.front.chosen is None
     jobs = [job(i, 1, {"stage.args.beta": beta}, 2.0 + i, 10.0) for i, beta in enumerate(("0.1", "0.2"))]
     assert Sweep.of(jobs).front is None
+
+
+def test_weights_that_no_override_sets_are_those_of_the_config():
+    jobs = [job(i, 1, {"reward.gold.weight": each}, 2.0 + i, 10.0 + i) for i, each in enumerate(("0.5", "1"))]
+    priced = [replace(each, weights={"gold": 1.0, "tokens": -0.01}) for each in jobs]
+    assert Sweep.of(priced).front.front.minimized == ["tokens"]
+    # A reward that is only watched is no objective
+    watched = [replace(each, weights={"gold": 1.0, "tokens": 0.0}) for each in jobs]
+    assert Sweep.of(watched).front is None
