@@ -6,9 +6,11 @@ from dataclasses import replace
 import numpy as np
 
 from rlhf_trl.evaluation.judges import Answers
+from rlhf_trl.hints import names_of
 from rlhf_trl.report.fronts import FrontOptions, front_of, volume_of
 from rlhf_trl.rewards.base import Reward
 from rlhf_trl.runs.results import Estimate, Front, PolicyResult
+from rlhf_trl.terminal import say
 
 RESAMPLES = 1000
 
@@ -30,9 +32,10 @@ def policy_front(
     results: Mapping[str, PolicyResult],
     rewards: Mapping[str, float],
     options: FrontOptions,
-) -> Front:
+) -> Front | None:
     """
-    Return the front of policies by the means of several rewards, with the hypervolume of all and of each family.
+    Return the front of policies by the means of several rewards, with the hypervolume of all and of each family;
+    `None`, with a warning, where no policy has a value of each of the rewards.
 
     Args:
         answers (`Mapping[str, Answers]`): completions of the same prompts with their rewards.
@@ -42,6 +45,12 @@ def policy_front(
     """
     names = list(answers)
     values = np.stack([np.stack([each.rewards[name] for name in rewards], axis=-1) for each in answers.values()])
+    there = np.isfinite(values).any(axis=1)  # (policies, rewards)
+    if not there.all(axis=1).any():
+        absent = [name for name, known in zip(rewards, there.any(axis=0), strict=True) if not known]
+        why = f"`{absent[0]}` has no value" if absent else "no policy has a value of each"
+        say(f"warning: no front of {names_of(rewards)}: {why}")
+        return None
     minimized = [name for name, weight in rewards.items() if weight < 0]
     allowed = [
         all(each.excess is not None and each.excess <= 0 for each in results[name].constraints.values())

@@ -10,11 +10,18 @@ from rlhf_trl.report.fronts import FrontOptions, front_blocks
 from rlhf_trl.report.options import front_problems
 from rlhf_trl.report.text import comparison_text
 from rlhf_trl.rewards.function import FunctionReward
-from rlhf_trl.runs.results import Comparison, ConstraintResult, Estimate, PolicyResult
+from rlhf_trl.runs.results import Comparison, ConstraintResult, Estimate, Front, PolicyResult
 
 # Means by gold and length of four policies; of three of a sweep one is dominated
 MEANS = {"sft": (0.0, 10.0), "ppo a": (3.0, 8.0), "ppo b": (2.0, 9.0), "short": (2.5, 2.0)}
 REWARDS = {"gold": 1.0, "length": -0.1}
+
+
+def front_by(*given) -> Front:
+    """Return the front, which there is."""
+    front = policy_front(*given)
+    assert front is not None
+    return front
 
 
 def answers(spread: float = 0.0, prompts: int = 40) -> dict[str, Answers]:
@@ -45,7 +52,7 @@ def results(**constraints: float) -> dict[str, PolicyResult]:
 
 
 def test_front_of_a_reward_to_maximize_and_one_to_minimize():
-    front = policy_front(answers(), results(), REWARDS, FrontOptions())
+    front = front_by(answers(), results(), REWARDS, FrontOptions())
     assert front.policies == ["ppo a", "short"] and front.minimized == ["length"]
     assert front.reference_point == {"gold": 0, "length": 10}  # the worst of each
     # Boxes by hand: short 2.5 x 8, and ppo a 0.5 x 2 beside it
@@ -54,25 +61,25 @@ def test_front_of_a_reward_to_maximize_and_one_to_minimize():
     )
     # Of two ends neither is a knee; weights choose one
     assert front.chosen is None and "no knee" in front.rule
-    weighted = policy_front(answers(), results(), REWARDS, FrontOptions(choose={"gold": 1, "length": -0.01}))
+    weighted = front_by(answers(), results(), REWARDS, FrontOptions(choose={"gold": 1, "length": -0.01}))
     assert weighted.chosen == "ppo a" and weighted.rule == "the highest 1 x gold + -0.01 x length"
 
 
 def test_the_chosen_policy_satisfies_the_constraints():
     options = FrontOptions(choose={"gold": 1})
     bound = {"sft": 2.0, "ppo_a": 0.1, "ppo_b": -1.0, "short": -3.0}
-    front = policy_front(answers(), results(**bound), REWARDS, options)
+    front = front_by(answers(), results(**bound), REWARDS, options)
     assert (
         front.chosen == "short"
         and front.rule == "the highest 1 x gold of those that satisfy the constraints by their means"
     )
-    front = policy_front(answers(), results(**dict.fromkeys(bound, 1.0)), REWARDS, options)
+    front = front_by(answers(), results(**dict.fromkeys(bound, 1.0)), REWARDS, options)
     assert front.chosen is None and front.rule == "no policy satisfies the constraints by its means"
 
 
 def test_hypervolume_has_an_interval_over_prompts_and_a_given_reference_point():
     options = FrontOptions(reference_point={"gold": 1, "length": 12})
-    front = policy_front(answers(spread=2.0), results(), REWARDS, options)
+    front = front_by(answers(spread=2.0), results(), REWARDS, options)
     volume = front.hypervolumes["short"]
     assert volume.mean == pytest.approx(1.5 * 10)
     # Both rewards move by the same noise: d(1.5 + n)(10 + n) at a standard error of 2 / sqrt(3) / sqrt(40)
@@ -86,9 +93,17 @@ def test_rewards_that_do_not_apply_to_a_prompt_are_no_zeros():
     given = answers()
     given["short"].rewards["gold"][:20] = np.nan
     given["sft"].rewards["gold"][:] = np.nan
-    front = policy_front(given, results(), REWARDS, FrontOptions())
+    front = front_by(given, results(), REWARDS, FrontOptions())
     assert front.missing == {"sft": "no reward"} and front.reference_point == {"gold": 2, "length": 9}
     assert front.hypervolumes["short"].mean == pytest.approx(0.5 * 7)
+
+
+def test_there_is_no_front_of_a_reward_without_values(capsys):
+    given = answers()
+    for each in given.values():
+        each.rewards["length"][:] = np.nan
+    assert policy_front(given, results(), REWARDS, FrontOptions()) is None
+    assert "no front of `gold`, `length`: `length` has no value" in capsys.readouterr().out
 
 
 def test_front_of_the_rewards_that_count():
@@ -126,7 +141,7 @@ def test_a_page_shows_each_pair_of_rewards():
     given = {name: each.rewards | {"third": each.rewards["gold"] ** 2} for name, each in answers(1.0).items()}
     given = {name: Answers([""] * 40, each) for name, each in given.items()}
     weights = {name: -1.0 if name == "length" else 1.0 for name in rewards}
-    front = policy_front(given, results(), weights, FrontOptions())
+    front = front_by(given, results(), weights, FrontOptions())
     means = {
         name: {reward: Estimate(float(np.mean(each.rewards[reward])), -1, 1) for reward in rewards}
         for name, each in given.items()
