@@ -45,9 +45,9 @@ def policy_front(
     """
     names = list(answers)
     values = np.stack([np.stack([each.rewards[name] for name in rewards], axis=-1) for each in answers.values()])
-    there = np.isfinite(values).any(axis=1)  # (policies, rewards)
+    there = np.asarray(np.isfinite(values).any(axis=1))  # (policies, rewards)
     if not there.all(axis=1).any():
-        absent = [name for name, known in zip(rewards, there.any(axis=0), strict=True) if not known]
+        absent = [name for name, known in zip(rewards, there.T, strict=True) if not known.any()]
         why = f"`{absent[0]}` has no value" if absent else "no policy has a value of each"
         say(f"warning: no front of {names_of(rewards)}: {why}")
         return None
