@@ -69,6 +69,7 @@ def front_of(
         options ([`FrontOptions`]): reference point, and how to choose.
         allowed (`Sequence[bool]`, *optional*): which policies may be chosen: those that satisfy constraints.
     """
+    means = np.round(means, 10)  # the same answers in another order of summation are equal
     gains = means * signs_of(rewards, minimized)
     best, is_known = nondominated(gains), np.asarray(np.isfinite(gains).all(axis=1))
     given = options.reference_point

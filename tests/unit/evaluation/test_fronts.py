@@ -6,7 +6,7 @@ import pytest
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.fronts import front_rewards, policy_front
 from rlhf_trl.evaluation.judges import Answers
-from rlhf_trl.report.fronts import FrontOptions, front_blocks
+from rlhf_trl.report.fronts import FrontOptions, front_blocks, front_of
 from rlhf_trl.report.options import front_problems
 from rlhf_trl.report.text import comparison_text
 from rlhf_trl.rewards.function import FunctionReward
@@ -63,6 +63,11 @@ def test_front_of_a_reward_to_maximize_and_one_to_minimize():
     assert front.chosen is None and "no knee" in front.rule
     weighted = front_by(answers(), results(), REWARDS, FrontOptions(choose={"gold": 1, "length": -0.01}))
     assert weighted.chosen == "ppo a" and weighted.rule == "the highest 1 x gold + -0.01 x length"
+
+
+def test_policies_that_differ_by_rounding_are_equal():
+    means = np.array([[0.1 + 0.2, 1.0], [0.3, 1.0], [0.0, 2.0]])
+    assert front_of(means, "abc", ["gold", "brief"], [], FrontOptions()).policies == ["a", "b", "c"]
 
 
 def test_the_chosen_policy_satisfies_the_constraints():
