@@ -84,6 +84,8 @@ def user_traceback(error: BaseException) -> str | None:
         if own:
             last = frames[own[-1]].f_code
             shown = traceback.extract_tb(cause.__traceback__)[own[0] :]
+            if isinstance(cause, SystemExit):
+                shown = shown[: own[-1] - own[0] + 1]  # W&B wraps sys.exit
             raised = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
             where = f"`{last.co_name}` in {short_path(last.co_filename)}"
             what = f"{where} raised {raised}"

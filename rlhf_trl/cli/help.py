@@ -25,6 +25,7 @@ STAGES = (
         "chat",
         "report",
         "merge",
+        "soup",
         "push",
         "serve_reward",
         "init",

@@ -136,7 +136,7 @@ def test_front_of_the_rewards_that_count():
     ],
 )
 def test_wrong_options_of_a_front(options, problem):
-    assert problem in "".join(front_problems(*options, ["a", "b"], ["a", "b"]))
+    assert problem in "".join(front_problems(*options, measured=["a", "b"], counted=["a", "b"]))
     assert front_problems(["a", "b"], {"a": 0, "b": 1}, {"b": 1}, ["a", "b"], ["a"]) == []
     assert front_problems(None, {"a": 0, "b": 1}, "knee", ["a", "b", "watched"], ["a", "b"]) == []
 
