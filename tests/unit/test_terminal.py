@@ -35,6 +35,7 @@ def test_a_line_of_metrics_steers_no_terminal(capsys):
 
 
 def test_messages_stand_on_a_line_of_their_own():
+    close_bars()  # of earlier tests that ended in an error
     out = io.StringIO()
     bar = tqdm(total=2, file=out, delay=0, leave=True)
     handler = logging.StreamHandler(AboveBars(out))
