@@ -19,6 +19,7 @@ from rlhf_trl.tasks.demo.data import render, rows
 from rlhf_trl.tasks.demo.gold import gold_attributes
 from rlhf_trl.tasks.demo.tokenizer import build_tokenizer
 from rlhf_trl.tasks.demo.world import draw_prompts, fact_sentence, true_facts
+from rlhf_trl.tasks.fitting import fit
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 SEED = 0
@@ -85,21 +86,6 @@ def batch_loss(model: LlamaForCausalLM, sequences: list[tuple[list[int], int]]) 
     return model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
 
 
-def fit(model: LlamaForCausalLM, sequences: list, steps: int, batch_size: int, lr: float, rng: random.Random) -> None:
-    """Train with AdamW and a cosine schedule to zero, on batches drawn from `sequences`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    for step in range(1, steps + 1):
-        loss = batch_loss(model, rng.sample(sequences, batch_size))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == steps:
-            print(f"step {step}/{steps} loss {loss.item():.3f}", flush=True)
-
-
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Return a Llama of about 0.2 M parameters with random weights."""
     config = LlamaConfig(
@@ -127,9 +113,9 @@ def build(folder: Path, pretraining_steps: int = 1000, sft_steps: int = 120) -> 
     rng = random.Random(SEED)
     tokenizer = build_tokenizer()
     model = new_model(tokenizer)
-    fit(model, pretraining_ids(tokenizer, 20_000, rng), pretraining_steps, 64, 3e-3, rng)
+    fit(model, batch_loss, pretraining_ids(tokenizer, 20_000, rng), pretraining_steps, 64, 3e-3, rng)
     save(model, tokenizer, folder / "base")
-    fit(model, demonstration_ids(tokenizer, SEED, False, 2000), sft_steps, 64, 1e-3, rng)
+    fit(model, batch_loss, demonstration_ids(tokenizer, SEED, False, 2000), sft_steps, 64, 1e-3, rng)
     save(model, tokenizer, folder / "sft")
 
 

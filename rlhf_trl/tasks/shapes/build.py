@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from rlhf_trl.tasks.demo.tokenizer import words_in
+from rlhf_trl.tasks.fitting import fit
 from rlhf_trl.tasks.shapes.world import CELL, SIDE, all_texts, describe, draw_question, draw_shapes, paint
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -199,21 +200,6 @@ def batch_loss(model: LlavaForConditionalGeneration, rows: list[dict[str, Any]])
     return model(input_ids=ids, attention_mask=(ids != 0).long(), pixel_values=pixels, labels=labels).loss
 
 
-def fit(model, rows: list[dict[str, Any]], steps: int, batch_size: int, lr: float, rng: random.Random) -> None:
-    """Train with AdamW and a one-cycle schedule, on batches drawn from `rows`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    for step in range(1, steps + 1):
-        loss = batch_loss(model, rng.sample(rows, batch_size))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == steps:
-            print(f"step {step}/{steps} loss {loss.item():.3f}", flush=True)
-
-
 def build(folder: Path, steps: int = 2400) -> None:
     """Write `folder/base`, a model with its processor (some minutes on one thread)."""
     # With one thread, floats are always added in the same order
@@ -222,7 +208,7 @@ def build(folder: Path, steps: int = 2400) -> None:
     rng = random.Random(SEED)
     processor = build_processor()
     model = new_model(processor.tokenizer)
-    fit(model, as_rows(processor, pretraining_documents(12_000, rng)), steps, 32, 2e-3, rng)
+    fit(model, batch_loss, as_rows(processor, pretraining_documents(12_000, rng)), steps, 32, 2e-3, rng)
     # Half of the bytes: all checkpoints are shipped in the wheel
     model.bfloat16().save_pretrained(folder / "base")
     cast(Any, processor).save_pretrained(folder / "base")

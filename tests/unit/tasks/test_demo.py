@@ -8,11 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_trl.errors import DataError
-from rlhf_trl.tasks.demo.build import CHECKPOINTS, batch_loss, demonstration_ids, fit, new_model
+from rlhf_trl.tasks.demo.build import CHECKPOINTS, batch_loss, demonstration_ids, new_model
 from rlhf_trl.tasks.demo.data import COMPLETION_COLUMNS, ROW_MAKERS, load
 from rlhf_trl.tasks.demo.gold import gold_attributes, gold_reward
 from rlhf_trl.tasks.demo.tokenizer import build_tokenizer
 from rlhf_trl.tasks.demo.world import answer, draw_prompts, is_held_out, prompts
+from rlhf_trl.tasks.fitting import fit
 
 COLUMNS = {
     "prompt_completion": {"prompt", "completion"},
@@ -238,6 +239,6 @@ def test_building_is_deterministic(tokenizer):
     for _ in range(2):
         torch.manual_seed(0)
         model = new_model(tokenizer)
-        fit(model, sequences, steps=3, batch_size=4, lr=1e-3, rng=random.Random(0))
+        fit(model, batch_loss, sequences, steps=3, batch_size=4, lr=1e-3, rng=random.Random(0))
         weights.append(model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

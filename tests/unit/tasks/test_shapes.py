@@ -11,7 +11,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rlhf_trl.errors import DataError
 from rlhf_trl.runs.paths import EMBEDDED, PACKAGE, resolve_path
-from rlhf_trl.tasks.shapes.build import as_rows, build_processor, fit, new_model, pretraining_documents
+from rlhf_trl.tasks.fitting import fit
+from rlhf_trl.tasks.shapes.build import as_rows, batch_loss, build_processor, new_model, pretraining_documents
 from rlhf_trl.tasks.shapes.data import TYPES, load
 from rlhf_trl.tasks.shapes.gold import gold_reward
 from rlhf_trl.tasks.shapes.world import COLORS, PLACES, SIDE, Shape, draw_question, draw_shapes, paint, questions_on
@@ -94,7 +95,7 @@ def test_the_checkpoint_is_that_of_the_build(processor):
     for _ in range(2):
         torch.manual_seed(0)
         model = new_model(processor.tokenizer)
-        fit(model, documents, steps=2, batch_size=4, lr=1e-3, rng=random.Random(0))
+        fit(model, batch_loss, documents, steps=2, batch_size=4, lr=1e-3, rng=random.Random(0))
         weights.append(model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
