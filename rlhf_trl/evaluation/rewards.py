@@ -70,20 +70,22 @@ def score_members(
         reward its one score; `None` where it doesn't apply or is no finite number.
     """
     count = len(completions)
-    given, found = _given(columns, tokenizer, count), {}
+    given, single = _given(columns, tokenizer, count), []
+    found: dict[str, list[list[float | None]]] = {}
     for reward in rewards:
         model, rows = counting(reward, given, count)
-        if isinstance(model, ModelReward):
-            model.bind(tokenizer)
-            asked, answers = ([values[i] for i in rows] for values in (prompts, completions))
-            chosen = {name: subset(values, rows, count) for name, values in given.items()}
-            ids = model.token_rows(asked, answers, [completion_ids[i] for i in rows], columns=chosen)
-            members = model.member_scores(ids).T.tolist() if rows else []
-            scores = spread(members, rows, count)
-            found[reward.__name__] = [[None] * model.members if each is None else each for each in scores]
-        else:
-            single = score([reward], prompts, completions, completion_ids, columns, tokenizer)
-            found[reward.__name__] = [[value] for value in single[reward.__name__]]
+        if not isinstance(model, ModelReward):
+            single.append(reward)
+            continue
+        model.bind(tokenizer)
+        asked, answers = ([values[i] for i in rows] for values in (prompts, completions))
+        chosen = {name: subset(values, rows, count) for name, values in given.items()}
+        ids = model.token_rows(asked, answers, [completion_ids[i] for i in rows], columns=chosen)
+        members = model.member_scores(ids).T.tolist() if rows else []
+        scores = spread(members, rows, count)
+        found[reward.__name__] = [[None] * model.members if each is None else each for each in scores]
+    for name, values in score(single, prompts, completions, completion_ids, columns, tokenizer).items():
+        found[name] = [[value] for value in values]
     return [
         {reward.__name__: [_finite(value) for value in found[reward.__name__][i]] for reward in rewards}
         for i in range(count)
