@@ -64,10 +64,10 @@ class PromptIds(list):
         return PromptIds(found, self.read) if isinstance(index, slice) and not index.start else found
 
 
-def extra_of(rows: Iterable[list[int]]) -> list[ExtraInputs] | None:
-    """Return the inputs of rows of ids beside them, `None` where no row has any."""
+def extra_of(rows: Iterable[list[int]]) -> list[ExtraInputs]:
+    """Return the inputs of rows of ids beside them, nothing where no row has any."""
     found = [getattr(row, "extra", None) for row in rows]
-    return [each or ExtraInputs() for each in found] if any(found) else None
+    return [each or ExtraInputs() for each in found] if any(found) else []
 
 
 def remember_processor(tokenizer, processor) -> None:

@@ -116,8 +116,7 @@ def sample(
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in batch], device=model.device)
         # From the lengths: the pad token may be the end token, and be part of a prompt
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
-        extra = extra_of(batch)
-        inputs = {"input_ids": ids, "attention_mask": mask} | (batch_inputs(extra, mask) if extra else {})
+        inputs = {"input_ids": ids, "attention_mask": mask} | batch_inputs(extra_of(batch), mask)
         written = model.generate(**inputs)[:, width:].tolist()  # pyright: ignore[reportCallIssue] of GenerationMixin
         completions += [_to_the_end(row, ends) for row in written]
     check_rows(sizes, [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)], 0, TOO_LONG)
@@ -197,8 +196,9 @@ def token_statistics(
             mask[i, :end] = 1
             counts[i, len(prompt) : end] = 1
         ids, mask, counts = (tensor.to(model.device) for tensor in (ids, mask, counts))
-        extra = extra_of(prompt for prompt, _ in batch)
-        inputs = {"input_ids": ids, "attention_mask": mask} | (batch_inputs(extra, mask) if extra else {})
+        inputs = {"input_ids": ids, "attention_mask": mask} | batch_inputs(
+            extra_of(prompt for prompt, _ in batch), mask
+        )
         logits = model(**inputs, use_cache=False).logits[:, :-1]
         # Only the completions' tokens: the others can be most of them
         kept = counts[:, 1:].bool()
@@ -233,8 +233,7 @@ def last_hidden_states(
         ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=model.device)
         lengths = torch.tensor([len(row) for row in batch], device=model.device)
         mask = (torch.arange(width, device=model.device) < lengths.unsqueeze(1)).long()
-        extra = extra_of(batch)
-        inputs = {"input_ids": ids, "attention_mask": mask} | (batch_inputs(extra, mask) if extra else {})
+        inputs = {"input_ids": ids, "attention_mask": mask} | batch_inputs(extra_of(batch), mask)
         states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
         found.append(states[torch.arange(len(batch), device=model.device), lengths - 1].float().cpu())
     return torch.cat(found)

@@ -70,7 +70,7 @@ def batches(
     for start in range(0, len(input_ids), batch_size):
         rows = slice(start, start + batch_size)
         mask = attention_mask[rows]
-        yield input_ids[rows], mask, batch_inputs(extra[rows], mask) if extra else {}
+        yield input_ids[rows], mask, batch_inputs(extra[rows] if extra else (), mask)
 
 
 def reading(model: Callable, extra: Sequence[ExtraInputs] | None) -> Callable:
@@ -93,7 +93,7 @@ def batch_inputs(rows: Sequence[ExtraInputs], attention_mask: Tensor) -> dict[st
     Return the inputs of some rows as one batch, on the device of `attention_mask`.
 
     Args:
-        rows (`Sequence[ExtraInputs]`): inputs of each row, of its first tokens at the least.
+        rows (`Sequence[ExtraInputs]`): inputs of each row, of its first tokens at the least; none, which gives none.
         attention_mask (`Tensor` of shape (N, L)): 1 at the tokens of the rows, on whatever side padding is.
 
     Returns:

@@ -289,8 +289,7 @@ class ModelReward(BaseReward):
             ids = torch.tensor([rows[i] + [pad] * (width - len(rows[i])) for i in chunk], device=device)
             lengths = torch.tensor([len(rows[i]) for i in chunk], device=device)
             mask = (torch.arange(width, device=device) < lengths.unsqueeze(1)).long()
-            extra = extra_of(rows[i] for i in chunk)
-            more = batch_inputs(extra, mask) if extra else {}  # such as images
+            more = batch_inputs(extra_of(rows[i] for i in chunk), mask)  # such as images
             scores[chunk] = model(input_ids=ids, attention_mask=mask, **more).logits.float().cpu()
         return scores
 

@@ -248,7 +248,7 @@ def answer(
         **sampling, eos_token_id=end_tokens(tokenizer), pad_token_id=tokenizer.pad_token_id
     )
     options = {"attention_mask": torch.ones_like(ids), "streamer": streamer}
-    options |= batch_inputs(extra, options["attention_mask"]) if extra else {}
+    options |= batch_inputs(extra, options["attention_mask"])
     written = policy.model.generate(input_ids=ids, **options)  # pyright: ignore[reportCallIssue] of GenerationMixin
     return Answer(policy, prompt, written[0, ids.size(1) :].tolist())
 
