@@ -146,15 +146,17 @@ def load_reward_model(
             model.add_adapter(f"member_{i}", configs[i])
             set_adapter_weights(model, adapter_weights(members[i]), f"member_{i}", members[i])
         return cast(PreTrainedModel, model.eval())
-    config = adapter_config(path)
-    if config is None:
-        architectures = model_config(path, trust_remote_code).architectures or [""]
-        scores = "SequenceClassification" in architectures[0]
-    else:
-        scores = config.task_type == "SEQ_CLS"
-    if not scores:
+    if task_type(path, trust_remote_code) != "SEQ_CLS":
         raise ConfigError(f"`{path}` is no reward model: it has no score head. Train one with `stage=reward`.")
     return load_model(path, "SEQ_CLS", dtype, trust_remote_code=trust_remote_code, device_map=device_map)
+
+
+def task_type(path: str, trust_remote_code: bool = False) -> str:
+    """Return `SEQ_CLS` for a reward model and `CAUSAL_LM` for a policy, full or as an adapter."""
+    if (adapter := adapter_config(path)) is not None:
+        return "SEQ_CLS" if adapter.task_type == "SEQ_CLS" else "CAUSAL_LM"
+    architectures = model_config(path, trust_remote_code).architectures or [""]
+    return "SEQ_CLS" if "SequenceClassification" in architectures[0] else "CAUSAL_LM"
 
 
 def load_full(

@@ -21,7 +21,7 @@ from rlhf_trl.models.adapters import adapter_config, adapter_weights, base_path,
 from rlhf_trl.models.fingerprints import tokenizer_fingerprint
 from rlhf_trl.models.heads import adapter_head_names
 from rlhf_trl.models.lineage import start_problem
-from rlhf_trl.models.loading import load_full, model_config
+from rlhf_trl.models.loading import load_full, model_config, task_type
 from rlhf_trl.models.merging import load_merged, save_whole
 from rlhf_trl.models.quantization import trained_quantization
 from rlhf_trl.models.sizes import empty_model
@@ -79,14 +79,6 @@ def _not_shared(paths: Mapping[str, str]) -> str | None:
     problem = start_problem(paths)
     names = " and ".join(f"`{name}`" for name in paths)
     return f"{names} don't share the weights that they were trained from: {problem}" if problem else None
-
-
-def task_type(path: str, trust_remote_code: bool = False) -> str:
-    """Return `SEQ_CLS` for a reward model and `CAUSAL_LM` for a policy, full or as an adapter."""
-    if (adapter := adapter_config(path)) is not None:
-        return "SEQ_CLS" if adapter.task_type == "SEQ_CLS" else "CAUSAL_LM"
-    architectures = model_config(path, trust_remote_code).architectures or [""]
-    return "SEQ_CLS" if "SequenceClassification" in architectures[0] else "CAUSAL_LM"
 
 
 def _config(path: str, trust_remote_code: bool) -> PreTrainedConfig:

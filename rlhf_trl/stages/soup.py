@@ -21,9 +21,10 @@ from rlhf_trl.hints import names_of
 from rlhf_trl.models.adapters import adapter_config, model_fingerprint
 from rlhf_trl.models.calibration import Calibration, write_calibration
 from rlhf_trl.models.lineage import common_start
+from rlhf_trl.models.loading import task_type
 from rlhf_trl.models.options import soup_points
 from rlhf_trl.models.quantization import trained_quantization
-from rlhf_trl.models.soup import task_type, write_soups
+from rlhf_trl.models.soup import write_soups
 from rlhf_trl.models.tokenizers import load_tokenizer
 from rlhf_trl.reward_modeling.ensemble import evaluate_ensemble
 from rlhf_trl.rewards.model import ModelReward
