@@ -4,13 +4,12 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, stdev
 
 import numpy as np
 
 from rlhf_trl.report.fronts import FrontOptions, Points, blocks_of, front_of, volume_of
 from rlhf_trl.report.records import metric_names
-from rlhf_trl.report.seeds import LEVEL, Setting, estimate_of, is_seed, settings_of, t_quantile, value_of
+from rlhf_trl.report.seeds import Setting, estimate_of, is_seed, settings_of, value_of
 from rlhf_trl.runs.results import Estimate, Front, SweepJob
 
 MEAN = re.compile(r"eval_rewards/(.+)/mean")
@@ -146,8 +145,5 @@ def _by_seed(settings: Sequence[Setting], metrics: Sequence[str]) -> list[np.nda
 
 def _over_seeds(volumes: Sequence[float], of_means: float) -> Estimate:
     """Return the mean over seeds with its t interval; where no seed is in all settings, that of the means."""
-    if len(volumes) < 2:
-        return Estimate(volumes[0] if volumes else of_means, math.nan, math.nan)
-    mean = fmean(volumes)
-    half = t_quantile(1 - (1 - LEVEL) / 2, len(volumes) - 1) * stdev(volumes) / math.sqrt(len(volumes))
-    return Estimate(mean, mean - half, mean + half)
+    setting = Setting({}, [], list(volumes))
+    return estimate_of(setting, [setting]) or Estimate(of_means, math.nan, math.nan)
