@@ -1,5 +1,6 @@
 """Multi-objective DPO (MODPO, arXiv 2310.03708): DPO on pairs, each with a margin from other rewards."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -193,16 +194,12 @@ def with_margin_rewards(
     state = PartialState()
     own = range(state.process_index, len(dataset), state.num_processes)
     scored = list(_scored(dataset.select(own), rewards, tokenizer, disable=not state.is_main_process))
-    each = dict(gather_object(list(zip(own, scored, strict=True))))  # (2, F) of each pair, None where not applicable
+    each = dict(gather_object(list(zip(own, scored, strict=True))))  # (F, 2) of each pair, None where not applicable
     values = [each[row] for row in range(len(dataset))]
     _say_margins(values, rewards)
     sums = [
         [
-            sum(
-                reward.weight * pair[side]
-                for reward, pair in zip(rewards, _pairs(row), strict=True)
-                if None not in pair
-            )
+            sum(reward.weight * pair[side] for reward, pair in zip(rewards, row, strict=True) if None not in pair)
             for row in values
         ]
         for side in (0, 1)
@@ -212,15 +209,10 @@ def with_margin_rewards(
     return dataset
 
 
-def _pairs(row: tuple[list, list]) -> Iterator[tuple]:
-    """Return the two values of each reward."""
-    return zip(*row, strict=True)
-
-
 def _scored(
     dataset: Dataset, rewards: Sequence[Reward], tokenizer: PreTrainedTokenizerBase | None, disable: bool
-) -> Iterator[tuple[list, list]]:
-    """Yield, for each pair, the values that the rewards give to the chosen and to the rejected answer."""
+) -> Iterator[list[tuple]]:
+    """Yield, for each pair, the values that each reward gives to the chosen and to the rejected answer."""
     for start in tqdm(range(0, len(dataset), CHUNK), desc="scoring margins", unit=f"{CHUNK} pairs", disable=disable):
         rows: list[dict] = dataset.select(range(start, min(start + CHUNK, len(dataset)))).to_list()
         prompts = [row["prompt"] for row in rows] * 2
@@ -236,20 +228,20 @@ def _scored(
         for reward in rewards:
             values = list(reward(prompts, answers, completion_ids=ids, **columns))
             for value, answer in zip(values, answers, strict=True):
-                if value is not None and not torch.isfinite(torch.tensor(value)):
+                if value is not None and not math.isfinite(value):
                     raise ConfigError(
                         f"The margin reward `{reward.__name__}` is {value} for {str(answer)[:200]!r}. Fix it, or let "
                         "it return None where it doesn't apply."
                     )
             found.append(values)
         for row in range(len(rows)):
-            yield [values[row] for values in found], [values[row + len(rows)] for values in found]
+            yield [(values[row], values[row + len(rows)]) for values in found]
 
 
-def _say_margins(values: Sequence[tuple[list, list]], rewards: Sequence[Reward]) -> None:
+def _say_margins(values: Sequence[list[tuple]], rewards: Sequence[Reward]) -> None:
     """Say by how much each margin reward tells the answers of the pairs apart; warn of one that doesn't."""
     for number, reward in enumerate(rewards):
-        pairs = [(chosen[number], rejected[number]) for chosen, rejected in values]
+        pairs = [row[number] for row in values]
         known = torch.tensor([pair for pair in pairs if None not in pair], dtype=torch.float64).reshape(-1, 2)
         gaps = reward.weight * (known[:, 0] - known[:, 1])
         missing = (
