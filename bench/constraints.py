@@ -9,14 +9,13 @@ held-out prompts after training. Finished runs are skipped, so the same command 
 """
 
 import argparse
-import functools
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from bench.reward import do, do_all
+from bench.reward import do_all
 from rlhf_trl.cli.launcher import launch_command
 from rlhf_trl.report.text import table
 
@@ -40,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     program = launch_command("cpu", ["--num_cpu_threads_per_process", str(options.threads)])
     made = steps(options.weights, options.seeds, options.episodes)
-    folder = do_all(made, options.project, functools.partial(do, program=program))
+    folder = do_all(made, options.project, program)
     text = report(folder, options.weights, options.seeds)
     Path(folder, "constraints.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\n{folder / 'constraints.md'}")

@@ -11,7 +11,6 @@ skipped, so the same command resumes a stopped benchmark.
 """
 
 import argparse
-import functools
 import json
 import os
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 
 from bench.constraints import BRIEF
-from bench.reward import do, do_all
+from bench.reward import do_all
 from rlhf_trl.cli.launcher import launch_command, run
 from rlhf_trl.report.text import table
 from rlhf_trl.runs.record import SWEEP_FILE, read_comparison, read_jobs
@@ -51,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
             if code := run([*command, f"run_name={name}", "accelerate=cpu", f"launch=[{threads}]"]):
                 sys.exit(code)
         program = launch_command("cpu", ["--num_cpu_threads_per_process", str(options.threads)])
-        do_all(steps(seed), options.project, functools.partial(do, program=program))
+        do_all(steps(seed), options.project, program)
     text = report(folder, options.seeds)
     Path(folder, "fronts.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\n{folder / 'fronts.md'}")

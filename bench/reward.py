@@ -9,11 +9,10 @@ comparisons. Finished runs are skipped, so the same command resumes a stopped be
 """
 
 import argparse
-import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -87,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     recipe, project = RECIPES[options.model], options.project or f"bench_reward_{options.model}"
     program = launch_command("cpu", ["--num_cpu_threads_per_process", str(options.threads)])
-    folder = do_all(steps(recipe, options.seeds), project, functools.partial(do, program=program))
+    folder = do_all(steps(recipe, options.seeds), project, program)
     text = report(recipe, [result(recipe, folder, seed) for seed in options.seeds], options)
     output = options.output or folder / "reward_bench.md"
     output.write_text(text + "\n", encoding="utf-8")
@@ -111,14 +110,14 @@ def steps(recipe: Recipe, seeds: Sequence[int]) -> dict[str, list[str]]:
     return made
 
 
-def do_all(steps: Mapping[str, list[str]], project: str, do: Callable[[list[str], Path], None]) -> Path:
+def do_all(steps: Mapping[str, list[str]], project: str, program: Sequence[str]) -> Path:
     """
     Run the steps of a benchmark, and end the process with a message where one fails or is interrupted.
 
     Args:
         steps (`Mapping[str, list[str]]`): name of each run, with its overrides.
         project (`str`): project of the runs.
-        do (callable): function that runs a step, of its overrides and the folder of its run.
+        program (`Sequence[str]`): the program, before its overrides.
 
     Returns:
         `Path`: the folder of the project.
@@ -126,7 +125,7 @@ def do_all(steps: Mapping[str, list[str]], project: str, do: Callable[[list[str]
     folder = Path("runs", project)
     try:
         for name, overrides in steps.items():
-            do([*overrides, f"project={project}", f"run_name={name}"], folder / name)
+            do([*overrides, f"project={project}", f"run_name={name}"], folder / name, program)
     except ConfigError as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:

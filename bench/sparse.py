@@ -27,6 +27,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 
+from bench.loop.driver import ROOT
 from bench.loop.steps import Steps
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.statistics import paired_difference
@@ -46,7 +47,6 @@ ARMS = {
     "all": "all that add pairs",
 }
 METRIC = "eval_accuracy"
-ROOT = Path(__file__).parents[1]
 PHRASINGS = "phrasings.jsonl"
 
 

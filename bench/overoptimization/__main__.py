@@ -19,14 +19,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+from bench.loop.driver import ROOT
 from bench.loop.results import Results
 from bench.overoptimization.figure import draw
 from bench.overoptimization.forecast import tables
 from bench.overoptimization.jobs import BENCH, FULL, QUICK, Job, identity, jobs, run, samples_file
 from bench.overoptimization.report import report
 from bench.overoptimization.samples import make
-
-ROOT = Path(__file__).parents[2]
 
 
 def main(arguments: list[str] | None = None) -> None:
