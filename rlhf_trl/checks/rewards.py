@@ -27,11 +27,12 @@ ONLINE_DPO_CONFIG = "rlhf_trl.trainers.online_dpo.OnlineDPOConfig"
 def reward_problems(values: dict[str, Any]) -> list[str]:
     """Return the problems of the group `reward` and of the options that belong to it, or none."""
     rewards = {name: node for name, node in section(values, "reward").items() if isinstance(node, dict)}
+    weights = {name: node.get("weight", 1) for name, node in rewards.items()}
     problems: list[str | None] = [
         *_members(values),
         *_without_policy(values, rewards),
         *_reported_constraints(values, list(rewards)),
-        *_front(values, weights := {name: node.get("weight", 1) for name, node in rewards.items()}),
+        *_front(values, weights),
         *_combination(values, weights),
     ]
     for name, node in rewards.items():

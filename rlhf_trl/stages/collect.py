@@ -200,13 +200,12 @@ def traffic_of(cfg: DictConfig) -> Traffic | None:
     return traffic
 
 
-def weightless_policies(cfg: DictConfig) -> list[Policy]:
-    """Return the policies of `cfg` without their weights, for what their tokenizers and configs say."""
-    models = [model for model in models_of(as_dict(cfg)) if model.writes]
-    empty = [empty_model(each.path, each.task_type, each.trust_remote_code, each.revision) for each in models]
-    return [
-        Policy(each.key, each.path, model, each.load_tokenizer()) for each, model in zip(models, empty, strict=True)
-    ]
+def weightless_policies(cfg: DictConfig) -> Iterator[Policy]:
+    """Yield the policies of `cfg` without their weights, for what their tokenizers and configs say."""
+    for each in models_of(as_dict(cfg)):
+        if each.writes:
+            model = empty_model(each.path, each.task_type, each.trust_remote_code, each.revision)
+            yield Policy(each.key, each.path, model, each.load_tokenizer())
 
 
 def prompt_problem(cfg: DictConfig) -> Callable[[Text], str | None]:
@@ -246,7 +245,7 @@ def logged(
     rows = [row for row in traffic.rows if prompt_id(row["prompt"]) in numbers]
     scores: list[dict[str, list[float | None]]] = [{} for _ in rows]
     if rewards and rows:
-        policy, stage = weightless_policies(cfg)[0], cfg.stage
+        policy, stage = next(weightless_policies(cfg)), cfg.stage
         wants_chat = as_chat(policy, stage.to_chat)
         given = [given_prompt(row["prompt"], policy, wants_chat, stage.system_prompt) for row in rows]
         answers = [
