@@ -30,6 +30,7 @@ from bench.engines.cells import ENGINES, RANKS, Cell, cells
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
+DRAWN = "_drawn"  # runs with the same completions on one rank and several
 # The likelihood of ORPO is a mean per token of a rank's own rows (`trl.experimental.orpo`), so it has its own gradient
 OTHER_MATH = {("orpo full", "ddp"), ("orpo lora", "ddp")}
 
@@ -89,7 +90,10 @@ def run_dir(folder: Path, cell: Cell, engine: str) -> Path:
 
 
 def train(cell: Cell, engine: str, options: argparse.Namespace, resume: bool = False) -> str | None:
-    """Run a cell, on one rank for `one`; return the end of its log if it failed."""
+    """
+    Run a cell, on one rank for `one`; return the end of its log if it failed. `one_drawn` and `ddp_drawn` have the
+    same completions.
+    """
     log = options.folder / f"{engine}_{cell.folder}{'_resumed' * resume}.log"
     log.unlink(missing_ok=True)
     if not resume:
@@ -100,10 +104,11 @@ def train(cell: Cell, engine: str, options: argparse.Namespace, resume: bool = F
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copytree(source, target)
-    count = 1 if engine == "one" else RANKS
+    launch, drawn = engine.removesuffix(DRAWN), engine.endswith(DRAWN)
+    count = 1 if launch == "one" else RANKS
     command = cell.command(count, engine, *options.also, *(["resume=true"] if resume else []))
-    environments = ranks.rank_environments(None if engine == "one" else engine, count)
-    code = ranks.run(functools.partial(ranks.train, command, options.folder), environments, log)
+    environments = ranks.rank_environments(None if launch == "one" else launch, count)
+    code = ranks.run(functools.partial(ranks.train, command, options.folder, drawn), environments, log)
     return None if code == 0 else f"exit status {code}: {last_words(log)}"
 
 
@@ -119,19 +124,20 @@ def run_cell(cell: Cell, engine: str, options: argparse.Namespace) -> dict[str, 
     if error := train(cell, engine, options):
         return {"error": error}
     found: dict[str, Any] = {}
-    reference = "one" if engine == "ddp" else "ddp"
-    if cell.half or (cell.samples and engine == "ddp"):
-        reference = None
-    if reference == "one" and (error := train(cell, "one", options)):
-        return {"error": f"on one rank: {error}"}
+    compared, reference = here, run_dir(options.folder, cell, "ddp")
+    if engine == "ddp" and not cell.half:
+        end = DRAWN * cell.samples  # by its own numbers a rank samples other completions than one rank alone
+        compared, reference = (run_dir(options.folder, cell, f"{launch}{end}") for launch in ("ddp", "one"))
+        for launch in ("one", *(["ddp"] if cell.samples else [])):
+            if error := train(cell, f"{launch}{end}", options):
+                return {"error": f"{launch}{end}: {error}"}
     try:
-        if reference is not None:
-            other = run_dir(options.folder, cell, reference)
-            if not other.is_dir():
-                return {"error": "DDP has no run to compare with"}
-            found["difference"] = compare.difference(here, other)
+        if not cell.half:
+            if not reference.is_dir():
+                return {"error": f"{reference} is not there to compare with"}
+            found["difference"] = compare.difference(compared, reference)
             for what in (compare.files, compare.logged):
-                ours, theirs = what(here), what(other)
+                ours, theirs = what(compared), what(reference)
                 if ours != theirs:
                     found[what.__name__] = sorted(ours ^ theirs)
         found["twice_tied"] = compare.twice_tied(here)

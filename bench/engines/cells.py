@@ -34,7 +34,7 @@ class Cell:
         overrides (`tuple[str, ...]`): those of `train.py`, besides `BASE`.
         rows (`int`): rows of a step on all ranks.
         needs (`tuple[str, ...]`): rows whose run under DDP this one starts from.
-        samples (`bool`): whether it generates, by random numbers of each rank: one rank's run is another one.
+        samples (`bool`): whether it generates, by numbers of each rank. Compared with one rank by the same numbers.
         half (`bool`): whether it computes in bfloat16, in which engines round at other places: it has to run.
         architecture (`str`, *optional*): one of `ARCHITECTURES`; the embedded model where unset.
     """
@@ -66,7 +66,7 @@ def cells() -> list[Cell]:
     """Return all rows: first those that others need."""
     found = []
     for weights, adapter in (("full", ()), ("lora", LORA)):
-        for stage in ("sft", "reward", "dpo", "orpo", "kto"):
+        for stage in ("sft", "reward", "dpo", "modpo", "orpo", "kto"):
             found.append(Cell(f"{stage} {weights}", (f"stage={stage}", *adapter)))
         for stage in ("rloo", "grpo"):
             found.append(Cell(f"{stage} {weights}", (f"stage={stage}", *GROUPS, *adapter), samples=True))
@@ -134,6 +134,8 @@ def half_precision() -> list[Cell]:
     """Return the rows in bfloat16, in which the score and value heads, float32 elsewhere, get the engine's type."""
     ppo = ("stage=ppo", *PPO)
     start = ("model=hf", "model.run=sft_lora", *LORA)
+    scored = ("critic.run=reward_full", "stage.args.critic_score_head=true", "reward=model")
+    scored += ("reward.model.run=reward_full",)
     rows: dict[str, tuple[str, ...]] = {
         "sft full": ("stage=sft",),
         "reward full": ("stage=reward",),
@@ -141,6 +143,7 @@ def half_precision() -> list[Cell]:
         "grpo full": ("stage=grpo", *GROUPS),
         "ppo/head full": (*ppo, "critic=head"),
         "ppo/model full": (*ppo, "critic=model"),
+        "ppo/model full, critic.run, reward=model": (*ppo, "critic=model", *scored),
         "ppo/adapter lora": (*ppo, "critic=adapter", *LORA),
         "reward lora, from a policy's adapter": ("stage=reward", *start),
     }
@@ -149,7 +152,7 @@ def half_precision() -> list[Cell]:
             f"{name}, bf16",
             overrides,
             rows=16 if name.startswith("ppo") else 8,
-            needs=("sft lora",) if "from" in name else (),
+            needs=("sft lora",) if "from" in name else ("reward full",) if "critic.run" in name else (),
             samples="stage=ppo" in overrides or "stage=grpo" in overrides,
             half=True,
         )

@@ -11,10 +11,12 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
+from bench.engines.draws import same_draws
 from rlhf_trl.cli.launcher import launch_dir
 
 # What a run imports: the modules that its config names, which it would otherwise import for seconds
@@ -34,7 +36,7 @@ def launch_environment(engine: str, ranks: int) -> dict[str, str]:
     """Return what `accelerate launch --config_file launch/accelerate/ENGINE.yaml` adds to the environment."""
     path = launch_dir() / "accelerate" / f"{engine}.yaml"
     words = ["--config_file", str(path), "--num_processes", str(ranks), "train.py"]
-    args, config, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    args, config, _ = cast(tuple[Any, Any, bool], _validate_launch_command(launch_command_parser().parse_args(words)))
     args.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)  # as `launch_command` has it
     whole = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
     added = {name: value for name, value in whole.items() if os.environ.get(name) != value and name != "PYTHONPATH"}
@@ -54,11 +56,12 @@ def rank_environments(engine: str | None, ranks: int) -> list[dict[str, str]]:
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-def train(overrides: Sequence[str], folder: Path) -> None:
-    """Run `train.py` with these overrides in a folder."""
+def train(overrides: Sequence[str], folder: Path, draws: bool = False) -> None:
+    """Run `train.py` with these overrides in a folder, with `draws` by [`~bench.engines.draws.same_draws`]."""
     os.chdir(folder)
     sys.argv = ["train.py", *overrides]
-    importlib.import_module("rlhf_trl.cli.main").main()
+    with same_draws() if draws else contextlib.nullcontext():
+        importlib.import_module("rlhf_trl.cli.main").main()
 
 
 def run(function: Callable[[], None], environments: Sequence[dict[str, str]], log: Path, seconds: float = 900) -> int:

@@ -69,6 +69,8 @@ class OnlineDPOConfig(online_dpo.OnlineDPOConfig):
             self.max_new_tokens, self.max_length = 64, 512
         if problem := online_dpo_problem(vars(self)):
             raise ConfigError(problem)
+        if self.data_seed is None:  # accelerate would shuffle with the state of torch, which is each rank's own here
+            self.data_seed = self.seed
         # TRL compares both, to warn of prompts that it would cut
         self.max_new_tokens, self.max_length = self.max_completion_length, self.max_completion_length + 1
         super().__post_init__()
@@ -191,7 +193,7 @@ class PairEngine(online_dpo.OnlineDPOTrainer):
         if is_peft_model(model):
             model.add_adapter(REFERENCE, model.peft_config[POLICY])
         use_cache = model.config.use_cache
-        with models_as_in_other_trainers():
+        with models_as_in_other_trainers(args):
             super().__init__(
                 model,
                 reward_funcs=list(reward_funcs or []),

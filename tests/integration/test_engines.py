@@ -35,7 +35,7 @@ def test_each_row_of_the_matrix_has_a_name_and_folder_of_its_own():
     assert len(names) == len(folders) == len(rows)
     assert {name for cell in rows for name in cell.needs} <= names
     stages = {name.split("/")[0].split()[0] for name in names}
-    assert stages == {"sft", "reward", "dpo", "orpo", "kto", "rloo", "grpo", "online_dpo", "ppo"}
+    assert stages == {"sft", "reward", "dpo", "modpo", "orpo", "kto", "rloo", "grpo", "online_dpo", "ppo"}
 
 
 @pytest.mark.parametrize(

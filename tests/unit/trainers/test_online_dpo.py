@@ -9,12 +9,14 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl.experimental.online_dpo import online_dpo_trainer
 
 from rlhf_trl.callbacks.health import HealthMonitor
 from rlhf_trl.callbacks.samples import SAMPLES_FILE, SampleLog
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.judges import TextJudge, pair_judge
 from rlhf_trl.models.roles import begin_training
+from rlhf_trl.patches.online_dpo import models_as_in_other_trainers
 from rlhf_trl.trainers.online_dpo import OnlineDPOConfig, OnlineDPOTrainer, pair_losses, preferences
 from tests.helpers.architectures import ARCHITECTURES, save_architecture
 from tests.helpers.ppo import prompts
@@ -195,6 +197,15 @@ def test_a_smaller_last_step_of_an_epoch_has_its_own_kl(path, tmp_path):
     assert counts == [12, 4, 12, 4] and len(logged(trainer, "objective/kl")) == 4
 
 
+def test_the_ranks_take_parts_of_one_order(path, tmp_path):
+    """Each rank has random numbers of its own by then, which its shuffle must not come from."""
+    trainer, orders = make(path, tmp_path), []
+    for rank in range(2):
+        torch.manual_seed(trainer.args.seed + rank)
+        orders.append([row["prompt"] for rows in trainer.get_train_dataloader() for row in rows])
+    assert orders[0] == orders[1] != sorted(orders[0])
+
+
 # ---- References ----
 
 
@@ -217,6 +228,19 @@ def test_the_reference_of_an_adapter_is_an_adapter(path, tmp_path):
     moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(before[name], value)}
     assert moved and all(".default." in name for name in moved)
     assert logged(trainer, "objective/kl")[0] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_reference_that_cannot_be_copied_is_loaded(path, tmp_path):
+    """ZeRO-3 has marked the weights of which it gave each rank a part."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    for weight in model.parameters():
+        weight.ds_id = 0
+    args = OnlineDPOConfig(str(tmp_path), model_init_kwargs={"use_cache": False}, **QUIET_ON_CPU)
+    with models_as_in_other_trainers(args):
+        reference = online_dpo_trainer.create_reference_model(model)
+    assert not reference.config.use_cache and reference.dtype == model.dtype and not reference.training
+    for name, weight in reference.named_parameters():
+        assert torch.equal(weight, model.get_parameter(name)) and not weight.requires_grad
 
 
 # ---- Judges ----
