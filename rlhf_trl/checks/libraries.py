@@ -15,11 +15,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_trl.callbacks.loggers import wandb_problem
-from rlhf_trl.checks.names import DOT_PATHS
+from rlhf_trl.checks.names import dot_paths
 from rlhf_trl.checks.sizes import size_problems
 from rlhf_trl.config.argument_names import arguments
 from rlhf_trl.config.dotpaths import find, not_taken, signature
-from rlhf_trl.config.values import at, nodes, plain, section
+from rlhf_trl.config.values import at, plain, section
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean
 from rlhf_trl.models.adapters import NEUTRAL_INIT
@@ -87,21 +87,20 @@ def _hub_login(why: str) -> list[str]:
 
 def _callables(values: dict[str, Any]) -> list[str]:
     problems = []
-    for path, node in nodes(values):
-        for key in DOT_PATHS:
-            if not isinstance(node.get(key), str):
-                continue
-            try:
-                found = find(node[key])
-            except ConfigError as error:
-                problems.append(f"`{path}.{key}`: {error}")
-                continue
-            if key == "_target_" and arguments(node[key]) is None:
-                problems += _signature(path, node, found)
-            if key == "_target_" and path == "stage.run":
-                problems += _stage(path, node, found)
-            if key == "_target_" and path.startswith("callbacks."):
-                problems += _callback(path, node, found)
+    for path, key, node in dot_paths(values):
+        if not isinstance(node[key], str):
+            continue
+        try:
+            found = find(node[key])
+        except ConfigError as error:
+            problems.append(f"`{path}.{key}`: {error}")
+            continue
+        if key == "_target_" and arguments(node[key]) is None:
+            problems += _signature(path, node, found)
+        if key == "_target_" and path == "stage.run":
+            problems += _stage(path, node, found)
+        if key == "_target_" and path.startswith("callbacks."):
+            problems += _callback(path, node, found)
     return problems or _reward_functions(values)
 
 

@@ -1,5 +1,6 @@
 """Dot paths and arguments that don't exist, and values of the wrong type."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from rlhf_trl.checks.renamed import dot_path_problem, renamed_key, renamed_problem
@@ -14,7 +15,6 @@ SECTIONS = (
     *("callbacks", "reward", "reward_norm", "combine", "critic", "kl", "judge", "select", "labeler", "health"),
     "health.signs",
 )
-DOT_PATHS = ("_target_", "function", "privacy")
 TYPES = {"int": int, "float": int | float, "bool": bool, "str": str}
 TYPE_NAMES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string"}
 
@@ -34,6 +34,15 @@ def section_problems(values: dict[str, Any]) -> list[str]:
     return [f"`{path}` is {at(values, path)!r} and must hold keys. Set `{path}.KEY=...`." for path in wrong]
 
 
+def dot_paths(values: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield path, key and node of all keys that hold a dot path. In other nodes `function` may be a reward's name."""
+    for path, node in nodes(values):
+        found = [key for key in ("_target_", "function") if "_target_" in node and key in node]
+        yield from ((path, key, node) for key in found)
+    if "privacy" in (stage := section(values, "stage")):
+        yield "stage", "privacy", stage
+
+
 def target_problems(values: dict[str, Any]) -> list[str]:
     """Return the problems of all `_target_` and `function`."""
     callbacks = section(values, "callbacks")
@@ -42,14 +51,11 @@ def target_problems(values: dict[str, Any]) -> list[str]:
         for name, node in callbacks.items()
         if not isinstance(node, dict) or "_target_" not in node
     ]
-    for path, node in nodes(values):
-        for key in DOT_PATHS:
-            if "_target_" in node and isinstance(node.get(key), int | float):
-                problems.append(f"`{path}.{key}` is {node[key]!r} and must be a dot path such as `my_module.my_name`.")
-            if isinstance(node.get(key), str) and (
-                problem := dot_path_problem(node[key]) or dotpaths.problem(node[key])
-            ):
-                problems.append(f"`{path}.{key}`: {problem}")
+    for path, key, node in dot_paths(values):
+        if "_target_" in node and isinstance(node[key], int | float):
+            problems.append(f"`{path}.{key}` is {node[key]!r} and must be a dot path such as `my_module.my_name`.")
+        if isinstance(node[key], str) and (problem := dot_path_problem(node[key]) or dotpaths.problem(node[key])):
+            problems.append(f"`{path}.{key}`: {problem}")
     return problems
 
 

@@ -113,6 +113,14 @@ def test_dot_paths(path, says):
     assert problem is None if says is None else says in problem
 
 
+def test_a_reward_and_a_column_may_be_called_as_keys_of_dot_paths_are(problems):
+    rewards = ["reward=[demo,function]", "reward.function.function=rlhf_trl.rewards.shaping.eos"]
+    constraint = ["combine=lagrange", "combine.constraints={function: '>= 0.5'}"]
+    assert problems("stage=ppo", *rewards, *constraint) == []
+    one(problems("stage=ppo", rewards[0], "reward.function.function=lonely", *constraint), "is no dot path")
+    one(problems("stage=collect", "stage.privacy=lonely"), "is no dot path")
+
+
 def test_dot_paths_import_nothing(tmp_path, monkeypatch):
     (tmp_path / "loud.py").write_text(
         "raise RuntimeError\ntry:\n    import json as found\nexcept ImportError:\n    pass\n"
