@@ -7,7 +7,9 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.hints import names_of
 from rlhf_trl.runs.checkpoints import STATE_FILE, UNFINISHED, clear_unfinished, publish
+from rlhf_trl.terminal import say
 
 
 def resumed_state(callback: TrainerCallback, state: TrainerState, key: str) -> dict[str, Any] | None:
@@ -49,6 +51,7 @@ class CompleteCheckpoints(Trainer):
     - `_issue_warnings_after_load`: a checkpoint holds tied weights once, and the Trainer calls the other name missing.
     - `_load_from_checkpoint`, `_load_best_model`: many models that read images are saved under other names than those
       of their modules, and the Trainer passes over what it can't place, so that a run went on from its first weights.
+    - `_load_callback_state`: the Trainer drops what the checkpoint keeps of callbacks that this one doesn't have.
     """
 
     _checkpoints_dir: str | None = None
@@ -101,6 +104,17 @@ class CompleteCheckpoints(Trainer):
         names = set().union(*(safe_open(file, "pt").keys() for file in files))
         if not names <= model.state_dict().keys():
             model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict(), strict=False)
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        saved: Any = self.state.stateful_callbacks  # a dict, whatever its annotation says
+        present = {type(callback).__name__ for callback in (*self.callback_handler.callbacks, self.control)}
+        if lost := [name for name in saved if name not in present]:
+            say(
+                f"warning: the checkpoint at step {self.state.global_step} keeps the state of {names_of(lost)}, which "
+                "this trainer doesn't have, and the run goes on without it. To resume the run that was interrupted, "
+                "make the trainer with the same rewards, combination, normalizer and callbacks."
+            )
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 
 from rlhf_trl.callbacks.kl import FixedKL
 from rlhf_trl.callbacks.reward_norm import RunningNorm
@@ -17,6 +17,7 @@ from rlhf_trl.errors import ConfigError
 from rlhf_trl.rewards.lagrange import Lagrange
 from rlhf_trl.runs.checkpoints import UNFINISHED, clear_unfinished, last_whole_checkpoint
 from rlhf_trl.runs.record import write_json
+from rlhf_trl.trainers.checkpoints import CompleteCheckpoints
 from rlhf_trl.trainers.multipliers import Multipliers
 from tests.helpers.watching import add_callbacks, sft
 
@@ -106,3 +107,18 @@ def test_a_checkpoint_without_the_state_of_a_callback_is_not_resumed(callback, k
         ConfigError, match=f"checkpoint at step 4 has no state of .* the run began with another `{key}`"
     ):
         callback.on_train_begin(None, resumed, None)
+
+
+def test_the_state_of_a_callback_that_is_gone_is_named(capsys):
+    """A checkpoint of a training with a constraint, which is resumed without it."""
+    trainer = object.__new__(CompleteCheckpoints)
+    trainer.args = SimpleNamespace(restore_callback_states_from_checkpoint=False)
+    trainer.control = TrainerControl()
+    trainer.callback_handler = SimpleNamespace(callbacks=[RunningNorm()])
+    kept = {callback: {} for callback in ("TrainerControl", "RunningNorm")}
+    trainer.state = TrainerState(global_step=4, stateful_callbacks=dict(kept))
+    trainer._load_callback_state()
+    assert capsys.readouterr().out == ""
+    trainer.state = TrainerState(global_step=4, stateful_callbacks=kept | {"Multipliers": {}})
+    trainer._load_callback_state()
+    assert "checkpoint at step 4 keeps the state of `Multipliers`" in capsys.readouterr().out
