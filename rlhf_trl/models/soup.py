@@ -4,6 +4,8 @@ policies trained on different rewards (rewarded soups, 2306.04488), and of rewar
 """
 
 import copy
+import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -26,12 +28,15 @@ from rlhf_trl.models.merging import load_merged, save_whole
 from rlhf_trl.models.quantization import trained_quantization
 from rlhf_trl.models.sizes import empty_model
 from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.terminal import say
 
 # Options of a LoRA adapter that make its layers' outputs depend on more than the base and the product B A
 MORE_THAN_DELTAS = (
     *("use_dora", "lora_bias", "trainable_token_indices", "layer_replication", "target_parameters", "use_qalora"),
     *("use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
 )
+# Name of a matrix of LoRA: of which layer, and which of the two
+MATRIX = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?:embedding_)?(?P<matrix>[AB])(?:\.weight)?")
 # Options in which two adapters that are concatenated must be alike
 ALIKE = ("modules_to_save", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "exclude_modules")
 # Keys of a model's config that its weights have nothing to do with, or that are compared by themselves
@@ -141,8 +146,8 @@ def is_concatenable(paths: Sequence[str]) -> bool:
 
 def _have_only_deltas(weights: Sequence[dict[str, Tensor]]) -> bool:
     """Return whether adapters have matrices A and B, and besides them all the same layers."""
-    others = {tuple(sorted(name for name in own if ".lora_" not in name)) for own in weights}
-    matrices = [each for own in weights for name, each in own.items() if ".lora_" in name]
+    others = {tuple(sorted(name for name in own if not MATRIX.fullmatch(name))) for own in weights}
+    matrices = [each for own in weights for name, each in own.items() if MATRIX.fullmatch(name)]
     return len(others) == 1 and all(each.dim() == 2 for each in matrices)
 
 
@@ -171,32 +176,33 @@ def concatenate_adapters(
     """
     kept = [each for each in zip(configs, weights, lambdas, strict=True) if each[2] != 0]
     names = list(dict.fromkeys(name for _, own, _ in kept for name in own))
+    matrices = {name: found for name in names if (found := MATRIX.fullmatch(name))}
     stacked, mean = {}, {}
     for name in names:
         having = [(config, own[name].float(), share) for config, own, share in kept if name in own]
-        if "lora_A" in name or "lora_embedding_A" in name:
-            stacked[name] = torch.cat([share * _scaling(config, name, a) * a for config, a, share in having], dim=0)
-        elif "lora_B" in name or "lora_embedding_B" in name:
-            stacked[name] = torch.cat([b for _, b, _ in having], dim=1)
-        else:
+        if name not in matrices:
             mean[name] = torch.stack([share * each.double() for _, each, share in having]).sum(dim=0).float()
-    rank = max((len(each) for name, each in stacked.items() if "_A" in name), default=1)
+        elif matrices[name]["matrix"] == "A":
+            layer = matrices[name]["layer"]
+            stacked[name] = torch.cat([share * _scaling(config, layer, a) * a for config, a, share in having], dim=0)
+        else:
+            stacked[name] = torch.cat([b for _, b, _ in having], dim=1)
+    rank = max((len(each) for name, each in stacked.items() if matrices[name]["matrix"] == "A"), default=1)
     for name, each in stacked.items():  # layers that fewer adapters change: further rows and columns of zeros
-        rows = (0, 0, 0, rank - len(each)) if "_A" in name else (0, rank - each.shape[1])
+        rows = (0, 0, 0, rank - len(each)) if matrices[name]["matrix"] == "A" else (0, rank - each.shape[1])
         stacked[name] = nn.functional.pad(each, rows).contiguous()
     config = copy.deepcopy(kept[0][0])
     config.r = config.lora_alpha = rank  # a scaling of 1
     config.use_rslora, config.rank_pattern, config.alpha_pattern = False, {}, {}
     config.init_lora_weights, config.eva_config, config.inference_mode = True, None, True
     if len({str(_sorted(each.target_modules)) for each, _, _ in kept}) > 1:
-        layers = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in stacked}
-        config.target_modules, config.layers_to_transform = sorted(layers), None
+        layers = sorted({found["layer"] for found in matrices.values()})
+        config.target_modules, config.layers_to_transform = layers, None
     return config, stacked | mean
 
 
-def _scaling(config: LoraConfig, name: str, a: Tensor) -> float:
-    """Return alpha / r (rsLoRA: alpha / sqrt(r)) of the layer whose A has the name `name`."""
-    layer = name.split(".lora_")[0].removeprefix("base_model.model.")
+def _scaling(config: LoraConfig, layer: str, a: Tensor) -> float:
+    """Return alpha / r (rsLoRA: alpha / sqrt(r)) of the layer that has the matrix `a`."""
     patterns = config.alpha_pattern or {}
     alpha = patterns.get(get_pattern_key(list(patterns), layer), config.lora_alpha)
     return alpha / (len(a) ** 0.5 if config.use_rslora else len(a))
@@ -225,6 +231,7 @@ def write_soups(
 
     LoRA adapters on one base give an adapter on that base, also a quantized one. All others are averaged in full,
     adapters merged into their base first: a quantized base gives its dequantized weights, as they were in training.
+    Models of several types of weights give one of the type that holds them all.
 
     Args:
         paths (`Sequence[str]`): folders or hub ids.
@@ -246,6 +253,11 @@ def write_soups(
         return
     models = [_whole(path, trust_remote_code, "float32") for path in paths]
     target = _whole(paths[_untied(models)], trust_remote_code, "auto")
+    types = {path: _type(path, model, trust_remote_code) for path, model in zip(paths, models, strict=True)}
+    if len(set(types.values())) > 1:
+        target = target.to(functools.reduce(torch.promote_types, types.values()))
+        told = ", ".join(f"`{path}` {str(dtype).removeprefix('torch.')}" for path, dtype in types.items())
+        say(f"The models have weights of several types ({told}): their soup is {str(target.dtype)[6:]}.")
     for folder, lambdas in lambdas_of.items():
         average_weights(models, lambdas, target)
         save_whole(target, tokenizer, folder)
@@ -255,6 +267,12 @@ def _untied(models: Sequence[PreTrainedModel]) -> int:
     """Return the index of a model with an output layer of its own where there is one: the mean has one, too."""
     ends = [(model.get_input_embeddings(), model.get_output_embeddings()) for model in models]
     return next((i for i, (first, last) in enumerate(ends) if last is not None and last.weight is not first.weight), 0)
+
+
+def _type(path: str, model: PreTrainedModel, trust_remote_code: bool) -> torch.dtype:
+    """Return the type of a model's weights; of an adapter, which `model` is merged from, that of its base's."""
+    recorded = None if adapter_config(path) is None else _config(path, trust_remote_code).dtype
+    return recorded if isinstance(recorded, torch.dtype) else model.dtype
 
 
 def _whole(path: str, trust_remote_code: bool, adapter_dtype: str) -> PreTrainedModel:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_trl.models.lineage import common_start, starts_of
 from rlhf_trl.models.loading import load_model, load_reward_model
 from rlhf_trl.models.merging import load_merged
-from rlhf_trl.models.soup import is_concatenable, soup_problem, write_soups
+from rlhf_trl.models.soup import concatenate_adapters, is_concatenable, soup_problem, write_soups
 from rlhf_trl.runs.record import finish_run, start_run
 from tests.helpers.adapter_kinds import LAYERS, config, move, save_adapter
 from tests.helpers.architectures import ARCHITECTURES, save_architecture
@@ -123,16 +123,38 @@ def test_adapters_of_other_kinds_are_merged_and_averaged_in_full(tmp_path, optio
         torch.testing.assert_close(got[key], (one[key] + other[key]) / 2, rtol=0, atol=1e-6, msg=key)
 
 
-def test_soup_of_an_adapter_and_a_full_model(tmp_path):
+def test_soup_of_a_full_model_and_an_adapter_of_other_types(tmp_path, capsys):
     base = save_architecture(tmp_path / "base", "gpt2")
-    paths = [adapter(base, tmp_path / "lora", 1), moved(base, tmp_path / "full", 2)]
+    full = AutoModelForCausalLM.from_pretrained(moved(base, tmp_path / "full", 2)).bfloat16()
+    full.save_pretrained(tmp_path / "full")
+    paths = [str(tmp_path / "full"), adapter(base, tmp_path / "lora", 1)]
     write_soups(paths, {str(tmp_path / "soup"): [0.5, 0.5]})
-    got = AutoModelForCausalLM.from_pretrained(tmp_path / "soup").state_dict()
-    one, other = load_merged(paths[0], "float32").state_dict(), load_model(paths[1], dtype="float32").state_dict()
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "soup", dtype="auto").state_dict()
+    one, other = load_model(paths[0], dtype="float32").state_dict(), load_merged(paths[1], "float32").state_dict()
     torch.testing.assert_close(
         got["transformer.wte.weight"], (one["transformer.wte.weight"] + other["transformer.wte.weight"]) / 2
     )
     assert got["lm_head.weight"].equal(got["transformer.wte.weight"])
+    assert "full` bfloat16" in (said := capsys.readouterr().out) and "lora` float32): their soup is float32" in said
+
+
+def test_adapters_of_layers_that_are_called_as_lora_calls_its_matrices():
+    configs = [LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["in_A", "lora_B"]) for rank in (1, 2)]
+    torch.manual_seed(0)
+    weights = [
+        {
+            f"base_model.model.h.{layer}.lora_{matrix}.weight": torch.randn(*shape)
+            for layer in ("in_A", "lora_B")
+            for matrix, shape in (("A", (config.r, 5)), ("B", (7, config.r)))
+        }
+        for config in configs
+    ]
+    config, got = concatenate_adapters(configs, weights, [0.3, 0.7])
+    assert config.r == config.lora_alpha == 3
+    for layer in ("in_A", "lora_B"):
+        a, b = f"base_model.model.h.{layer}.lora_A.weight", f"base_model.model.h.{layer}.lora_B.weight"
+        wanted = sum(2 * share * own[b] @ own[a] for own, share in zip(weights, (0.3, 0.7), strict=True))
+        torch.testing.assert_close(got[b] @ got[a], wanted)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
