@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.config.values import as_dict
 from rlhf_trl.errors import ConfigError
@@ -86,9 +86,10 @@ def _value(comparison: Comparison, policy: str, measure: str) -> float | None:
 
 def promotion_problems(cfg: DictConfig) -> list[str]:
     """Return the problems of `promotion`."""
-    options, known = as_dict(cfg.promotion), ("step", "policy", "first", "measure")
-    if set(options) - set(known):
-        return [f"`promotion` must hold {names_of(known)}, and nothing else."]
+    known = ("step", "policy", "first", "measure")
+    if not isinstance(cfg.promotion, DictConfig) or set(cfg.promotion) - set(known):
+        return [f"`promotion` must hold {names_of(known)}, and nothing else. `promotion.step=null` turns it off."]
+    options = as_dict(cfg.promotion)
     if options["step"] is None:
         return []
     steps = [name for name, words in as_dict(cfg.each_round).items() if words is not None]
@@ -101,7 +102,7 @@ def promotion_problems(cfg: DictConfig) -> list[str]:
         return ["`promotion.first` is null. Set it to the name that the comparison has for the policy before round 1."]
     if options["measure"] not in (None, *MEASURES):
         return [f"`promotion.measure` is {options['measure']!r}. Set it to {names_of(MEASURES)}, or null for either."]
-    if cfg.early_stopping.patience is not None:
+    if OmegaConf.select(cfg, "early_stopping.patience") is not None:
         return ["`promotion.step` and `early_stopping.patience` are both set. Set one of them to null."]
     return []
 

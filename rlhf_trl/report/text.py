@@ -3,7 +3,7 @@
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rlhf_trl.runs.results import Comparison, Estimate, Front
 
@@ -118,7 +118,8 @@ def comparison_text(comparison: Comparison, samples: int = 3) -> str:
 
 def front_rows(front: Front, points: Mapping[str, Mapping[str, Estimate | None]]) -> tuple[list[str], list[list[str]]]:
     """Return headers and rows of a table of policies by their rewards, {policy: {reward: mean with its interval}}."""
-    headers = ["policy", *(f"{name} [95 %]" for name in front.rewards), "non-dominated", "chosen"]
+    columns = {name: [rewards.get(name) for rewards in points.values()] for name in front.rewards}
+    headers = ["policy", *(_with_level(name, each) for name, each in columns.items()), "non-dominated", "chosen"]
     rows = [
         [
             name,
@@ -134,7 +135,12 @@ def front_rows(front: Front, points: Mapping[str, Mapping[str, Estimate | None]]
 def hypervolume_rows(front: Front) -> tuple[list[str], list[list[str]]]:
     """Return headers and rows of a table of hypervolumes."""
     rows = [[name or "all policies", interval(each, "{:.4g}")] for name, each in front.hypervolumes.items()]
-    return ["policies", "hypervolume [95 %]"], rows
+    return ["policies", _with_level("hypervolume", front.hypervolumes.values())], rows
+
+
+def _with_level(name: str, estimates: Iterable[Estimate | None]) -> str:
+    """Return the header of a column of estimates, with the level where one of them has an interval."""
+    return f"{name} [95 %]" if any(each is not None and math.isfinite(each.low) for each in estimates) else name
 
 
 def front_note(front: Front) -> str:

@@ -27,6 +27,8 @@ def problems_of(*words: str) -> list[str]:
         (["pipeline=iterated", "rounds=-1"], "Set it to 0 or more"),
         (["pipeline=demo", "rounds=2"], "Name the steps of a round there"),
         (["pipeline=iterated", "each_round=3"], "must hold names of steps"),
+        (["pipeline=iterated", "promotion=null"], "`promotion.step=null` turns it off"),
+        (["pipeline=iterated", "early_stopping=null"], "`early_stopping` must hold"),
         (
             ["pipeline=iterated", '+steps.label_2=["stage=label"]'],
             "`steps.label_2` and a step of `each_round` would be one",

@@ -6,6 +6,7 @@ import pytest
 
 from rlhf_trl.report.fronts import FrontOptions
 from rlhf_trl.report.sweep import Sweep
+from rlhf_trl.report.text import front_text
 from rlhf_trl.runs.results import SweepJob
 
 
@@ -44,6 +45,7 @@ def test_front_of_weights_over_two_seeds_with_a_failed_job():
     both = Sweep.of(jobs[:4], FrontOptions(reference_point={"gold": 1, "tokens": 11})).front
     assert both.seeds == 2 and both.front.hypervolumes[""].mean == pytest.approx((8 + 5) / 2)
     assert both.front.hypervolumes[""].high > 20  # t with one degree of freedom
+    assert all(head in front_text(both.front, both.points) for head in ("gold [95 %]", "hypervolume [95 %]"))
 
 
 def test_front_of_thresholds_and_no_front_of_other_sweeps():
@@ -51,6 +53,7 @@ def test_front_of_thresholds_and_no_front_of_other_sweeps():
     jobs = [job(i, 1, {"combine.constraints": bound}, 2.0 + i, 10.0 + i) for i, bound in enumerate(bounds)]
     found = Sweep.of(jobs).front
     assert found.front.minimized == ["tokens"] and len(found.front.policies) == 2 and found.front.chosen is None
+    assert "[95 %]" not in front_text(found.front, found.points)  # of one seed there are no intervals
     jobs = [job(i, 1, {"stage.args.beta": beta}, 2.0 + i, 10.0) for i, beta in enumerate(("0.1", "0.2"))]
     assert Sweep.of(jobs).front is None
 
