@@ -1,5 +1,6 @@
 """Comparison of policies on the same held-out prompts (`stage=evaluate`)."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -245,17 +246,22 @@ def evaluate_policy(
         distinct_2=distinct_n(answers.texts, 2),
         repetition=repetition(answers.texts),
     )
+    # Completions that weren't drawn have a perplexity too, under the baseline's own distribution
+    under_baseline = functools.partial(
+        token_statistics, base.model, prompts, ids, **sampling | {"temperature": benchmark.temperature or 1.0}
+    )
     if policy is base:
-        return answers, replace(result, baseline_perplexity=perplexity_of(own)) if own else result
-    if own is None:
-        return answers, replace(result, missing={"kl": NOT_DRAWN})
+        return answers, replace(result, baseline_perplexity=perplexity_of(own or under_baseline()))
     if policy.tokenizer.get_vocab() != base.tokenizer.get_vocab():
         why = (
             f"`{policy.name}` has another vocabulary than the baseline `{base.name}`, so its KL to it can't be "
             "computed."
         )
-        return answers, replace(result, missing={"kl": why})
-    return answers, with_kl(result, own, token_statistics(base.model, prompts, ids, **sampling))
+        return answers, replace(result, missing={"kl": why if own else NOT_DRAWN})
+    if own is None:
+        perplexity = perplexity_of(under_baseline())
+        return answers, replace(result, baseline_perplexity=perplexity, missing={"kl": NOT_DRAWN})
+    return answers, with_kl(result, own, under_baseline())
 
 
 def paired(answers: Mapping[str, Answers]) -> tuple[dict[str, Answers], np.ndarray]:

@@ -478,6 +478,8 @@ def test_greedy_answers_have_rewards_and_wins_but_no_kl(policies):
     entry = found.policies["ppo"]
     assert math.isfinite(entry.difference.mean) and math.isfinite(entry.win_rate.mean)
     assert entry.kl is None and entry.entropy is None and found.best_of_n is None
+    # Under the baseline's own distribution; its likeliest answers are more likely than those of another policy
+    assert 1 < found.policies["sft"].baseline_perplexity < entry.baseline_perplexity
     assert "no draws from a policy" in entry.missing["kl"]
     assert "no draws from a policy" in " ".join(comparison_text(found).split())
 
