@@ -9,7 +9,7 @@ N completions, F reward functions. A combination takes
     names            F names of the functions
 
 and returns scores (N,). NaN in `values` and `raw` is a reward that doesn't apply to a completion (`None`); NaN in the
-scores is a completion without any reward.
+scores is a completion without any reward that counts, see [`without_reward`].
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,9 +52,18 @@ def reward_array(values: Iterable[float | None]) -> np.ndarray:
     )
 
 
+def without_reward(values: Tensor, weights: Tensor) -> Tensor:
+    """
+    Return which completions no reward that counts applies to, shape (N,). One of weight 0 is logged and doesn't count,
+    unless all of them have it.
+    """
+    counted = weights != 0
+    return values[:, counted if counted.any() else slice(None)].isnan().all(dim=1)
+
+
 def weighted_sum(values: Tensor, raw: Tensor, weights: Tensor, names: Sequence[str]) -> Tensor:
     """Return sum_f w_f r_f."""
-    return (values * weights).nansum(dim=1).masked_fill(values.isnan().all(dim=1), torch.nan)
+    return (values * weights).nansum(dim=1).masked_fill(without_reward(values, weights), torch.nan)
 
 
 def minimum(values: Tensor, raw: Tensor, weights: Tensor, names: Sequence[str]) -> Tensor:
@@ -80,7 +89,7 @@ def product(values: Tensor, raw: Tensor, weights: Tensor, names: Sequence[str]) 
             "such as probabilities and `reward=format`, or set `combine=min` or `combine=threshold`."
         )
     powers = torch.where(values.isnan(), 1.0, values.nan_to_num() ** weights)
-    return powers.prod(dim=1).masked_fill(values.isnan().all(dim=1), torch.nan)
+    return powers.prod(dim=1).masked_fill(without_reward(values, weights), torch.nan)
 
 
 def threshold(

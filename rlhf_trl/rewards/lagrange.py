@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_trl.config.ranges import check_values
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.rewards.combine import without_reward
 from rlhf_trl.rewards.constraints import Bound, constraint_problems, lagrange_problems, multiplier_problem
 from rlhf_trl.rewards.options import LAGRANGE
 
@@ -82,7 +83,7 @@ class Lagrange:
             ConfigError: if a constraint names no reward, or one of weight 0, or every reward is a constraint.
         """
         scores = self.weigh(self.signals(values, raw, weights, names))
-        return scores.masked_fill(values.isnan().all(dim=1), torch.nan)
+        return scores.masked_fill(without_reward(values, weights), torch.nan)
 
     def signals(self, values: Tensor, raw: Tensor, weights: Tensor, names: Sequence[str]) -> Tensor:
         """

@@ -297,7 +297,8 @@ class RolloutHook(Trainer):
         """
         rewards, normalized = record.rewards, record.rewards.normalized
         if self._learns_from_raw_sum(rewards):
-            return rewards.values
+            # TRL takes a completion with none but rewards of weight 0 for one with a score of 0
+            return rewards.values.masked_fill(rewards.scores().isnan().unsqueeze(1), torch.nan)
         if record.training:
             self._metrics["train"]["objective/scores"].append(torch.nanmean(rewards.scores()).item())
         if record.training and normalized is not None:
@@ -321,7 +322,7 @@ class RolloutHook(Trainer):
             output = super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
             self.reward_weights = weights
-        if not self._learns_from_raw_sum(self._record.rewards):
+        if not self._learns_from_raw_sum(self._record.rewards) or (weights == 0).any():
             self._log_raw_rewards(self._record.rewards, "train" if self._record.training else "eval")
         return output
 

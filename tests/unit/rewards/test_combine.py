@@ -42,7 +42,9 @@ def test_none_is_ignored_in_a_combination(combine, expected):
     assert values == pytest.approx(expected) and math.isnan(empty)
 
 
-@pytest.mark.parametrize("combine, expected", [(minimum, [1.0, math.nan]), (product, [9.0, 1.0])])
+@pytest.mark.parametrize(
+    "combine, expected", [(weighted_sum, [10.0, nan]), (minimum, [1.0, nan]), (product, [9.0, nan])]
+)
 def test_reward_of_weight_0_is_not_counted(combine, expected):
     rows = [[-5.0, 1.0, 9.0], [-5.0, nan, nan]]
     found = combined(combine, rows, weights=torch.tensor([0.0, 1.0, 1.0]))

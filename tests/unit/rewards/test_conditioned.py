@@ -156,6 +156,21 @@ def test_training_counts_a_reward_where_its_condition_holds(path, tmp_path, kind
     assert set(logged(trainer, "eval_rewards/b/frac_applied")) == {0.5}
 
 
+def test_a_completion_with_a_watched_reward_alone_has_no_score(path, tmp_path):
+    """TRL would learn from a 0 there, and log it."""
+    data = Dataset.from_dict({"prompt": [f"{word} b" for word in WORDS[:8]], "task": ["code", "chat"] * 4})
+    rewards = [FunctionReward(count_of_a, name="a"), FunctionReward(constant, name="b")]
+    rewards[1] = ConditionedReward(rewards[1], {"task": "code"})
+    trainer = rl_trainer("grpo", path, tmp_path, data=data, reward_funcs=rewards, reward_weights=[0.0, 1.0])
+    records = []
+    trainer.on_rollout(records.append)
+    trainer.train()
+    scored = [value for value in logged(trainer, "reward") if not math.isnan(value)]  # of a rollout of other rows
+    assert scored and min(scored) >= 100
+    watched = [record.rewards.values[:, 0].mean().item() for record in records]
+    assert logged(trainer, "rewards/a/mean") == pytest.approx(watched)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
