@@ -51,6 +51,7 @@ def combination_problems(values: dict[str, Any]) -> list[str]:
         _no_training,
         _quantization,
         _selection,
+        _compared_by,
         _labeler,
         _init_kwargs,
     )
@@ -166,6 +167,20 @@ def _selection(values: dict[str, Any]) -> list[str]:
     if keep is not None and not rewards:
         problem = f"`stage.keep={keep}` chooses by a reward, and there is none. Set `reward=model`, or another one."
     return [problem] if problem else []
+
+
+def _compared_by(values: dict[str, Any]) -> list[str]:
+    """Return the problems of a comparison of policies without a reward, in which a judge alone decides."""
+    if at(values, "stage.name") != "evaluate" or section(values, "reward"):
+        return []
+    problems = []
+    if section(values, "judge").get("_target_") == REWARD_JUDGE:
+        problems.append("`judge=reward` reads a reward, and there is none. Set `reward=demo`, or another judge.")
+    if samples := at(values, "stage.best_of_n"):
+        problems.append(
+            f"`stage.best_of_n={samples}` chooses by a reward, and there is none. Set `stage.best_of_n=0`."
+        )
+    return problems
 
 
 def _labeler(values: dict[str, Any]) -> list[str]:

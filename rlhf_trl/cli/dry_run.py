@@ -27,6 +27,7 @@ from rlhf_trl.build import (
     models_of,
     training_arguments,
 )
+from rlhf_trl.callbacks.schedule import schedule_problem
 from rlhf_trl.checks.devices import unused_devices
 from rlhf_trl.checks.disk import disk_need
 from rlhf_trl.checks.learning_rates import learning_rate_warnings
@@ -222,6 +223,7 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
     trained_in = f"{trained_in} and {getattr(args, 'critic_dtype', None)}"  # a critic of its own is trained in this
     found.warn(rounding_problem(trained_in, uses_deepspeed() or (uses_fsdp() and computed_in(args) is not None)))
     found.warnings += learning_rate_warnings(args, stage.dataset_type, weights.total, critic, has_adapter)
+    found.warn(schedule_problem(args, steps))
     if generates:
         key, lengths = "stage.args.max_completion_length", completion_lengths(tokenizer, answers)
         found.warn(cut_warning(key, args.max_completion_length, lengths))

@@ -7,11 +7,14 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_trl.config.values import as_dict
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import names_of
+from rlhf_trl.report.measures import difference_of, wins_of
 from rlhf_trl.runs.record import PROMOTIONS_FILE, is_done, read_comparison, read_promotions, write_json
 from rlhf_trl.runs.results import Comparison, Promotion, Promotions
 
 # What a policy is judged by where `promotion.measure` is null: the first of these that the comparison has
 MEASURES = ("reward", "win_rate")
+DIFFERENCES = {"reward": difference_of, "win_rate": wins_of}
+RULES = ("not_worse", "better")
 
 
 def promotions(cfg: DictConfig, last: int) -> Promotions | None:
@@ -31,7 +34,8 @@ def promotions(cfg: DictConfig, last: int) -> Promotions | None:
         comparison = read_comparison(run_dir) if is_done(run_dir) else None
         if comparison is None:
             break
-        made = decide(comparison, number, f"{options.policy}_{number}", current, options.measure, run_dir)
+        policy = f"{options.policy}_{number}"
+        made = decide(comparison, number, policy, current, options.measure, options.rule, run_dir)
         found.append(made)
         current = made.policy if made.is_promoted else current
     return Promotions(current=current, rounds=found)
@@ -49,16 +53,22 @@ def current_before(cfg: DictConfig, number: int) -> int:
 
 
 def decide(
-    comparison: Comparison, number: int, policy: str, former: str, measure: str | None, run_dir: Path
+    comparison: Comparison, number: int, policy: str, former: str, measure: str | None, rule: str, run_dir: Path
 ) -> Promotion:
     """
-    Return whether the policy of a round becomes the current one: unless it is worse than the former one in the mean.
+    Return whether the policy of a round becomes the current one, by the paired difference to the former one and its
+    95 % interval over the prompts.
 
     Args:
         comparison (`Comparison`): of both.
         number (`int`), policy (`str`), former (`str`): the round, and the names of its policy and of the current one.
         measure (`str`, *optional*): what counts; `None`: the first of [`MEASURES`] that the comparison has.
+        rule (`str`): `not_worse`: unless the interval is below 0; `better`: if it is above 0. A single prompt has no
+            interval, so that neither is known of it.
         run_dir (`Path`): the run of the comparison, for messages.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if the comparison lacks a policy, the measure or the paired difference.
     """
     if missing := [name for name in (policy, former) if name not in comparison.policies]:
         raise ConfigError(
@@ -69,10 +79,18 @@ def decide(
     for name in MEASURES if measure is None else (measure,):
         value, before = (_value(comparison, each, name) for each in (policy, former))
         if value is not None and before is not None:
-            return Promotion(number, policy, former, value >= before, name, value, before)
+            found = DIFFERENCES[name](comparison, policy, former)
+            if found is None:
+                raise ConfigError(
+                    f"`promotion`: the comparison `{run_dir}` has no difference in {name} between `{policy}` and "
+                    f"`{former}` on the same prompts, as it is of an earlier version or no prompt is judged of both. "
+                    "Remove its folder, so that it is made again."
+                )
+            is_promoted = found.low > 0 if rule == "better" else not found.high < 0
+            return Promotion(number, policy, former, is_promoted, name, value, before, found, rule)
     if measure is not None:
         raise ConfigError(f"`promotion.measure={measure}`, which the comparison `{run_dir}` didn't measure.")
-    return Promotion(number, policy, former, True)
+    return Promotion(number, policy, former, True, rule=rule)
 
 
 def _value(comparison: Comparison, policy: str, measure: str) -> float | None:
@@ -86,7 +104,7 @@ def _value(comparison: Comparison, policy: str, measure: str) -> float | None:
 
 def promotion_problems(cfg: DictConfig) -> list[str]:
     """Return the problems of `promotion`."""
-    known = ("step", "policy", "first", "measure")
+    known = ("step", "policy", "first", "measure", "rule")
     if not isinstance(cfg.promotion, DictConfig) or set(cfg.promotion) - set(known):
         return [f"`promotion` must hold {names_of(known)}, and nothing else. `promotion.step=null` turns it off."]
     options = as_dict(cfg.promotion)
@@ -102,6 +120,8 @@ def promotion_problems(cfg: DictConfig) -> list[str]:
         return ["`promotion.first` is null. Set it to the name that the comparison has for the policy before round 1."]
     if options["measure"] not in (None, *MEASURES):
         return [f"`promotion.measure` is {options['measure']!r}. Set it to {names_of(MEASURES)}, or null for either."]
+    if options["rule"] not in RULES:
+        return [f"`promotion.rule` is {options['rule']!r}. Set it to {names_of(RULES)}."]
     if OmegaConf.select(cfg, "early_stopping.patience") is not None:
         return ["`promotion.step` and `early_stopping.patience` are both set. Set one of them to null."]
     return []

@@ -66,6 +66,11 @@ def _below(position: dict[Hashable, float], eval_size: float, ends: Sequence[int
     return held_out
 
 
+def held_out_share(keys: Iterable[Hashable], share: float) -> set:
+    """Return the keys that [`hold_out`] holds out of any rows by a share."""
+    return {key for key in keys if _position(key) < share}
+
+
 def _position(key: Hashable) -> float:
     """Return a number from 0 to 1 by the hash of a key."""
     digest = hashlib.blake2b(f"split-{key!r}".encode(), digest_size=8).digest()
@@ -125,11 +130,11 @@ def drop_held_out(name: str, dataset, keys: list, held_out: set, notes: list[str
     indices = [i for i, key in enumerate(keys) if key not in held_out]
     if not indices:
         raise DataError(
-            f"every row of {name} shares its prompt with an evaluation row. Set `data.split_by=row` if they may."
+            f"every row of {name} has a prompt that is held out. Set `data.split_by=row` if it may be trained on."
         )
     if len(indices) == len(dataset):
         return dataset
-    notes.append(f"{name}: {len(dataset) - len(indices):,} rows dropped that share a prompt with an eval row")
+    notes.append(f"{name}: {len(dataset) - len(indices):,} rows dropped whose prompts are held out")
     return dataset.select(indices)
 
 

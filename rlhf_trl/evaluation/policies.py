@@ -18,6 +18,7 @@ from rlhf_trl.data.multimodal import thumbnail
 from rlhf_trl.data.tokenize import end_tokens, split_row_ids
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.evaluation.columns import slice_columns
+from rlhf_trl.evaluation.differences import policy_differences, prompt_slices
 from rlhf_trl.evaluation.fronts import front_rewards, policy_front
 from rlhf_trl.evaluation.generation import (
     Policy,
@@ -50,11 +51,8 @@ from rlhf_trl.runs.results import (
     BestOfNPoint,
     Comparison,
     ConstraintResult,
-    Estimate,
-    PolicyDifference,
     PolicyResult,
     PromptSample,
-    PromptSlice,
 )
 
 NOT_DRAWN = (
@@ -77,7 +75,8 @@ class Benchmark:
 
     Attributes:
         dataset: rows with `prompt` and whatever columns the rewards read.
-        rewards: as in `rlhf_trl.rewards`; those of weight 0 are reported beside the combined reward.
+        rewards: as in `rlhf_trl.rewards`; those of weight 0 are reported beside the combined reward. Without any, the
+            judge alone compares.
         combine: function of `rlhf_trl.rewards.combine`, which makes one reward of all.
         constraints: bounds of the means of rewards that are reported, by reward, such as `">= 0.5"`.
         temperature, max_completion_length, batch_size, seed: see [`~rlhf_trl.evaluation.generation.sample`].
@@ -108,7 +107,9 @@ class Benchmark:
         completions = [policy.completion(prompt, ids) for prompt, ids in zip(prompts, completion_ids, strict=True)]
         columns = _columns(dataset)
         scores = score(self.rewards, prompts, completions, completion_ids, columns, policy.tokenizer)
-        rewards = as_arrays(scores) | {COMBINED: combine_scores(scores, self.rewards, self.combine)}
+        rewards = as_arrays(scores)
+        if self.rewards:
+            rewards[COMBINED] = combine_scores(scores, self.rewards, self.combine)
         return Answers([as_text(completion) for completion in completions], rewards)
 
 
@@ -188,7 +189,7 @@ def evaluate_policies(
     for (name, other), verdict in verdicts.items():
         if other == baseline:
             results[name] = with_wins(results[name], verdict, kept[name].texts, kept[baseline].texts)
-    rewards = {name: each.rewards[COMBINED] for name, each in kept.items()}
+    rewards = {name: each.rewards[COMBINED] for name, each in kept.items()} if benchmark.rewards else {}
     columns = {name: np.array(values, dtype=object)[valid] for name, values in columns.items()}
     outcomes = {pair: verdict.outcomes for pair, verdict in verdicts.items()}
     return Comparison(
@@ -204,7 +205,7 @@ def evaluate_policies(
         policies=results,
         bradley_terry=bradley_terry(outcomes, list(candidates), baseline) if len(candidates) > 2 else {},
         best_of_n=curves,
-        differences=policy_differences(rewards, baseline),
+        differences=policy_differences(list(candidates), baseline, rewards, outcomes),
         slices=prompt_slices(rewards, columns, baseline),
         front=policy_front(kept, results, objectives, options) if objectives else None,
         samples=prompt_samples(prompts, answers, benchmark.columns.get("images")),
@@ -274,10 +275,15 @@ def paired(answers: Mapping[str, Answers]) -> tuple[dict[str, Answers], np.ndarr
     Raises:
         [`~rlhf_trl.errors.ConfigError`]: if none is left.
     """
-    valid = np.all([np.isfinite(each.rewards[COMBINED]) for each in answers.values()], axis=0)
+    valid = np.all([_has_reward(each) for each in answers.values()], axis=0)
     if not valid.any():
         raise ConfigError("No prompt has a finite reward for every policy. Fix the reward functions.")
     return {name: each.subset(valid) for name, each in answers.items()}, valid
+
+
+def _has_reward(answers: Answers) -> np.ndarray:
+    """Return which answers have a combined reward, shape (P,): all, where nothing is rewarded."""
+    return np.isfinite(answers.rewards[COMBINED]) if answers.rewards else np.ones(len(answers.texts), dtype=bool)
 
 
 def judge_pairs(
@@ -328,7 +334,12 @@ def perplexity(policy: Policy, rows: Dataset, batch_size: int) -> float:
 def with_rewards(
     result: PolicyResult, answers: Answers, baseline: Answers | None, rewards: Sequence[Reward]
 ) -> PolicyResult:
-    """Return a result with the combined reward, each single one, and the paired difference to the baseline."""
+    """
+    Return a result with the combined reward, each single one, and the paired difference to the baseline; without
+    rewards as it is.
+    """
+    if not rewards:
+        return result
     single = {reward.__name__: answers.rewards[reward.__name__] for reward in rewards}
     finite = {name: values[np.isfinite(values)] for name, values in single.items()}
     combined = answers.rewards[COMBINED]
@@ -383,48 +394,14 @@ def with_wins(result: PolicyResult, verdicts: Verdicts, texts: Sequence[str], ba
     )
 
 
-def policy_differences(rewards: Mapping[str, np.ndarray], baseline: str) -> list[PolicyDifference]:
-    """Return the paired differences of the combined rewards, arrays of shape (P,), of all but the baseline."""
-    others = [name for name in rewards if name != baseline]
-    return [
-        PolicyDifference(one=one, other=other, difference=_resampled(rewards[one] - rewards[other]))
-        for one, other in combinations(others, 2)
-    ]
-
-
-def prompt_slices(
-    rewards: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray], baseline: str
-) -> list[PromptSlice]:
-    """
-    Return the combined rewards, arrays of shape (P,), on the prompts of each value of each column, shape (P,).
-    """
-    parts = [(name, value, values == value) for name, values in columns.items() for value in sorted(set(values))]
-    return [
-        PromptSlice(
-            column=column,
-            value=value,
-            prompts=int(part.sum()),
-            rewards={name: _resampled(values[part]) for name, values in rewards.items()},
-            differences={
-                name: _resampled(values[part] - rewards[baseline][part])
-                for name, values in rewards.items()
-                if name != baseline
-            },
-        )
-        for column, value, part in parts
-    ]
-
-
-def _resampled(values: np.ndarray) -> Estimate:
-    return bootstrap_mean(values, resamples=2000)  # there may be hundreds of pairs and parts
-
-
 def prompt_samples(
     prompts: Sequence[str], answers: Mapping[str, Answers], images: Sequence[Sequence] | None = None
 ) -> list[PromptSample]:
     """Return every prompt, with its images, and the policies' completions and their combined rewards."""
     finite = {
         name: [float(value) if np.isfinite(value) else None for value in each.rewards[COMBINED]]
+        if each.rewards
+        else [None] * len(each.texts)
         for name, each in answers.items()
     }
     return [

@@ -7,7 +7,7 @@ import numpy as np
 from rlhf_trl.report import plots
 from rlhf_trl.report.measures import among, policy_colors
 from rlhf_trl.report.page import Figure, SideBySide, Table, Text
-from rlhf_trl.report.text import interval, number
+from rlhf_trl.report.text import interval, with_rewards
 from rlhf_trl.runs.results import Comparison, PromptSample
 
 RANDOM_SHOWN, DIFFERENT_SHOWN = 5, 10
@@ -86,7 +86,9 @@ def answer_blocks(comparison: Comparison) -> list:
     drawn = random.Random(comparison.seed or 0).sample(
         range(len(comparison.samples)), min(RANDOM_SHOWN, len(comparison.samples))
     )
-    blocks: list = [Text(f"{len(drawn)} prompts drawn at random. Rewards are in brackets.")]
+    rewarded = any(value is not None for sample in comparison.samples for value in sample.rewards.values())
+    brackets = " Rewards are in brackets." if rewarded else ""
+    blocks: list = [Text(f"{len(drawn)} prompts drawn at random.{brackets}")]
     blocks += [_side_by_side(comparison.samples[place]) for place in sorted(drawn)]
     differing = [
         sample
@@ -95,6 +97,9 @@ def answer_blocks(comparison: Comparison) -> list:
     ]
     if not differing:
         return [*blocks, Text("To the other prompts all policies gave the same answer.")]
+    if not rewarded:
+        shown = differing[:DIFFERENT_SHOWN]
+        return [*blocks, Text(f"Of the others {len(shown)} with different answers."), *map(_side_by_side, shown)]
     shown = sorted(differing, key=_spread, reverse=True)[:DIFFERENT_SHOWN]
     return [
         *blocks,
@@ -109,8 +114,4 @@ def _spread(sample: PromptSample) -> float:
 
 
 def _side_by_side(sample: PromptSample, note: str = "") -> SideBySide:
-    answers = {
-        f"{name} ({number(sample.rewards[name], '{:.2f}') or 'no reward'})": text
-        for name, text in sample.completions.items()
-    }
-    return SideBySide(sample.prompt, answers, note=note, images=sample.images or ())
+    return SideBySide(sample.prompt, with_rewards(sample), note=note, images=sample.images or ())

@@ -1,6 +1,6 @@
 """Measures of a comparison of policies that its tables, figures and verdicts share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from rlhf_trl.report.plots import PALETTE
 from rlhf_trl.report.text import number
-from rlhf_trl.runs.results import Comparison, Estimate, PolicyResult
+from rlhf_trl.runs.results import Comparison, Estimate, PolicyDifference, PolicyResult
 
 # The last colors are those of the best-of-n curves
 POLICY_COLORS = len(PALETTE) - 2
@@ -147,12 +147,39 @@ def beside_best_of_n(comparison: Comparison, name: str) -> BesideBestOfN | None:
 
 def difference_of(comparison: Comparison, one: str, other: str) -> Estimate | None:
     """Return the reward of one policy minus that of another on the same prompts; `None` where it wasn't measured."""
+    return _paired(comparison, one, other, lambda result: result.difference, lambda found: found.difference)
+
+
+def wins_of(comparison: Comparison, one: str, other: str) -> Estimate | None:
+    """
+    Return the win rate of one policy against the baseline minus that of another, on the same prompts; that of the
+    baseline against itself is 0.5. `None` where it wasn't measured.
+    """
+
+    def over_half(result: PolicyResult) -> Estimate | None:
+        return None if result.win_rate is None else Estimate(*(end - 0.5 for end in result.win_rate))
+
+    return _paired(comparison, one, other, over_half, lambda found: found.wins)
+
+
+def _paired(
+    comparison: Comparison,
+    one: str,
+    other: str,
+    to_baseline: Callable[[PolicyResult], Estimate | None],
+    between: Callable[[PolicyDifference], Estimate | None],
+) -> Estimate | None:
     if other == comparison.baseline:
-        return comparison.policies[one].difference
+        return to_baseline(comparison.policies[one])
+    if one == comparison.baseline:
+        return _negative(to_baseline(comparison.policies[other]))
     for found in comparison.differences:
         if (found.one, found.other) == (one, other):
-            return found.difference
+            return between(found)
         if (found.one, found.other) == (other, one):
-            mean, low, high = found.difference
-            return Estimate(-mean, -high, -low)
+            return _negative(between(found))
     return None
+
+
+def _negative(estimate: Estimate | None) -> Estimate | None:
+    return None if estimate is None else Estimate(-estimate.mean, -estimate.high, -estimate.low)

@@ -5,7 +5,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
-from rlhf_trl.runs.results import Comparison, Estimate, Front
+from rlhf_trl.runs.results import Comparison, Estimate, Front, PromptSample
 
 WIDTH = 100  # columns of a terminal that everybody has
 # Characters that HTML and XML don't allow, and lone surrogates, which can't be written as UTF-8
@@ -105,12 +105,18 @@ def comparison_text(comparison: Comparison, samples: int = 3) -> str:
         parts.append(front_text(comparison.front, points))
     differing = [sample for sample in comparison.samples if len(set(sample.completions.values())) > 1]
     for sample in differing[:samples]:
-        columns = {
-            f"{name} ({number(sample.rewards[name], '{:.2f}') or 'no reward'})": text
-            for name, text in sample.completions.items()
-        }
-        parts.append(f"{_wrapped(sample.prompt, WIDTH)}\n\n{side_by_side(columns)}")
+        parts.append(f"{_wrapped(sample.prompt, WIDTH)}\n\n{side_by_side(with_rewards(sample))}")
     return f"\n\n{'=' * WIDTH}\n".join(parts)
+
+
+def with_rewards(sample: PromptSample) -> dict[str, str]:
+    """Return the completions of a prompt by the name of their policy, with the reward where one of them has any."""
+    if all(value is None for value in sample.rewards.values()):
+        return dict(sample.completions)
+    return {
+        f"{name} ({number(sample.rewards[name], '{:.2f}') or 'no reward'})": text
+        for name, text in sample.completions.items()
+    }
 
 
 # ---- Fronts ----

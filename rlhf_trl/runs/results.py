@@ -158,6 +158,8 @@ class Promotion(JsonDataclass):
         former: the policy that was the current one before.
         is_promoted: whether it is `policy` now.
         measure, value, former_value: what decided, and its means; `None` where nothing was measured.
+        difference: mean of the differences on the same prompts, with its interval; `None` likewise.
+        rule: `not_worse` or `better`, see `promotion.rule` in `conf/pipeline.yaml`.
     """
 
     round: int
@@ -167,6 +169,8 @@ class Promotion(JsonDataclass):
     measure: str | None = None
     value: float | None = None
     former_value: float | None = None
+    difference: Estimate | None = None
+    rule: str = "not_worse"
 
     @property
     def in_words(self) -> str:
@@ -176,9 +180,14 @@ class Promotion(JsonDataclass):
         values = (
             f"{(self.measure or '').replace('_', ' ')} {self.value:.4g}, and `{self.former}` {self.former_value:.4g}"
         )
+        if self.difference is not None:
+            low, high = self.difference.low, self.difference.high
+            ends = "no interval" if low != low else f"{low:+.2g} to {high:+.2g}"
+            values += f"; on the same prompts {self.difference.mean:+.2g}, {ends}"
         if self.is_promoted:
             return f"`{self.policy}` is the current policy: {values}."
-        return f"`{self.policy}` is worse than the one before ({values}), so `{self.former}` stays the current policy."
+        than = "no better than" if self.rule == "better" else "worse than"
+        return f"`{self.policy}` is {than} the one before ({values}), so `{self.former}` stays the current policy."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,11 +352,19 @@ class PromptSample(JsonDataclass):
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyDifference(JsonDataclass):
-    """Combined reward of the policy `one` minus that of `other` on the same prompts; neither is the baseline."""
+    """
+    Policy `one` minus `other` on the same prompts; neither is the baseline.
+
+    Attributes:
+        difference: of the combined reward; `None` without rewards.
+        wins: of the outcomes against the baseline (1: won, 0.5: a tie), on the prompts that are judged of both;
+            `None` where none is.
+    """
 
     one: str
     other: str
-    difference: Estimate
+    difference: Estimate | None
+    wins: Estimate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

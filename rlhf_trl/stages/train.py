@@ -24,6 +24,7 @@ from rlhf_trl.build import (
 from rlhf_trl.callbacks.base import SaveAndStop
 from rlhf_trl.callbacks.interrupt import Interrupt
 from rlhf_trl.callbacks.lengthened import Lengthened
+from rlhf_trl.callbacks.schedule import ScheduleWarning
 from rlhf_trl.checks.devices import unused_devices
 from rlhf_trl.checks.learning_rates import learning_rate_warnings
 from rlhf_trl.checks.memory import estimate
@@ -93,6 +94,7 @@ def train(cfg: DictConfig) -> float | None:
             trainer = make_trainer(cfg, args, path, tokenizer, dataset, **extra)
             if text := engine_left_out(trainer.accelerator.distributed_type):
                 say(f"warning: {text}")
+            trainer.add_callback(ScheduleWarning())
             if run.checkpoint:
                 trainer.add_callback(Lengthened(run.checkpoint))
             trainer.add_callback(interrupt)  # the last one, so that its message stands last

@@ -585,7 +585,8 @@ DIRECT = f"program=[{sys.executable},{ROOT / 'train.py'}]"
 TINY_LOOP = [
     *("pipeline=iterated", "rounds=2", "prompts=32", "labels=32", "episodes=128", DIRECT),
     'steps.policy_0=["stage=sft","stage.args.max_steps=20","data.max_eval_samples=32"]',
-    'steps.reward_0=["stage=reward","model.run=policy_0","data.max_samples=64","data.max_eval_samples=32","stage.args.max_steps=6"]',
+    'steps.reward_0=["stage=reward","model.run=policy_0","data=mix","+data@data.sources.first=demo",'
+    '"data.sources.first.max_samples=64","data.hold_out=0.25","data.max_eval_samples=32","stage.args.max_steps=6"]',
     'more.policy=["data.max_eval_samples=32"]',
     'more.compare=["data.max_eval_samples=32","stage.references=false"]',
 ]

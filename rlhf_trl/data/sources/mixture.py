@@ -6,7 +6,7 @@ from collections.abc import Callable
 from rlhf_trl.data.build import describe
 from rlhf_trl.data.options import SPLIT_BY, choice_problems
 from rlhf_trl.data.row_types import kind_of
-from rlhf_trl.data.splits import draw, drop_held_out, held_out_keys, limit_rows, prompt_keys
+from rlhf_trl.data.splits import draw, drop_held_out, held_out_keys, held_out_share, limit_rows, prompt_keys
 from rlhf_trl.data.tables import as_dataset, concatenate
 from rlhf_trl.data.validation import type_problems
 from rlhf_trl.errors import ConfigError, DataError
@@ -21,6 +21,7 @@ def mix(
     weights: dict[str, float] | None = None,
     repeat: bool = False,
     split_by: str = "prompt",
+    hold_out: float | None = None,
     max_samples: int | None = None,
     max_eval_samples: int | None = None,
 ):
@@ -40,6 +41,8 @@ def mix(
         weights (`dict[str, float]`, *optional*): name -> share, above 0, of every source.
         repeat (`bool`): see above.
         split_by (`str`): see above; `row` keeps rows that share a prompt with evaluation.
+        hold_out (`float`, *optional*): share of the prompts that no source trains on, whether a source has them for
+            evaluation or not: those that an `eval_size` of this share holds out of any file, also of one to come.
 
     Returns:
         `DatasetDict`: `train` and, if a source has any, `eval`.
@@ -47,9 +50,13 @@ def mix(
     from datasets import DatasetDict
 
     wrong = [
-        *type_problems(mix, {"weights": weights}, "data"),
+        *type_problems(mix, {"weights": weights, "hold_out": hold_out}, "data"),
         *choice_problems("data.split_by", split_by, SPLIT_BY),
     ]
+    if not wrong and hold_out is not None and not 0 < hold_out < 1:
+        wrong = [f"`data.hold_out={hold_out}` is no share of the prompts. Set it between 0 and 1, or to null."]
+    if not wrong and hold_out is not None and split_by != "prompt":
+        wrong = ["`data.hold_out` is a share of prompts, and `data.split_by=row` splits by rows. Set one of them."]
     if wrong:
         raise ConfigError.join(wrong)
     _check_weights(sources, weights)
@@ -57,6 +64,8 @@ def mix(
     notes: list[str] = []
     held_out = set().union(*map(held_out_keys, loaded.values()))
     train = {name: part["train"] for name, part in loaded.items()}
+    if hold_out is not None:
+        held_out |= held_out_share([key for rows in train.values() for key in prompt_keys(rows)], hold_out)
     if held_out and split_by == "prompt":
         train = {name: drop_held_out(name, rows, prompt_keys(rows), held_out, notes) for name, rows in train.items()}
     mixed = limit_rows(_draw(train, weights, repeat, seed, notes), max_samples, seed, "max_samples", notes)

@@ -621,6 +621,17 @@ def test_missing_baseline_is_an_error_before_anything_runs(compose, tmp_path):
         assert any("`stage.baseline` is `sft`, which `stage.policies` doesn't have" in text for text in problems)
 
 
+def test_without_a_reward_a_judge_alone_compares(problems):
+    judged = ["stage=evaluate", "reward=none", "judge=http", "judge.url=http://localhost:1/v1", "judge.model=m"]
+
+    def said(*words: str) -> list[str]:
+        return [text for text in problems(*words) if "no such run" not in text]
+
+    assert said(*judged, "stage.best_of_n=0") == []
+    one(said(*judged), "` chooses by a reward, and there is none", "Set `stage.best_of_n=0`")
+    one(said("stage=evaluate", "reward=none", "stage.best_of_n=0"), "`judge=reward` reads a reward")
+
+
 @pytest.mark.parametrize("value", ["[a]", "1", "[1,nan]"])
 def test_gaps_above_are_numbers(compose, tmp_path, value):
     problems = find_problems(compose("stage=evaluate_reward", f"runs_dir={tmp_path}", f"stage.gaps_above={value}"))

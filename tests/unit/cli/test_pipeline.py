@@ -3,6 +3,7 @@
 import json
 import math
 from argparse import Namespace
+from itertools import combinations
 
 import pytest
 from omegaconf import OmegaConf
@@ -12,7 +13,7 @@ from rlhf_trl.cli.promotion import note_promotions, promotions
 from rlhf_trl.cli.rounds import all_steps, decide, flat, numbered, rounds_at_a_time, rounds_to_run
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.record import read_promotions, write_json
-from rlhf_trl.runs.results import Comparison, Estimate, PolicyResult
+from rlhf_trl.runs.results import Comparison, Estimate, PolicyDifference, PolicyResult
 from tests.helpers.configs import composed
 
 
@@ -29,6 +30,7 @@ def problems_of(*words: str) -> list[str]:
         (["pipeline=iterated", "each_round=3"], "must hold names of steps"),
         (["pipeline=iterated", "promotion=null"], "`promotion.step=null` turns it off"),
         (["pipeline=iterated", "early_stopping=null"], "`early_stopping` must hold"),
+        (["pipeline=nightly", "promotion.rule=best"], "`promotion.rule` is 'best'. Set it to `not_worse`, `better`."),
         (
             ["pipeline=iterated", '+steps.label_2=["stage=label"]'],
             "`steps.label_2` and a step of `each_round` would be one",
@@ -73,6 +75,8 @@ def test_a_wrong_choice_is_one_clear_message(words, said):
 def test_each_aligner_has_its_steps_and_each_mixture_its_parts(align, mixture, parts):
     cfg = composed("pipeline", "pipeline=iterated", "rounds=2", f"align={align}", f"mixture={mixture}")
     steps = all_steps(cfg)
+    rewards = [words for name, words in steps.items() if name.startswith("reward_")]
+    assert len(rewards) == 3 and all("data.hold_out=0.25" in words for words in rewards)
     own = ["draw", "policy", "control"] if align == "rejection" else ["policy"]
     assert [name for name in steps if name.endswith("_2")] == [
         f"{name}_2" for name in ("collect", "label", "reward", "quality", *own, "compare")
@@ -100,24 +104,34 @@ def test_prompts_of_a_log_are_what_policies_are_trained_and_compared_on(align):
     assert not any("candidates.jsonl" in word for word in without[f"{own}_2"] + without["compare_2"])
 
 
-def nights(tmp_path, rewards: list[dict[str, float]], measure: str = "reward") -> None:
-    """Write the comparisons of some nights, each with the mean of every policy."""
+def nights(tmp_path, rewards: list[dict[str, float]], measure: str = "reward", half: float = 0.25) -> None:
+    """Write the comparisons of some nights: the mean of every policy, and differences within `half` of theirs."""
+
+    def around(value: float) -> Estimate:
+        return Estimate(value, value - half, value + half)
+
     for number, means in enumerate(rewards, 1):
-        policies = {
-            name: PolicyResult(
-                path=name,
-                completion_length=9,
-                eos_rate=1,
-                **({} if value is None else {measure: Estimate(value, value - 1, value + 1)}),
+        wins, policies = measure == "win_rate", {}
+        for name, value in means.items():
+            found = {} if value is None else {measure: around(value)}
+            if name != "first" and value is not None and not wins:
+                found["difference"] = around(value - means["first"])
+            policies[name] = PolicyResult(path=name, completion_length=9, eos_rate=1, **found)
+        between = [
+            PolicyDifference(
+                one=one,
+                other=other,
+                difference=around(0.0 if wins else means[one] - means[other]),
+                wins=around(means[one] - means[other]) if wins else None,
             )
-            for name, value in means.items()
-        }
+            for one, other in combinations([name for name in means if name != "first"], 2)
+        ]
         folder = tmp_path / "nightly" / f"compare_{number}"
         folder.mkdir(parents=True)
         (folder / "run.json").write_text(json.dumps({"status": "done", "stage": "evaluate"}))
         write_json(
             folder / "comparison.json",
-            Comparison(baseline="first", prompts=9, dropped=0, policies=policies, samples=[]),
+            Comparison(baseline="first", prompts=9, dropped=0, policies=policies, differences=between, samples=[]),
         )
 
 
@@ -133,14 +147,49 @@ def test_a_worse_policy_is_not_built_upon_and_its_thumbs_are_learned_from_again(
     assert not any("policy_2" in word for word in steps["compare_3"])
     found = promotions(cfg, 3)
     assert found.current == "policy_1" and [each.is_promoted for each in found.rounds] == [True, False]
-    assert "`policy_2` is worse than the one before (reward 1.5, and `policy_1` 2), so" in found.rounds[1].in_words
+    assert found.rounds[1].difference == Estimate(-0.5, -0.75, -0.25)
+    assert "`policy_2` is worse than the one before (reward 1.5, and `policy_1` 2; on" in found.rounds[1].in_words
+    assert "prompts -0.5, -0.75 to -0.25), so `policy_1` stays" in found.rounds[1].in_words
     note_promotions(found, tmp_path / "nightly")
     assert read_promotions(tmp_path / "nightly") == found
     assert rounds_at_a_time(cfg) == [1, 2, 3] and rounds_at_a_time(composed("pipeline", "rounds=3")) == [3]
 
 
+@pytest.mark.parametrize(("measure", "first", "scale"), [("reward", 1.0, 1.0), ("win_rate", None, 0.1)])
+def test_the_paired_difference_and_its_interval_decide(tmp_path, measure, first, scale):
+    cfg = composed("pipeline", "pipeline=nightly", "rounds=3")
+    # Worse and better beyond chance; within chance; of one prompt, which has no interval
+    for mean, half, promoted in (
+        (1.5, 0.25, {"not_worse": False, "better": False}),
+        (2.5, 0.25, {"not_worse": True, "better": True}),
+        (1.9, 0.25, {"not_worse": True, "better": False}),
+        (2.1, 0.25, {"not_worse": True, "better": False}),
+        (1.5, math.nan, {"not_worse": True}),
+    ):
+        folder = tmp_path / f"{mean}_{half}"
+        second = {"first": first, "policy_1": scale * 2, "policy_2": scale * mean}
+        nights(folder, [{"first": first, "policy_1": 9.0}, second], measure, scale * half)
+        cfg.runs_dir = str(folder)
+        for cfg.promotion.rule, expected in promoted.items():
+            found = promotions(cfg, 3)
+            assert [each.is_promoted for each in found.rounds] == [True, expected]
+            assert found.rounds[1].difference.mean == pytest.approx(scale * (mean - 2))
+            note_promotions(found, folder / "nightly")
+            assert read_promotions(folder / "nightly").rounds[1].in_words == found.rounds[1].in_words
+
+
+def test_a_comparison_without_the_difference_of_both_decides_nothing(tmp_path):
+    night = {"first": None, "policy_1": 0.6, "policy_2": 0.5}
+    nights(tmp_path, [{"first": None, "policy_1": 0.9}, night], "win_rate")
+    path = tmp_path / "nightly" / "compare_2" / "comparison.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"differences": []}))
+    cfg = composed("pipeline", "pipeline=nightly", f"runs_dir={tmp_path}")
+    with pytest.raises(ConfigError, match="no difference in win_rate between `policy_2` and `policy_1`"):
+        promotions(cfg, 2)
+
+
 def test_the_first_policy_stays_while_none_is_better_by_the_judge(tmp_path):
-    nights(tmp_path, [{"first": None, "policy_1": 0.4}, {"first": None, "policy_2": 0.5}], "win_rate")
+    nights(tmp_path, [{"first": None, "policy_1": 0.2}, {"first": None, "policy_2": 0.5}], "win_rate")
     cfg = composed("pipeline", "pipeline=nightly", "rounds=2", f"runs_dir={tmp_path}")
     assert not any("model.run" in word for word in all_steps(cfg)["policy_2"])  # it starts where round 1 did
     found = promotions(cfg, 2)

@@ -67,12 +67,12 @@ def test_own_evaluation_files(tmp_path, capsys):
     train, held_out = write(tmp_path / "train.jsonl", PAIRS[:10]), write(tmp_path / "eval.jsonl", PAIRS[8:14])
     loaded = load(train, eval_paths=held_out, eval_size=0.5)
     assert (len(loaded["train"]), len(loaded["eval"])) == (8, 6)
-    assert "train: 2 rows dropped that share a prompt with an eval row" in capsys.readouterr().out
+    assert "train: 2 rows dropped whose prompts are held out" in capsys.readouterr().out
     loaded = load(train, eval_paths=held_out, split_by="row")
     assert (len(loaded["train"]), len(loaded["eval"])) == (10, 6)
     assert "note: 2 of 6 eval rows have a prompt that train has too" in capsys.readouterr().out
     message = error(held_out, eval_paths=held_out)
-    assert "every row of train shares its prompt with an evaluation row. Set `data.split_by=row`" in message
+    assert "every row of train has a prompt that is held out. Set `data.split_by=row`" in message
 
 
 def test_paths_that_name_nothing(tmp_path, monkeypatch):
@@ -494,8 +494,25 @@ def test_mix_does_not_leak(capsys):
     sources = {"a": source("a", 50, eval_size=10), "again": source("a", 50)}
     mixed = data.mix("preference", 0, sources)
     assert len(mixed["eval"]) == 10 and not set(mixed["eval"]["prompt"][:]) & set(mixed["train"]["prompt"][:])
-    assert "again: 10 rows dropped that share a prompt with an eval row" in capsys.readouterr().out
+    assert "again: 10 rows dropped whose prompts are held out" in capsys.readouterr().out
     assert len(data.mix("preference", 0, sources, split_by="row")["train"]) == 90
+
+
+def test_a_mixture_holds_out_what_files_to_come_will(capsys):
+    """The labels of a later round are split by the same hash, so that nothing they hold out was trained on before."""
+    earlier = data.mix("preference", 0, {"a": source("a", 200)}, hold_out=0.25)
+    assert set(earlier) == {"train"} and "rows dropped whose prompts are held out" in capsys.readouterr().out
+    later = source("a", 100, eval_size=0.25)(dataset_type="preference", seed=1)
+    held_out, trained = set(later["eval"]["prompt"][:]), set(earlier["train"]["prompt"][:])
+    assert len(held_out) > 10 and not held_out & trained and set(later["train"]["prompt"][:]) <= trained
+    again = data.mix(
+        "preference", 0, {"first": source("a", 200), "later": source("a", 100, eval_size=0.25)}, hold_out=0.25
+    )
+    assert set(again["eval"]["prompt"][:]) == held_out and set(again["train"]["prompt"][:]) == trained
+    with pytest.raises(ConfigError, match="`data.hold_out=1.0` is no share"):
+        data.mix("preference", 0, {"a": source("a", 9)}, hold_out=1.0)
+    with pytest.raises(ConfigError, match="`data.split_by=row` splits by rows"):
+        data.mix("preference", 0, {"a": source("a", 9)}, hold_out=0.25, split_by="row")
 
 
 def test_mixtures_that_can_not_be():

@@ -200,6 +200,6 @@ def test_demonstrations_beside_ppo_have_no_held_out_prompts(tmp_path, capsys):
     cfg = OmegaConf.create({"ptx_data": node, "data": {"split_by": "prompt"}, "seed": 0})
     rows = demonstrations(cfg, dataset, make_tokenizer())
     assert len(rows) == 82 and not set(prompt_keys(rows)) & set(prompt_keys(dataset["eval"]))
-    assert "ptx_data: 18 rows dropped that share a prompt with an eval row" in capsys.readouterr().out
+    assert "ptx_data: 18 rows dropped whose prompts are held out" in capsys.readouterr().out
     cfg.data.split_by = "row"
     assert len(demonstrations(cfg, dataset, make_tokenizer())) == 100

@@ -21,9 +21,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from rlhf_trl.data.splits import eval_split
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.evaluation.columns import slice_columns
+from rlhf_trl.evaluation.differences import policy_differences, prompt_slices
 from rlhf_trl.evaluation.generation import sample, sample_in_turns, token_statistics
 from rlhf_trl.evaluation.judges import Answers, HTTPJudge, ModelJudge, RewardJudge, outcomes_of, verdict
-from rlhf_trl.evaluation.policies import Benchmark, Candidate, evaluate_policies, policy_differences, prompt_slices
+from rlhf_trl.evaluation.policies import Benchmark, Candidate, evaluate_policies
 from rlhf_trl.evaluation.rewards import as_arrays, score
 from rlhf_trl.evaluation.statistics import (
     best_of_n,
@@ -37,14 +38,17 @@ from rlhf_trl.evaluation.statistics import (
     repetition,
     win_rate,
 )
+from rlhf_trl.report.page import to_markdown
 from rlhf_trl.report.pareto import pareto
 from rlhf_trl.report.policies import frontier_blocks
+from rlhf_trl.report.project import project_page
 from rlhf_trl.report.tables import comparison_tables
 from rlhf_trl.report.text import WIDTH, comparison_text, duration, side_by_side, table
 from rlhf_trl.report.verdicts import DONT, policy_verdicts
 from rlhf_trl.rewards.combine import combined, minimum, product, threshold, weighted_sum
 from rlhf_trl.rewards.function import FunctionReward
 from rlhf_trl.runs.paths import find_policy
+from rlhf_trl.runs.record import write_json
 from rlhf_trl.runs.results import Comparison
 from rlhf_trl.stages.evaluate import policies_of, reference_answers
 from tests.helpers.tiny import save_model
@@ -519,8 +523,15 @@ def length_of(completions, **columns):
 
 def test_policies_are_held_beside_each_other_and_by_the_columns_of_the_data():
     rewards = {"sft": np.arange(6.0), "a": np.arange(6.0) + 1, "b": np.array([0.0, 1, 2, 9, 9, 9])}
-    (pair,) = policy_differences(rewards, "sft")
+    outcomes = {
+        ("a", "sft"): np.array([1.0, 1, 0.5, 0, np.nan, 1]),
+        ("b", "sft"): np.array([0.0, 1, 1.0, 1, 1, np.nan]),
+    }
+    (pair,) = policy_differences(list(rewards), "sft", rewards, outcomes)
     assert (pair.one, pair.other) == ("a", "b") and pair.difference.mean == pytest.approx(-1.5)
+    assert pair.wins.mean == pytest.approx((1 + 0 - 0.5 - 1) / 4)  # of the prompts that are judged of both
+    unclear = outcomes | {("b", "sft"): np.full(6, np.nan)}
+    assert policy_differences(list(rewards), "sft", rewards, unclear)[0].wins is None
     kinds = np.array(["x", "x", "x", "y", "y", "y"], dtype=object)
     x, y = prompt_slices(rewards, {"kind": kinds}, "sft")
     assert (x.column, x.value, x.prompts, y.value) == ("kind", "x", 3, "y")
@@ -686,6 +697,25 @@ def test_an_endpoint_judges_in_both_orders(endpoint, monkeypatch):
     assert found.unclear == 2 and found.first == pytest.approx(4 / 6) and found.agreement == pytest.approx(2 / 3)
     path, body, key = Endpoint.asked[1]
     assert path == "/v1/chat/completions" and body["temperature"] == 0 and key == "Bearer secret"
+
+
+def test_without_rewards_a_judge_alone_compares(endpoint, policies, tmp_path):
+    judge = HTTPJudge(endpoint, "judge", TEMPLATE)
+    found = evaluate(named({**policies, "twin": policies["ppo"]}), rewards=[], judge=judge, samples=0)
+    ppo = found.policies["ppo"]
+    assert ppo.win_rate and ppo.kl and ppo.reward is ppo.difference is None and not ppo.rewards
+    (pair,) = found.differences
+    assert pair.difference is None and pair.wins.mean == 0
+    assert found.prompts == 24 and found.samples[0].rewards == {"sft": None, "ppo": None, "twin": None}
+    assert found.slices == [] and "win_rate" in " ".join(found.measures)
+    assert "ppo" in comparison_text(found)
+    written = json.loads(json.dumps(found.to_json()))
+    assert Comparison.from_json(written).to_json() == written
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate" / "run.json").write_text('{"status": "done", "stage": "evaluate"}')
+    write_json(tmp_path / "evaluate" / "comparison.json", found)
+    page = to_markdown(project_page(tmp_path))
+    assert "wins vs sft" in page and "nan" not in page.split() and "no reward" not in page and "differ by" not in page
 
 
 def test_an_endpoint_that_stumbles_is_asked_again(endpoint, monkeypatch):
