@@ -1,6 +1,7 @@
 """Errors that are the user's to fix, which are shown as a message without a traceback."""
 
 import errno
+import re
 import signal
 import sysconfig
 import traceback
@@ -56,13 +57,19 @@ class Preempted(SystemExit):
         super().__init__(PREEMPTED_STATUS)
 
 
+# Of safetensors and torch, which raise errors of their own: `torch.save` in the midst and at the end of its file
+FULL_DISK = re.compile(
+    r"No space left on device|PytorchStreamWriter failed writing|inline_container\S+ \. unexpected pos"
+)
+
+
 def disk_is_full(error: BaseException | None) -> bool:
     """Return whether an error, or one of its causes, is that of a full disk."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left on device" in str(error) or "PytorchStreamWriter failed writing" in str(error):
-            return True  # safetensors and torch raise errors of their own
+        if FULL_DISK.search(str(error)):
+            return True
         error = error.__cause__ or error.__context__
     return False
 

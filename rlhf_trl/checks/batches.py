@@ -6,6 +6,7 @@ from typing import Any
 
 from rlhf_trl.config.argument_names import arguments
 from rlhf_trl.config.values import at, section
+from rlhf_trl.data.counts import evaluation_problem
 from rlhf_trl.ppo.options import MINI_BATCHES
 from rlhf_trl.runs.ranks import world_size
 
@@ -76,14 +77,9 @@ def _rollout(get: Callable[[str], Any], is_ppo: bool, rows: int | None) -> list[
                 f"`data.max_samples` {rows} is less than the {prompts} prompts of one rollout. "
                 f"Set `data.max_samples={prompts}` or more, or a smaller rollout."
             )
-    evaluated, in_group = get("per_device_eval_batch_size") * ranks, get("num_generations_eval") or generations
-    if get("eval_strategy") != "no" and evaluated % in_group:
-        per_device = math.lcm(evaluated, in_group) // ranks
-        problems.append(
-            f"An evaluation batch of {evaluated // ranks} (`per_device_eval_batch_size`) x {ranks} (ranks) doesn't "
-            f"divide by {in_group} (`num_generations_eval`, else `num_generations`). Set "
-            f"`stage.args.per_device_eval_batch_size={per_device}` or `+stage.args.num_generations_eval=1`."
-        )
+    if get("eval_strategy") != "no":  # else the rows tell whether any are evaluated
+        problem = evaluation_problem(get("per_device_eval_batch_size"), get("num_generations_eval") or generations)
+        problems += [problem] if problem else []
     return problems
 
 

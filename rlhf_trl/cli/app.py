@@ -108,6 +108,7 @@ def exit_with(message: object, status: int) -> NoReturn:
     """
     if status == 2:
         record = logging.LogRecord(__name__, logging.ERROR, __file__, 0, printable(str(message)), None, None)
+        logging.raiseExceptions = False  # a log on a full disk, of which the message is
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.FileHandler):
                 handler.handle(record)

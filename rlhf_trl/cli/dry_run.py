@@ -66,7 +66,7 @@ from rlhf_trl.cli.probes import (
 from rlhf_trl.cli.timing import time_steps, timing_lines
 from rlhf_trl.config.values import as_dict, at
 from rlhf_trl.data.chat_template import template_kwargs
-from rlhf_trl.data.counts import check_enough_rows
+from rlhf_trl.data.counts import check_enough_rows, check_evaluated_groups
 from rlhf_trl.data.lengths import head_names, row_lengths
 from rlhf_trl.data.multimodal import processor_of
 from rlhf_trl.data.preview import count_trained, render_batch, render_sample
@@ -156,6 +156,9 @@ def plan_of_training(cfg: DictConfig) -> tuple[dict[str, str], list[str], str]:
     rows, generates = dataset["train"], stage.dataset_type == "prompt"
     with found():
         check_enough_rows(args, len(rows))
+    with found():
+        if "eval" in dataset:
+            check_evaluated_groups(args)
     check_other_tokenizers(cfg, tokenizer, rows, found)
     answers = own_answers(cfg, [tokenizer]) if generates else chosen_answers(rows)
     scales: dict[str, Scale] = {}

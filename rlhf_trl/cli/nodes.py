@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from rlhf_trl.errors import ConfigError
 
 PORT = 29400
+ANSWER = "rlhf_trl:"  # begins what the first node says
+LONGEST = 100_000  # characters of it
 SECONDS = 120.0
 
 
@@ -79,7 +81,7 @@ def receive(hosts: Sequence[str], port: int, timeout: float) -> None:
                 "has started there, and whether a firewall is between them."
             )
         for node in met.values():
-            node.sendall(f"{problem}\n".encode())
+            node.sendall(f"{ANSWER}{problem}\n".encode())
         for node in met.values():  # those who called close first, so that the port is free at once
             node.recv(1)
             node.close()
@@ -99,16 +101,18 @@ def report(hosts: Sequence[str], rank: int, port: int, timeout: float) -> None:
         try:
             with socket.create_connection((hosts[0], port), timeout=left) as node:
                 node.sendall(f"{rank}\n".encode())
-                node.settimeout(timeout + 10)
-                answer = node.makefile().readline()
+                node.settimeout(left + 10)
+                answer = node.makefile(errors="replace").readline(LONGEST)
         except OSError as error:
             why = error.strerror or str(error)
             time.sleep(min(0.2, left))
             continue
-        if not answer:
+        if not answer.startswith(ANSWER):
+            why = f"what listens there answers {answer.strip()[:60]!r}; set another `--port`" if answer else why
+            time.sleep(min(0.2, left))
             continue
-        if answer.strip():
-            raise ConfigError(answer.strip())
+        if problem := answer.removeprefix(ANSWER).strip():
+            raise ConfigError(problem)
         return
     raise ConfigError(
         f"{hosts[rank]} (machine_rank {rank}) can't reach {hosts[0]}:{port} within {timeout:g} s ({why}). Look "

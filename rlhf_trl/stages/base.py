@@ -19,7 +19,7 @@ from rlhf_trl.config.command_line import config_dirs, unquote_text
 from rlhf_trl.config.program import program
 from rlhf_trl.config.values import as_dict, plain
 from rlhf_trl.data.file_rows import resolve_paths
-from rlhf_trl.errors import ConfigError, Interrupted, Preempted, disk_is_full
+from rlhf_trl.errors import ConfigError, Interrupted, Preempted
 from rlhf_trl.hints import count_of
 from rlhf_trl.models.adapters import adapter_config, base_path
 from rlhf_trl.models.fingerprints import weights_fingerprint
@@ -203,8 +203,7 @@ def _fail(cfg: DictConfig, run: Run, error: BaseException) -> None:
     is_wrong = isinstance(error, ConfigError) and not cfg.resume
     if (is_wrong or has_backup(cfg.run_dir)) and not has_begun(cfg.run_dir):
         return restore_backup(cfg.run_dir)
-    if disk_is_full(error):  # make room for the record: the unfinished checkpoint is of no use
-        clear_unfinished(cfg.run_dir)
+    clear_unfinished(cfg.run_dir)  # of no use, and a full disk needs room for the record
     if isinstance(error, Preempted):
         return _end(cfg, "preempted", run.record)
     status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"

@@ -31,7 +31,7 @@ from rlhf_trl.checks.memory import estimate
 from rlhf_trl.checks.services import vllm_problem
 from rlhf_trl.checks.vllm import installed_version, quantized_problem, version_warning
 from rlhf_trl.config.values import as_dict, at, nodes, plain
-from rlhf_trl.data.counts import check_enough_rows
+from rlhf_trl.data.counts import check_enough_rows, check_evaluated_groups
 from rlhf_trl.data.fingerprint import rows_fingerprint
 from rlhf_trl.errors import Interrupted, Preempted
 from rlhf_trl.hints import did_you_mean
@@ -74,6 +74,8 @@ def train(cfg: DictConfig) -> float | None:
     tokenizer = load_tokenizer(path, cfg.model.tokenizer, cfg.model.chat_template, **from_pretrained_kwargs(cfg))
     dataset = load_data(cfg, tokenizer, args)
     check_enough_rows(args, len(dataset["train"]))
+    if "eval" in dataset:
+        check_evaluated_groups(args)
     for warning in filter(None, [unused_devices(args), *_learning_rates(cfg, args, path), *_vllm(cfg, args, path)]):
         say(f"warning: {warning}")
     if is_main_process() and _parameters(cfg, path) >= PLANNED_FROM:  # which says it, and the plan takes seconds

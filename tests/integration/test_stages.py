@@ -205,6 +205,13 @@ def test_data_without_an_eval_split_is_not_evaluated(train, tmp_path):
     assert metrics(run_dir)["eval"] == {} and record(run_dir)["status"] == "done"
 
 
+def test_a_run_that_could_not_be_evaluated_does_not_begin(train, tmp_path):
+    """The end of a run is evaluated without `eval_strategy` too."""
+    with pytest.raises(ConfigError, match="An evaluation batch of 6"):
+        train(tmp_path, "stage=grpo", "+stage.args.num_generations_eval=4", "stage.args.per_device_eval_batch_size=6")
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_same_command_gives_the_same_weights(train, sft, tmp_path):
     assert same(weights(train(tmp_path, "stage=sft", SPY)), weights(sft / "test/sft"))
     short = ("stage=grpo", "stage.args.max_steps=2", "data.max_samples=64")

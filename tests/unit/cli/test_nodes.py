@@ -81,6 +81,25 @@ def test_a_stranger_is_no_node(port):
         thread.join()
 
 
+def test_another_server_on_the_port_is_not_the_first_node():
+    def answer(server):
+        with contextlib.suppress(OSError):
+            while True:
+                caller, _ = server.accept()
+                with caller:
+                    caller.recv(100)
+                    caller.sendall(b"HTTP/1.1 400 Bad Request\r\n")
+
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    thread = threading.Thread(target=answer, args=(server,), daemon=True)
+    thread.start()
+    with server, pytest.raises(ConfigError) as raised:
+        nodes.report(HOSTS, 1, port, 0.5)
+    assert f"can't reach 127.0.0.1:{port} within 0.5 s (what listens there answers 'HTTP/1.1 400" in str(raised.value)
+    assert "`--port`" in str(raised.value)
+
+
 def test_a_rank_without_a_host_is_refused(capsys):
     with pytest.raises(SystemExit):
         nodes.main(["--hosts", "a", "--rank", "1"])

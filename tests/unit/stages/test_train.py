@@ -1,11 +1,12 @@
 """The engine of a training: which one a launch asks for, whether it is in force, and whether its ranks have rows."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 from accelerate.utils import DistributedType
 
-from rlhf_trl.data.counts import check_enough_rows
+from rlhf_trl.data.counts import check_enough_rows, check_evaluated_groups
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.runs.engines import engine
 from rlhf_trl.stages.train import engine_left_out
@@ -43,5 +44,14 @@ def test_an_engine_that_accelerate_leaves_out_is_said(monkeypatch, environment, 
 def test_more_ranks_than_rows_is_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     check_enough_rows(SimpleNamespace(), 4)
-    with pytest.raises(ConfigError, match="There are 3 rows for training and 4 ranks.*`--num_processes 3`"):
+    with pytest.raises(ConfigError, match="The training has 3 rows and 4 ranks.*`--num_processes 3`"):
         check_enough_rows(SimpleNamespace(), 3)
+
+
+@pytest.mark.parametrize(("ranks", "batch", "group", "remedy"), [(1, 6, 4, 12), (2, 3, 4, 6), (2, 4, 8, None)])
+def test_an_evaluation_of_parts_of_groups_is_an_error(monkeypatch, ranks, batch, group, remedy):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    args = SimpleNamespace(per_device_eval_batch_size=batch, num_generations=group, num_generations_eval=None)
+    says = f"per_device_eval_batch_size={remedy}`" if remedy else None
+    with nullcontext() if says is None else pytest.raises(ConfigError, match=says):
+        check_evaluated_groups(args)
