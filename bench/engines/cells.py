@@ -76,7 +76,17 @@ def cells() -> list[Cell]:
             if critic != "adapter" or adapter:
                 options = (f"stage=ppo critic={critic}".split(), PPO, adapter)
                 found.append(Cell(f"ppo/{critic} {weights}", sum(map(tuple, options), ()), 16, samples=True))
-    return found + second_models() + checkpointing() + half_precision() + architectures()
+    return found + constraints() + second_models() + checkpointing() + half_precision() + architectures()
+
+
+def constraints() -> list[Cell]:
+    """Return the rows with a value and a multiplier for a constraint, which a checkpoint has to hold too."""
+    bound = ("reward=[demo,tokens]", "combine=lagrange", 'combine.constraints={tokens: "<= 8"}')
+    ppo = ("stage=ppo", *PPO, *bound, "reward.tokens.weight=0.1")
+    return [
+        Cell("ppo/head full, combine=lagrange", (*ppo, "critic=head"), 16, samples=True),
+        Cell("ppo/adapter lora, combine=lagrange", (*ppo, *LORA, "critic=adapter"), 16, samples=True),
+    ]
 
 
 def second_models() -> list[Cell]:

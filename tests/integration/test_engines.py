@@ -39,7 +39,14 @@ def test_each_row_of_the_matrix_has_a_name_and_folder_of_its_own():
 
 
 @pytest.mark.parametrize(
-    "name", ["grpo lora", "online_dpo full", "ppo/model full", "ppo/head full, bf16", "ppo/head full, OPT"]
+    "name",
+    [
+        "grpo lora",
+        "online_dpo full",
+        "ppo/adapter lora, combine=lagrange",
+        "ppo/head full, bf16",
+        "ppo/head full, OPT",
+    ],
 )
 def test_a_row_of_the_matrix_has_no_problem(compose, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
