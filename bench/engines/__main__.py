@@ -168,7 +168,7 @@ def failed(result: dict[str, Any]) -> bool:
         return True
     tolerance = math.inf if (result["row"], result["engine"]) in OTHER_MATH else TOLERANCE
     near = 0 <= result.get("difference", 0.0) <= tolerance  # which NaN isn't
-    return not near or result["resumed"] != 0
+    return not near or result["resumed"] != 0 or any(name in result for name in ("files", "logged"))
 
 
 def read(results: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -185,13 +185,15 @@ def text_of(result: dict[str, Any] | None) -> str:
         return f"**{result['error']}**" if "error" in result else f"skipped: {result['skipped']}"
     parts = [f"{result['difference']:.0e}"] if "difference" in result else ["runs"]
     parts += [f"**resumed {result['resumed']:.0e}**"] if result["resumed"] else []
+    parts += [f"**{name}: {', '.join(result[name])}**" for name in ("files", "logged") if name in result]
     return ", ".join(parts)
 
 
 def table(found: dict[tuple[str, str], dict[str, Any]]) -> str:
     """Return the results as a Markdown table: rows are stages, columns engines."""
     lines = [f"| | {' | '.join(ENGINES.values())} |", "|---" * (len(ENGINES) + 1) + "|"]
-    for row in dict.fromkeys(row for row, _ in found):
+    order = [cell.name for cell in cells()]
+    for row in sorted({row for row, _ in found}, key=order.index):
         texts = [text_of(found.get((row, engine))) for engine in ENGINES]
         lines.append(f"| {row} | {' | '.join(texts)} |")
     return "\n".join(lines)

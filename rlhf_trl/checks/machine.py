@@ -21,7 +21,14 @@ EXTRAS = {
 
 def machine_problems(values: dict[str, Any]) -> list[str]:
     """Return the problems of options that this launch or this machine can't run."""
-    return _machines(values) + _processes(values) + _sharded_files(values) + _precision(values) + _packages(values)
+    return (
+        _machines(values)
+        + _ranks_of_cpus()
+        + _processes(values)
+        + _sharded_files(values)
+        + _precision(values)
+        + _packages(values)
+    )
 
 
 def _machines(values: dict[str, Any]) -> list[str]:
@@ -33,6 +40,20 @@ def _machines(values: dict[str, Any]) -> list[str]:
         f"Slurm has started this launch {tasks} times, and it is for {machines} machine{'s' * (machines > 1)}: each "
         "would be a run of its own in one directory. Start it once for each node (`--ntasks-per-node=1`), with "
         f"`--num_machines {tasks} --machine_rank $SLURM_PROCID` as `launch/slurm/multi_node.sbatch` does."
+    ]
+
+
+def _ranks_of_cpus() -> list[str]:
+    """Return the problem of several CPU processes that accelerate was to start and has not started, or none."""
+    started = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # by torchrun, or by mpirun
+    asked = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ
+    if not asked or any(name in os.environ for name in started):
+        return []
+    return [
+        "Accelerate was to start several processes, of this machine or of several, and with `--cpu` or "
+        "`use_cpu: true` it starts one: each would be a run of its own. Remove it, and start "
+        "`ACCELERATE_USE_CPU=true accelerate launch --config_file launch/accelerate/ddp.yaml ...`, or set "
+        "`--num_machines 1 --num_processes 1` (and unset `MASTER_PORT`)."
     ]
 
 

@@ -70,6 +70,7 @@ def test_the_table_shows_what_differs_and_what_failed(tmp_path):
         {"row": "ppo/head full", "engine": "zero3", "error": "exit status 1: no"},
         {"row": "kto full", "engine": "ddp", **GOOD, "difference": math.nan},
         {"row": "kto full", "engine": "fsdp2", **GOOD, "resumed": math.nan},
+        {"row": "kto full", "engine": "zero2", **GOOD, "files": ["pad.bin"], "logged": ["loss", "lr"]},
     ]
     file = tmp_path / "results.jsonl"
     file.write_text("".join(json.dumps(result) + "\n" for result in results))
@@ -79,8 +80,8 @@ def test_the_table_shows_what_differs_and_what_failed(tmp_path):
         "|---|---|---|---|---|",
         "| sft full | 2e-07 | 3e-04 | skipped: DeepSpeed is not installed |  |",
         "| orpo full | 5e-04 |  |  |  |",
+        "| kto full | nan | 2e-07, **resumed nan** | 2e-07, **files: pad.bin**, **logged: loss, lr** |  |",
         "| ppo/head full | runs, **resumed 5e-01** |  |  | **exit status 1: no** |",
-        "| kto full | nan | 2e-07, **resumed nan** |  |  |",
     ]
     assert [key for key, result in found.items() if failed(result)] == [
         ("sft full", "fsdp2"),
@@ -88,6 +89,7 @@ def test_the_table_shows_what_differs_and_what_failed(tmp_path):
         ("ppo/head full", "zero3"),
         ("kto full", "ddp"),
         ("kto full", "fsdp2"),
+        ("kto full", "zero2"),
     ]
 
 

@@ -438,6 +438,18 @@ def test_a_launch_for_fewer_machines_than_slurm_starts(problems, monkeypatch):
     assert problems() == []
 
 
+def test_processes_of_cpus_that_accelerate_does_not_start(problems, monkeypatch):
+    """The environment of `accelerate launch --cpu --num_processes 2`, and of a file with `num_machines: 2`."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert problems() == []
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    one(problems(), "Accelerate was to start several processes", "`use_cpu: true` it starts one", "ddp.yaml")
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        with monkeypatch.context() as started:
+            started.setenv(name, "2")
+            assert problems() == []
+
+
 def test_a_checkpoint_of_transformers_own_is_refused(problems):
     one(problems("+stage.args.enable_jit_checkpoint=true"), "`stage.args.enable_jit_checkpoint`", "SIGTERM")
 
