@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,28 +42,38 @@ class SampleLog(TrainerCallback):
         run_dir (`str`):
             Directory of the run.
         max_rows (`int`, *optional*, defaults to `8`):
-            Rows per log step, spread evenly over the rollout.
+            Rows per log step, spread evenly over the rollout. Of an evaluation, over its first batches.
     """
 
     def __init__(self, trainer: RolloutTrainer, run_dir: str, max_rows: int = 8):
         self.trainer = trainer
         self.path = Path(run_dir, SAMPLES_FILE)
         self.max_rows = max_rows
-        self._rollout: list[Sample] = []  # the newest rollout, until it is written
-        self._held_out: deque[Sample] = deque(maxlen=trainer.args.generation_batch_size)  # of an evaluation
+        self._rollout: list[Sample] = []  # of the newest rollout, until they are written
+        self._held_out: list[Sample] = []  # of an evaluation
         self._table = None
         trainer.on_rollout(self._keep)
+        trainer.show_images(self._choose)
+
+    def _choose(self, training: bool, count: int) -> list[int]:
+        """Return which of `count` completions are written."""
+        rows = min(count, self.max_rows if training else self.max_rows - len(self._held_out))
+        return [i * count // rows for i in range(rows)]
 
     def _keep(self, rollout: RolloutRecord) -> None:
-        if not self.trainer.is_world_process_zero():
-            return
-        rewards = rollout.rewards.values.tolist()
-        images = rollout.images or [None] * len(rewards)
-        samples = [Sample(*row) for row in zip(rollout.prompts, rollout.completions, rewards, images, strict=True)]
+        samples = [
+            Sample(
+                rollout.prompts[i],
+                rollout.completions[i],
+                rollout.rewards.values[i].tolist(),
+                None if rollout.images is None else rollout.images[i],
+            )
+            for i in self._choose(rollout.training, rollout.rows)
+        ]
         if rollout.training:
             self._rollout = samples
         else:
-            self._held_out.extend(samples)
+            self._held_out += samples
 
     def on_train_begin(self, args, state, control, **kwargs):
         # A resumed run makes the steps after its checkpoint again
@@ -76,15 +85,12 @@ class SampleLog(TrainerCallback):
             os.replace(partial, self.path)
 
     def on_log(self, args, state, control, logs: dict[str, Any], **kwargs):
-        if not state.is_world_process_zero:
-            return
         evaluation = any(key.startswith("eval_") for key in logs)
-        samples = list(self._held_out if evaluation else self._rollout)
-        (self._held_out if evaluation else self._rollout).clear()
-        if not samples:
+        kept = self._held_out if evaluation else self._rollout
+        rows = list(map(self._row, kept))
+        kept.clear()  # on every rank, since all choose the same rows
+        if not rows or not state.is_world_process_zero:
             return
-        count = min(self.max_rows, len(samples))
-        rows = [self._row(samples[i * len(samples) // count]) for i in range(count)]
         where = {
             "step": state.global_step,
             "rollout": math.ceil(state.global_step / steps_per_rollout(args)),

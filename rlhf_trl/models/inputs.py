@@ -5,7 +5,7 @@ A batch of a processor has two kinds. Some have a value for each token (`token_t
 patches or tiles along their first dimension, or rows (padded along the others).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,16 @@ from trl.trainer.utils import split_pixel_values_by_grid
 
 from rlhf_trl.data.multimodal import ExtraInputs
 from rlhf_trl.errors import ConfigError
+
+
+def holds_rows(inputs: Mapping[str, Any]) -> bool:
+    """
+    Return whether the pixels of a batch have one entry for each row, padded to the most images of one (Idefics,
+    SmolVLM), and not one for each image.
+    """
+    pixels = inputs.get("pixel_values")
+    rows = isinstance(pixels, Tensor) and pixels.dim() > 4
+    return rows and inputs.get("num_tiles") is None and inputs.get("image_sizes") is None
 
 
 def split_rows(
@@ -35,9 +45,7 @@ def split_rows(
     kept = attention_mask.bool().cpu()
     known: dict[str, Any] = {"num_images": num_images} if num_images is not None else {}
     known |= {"num_tiles": num_tiles} if num_tiles is not None else {}
-    pixels = inputs.get("pixel_values")
-    if isinstance(pixels, Tensor) and pixels.dim() > 4 and num_tiles is None and inputs.get("image_sizes") is None:
-        # Rows of images (Idefics, SmolVLM), which TRL 1.16 takes for images where it has as many rows as images
+    if holds_rows(inputs | known):
         known = {}
     split: dict[str, Any] = dict(split_pixel_values_by_grid({**inputs, **known}))
     for name, value in split.items():

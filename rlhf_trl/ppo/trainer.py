@@ -9,7 +9,7 @@ Private methods of TRL 1.16 and transformers that it overrides, and why:
 - `_generate_and_score_completions`: the reference is scored at `beta=0` too, and values are added.
 - `_prepare_inputs`: the rollouts of all ranks are scored together, and dealt into mini-batches of all ranks.
 - `_compute_loss`: PPO's loss instead of GRPO's.
-- `_save`, `_load_from_checkpoint`, `_issue_warnings_after_load`: the critic has a file of its own.
+- `_save`, `_load_from_checkpoint`, `_load_best_model`, `_issue_warnings_after_load`: the critic has a file of its own.
 
 The mixins [`~rlhf_trl.ppo.scoring.TokenScoring`], [`~rlhf_trl.trainers.rollout_hook.RolloutHook`] and
 [`~rlhf_trl.trainers.rollouts.Rollouts`] list theirs.
@@ -362,8 +362,16 @@ class PPOTrainer(SampledEvaluation, TokenScoring, RolloutHook, Rollouts, Trainer
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._set_trainable()
+        self._load_critic(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if not self.is_deepspeed_enabled:  # whose own files hold the critic
+            self._load_critic(cast(str, self.state.best_model_checkpoint))
+
+    def _load_critic(self, folder: str) -> None:
         policy = self.accelerator.unwrap_model(self.model)
-        critic = read_critic(policy, resume_from_checkpoint, self.args.critic)
+        critic = read_critic(policy, folder, self.args.critic)
         if not self.is_fsdp_enabled:  # its own file, which has just been loaded, holds the critic too
             policy.load_state_dict(critic, strict=False)
 

@@ -1,13 +1,16 @@
 """Rows with images: what can't read them, said before a model is loaded."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_trl.data.images import decode_images
 from rlhf_trl.data.multimodal import processor_of
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.runs.engines import engine, shards_parameters
+from rlhf_trl.runs.ranks import world_size
 
 # Options of TRL's trainers that TRL refuses for rows with images, or whose rows lose them, with the reason
 REFUSED = {
@@ -58,7 +61,19 @@ def image_problems(trainer: Any, args: Any, dataset: DatasetDict) -> list[str]:
         for name, reason in REFUSED.items()
         if getattr(args, name, None)
     ]
+    if shards_parameters() and world_size() > 1 and (row := _row_without(dataset["train"])) is not None:
+        problems.append(
+            f"Row {row + 1} of the training data has no image, and others have. {engine()} shards the vision tower: "
+            "a rank whose rows have no image would wait for the others without end. Remove the rows without an image, "
+            "or launch with launch/accelerate/ddp.yaml."
+        )
     return problems
+
+
+def _row_without(rows: Dataset) -> int | None:
+    """Return the number of the first row without an image, counted from 0, `None` where all rows have one."""
+    images = decode_images(rows.select_columns("images"), False)
+    return next((number for number, row in enumerate(cast(Iterable[dict], images)) if not row["images"]), None)
 
 
 def check_images(trainer: Any, args: Any, dataset: DatasetDict) -> None:

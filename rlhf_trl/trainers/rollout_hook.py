@@ -94,8 +94,9 @@ class RolloutRecord:
             step on the rollout.
         kl_std (`float`, *optional*): standard deviation of the summed k1 over the sequences.
         num_sequences (`int`): how many sequences `kl` is the mean of.
-        images (`list[list[str]]`, *optional*): thumbnails of each prompt's images, as data URIs. `None` for data
-            without.
+        images (`dict[int, list[str]]`, *optional*): thumbnails of the images of the prompts that are shown, as data
+            URIs, by the number of the prompt, see [`RolloutHook.show_images`]. `None` for data without images.
+        rows (`int`): how many of the completions count. In an evaluation copies of them can come after.
     """
 
     training: bool
@@ -105,7 +106,8 @@ class RolloutRecord:
     kl: float | None = None
     kl_std: float | None = None
     num_sequences: int = 0
-    images: list[list[str]] | None = None
+    images: dict[int, list[str]] | None = None
+    rows: int = 0
 
     @property
     def kl_standard_error(self) -> float:
@@ -147,6 +149,9 @@ class RolloutTrainer(Protocol):
 
     def on_rollout(self, listener: Listener) -> None:
         """See [`RolloutHook.on_rollout`]."""
+
+    def show_images(self, choose: Callable[[bool, int], Sequence[int]]) -> None:
+        """See [`RolloutHook.show_images`]."""
 
     def score_completions(self, inputs, prompts, completions, completion_ids_list) -> Rewards:
         """See [`RolloutHook.score_completions`]."""
@@ -195,6 +200,7 @@ class RolloutHook(Trainer):
 
     def __init__(self, *args, combine: Callable[..., Tensor] | None = None, **kwargs):
         self._listeners: list[Listener] = []
+        self._choose_shown: Callable[[bool, int], Sequence[int]] = lambda training, count: ()
         self.last_rollout: RolloutRecord | None = None
         self.combine_rewards: Callable[..., Tensor] = combine or weighted_sum
         super().__init__(*args, **kwargs)
@@ -224,6 +230,16 @@ class RolloutHook(Trainer):
         """
         self._listeners.append(listener)
 
+    def show_images(self, choose: Callable[[bool, int], Sequence[int]]) -> None:
+        """
+        Keep thumbnails of the images of some prompts of each rollout.
+
+        Args:
+            choose (callable): function of whether a rollout is learned from and of its number of completions, on every
+                rank alike, that returns the numbers of those whose prompts' images are shown.
+        """
+        self._choose_shown = choose
+
     def score_completions(self, inputs, prompts, completions, completion_ids_list) -> Rewards:
         """Return the rewards of completions, of all ranks on every rank; the arguments are TRL's, of this rank."""
         prompts = [prompt if isinstance(prompt, str) else take_images(prompt)[0] for prompt in prompts]
@@ -239,9 +255,12 @@ class RolloutHook(Trainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> Tensor:
         rewards = self.score_completions(inputs, prompts, completions, completion_ids_list)
         prompts = [prompt if isinstance(prompt, str) else take_images(prompt)[0] for prompt in prompts]
-        record = RolloutRecord(self.model.training, gather_object(prompts), gather_object(completions), rewards)
+        prompts, completions = gather_object(prompts), gather_object(completions)
+        batch = getattr(self, "held_out_batch", None)
+        rows = len(prompts) if batch is None else batch.rows
+        record = RolloutRecord(self.model.training, prompts, completions, rewards, rows=rows)
         if "images" in inputs[0]:  # a column of the data, so on every rank or on none
-            record.images = gather_object([list(map(thumbnail, row["images"] or ())) for row in inputs])
+            record.images = self._thumbnails(inputs, self._choose_shown(record.training, rows))
         if record.training:
             self.last_rollout = record
         answers = [answer for listener in self._listeners if (answer := listener(record)) is not None]
@@ -254,25 +273,29 @@ class RolloutHook(Trainer):
         self._record = record
         return self._rewards_to_learn_from(record)
 
+    def _thumbnails(self, inputs: list[dict[str, Any]], shown: Sequence[int]) -> dict[int, list[str]]:
+        """Return the thumbnails of the prompts that are shown, of all ranks; `inputs` are the rows of this one."""
+        start = sum(gather_object([len(inputs)])[: self.accelerator.process_index])
+        own = [row for row in shown if start <= row < start + len(inputs)]
+        return dict(gather_object([(row, list(map(thumbnail, inputs[row - start]["images"] or ()))) for row in own]))
+
     def _log_applied(self, record: RolloutRecord) -> None:
         """Log to which share of the completions each reward applies; the rest is None."""
-        rewards, batch = record.rewards, getattr(self, "held_out_batch", None)
-        applied = ~rewards.values.isnan() | rewards.invalid
-        applied = applied if batch is None else applied[: batch.rows]  # copies of the rows come after them
+        rewards = record.rewards
+        applied = (~rewards.values.isnan() | rewards.invalid)[: record.rows]
         for name, share in zip(rewards.names, applied.double().mean(dim=0).tolist(), strict=True):
             self._metrics["train" if record.training else "eval"][f"rewards/{name}/frac_applied"].append(share)
 
     def _constrain(self, lagrange: Lagrange, record: RolloutRecord) -> None:
         """Move the multipliers of the constraints in training, and log how far each constraint is satisfied."""
-        counted, batch, metrics = record.rewards.counted, getattr(self, "held_out_batch", None), {}
+        batch, metrics = getattr(self, "held_out_batch", None), {}
+        counted = record.rewards.counted[: record.rows]
         if record.training:
             lagrange.update(counted, self.reward_weights, self.reward_func_names, self.in_critic_warmup)
             for name, value in lagrange.multipliers.items():
                 metrics[f"{name}/lambda"] = value
                 metrics[f"{name}/lambda_share"] = min(value / lagrange.lambda_max, 1.0)
                 metrics[f"{name}/cost"] = lagrange.mean_cost(name)
-        elif batch is not None:
-            counted = counted[: batch.rows]  # copies of the rows come after them
         for name, measures in lagrange.measures(counted, self.reward_func_names).items():
             metrics |= {f"{name}/{key}": value for key, value in measures.items()}
             if batch is not None:

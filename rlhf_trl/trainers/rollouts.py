@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.tokenize import end_tokens, prompt_ids, remember_ends
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.models.inputs import holds_rows
 from rlhf_trl.patches.generation import special_tokens_only, weights_preserved
 from rlhf_trl.patches.positions import count_positions_from_mask
 from rlhf_trl.patches.vllm import keep_log_probs, merge_for_sending
@@ -122,13 +123,30 @@ class Rollouts(Trainer):
             )
         self._rows = inputs
         # Of the trainer that this class is mixed into
-        return super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
+        output = super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
+        return output | {"num_images": [1] * len(inputs)} if holds_rows(output) else output
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, *args, num_images=None, **kwargs):
+        """
+        Score tokens as TRL does, with the images of each row.
+
+        Idefics and SmolVLM have one row of pixels for each prompt, padded to the most images of one. TRL 1.16 splits
+        them by images where there happen to be as many of these as prompts.
+        """
+        if holds_rows(kwargs):
+            num_images = [1] * len(input_ids)
+        # Of the trainer that this class is mixed into
+        return super()._get_per_token_logps_and_entropies(  # pyright: ignore[reportAttributeAccessIssue]
+            model, input_ids, *args, num_images=num_images, **kwargs
+        )
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], list | None, dict[str, Any]]:
         """Return the prompts' ids, with the `tools` and `chat_template_kwargs` of their rows, which TRL ignores."""
         if self._is_vlm or getattr(self, "environment_factories", None) is not None:
             # Of the trainer that this class is mixed into
-            return super()._tokenize_prompts(prompts)  # pyright: ignore[reportAttributeAccessIssue]
+            ids, images, inputs = super()._tokenize_prompts(prompts)  # pyright: ignore[reportAttributeAccessIssue]
+            # TRL 1.16 has None for a prompt without images in a batch with some, and processors read empty lists alone
+            return ids, images and [each or [] for each in images], inputs
         own = {"tools": self.tools, "chat_template": self.chat_template} if getattr(self, "tools", None) else {}
         ids = [
             prompt_ids(self._tokenizer, prompt, **own, **template_kwargs(row))
@@ -136,11 +154,12 @@ class Rollouts(Trainer):
         ]
         return ids, None, {}
 
-    def _generate_single_turn(self, *args, **kwargs):
+    def _generate_single_turn(self, prompt_ids: list, images: list | None, *args, **kwargs):
         training = self.model.training
+        images = images and [each or None for each in images]  # as TRL passes them to vLLM
         with special_tokens_only(self._policy), self._weights_preserved():
             # Of the trainer that this class is mixed into
-            output = super()._generate_single_turn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            output = super()._generate_single_turn(prompt_ids, images, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if self.model.training != training:  # continuous batching ends in training mode, in an evaluation too
             self.model.train(training)
         return output

@@ -33,19 +33,21 @@ SETTINGS = {
 }
 
 
-def questions(count: int) -> Dataset:
-    """Return prompts with one or two pictures each, of several sizes and lengths."""
+def questions(count: int, mixed: bool = False) -> Dataset:
+    """Return prompts with one or two pictures each, of several sizes and lengths; if `mixed`, a third has none."""
     colours, rows = list(COLOURS), []
     for i in range(count):
         text = ["what colour is it ?", "is it red ?", "is it a blue colour ?"][i % 3]
         images = [picture(colours[(i + j) % 3], SIZES[i % 3]) for j in range(1 + (i % 4 == 3))]
+        images = [] if mixed and i % 3 == 1 else images
         rows.append({"prompt": [{"role": "user", "content": text}], "images": images})
     return Dataset.from_list(rows).cast_column("images", List(Image()))
 
 
 def written(tokenizer, prompt, images) -> list[int]:
     """Return a completion that depends on the prompt and its pictures alone."""
-    number = len(prompt[0]["content"]) + sum(images[0].getpixel((0, 0))) + 7 * len(images)
+    shown = sum(sum(image.getpixel((0, 0))) for image in images[:1])
+    number = len(prompt[0]["content"]) + shown + 7 * len(images)
     words = ["red", "blue", "green", "a", "."][: 2 + number % 4]
     return tokenizer(" ".join(words))["input_ids"] + [tokenizer.eos_token_id] * (number % 3 > 0)
 
@@ -67,12 +69,13 @@ class Rollouts:
         }
 
 
-def make_trainer(model, tmp_path, tokenizer, data, rollout_func=None, **options):
+def make_trainer(model, tmp_path, tokenizer, data, rollout_func=None, eval_dataset=None, **options):
     return PPOTrainer(
         model,
         reward_funcs=lambda completions, **_: score([each[0]["content"] for each in completions]),
         args=PPOConfig(str(tmp_path / "run"), **(SETTINGS | options)),
         train_dataset=data,
+        eval_dataset=eval_dataset,
         processing_class=processor_of(tokenizer),
         rollout_func=rollout_func,
     )

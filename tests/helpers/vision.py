@@ -1,6 +1,7 @@
 """Tiny models that read images, of several architectures, with their processors: made on the fly."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from transformers import (
     LlavaConfig,
     LlavaProcessor,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
 )
@@ -115,6 +117,35 @@ def idefics3() -> tuple[ProcessorMixin, PreTrainedConfig]:
         pad_token_id=0,
     )
     return processor, config
+
+
+def give_sounds(processor: ProcessorMixin) -> None:
+    """Let a processor make an input that no library knows: `sounds`, of shape (rows, 2)."""
+    makes = type(processor).__call__
+
+    class Hearing(type(processor)):
+        def __call__(self, *args, **kwargs):
+            made = makes(self, *args, **kwargs)
+            count = len(made["input_ids"])
+            made["sounds"] = torch.arange(2.0 * count).reshape(count, 2) / 10 + len(made["input_ids"][0]) / 10
+            return made
+
+    processor.__class__ = Hearing
+
+
+def give_ear(model: PreTrainedModel) -> list[int]:
+    """Let the trunk of a model add `sounds` to the embeddings of its tokens; return where each pass notes its rows."""
+    trunk: Any = model.base_model
+    heard, forward = [], trunk.forward
+    trunk.ear = torch.nn.Linear(2, model.config.get_text_config().hidden_size)
+
+    def hearing(input_ids=None, sounds=None, pixel_values=None, inputs_embeds=None, **inputs):
+        assert len(sounds) == len(input_ids)
+        heard.append(len(sounds))
+        return forward(inputs_embeds=trunk.get_input_embeddings()(input_ids) + trunk.ear(sounds)[:, None], **inputs)
+
+    trunk.forward = hearing
+    return heard
 
 
 ARCHITECTURES: dict[str, Callable[[], tuple[ProcessorMixin, PreTrainedConfig]]] = {

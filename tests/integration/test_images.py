@@ -15,7 +15,7 @@ from rlhf_trl.models.loading import load_reward_model
 from rlhf_trl.report.project import write_report
 from rlhf_trl.runs.record import read_metrics
 from tests.helpers.configs import composed
-from tests.helpers.vision import COLOURS, picture, save_vlm
+from tests.helpers.vision import ARCHITECTURES, COLOURS, picture, save_vlm
 
 QUESTIONS = [
     "what colour is it ?",
@@ -51,7 +51,9 @@ def length(completions, images, **columns) -> list[float]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("images")
-    save_vlm(folder / "vlm")
+    for architecture in ARCHITECTURES:
+        save_vlm(folder / architecture, architecture)
+    (folder / "vlm").symlink_to(folder / "llava")
     colours = list(COLOURS)
     for colour in colours:
         picture(colour).save(folder / f"{colour}.png")
@@ -61,6 +63,11 @@ def folder(tmp_path_factory) -> Path:
         for i, colour in enumerate(colours)
     ]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for i, row in enumerate(rows):
+        row |= {"prompt": f"{'a ' * (i // 6)}{row['prompt']}"}
+        if i % 2:
+            del row["image"]
+    (folder / "mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 
@@ -114,6 +121,23 @@ def test_each_stage_learns_from_images(run, stage):
     history = read_metrics(run(stage, *options, f"run_name={stage}_learns"))["history"]
     values = [sign * entry[measure] for entry in history if measure in entry]
     assert len(values) >= 20 and sum(values[-6:]) < sum(values[:6])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("stage", ["sft", "dpo", "kto", "reward"])
+def test_rows_with_and_without_images_share_a_batch(run, folder, stage, architecture):
+    """The loss of held-out rows is the same in batches of four as row by row."""
+    losses = []
+    for size in (1, 4):
+        options = [*SMALL, "stage.args.max_steps=1", "stage.args.learning_rate=0", "stage.args.eval_strategy=steps"]
+        options += ["stage.args.eval_steps=1", f"stage.args.per_device_eval_batch_size={size}", "seed=1"]
+        options += [f"data.paths={folder}/mixed.jsonl", f"model.path={folder}/{architecture}", "data.eval_size=9"]
+        # The KL of the other loss is that of a batch
+        options += ["+stage.args.loss_type=apo_zero_unpaired"] if stage == "kto" else []
+        history = read_metrics(run(stage, *options, f"run_name=mixed_{stage}_{size}"))["history"]
+        losses.append(next(entry["eval_loss"] for entry in history if "eval_loss" in entry))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -4,13 +4,16 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from rlhf_trl.data.multimodal import processor_of
+from rlhf_trl.models.loading import load_model
 from rlhf_trl.models.tokenizers import load_tokenizer
+from rlhf_trl.ppo.critic import read_critic
 from tests.helpers.plain_ppo import moved, reference_ppo, same
 from tests.helpers.ppo_images import Rollouts, make_trainer, questions, written
-from tests.helpers.vision import save_vlm
+from tests.helpers.vision import give_ear, give_sounds, save_vlm
 
 
 def read(tokenizer, asked):
@@ -19,7 +22,9 @@ def read(tokenizer, asked):
     parts = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt[0]["content"]}]
     processor = processor_of(tokenizer)
     text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-    made = dict(processor(text=[text], images=[images], return_tensors="pt", add_special_tokens=False))
+    made = dict(
+        processor(text=[text], images=[images] if images else None, return_tensors="pt", add_special_tokens=False)
+    )
     completion = written(tokenizer, prompt, images)
     ids = made.pop("input_ids")[0].tolist()
     made.pop("attention_mask")
@@ -30,14 +35,20 @@ def read(tokenizer, asked):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "critic"),
-    [("llava", "head"), ("llava", "model"), ("gemma3", "model"), ("idefics3", "head")],
+    ("architecture", "critic", "mixed"),
+    [
+        ("llava", "head", False),
+        ("llava", "model", True),
+        ("gemma3", "model", False),
+        ("idefics3", "head", False),
+        ("idefics3", "model", True),
+    ],
 )
-def test_one_update_with_images_equals_plain_pytorch(tmp_path, architecture, critic):
+def test_one_update_with_images_equals_plain_pytorch(tmp_path, architecture, critic, mixed):
     path = save_vlm(tmp_path / "model", architecture)
     tokenizer = load_tokenizer(path)
     rollouts = Rollouts(tokenizer)
-    trainer = make_trainer(path, tmp_path, tokenizer, questions(16), rollouts, critic=critic)
+    trainer = make_trainer(path, tmp_path, tokenizer, questions(16, mixed), rollouts, critic=critic)
     start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     head = copy.deepcopy(trainer.model.value_head)
     trainer.train()
@@ -69,36 +80,12 @@ class Listening(LlavaForConditionalGeneration):
         return made | ({} if sounds is None else {"sounds": sounds})
 
 
-def give_ear(model: LlavaForConditionalGeneration) -> list[int]:
-    """Let a model add `sounds` to the embeddings of its tokens; return where the rows of each pass are noted."""
-    model.__class__, heard, forward = Listening, [], model.model.forward
-    model.model.ear = torch.nn.Linear(2, model.config.text_config.hidden_size)
-
-    def hearing(input_ids=None, sounds=None, pixel_values=None, inputs_embeds=None, **inputs):
-        assert len(sounds) == len(input_ids)
-        heard.append(len(sounds))
-        embedded = model.get_input_embeddings()(input_ids) + model.model.ear(sounds)[:, None]
-        return forward(inputs_embeds=embedded, **inputs)
-
-    model.model.forward = hearing
-    return heard
-
-
 def test_whatever_a_processor_makes_reaches_policy_critic_and_reference(tmp_path):
     path = save_vlm(tmp_path / "model")
     tokenizer = load_tokenizer(path)
-    processor = processor_of(tokenizer)
-    makes = type(processor).__call__
-
-    class Hearing(type(processor)):
-        def __call__(self, *args, **kwargs):
-            made = makes(self, *args, **kwargs)
-            count = len(made["input_ids"])
-            made["sounds"] = torch.arange(2.0 * count).reshape(count, 2) / 10
-            return made
-
-    processor.__class__ = Hearing
+    give_sounds(processor_of(tokenizer))
     model = LlavaForConditionalGeneration.from_pretrained(path)
+    model.__class__ = Listening
     heard = give_ear(model)
     trainer = make_trainer(model, tmp_path, tokenizer, questions(11).filter(lambda row: len(row["images"]) == 1))
     before = model.model.ear.weight.clone()
@@ -124,3 +111,24 @@ def test_a_run_with_images_resumes_exactly(tmp_path):
     resumed = again.model.state_dict()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed[name], value), name
+
+
+def test_the_best_checkpoint_is_loaded_where_weights_are_renamed_on_save(tmp_path, monkeypatch):
+    """The critic's as well."""
+    path = save_vlm(tmp_path / "model")
+    tokenizer = load_tokenizer(path)
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_found", "critic": "model"}
+    trainer = make_trainer(path, tmp_path, tokenizer, questions(24), eval_dataset=questions(2), **options)
+    second = 2 * trainer.args.steps_per_rollout
+    monkeypatch.setattr(trainer, "evaluate", lambda **kwargs: {"eval_found": trainer.state.global_step == second})
+    trainer.train()
+    best = f"{trainer.args.output_dir}/checkpoint-{second}"
+    assert trainer.state.best_model_checkpoint == best and trainer.state.global_step > second
+    actual, policy = trainer.model.state_dict(), load_model(best).state_dict()
+    assert not load_file(f"{best}/model.safetensors").keys() <= actual.keys()
+    same(actual, policy)
+    critic = read_critic(trainer.model, best, "model")
+    assert len(critic) > 10
+    for name, value in critic.items():
+        assert torch.equal(actual[name], value), name
