@@ -1,15 +1,18 @@
 """The benchmarks of the loop: the measures of their tables, and each of them run at tiny sizes."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench.loop import active, judge, refresh, smollm2
+from bench.loop import active, best_of_n, judge, refresh, smollm2
 from bench.loop.results import Results, at_kl, compare_paths, interval, labels_to_reach, markdown, pair_accuracy
+from bench.overoptimization.samples import Sample
 from rlhf_trl.cli.overrides import compose
 from rlhf_trl.cli.rounds import all_steps, register_rounds
 
@@ -78,6 +81,72 @@ def test_the_table_of_refreshed_and_static_reward_models():
     assert "| last - first | -0.200 [-0.200, -0.200] |  | +0.020" in text
 
 
+class FirstId:
+    """A reward that is the first token of a row, and reads no row twice."""
+
+    def __init__(self):
+        self.rows: set[tuple[int, ...]] = set()
+
+    def score_ids(self, rows: list[list[int]]) -> list[float]:
+        new = set(map(tuple, rows))
+        assert not new & self.rows
+        self.rows |= new
+        return [float(row[0]) for row in rows]
+
+
+def by_first_id() -> best_of_n.Scorer:
+    return best_of_n.Scorer(FirstId())
+
+
+def completions(*golds: float) -> list[Sample]:
+    """Return completions of a prompt with rising scores."""
+    return [Sample("p", (i,), 1, gold) for i, gold in enumerate(golds)]
+
+
+def test_the_best_of_n_of_a_sample_has_its_kl_gold_and_accuracy():
+    many = completions(*range(4096))
+    path = best_of_n.gold_path([many], by_first_id(), [1, 4])
+    assert path[0] == (0.0, 2047.5)
+    assert path[1][0] == pytest.approx(math.log(4) - 3 / 4, abs=1e-3)  # without repeated completions
+    assert path[1][1] == pytest.approx(4096 * 4 / 5, rel=1e-3)
+    # One that is written three times is chosen as often as its share says, and its KL is smaller
+    twice = completions(1.0, 0.0)
+    assert best_of_n.gold_path([[twice[0], *[twice[1]] * 3]], by_first_id(), [2])[0] == (
+        pytest.approx(1 / 16 * math.log(1 / 4) + 15 / 16 * math.log(5 / 4), abs=1e-4),
+        pytest.approx(1 / 16, abs=1e-4),
+    )
+    group = completions(0.0, 2.0, 1.0)
+    assert best_of_n.accuracy([group], by_first_id(), 1, by_first_id()) == pytest.approx(2 / 3, abs=1e-4)
+    # Of two that are drawn, the best is one of the last two more often, which are in the wrong order
+    assert best_of_n.accuracy([group], by_first_id(), 2, by_first_id()) == pytest.approx(8 / 23, abs=1e-4)
+    assert best_of_n.accuracy([completions(1.0, 1.0)], by_first_id(), 1, by_first_id()) is None
+
+
+def test_labels_are_of_the_policy_and_the_first_one_and_ties_are_none():
+    groups = [completions(3.0, 0.0), completions(1.0, 1.0), completions(0.0, 3.0)]
+    setting = best_of_n.Setting(best_of_n.QUICK.sizes, labels=2, noise=0.01)
+    assert best_of_n.best_of(by_first_id(), groups, 2) == [group[1] for group in groups]
+    made = best_of_n.labels([group[0] for group in groups], groups, setting, "1")
+    assert [(a.gold, b.gold) for a, b in made] == [(3.0, 0.0), (3.0, 0.0)]
+    with pytest.raises(ValueError, match="3 prompts have 2 labels, and 3 are asked for"):
+        best_of_n.labels([group[0] for group in groups], groups, replace(setting, labels=3), "1")
+
+
+def test_the_table_of_the_best_of_n():
+    found = {
+        str(seed): {
+            "static": {"path": [[0.0, 1.5], [0.6, 2.0], [4.0, 1.0 + seed / 10]], "accuracy": [0.7, 0.5, 0.4]},
+            "refreshed": {"path": [[0.0, 1.5], [4.0, 2.0]], "accuracy": [0.6, 0.65], "before": [None, 0.6, 0.5]},
+        }
+        for seed in (0, 1)
+    }
+    text = best_of_n.report(found, best_of_n.Setting(best_of_n.QUICK.sizes, counts=(2, 4)))
+    assert "| seed 1 | 1.50 | 2.00 | 2.00 | 1.10 at 4.00 | 2.00 at 4.00 | +0.90 |" in text
+    assert "| mean [95 %] |  |  |  |  |  | +0.95 [+0.31, +1.59] |" in text
+    assert "| best of 4 | 0.400 [0.400, 0.400] | 0.500 [0.500, 0.500] | - |" in text
+    assert "| best of 2 - of 1 | -0.200 [-0.200, -0.200] |  | +0.050 [+0.050, +0.050] |" in text
+
+
 def test_the_table_of_selections():
     curves = {"random": [1.0, 2.0], "uncertainty": [1.0, 3.0], "thompson": [1.0, 1.5]}
     result = {
@@ -119,7 +188,7 @@ def run(tmp_path: Path, *words: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["refresh", "active"])
+@pytest.mark.parametrize("name", ["refresh", "best_of_n", "active"])
 def test_a_benchmark_of_the_loop_runs_and_is_resumed(tmp_path, name):
     text = run(tmp_path, name)
     (row,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
