@@ -110,16 +110,17 @@ def test_the_difference_of_two_runs_is_that_of_all_weights(tmp_path, last, expec
 )
 def test_a_part_of_the_matrix(tmp_path, engine):
     """
-    Each run agrees with two ranks of DDP, resumes exactly, and its model loads with plain transformers or PEFT: with
-    one model, with a critic that is a copy of the policy, and with a second model that is loaded beside it.
+    Each run agrees with two ranks of DDP, and those with one, resumes exactly, and its model loads with plain
+    transformers or PEFT: with one model, with a reference, with a critic that is a copy of the policy, and with a
+    second model that is loaded beside it.
     """
-    rows = "^(sft full|ppo/model lora|reward full|ppo/model full, critic.run, reward=model)$"
+    rows = "^(sft full|online_dpo full|ppo/model lora|reward full|ppo/model full, critic.run, reward=model)$"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "bench.engines", "--only", rows, "--engines", engine, "--folder", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
     found = read(tmp_path / "results.jsonl")
     assert done.returncode == 0, [result for result in found.values() if failed(result)]
-    assert {name for _, name in found} == {"ddp", engine} <= set(ENGINES) and len(found) == 8
+    assert {name for _, name in found} == {"ddp", engine} <= set(ENGINES) and len(found) == 10
 
 
 def rehearsals() -> list[str]:
