@@ -255,7 +255,7 @@ def write_soups(
     target = _whole(paths[_untied(models)], trust_remote_code, "auto")
     types = {path: _type(path, model, trust_remote_code) for path, model in zip(paths, models, strict=True)}
     if len(set(types.values())) > 1:
-        target = target.to(functools.reduce(torch.promote_types, types.values()))
+        nn.Module.to(target, functools.reduce(torch.promote_types, types.values()))  # in place
         told = ", ".join(f"`{path}` {str(dtype).removeprefix('torch.')}" for path, dtype in types.items())
         say(f"The models have weights of several types ({told}): their soup is {str(target.dtype)[6:]}.")
     for folder, lambdas in lambdas_of.items():
