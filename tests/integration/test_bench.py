@@ -1,7 +1,6 @@
 """The benchmark's contenders train on the same numbers: our PPO against the bare loop, and the meter's arithmetic."""
 
 import json
-import re
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bare, constraints, fronts, ours, reward, sparse
+from bench import bare, fronts, ours, reward, sparse
 from bench.__main__ import BARE_HEAD, OURS_HEAD, Target, ratios, table
 from bench.gpu.__main__ import main as benchmark_gpu
 from bench.gpu.configurations import CONFIGURATIONS
@@ -23,11 +22,8 @@ from bench.memory.__main__ import table as memory_table
 from bench.setting import PHASES, Meter, Setting, make_prompts, make_small_llama
 from rlhf_trl.checks import find_problems
 from rlhf_trl.cli import overrides
-from rlhf_trl.cli.overrides import parse_command_line
-from rlhf_trl.cli.sweep import problems as sweep_problems
+from rlhf_trl.models.options import soup_points
 from rlhf_trl.rewards.shaping import pattern as brevity
-from rlhf_trl.runs.record import write_json
-from rlhf_trl.runs.results import Comparison, Estimate, Front, PolicyResult
 
 
 @pytest.fixture(scope="module")
@@ -146,62 +142,49 @@ def test_the_report_of_the_reward_benchmark():
     assert reward.report(reward.RECIPES["smollm2"], results, options).count("missed") == 2
 
 
-def test_the_benchmark_of_constraints(tmp_path, monkeypatch):
-    made = constraints.steps([0.0, 2.0], [1, 2], episodes=256)
-    assert list(made) == [f"{name}_{seed}" for seed in (1, 2) for name in ("lagrange", "weight_0", "weight_2")]
+def test_every_training_of_the_benchmark_of_fronts_passes_the_checks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("lagrange_1", "weight_2_2"):
-        cfg, problems = overrides.compose([*made[name], f"run_name={name}"])
+    setting = fronts.Setting()
+    trainings = [fronts.weighting(0.375, setting), fronts.bounded(0.8, setting)]
+    for words in trainings:
+        cfg, problems = overrides.compose(words)
         assert problems + find_problems(cfg) == []
         (pattern,) = [node.kwargs.pattern for key, node in cfg.reward.items() if key == "format"]
+        assert pattern == fronts.PATTERN
         texts = ["one two three four five six seven eight", "one two three four five six seven eight nine", "", "a. b"]
         assert brevity(texts, pattern) == [1.0, 0.0, 0.0, 1.0]
-    for name in made:
-        gold, brief = (2.0, 0.76) if name.startswith("lagrange") else (3.0, 0.7)
-        measured = {"eval_rewards/gold/mean": gold, "eval_rewards/format/mean": brief, "eval_objective/kl": 1.5}
-        history = [{"constraints/format/lambda": 1.25}] if name.startswith("lagrange") else [{}]
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.json").write_text(json.dumps({"eval": measured, "history": history}))
-    _, _, first, _, last = constraints.report(tmp_path, [0.0, 2.0], [1, 2]).splitlines()
-    assert first.split("  ")[0] == "constraint, mean of brief >= 0.8" and "yes" in first and "1.25, 1.25" in first
-    assert last.startswith("gold + 2 x brief") and "no" in last.split()
+    cfg, problems = overrides.compose(fronts.soups(setting))
+    assert problems == [] and len(cfg.stage.grid) == 9
+    places = fronts.places(setting)
+    weights = soup_points(["gold", "brief"], None, list(cfg.stage.grid))
+    assert weights[int(places["soup_0.125"].removeprefix("soup/"))]["gold"] == 0.125 and len(places) == 9 + 4 + 7
+    assert set(setting.few) <= set(setting.shares)
 
 
-def test_the_benchmark_of_fronts(tmp_path, monkeypatch):
-    for words in fronts.sweeps(1, episodes=256).values():
-        assert sweep_problems(parse_command_line(["-m", *words])) == []
-    monkeypatch.chdir(tmp_path)
-    made = fronts.steps(1)
-    assert list(made) == ["soup_1", "compare_1"]
-    for name, words in made.items():
-        cfg, problems = overrides.compose([*words, "project=p", f"run_name={name}"])
-        assert problems == []
-    assert cfg.stage.policies == {"sft": "demo:sft"} and cfg.stage.sweeps == ["weights_1", "soup_1", "bounds_1"]
-    volumes = {"": 4.0, "weights_1": 2.0, "soup_1": 1.0, "bounds_1": 3.0}
-    front = Front(
-        rewards=["gold", "format"],
-        reference_point={"gold": 0, "format": 0.25},
-        policies=["w0", "b"],
-        hypervolumes={name: Estimate(volume, volume - 1, volume + 1) for name, volume in volumes.items()},
-    )
-    policies = {
-        name: PolicyResult(
-            path=name, family=family, completion_length=1, eos_rate=1, rewards={"gold": gold, "format": 0.5}
-        )
-        for name, family, gold in (
-            ("w0", "weights_1", 3),
-            ("w1", "weights_1", 2),
-            ("s", "soup_1", 1),
-            ("b", "bounds_1", 4),
-        )
+def test_the_tables_of_the_benchmark_of_fronts():
+    setting = fronts.Setting(shares=(0.0, 0.5, 1.0), few=(0.0, 1.0), bounds=(0.5, 0.9))
+    front = {"weight_0": (1.0, 1.0), "weight_0.5": (2.0, 0.7), "weight_1": (3.0, 0.2), "soup_0.5": (2.0, 0.5)}
+    front |= {"bound_0.5": (2.5, 0.5), "bound_0.9": (1.5, 0.8)}
+    seeds = {
+        str(seed): {
+            "policies": {
+                name: {"gold": gold + 0.1 * seed, "brief": brief, "kl": 1.0} for name, (gold, brief) in front.items()
+            },
+            "lambdas": {"0.5": 1.0, "0.9": 2.5},
+        }
+        for seed in (0, 1)
     }
-    comparison = Comparison(baseline="w0", prompts=1, dropped=0, policies=policies, front=front, samples=[])
-    (tmp_path / "compare_1").mkdir()
-    write_json(tmp_path / "compare_1" / "comparison.json", comparison)
-    text = fronts.report(tmp_path, [1])
-    rows = [re.split("  +", line) for line in text.splitlines()[2:5]]
-    assert rows[0] == ["fixed weights", "2", "2.000", "2.000 [1.000, 3.000]", "(3.00, 0.50)"]
-    assert rows[1][1:3] == ["2", "1.000"] and rows[1][-1] == "none" and rows[2][2] == "3.000"
+    first, second, volumes = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in fronts.Fronts().report(seeds, setting).splitlines()
+        if line.startswith(("| >= ", "| fixed weights"))
+    ]
+    assert first[2] == "yes (2 of 2)" and first[4] == "1.00, 1.00" and first[5] == "0.5"
+    assert first[8] == first[9] == "+0.50 [+0.50, +0.50]"
+    # It misses its bound, and what is compared with it doesn't
+    assert second[2] == "no (0 of 2)" and second[5] == "0" and second[8] == "+0.50 [+0.50, +0.50]"
+    # Over (1, 0.2), without and with 0.1 more gold reward: 1 x 0.5 and 1.1 x 0.5 + 0.1 x 0.3
+    assert volumes[1] == "3" and volumes[2].startswith("0.54 [")
 
 
 def test_the_benchmark_of_a_gpu_rehearsed(tmp_path, capsys):
