@@ -25,12 +25,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import numpy as np
-
 from bench.loop.driver import ROOT
+from bench.loop.results import interval
 from bench.loop.steps import Steps
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.evaluation.statistics import paired_difference
 from rlhf_trl.report.text import table
 from rlhf_trl.tasks.demo.world import is_held_out, prompts
 
@@ -134,9 +132,8 @@ def report(found: dict[str, list[float]], labels: int, count: int, seeds: Sequen
     for arm, values in found.items():
         cells = ["", ""]
         if arm != "none":
-            change = paired_difference(np.array(values), np.array(found["none"]))
-            wins = sum(value > base for value, base in zip(values, found["none"], strict=True))
-            cells = [f"{change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}]", f"{wins} of {len(seeds)}"]
+            gaps = [value - base for value, base in zip(values, found["none"], strict=True)]
+            cells = [interval(gaps, 3, sign=True), f"{sum(gap > 0 for gap in gaps)} of {len(seeds)}"]
         rows.append([ARMS[arm], f"{mean(values):.3f}", *cells])
     headers = ["", "accuracy", "difference [95 %]", "better in"]
     return (
