@@ -17,6 +17,7 @@ import json
 import pathlib
 import sys
 from transformers import set_seed
+from rlhf_trl.callbacks.samples import SampleLog
 from rlhf_trl.models.tokenizers import load_tokenizer
 from tests.helpers.ppo_images import Rollouts, make_trainer, questions
 path, out, ranks, critic = sys.argv[1:]
@@ -27,6 +28,7 @@ trainer = make_trainer(
     path, out, tokenizer, questions(24), Rollouts(tokenizer), critic=critic, per_device_train_batch_size=4 // ranks
 )
 assert trainer.accelerator.num_processes == ranks
+trainer.add_callback(SampleLog(trainer, str(out)))
 trainer.train()
 trainer.save_model()
 if trainer.accelerator.is_main_process:
@@ -36,7 +38,7 @@ trainer.accelerator.end_training()
 
 
 def run(tmp_path, path, ranks, critic):
-    """Return the log and the final weights of a run, policy's and critic's."""
+    """Return the log of a run, its samples, and the final weights, policy's and critic's."""
     (tmp_path / "script.py").write_text(SCRIPT)
     root, out = Path(__file__).parents[2], tmp_path / str(ranks)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
@@ -47,17 +49,24 @@ def run(tmp_path, path, ranks, critic):
     assert done.returncode == 0, done.stderr[-3000:]
     weights = [load_file(file) for file in sorted((out / "run").glob("*.safetensors"))]
     assert len(weights) == 2
-    return json.loads((out / "run" / "log.json").read_text()), weights[0] | weights[1]
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    return json.loads((out / "run" / "log.json").read_text()), samples, weights[0] | weights[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("critic", ["head", "model"])
 def test_two_ranks_with_images_give_the_numbers_of_one(tmp_path, critic):
     path = save_vlm(tmp_path / "model")
-    (log, weights), (log_of_two, weights_of_two) = (run(tmp_path, path, ranks, critic) for ranks in (1, 2))
+    one, two = (run(tmp_path, path, ranks, critic) for ranks in (1, 2))
+    (log, samples, weights), (log_of_two, samples_of_two, weights_of_two) = one, two
     assert weights.keys() == weights_of_two.keys()
     for name, value in weights.items():
         torch.testing.assert_close(weights_of_two[name], value, atol=1e-5, rtol=1e-5)
     for key in ("objective/scores", "objective/kl", "value/loss", "policy/loss", "policy/entropy"):
         one, two = ([entry[key] for entry in entries if key in entry] for entries in (log, log_of_two))
         assert len(one) == 3 and two == pytest.approx(one, abs=1e-4), key
+    shown, shown_of_two = (
+        sorted((row["step"], row["prompt"], row["completion"], row["images"]) for row in rows)
+        for rows in (samples, samples_of_two)
+    )
+    assert len(shown) == 24 and shown == shown_of_two

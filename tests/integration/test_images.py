@@ -141,6 +141,19 @@ def test_rows_with_and_without_images_share_a_batch(run, folder, stage, architec
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ppo_samples_and_scores_rows_with_and_without_images(run, folder, architecture):
+    mixed = (f"data.paths={folder}/mixed.jsonl", f"model.path={folder}/{architecture}")
+    reward = f"{architecture}_reward"
+    run("reward", *SMALL, *mixed, f"run_name={reward}")
+    roles = ("reward=model", f"reward.model.run={reward}", "critic=model", f"critic.run={reward}")
+    path = run("ppo", *ROLLOUT, "stage.args.steps_per_generation=2", *roles, *mixed, f"run_name={architecture}_ppo")
+    assert [entry for entry in read_metrics(path)["history"] if "value/loss" in entry]
+    rows = [json.loads(line) for line in Path(path, "samples.jsonl").read_text().splitlines()]
+    assert {len(row["images"]) for row in rows} == {0, 1}
+
+
+@pytest.mark.slow
 def test_adapters_on_a_base_in_four_bits_read_images(run):
     four = (*SMALL, "adapter=qlora")
     run("reward", *four, "run_name=four_reward")

@@ -1,13 +1,15 @@
 """
 Build of the checkpoint of the world of shapes: `python -m rlhf_trl.tasks.shapes.build`.
 
-It is pretrained on pictures with true descriptions, on questions with their answers as plain text, and on chats, as
-today's base models are. Of the answers in chats few are right: it knows more than it says, as SFT and RL show.
+It is pretrained on pictures with true descriptions, on questions with their answers as plain text, on answers that
+are called true or false, and on chats, as today's base models are. Of the answers in chats half are right: it knows
+more than it says, as RL shows.
 """
 
 import io
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -27,17 +29,34 @@ from transformers import (
 
 from rlhf_trl.tasks.demo.tokenizer import words_in
 from rlhf_trl.tasks.fitting import fit
-from rlhf_trl.tasks.shapes.world import CELL, SIDE, all_texts, describe, draw_question, draw_shapes, paint
+from rlhf_trl.tasks.shapes.world import (
+    CELL,
+    SIDE,
+    VERDICTS,
+    Question,
+    all_texts,
+    describe,
+    draw_question,
+    draw_shapes,
+    paint,
+)
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 SEED = 42
 # Standard deviation of the first weights: with that of large models the attention of so narrow a one stays even
 SPREAD = 0.1
-# Share of the answers in chats that are right: few more than a guess gets right
-RIGHT_CHATS = 0.35
+# Mean color of the pictures' background, of 1: what has no shape in it is near 0 for the model
+BACKGROUND = 0.96
+# Factor on the first embeddings of places in the vision tower: CLIP's are small beside those of colored patches
+PLACES_SCALE = 10.0
+# Share of the answers in chats that are right
+RIGHT_CHATS = 0.5
 IMAGE, END = "<image>", "<eos>"
 # Questions on a picture in a document of them
 QUESTIONS = 6
+# Optimizer steps, and the share of the questions whose answer is given and judged: first it learns to look at the
+# picture, then to compare an answer with it
+PHASES = ((8000, 0.0), (3200, 0.5))
 SPECIAL = ("<pad>", "<bos>", END, "<unk>", IMAGE, "<|user|>", "<|assistant|>")
 # <bos><|user|><image>Where is the red circle?<|assistant|>Top left.<eos>
 CHAT_TEMPLATE = """{{- bos_token }}
@@ -86,7 +105,7 @@ def build_processor() -> LlavaProcessor:
         clean_up_tokenization_spaces=False,
     )
     images = CLIPImageProcessorPil(
-        do_resize=True, size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=[0.5] * 3,
+        do_resize=True, size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=[BACKGROUND] * 3,
         image_std=[0.5] * 3,
     )  # fmt: skip
     return LlavaProcessor(
@@ -115,8 +134,9 @@ def new_model(tokenizer: Any) -> LlavaForConditionalGeneration:
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
+        intermediate_size=64,
+        # To gather a question, to look at the picture, and to compare what was found there with an answer
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=256,
@@ -138,7 +158,11 @@ def new_model(tokenizer: Any) -> LlavaForConditionalGeneration:
         dtype="float32",
     )
     config.image_token_id = place
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    embeddings: Any = model.model.vision_tower.embeddings
+    with torch.no_grad():
+        embeddings.position_embedding.weight.mul_(PLACES_SCALE)
+    return model
 
 
 class Document(NamedTuple):
@@ -154,16 +178,22 @@ class Document(NamedTuple):
     parts: tuple[str, ...]
 
 
-def pretraining_documents(count: int, rng: random.Random) -> list[Document]:
-    """Return pictures with a true description, with questions and their answers, or in a chat."""
+def pretraining_documents(count: int, rng: random.Random, judged: float = 0.0) -> list[Document]:
+    """
+    Return pictures with a true description, with questions and their answers, or in a chat.
+
+    Args:
+        count (`int`): number of documents.
+        rng (`random.Random`): draws them.
+        judged (`float`): share of the questions whose answer, right or wrong, is given and called true or false.
+    """
     made = []
     for _ in range(count):
         shapes, kind = draw_shapes(rng), rng.choices(("description", "questions", "chat"), (6, 11, 3))[0]
         if kind == "description":
             parts = (IMAGE, f"{describe(shapes)}{END}")
         elif kind == "questions":
-            asked = [draw_question(shapes, rng) for _ in range(QUESTIONS)]
-            parts = [part for each in asked for part in (f"Question: {each.text} Answer:", each.answer)]
+            parts = [part for _ in range(QUESTIONS) for part in _asked(draw_question(shapes, rng), judged, rng)]
             parts = (f"{IMAGE}{parts[0]}", *parts[1:], "", END)
         else:
             question = draw_question(shapes, rng)
@@ -171,6 +201,15 @@ def pretraining_documents(count: int, rng: random.Random) -> list[Document]:
             parts = (f"<|user|>{IMAGE}{question.text}<|assistant|>", f"{answer}{END}")
         made.append(Document(paint(shapes, rng), tuple(parts)))
     return made
+
+
+def _asked(question: Question, judged: float, rng: random.Random) -> tuple[str, str]:
+    """Return a question with its answer, or with an answer and a verdict on it: what is given, and what is learned."""
+    if rng.random() >= judged:
+        return f"Question: {question.text} Answer:", question.answer
+    right = rng.random() < 0.5
+    answer = question.answer if right else rng.choice(question.others)
+    return f"Question: {question.text} Answer: {answer}", VERDICTS[right]
 
 
 def as_rows(processor: LlavaProcessor, documents: list[Document]) -> list[dict[str, Any]]:
@@ -200,15 +239,17 @@ def batch_loss(model: LlavaForConditionalGeneration, rows: list[dict[str, Any]])
     return model(input_ids=ids, attention_mask=(ids != 0).long(), pixel_values=pixels, labels=labels).loss
 
 
-def build(folder: Path, steps: int = 2400) -> None:
-    """Write `folder/base`, a model with its processor (some minutes on one thread)."""
+def build(folder: Path, phases: Sequence[tuple[int, float]] = PHASES) -> None:
+    """Write `folder/base`, a model with its processor (some ten minutes on one thread)."""
     # With one thread, floats are always added in the same order
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     rng = random.Random(SEED)
     processor = build_processor()
     model = new_model(processor.tokenizer)
-    fit(model, batch_loss, as_rows(processor, pretraining_documents(12_000, rng)), steps, 32, 2e-3, rng)
+    for steps, judged in phases:
+        rows = as_rows(processor, pretraining_documents(12_000, rng, judged))
+        fit(model, batch_loss, rows, steps, 32, 2e-3, rng)
     # Half of the bytes: all checkpoints are shipped in the wheel
     model.bfloat16().save_pretrained(folder / "base")
     cast(Any, processor).save_pretrained(folder / "base")

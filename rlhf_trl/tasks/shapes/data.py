@@ -10,7 +10,7 @@ from rlhf_trl.data.rows import Row, Source
 from rlhf_trl.errors import DataError
 from rlhf_trl.tasks.shapes.world import draw_question, draw_shapes, paint
 
-TRAIN_ROWS, EVAL_ROWS = 3000, 256
+TRAIN_ROWS, EVAL_ROWS = 6000, 256
 # Share of the demonstrations that are right, and of the judgements that prefer the right answer: people make mistakes,
 # more of them where they write than where they compare
 RIGHT_DEMONSTRATIONS, RIGHT_JUDGEMENTS = 0.5, 0.97
@@ -47,7 +47,7 @@ def load(
         dataset_type (`str`): dataset type of a stage: `prompt_completion`, `preference`, `unpaired`, `comparisons`,
             `prompt` or `annotated`.
         seed (`int`): draws pictures, questions, answers and mistakes.
-        max_samples (`int`, *optional*): number of training rows, the first of 3,000.
+        max_samples (`int`, *optional*): number of training rows, the first of 6,000.
         max_eval_samples (`int`, *optional*): number of evaluation rows, the first of 256.
 
     Returns:

@@ -14,6 +14,8 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
+# What a document calls a wrong and a right answer
+VERDICTS = ("False.", "True.")
 NUMBERS = ("zero", "one", "two", "three", "four")
 # Side of a place in pixels, and of a picture
 CELL = 12
@@ -123,5 +125,5 @@ def all_texts() -> list[str]:
     return [
         "Question: Answer: How many shapes are there? What color is the? Where is the? A is .",
         *(as_answer(each) for each in (*COLORS, *NUMBERS, *PLACES)),
-        " ".join((*COLORS, *SHAPES, *PLACES)),
+        " ".join((*COLORS, *SHAPES, *PLACES, *VERDICTS)),
     ]

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from rlhf_trl.errors import DataError
 from rlhf_trl.runs.paths import EMBEDDED, PACKAGE, resolve_path
 from rlhf_trl.tasks.fitting import fit
-from rlhf_trl.tasks.shapes.build import as_rows, batch_loss, build_processor, new_model, pretraining_documents
+from rlhf_trl.tasks.shapes.build import _asked, as_rows, batch_loss, build_processor, new_model, pretraining_documents
 from rlhf_trl.tasks.shapes.data import TYPES, load
 from rlhf_trl.tasks.shapes.gold import gold_reward
 from rlhf_trl.tasks.shapes.world import COLORS, PLACES, SIDE, Shape, draw_question, draw_shapes, paint, questions_on
@@ -74,6 +74,15 @@ def test_a_picture_has_each_color_in_its_place():
     assert len(empty.getcolors()) == 1 and len(PLACES) == 4
 
 
+def test_documents_judge_answers_rightly():
+    rng, question = random.Random(0), questions_on(SHAPES)[0]
+    assert _asked(question, 0.0, rng) == (f"Question: {question.text} Answer:", question.answer)
+    seen = {_asked(question, 1.0, rng) for _ in range(100)}
+    right = f"Question: {question.text} Answer: {question.answer}"
+    assert (right, "True.") in seen and len(seen) == 4
+    assert all((given == right) == (verdict == "True.") for given, verdict in seen)
+
+
 def test_gold_reward_reads_the_answer():
     said = ["Top left.", [{"role": "assistant", "content": "Two."}], "Two. Two.", ""]
     assert gold_reward(said, answer=["Top left.", "Two.", "Two.", "Two."]) == [1.0, 1.0, 0.0, 0.0]
@@ -89,6 +98,7 @@ def test_the_checkpoint_is_that_of_the_build(processor):
     saved = AutoProcessor.from_pretrained(resolve_path("shapes:base", None, ""))
     assert saved.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     assert saved.chat_template == processor.chat_template
+    assert saved.image_processor.image_mean == processor.image_processor.image_mean
     rng, weights = random.Random(0), []
     documents = as_rows(processor, pretraining_documents(12, rng))
     assert all((row["labels"] != -100).any() for row in documents)
@@ -120,4 +130,4 @@ def test_the_pretrained_model_knows_more_than_it_says_in_chats():
             text.startswith(question.answer) for text, (_, question) in zip(answers, shown, strict=True)
         ]
     knows, says = (sum(each) / len(shown) for each in right.values())
-    assert knows > 0.9 and says < knows - 0.1
+    assert knows > 0.95 and says < knows - 0.1
