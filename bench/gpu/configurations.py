@@ -69,6 +69,7 @@ CONFIGURATIONS = (
     Configuration("GRPO of TRL", "1.5B", "grpo"),
     Configuration("PPO, critic=model", "1.5B", options=MODEL),
     Configuration("PPO, four roles on one base, LoRA", "1.5B", lora=True, options=FOUR_ROLES),
+    Configuration("PPO, critic=model, LoRA", "0.5B", lora=True, options=MODEL),
     Configuration(
         "PPO, four roles on one base, NF4",
         "1.5B",

@@ -10,6 +10,7 @@ import torch
 
 from bench import bare, fronts, ours, reward, sparse
 from bench.__main__ import BARE_HEAD, OURS_HEAD, Target, ratios, table
+from bench.gpu import machine
 from bench.gpu.__main__ import main as benchmark_gpu
 from bench.gpu.configurations import CONFIGURATIONS
 from bench.gpu.cost import update_flops
@@ -211,6 +212,16 @@ def test_the_benchmark_of_a_gpu_rehearsed(tmp_path, capsys):
     assert update_flops(size, replace(setting, lora=True), "head") < flops["head"]
     tokens = setting.batch * setting.epochs * (setting.prompt_tokens + setting.new_tokens)
     assert flops["head"] == pytest.approx(6 * size.trunk * tokens + 3 * size.embedding * tokens, rel=0.1)
+
+
+def test_versions_outside_of_the_range_are_named_before_a_measurement(monkeypatch):
+    assert machine.outside_of_range() == []
+    installed = machine.version
+    older = {"torch": "2.8.0+cu128", "transformers": "5.17.0"}
+    monkeypatch.setattr(machine, "version", lambda name: older.get(name) or installed(name))
+    found = machine.outside_of_range()
+    assert len(found) == 2 and any(sentence.startswith("transformers 5.17.0 is outside of ") for sentence in found)
+    assert "torch 2.8.0+cu128 is outside of torch>=2.9: what follows may fail by it." in found
 
 
 @pytest.mark.parametrize("name", ["kto, full, checkpointing", "grpo, full", "ppo, four roles on one base"])

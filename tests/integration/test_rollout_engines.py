@@ -102,5 +102,5 @@ def test_vllm_has_the_policys_probabilities_after_each_update(tmp_path, stage, w
     differences = [entry["sampling/sampling_logp_difference/max"] for entry in rollouts]
     divergences = [entry["objective/kl"] for entry in rollouts]
     print(stage, *words, differences, divergences)
-    assert len(differences) == 2 and max(differences) < 1e-4
+    assert len(differences) == 2 and max(differences) < 4e-6
     assert abs(divergences[0]) < 1e-3 < abs(divergences[1])  # the policy has moved, and vLLM with it
