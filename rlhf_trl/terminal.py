@@ -20,9 +20,10 @@ def printable(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print a text, on rank 0 only."""
+    """Print a text above the progress bars, on rank 0 only."""
     if is_main_process():
-        print(printable(text), flush=True)
+        tqdm.write(printable(text))
+        sys.stdout.flush()
 
 
 def close_bars() -> None:

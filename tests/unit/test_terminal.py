@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from rlhf_trl.callbacks.progress import ProgressLine
 from rlhf_trl.stages.chat import Stream
-from rlhf_trl.terminal import AboveBars, close_bars, keep_output_above_bars, printable
+from rlhf_trl.terminal import AboveBars, close_bars, keep_output_above_bars, printable, say
 from tests.helpers.tiny import make_tokenizer
 
 
@@ -44,6 +44,18 @@ def test_messages_stand_on_a_line_of_their_own():
     assert not bar.disable
     close_bars()
     assert out.getvalue().endswith("\n") and not tqdm._instances
+
+
+def test_what_is_said_while_a_bar_stands_has_a_line_of_its_own(monkeypatch):
+    close_bars()  # of other tests
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    say("no bar")
+    bar = tqdm(total=2, file=out, delay=0, leave=True)
+    say("a \x1b[2Jwarning")
+    assert out.getvalue().startswith("no bar\n") and "\ra \\x1b[2Jwarning\n" in out.getvalue()
+    assert not bar.disable
+    close_bars()
 
 
 def test_warnings_and_the_handlers_of_libraries_write_above_the_bars(monkeypatch):
