@@ -319,16 +319,17 @@ class RolloutHook(Trainer):
         others hold nothing.
         """
         rewards, normalized = record.rewards, record.rewards.normalized
+        # TRL takes a completion with none but rewards of weight 0 for one with a score of 0
+        unscored = rewards.scores().isnan().unsqueeze(1)
         if self._learns_from_raw_sum(rewards):
-            # TRL takes a completion with none but rewards of weight 0 for one with a score of 0
-            return rewards.values.masked_fill(rewards.scores().isnan().unsqueeze(1), torch.nan)
+            return rewards.values.masked_fill(unscored, torch.nan)
         if record.training:
             self._metrics["train"]["objective/scores"].append(torch.nanmean(rewards.scores()).item())
         if record.training and normalized is not None:
             scores = rewards.normalized_scores()
             self._metrics["train"]["objective/scores_normalized"].append(torch.nanmean(scores).item())
         if rewards.combine is weighted_sum and normalized is not None:
-            return normalized
+            return normalized.masked_fill(unscored, torch.nan)
         columns = torch.full_like(rewards.values, torch.nan)
         columns[:, 0] = rewards.normalized_scores()
         self.reward_weights = torch.ones_like(self.reward_weights)  # until the rollout is made

@@ -172,6 +172,39 @@ def test_a_completion_with_a_watched_reward_alone_has_no_score(path, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("kind", "options", "normalizes"),
+    [
+        ("grpo", {}, False),
+        ("grpo", {}, True),
+        ("grpo", {"multi_objective_aggregation": "normalize_then_sum"}, False),
+        ("rloo", {}, True),
+    ],
+)
+def test_a_completion_without_a_score_is_not_learned_from(path, tmp_path, kind, options, normalizes):
+    """A reward of weight 0 applies to every completion, and the one that counts to every second one."""
+
+    def every_second(completions, **kwargs):
+        return [None if i % 2 else 100.0 + i for i in range(len(completions))]
+
+    rewards = [FunctionReward(count_of_a, name="a"), FunctionReward(every_second, name="b")]
+    options = options | {"reward_weights": [0.0, 1.0], "num_generations": 4}
+    trainer = rl_trainer(kind, path, tmp_path, reward_funcs=rewards, **options)
+    if normalizes:
+        RunningNorm(trainer=trainer)
+    advantages, generate = [], trainer._generate_and_score_completions
+
+    def recorded(inputs):
+        output = generate(inputs)
+        advantages.append(output["advantages"])
+        return output
+
+    trainer._generate_and_score_completions = recorded
+    trainer.train()
+    assert advantages and all(each[::2].any() and not each[1::2].any() for each in advantages)
+    assert min(logged(trainer, "reward")) >= 100
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["stage=ppo", "reward.gold.when={task: [[code]]}"], "`reward.gold.when.task`"),
