@@ -130,7 +130,8 @@ def drop_held_out(name: str, dataset, keys: list, held_out: set, notes: list[str
     indices = [i for i, key in enumerate(keys) if key not in held_out]
     if not indices:
         raise DataError(
-            f"every row of {name} has a prompt that is held out. Set `data.split_by=row` if it may be trained on."
+            f"every row of {name} has a prompt that is held out. Set `data.split_by=row` if it may be trained on, in "
+            "a mixture with `data.hold_out=null`."
         )
     if len(indices) == len(dataset):
         return dataset

@@ -79,6 +79,11 @@ def missing_column(when: Mapping[str, Any], columns: Collection[str], key: str) 
     """Return the problem of a condition on a column that the data doesn't have, `None` if it has all."""
     there = sorted(set(columns) - {*NOT_COLUMNS})
     for column in when:
+        if column not in there and {"chosen", "rejected"} <= set(columns):
+            return (
+                f"`{key}` is about the column `{column}`, and pairs keep no columns but their own: "
+                f"{names_of(sorted(columns))}. Set `{key}=null`."
+            )
         if column not in there:
             return (
                 f"`{key}` is about the column `{column}`, and the data has no such column (it has "

@@ -90,6 +90,9 @@ def test_the_function_sees_the_rows_that_it_counts_for_and_no_others():
         reward.column_problem(["prompt", "answer"])
     )
     assert "needs an argument `answer`" in str(reward.column_problem(["task"]))
+    assert "pairs keep no columns but their own: `chosen`, `prompt`, `rejected`. Set `reward.own.when=null`." in str(
+        reward.column_problem(["prompt", "chosen", "rejected"])
+    )
     with pytest.raises(ConfigError, match="`reward.own.when` is about the column `task`"):
         reward(["p"], ["a"], completion_ids=[[1]], answer=["x"])
 
