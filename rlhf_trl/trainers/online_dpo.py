@@ -241,7 +241,7 @@ class PairEngine(online_dpo.OnlineDPOTrainer):
         lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, is_end.size(1)).tolist()
         return [row[:length] for row, length in zip(written[:, ids.size(1) :].tolist(), lengths, strict=True)]
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+    def _generate_single_turn(self, prompt_ids: list[list[int]], images: None = None) -> list[list[int]]:
         return self._sample(self.model_wrapped, prompt_ids)
 
     @contextmanager
@@ -274,7 +274,7 @@ class PairEngine(online_dpo.OnlineDPOTrainer):
         prompts = [row["prompt"] for row in inputs]
         # Of the class that this one is mixed into
         prompt_ids, _, _ = self._tokenize_prompts(prompts)  # pyright: ignore[reportAttributeAccessIssue]
-        completion_ids = self._generate_single_turn(prompt_ids)
+        completion_ids = self._generate_single_turn(prompt_ids, None)
         completions, mode = self._answers(prompts, completion_ids), "train" if self.model.training else "eval"
         self._calculate_rewards(inputs, prompts, completions, completion_ids)
         output = self._tensors(prompt_ids, completion_ids)
