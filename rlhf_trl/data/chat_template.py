@@ -8,8 +8,8 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from rlhf_trl.data.images import has_images
-from rlhf_trl.data.messages import CHAT_CHECK, TEMPLATE_TOKENS, is_chat
-from rlhf_trl.data.multimodal import as_read, processor_of, read_prompt, with_parts
+from rlhf_trl.data.messages import CHAT_CHECK, IMAGE_TOKENS, TEMPLATE_TOKENS, is_chat
+from rlhf_trl.data.multimodal import as_read, image_tokens, processor_of, read_prompt, with_parts
 from rlhf_trl.data.rows import RowError
 from rlhf_trl.errors import ConfigError, DataError
 from rlhf_trl.terminal import say
@@ -96,7 +96,8 @@ def refusals_named(tokenizer) -> Iterator[None]:
 @contextmanager
 def text_as_chat(tokenizers: Sequence) -> Iterator[None]:
     """
-    Let `data.to_chat: null` make chats of text, if each of the tokenizers has a chat template.
+    Let `data.to_chat: null` make chats of text, if each of the tokenizers has a chat template, and refuse chats with
+    words that one of the models reads as an image.
 
     Args:
         tokenizers (`Sequence`): those of the models that the rows are read for; without any, text stays text.
@@ -106,10 +107,12 @@ def text_as_chat(tokenizers: Sequence) -> Iterator[None]:
         say("note: not all of the models have a chat template, so `data.to_chat: null` keeps text as it is")
     tokens = frozenset().union(*map(_template_tokens, tokenizers)) if templates and all(templates) else None
     token = TEMPLATE_TOKENS.set(tokens)
+    images = IMAGE_TOKENS.set(frozenset().union(*map(image_tokens, tokenizers)))
     try:
         yield
     finally:
         TEMPLATE_TOKENS.reset(token)
+        IMAGE_TOKENS.reset(images)
 
 
 def _template_tokens(tokenizer) -> set[str]:

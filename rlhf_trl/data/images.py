@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_trl.data.rows import RowError, type_of
+from rlhf_trl.hints import count_of
 
 # Columns of a source, one image or a list of them
 IMAGE_COLUMNS = ("image", "images")
@@ -267,7 +268,7 @@ def place_images(messages: list[dict], keys: Sequence[str], store: ImageStore, f
             placed.append(part)
         made.append({**turn, "content": placed})
     if places and places != len(keys):
-        raise RowError("images", f"holds {len(keys)} images, and the turns have places for {places}")
+        raise RowError("images", f"holds {count_of(len(keys), 'image')}, and the turns have places for {places}")
     if not places and keys:
         first = next((i for i, turn in enumerate(made) if turn["role"] == "user"), None)
         if first is None:

@@ -33,6 +33,8 @@ CHAT_CHECK: ContextVar[Callable[[list[dict], dict], None] | None] = ContextVar("
 # While rows are read with `data.to_chat: null` for models with a chat template: the special tokens that it writes.
 # `None`: text stays text. `rlhf_trl.data.chat_template.text_as_chat` sets it.
 TEMPLATE_TOKENS: ContextVar[frozenset[str] | None] = ContextVar("template_tokens", default=None)
+# While rows are read for models with processors: the tokens that these read as an image. `text_as_chat` sets it too
+IMAGE_TOKENS: ContextVar[frozenset[str]] = ContextVar("image_tokens", default=frozenset())
 # The columns of all dataset types that may hold chats
 CHATS = ("prompt", "completion", "chosen", "rejected", "messages", "completions")
 # A chat in text: JSON, or what Python prints of a list
@@ -173,6 +175,25 @@ def add_system_prompt(row: dict, system_prompt: str, notes: Counter) -> dict:
         return row
     notes["`system_prompt` added"] += 1
     return {**row, field: [{"role": "system", "content": system_prompt}, *row[field]]}
+
+
+def check_words(row: dict) -> None:
+    """Raise a `RowError` if one of the models that rows are read for would read words of a chat as an image."""
+    if not IMAGE_TOKENS.get():
+        return
+    chats = [(field, row.get(field)) for field in CHATS if field != "completions"]
+    completions = row.get("completions")
+    chats += [("completions", chat) for chat in (completions if isinstance(completions, list) else [])]
+    for field, chat in chats:
+        if not isinstance(chat, list) or not all(isinstance(turn, dict) for turn in chat):
+            continue  # a column of that name may hold anything beside prompts
+        words = "\n".join(_content(turn.get("content")) for turn in chat)
+        if found := sorted(token for token in IMAGE_TOKENS.get() if token in words):
+            raise RowError(
+                field,
+                f"holds `{found[0]}` in its text, which the model reads as an image. Remove it: images stand "
+                'before the first words of the user, or where a turn has a part `{"type": "image"}`',
+            )
 
 
 def check_template(row: dict) -> None:

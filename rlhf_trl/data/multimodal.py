@@ -80,6 +80,15 @@ def processor_of(tokenizer):
     return getattr(tokenizer, "model_processor", None)
 
 
+def image_tokens(tokenizer) -> set[str]:
+    """Return the tokens that the processor and the model read as a place of an image, none of a model of text."""
+    processor = processor_of(tokenizer)
+    if processor is None:
+        return set()
+    found = (getattr(each, "image_token", None) for each in (processor, tokenizer))
+    return {str(token) for token in found if token}
+
+
 def tokenizer_of(processing_class):
     """Return the tokenizer of a trainer's `processing_class`: itself, or that of a processor, which then knows it."""
     from transformers import ProcessorMixin
@@ -221,13 +230,13 @@ class _Chat:
 
 @functools.lru_cache(maxsize=32)  # images of a batch, or of a prompt that is sampled from many times
 def _read(chat: _Chat) -> tuple[list[int], ExtraInputs]:
-    made = chat.processor.apply_chat_template(
-        [with_parts(chat.messages, list(map(as_pil, chat.images)))],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        **chat.kwargs,
-    )
+    messages = with_parts(chat.messages, list(map(as_pil, chat.images)))
+    try:
+        made = chat.processor.apply_chat_template(
+            [messages], tokenize=True, return_dict=True, return_tensors="pt", **chat.kwargs
+        )
+    except ValueError as error:  # such as for the token of an image among the words
+        raise ConfigError(f"The processor can't read the chat with {len(chat.images)} images: {error}") from error
     shape = made["input_ids"].shape
     extra = ExtraInputs()
     for name, value in made.items():

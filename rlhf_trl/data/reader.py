@@ -14,6 +14,7 @@ from rlhf_trl.data.messages import (
     add_system_prompt,
     check_template,
     check_text_or_chat,
+    check_words,
     is_chat,
     read_json_chats,
     to_chat,
@@ -246,6 +247,7 @@ class Reader:
                 made = self._with_images(read_row(row, row_type, self.changes), row, place)
                 key = self._note_key(prompt_of(made))
                 made = self._apply_chat_options(made, place)
+                check_words(made)
                 converted = convert(made, row_type, self.dataset_type, self.whole_messages)
                 self._check_kind(made if not converted else converted[0], place)
                 extra = self._extra(row, place)

@@ -51,7 +51,7 @@ def image_problems(trainer: Any, args: Any, dataset: DatasetDict) -> list[str]:
         args (`TrainingArguments`): its arguments.
         dataset (`DatasetDict`): rows.
     """
-    if "images" not in dataset["train"].column_names:
+    if not any("images" in rows.column_names for rows in dataset.values()):
         return []
     problems = []
     if reason := getattr(trainer, "READS_NO_IMAGES", None):
@@ -61,19 +61,23 @@ def image_problems(trainer: Any, args: Any, dataset: DatasetDict) -> list[str]:
         for name, reason in REFUSED.items()
         if getattr(args, name, None)
     ]
-    if shards_parameters() and world_size() > 1 and (row := _row_without(dataset["train"])) is not None:
-        problems.append(
-            f"Row {row + 1} of the training data has no image, and others have. {engine()} shards the vision tower: "
-            "a rank whose rows have no image would wait for the others without end. Remove the rows without an image, "
-            "or launch with launch/accelerate/ddp.yaml."
-        )
+    for side, rows in dataset.items() if shards_parameters() and world_size() > 1 else ():
+        if (row := _row_without(rows)) is not None:
+            problems.append(
+                f"Row {row + 1} of the split `{side}` has no image, and others have. {engine()} shards the vision "
+                "tower: a rank whose rows have no image would wait for the others without end. Remove the rows "
+                "without an image, or launch with launch/accelerate/ddp.yaml."
+            )
     return problems
 
 
 def _row_without(rows: Dataset) -> int | None:
-    """Return the number of the first row without an image, counted from 0, `None` where all rows have one."""
+    """Return the number of the first row without an image, from 0; `None` where all rows have one, or none has."""
+    if "images" not in rows.column_names:
+        return None
     images = decode_images(rows.select_columns("images"), False)
-    return next((number for number, row in enumerate(cast(Iterable[dict], images)) if not row["images"]), None)
+    given = [bool(row["images"]) for row in cast(Iterable[dict], images)]
+    return None if all(given) or not any(given) else given.index(False)
 
 
 def check_images(trainer: Any, args: Any, dataset: DatasetDict) -> None:

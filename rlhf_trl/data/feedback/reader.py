@@ -9,7 +9,7 @@ from rlhf_trl.data.columns import Theirs, rename_columns, roots_of
 from rlhf_trl.data.dataset_types import ANNOTATED, contents
 from rlhf_trl.data.feedback.base import Feedback
 from rlhf_trl.data.feedback.convert import convert
-from rlhf_trl.data.messages import CHATS, check_template, read_json_chats
+from rlhf_trl.data.messages import CHATS, check_template, check_words, read_json_chats
 from rlhf_trl.data.options import LoadOptions
 from rlhf_trl.data.reader import Reader
 from rlhf_trl.data.row_types import PASSED_ON, repeats_prompt
@@ -65,6 +65,7 @@ class FeedbackReader(Reader):
                 made = self._with_images(made, row, place)
                 made = self._apply_chat_options(made, place)
                 self._check_kind(made, place)
+                check_words(made)
                 check_template(made)
             except RowError as error:
                 self._note_malformed(place, row, error, mapping)

@@ -10,11 +10,12 @@ from PIL import ExifTags
 from PIL import Image as PILImage
 
 from rlhf_trl.data import Edits, Pairs, Rankings, Ratings, Thumbs, load_files, load_hub
+from rlhf_trl.data.chat_template import text_as_chat
 from rlhf_trl.data.images import decode_images
-from rlhf_trl.data.multimodal import as_pil, decoded, opened, thumbnail
+from rlhf_trl.data.multimodal import as_pil, decoded, opened, thumbnail, tokenizer_of
 from rlhf_trl.data.splits import prompt_keys
 from rlhf_trl.errors import DataError
-from tests.helpers.vision import COLOURS, picture
+from tests.helpers.vision import COLOURS, llava, picture
 
 ASK = "What color is it?"
 
@@ -93,7 +94,7 @@ def test_images_are_read_from_paths_bytes_and_data_uris(folder, tmp_path):
         ({"images": ["pics/red.png"]}, "`image` stands beside `images`"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}], "chosen": "a"},
-            "`images` holds 1 images, and the turns have places for 2",
+            "`images` holds 1 image, and the turns have places for 2",
         ),
         (
             {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},
@@ -115,6 +116,30 @@ def test_every_bad_image_is_named(folder, row, message):
     assert "rows.jsonl, line 2: " in str(error.value) and message in str(error.value)
     if "type" not in message and "places" not in message and "turn" not in message:
         assert len(load(path, "preference", bad_rows="drop")) == 1
+
+
+@pytest.mark.parametrize(
+    ("feedback", "row", "field"),
+    [
+        (None, {"prompt": f"<image> {ASK}"}, "prompt"),
+        (None, {"prompt": f"{ASK} <image>", "image": None}, "prompt"),
+        (None, {"prompt": [{"role": "user", "content": [{"type": "text", "text": "<image>"}]}]}, "prompt"),
+        (None, {"rejected": "<image>"}, "rejected"),
+        (Pairs(), {"completion_b": "a <image>"}, "completions"),
+    ],
+)
+@pytest.mark.parametrize("dataset_type", ["comparisons", "annotated"])
+def test_the_token_of_an_image_is_none_of_the_words(folder, feedback, row, field, dataset_type):
+    """Which would be one image more than the row has, for the processor."""
+    given = {"completion_a": "a", "completion_b": "b", "preferred": "a"}
+    path = write(folder, pair("red", **given), pair("blue", **given) | row)
+    processor = llava()[0]
+    tokenizer = tokenizer_of(processor)
+    with text_as_chat([tokenizer]):
+        with pytest.raises(DataError) as error:
+            load(path, dataset_type, to_chat=True, feedback=feedback)
+        assert len(load(path, dataset_type, to_chat=True, feedback=feedback, bad_rows="drop")) == 1
+    assert f"rows.jsonl, line 2: `{field}` holds `<image>` in its text, which the model reads as" in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["http://a b/c d.png", "http://[bad/x.png", "http://127.0.0.1:9/\u20ac.png"])

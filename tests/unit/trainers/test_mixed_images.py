@@ -114,5 +114,8 @@ def test_a_sharded_vision_tower_wants_an_image_in_each_row(monkeypatch, environm
     for key, value in {**environment, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(key, value)
     (problem,) = image_problems(GRPOTrainer, None, mixed)
-    assert problem.startswith(f"Row 2 of the training data has no image, and others have. {name} shards")
-    assert image_problems(GRPOTrainer, None, DatasetDict(train=mixed_prompts([1, 2, 1]))) == []
+    assert problem.startswith(f"Row 2 of the split `train` has no image, and others have. {name} shards")
+    whole = mixed_prompts([1, 2, 1])
+    assert image_problems(GRPOTrainer, None, DatasetDict(train=whole, eval=mixed_prompts([0, 0]))) == []
+    (problem,) = image_problems(GRPOTrainer, None, DatasetDict(train=whole, eval=mixed_prompts([1, 1, 0])))
+    assert problem.startswith("Row 3 of the split `eval` has no image")
