@@ -592,18 +592,41 @@ TINY_LOOP = [
 ]
 
 
+# The collection of each round once more, which nothing interrupts, and its labels
+UNINTERRUPTED = [
+    '+each_round.whole=["${each_round.collect}"]',
+    '+each_round.told=["stage=label","stage.candidates=whole_${round}","${labeled_by}"]',
+]
+
+
 @pytest.mark.slow
 def test_two_rounds_of_the_loop_interrupted_in_the_middle(tmp_path):
-    process = start("pipeline", tmp_path, *TINY_LOOP)
+    words = [*TINY_LOOP, 'more.collect=["stage.batch_size=8"]']  # 16 batches, to be interrupted between two
+    process = start("pipeline", tmp_path, *words)
     project = tmp_path / "runs" / "iterated"
-    wait_for(lambda: (project / "collect_1" / "draws.partial").exists(), 600)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(300) == 130
-    forked(tmp_path, *TINY_LOOP)
-    code, out, err = launch("pipeline", tmp_path, *TINY_LOOP)
+    found = [project / "collect_1" / name for name in ("draws.partial", "candidates.jsonl")]
+    try:
+        wait_for(lambda: any(path.exists() for path in found) or process.poll() is not None, 600)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(300) == 130
+    finally:
+        if process.poll() is None:
+            kill_tree(process.pid)
+    forked(tmp_path, *words, *UNINTERRUPTED)
+    code, out, err = launch("pipeline", tmp_path, *words)
     assert code == 0, err[-3000:]
     assert "reference=first: each round's policy starts at policy_0" in out and "nothing was run" in out
     check_loop(project)
+    for number in (1, 2):  # the questions and answers are those of a run without an interruption
+        resumed, whole = (project / f"{name}_{number}" / "candidates.jsonl" for name in ("collect", "whole"))
+        assert resumed.read_text() == whole.read_text()
+        assert answers(project / f"label_{number}") == answers(project / f"told_{number}")
+
+
+def answers(run_dir: Path) -> list[dict]:
+    """Return the labels of a run without their times."""
+    rows = [json.loads(line) for line in (run_dir / "labels.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in ("time", "seconds")} for row in rows]
 
 
 @pytest.mark.slow
