@@ -226,14 +226,20 @@ def _run_step(command: list[str], name: str, run_dir: Path) -> None:
     if code == STOPPED:  # it has said what is left, such as labels that people are to give
         print(f"\nThe step `{name}` stopped before its end. The same command resumes it.", file=sys.stderr)
         sys.exit(STOPPED)
-    if code != 0 or not is_done(run_dir):
-        status = f"failed (exit status {code})" if code else "ended without being done"
+    if code == 0 and not is_done(run_dir):
         print(
-            f"\nThe step `{name}` {status}; its own message stands above. When that is fixed, the same command "
-            "resumes with this step.",
+            f"\nThe step `{name}` ended without being done, as a dry run does, and the next ones need what it makes. "
+            "Without `debug=dry_run` the same command resumes with this step.",
             file=sys.stderr,
         )
-        sys.exit(code if code > 0 else 1)
+        sys.exit(1)
+    if code != 0:
+        print(
+            f"\nThe step `{name}` failed (exit status {code}); its own message stands above. When that is fixed, the "
+            "same command resumes with this step.",
+            file=sys.stderr,
+        )
+        sys.exit(max(code, 1))
 
 
 def _states(project_dir: Path, wanted: dict[str, list[str]], keep: bool) -> dict[str, str]:

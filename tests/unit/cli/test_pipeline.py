@@ -8,6 +8,7 @@ from itertools import combinations
 import pytest
 from omegaconf import OmegaConf
 
+from rlhf_trl.cli import pipeline
 from rlhf_trl.cli.pipeline import problems
 from rlhf_trl.cli.promotion import note_promotions, promotions
 from rlhf_trl.cli.rounds import all_steps, decide, flat, numbered, rounds_at_a_time, rounds_to_run
@@ -275,3 +276,11 @@ def test_a_round_knows_its_number_and_the_runs_before_it():
     }
     assert numbered("runs/p/label_*/f.jsonl", 1, 2) == ["runs/p/label_1/f.jsonl", "runs/p/label_2/f.jsonl"]
     assert flat([["a", ["b"]], "c"]) == ["a", "b", "c"] and flat("a") == "a"
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, "as a dry run does"), (3, "failed (exit status 3)")])
+def test_a_step_that_is_not_done_ends_the_pipeline(tmp_path, monkeypatch, capsys, code, said):
+    monkeypatch.setattr(pipeline, "run", lambda command: code)
+    with pytest.raises(SystemExit) as ended:
+        pipeline._run_step([], "sft", tmp_path)
+    assert ended.value.code == (code or 1) and said in capsys.readouterr().err
