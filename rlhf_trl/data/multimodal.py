@@ -236,7 +236,7 @@ def _read(chat: _Chat) -> tuple[list[int], ExtraInputs]:
             [messages], tokenize=True, return_dict=True, return_tensors="pt", **chat.kwargs
         )
     except ValueError as error:  # such as for the token of an image among the words
-        raise ConfigError(f"The processor can't read the chat with {len(chat.images)} images: {error}") from error
+        raise ConfigError(f"The processor can't read the chat: {error}") from error
     shape = made["input_ids"].shape
     extra = ExtraInputs()
     for name, value in made.items():

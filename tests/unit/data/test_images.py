@@ -12,9 +12,9 @@ from PIL import Image as PILImage
 from rlhf_trl.data import Edits, Pairs, Rankings, Ratings, Thumbs, load_files, load_hub
 from rlhf_trl.data.chat_template import text_as_chat
 from rlhf_trl.data.images import decode_images
-from rlhf_trl.data.multimodal import as_pil, decoded, opened, thumbnail, tokenizer_of
+from rlhf_trl.data.multimodal import as_pil, decoded, opened, read_prompt, thumbnail, tokenizer_of
 from rlhf_trl.data.splits import prompt_keys
-from rlhf_trl.errors import DataError
+from rlhf_trl.errors import ConfigError, DataError
 from tests.helpers.vision import COLOURS, llava, picture
 
 ASK = "What color is it?"
@@ -140,6 +140,13 @@ def test_the_token_of_an_image_is_none_of_the_words(folder, feedback, row, field
             load(path, dataset_type, to_chat=True, feedback=feedback)
         assert len(load(path, dataset_type, to_chat=True, feedback=feedback, bad_rows="drop")) == 1
     assert f"rows.jsonl, line 2: `{field}` holds `<image>` in its text, which the model reads as" in str(error.value)
+
+
+def test_a_prompt_with_more_places_than_images_is_an_error_of_the_config():
+    """As `stage=chat` shows and goes on after."""
+    asked = [{"role": "user", "content": "<image> what is it ?"}]
+    with pytest.raises(ConfigError, match="The processor can't read the chat: .* total 2 <image> tokens and 1 images"):
+        read_prompt(tokenizer_of(llava()[0]), asked, [picture("red")], add_generation_prompt=True)
 
 
 @pytest.mark.parametrize("url", ["http://a b/c d.png", "http://[bad/x.png", "http://127.0.0.1:9/\u20ac.png"])
