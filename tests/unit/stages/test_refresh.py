@@ -1,6 +1,7 @@
 """Data of the reward model in the rounds of `pipeline=iterated`: its parts, their shares, and what is held out."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,6 @@ def test_the_share_of_the_old_is_set(labeled, compose, capsys):
     loaded = instantiate_data(compose(*words, "project=iterated"))
     said = capsys.readouterr().out
     for part, share in (("first", "25.0"), ("earlier", "25.0"), ("new", "50.0")):
-        assert f"({share}% of the mixture)" in next(line for line in said.splitlines() if f"  {part}: " in line)
+        assert re.search(rf"^ *{part}: .*\({share}% of the mixture\)", said, re.MULTILINE)
     assert "1 : 1 : 2 of the first data, the labels of the rounds before, and those of the round" in cfg.note
     assert len(loaded["train"]) > 200
