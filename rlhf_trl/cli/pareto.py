@@ -47,7 +47,8 @@ def problems(values: dict[str, Any]) -> list[str]:
             "Set for example `'reward=[demo,tokens]'`."
         ]
     thresholds, named = pareto.get("thresholds"), pareto.get("rewards")
-    counted = [name for name in rewards if at(values, f"reward.{name}.weight") != 0]
+    own = weights(values)
+    counted = [name for name in rewards if own.get(name) != 0]
     found = front_problems(
         None, pareto.get("reference_point"), pareto.get("choose"), list(rewards), counted, "pareto."
     )

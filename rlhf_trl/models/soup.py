@@ -25,6 +25,7 @@ from rlhf_trl.models.heads import adapter_head_names
 from rlhf_trl.models.lineage import start_problem
 from rlhf_trl.models.loading import load_full, model_config, task_type
 from rlhf_trl.models.merging import load_merged, save_whole
+from rlhf_trl.models.precision import dtype_name
 from rlhf_trl.models.quantization import trained_quantization
 from rlhf_trl.models.sizes import empty_model
 from rlhf_trl.models.tokenizers import load_tokenizer
@@ -256,8 +257,8 @@ def write_soups(
     types = {path: _type(path, model, trust_remote_code) for path, model in zip(paths, models, strict=True)}
     if len(set(types.values())) > 1:
         nn.Module.to(target, functools.reduce(torch.promote_types, types.values()))  # in place
-        told = ", ".join(f"`{path}` {str(dtype).removeprefix('torch.')}" for path, dtype in types.items())
-        say(f"The models have weights of several types ({told}): their soup is {str(target.dtype)[6:]}.")
+        told = ", ".join(f"`{path}` {dtype_name(dtype)}" for path, dtype in types.items())
+        say(f"The models have weights of several types ({told}): their soup is {dtype_name(target.dtype)}.")
     for folder, lambdas in lambdas_of.items():
         average_weights(models, lambdas, target)
         save_whole(target, tokenizer, folder)

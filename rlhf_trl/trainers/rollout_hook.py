@@ -318,20 +318,20 @@ class RolloutHook(Trainer):
         Where `combine_rewards` is another function, the first column holds what it gives, with weight 1, and the
         others hold nothing.
         """
-        rewards, normalized = record.rewards, record.rewards.normalized
+        rewards, normalized, scores = record.rewards, record.rewards.normalized, record.rewards.scores()
         # TRL takes a completion with none but rewards of weight 0 for one with a score of 0
-        unscored = rewards.scores().isnan().unsqueeze(1)
+        unscored = scores.isnan().unsqueeze(1)
         if self._learns_from_raw_sum(rewards):
             return rewards.values.masked_fill(unscored, torch.nan)
         if record.training:
-            self._metrics["train"]["objective/scores"].append(torch.nanmean(rewards.scores()).item())
+            self._metrics["train"]["objective/scores"].append(torch.nanmean(scores).item())
+        learned = rewards.normalized_scores()
         if record.training and normalized is not None:
-            scores = rewards.normalized_scores()
-            self._metrics["train"]["objective/scores_normalized"].append(torch.nanmean(scores).item())
+            self._metrics["train"]["objective/scores_normalized"].append(torch.nanmean(learned).item())
         if rewards.combine is weighted_sum and normalized is not None:
             return normalized.masked_fill(unscored, torch.nan)
         columns = torch.full_like(rewards.values, torch.nan)
-        columns[:, 0] = rewards.normalized_scores()
+        columns[:, 0] = learned
         self.reward_weights = torch.ones_like(self.reward_weights)  # until the rollout is made
         return columns
 
