@@ -19,7 +19,7 @@ from trl.trainer.utils import nanstd
 from rlhf_trl.data.images import take_images
 from rlhf_trl.data.multimodal import thumbnail
 from rlhf_trl.errors import ConfigError
-from rlhf_trl.rewards.combine import weighted_sum
+from rlhf_trl.rewards.combine import weighted_sum, without_reward
 from rlhf_trl.rewards.lagrange import Lagrange
 from rlhf_trl.rewards.options import combination_problem
 from rlhf_trl.trainers.multipliers import Multipliers
@@ -304,9 +304,10 @@ class RolloutHook(Trainer):
         logged = self._metrics["train" if record.training else "eval"]
         for name, value in metrics.items():
             logged[f"constraints/{name}"].append(value)
-        scored = counted[~counted.isnan().all(dim=1)]
+        weights = self.reward_weights.to(counted)
+        scored = counted[~without_reward(counted, weights)]
         if len(scored):  # a score that no multiplier changes
-            signals = lagrange.signals(scored, scored, self.reward_weights.to(scored), self.reward_func_names)
+            signals = lagrange.signals(scored, scored, weights, self.reward_func_names)
             logged["objective/maximized"].append(signals[:, 0].mean().item())
             if batch is not None:
                 self.held_out_counts["objective/maximized"] = float(len(scored))

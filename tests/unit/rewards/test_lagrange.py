@@ -124,11 +124,15 @@ def run(kind, path, out, resume=None, normalizer=RewardNorm, **options):
         path,
         out,
         data=prompts(16),
-        reward_funcs=[count_of_a, num_words],
-        reward_weights=[1.0, 0.5],
         combine=lagrange,
         save_strategy="steps",
-        **{"save_steps": 2, "beta": 0.0 if kind == "rloo" else 0.1, **options},
+        **{
+            "reward_funcs": [count_of_a, num_words],
+            "reward_weights": [1.0, 0.5],
+            "save_steps": 2,
+            "beta": 0.0 if kind == "rloo" else 0.1,
+            **options,
+        },
     )
     seen = []
     trainer.on_rollout(lambda rollout: seen.append((rollout.training, rollout.rewards.values)))
@@ -171,6 +175,20 @@ def test_multipliers_move_and_the_score_follows(path, tmp_path, kind):
     rate = (held_out > 2.5).float().mean().item()
     assert logged(trainer, "eval_constraints/num_words/violation_rate") == pytest.approx([rate])
     assert not logged(trainer, "eval_constraints/num_words/lambda")
+
+
+def test_what_is_maximized_leaves_out_completions_that_only_a_reward_of_weight_0_applies_to(path, tmp_path):
+    def some_of_a(completions, **kwargs):
+        return [each if i % 4 else None for i, each in enumerate(count_of_a(completions, **kwargs))]
+
+    def watched(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    rewards, weights = [some_of_a, num_words, watched], [1.0, 0.5, 0.0]
+    trainer, _, seen = run("ppo", path, tmp_path, reward_funcs=rewards, reward_weights=weights)
+    means = [values[:, 0].nanmean().item() for _, values in seen]
+    assert all(values[:, 0].isnan().any() for _, values in seen)
+    assert logged(trainer, "objective/maximized") == pytest.approx(means)
 
 
 def test_multipliers_rest_while_the_critic_warms_up(path, tmp_path):
