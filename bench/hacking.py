@@ -34,6 +34,7 @@ from bench.frontier import draw, scores_of
 from bench.loop.driver import drive, parser
 from bench.loop.results import estimate, interval, markdown, pair_accuracy
 from bench.loop.steps import Steps
+from rlhf_trl.callbacks.reward_norm import ReferenceNorm
 from rlhf_trl.evaluation.generation import load_policy, sample
 from rlhf_trl.reward_modeling import RewardTrainer
 from rlhf_trl.runs.paths import resolve_path
@@ -90,7 +91,7 @@ FEATURES: dict[str, Callable[[list, list], list[float]]] = {
 }
 
 
-# ---- Prototypes of reward model training ----
+# ---- Prototypes of defenses ----
 
 
 class SelfDistillingTrainer(RewardTrainer):
@@ -141,6 +142,14 @@ class LengthDebiasedTrainer(RewardTrainer):
         return (pairs[0] * pairs[1]).mean() / (pairs.square().mean(dim=1).prod() + 1e-8).sqrt()
 
 
+class LogSigmoidNorm(ReferenceNorm):
+    """Rewards that saturate: the log-sigmoid of the calibrated ones (arXiv 2402.00742)."""
+
+    def scale(self, rewards: Tensor, counted: Tensor) -> Tensor:
+        """Return the log-sigmoid of the rewards on the scale of the references."""
+        return torch.nn.functional.logsigmoid(super().scale(rewards, counted))
+
+
 TRAINERS = {
     "ids": "stage.trainer._target_=bench.hacking.SelfDistillingTrainer",
     "debiased": "stage.trainer._target_=bench.hacking.LengthDebiasedTrainer",
@@ -180,6 +189,13 @@ DEFENSES: dict[str, tuple[str, list[str]]] = {
             "+reward.feature={{_target_: rlhf_trl.rewards.FunctionReward, function: bench.hacking.{hack}, "
             "weight: {scale:.4f}}}",
             "combine.lambda_lr=0.3",
+        ],
+    ),
+    "saturated": (
+        "log-sigmoid of the reward, centered 1 std above the start",
+        [
+            *(*ADVERSARY, "reward_norm=reference", "reward_norm.mean=-1"),
+            "reward_norm._target_=bench.hacking.LogSigmoidNorm",
         ],
     ),
     "refresh": ("reward model refreshed halfway", ADVERSARY),
@@ -269,20 +285,25 @@ class Hacking:
     def report(self, found: Mapping[str, Mapping[str, Any]], setting: Setting) -> str:
         """Return the tables, from the results of each seed."""
         start = fmean(each["start"]["gold"] for each in found.values())
-        rows = []
+        survival, gains = [], []
         for defense, (label_, _) in DEFENSES.items():
-            cells = []
+            cells: tuple[list[str], list[str]] = ([label_], [label_])
             for hack in setting.hacks:
-                runs = [(each["hacks"][hack][defense], each["start"]) for each in found.values()]
-                gaps = [run["gold"] - first["gold"] for run, first in runs]
+                runs = [(each["hacks"][hack][defense], each) for each in found.values()]
+                gaps = [run["gold"] - each["start"]["gold"] for run, each in runs]
+                more = [run["gold"] - each["hacks"][hack]["none"]["gold"] for run, each in runs]
                 kl = fmean(run["kl"] for run, _ in runs)
-                bare = [each["hacks"][hack]["none"]["gold"] for each in found.values()]
-                more = interval([run["gold"] - gold for (run, _), gold in zip(runs, bare, strict=True)], sign=True)
-                text = f"{interval(gaps, sign=True)}, {verdict(gaps)} (KL {kl:.1f}"
-                cells.append(f"{text})" if defense == "none" else f"{text}; {more} to none)")
-            rows.append([label_, *cells])
-        head = [f"gold reward minus {start:.2f}, that of the start; survives?", *setting.hacks]
-        lines = [markdown(head, rows), ""]
+                cells[0].append(f"{verdict(gaps)}: {interval(gaps, sign=True)} (KL {kl:.1f})")
+                cells[1].append(interval(more, sign=True))
+            survival.append(cells[0])
+            if defense != "none":
+                gains.append(cells[1])
+        lines = [
+            markdown([f"survives? gold reward minus {start:.2f}, that of the start", *setting.hacks], survival),
+            "",
+            markdown(["gold reward more than without a defense", *setting.hacks], gains),
+            "",
+        ]
         rows = []
         for kind in KINDS:
             for key in ("accuracy", "like_length", "length"):

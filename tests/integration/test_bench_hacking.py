@@ -63,14 +63,14 @@ def test_a_policy_survives_where_the_interval_is_above_its_start():
     gaps = [0.5, 0.6, 0.7], [-0.5, -0.6, -0.7], [-0.5, 0.6, 0.1], [0.5]
     assert [hacking.verdict(each) for each in gaps] == ["yes", "no", "open", "one seed"]
     start = {"gold": 1.5}
-    hacks = {
-        hack: {name: {"gold": 2.0, "kl": 1.0, "proxy": 3.0, "feature": 1.0} for name in hacking.DEFENSES}
-        for hack in hacking.FEATURES
-    }
+    runs = {name: {"gold": 2.0, "kl": 1.0, "proxy": 3.0, "feature": 1.0} for name in hacking.DEFENSES}
+    runs["kl"] = runs["kl"] | {"gold": 2.25}
+    hacks = dict.fromkeys(hacking.FEATURES, runs)
     measured = {kind: {"accuracy": 0.7, "like_length": 0.6, "length": 0.1} for kind in hacking.KINDS}
     seed = {"start": start, "models": dict.fromkeys(hacking.FEATURES, measured), "hacks": hacks}
     text = hacking.Hacking().report({"1": seed, "2": seed, "3": seed}, hacking.Setting())
-    assert f"{interval([0.5] * 3, sign=True)}, yes (KL 1.0; +0.00 [+0.00, +0.00] to none)" in text
+    assert f"| none (beta 0.05) | yes: {interval([0.5] * 3, sign=True)} (KL 1.0) |" in text
+    assert f"| KL: beta 0.5 | {interval([0.25] * 3, sign=True)} |" in text
     assert "reward_debiased: like_length | 0.600" in text
 
 
@@ -85,6 +85,12 @@ def test_labels_follow_the_feature_where_the_gold_rewards_agree(tmp_path):
         for name in ("plain", "biased")
     ]
     assert shares[1] == 1.0
+
+
+def test_a_saturating_reward_is_the_log_sigmoid_of_the_calibrated_one():
+    norm = hacking.LogSigmoidNorm(mean=-1.0, std=None)
+    made = norm.normalize(torch.tensor([[1.0], [3.0]]))
+    torch.testing.assert_close(made, torch.nn.functional.logsigmoid(torch.tensor([[-2.0], [0.0]])))
 
 
 def test_the_correlation_of_lengths_and_scores_is_over_pairs():
