@@ -1,11 +1,11 @@
 """
 Refreshed against static reward models, with policies that are the best of n completions of the first policy.
 
-The static reward model has all its labels of the first policy's completions. The refreshed one has as many: those of
-the first round are the same, and each of a later round compares, for the same prompt, what the policy of the round
-before writes (the best of n by the reward model of then) with a completion of the first policy. All reward models of a
-seed start from one network and take as many steps. n grows from round to round. At the end both reward models have as
-many labels, and the gold rewards of the best of n by them are compared at equal KL to the first policy.
+The static reward model has all its labels of pairs of the first policy's completions. The refreshed one has as many:
+those of the first round are the same. Each of a later round compares a completion of the policy of the round before,
+which is the best of n by the reward model of then, with another one of it or with one of the first policy. All reward
+models of a seed start from one network and take as many steps. At the end both reward models have as many labels, and
+the gold rewards of the best of n by them are compared at equal KL to the first policy.
 """
 
 import functools
@@ -41,19 +41,20 @@ class Setting:
     """
 
     sizes: Sizes
-    labels: int = 128
+    labels: int = 1024
     noise: float = 0.5
-    steps: int = 40
+    steps: int = 250
     batch: int = 32
     rate: float = 5e-4
-    counts: tuple[int, ...] = (4, 16, 64)
-    measured: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+    counts: tuple[int, ...] = (16, 16, 64)
+    measured: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
-FULL = Setting(Sizes(compared=576, drawn=17, prompts=24, samples=256))
+FULL = Setting(Sizes(compared=1024, drawn=64, prompts=32, samples=512))
 QUICK = Setting(
     Sizes(compared=64, drawn=5, prompts=4, samples=16), labels=16, steps=2, counts=(2, 4), measured=(1, 2, 4)
 )
+PASSES = 20  # over the prompts, to draw the pairs of a round
 
 
 class Scorer:
@@ -95,19 +96,17 @@ def _run(setting: Setting, path, seed: int) -> dict[str, Any]:
 
 def run(setting: Setting, samples: Mapping[str, list[list[Sample]]], seed: int) -> dict[str, Any]:
     """Return what [`measure`] does, from completions of the first policy."""
-    asked, head = list(samples["compared"]), start(seed)
-    Random(f"prompts/{seed}").shuffle(asked)
-    rounds, each = len(setting.counts), len(asked) // len(setting.counts)
-    parts = [asked[i * each : (i + 1) * each] for i in range(rounds)]
+    asked, head = samples["compared"], start(seed)
+    rounds = len(setting.counts)
 
     def train(pairs: Sequence[Pair]) -> Scorer:
         return Scorer(Members([reward_model(pairs, head, setting.steps, setting.batch, setting.rate, seed)]))
 
-    first = [labels([group[0] for group in part], part, setting, f"{seed}/{i}") for i, part in enumerate(parts)]
-    static, refreshed, made = train([pair for pairs in first for pair in pairs]), [train(first[0])], list(first[0])
-    for number in range(1, rounds):
-        best = best_of(refreshed[-1], parts[number], setting.counts[number - 1])
-        made += labels(best, parts[number], setting, f"{seed}/{number}")
+    first = labels(asked, None, 1, rounds * setting.labels, setting.noise, f"{seed}/first")
+    made = first[: setting.labels]
+    static, refreshed = train(first), [train(made)]
+    for n in setting.counts[:-1]:
+        made = made + labels(asked, refreshed[-1], n, setting.labels, setting.noise, f"{seed}/{len(refreshed)}")
         refreshed.append(train(made))
     counts, pool = (1, *setting.counts), samples["best_of_n"]
     own = [static, *[static] * rounds]
@@ -126,41 +125,52 @@ def run(setting: Setting, samples: Mapping[str, list[list[Sample]]], seed: int) 
     }
 
 
-def best_of(reward: Scorer, groups: Sequence[Sequence[Sample]], n: int) -> list[Sample]:
-    """Return the best of the first n completions of each prompt."""
-    found = reward([each for group in groups for each in group[:n]]).reshape(len(groups), n)
-    return [group[int(row.argmax())] for group, row in zip(groups, found, strict=True)]
-
-
-def labels(ones: Sequence[Sample], groups: Sequence[Sequence[Sample]], setting: Setting, seed: str) -> list[Pair]:
+def labels(
+    groups: Sequence[Sequence[Sample]], reward: Scorer | None, n: int, count: int, noise: float, seed: str
+) -> list[Pair]:
     """
-    Return labels, the preferred completion first: of `ones` and the last completion of their prompts, which is one of
-    the first policy. Equal gold rewards are a tie, and no label.
+    Return labels of pairs, the preferred completion first: of a completion of a policy and, half of the time each,
+    another one of it or one of the first policy.
+
+    Args:
+        groups: completions of each prompt by the first policy.
+        reward ([`Scorer`], *optional*): by which the policy is the best of n of them; not needed for n = 1, the first
+            policy itself.
+        n (`int`): of the best of n.
+        count (`int`): number of labels. The prompts take turns. Equal gold rewards are a tie, and no label.
+        noise (`float`): of the answers, see [`Setting`].
+        seed (`str`): of pairs and answers.
 
     Raises:
-        ValueError: if the prompts have fewer.
+        ValueError: if too few of the pairs that are drawn have unequal gold rewards.
     """
-    rng, made = Random(f"labels/{seed}"), []
-    for one, group in zip(ones, groups, strict=True):
-        other, draw = group[-1], rng.random()
-        if one.gold != other.gold and len(made) < setting.labels:
-            wins = draw < 1 / (1 + math.exp((other.gold - one.gold) / setting.noise))
+    rng = Random(f"labels/{seed}")
+    if reward:
+        reward([each for group in groups for each in group])  # in large batches
+    known = [best_shares(group, reward, n) for group in groups]
+    order, made = rng.sample(range(len(groups)), len(groups)), []
+    for place in order * PASSES:
+        samples, shares, chosen = known[place]
+        (one,) = rng.choices(samples, weights=chosen)
+        (other,) = rng.choices(samples, weights=chosen if rng.random() < 0.5 else shares)
+        if one.gold != other.gold:
+            wins = rng.random() < 1 / (1 + math.exp((other.gold - one.gold) / noise))
             made.append((one, other) if wins else (other, one))
-    if len(made) < setting.labels:
-        raise ValueError(f"{len(groups)} prompts have {len(made)} labels, and {setting.labels} are asked for.")
-    return made
+        if len(made) == count:
+            return made
+    raise ValueError(f"The completions of {len(groups)} prompts gave {len(made)} labels, and {count} are asked for.")
 
 
-def best_shares(group: Sequence[Sample], reward: Scorer, n: int) -> tuple[list[Sample], np.ndarray, np.ndarray]:
+def best_shares(group: Sequence[Sample], reward: Scorer | None, n: int) -> tuple[list[Sample], np.ndarray, np.ndarray]:
     """
     Return the different completions of a prompt, the share of each among them all, and its probability to be the best
-    of n that are drawn from them.
+    of n that are drawn from them; without a reward these are in the order of the completions, for n = 1.
     """
     counts: dict[Sample, int] = {}
     for each in group:
         counts[each] = counts.get(each, 0) + 1
     different = list(counts)
-    order = np.argsort(reward(different), kind="stable")
+    order = np.argsort(reward(different), kind="stable") if reward else np.arange(len(different))
     shares = np.array(list(counts.values()))[order] / len(group)
     return [different[i] for i in order], shares, np.diff(np.minimum(shares.cumsum(), 1.0) ** n, prepend=0.0)
 
@@ -213,7 +223,7 @@ def report(found: Mapping[str, Mapping[str, Any]], setting: Setting) -> str:
     headers = ["", "start", *(f"{arm}: highest" for arm in ARMS)]
     headers += [*(f"{arm}: gold at KL" for arm in ARMS), "difference at the largest common KL", "on the way"]
     parts = [markdown(headers, rows)]
-    grid = [each for each in (0.25, 0.5, 1.0, 1.5, 2.0, 2.5) if each <= min(gap["kl"] for gap in gaps.values())]
+    grid = [each for each in (0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0) if each <= min(gap["kl"] for gap in gaps.values())]
     cells = [
         interval([at_kl(each["refreshed"]["path"], kl) - at_kl(each["static"]["path"], kl) for each in found.values()])
         for kl in grid
@@ -221,23 +231,27 @@ def report(found: Mapping[str, Mapping[str, Any]], setting: Setting) -> str:
     if grid:
         parts.append(markdown(["KL", *map(str, grid)], [["refreshed - static", *cells]]))
     rounds = len(setting.counts)
-    columns = (("static", "accuracy"), ("refreshed", "before"), ("refreshed", "accuracy"))
+    keys = (("static", "accuracy"), ("refreshed", "before"), ("refreshed", "accuracy"))
     rows = [
         [
-            f"best of {n}",
+            f"{number}: best of {n}",
             *(
                 interval([each[arm][key][number] for each in found.values() if number < len(each[arm][key])], 3)
-                for arm, key in columns
+                for arm, key in keys
             ),
         ]
         for number, n in enumerate((1, *setting.counts))
     ]
-    changes = [
-        interval([each[arm]["accuracy"][rounds - 1] - each[arm]["accuracy"][0] for each in found.values()], 3, True)
-        for arm in ARMS
-    ]
-    rows.append([f"best of {setting.counts[-2]} - of 1", changes[0], "", changes[1]])
-    parts.append(markdown(["completions of", "static", "refreshed, before", "refreshed, after"], rows))
+    for begin in sorted({0, min(1, rounds - 1)}):
+        changes = [
+            interval(
+                [each[arm]["accuracy"][rounds - 1] - each[arm]["accuracy"][begin] for each in found.values()], 3, True
+            )
+            for arm in ARMS
+        ]
+        rows.append([f"after round {rounds - 1} - after {begin}", changes[0], "", changes[1]])
+    columns = ["after round, completions of", "static", "refreshed, before", "refreshed, after"]
+    parts.append(markdown(columns, rows))
     return "\n\n".join(parts)
 
 

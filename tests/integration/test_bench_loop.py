@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,13 +122,16 @@ def test_the_best_of_n_of_a_sample_has_its_kl_gold_and_accuracy():
 
 
 def test_labels_are_of_the_policy_and_the_first_one_and_ties_are_none():
-    groups = [completions(3.0, 0.0), completions(1.0, 1.0), completions(0.0, 3.0)]
-    setting = best_of_n.Setting(best_of_n.QUICK.sizes, labels=2, noise=0.01)
-    assert best_of_n.best_of(by_first_id(), groups, 2) == [group[1] for group in groups]
-    made = best_of_n.labels([group[0] for group in groups], groups, setting, "1")
-    assert [(a.gold, b.gold) for a, b in made] == [(3.0, 0.0), (3.0, 0.0)]
-    with pytest.raises(ValueError, match="3 prompts have 2 labels, and 3 are asked for"):
-        best_of_n.labels([group[0] for group in groups], groups, replace(setting, labels=3), "1")
+    groups = [completions(3.0, 0.0, 1.0), completions(1.0, 1.0), completions(0.0, 3.0, 2.0)]
+    made = best_of_n.labels(groups, None, 1, 15, 0.01, "1")
+    assert all(better.gold > worse.gold for better, worse in made)
+    assert {each.gold for pair in made for each in pair} == {0.0, 1.0, 2.0, 3.0}
+    # One is the best of 3, seldom the first one of rising scores; the other is a random one in half of the pairs
+    made = best_of_n.labels(groups, by_first_id(), 3, 15, 0.01, "1")
+    assert sum(0 in each.ids for pair in made for each in pair) < 8
+    assert made == best_of_n.labels(groups, by_first_id(), 3, 15, 0.01, "1")
+    with pytest.raises(ValueError, match="The completions of 1 prompts gave 0 labels, and 2 are asked for"):
+        best_of_n.labels(groups[1:2], None, 1, 2, 0.01, "1")
 
 
 def test_the_table_of_the_best_of_n():
@@ -143,8 +145,8 @@ def test_the_table_of_the_best_of_n():
     text = best_of_n.report(found, best_of_n.Setting(best_of_n.QUICK.sizes, counts=(2, 4)))
     assert "| seed 1 | 1.50 | 2.00 | 2.00 | 1.10 at 4.00 | 2.00 at 4.00 | +0.90 |" in text
     assert "| mean [95 %] |  |  |  |  |  | +0.95 [+0.31, +1.59] |" in text
-    assert "| best of 4 | 0.400 [0.400, 0.400] | 0.500 [0.500, 0.500] | - |" in text
-    assert "| best of 2 - of 1 | -0.200 [-0.200, -0.200] |  | +0.050 [+0.050, +0.050] |" in text
+    assert "| 2: best of 4 | 0.400 [0.400, 0.400] | 0.500 [0.500, 0.500] | - |" in text
+    assert "| after round 1 - after 0 | -0.200 [-0.200, -0.200] |  | +0.050 [+0.050, +0.050] |" in text
 
 
 def test_the_table_of_selections():
