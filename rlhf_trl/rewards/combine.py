@@ -57,8 +57,13 @@ def without_reward(values: Tensor, weights: Tensor) -> Tensor:
     Return which completions no reward that counts applies to, shape (N,). One of weight 0 is logged and doesn't count,
     unless all of them have it.
     """
+    return values[:, _counted(weights)].isnan().all(dim=1)
+
+
+def _counted(weights: Tensor) -> Tensor:
+    """Return which rewards count, shape (F,)."""
     counted = weights != 0
-    return values[:, counted if counted.any() else slice(None)].isnan().all(dim=1)
+    return counted if counted.any() else torch.ones_like(counted)
 
 
 def weighted_sum(values: Tensor, raw: Tensor, weights: Tensor, names: Sequence[str]) -> Tensor:
@@ -68,7 +73,7 @@ def weighted_sum(values: Tensor, raw: Tensor, weights: Tensor, names: Sequence[s
 
 def minimum(values: Tensor, raw: Tensor, weights: Tensor, names: Sequence[str]) -> Tensor:
     """Return min_f w_f r_f: only the worst reward counts. One of weight 0 is logged and not counted."""
-    ignored = values.isnan() | (weights == 0)
+    ignored = values.isnan() | ~_counted(weights)
     lowest = torch.where(ignored, torch.inf, values * weights).amin(dim=1)
     return lowest.masked_fill(ignored.all(dim=1), torch.nan)
 

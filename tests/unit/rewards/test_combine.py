@@ -51,6 +51,12 @@ def test_reward_of_weight_0_is_not_counted(combine, expected):
     assert found == pytest.approx(expected, nan_ok=True)
 
 
+@pytest.mark.parametrize("combine, expected", [(weighted_sum, 0.0), (minimum, 0.0), (product, 1.0)])
+def test_where_no_reward_has_a_weight_a_completion_with_one_has_a_score(combine, expected):
+    *scores, empty = combined(combine, [[0.5, 1.0, 9.0], [0.5, nan, nan], [nan, nan, nan]], weights=torch.zeros(3))
+    assert scores == [expected, expected] and math.isnan(empty)
+
+
 def test_product_of_negative_rewards_is_an_error():
     with pytest.raises(ConfigError, match=r"`kind` is -0.5 for completion 1, and `combine=product` takes"):
         combined(product, [[1.0, 0.0, 1.0], [1.0, -0.5, -1.0]])
