@@ -1,8 +1,7 @@
 """
 Two rounds of `pipeline=reviews/rounds`: SmolLM2-135M, with the raters of the review sentences as the people.
 
-The steps are those of the pipeline, at the sizes below; `python -m bench.loop smollm2` prints the one command that
-runs the same.
+The steps are those of the pipeline; `python -m bench.loop smollm2` prints the one command that runs the same.
 """
 
 import os
@@ -22,18 +21,7 @@ from rlhf_trl.runs.record import read_quality
 from rlhf_trl.tasks.reviews.judges import sentiment
 
 PIPELINE = "reviews/rounds"
-SIZES = {
-    "rounds": 2,
-    "sft_steps": 10,
-    "ratings": 96,
-    "prompts": 24,
-    "completions": 2,
-    "labels": 24,
-    "reward_steps": 8,
-    "episodes": 128,
-    "held_out": 24,
-    "pairs": 40,
-}
+SIZES = {"rounds": 2}  # and the pipeline's own
 QUICK = SIZES | {
     "sft_steps": 1,
     "ratings": 32,
