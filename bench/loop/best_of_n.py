@@ -242,7 +242,7 @@ def report(found: Mapping[str, Mapping[str, Any]], setting: Setting) -> str:
         ]
         for number, n in enumerate((1, *setting.counts))
     ]
-    for begin in sorted({0, min(1, rounds - 1)}):
+    for begin in range(min(2, rounds - 1)):
         changes = [
             interval(
                 [each[arm]["accuracy"][rounds - 1] - each[arm]["accuracy"][begin] for each in found.values()], 3, True
