@@ -147,8 +147,12 @@ def _policy(cfg: DictConfig, args: Any) -> PreTrainedModel | PeftModel:
     base = base if dtype == "auto" else base.to(getattr(torch, dtype))  # pyright: ignore[reportArgumentType] wrapped
     if cfg.model.attn_implementation == "eager":  # others keep no probabilities, as here
         base.set_attn_implementation("eager")
-    saved = adapter_config(path, cfg.model.revision) if peft is not None else None
-    return base if peft is None else adapted(base, saved if isinstance(saved, LoraConfig) else peft)
+    if peft is None:
+        return base
+    saved = adapter_config(path, cfg.model.revision)
+    config = copy.copy(saved) if isinstance(saved, LoraConfig) else peft
+    config.task_type = cfg.stage.task_type  # a reward model goes on with the adapter of a policy
+    return adapted(base, config)
 
 
 def _output(trainer: Any, task_type: str) -> str:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_trl.build import training_arguments
@@ -36,6 +36,7 @@ ROWS = {
     "ppo": {"prompt": "a b c"},
     "grpo": {"prompt": "a b c"},
     "online_dpo": {"prompt": "a b c"},
+    "reward": {"completion_ids": [[0, 1, 2], [0, 1]], "length": 3, "better": [0], "worse": [1]},
 }
 
 
@@ -76,6 +77,16 @@ def test_each_stage_has_its_output_layer_its_reference_and_its_batch(planned, st
     assert training.checkpointing and training.computation == Computation(None, False)
     lora = planned(stage, "adapter=lora")
     assert isinstance(lora.policy, PeftModel) and not lora.reference and lora.scores_reference == beside
+
+
+def test_a_reward_model_that_goes_on_with_the_adapter_of_a_policy_has_a_plan(planned, model, tmp_path):
+    policy = LlamaForCausalLM.from_pretrained(model)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(policy, lora).save_pretrained(str(tmp_path))
+    training = planned("reward", "adapter=lora", f"model.path={tmp_path}")
+    trained = {name for name, weight in training.policy.named_parameters() if weight.requires_grad}
+    assert any(".score." in name for name in trained) and any("lora_A" in name for name in trained)
+    assert plan_memory(training).total > 0
 
 
 def test_rollouts_rewards_and_critics_of_a_config(planned, model, tmp_path):
