@@ -22,6 +22,7 @@ from rlhf_trl.config.values import as_dict
 from rlhf_trl.data.lengths import prompt_and_row_length
 from rlhf_trl.models.adapters import adapter_config
 from rlhf_trl.models.dry_passes import Batch, Computation
+from rlhf_trl.models.initial import score_config
 from rlhf_trl.models.memory import (
     GIB,
     Engine,
@@ -150,8 +151,9 @@ def _policy(cfg: DictConfig, args: Any) -> PreTrainedModel | PeftModel:
     if peft is None:
         return base
     saved = adapter_config(path, cfg.model.revision)
-    config = copy.copy(saved) if isinstance(saved, LoraConfig) else peft
-    config.task_type = cfg.stage.task_type  # a reward model goes on with the adapter of a policy
+    config = saved if isinstance(saved, LoraConfig) else peft
+    if cfg.stage.task_type == "SEQ_CLS" and config.task_type != "SEQ_CLS":  # goes on with a policy's adapter
+        config = score_config(config)
     return adapted(base, config)
 
 

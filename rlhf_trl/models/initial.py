@@ -168,12 +168,18 @@ def _target_modules(config: LoraConfig) -> str:
     return targets if isinstance(targets, str) else str(sorted(targets or []))
 
 
-def _with_score_head(base: PreTrainedModel, path: str, saved: LoraConfig, revision: str | None) -> PeftModel:
-    """Return `base`, a classifier, with a policy's adapter and a trainable score head."""
+def score_config(saved: LoraConfig) -> LoraConfig:
+    """Return the config of a policy's adapter on a classifier, whose score head is trained with it."""
     config = copy.deepcopy(saved)
     config.task_type = "SEQ_CLS"  # PEFT adds the score head to `modules_to_save`
-    config.inference_mode = True
     config.modules_to_save = [name for name in saved.modules_to_save or [] if name not in HEADS]
+    return config
+
+
+def _with_score_head(base: PreTrainedModel, path: str, saved: LoraConfig, revision: str | None) -> PeftModel:
+    """Return `base`, a classifier, with a policy's adapter and a trainable score head."""
+    config = score_config(saved)
+    config.inference_mode = True
     model = get_peft_model(base, config)
     head = {name: weight for name, weight in get_peft_model_state_dict(model).items() if ".score." in name}
     policy = {name: weight for name, weight in adapter_weights(path, revision).items() if "lm_head" not in name}
