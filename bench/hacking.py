@@ -287,17 +287,17 @@ class Hacking:
         start = fmean(each["start"]["gold"] for each in found.values())
         survival, gains = [], []
         for defense, (label_, _) in DEFENSES.items():
-            cells: tuple[list[str], list[str]] = ([label_], [label_])
+            survived, gained = [label_], [label_]
             for hack in setting.hacks:
                 runs = [(each["hacks"][hack][defense], each) for each in found.values()]
                 gaps = [run["gold"] - each["start"]["gold"] for run, each in runs]
                 more = [run["gold"] - each["hacks"][hack]["none"]["gold"] for run, each in runs]
                 kl = fmean(run["kl"] for run, _ in runs)
-                cells[0].append(f"{verdict(gaps)}: {interval(gaps, sign=True)} (KL {kl:.1f})")
-                cells[1].append(interval(more, sign=True))
-            survival.append(cells[0])
+                survived.append(f"{verdict(gaps)}: {interval(gaps, sign=True)} (KL {kl:.1f})")
+                gained.append(interval(more, sign=True))
+            survival.append(survived)
             if defense != "none":
-                gains.append(cells[1])
+                gains.append(gained)
         lines = [
             markdown([f"survives? gold reward minus {start:.2f}, that of the start", *setting.hacks], survival),
             "",
