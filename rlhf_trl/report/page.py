@@ -203,14 +203,8 @@ def write_page(page: Page, folder: str | os.PathLike) -> Path:
 
 
 def to_html(page: Page) -> str:
-    """Return the page as one HTML file. Text between backticks is shown as code."""
-    from markupsafe import Markup, escape
-
-    environment = html_templates(TEMPLATES)
-    environment.filters["prose"] = lambda text: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
-    # Names of metrics are long, and may break behind a slash
-    environment.filters["breakable"] = lambda text: Markup(str(escape(text)).replace("/", "/<wbr>"))
-    return _writable(environment.get_template("page.html.jinja").render(page=page))
+    """Return the page as one HTML file. Text between backticks is shown as code, but not in prompts and answers."""
+    return _writable(html_templates(TEMPLATES).get_template("page.html.jinja").render(page=page))
 
 
 def to_markdown(page: Page) -> str:

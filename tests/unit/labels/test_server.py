@@ -239,11 +239,12 @@ def test_a_full_disk_is_said_and_the_question_stays(tmp_path, monkeypatch):
     task = page.task
 
     def full(label):
-        raise ConfigError("The label can't be written: No space left on device.")
+        raise ConfigError("`labels.jsonl` can't be written: No space left on device.")
 
     monkeypatch.setattr(page.store, "append", full)
     response = page.post(choice="1")
     assert response.status_code == 507 and "No space left" in response.text and page.task == task
+    assert "<code>labels.jsonl</code> can&#39;t be written" in response.text
 
 
 # ---- Who ----

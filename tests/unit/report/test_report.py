@@ -104,6 +104,24 @@ def test_a_page_escapes_what_models_write_and_fetches_nothing():
     assert "\x00" not in html and html.encode("utf-8")  # a half of a surrogate pair can't be written
 
 
+def test_what_stands_between_backticks_is_code_everywhere_but_in_what_models_read_and_write():
+    said, verbatim = "Set `a/b=<i>`.", "A `model` wrote `this`."
+    blocks = [
+        Text(said),
+        Missing(said),
+        Table([said], [[said], [said]], said, note=said),
+        SideBySide(verbatim, {said: verbatim}, said),
+        Details(said, [Code(verbatim)]),
+        Figure(plots.bars(["a"], [0.5]), said),
+    ]
+    sections = [Section(f"{said} {i}", blocks if i == 0 else [Text(said)]) for i in range(3)]
+    html = to_html(Page(said, said, sections, said, {said: said}, said, {said: said}))
+    assert re.findall("[^`]`[^`]*`", html) == [" `model`", " `this`"] * 3
+    shown = html.count("<code>a/b=&lt;i&gt;</code>") + html.count("<code>a/<wbr>b=&lt;i&gt;</code>")
+    assert shown == 24 and "<i>" not in html
+    assert 'aria-label="Set a/b=&lt;i&gt;."' in html and 'data-name="Set a/b=&lt;i&gt;."' in html
+
+
 def test_the_text_has_the_same_tables(tmp_path):
     table = Table(["policy", "reward", "KL"], [["sft", "1.5 [1, 2]", None], ["a|b", "-2", 0.25]], "All.", marked=[1])
     assert table.numeric == [False, True, True]
@@ -305,6 +323,7 @@ def test_a_projects_report_shows_what_is_there_and_says_what_is_not(project):
         "stage=evaluate_reward project=mine",
     ):
         assert gap in text
+    assert "`" not in re.sub("<pre.*?</pre>|<article.*?</article>", "", html, flags=re.S)
     assert re.search(r"\| accuracy +\| +0.500 \| +0.700 \|", text)
     assert re.search(r"\| ppo \*? *\| +1.80 \[1.70, 1.90\]", text)
     assert "1 min 05 s" in text and "accelerate launch train.py stage=ppo project=mine" in html
