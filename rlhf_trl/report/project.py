@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -34,45 +35,68 @@ from rlhf_trl.report.verdicts import headline, verdict, verdict_blocks
 from rlhf_trl.runs.record import COMPARISON_FILE, read_quality
 from rlhf_trl.runs.results import Comparison
 
-# Training curves: title of the figure, how to read it, and its metrics by their name in the legend. Metrics that a run
-# didn't log are dropped, and of several figures with one title the first is shown.
+
+class Curve(NamedTuple):
+    """
+    A figure of training curves.
+
+    Attributes:
+        title: its title.
+        metrics: metrics by their name in the legend; those that a run didn't log are dropped.
+        reading: how to read it.
+        compared: how to read several of the metrics together.
+    """
+
+    title: str
+    metrics: Mapping[str, str]
+    reading: str = ""
+    compared: str = ""
+
+
+# Of several figures with one title the first that the run logged is shown
 CURVES = (
-    (
+    Curve(
         "reward",
-        "Held out it should rise as well.",
         {"rollouts": "objective/scores", "held out": "eval_objective/scores"},
+        compared="Held out it should rise as well.",
     ),
-    ("reward", "Held out it should rise as well.", {"rollouts": "reward", "held out": "eval_reward"}),
-    (
+    Curve("reward", {"rollouts": "reward", "held out": "eval_reward"}, compared="Held out it should rise as well."),
+    Curve(
         "KL to the start, nats per sequence",
-        "How far the policy went; one that grows without end is being pulled by the reward alone.",
         {"rollouts": "objective/kl", "held out": "eval_objective/kl"},
+        "How far the policy went; one that grows without end is being pulled by the reward alone.",
     ),
-    ("KL to the start, nats per token", "How far the policy went.", {"rollouts": "kl"}),
-    ("accuracy", "Training far above held out is overfitting.", {"training": "accuracy", "held out": "eval_accuracy"}),
-    (
+    Curve("KL to the start, nats per token", {"rollouts": "kl"}, "How far the policy went."),
+    Curve(
         "accuracy",
-        "Share of pairs whose chosen answer the policy prefers, next to its start; there it is 0, as all are ties.",
+        {"training": "accuracy", "held out": "eval_accuracy"},
+        compared="Training far above held out is overfitting.",
+    ),
+    Curve(
+        "accuracy",
         {"training": "rewards/accuracies", "held out": "eval_rewards/accuracies"},
+        "Share of pairs whose chosen answer the policy prefers, next to its start; there it is 0, as all are ties.",
     ),
-    (
+    Curve(
         "margin of the rewards",
-        "By how much it prefers the chosen answer.",
         {"training": "rewards/margins", "held out": "eval_rewards/margins"},
+        "By how much it prefers the chosen answer.",
     ),
-    ("entropy, nats per token", "Near 0 the policy has stopped exploring.", {"rollouts": "policy/entropy"}),
-    (
+    Curve("entropy, nats per token", {"rollouts": "policy/entropy"}, "Near 0 the policy has stopped exploring."),
+    Curve(
         "tokens per completion",
-        "A steady drift means that length is being rewarded.",
         {"rollouts": "completions/mean_length", "held out": "eval_completions/mean_length"},
+        "A steady drift means that length is being rewarded.",
     ),
-    (
+    Curve(
         "explained variance of the critic",
-        "1 is perfect; at 0 it explains nothing.",
         {"rollouts": "value/explained_variance"},
+        "1 is perfect; at 0 it explains nothing.",
     ),
-    ("clip fraction", "Above 0.3 the steps are too large.", {"rollouts": "policy/clipfrac"}),
-    ("loss", "Training far below held out is overfitting.", {"training": "loss", "held out": "eval_loss"}),
+    Curve("clip fraction", {"rollouts": "policy/clipfrac"}, "Above 0.3 the steps are too large."),
+    Curve(
+        "loss", {"training": "loss", "held out": "eval_loss"}, compared="Training far below held out is overfitting."
+    ),
 )
 RL_ONLY_NOISE = "objective/kl"  # where it is logged, the loss of a policy gradient says nothing
 
@@ -207,17 +231,17 @@ def curve_figures(run: Run, color: int) -> list[Figure]:
     """Return a figure for each metric of `CURVES` that the run logged, in the color of the run; each metric once."""
     logged = {key for entry in run.history for key in entry}
     figures: dict[str, Figure] = {}
-    for title, reading, keys in CURVES:
+    for title, metrics, reading, compared in CURVES:
         if title in figures or (title == "loss" and RL_ONLY_NOISE in logged):
             continue
         series = [
             Series(name, *run.curve(key), color=color, hollow=bool(i))
-            for i, (name, key) in enumerate(keys.items())
+            for i, (name, key) in enumerate(metrics.items())
             if len(run.curve(key)[0]) > 1
         ]
         if series:
             drawn = plots.curves(series, f"{run.name}: {title}", "optimizer step", title)
-            figures[title] = Figure(drawn, reading)
+            figures[title] = Figure(drawn, reading or (compared if len(series) > 1 else ""))
     return list(figures.values())
 
 

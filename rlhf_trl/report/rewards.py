@@ -187,7 +187,10 @@ def _length(quality: RewardQuality) -> list:
     note = "Correlation of score and number of characters over all completions. A reward that prefers the longer one "
     note += "more often than people do has learned length."
     svg = _curves("characters", {name: entry.length for name, entry in quality.rewards.items()})
-    return [Table(headers, rows, note=note), Figure(svg, "Score against length: median and quartiles of eight parts.")]
+    return [
+        Table(headers, rows, note=note),
+        Figure(svg, "Score against length: median and quartiles of up to eight parts."),
+    ]
 
 
 def _ratings(quality: RewardQuality) -> list:
@@ -225,7 +228,7 @@ def _ratings(quality: RewardQuality) -> list:
     svg = _curves("mean rating", {name: entry.ratings for name, entry in quality.rewards.items()})
     return [
         Table(headers, rows, note=note),
-        Figure(svg, "Score against mean rating: median and quartiles of eight parts."),
+        Figure(svg, "Score against mean rating: median and quartiles of up to eight parts."),
     ]
 
 

@@ -166,28 +166,34 @@ def round_blocks(runs: Sequence[Run]) -> list:
     note = " ".join([*sentences, *(each.in_words for each in (early, rounds[-1].promotion) if each)])
     rows = [list(cells) for cells in zip(*columns.values(), strict=True)]
     numbers = [float(each.number) for each in rounds]
-    rewards = [each.policy.reward if each.policy else None for each in rounds]
+    measured = [(each.policy.win_rate if wins else each.policy.reward) if each.policy else None for each in rounds]
     kl = [each.policy.kl.mean if each.policy and each.policy.kl else None for each in rounds]
     accuracies = {when: [each.accuracy(when, each.labeled_by) for each in rounds] for when in (BEFORE, AFTER)}
-    series = [
+    kept = {when: values for when, values in accuracies.items() if any(value is not None for value in values)}
+    series, said = [], []
+    if any(each is not None for each in measured):
+        means = [each.mean if each else None for each in measured]
+        lows, highs = ([getattr(each, end) if each else None for each in measured] for end in ("low", "high"))
+        series.append(Series("win rate" if wins else "reward", numbers, means, lows, highs, color=0))
+        said.append(f"{'Win rate' if wins else 'Reward'} of the policy of each round.")
+    series += [
         Series(f"accuracy {when} the refresh", numbers, values, color=2, hollow=when == BEFORE)
-        for when, values in accuracies.items()
-        if any(value is not None for value in values)
+        for when, values in kept.items()
     ]
-    if any(reward is not None for reward in rewards):
-        means = [reward.mean if reward else None for reward in rewards]
-        lows, highs = ([getattr(r, end) if r else None for r in rewards] for end in ("low", "high"))
-        series.insert(0, Series("reward", numbers, means, lows, highs, color=0))
+    if kept:
+        said.append(f"Accuracy of the reward model on the labels of each round, {' and '.join(kept)} its refresh.")
+    if len(kept) > 1:
+        said.append(
+            "Before it a reward model hasn't seen such completions; the gap to the line after it is what the labels "
+            "brought."
+        )
     if any(value is not None for value in kl):
         series.append(Series("KL to the baseline", numbers, kl, color=3))
+        said.append("KL of the policy to the baseline, nats per completion.")
     figure = plots.curves(series, "rounds", "round", "", wide=True)
-    caption = (
-        "Reward of the policy, its KL, and the accuracy of the reward model on the labels of each round. Before its "
-        "refresh a reward model hasn't seen such completions; the gap to the line after it is what the labels brought."
-    )
     return [
         Table(list(columns), rows, "What each round gained.", note=note),
-        *([Figure(figure, caption, wide=True)] if series else []),
+        *([Figure(figure, " ".join(said), wide=True)] if series else []),
     ]
 
 

@@ -280,12 +280,18 @@ def _frontier(sweep: Sweep, objective: str) -> Figure:
                 color=color,
             )
         )
+    caption = f"`{objective}` of each setting against `{sweep.paid}`"
+    if any(len(setting.values) > 1 for setting in sweep.settings):
+        caption += ", means over seeds"
+    if spread(sweep.settings)[1]:
+        caption += " with 95 % intervals"
+    if any(best):
+        caption += "; filled: no other setting is as good for as little"
     return Figure(
         plots.frontier(
             [one for one in series if len(one.x)], "Objective against cost", sweep.cost or "time, s", objective
         ),
-        f"`{objective}` of each setting against `{sweep.paid}`, means over seeds with 95 % intervals; filled: no "
-        "other setting is as good for as little.",
+        f"{caption}.",
         wide=True,
     )
 

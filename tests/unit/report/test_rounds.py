@@ -87,6 +87,8 @@ def project(tmp_path):
 def test_each_round_has_a_row_and_there_is_one_figure(project):
     table, figure = round_blocks(load_runs(project))
     assert isinstance(table, Table) and isinstance(figure, Figure)
+    for part in ("Reward of the policy of each round.", "before and after its refresh.", "the gap to", "KL of the"):
+        assert part in figure.caption
     assert table.cells == [
         ["1", "2.000 [1.900, 2.100]", "4.000", "0.500", "0.500", "0.500", "0.500", "0.500", "0.100", "0.100", "8", ""],
         [
@@ -136,10 +138,25 @@ def test_nights_have_rounds_of_thumbs_and_say_which_policy_is_the_current_one(pr
         Promotion(2, "policy_2", "policy_1", False, "reward", 1.5, 2.0),
     ]
     write_json(project / "promotions.json", Promotions(current="policy_1", rounds=decisions))
-    table, _ = round_blocks(load_runs(project))
+    table, figure = round_blocks(load_runs(project))
+    assert (
+        figure.caption == "Reward of the policy of each round. KL of the policy to the baseline, nats per completion."
+    )
     assert table.headers == ["round", "reward [95 %]", "proxy", "KL", "thumbs"]
     assert [[row[0], row[-1]] for row in table.cells] == [["1 (current)", "20"], ["2", "40"]]
     assert "so `policy_1` stays the current policy" in table.note and "Before" not in table.note
+
+
+def test_rounds_that_a_judge_compares_have_win_rates(project):
+    for number in (1, 2):
+        path = project / f"compare_{number}" / "comparison.json"
+        content = json.loads(path.read_text()) | {"weights": {}}
+        for result in content["policies"].values():
+            result |= {"reward": None, "rewards": {}, "win_rate": {"mean": 0.6, "low": 0.5, "high": 0.7}}
+        path.write_text(json.dumps(content))
+    table, figure = round_blocks(load_runs(project))
+    assert table.headers[1] == "win rate [95 %]" and table.cells[0][1] == "0.600 [0.500, 0.700]"
+    assert figure.caption.startswith("Win rate of the policy of each round.") and ">win rate<" in figure.svg
 
 
 def test_the_control_of_a_round_is_not_its_policy(project):
