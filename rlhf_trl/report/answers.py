@@ -5,7 +5,7 @@ import random
 import numpy as np
 
 from rlhf_trl.report import plots
-from rlhf_trl.report.measures import among, policy_colors
+from rlhf_trl.report.measures import among, is_rewarded, policy_colors
 from rlhf_trl.report.page import Figure, SideBySide, Table, Text
 from rlhf_trl.report.text import interval, with_rewards
 from rlhf_trl.runs.results import Comparison, PromptSample
@@ -15,7 +15,9 @@ FEWEST = 20  # prompts of a kind on which a policy may be called worse
 
 
 def distribution_blocks(comparison: Comparison) -> list:
-    """Return histograms and quantiles of the rewards."""
+    """Return histograms and quantiles of the rewards, where any counts."""
+    if not is_rewarded(comparison):
+        return []
     base, policies, colors = comparison.baseline, comparison.policies, policy_colors(comparison)
     rewards = {
         name: [value for sample in comparison.samples if (value := sample.rewards[name]) is not None]
@@ -30,7 +32,7 @@ def distribution_blocks(comparison: Comparison) -> list:
             f"{base} and {name}; the upright lines are the means.",
         )
         for name in main
-        if name != base
+        if name != base and rewards[base] and rewards[name]
     ]
     rows = [
         [
@@ -86,7 +88,8 @@ def answer_blocks(comparison: Comparison) -> list:
     drawn = random.Random(comparison.seed or 0).sample(
         range(len(comparison.samples)), min(RANDOM_SHOWN, len(comparison.samples))
     )
-    rewarded = any(value is not None for sample in comparison.samples for value in sample.rewards.values())
+    values = [value for sample in comparison.samples for value in sample.rewards.values()]
+    rewarded = is_rewarded(comparison) and any(value is not None for value in values)
     brackets = " Rewards are in brackets." if rewarded else ""
     blocks: list = [Text(f"{len(drawn)} prompts drawn at random.{brackets}")]
     blocks += [_side_by_side(comparison.samples[place]) for place in sorted(drawn)]

@@ -32,6 +32,11 @@ def kl_of(comparison: Comparison, name: str) -> float:
     return kl.mean if kl else 0.0 if name == comparison.baseline else float("nan")
 
 
+def is_rewarded(comparison: Comparison) -> bool:
+    """Return whether a reward counts in a comparison; where none does, a judge alone compares."""
+    return any(comparison.weights.values())
+
+
 def base_of(comparison: Comparison, reward: str) -> tuple[float | None, float | None]:
     """Return mean and standard deviation of a reward over the baseline's answers; `""` is the combined reward."""
     if reward:
@@ -55,6 +60,11 @@ def scaled(value: float | None, mean: float | None, std: float | None) -> float 
 def part_of(estimate: Estimate | None, part: str) -> float | None:
     """Return the mean, or an end of the interval, of an estimate; `None` where it could not be made."""
     return None if estimate is None else getattr(estimate, part)
+
+
+def has_interval(estimate: Estimate | None) -> bool:
+    """Return whether an estimate has an interval: that of a single value has none."""
+    return estimate is not None and np.isfinite(estimate.low) and np.isfinite(estimate.high)
 
 
 def among(estimate: Estimate, count: int) -> Estimate:
@@ -123,8 +133,8 @@ def beside_best_of_n(comparison: Comparison, name: str) -> BesideBestOfN | None:
     """
     Return a policy beside best-of-n, chosen by what the policies were trained on where that was measured; `None` where
     one of the two is unknown. Between two n the reward is taken as linear in the root of the KL (Gao et al. 2023,
-    arXiv 2210.10760), as the figure draws it. The interval takes both errors as independent: on the same prompts it is
-    too wide rather than too narrow. It leaves out the error of the policy's KL.
+    arXiv 2210.10760), as the figure draws it. The interval is that of [`minus`], and leaves out the error of the
+    policy's KL.
     """
     result = comparison.policies[name]
     if not comparison.curves or not result.kl or not result.reward:
@@ -139,9 +149,7 @@ def beside_best_of_n(comparison: Comparison, name: str) -> BesideBestOfN | None:
     if result.kl.mean <= kls[-1]:
         at = max(result.kl.mean, 0.0)  # an estimate of a small KL may be below 0
         mean, low, high = (np.interp(np.sqrt(at), np.sqrt(kls), [reward[i] for reward in rewards]) for i in range(3))
-        gap = result.reward.mean - mean
-        half = float(np.hypot(result.reward.high - result.reward.low, high - low)) / 2
-        difference = Estimate(float(gap), float(gap - half), float(gap + half))
+        difference = minus(result.reward, Estimate(float(mean), float(low), float(high)))
     return BesideBestOfN(curve.by, difference, as_good, sizes[-1])
 
 
@@ -160,6 +168,23 @@ def wins_of(comparison: Comparison, one: str, other: str) -> Estimate | None:
         return None if result.win_rate is None else Estimate(*(end - 0.5 for end in result.win_rate))
 
     return _paired(comparison, one, other, over_half, lambda found: found.wins)
+
+
+def advantage_of(comparison: Comparison, one: str, other: str) -> Estimate | None:
+    """
+    Return what tells whether one policy is better than another, above 0 if it is: the difference in reward; where no
+    reward counts, that in win rates. `None` where it wasn't measured.
+    """
+    return (difference_of if is_rewarded(comparison) else wins_of)(comparison, one, other)
+
+
+def minus(one: Estimate, other: Estimate) -> Estimate:
+    """
+    Return the difference of two means. Its interval takes both errors as independent: on the same prompts it is too
+    wide rather than too narrow.
+    """
+    gap, half = one.mean - other.mean, float(np.hypot(one.high - one.low, other.high - other.low)) / 2
+    return Estimate(gap, gap - half, gap + half)
 
 
 def _paired(

@@ -7,6 +7,8 @@ from rlhf_trl.report.measures import (
     base_of,
     curve_color,
     gain_of,
+    has_interval,
+    is_rewarded,
     kl_of,
     names_in_words,
     part_of,
@@ -23,6 +25,9 @@ from rlhf_trl.runs.results import Comparison, Estimate, PolicyResult
 
 def frontier_blocks(comparison: Comparison) -> list:
     """Return reward against KL: every policy, and the best of n as the curve to beat."""
+    if not is_rewarded(comparison):
+        tables = [_reward_table(comparison), *_constraint_tables(comparison)] if comparison.weights else []
+        return [_unrewarded(comparison), *tables, *map(Missing, dict.fromkeys(_missing(comparison)))]
     return [
         frontier_figure(comparison),
         *_over_optimization(comparison, _placed(comparison)),
@@ -30,6 +35,16 @@ def frontier_blocks(comparison: Comparison) -> list:
         *_constraint_tables(comparison),
         *_not_measured(comparison),
     ]
+
+
+def _unrewarded(comparison: Comparison) -> Missing:
+    found, option = "none was measured", "reward=..."
+    if comparison.weights:
+        found, option = f"of {names_in_words(list(comparison.weights))} none has one", "reward.NAME.weight=1"
+    return Missing(
+        "Reward against KL, and best-of-n, need a reward of a weight other than 0, and "
+        f"{found}. Set `{option}` with `stage=evaluate`."
+    )
 
 
 def _placed(comparison: Comparison) -> list[str]:
@@ -41,11 +56,18 @@ def frontier_figure(comparison: Comparison) -> Figure:
     """Return reward against KL: every policy, and the best-of-n curves."""
     series = [*_best_of_n_series(comparison), *_family_series(comparison, _placed(comparison))]
     x_label = f"KL to {comparison.baseline}, nats per sequence"
+    base = comparison.baseline
+    caption = f"What each policy gained, and how far it went from {base} for it; up and to the left is better."
+    if any(has_interval(comparison.policies[name].reward) for name in _placed(comparison)):
+        caption += f" Bars{' and bands' if comparison.curves else ''} are 95 % intervals."
+    if comparison.curves:
+        which = "curves are" if len(comparison.curves) > 1 else "curve is"
+        caption += f" The {which} the free frontier: drawing n answers and keeping the best, without any training."
+    if unplaced := [name for name in comparison.policies if name not in _placed(comparison)]:
+        caption += f" Without a KL, and so not drawn: {', '.join(unplaced)}."
     return Figure(
         plots.frontier(series, "Reward against KL", x_label, _reward_label(comparison), x_scale="sqrt"),
-        "What each policy gained, and how far it went from its start for it; up and to the left is better. Bars "
-        "and bands are 95 % intervals. The curves are the free frontier: drawing n answers and keeping the best, "
-        "without any training.",
+        caption,
         wide=True,
     )
 
@@ -101,6 +123,16 @@ def _family_series(comparison: Comparison, shown: Sequence[str]) -> list[Series]
 
 def _reward_table(comparison: Comparison) -> Table:
     base, policies, proxies = comparison.baseline, comparison.policies, comparison.proxies
+    if not is_rewarded(comparison):
+        rows = [
+            [
+                name,
+                *(interval(result.reward_intervals[proxy], "{:.2f}") for proxy in proxies),
+                interval(result.kl, "{:.2f}"),
+            ]
+            for name, result in policies.items()
+        ]
+        return Table(["policy", *proxies, "KL"], rows, "Rewards of weight 0.")
     best = pareto(
         [part_of(result.reward, "mean") for result in policies.values()],
         [kl_of(comparison, name) for name in policies],
@@ -176,7 +208,14 @@ def _over_optimization(comparison: Comparison, shown: Sequence[str]) -> list:
     return [_two_rewards(comparison, shown, proxy) for proxy in proxies]
 
 
-def _two_rewards(comparison: Comparison, shown: Sequence[str], proxy: str) -> Figure:
+def _two_rewards(comparison: Comparison, shown: Sequence[str], proxy: str) -> Figure | Missing:
+    base = comparison.baseline
+    for reward, words in (("", "the reward that counts"), (proxy, f"`{proxy}`")):
+        if not base_of(comparison, reward)[1]:
+            return Missing(
+                f"Gains are shown in standard deviations over the answers of {base}, and {words} is the same for all "
+                "of these."
+            )
     names, colors = sorted(shown, key=lambda name: kl_of(comparison, name)), policy_colors(comparison)
     series = [
         Series(
@@ -199,7 +238,7 @@ def _two_rewards(comparison: Comparison, shown: Sequence[str], proxy: str) -> Fi
         chosen_by = [scaled(point.chosen_by, *base_of(comparison, proxy)) for point in curve.points]
         series.append(Series(f"best of n by {proxy}: the reward that counts", x=x, y=counted, color=color))
         series.append(Series(f"best of n by {proxy}: {proxy}", x=x, y=chosen_by, hollow=True, color=color))
-    base = comparison.baseline
+    lines = f" Lines: the best of n by `{proxy}`." if any(curve.by == proxy for curve in comparison.curves) else ""
     return Figure(
         plots.frontier(
             series,
@@ -210,7 +249,7 @@ def _two_rewards(comparison: Comparison, shown: Sequence[str], proxy: str) -> Fi
         ),
         f"The same policies by the reward that counts (filled) and by `{proxy}` (hollow), in standard deviations of "
         f"{base}'s answers. As long as both rise, `{proxy}` is a good guide; where only the hollow ones keep rising, "
-        "it is being fooled.",
+        f"it is being fooled.{lines}",
         wide=True,
     )
 
@@ -242,6 +281,7 @@ def win_blocks(comparison: Comparison) -> list:
 
 def _win_figure(comparison: Comparison, rates: dict[str, Estimate]) -> Figure:
     base, colors = comparison.baseline, policy_colors(comparison)
+    bars = " Lines are 95 % intervals." if any(map(has_interval, rates.values())) else ""
     return Figure(
         plots.bars(
             list(rates),
@@ -254,7 +294,7 @@ def _win_figure(comparison: Comparison, rates: dict[str, Estimate]) -> Figure:
             form="{:.0%}",
             colors=[colors[name] for name in rates],
         ),
-        "Share of prompts on which a policy's answer is judged better; a tie counts half. Lines are 95 % intervals.",
+        f"Share of prompts on which a policy's answer is judged better; a tie counts half.{bars}",
     )
 
 

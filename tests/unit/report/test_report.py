@@ -37,7 +37,7 @@ from rlhf_trl.report.seeds import t_quantile
 from rlhf_trl.report.setup import describe_data
 from rlhf_trl.report.sweep import sweep_page, write_sweep_report
 from rlhf_trl.report.text import comparison_text
-from rlhf_trl.report.verdicts import DONT, LOOK, SHIP, policy_verdicts, verdict, verdict_blocks
+from rlhf_trl.report.verdicts import DONT, LOOK, OPEN, SHIP, policy_verdicts, verdict, verdict_blocks
 from rlhf_trl.runs.record import read_comparison
 from rlhf_trl.runs.results import Comparison
 from rlhf_trl.stages.evaluate import sweep_runs
@@ -521,15 +521,111 @@ ALONE = {"mean": 0.8, "low": None, "high": None}  # of a single prompt
         ({"ppo": entry(1.05, 0.9, 0.0, 0.05)}, LOOK, "no difference to sft beyond chance on 40 prompts"),
         ({"ppo": entry(1.8, 0.9, 2.0, 0.8) | {"difference": ALONE}}, LOOK, "no difference to sft beyond chance"),
         ({"ppo": entry(1.05, 9.0, 4.0, 0.05)}, DONT, "over-optimized"),
-        ({"ppo": entry(1.4, 9.0, 4.0, 0.4)}, LOOK, "over-optimized"),
+        ({"ppo": entry(0.5, 9.0, 4.0, -0.5)}, DONT, "less reward than sft; ppo gained +2.0 standard deviations"),
         ({"ppo": entry(1.8, 0.9, 2.0, 0.8, eos_rate=0.5)}, LOOK, "ends 50% of its answers"),
         ({"ppo": entry(1.8, 0.9, 2.0, 0.8, win_rate=estimate(0.4, 0.05))}, LOOK, "the reward prefers sft"),
-        ({"ppo": entry(1.8, 0.9, 2.0, None)}, LOOK, "could not be held beside"),
+        ({"ppo": entry(1.8, 0.9, 2.0, None)}, OPEN, "could not be held beside"),
     ],
 )
 def test_each_policy_has_a_verdict(policies, call, why):
     found = policy_verdicts(Comparison.from_json(comparison(**policies)))["ppo"]
     assert found.call == call and why in "; ".join(found.reasons)
+
+
+def of_rewards(base: np.ndarray, gain: float, half: float, learned: float, **changes) -> Comparison:
+    """Return a comparison by the baseline's rewards, the gain in them, and in the proxy's standard deviations."""
+    mean = float(base.mean())
+    policy = entry(mean + gain, 4.0, learned * 2.0, gain) | {"difference": estimate(gain, half)} | changes
+    found = comparison(ppo=policy)
+    found["policies"]["sft"] |= {"reward": estimate(mean), "rewards": {"gold": mean, "model": 0.0}}
+    rows = found["samples"][: len(base)]
+    found["samples"] = [
+        row | {"rewards": {"sft": float(value), "ppo": float(value)}} for row, value in zip(rows, base, strict=True)
+    ]
+    return Comparison.from_json(found)
+
+
+SCORES = np.random.default_rng(0).normal(size=40)
+
+
+@pytest.mark.parametrize(
+    ("base", "gain", "half", "learned", "is_over_optimized"),
+    [
+        # A reward of 0 or 1, of which the baseline has .55: a gain of .26 is half a standard deviation
+        (np.arange(40) < 22, 0.26, 0.09, 2.5, False),
+        (np.arange(40) < 22, 0.10, 0.09, 2.5, False),  # it rises
+        (np.arange(40) < 22, 0.05, 0.09, 2.5, True),  # .28 standard deviations at most
+        (np.arange(40) < 22, 0.05, 0.09, 0.5, False),  # as much as the proxy, for all that is known
+        (np.arange(40) < 22, 0.05, 0.40, 2.5, False),  # nothing is known
+        (np.arange(40) < 22, -0.20, 0.09, 2.5, True),
+        (np.arange(40) < 22, -0.20, 0.09, 0.2, False),  # worse, and not by the proxy
+        # With .95 it has next to nothing left to gain
+        (np.arange(40) < 38, 0.02, 0.03, 2.5, False),
+        (np.arange(40) < 38, 0.00, 0.01, 2.5, True),
+        (np.ones(40), -0.20, 0.09, 2.5, True),  # no standard deviation
+        (np.zeros(40), 0.10, 0.20, 2.5, False),
+        # Without bounds
+        (SCORES, 0.8, 0.3, 2.5, False),
+        (SCORES, 0.4, 0.3, 2.5, False),
+        (SCORES, 0.2, 0.3, 2.5, True),
+        (SCORES, 0.2, 2.0, 2.5, False),
+        (SCORES, -0.5, 0.3, 2.5, True),
+        (1000 * SCORES, 200.0, 300.0, 2.5, True),  # in any unit
+    ],
+)
+def test_over_optimized_is_a_proxy_that_rises_alone(base, gain, half, learned, is_over_optimized):
+    found = of_rewards(np.asarray(base, float), gain, half, learned)
+    assert ("over-optimized" in "; ".join(policy_verdicts(found)["ppo"].reasons)) == is_over_optimized
+    assert ("over-optimized" in verdict(found)) == is_over_optimized
+
+
+def test_a_proxy_that_rises_within_chance_is_no_sign():
+    wide = {"gold": estimate(0.55), "model": estimate(1.0, 2.0)}
+    found = of_rewards(np.arange(40) < 22.0, -0.20, 0.09, 0.5, reward_intervals=wide)
+    assert policy_verdicts(found)["ppo"].reasons == ["it has less reward than sft"]
+
+
+@pytest.mark.parametrize(
+    ("wins", "call", "why"),
+    [
+        (
+            estimate(0.7, 0.05),
+            SHIP,
+            "a judge prefers it beyond chance, and nothing in its price is out of line; no reward",
+        ),
+        (estimate(0.52, 0.05), LOOK, "no difference to sft beyond chance on 40 prompts"),
+        (estimate(0.4, 0.05), DONT, "a judge prefers sft"),
+        (None, OPEN, "No reward counts and no judge preferred an answer"),
+    ],
+)
+@pytest.mark.parametrize("weights", [{}, {"gold": 0.0, "model": 0.0}])
+def test_without_a_reward_that_counts_the_judge_decides(plain_figures, project, wins, call, why, weights):
+    """Such as `stage=evaluate reward=none judge=http` of `pipeline=nightly`."""
+    found = comparison(ppo=entry(0.0, 0.9, 2.0, 0.0, win_rate=wins), dpo=entry(0.0, 0.9, 2.0, 0.0, win_rate=wins))
+    found |= {"weights": weights, "judge": "a judge"}
+    found["differences"] = [{"one": "ppo", "other": "dpo", "difference": None, "wins": estimate(0.3)}]
+    for policy in found["policies"].values():
+        nothing = {"rewards": {}, "reward_intervals": {}, "reward_std": {}}
+        policy |= {"reward": None, "difference": None} | (nothing if not weights else {})
+    for sample in found["samples"]:
+        sample["rewards"] = dict.fromkeys(sample["rewards"])
+    (project / "evaluate" / "comparison.json").write_text(json.dumps(found))
+    page_ = project_page(project)
+    text = to_markdown(page_)
+    verdicts = policy_verdicts(Comparison.from_json(found))
+    assert verdicts["ppo"].call == call and why in "; ".join(verdicts["ppo"].reasons)
+    assert "Set `reward" in text and "nan" not in text and not page_.figures().keys() & {"report/Reward against KL"}
+    assert "need a reward of a weight other than 0" in text and "prompts drawn at random." in text
+    if wins is None:
+        assert page_.lead.startswith("No reward counts and no judge preferred") and "`reward=...`" in page_.lead
+        return
+    lead = "ppo and dpo are better than sft" if call == SHIP else "No policy is better than sft beyond chance"
+    assert page_.lead.startswith(f"{lead} on 40 held-out prompts by the verdicts of a judge")
+    assert "over-optimization would not show. Set `reward=...`" in page_.lead
+    assert re.search(r"wins vs sft \[95 %\] \| why", text) and "+30% [+20%, +40%] | ppo is better" in text
+    if call == SHIP:
+        more = ["ppo has more wins (+30% [+20%, +40%]), and no more KL beyond chance"]
+        assert verdicts["dpo"] == (LOOK, more)
 
 
 def test_the_policies_are_held_beside_each_other():
@@ -542,6 +638,40 @@ def test_the_policies_are_held_beside_each_other():
     assert verdict_blocks(both)[1].cells == [["dpo - ppo", "+0.70 [+0.50, +0.90]", "dpo is better"]]
     found["policies"]["dpo"]["kl"] = estimate(3.0)  # a price
     assert policy_verdicts(Comparison.from_json(found))["ppo"].call == SHIP
+
+
+def captions(page: Page) -> dict[str, str]:
+    blocks = [block for section in page.sections for block in section.blocks if isinstance(block, Figure)]
+    return {block.svg.title: block.caption for block in blocks}
+
+
+def test_captions_say_what_is_drawn(plain_figures, project):
+    found = captions(project_page(project))
+    frontier = found["Reward against KL"]
+    assert "Bars and bands are" in frontier and "The curves are" in frontier and "not drawn: far." in frontier
+    assert found["Two rewards: model"].endswith("Lines: the best of n by `model`.")
+    assert found["ppo: reward"] == "" and found["reward: accuracy"] == ""  # one line each
+    whole = json.loads((project / "evaluate" / "comparison.json").read_text())
+    whole["best_of_n"]["curves"].pop()
+    (project / "evaluate" / "comparison.json").write_text(json.dumps(whole))
+    found = captions(project_page(project))
+    assert "The curve is" in found["Reward against KL"] and "best of n" not in found["Two rewards: model"]
+    whole["best_of_n"] = None
+    for policy in whole["policies"].values():  # of a single prompt
+        policy["reward"] |= {"low": None, "high": None}
+        policy["reward_std"]["model"] = 0.0
+    whole["policies"]["ppo"]["win_rate"] = whole["policies"]["far"]["win_rate"] = ALONE
+    (project / "evaluate" / "comparison.json").write_text(json.dumps(whole))
+    history = [{"step": i, "accuracy": 0.9, "eval_accuracy": 0.5 + i / 10} for i in range(3)]
+    make_run(project, "second", "reward", {"train": {}, "eval": {}, "history": history})
+    page_ = project_page(project)
+    found = captions(page_)
+    assert not re.search("curve|band|interval", found["Reward against KL"]), found["Reward against KL"]
+    assert "interval" not in found["Win rates"] and "Two rewards: model" not in found
+    assert "Gains are shown in standard deviations over the answers of sft, and `model` is the same" in to_markdown(
+        page_
+    )
+    assert found["second: accuracy"] == "Training far above held out is overfitting."
 
 
 def colors_of(drawing: str) -> set[str]:
@@ -645,6 +775,8 @@ def test_a_sweeps_report_marks_the_pareto_set(tmp_path):
     path = write_sweep_report(tmp_path)
     text, html = (tmp_path / "report" / "report.md").read_text(), path.read_text()
     marked = re.findall(r"^\| +(\S+) \*", text, re.M)
+    shown = captions(sweep_page(tmp_path))["Objective against cost"]
+    assert shown.endswith("against `eval_objective/kl`; filled: no other setting is as good for as little.")
     assert marked == ["0.02", "0.1"]  # job 2 has less reward for more KL than job 1
     assert "highest `eval_objective/scores` is that of beta=0.02, kl=fixed, 2;" in text and "No winner" in text
     assert "1 of 4 jobs failed" in text
@@ -693,6 +825,9 @@ def test_a_sweep_names_no_winner_within_the_noise_of_its_seeds(plain_figures, tm
     (table_,) = [block for block in page_.sections[0].blocks if isinstance(block, Table)]
     assert [row[0] for row in table_.cells] == (list(values) if len(values) > 1 else ["all jobs"])
     assert [row[1] for row in table_.cells] == [str(len(found)) for found in values.values()]
+    several = any(len(found) > 1 for found in values.values())
+    shown = captions(page_)["Objective against cost"]
+    assert ("means over seeds with 95 % intervals" in shown) == several and ("seed" in shown) == several
 
 
 def test_a_sweep_without_a_known_direction_crowns_nobody(plain_figures, tmp_path):
