@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.utils import instantiate
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rlhf_trl.stages.collect as stage
@@ -15,8 +17,10 @@ from rlhf_trl.errors import ConfigError
 from rlhf_trl.labels.candidates import read_candidates
 from rlhf_trl.labels.store import read
 from rlhf_trl.rewards.model import ModelReward
+from rlhf_trl.runs.paths import resolve_path
 from rlhf_trl.runs.record import read_run
 from tests.helpers.architectures import save_architecture
+from tests.helpers.killed_collection import kill_collections
 from tests.helpers.tiny import CHAT_TEMPLATE
 
 FEW = ("stage=collect", "project=test", "stage.max_prompts=6", "stage.n=2", "stage.batch_size=4")
@@ -80,6 +84,60 @@ def test_a_killed_collection_resumes_with_the_batches_that_are_left(whole, compo
     assert again.read_bytes() == expected.read_bytes()
     assert len(drawn) == len(set(drawn)) == 5  # 6 completions by base and 12 by sft, 4 a batch
     assert not (again.parent / "draws.partial").exists()
+
+
+def save_ensemble(folder: Path) -> str:
+    """Save two reward models with random weights, adapters on a policy, and return the ensemble's folder."""
+    base = resolve_path("demo:sft", None, folder)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+        config = LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS", init_lora_weights=False)
+        get_peft_model(model, config).save_pretrained(folder / f"member_{seed}")
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder / f"member_{seed}")
+    (folder / "ensemble.json").write_text(json.dumps({"members": ["member_0", "member_1"]}))
+    return str(folder)
+
+
+def test_a_collection_killed_anywhere_resumes_to_the_same_bytes(compose, tmp_path, monkeypatch):
+    """By SIGKILL, in a process of its own: with an ensemble, by whose scores the questions are chosen."""
+    ensemble = save_ensemble(tmp_path)
+    words = [*FEW, "reward=model", "reward.model.run=null", f"reward.model.path={ensemble}", "select=uncertainty"]
+    words += ["stage.policies={base: 'demo:base', sft: 'demo:sft'}", "stage.sampling={base: {n: 1, top_p: 0.9}}"]
+    words += ["stage.budget=4", "stage.max_completion_length=24"]
+    expected = collect(compose(*words, f"runs_dir={tmp_path}/whole"))
+    rows = read_candidates(expected)
+    assert sum(len(row.questions) for row in rows) == 4
+    assert {len(each.scores["model"]) for row in rows for each in row.candidates} == {2}
+    points = {
+        "0": 0,
+        "1": 1,
+        "3": 3,
+        "4": 4,
+        "end": 5,
+    }  # with the batches that are drawn then, of 5: 2 by base, 3 by sft
+    kill_collections(tmp_path, list(points), words)
+    sample, drawn = stage.sample, []
+    monkeypatch.setattr(
+        stage, "sample", lambda *args, **kwargs: drawn.append(kwargs["seed"]) or sample(*args, **kwargs)
+    )
+    for point, done in points.items():
+        killed = tmp_path / point / "test" / "collect"
+        assert read_run(killed).status == "running" and (killed / "candidates.jsonl").exists() == (point == "end")
+        partial = killed / "draws.partial"
+        assert partial.exists() == (done > 0)
+        if point == "3":
+            partial.write_bytes(partial.read_bytes() + b'{"batch": 3, "rows": [{"row": 1, "candi')
+        drawn.clear()
+        words_again = [*words, f"runs_dir={tmp_path}/{point}"]
+        if not done:  # as the message says
+            with pytest.raises(ConfigError, match="nothing to resume. Start again: remove `resume=true`"):
+                collect(compose(*words_again, "resume=true"))
+        again = collect(compose(*words_again, *(["resume=true"] if done else [])))
+        assert drawn == [42 + batch for batch in range(done, 5)]
+        assert again.read_bytes() == expected.read_bytes() and not partial.exists()
+        metrics = [json.loads((path.parent / "metrics.json").read_text())["eval"] for path in (again, expected)]
+        assert metrics[0] == metrics[1] and read_run(killed).status == "done"
 
 
 def test_labeled_prompts_are_left_out_and_none_left_is_an_error(whole, compose, tmp_path):
