@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,30 @@ def model_problems(values: dict[str, Any]) -> list[str]:
     for key, place in places.items():
         if isinstance(place, str) and is_run_name(place, project_dir(values)):
             problems += _earlier_run(key, place, values)
+    return problems
+
+
+def named_runs(values: dict[str, Any]) -> dict[str, str]:
+    """Return the runs of the project that a config names as models, policies or candidates, by key."""
+    named, nodes = named_policies(at(values, "stage.policies") or {}), section(values, "reward").items()
+    places = {f"reward.{name}.run": node.get("run") for name, node in nodes if isinstance(node, dict)}
+    places |= {"critic.run": at(values, "critic.run"), "model.run": None if named else at(values, "model.run")}
+    found = {key: str(run) for key, run in places.items() if run is not None}
+    others = {f"stage.policies.{name}": place for name, place in named.items()}
+    others |= {f"stage.models.{key}": place for key, place in named_policies(at(values, "stage.models") or {}).items()}
+    others |= {key: at(values, key) for key in ("stage.policy", "stage.candidates")}
+    runs = project_dir(values)
+    return found | {key: place for key, place in others.items() if isinstance(place, str) and is_run_name(place, runs)}
+
+
+def unmade_runs(values: dict[str, Any], earlier: Collection[str]) -> list[str]:
+    """Return the problems of runs that a config names, that are not there, and that none of those `earlier` makes."""
+    problems = []
+    for key, run in named_runs(values).items():
+        if run.split("/")[0].split("@")[0] in earlier or read_run(project_dir(values) / run) is not None:
+            continue
+        hint = did_you_mean(run, earlier) if nearest(run, earlier) else ""
+        problems.append(f"`{key}` is `{run}`, and no step before this one makes that run. {hint}".strip())
     return problems
 
 

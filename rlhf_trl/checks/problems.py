@@ -6,6 +6,10 @@ second. [`check`] adds the checks that need the libraries. A problem is a senten
 and what to set.
 """
 
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
 from omegaconf import DictConfig
 
 from rlhf_trl.checks.batches import batch_problems
@@ -13,7 +17,7 @@ from rlhf_trl.checks.combinations import combination_problems
 from rlhf_trl.checks.machine import machine_problems
 from rlhf_trl.checks.names import argument_problems, section_problems, target_problems, text_problems
 from rlhf_trl.checks.outputs import folder_problems, published_problems
-from rlhf_trl.checks.paths import data_problems, model_problems, output_problems
+from rlhf_trl.checks.paths import data_problems, model_problems, output_problems, unmade_runs
 from rlhf_trl.checks.ranges import range_problems
 from rlhf_trl.checks.renamed import renamed_problems
 from rlhf_trl.checks.rewards import reward_problems
@@ -48,16 +52,24 @@ def check(cfg: DictConfig) -> None:
         PartialState().wait_for_everyone()
 
 
+# Checks of the config alone: they read neither what a run starts from nor the ranks that it will have
+OF_CONFIG = (
+    section_problems,
+    renamed_problems,
+    target_problems,
+    argument_problems,
+    range_problems,
+    text_problems,
+    combination_problems,
+    reward_problems,
+)
+
+
 def find_problems(cfg: DictConfig) -> list[str]:
     """Return every problem that can be found without importing torch, transformers or TRL."""
-    values, problems = plain(cfg)
-    for find in (
-        section_problems,
-        renamed_problems,
-        target_problems,
-        argument_problems,
-        range_problems,
-        text_problems,
+    return _found(
+        cfg,
+        *OF_CONFIG[:6],
         model_problems,
         data_problems,
         output_problems,
@@ -69,7 +81,20 @@ def find_problems(cfg: DictConfig) -> list[str]:
         run_directory_problems,
         folder_problems,
         published_problems,
-    ):
+    )
+
+
+def step_problems(cfg: DictConfig, earlier: Collection[str]) -> list[str]:
+    """
+    Return the problems of a run that is to start later, after those named `earlier` have made what it reads: those of
+    the config alone, and the runs that it names and nothing makes.
+    """
+    return _found(cfg, *OF_CONFIG, partial(unmade_runs, earlier=earlier))
+
+
+def _found(cfg: DictConfig, *checks: Callable[[dict[str, Any]], list[str]]) -> list[str]:
+    values, problems = plain(cfg)
+    for find in checks:
         problems += find(values)
     for path, source in sources(cfg).items():  # name the key that was set, `seed`, not `stage.args.seed`
         problems = [text.replace(f"`{path}`", f"`{source}`").replace(f"`{path}=", f"`{source}=") for text in problems]

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from rlhf_trl.cli.app import exit_with, run_app
@@ -46,10 +47,12 @@ from rlhf_trl.cli.rounds import (
     steps_of_a_round,
     stopping_problems,
 )
+from rlhf_trl.cli.step_checks import awaited, place_of, problems_of_steps, words_of_steps
 from rlhf_trl.config.command_line import config_dirs
 from rlhf_trl.config.program import command_line
 from rlhf_trl.config.values import plain
 from rlhf_trl.errors import PREEMPTED_STATUS, ConfigError, Preempted
+from rlhf_trl.hints import names_of
 from rlhf_trl.report.project import write_report
 from rlhf_trl.report.text import comparison_text, duration, table
 from rlhf_trl.runs.directory import name_problems
@@ -58,6 +61,8 @@ from rlhf_trl.runs.record import PROMOTIONS_FILE, ROUNDS_FILE, RUN_FILE, is_done
 from rlhf_trl.runs.results import Promotions
 from rlhf_trl.terminal import printable
 
+# Overrides with which a step only plans
+DRY = ("debug=dry_run", "debug=plan", "dry_run=true")
 # States of a step that was made otherwise
 REFUSED = ("changed", "lengthened")
 # Exit status of a run that a signal, or a labeler, stopped before its end (see `rlhf_trl.errors.Interrupted`)
@@ -96,12 +101,13 @@ def problems(args: Namespace) -> list[str]:
     steps |= {f"each_round.{name}": flat(own) for name, own in repeated.items()}
     lists = {"launch": values["launch"], "overrides": values["overrides"], "program": values["program"] or []}
     found = (found or name_problems(values)) + machine_problems(values["accelerate"], values["launch"])
-    return found + [
+    found += [
         f"`{name}` is {given!r} and must be a list of overrides. Set for example `'{name}=[\"seed=1\"]'`."
         for name, given in (lists | {_key(name): flat(given) for name, given in steps.items()}).items()
         if given is not None
         if not isinstance(given, list) or not all(isinstance(word, str) for word in given)
     ]
+    return found or problems_of_steps(cfg, args)
 
 
 def _key(step: str) -> str:
@@ -112,7 +118,8 @@ def start(cfg: DictConfig) -> None:
     """Run the steps of a config."""
     try:
         cfg.rounds = rounds_to_run(cfg.rounds, steps_of_a_round(cfg), Path(cfg.runs_dir, cfg.project))
-        for last in rounds_at_a_time(cfg):
+        plans = any(word in DRY for word in cfg.overrides)  # what a round promotes isn't known
+        for last in rounds_at_a_time(cfg)[: 1 if plans else None]:
             cfg.rounds = last
             steps, stopping = all_steps(cfg), early_stopping(cfg)
             if cfg.note:
@@ -170,11 +177,8 @@ def run_pipeline(
         SystemExit: if a step failed or was stopped.
     """
     project_dir = Path(runs_dir, project)
-    where = [f"project={project}", *([] if runs_dir == "runs" else [f"runs_dir={runs_dir}"])]
-    wanted = {
-        name: [*own, *where, *([] if f"stage={name}" in own else [f"run_name={name}"]), *overrides]
-        for name, own in steps.items()
-    }
+    where = place_of(project, runs_dir)
+    wanted = words_of_steps(steps, where, overrides)
     states = _states(project_dir, wanted, keep=changed == "keep")
     begun = {name: number for number, name in enumerate(states)}
     first = next((name for name, state in states.items() if state in REFUSED), None)
@@ -182,6 +186,8 @@ def run_pipeline(
         raise ConfigError(_refusal(project_dir, first, wanted[first], goes_on=states[first] == "lengthened"))
     if first:
         states.update({name: "changed" for name in begun if begun[name] > begun[first]})
+    if any(word in DRY for word in overrides):
+        return plan_steps(wanted, states, program, config_dirs)
     rounds, ran = None, []
     for number, (name, state) in enumerate(states.items(), 1):
         title = f"[{number}/{len(steps)}] {name}"
@@ -189,7 +195,7 @@ def run_pipeline(
         if state == "done":
             print(f"{title}: done, skipped", flush=True)
         else:
-            command = [*program, *config_dirs, *wanted[name], *START_OVERRIDES.get(state, ["overwrite=true"])]
+            command = _command(program, config_dirs, wanted[name], state)
             print(f"{title}: {shell_line(command)}", flush=True)
             _run_step(command, name, project_dir / name)
         rounds = (stopping.after(name, project_dir) if stopping else None) or rounds
@@ -212,6 +218,41 @@ def run_pipeline(
         print(f"next: chat  {command_line('stage=chat', *words)}")
     if all(states[name] == "done" for name in ran):
         print("\n" + _ways_out(project, project_dir))
+
+
+def _command(program: list[str], config_dirs: list[str], words: list[str], state: str) -> list[str]:
+    return [*program, *config_dirs, *words, *START_OVERRIDES.get(state, ["overwrite=true"])]
+
+
+def plan_steps(
+    wanted: dict[str, list[str]], states: dict[str, str], program: list[str], config_dirs: list[str]
+) -> None:
+    """
+    Run the dry run of each step that isn't done and reads nothing that an earlier one has yet to make, and say of the
+    others what they wait for.
+
+    Raises:
+        SystemExit: if a dry run finds a problem.
+    """
+    GlobalHydra.instance().clear()  # the steps are composed here, and Hydra has one config at a time
+    planned, waiting, earlier = 0, 0, []
+    for number, (name, words) in enumerate(wanted.items(), 1):
+        title = f"[{number}/{len(wanted)}] {name}"
+        if states[name] == "done":
+            print(f"{title}: done, skipped", flush=True)
+        elif missing := awaited(words, config_dirs[1::2], earlier):
+            waiting += 1
+            print(f"{title}: not planned, as it reads what {names_of(missing)} will make", flush=True)
+        else:
+            planned += 1
+            command = _command(program, config_dirs, words, states[name])
+            print(f"{title}: {shell_line(command)}", flush=True)
+            if code := run(command):
+                print(f"\nThe dry run of the step `{name}` failed; its own message stands above.", file=sys.stderr)
+                sys.exit(max(code, 1))
+        earlier.append(name)
+    left = f"; {waiting} can't be before earlier ones are done, and of these the configs alone were checked"
+    print(f"\nDry run of the pipeline: {planned} of {len(wanted)} steps planned{left if waiting else ''}.")
 
 
 def _run_step(command: list[str], name: str, run_dir: Path) -> None:
