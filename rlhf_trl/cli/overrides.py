@@ -5,7 +5,6 @@ Hydra stops at the first one, doesn't know TRL's arguments, and has no suggestio
 imported: it takes well under a second.
 """
 
-import itertools
 import os
 import re
 import shlex
@@ -24,6 +23,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_trl.checks.renamed import renamed_key, renamed_problem
+from rlhf_trl.cli.option_files import misplaced_header, option_file, shape_problem
 from rlhf_trl.cli.unknown_keys import OPEN_NODES, deepest, new_key_problem, target_of, unknown_key_problem
 from rlhf_trl.config.command_line import SPECIAL_CHARACTERS, is_text_key, parse_override
 from rlhf_trl.config.groups import WHOLE_RUNS, is_helper, option_groups
@@ -38,7 +38,6 @@ SWEEP = "one run takes one value. For several runs use `{}`; a list is `{}`"
 NO_OPTION = re.compile(r"Could not (?:find|load) '(.+)'")
 TWICE = re.compile(r"Multiple values for (\S+?)\. To override a value use 'override ([^']+)'")
 INTERPOLATION = re.compile(r"Error resolving interpolation")
-GLOBAL = re.compile(r"#\s*@package\s+_global_\s*")
 
 
 def parse_command_line(argv: Sequence[str]) -> Namespace:
@@ -103,14 +102,14 @@ def compose(
     problems = _misread(left, groups)
     left = [word for word in left if word not in problems]
     group = WHOLE_RUNS[config]
-    files = [file for name in _options(group, left) if (file := _option_file(group, name, config_dirs))]
+    files = [file for name in _options(group, left) if (file := option_file(group, name, config_dirs))]
     misshapen = [
         problem
         for word in left
         for file in _files_of(word, groups, config_dirs)
-        if (problem := _misplaced_header(file))
+        if (problem := misplaced_header(file))
     ]
-    if misshapen := misshapen or [problem for file in files if (problem := _shape_problem(file, group))]:
+    if misshapen := misshapen or [problem for file in files if (problem := shape_problem(file, group))]:
         raise ConfigError.join(misshapen)
     while True:
         try:
@@ -400,53 +399,8 @@ def _files_of(word: str, groups: dict[str, set[str]], folders: Sequence[str]) ->
     """Return the files of the options that an override chooses, of a group of any name."""
     group, value = _key(word), _value(word)
     names = value if isinstance(value, list) else [value]
-    found = [_option_file(group, name, folders) for name in names if isinstance(name, str)] if group in groups else []
+    found = [option_file(group, name, folders) for name in names if isinstance(name, str)] if group in groups else []
     return [file for file in found if file is not None]
-
-
-def _option_file(group: str, name: str, folders: Sequence[str]) -> Path | None:
-    files = [Path(folder, group, f"{name.removesuffix('.yaml')}.yaml") for folder in [conf_dir(), *folders]]
-    return next((file for file in files if file.is_file()), None)
-
-
-def _shape_problem(file: Path, group: str) -> str | None:
-    """Return the problem of a file of a whole run that would have no effect, or `None`."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        content = yaml.safe_load("\n".join(lines))
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        return f"`{file}`, line {line}, is no YAML: {error.problem}."
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        return f"`{file}` can't be read: {' '.join(str(error).split())}."
-    if content is not None and not isinstance(content, dict):
-        kind = "a list" if isinstance(content, list) else f"`{str(content)[:40]}`"
-        return f"`{file}` must hold keys, such as `seed: 3`, and holds {kind}."
-    if content and not any(GLOBAL.fullmatch(line.strip()) for line in _header(lines)):
-        return (
-            f"`{file}` has no line `# @package _global_`, so that its keys would stand below `{group}`, where nothing "
-            "reads them. Put that line at its top."
-        )
-    return None
-
-
-def _header(lines: Sequence[str]) -> list[str]:
-    """Return the lines in which Hydra looks for `# @package`: up to the first one with anything else."""
-    return list(itertools.takewhile(lambda line: re.match(r"\s*(#\s*@|$)", line), lines))
-
-
-def _misplaced_header(file: Path) -> str | None:
-    """Return the problem of a file whose line `# @package` stands where Hydra doesn't look for it, or `None`."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return None  # which Hydra reports, and [`_shape_problem`]
-    below = [line for line in lines[len(_header(lines)) :] if re.match(r"#\s*@package\s", line)]
-    return (
-        f"`{file}` has the line `{below[0]}` below others, where it has no effect. Move it to the top."
-        if below
-        else None
-    )
 
 
 def _without_override(error: Exception, files: Sequence[Path]) -> str | None:
