@@ -51,6 +51,7 @@ def test_help_lists_a_users_own_stage_and_options(tmp_path):
 def test_the_examples_of_help_are_commands_that_pass_the_checks(app, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("RLHF_TRL_REVIEWS", str(tmp_path))
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # of another test
     (tmp_path / "my_rewards.py").write_text("def score(completions, **kwargs):\n    return [0.0] * len(completions)\n")
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
