@@ -69,7 +69,6 @@ from rlhf_trl.rewards.base import RESERVED_COLUMNS, Reward
 from rlhf_trl.rewards.conditioned import ConditionedReward
 from rlhf_trl.rewards.conditions import unmet_conditions
 from rlhf_trl.rewards.lagrange import Lagrange
-from rlhf_trl.rewards.model import ModelReward
 from rlhf_trl.runs.engines import cpu_arguments, deepspeed_on_cpu
 from rlhf_trl.runs.paths import ensemble_members, find_policy, named_policies, project_dir, resolve_path
 from rlhf_trl.runs.ranks import world_size
@@ -431,7 +430,7 @@ def reward_functions(
     for name, node in cfg.reward.items():
         options = {"name": name}
         kind = find(node._target_).func
-        if not models and isinstance(kind, type) and issubclass(kind, ModelReward):
+        if not models and getattr(kind, "loads_model", False):
             continue
         if "run" in node:
             options["path"] = resolve_path(node.path, node.run, project_dir(cfg))

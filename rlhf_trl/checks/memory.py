@@ -13,7 +13,12 @@ from datasets import Dataset
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from peft import LoraConfig, PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf_trl.build import models_of
 from rlhf_trl.checks.devices import Device, device
@@ -34,7 +39,10 @@ from rlhf_trl.models.memory import (
 from rlhf_trl.models.precision import weights_dtype
 from rlhf_trl.models.sizes import empty_model
 from rlhf_trl.models.weight_bytes import weight_bytes
+from rlhf_trl.patches.engines import whole_weights
 from rlhf_trl.rewards.adapter import AdapterReward
+from rlhf_trl.rewards.classifier import classifier_config
+from rlhf_trl.rewards.options import CLASSIFIER
 from rlhf_trl.runs.engines import used_engine
 from rlhf_trl.runs.paths import ensemble_members, project_dir, resolve_path
 from rlhf_trl.runs.ranks import world_size
@@ -127,6 +135,8 @@ def training_of(
     for name, node in values.get("reward", {}).items():
         if isinstance(node, dict) and {"run", "path"} <= node.keys():
             training.rewards.append(_reward(str(name), node, values))
+        elif isinstance(node, dict) and node.get("_target_") == CLASSIFIER:
+            training.rewards.append(_classifier(str(name), node))
     return training
 
 
@@ -234,10 +244,24 @@ def _reward(name: str, node: dict[str, Any], values: dict[str, Any]) -> tuple[st
     kind = find(node["_target_"]).func
     if isinstance(kind, type) and issubclass(kind, AdapterReward):
         return label, None, float(adapters), rows
-    network: Any = copy.deepcopy(empty_model(path, "SEQ_CLS", bool(node.get("trust_remote_code"))))
-    dtype = weights_dtype(node.get("dtype"), is_trained=False)
-    network = network if dtype == "auto" else network.to(getattr(torch, dtype))
+    network = in_its_type(copy.deepcopy(empty_model(path, "SEQ_CLS", bool(node.get("trust_remote_code")))), node)
     return label, network, weight_bytes(network) + adapters, rows
+
+
+def _classifier(name: str, node: dict[str, Any]) -> tuple[str, PreTrainedModel | None, float, int]:
+    """Return a classifier as [`~rlhf_trl.models.memory.Training`] has it."""
+    trusted = bool(node.get("trust_remote_code"))
+    config = classifier_config(f"reward.{name}", node["path"], node["label"], trusted)
+    with whole_weights(), torch.device("meta"):
+        network = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trusted)
+    network = in_its_type(network, node)
+    return f"reward {name}", network, weight_bytes(network), int(node["batch_size"])
+
+
+def in_its_type(network: Any, node: dict[str, Any]) -> PreTrainedModel:
+    """Return the model of a reward in the type of its weights."""
+    dtype = weights_dtype(node.get("dtype"), is_trained=False)
+    return network if dtype == "auto" else network.to(getattr(torch, dtype))
 
 
 # ---- In words ----

@@ -20,6 +20,8 @@ from rlhf_trl.data.chat_template import template_kwargs
 from rlhf_trl.data.tokenize import split_row_ids
 from rlhf_trl.data.unknown import check_known
 from rlhf_trl.errors import ConfigError
+from rlhf_trl.rewards.classifier import classifier_config
+from rlhf_trl.rewards.options import CLASSIFIER
 from rlhf_trl.runs.paths import project_dir, resolve_path
 
 ROWS = 256  # that lengths are measured on
@@ -119,6 +121,9 @@ def reward_scales(
                 if sample is not None and values and (moments := moments_of(values)):
                     scales[reward.__name__] = Scale(moments, f"{len(values)} rows of the data", sample.is_real)
     for name, node in cfg.reward.items():
+        if node._target_ == CLASSIFIER:
+            with found():
+                classifier_config(f"reward.{name}", node.path, node.label, bool(node.trust_remote_code))
         if "run" in node and "head_weights" in node:
             with found():
                 path = resolve_path(node.path, node.run, project_dir(cfg))

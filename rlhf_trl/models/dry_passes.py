@@ -199,7 +199,10 @@ class Passes:
 
     def hidden_states(self, model: PreTrainedModel | PeftModel, batch: Batch) -> Tensor:
         """Return the last hidden states of a model, (rows, length, width)."""
-        output = without_adapter(model).base_model(**self.inputs(batch), use_cache=False)
+        network = without_adapter(model)
+        # Encoders that keep no cache take no such argument
+        options = {"use_cache": False} if hasattr(network.config.get_text_config(), "use_cache") else {}
+        output = network.base_model(**self.inputs(batch), **options)
         self.kernels.end_forward()
         return output.last_hidden_state
 

@@ -34,18 +34,17 @@ from rlhf_trl.patches.peft import cast_head_inputs
 from rlhf_trl.runs.paths import ensemble_members
 
 
-def model_config(path: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+def any_config(path: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
     """
-    Return the config of a full model.
+    Return the config of a full model of any kind.
 
     Raises:
-        [`~rlhf_trl.errors.ConfigError`]: if Transformers knows none, or the model is no decoder-only language model,
-            as all stages need.
+        [`~rlhf_trl.errors.ConfigError`]: if Transformers knows none.
     """
     if Path(path).is_absolute() and not Path(path).is_dir():  # the hub would call it a malformed id
         raise ConfigError(f"The model folder `{path}` doesn't exist. Give an existing folder or a hub id.")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError) as error:
         remedy = "Give the folder of a model, or a hub id."
         if "trust_remote_code" in str(error):
@@ -53,13 +52,24 @@ def model_config(path: str, trust_remote_code: bool = False, revision: str | Non
         raise ConfigError(
             f"The model `{path}` can't be loaded ({' '.join(str(error).split())[:200]}). {remedy}"
         ) from error
+
+
+def model_config(path: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+    """
+    Return the config of a full model that is a decoder-only language model, as all stages need.
+
+    Raises:
+        [`~rlhf_trl.errors.ConfigError`]: if it is none, or Transformers knows no config.
+    """
+    config = any_config(path, trust_remote_code, revision)
     encodes = type(config) in MODEL_FOR_MASKED_LM_MAPPING
     decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     if getattr(config, "is_encoder_decoder", False) or (encodes and not decodes):
         kind = "encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "encoder-only"
         raise ConfigError(
             f"`{path}` is an {kind} model (`{config.model_type}`), and all stages take decoder-only ones. Use "
-            "a model such as Llama, Qwen or GPT-2."
+            "a model such as Llama, Qwen or GPT-2. (A classifier as a reward: `reward=classifier "
+            "reward.classifier.path=...`.)"
         )
     return config
 

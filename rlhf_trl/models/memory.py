@@ -411,6 +411,9 @@ def scores_moment(training: Training, name: str, network: PreTrainedModel | None
     """Return what the pass of a reward model takes."""
     batch = training.batch._replace(rows=rows)
     computation = training.computation if network is None else training.computation._replace(autocast=None)
+    if network is not None and (positions := getattr(network.config.get_text_config(), "max_position_embeddings", 0)):
+        # A classifier cuts what is longer; RoBERTa's kin have two positions that no token gets
+        batch = batch._replace(length=min(batch.length, positions - 2))
     model = training.policy if network is None else network
     size = training.once("scores", lambda: pass_bytes(model, batch, computation), model, batch, computation)
     return Moment(f"scores of {name}", {"layers": size})

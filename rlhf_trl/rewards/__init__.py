@@ -7,6 +7,7 @@ from rlhf_trl.config.lazy import lazy_attributes
 if TYPE_CHECKING:
     from rlhf_trl.rewards.adapter import AdapterReward
     from rlhf_trl.rewards.base import BaseReward, Reward
+    from rlhf_trl.rewards.classifier import ClassifierReward
     from rlhf_trl.rewards.conditioned import ConditionedReward
     from rlhf_trl.rewards.finite import FiniteReward
     from rlhf_trl.rewards.function import FunctionReward
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterReward",
     "BaseReward",
+    "ClassifierReward",
     "ConditionedReward",
     "FiniteReward",
     "FunctionReward",
@@ -29,6 +31,7 @@ __getattr__ = lazy_attributes(
     {
         "AdapterReward": "adapter",
         "BaseReward": "base",
+        "ClassifierReward": "classifier",
         "ConditionedReward": "conditioned",
         "FiniteReward": "finite",
         "FunctionReward": "function",

@@ -72,9 +72,14 @@ class BaseReward:
         name (`str`): name under which the reward is logged.
         weight (`float`): factor in the sum of all rewards.
 
+    Attributes:
+        loads_model (`bool`): whether it loads a model's weights when it is made; a dry run makes none that does.
+
     Raises:
         ConfigError: if the weight isn't a finite number.
     """
+
+    loads_model = False
 
     def __init__(self, name: str, weight: float = 1.0):
         check_values(REWARD, {"weight": weight}, f"reward.{name}.")

@@ -85,6 +85,8 @@ class ModelReward(BaseReward):
             for an unknown `ensemble`, or one other than `mean` of a single model.
     """
 
+    loads_model = True
+
     def __init__(
         self,
         path: str | PreTrainedModel,

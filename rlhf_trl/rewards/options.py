@@ -12,10 +12,20 @@ from urllib.parse import urlsplit
 from rlhf_trl.config.ranges import COUNT, NONNEGATIVE, NUMBER, POSITIVE
 from rlhf_trl.hints import did_you_mean
 
+CLASSIFIER = "rlhf_trl.rewards.ClassifierReward"
 REWARD = {"weight": NUMBER}
 MODEL_REWARD = REWARD | {
     "batch_size": COUNT,
     "std_coef": NONNEGATIVE,
+    "trust_remote_code": "bool",
+    "dtype": "auto|float32|bfloat16|float16?",
+}
+CLASSIFIER_REWARD = REWARD | {
+    "output": "logit|probability",
+    "threshold": f"{NUMBER}?",
+    "text": "completion|both|pair",
+    "max_length": f"{COUNT}?",
+    "batch_size": COUNT,
     "trust_remote_code": "bool",
     "dtype": "auto|float32|bfloat16|float16?",
 }
@@ -32,6 +42,7 @@ RULES = {
     "rlhf_trl.rewards.FunctionReward": REWARD,
     "rlhf_trl.rewards.ModelReward": MODEL_REWARD,
     "rlhf_trl.rewards.AdapterReward": MODEL_REWARD,
+    CLASSIFIER: CLASSIFIER_REWARD,
     "rlhf_trl.rewards.HttpReward": HTTP_REWARD,
 }
 ENSEMBLES = ("mean", "min", "mean_minus_std", "mean_minus_var")
