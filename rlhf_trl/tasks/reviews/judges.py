@@ -96,7 +96,7 @@ class NgramClassifier:
         self.index = {feature: i for i, feature in enumerate(sorted(f for f, n in counts.items() if n >= min_count))}
         known = [(row, self.index[f]) for row, each in enumerate(found) for f in sorted(each) if f in self.index]
         row_of, feature_of = torch.tensor(known).T
-        target = torch.tensor([_positive_share(row["ratings"]) for row in rows], dtype=torch.float64)
+        target = torch.tensor([positive_share(row["ratings"]) for row in rows], dtype=torch.float64)
         weights = torch.zeros(len(self.index) + 1, dtype=torch.float64, requires_grad=True)  # the last one is the bias
         optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -129,7 +129,8 @@ def _classifier(path: str, judge_share: float) -> NgramClassifier:
     return NgramClassifier(reviews.judge + reviews.products)
 
 
-def _positive_share(ratings: Sequence[int]) -> float:
+def positive_share(ratings: Sequence[int]) -> float:
+    """Return the share of positive ratings among those that aren't 0, of which there is one."""
     return sum(rating > 0 for rating in ratings) / sum(rating != 0 for rating in ratings)
 
 
