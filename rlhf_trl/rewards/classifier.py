@@ -59,8 +59,8 @@ class ClassifierReward(BaseReward):
         trust_remote_code (`bool`): for hub models with code of their own.
 
     Raises:
-        ConfigError: if the model can't be loaded or is no classifier, `label` is none of its labels, or it has several
-            and `label` is unset.
+        ConfigError: if the model can't be loaded or is no classifier, `label` is none of its labels, it has several
+            and `label` is unset, or `max_length` is more than it reads.
     """
 
     loads_model = True
@@ -99,7 +99,13 @@ class ClassifierReward(BaseReward):
         self.model.requires_grad_(False).eval()
         self.model.to(PartialState().device)  # pyright: ignore[reportArgumentType] transformers wraps `to`
         self.output, self.threshold, self.text = output, threshold, text
-        self.batch_size, self.max_length = batch_size, max_length or readable_tokens(config, self.tokenizer)
+        self.batch_size, self.max_length = batch_size, readable_tokens(config, self.tokenizer)
+        if max_length is not None and max_length > self.max_length:
+            raise ConfigError(
+                f"`reward.{name}.max_length` is {max_length}, and `{path}` reads {self.max_length} tokens. Set at most "
+                "that, or null."
+            )
+        self.max_length = max_length or self.max_length
         # Of prompt and completion as one text the completion is what is rewarded
         self.tokenizer.truncation_side = "left" if text == "both" else "right"
         self._has_warned = False

@@ -153,6 +153,8 @@ def test_what_is_no_classifier_or_no_label_is_named(tmp_path):
         ClassifierReward(path, "POSITIV")
     with pytest.raises(ConfigError, match=r"a LlamaForCausalLM, which is no classifier"):
         ClassifierReward(save_model(tmp_path / "policy"))
+    with pytest.raises(ConfigError, match="`reward.classifier.max_length` is 25, and .* reads 24 tokens"):
+        ClassifierReward(path, "POSITIVE", max_length=25)
     with pytest.raises(ConfigError, match="output"):
         ClassifierReward(path, "POSITIVE", output="logits")
     (tmp_path / "two" / "model.safetensors").unlink()
