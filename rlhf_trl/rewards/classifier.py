@@ -102,8 +102,8 @@ class ClassifierReward(BaseReward):
         self.batch_size, self.max_length = batch_size, readable_tokens(config, self.tokenizer)
         if max_length is not None and max_length > self.max_length:
             raise ConfigError(
-                f"`reward.{name}.max_length` is {max_length}, and `{path}` reads {self.max_length} tokens. Set at most "
-                "that, or null."
+                f"`reward.{name}.max_length` is {max_length}, and `{path}` reads {self.max_length} tokens. Set at "
+                "most that, or null."
             )
         self.max_length = max_length or self.max_length
         # Of prompt and completion as one text the completion is what is rewarded
