@@ -2,10 +2,11 @@
 Refreshed against static reward models, with policies that are the best of n completions of the first policy.
 
 The static reward model has all its labels of pairs of the first policy's completions. The refreshed one has as many:
-those of the first round are the same. Each of a later round compares a completion of the policy of the round before,
-which is the best of n by the reward model of then, with another one of it or with one of the first policy. All reward
-models of a seed start from one network and take as many steps. At the end both reward models have as many labels, and
-the gold rewards of the best of n by them are compared at equal KL to the first policy.
+those of the first round are the same. Each of a later round compares two completions of the policy of the round
+before, which is the best of n by the reward model of then. All reward models of a seed start from one network and take
+as many steps. At the end both reward models have as many labels, and the gold rewards of the best of n by them are
+compared at equal KL to the first policy. The accuracies on the policies' own completions stand beside those of the
+labeler, and of reward models all of whose labels are of these.
 """
 
 import functools
@@ -13,15 +14,18 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from random import Random
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
-from bench.loop.results import Point, at_kl, compare_paths, interval, markdown
+from bench.loop.best_of import Pool, Scorer, accuracy, best_shares, differences, gold_path, labeler_accuracy
+from bench.loop.results import at_kl, compare_paths, interval, markdown
 from bench.loop.steps import Steps
 from bench.overoptimization.samples import Pair, Sample, Sizes, make, read
-from bench.overoptimization.training import Members, reward_model, scores, start
+from bench.overoptimization.training import Members, reward_model, start
 
 ARMS = ("static", "refreshed")
 
@@ -35,6 +39,7 @@ class Setting:
         labels: of each round.
         noise: of the answers, see `conf/labeler/gold.yaml`.
         steps, batch, rate: of a reward model: optimizer steps, pairs of each, learning rate.
+        own: share of the later labels with both completions by the policy, see [`labels`].
         counts: the n of the policy after each round; the first round labels the first policy.
         measured: the n that are measured.
         sizes: prompts of labels and completions of each, and held-out ones; the same for all seeds.
@@ -45,7 +50,8 @@ class Setting:
     noise: float = 0.5
     steps: int = 250
     batch: int = 32
-    rate: float = 5e-4
+    rate: float = 1e-3
+    own: float = 1.0
     counts: tuple[int, ...] = (16, 16, 64)
     measured: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -55,24 +61,8 @@ QUICK = Setting(
     Sizes(compared=64, drawn=5, prompts=4, samples=16), labels=16, steps=2, counts=(2, 4), measured=(1, 2, 4)
 )
 PASSES = 20  # over the prompts, to draw the pairs of a round
-
-
-class Scorer:
-    """
-    The scores of a reward model, each completion read once.
-
-    Args:
-        reward (`Members`): the reward model.
-    """
-
-    def __init__(self, reward: Members):
-        self.reward, self.known = reward, dict[Sample, float]()
-
-    def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
-        """Return the scores of completions, shape (N,)."""
-        if new := [each for each in dict.fromkeys(samples) if each not in self.known]:
-            self.known |= dict(zip(new, scores(self.reward, new).tolist(), strict=True))
-        return np.array([self.known[each] for each in samples])
+GROUPED = 25  # batches whose pairs are sorted by length
+ORDER = {"train_sampling_strategy": "sequential"}  # that of `ordered`
 
 
 def measure(steps: Steps, setting: Setting) -> dict[str, Any]:
@@ -81,8 +71,11 @@ def measure(steps: Steps, setting: Setting) -> dict[str, Any]:
 
     Returns:
         `dict[str, Any]`: for each arm `path`, (KL, gold reward) of the best of each n by its last reward model, and by
-        round from the first policy on `accuracy`, that of a reward model on pairs of the policy's own completions: of
-        the refreshed one after the refresh with labels of this policy, and `before` it.
+        round from the first policy on, of pairs of the policy's own completions: `accuracy` of the reward model, of
+        the refreshed one after the refresh with labels of this policy and `before` it; `equal`, the same with the
+        differences of gold reward of the first policy's pairs; `labeler`, the accuracy of the answers. `ceiling` is
+        the accuracy of a reward model all of whose labels are of such pairs, as many and with as many steps, and
+        `another` that of a first reward model with other labels and another start.
     """
     path = steps.folder / f"samples_{'_'.join(map(str, asdict(setting.sizes).values()))}.json"
     seed = int(steps.every[0].removeprefix("seed="))
@@ -96,41 +89,69 @@ def _run(setting: Setting, path, seed: int) -> dict[str, Any]:
 
 def run(setting: Setting, samples: Mapping[str, list[list[Sample]]], seed: int) -> dict[str, Any]:
     """Return what [`measure`] does, from completions of the first policy."""
-    asked, head = samples["compared"], start(seed)
+    asked, pool, head = samples["compared"], samples["best_of_n"], start(seed)
     rounds = len(setting.counts)
 
-    def train(pairs: Sequence[Pair]) -> Scorer:
-        return Scorer(Members([reward_model(pairs, head, setting.steps, setting.batch, setting.rate, seed)]))
+    def train(pairs: Sequence[Pair], first: PreTrainedModel = head) -> Scorer:
+        rows = ordered(pairs, setting.steps, setting.batch, seed)
+        return Scorer(Members([reward_model(rows, first, setting.steps, setting.batch, setting.rate, seed, **ORDER)]))
 
-    first = labels(asked, None, 1, rounds * setting.labels, setting.noise, f"{seed}/first")
-    made = first[: setting.labels]
-    static, refreshed = train(first), [train(made)]
+    def asks(reward: Scorer | None, n: int, count: int, name: str | int, own: float = setting.own) -> list[Pair]:
+        return labels(asked, reward, n, count, setting.noise, f"{seed}/{name}", own)
+
+    every = asks(None, 1, rounds * setting.labels, "first")
+    made = every[: setting.labels]
+    static, refreshed = train(every), [train(made)]
     for n in setting.counts[:-1]:
-        made = made + labels(asked, refreshed[-1], n, setting.labels, setting.noise, f"{seed}/{len(refreshed)}")
+        made = made + asks(refreshed[-1], n, setting.labels, len(refreshed))
         refreshed.append(train(made))
-    counts, pool = (1, *setting.counts), samples["best_of_n"]
-    own = [static, *[static] * rounds]
-    mine = [refreshed[0], *refreshed]  # the reward model that each policy maximizes
+    policies = list(zip((refreshed[0], *refreshed), (1, *setting.counts), strict=True))
+    theirs = [asks(by, n, len(every), f"ceiling {i}", 1.0) for i, (by, n) in enumerate(policies[1:rounds], 1)]
+    ceiling = [static, *map(train, theirs)]
+    another = train(asks(None, 1, setting.labels, "another"), start(seed + 1000))  # no seed of the benchmark
+    like = differences(pool, None, 1)
+    fixed = [(static, n) for _, n in policies]
+
+    def right(judges: Sequence[Scorer], of=policies, like: np.ndarray | None = None) -> list[float | None]:
+        return [accuracy(pool, by, n, judge, like) for (by, n), judge in zip(of, judges, strict=False)]
+
     return {
         "static": {
-            "accuracy": [accuracy(pool, by, n, by) for by, n in zip(own, counts, strict=True)],
+            "labeler": [labeler_accuracy(pool, by, n, setting.noise) for by, n in fixed],
+            "accuracy": right([static] * len(fixed), fixed),
+            "equal": right([static] * len(fixed), fixed, like),
             "path": gold_path(pool, static, setting.measured),
         },
         "refreshed": {
-            "before": [None, *(accuracy(pool, by, n, by) for by, n in zip(mine[1:], counts[1:], strict=True))],
-            "accuracy": [accuracy(pool, by, n, after) for by, n, after in zip(mine, counts, refreshed, strict=False)],
+            "labeler": [labeler_accuracy(pool, by, n, setting.noise) for by, n in policies],
+            "before": [None, *right(refreshed, policies[1:])],
+            "accuracy": right(refreshed),
+            "equal": right(refreshed, like=like),
+            "another": right([another] * len(policies)),
+            "ceiling": right(ceiling),
             "path": gold_path(pool, refreshed[-1], setting.measured),
         },
         "first_round": {"path": gold_path(pool, refreshed[0], setting.measured)},
     }
 
 
+def ordered(pairs: Sequence[Pair], steps: int, batch: int, seed: int) -> list[Pair]:
+    """Return the pairs of all steps: passes over the pairs, in batches of like lengths, which take half the time."""
+    rng, count = Random(f"order/{seed}"), steps * batch
+    rows = [pair for _ in range(0, count, len(pairs)) for pair in rng.sample(pairs, len(pairs))][:count]
+    batches = []
+    for i in range(0, count, batch * GROUPED):
+        near = sorted(rows[i : i + batch * GROUPED], key=lambda pair: max(len(each.ids) for each in pair))
+        batches += [near[j : j + batch] for j in range(0, len(near), batch)]
+    rng.shuffle(batches)
+    return [pair for each in batches for pair in each]
+
+
 def labels(
-    groups: Sequence[Sequence[Sample]], reward: Scorer | None, n: int, count: int, noise: float, seed: str
+    groups: Pool, reward: Scorer | None, n: int, count: int, noise: float, seed: str, own: float = 1.0
 ) -> list[Pair]:
     """
-    Return labels of pairs, the preferred completion first: of a completion of a policy and, half of the time each,
-    another one of it or one of the first policy.
+    Return labels of pairs of completions of a policy, the preferred one first.
 
     Args:
         groups: completions of each prompt by the first policy.
@@ -140,6 +161,7 @@ def labels(
         count (`int`): number of labels. The prompts take turns. Equal gold rewards are a tie, and no label.
         noise (`float`): of the answers, see [`Setting`].
         seed (`str`): of pairs and answers.
+        own (`float`): share of the pairs with both completions by the policy; the others have one by the first policy.
 
     Raises:
         ValueError: if too few of the pairs that are drawn have unequal gold rewards.
@@ -152,57 +174,13 @@ def labels(
     for place in order * PASSES:
         samples, shares, chosen = known[place]
         (one,) = rng.choices(samples, weights=chosen)
-        (other,) = rng.choices(samples, weights=chosen if rng.random() < 0.5 else shares)
+        (other,) = rng.choices(samples, weights=chosen if rng.random() < own else shares)
         if one.gold != other.gold:
             wins = rng.random() < 1 / (1 + math.exp((other.gold - one.gold) / noise))
             made.append((one, other) if wins else (other, one))
         if len(made) == count:
             return made
     raise ValueError(f"The completions of {len(groups)} prompts gave {len(made)} labels, and {count} are asked for.")
-
-
-def best_shares(group: Sequence[Sample], reward: Scorer | None, n: int) -> tuple[list[Sample], np.ndarray, np.ndarray]:
-    """
-    Return the different completions of a prompt, the share of each among them all, and its probability to be the best
-    of n that are drawn from them; without a reward these are in the order of the completions, for n = 1.
-    """
-    counts: dict[Sample, int] = {}
-    for each in group:
-        counts[each] = counts.get(each, 0) + 1
-    different = list(counts)
-    order = np.argsort(reward(different), kind="stable") if reward else np.arange(len(different))
-    shares = np.array(list(counts.values()))[order] / len(group)
-    return [different[i] for i in order], shares, np.diff(np.minimum(shares.cumsum(), 1.0) ** n, prepend=0.0)
-
-
-def gold_path(pool: Sequence[Sequence[Sample]], reward: Scorer, counts: Sequence[int]) -> list[Point]:
-    """Return the KL of the best of n to the first policy, in nats, and its mean gold reward, for each n."""
-    path = []
-    for n in counts:
-        found = []
-        for group in pool:
-            samples, shares, chosen = best_shares(group, reward, n)
-            some = chosen > 0
-            kl = (chosen[some] * np.log(chosen[some] / shares[some])).sum()
-            found.append((kl, chosen @ np.array([each.gold for each in samples])))
-        path.append(tuple(round(float(value), 4) for value in np.mean(found, axis=0)))
-    return path
-
-
-def accuracy(pool: Sequence[Sequence[Sample]], by: Scorer, n: int, judge: Scorer) -> float | None:
-    """
-    Return the probability that a reward model orders two of the best of n by `by`, of unequal gold reward, as the gold
-    reward does; `None` where all are equal.
-    """
-    right = total = 0.0
-    for group in pool:
-        samples, _, chosen = best_shares(group, by, n)
-        values = np.array([each.gold for each in samples]), judge(samples)
-        golds, gaps = (np.sign(value[:, None] - value[None, :]) for value in values)
-        unequal = np.outer(chosen, chosen) * (golds != 0)
-        right += float((unequal * ((golds == gaps) + 0.5 * (gaps == 0))).sum())
-        total += float(unequal.sum())
-    return round(right / total, 4) if total else None
 
 
 def report(found: Mapping[str, Mapping[str, Any]], setting: Setting) -> str:
@@ -230,29 +208,47 @@ def report(found: Mapping[str, Mapping[str, Any]], setting: Setting) -> str:
     ]
     if grid:
         parts.append(markdown(["KL", *map(str, grid)], [["refreshed - static", *cells]]))
-    rounds = len(setting.counts)
-    keys = (("static", "accuracy"), ("refreshed", "before"), ("refreshed", "accuracy"))
-    rows = [
-        [
-            f"{number}: best of {n}",
-            *(
-                interval([each[arm][key][number] for each in found.values() if number < len(each[arm][key])], 3)
-                for arm, key in keys
-            ),
-        ]
-        for number, n in enumerate((1, *setting.counts))
-    ]
-    for begin in range(min(2, rounds - 1)):
-        changes = [
-            interval(
-                [each[arm]["accuracy"][rounds - 1] - each[arm]["accuracy"][begin] for each in found.values()], 3, True
-            )
-            for arm in ARMS
-        ]
-        rows.append([f"after round {rounds - 1} - after {begin}", changes[0], "", changes[1]])
-    columns = ["after round, completions of", "static", "refreshed, before", "refreshed, after"]
-    parts.append(markdown(columns, rows))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *accuracies(found, (1, *setting.counts))])
+
+
+COLUMNS = {
+    "static": {"labeler": "labeler", "accuracy": "static", "equal": "at equal differences"},
+    "refreshed": {
+        "labeler": "labeler",
+        "before": "refreshed, before",
+        "accuracy": "refreshed, after",
+        "equal": "at equal differences",
+        "another": "another of round 1",
+        "ceiling": "all labels of the policy",
+    },
+}
+
+
+def accuracies(found: Mapping[str, Mapping[str, Any]], counts: Sequence[int]) -> list[str]:
+    """Return the tables of accuracies on the policies' own completions, and of their changes."""
+    parts, last = [], len(counts) - 2
+    for arm, columns in COLUMNS.items():
+        rows = []
+        for number, n in enumerate(counts):
+            known = {key: [each[arm][key][number : number + 1] for each in found.values()] for key in columns}
+            cells = [interval([value for (value,) in filter(None, known[key])], 3) for key in columns]
+            rows.append([f"{number}: best of {n}", *cells])
+        parts.append(markdown([f"after round, completions of ({arm})", *columns.values()], rows))
+    rows = []
+    for begin, end in combinations(range(last + 1), 2):
+        for arm, columns in COLUMNS.items():
+            gone = {
+                key: np.array([each[arm][key][end] - each[arm][key][begin] for each in found.values()])
+                for key in columns
+                if key != "before"
+            }
+            changes = [gone["accuracy"], gone["equal"], gone["accuracy"] - gone["labeler"]]
+            if "ceiling" in gone:
+                changes.append(gone["accuracy"] - gone["ceiling"])
+            cells = [interval(each.tolist(), 3, True) for each in changes]
+            rows.append([f"{arm}, after round {end} - after {begin}", *cells, *[""] * (4 - len(cells))])
+    headers = ["accuracy", "at equal differences", "less the labeler's", "less that with all labels of the policy"]
+    return [*parts, markdown(["change", *headers], rows)]
 
 
 def settings_of(quick: bool) -> tuple[Setting, dict[str, Any]]:

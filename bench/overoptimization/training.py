@@ -64,13 +64,13 @@ def start(seed: int) -> PreTrainedModel:
 
 
 def reward_model(
-    pairs: Sequence[Pair], first: PreTrainedModel, steps: int, batch: int, rate: float, seed: int
+    pairs: Sequence[Pair], first: PreTrainedModel, steps: int, batch: int, rate: float, seed: int, **options: Any
 ) -> PreTrainedModel:
-    """Train a copy of a model on comparisons."""
+    """Train a copy of a model on comparisons; `options` are other arguments of the trainer."""
     with tempfile.TemporaryDirectory() as folder:
         args = RewardConfig(
             folder, per_device_train_batch_size=batch, max_steps=steps, learning_rate=rate, seed=seed,
-            warmup_steps=0.05, lr_scheduler_type="cosine", max_length=256, **quiet(),
+            warmup_steps=0.05, lr_scheduler_type="cosine", max_length=256, **quiet(), **options,
         )  # fmt: skip
         trainer = RewardTrainer(copy.deepcopy(first), args, reward_rows(pairs), load_tokenizer(POLICY))
         trainer.remove_callback(PrinterCallback)

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from bench.loop import active, best_of_n, judge, refresh, smollm2
+from bench.loop import active, best_of, best_of_n, judge, refresh, smollm2
 from bench.loop.results import Results, at_kl, compare_paths, interval, labels_to_reach, markdown, pair_accuracy
 from bench.overoptimization.samples import Sample
 from rlhf_trl.cli.overrides import compose
@@ -93,8 +94,8 @@ class FirstId:
         return [float(row[0]) for row in rows]
 
 
-def by_first_id() -> best_of_n.Scorer:
-    return best_of_n.Scorer(FirstId())
+def by_first_id() -> best_of.Scorer:
+    return best_of.Scorer(FirstId())
 
 
 def completions(*golds: float) -> list[Sample]:
@@ -104,21 +105,48 @@ def completions(*golds: float) -> list[Sample]:
 
 def test_the_best_of_n_of_a_sample_has_its_kl_gold_and_accuracy():
     many = completions(*range(4096))
-    path = best_of_n.gold_path([many], by_first_id(), [1, 4])
+    path = best_of.gold_path([many], by_first_id(), [1, 4])
     assert path[0] == (0.0, 2047.5)
     assert path[1][0] == pytest.approx(math.log(4) - 3 / 4, abs=1e-3)  # without repeated completions
     assert path[1][1] == pytest.approx(4096 * 4 / 5, rel=1e-3)
     # One that is written three times is chosen as often as its share says, and its KL is smaller
     twice = completions(1.0, 0.0)
-    assert best_of_n.gold_path([[twice[0], *[twice[1]] * 3]], by_first_id(), [2])[0] == (
+    assert best_of.gold_path([[twice[0], *[twice[1]] * 3]], by_first_id(), [2])[0] == (
         pytest.approx(1 / 16 * math.log(1 / 4) + 15 / 16 * math.log(5 / 4), abs=1e-4),
         pytest.approx(1 / 16, abs=1e-4),
     )
     group = completions(0.0, 2.0, 1.0)
-    assert best_of_n.accuracy([group], by_first_id(), 1, by_first_id()) == pytest.approx(2 / 3, abs=1e-4)
+    assert best_of.accuracy([group], by_first_id(), 1, by_first_id()) == pytest.approx(2 / 3, abs=1e-4)
     # Of two that are drawn, the best is one of the last two more often, which are in the wrong order
-    assert best_of_n.accuracy([group], by_first_id(), 2, by_first_id()) == pytest.approx(8 / 23, abs=1e-4)
-    assert best_of_n.accuracy([completions(1.0, 1.0)], by_first_id(), 1, by_first_id()) is None
+    assert best_of.accuracy([group], by_first_id(), 2, by_first_id()) == pytest.approx(8 / 23, abs=1e-4)
+    assert best_of.accuracy([completions(1.0, 1.0)], by_first_id(), 1, by_first_id()) is None
+
+
+def test_accuracy_at_the_differences_of_other_pairs_and_that_of_the_labeler():
+    # Of the differences 1, 2 and 3, each between two bounds of the bins, the scores have that of 1 wrong
+    group, first = completions(0.0, 3.0, 2.0), completions(0.0, 1.0, 1.0)
+    assert best_of.differences([group], None, 1) == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+    assert best_of.differences([first], None, 1) == pytest.approx([1, 0, 0, 0])
+    assert best_of.accuracy([group], by_first_id(), 1, by_first_id()) == pytest.approx(2 / 3, abs=1e-4)
+    for like, right in (([0.6, 0.2, 0.2, 0], 0.4), ([1, 0, 0, 0], 0.0), ([0.5, 0.25, 0, 0.25], 1 / 3)):
+        found = best_of.accuracy([group], by_first_id(), 1, by_first_id(), np.array(like))
+        assert found == pytest.approx(right, abs=1e-4)  # of the last, no pair of the group differs so much
+    right = [1 / (1 + math.exp(-gap / 0.5)) for gap in (1, 2, 3)]
+    assert best_of.labeler_accuracy([group], None, 1, 0.5) == pytest.approx(sum(right) / 3, abs=1e-4)
+    # The best of two are seldom the first and the second; the others are those with differences of 1 and 2
+    shares = [1 / 9, 3 / 9, 5 / 9]
+    pairs = [shares[1] * shares[2], shares[0] * shares[2], shares[0] * shares[1]]
+    found = best_of.labeler_accuracy([group], by_first_id(), 2, 0.5)
+    assert found == pytest.approx(sum(map(math.prod, zip(pairs, right, strict=True))) / sum(pairs), abs=1e-4)
+
+
+def test_the_steps_of_a_reward_model_are_passes_over_its_pairs_in_batches_of_like_lengths():
+    pairs = [(Sample("p", (0,) * size, 1, 1.0), Sample("p", (1,) * size, 1, 0.0)) for size in range(1, 13)]
+    rows = best_of_n.ordered(pairs, 7, 4, 1)
+    assert len(rows) == 28 and {rows.count(pair) for pair in pairs} == {2, 3}
+    batches = [[len(better.ids) for better, _ in rows[i : i + 4]] for i in range(0, 28, 4)]
+    assert max(max(each) - min(each) for each in batches) <= 3 and batches != sorted(batches)
+    assert rows == best_of_n.ordered(pairs, 7, 4, 1) != best_of_n.ordered(pairs, 7, 4, 2)
 
 
 def test_labels_are_of_the_policy_and_the_first_one_and_ties_are_none():
@@ -126,27 +154,37 @@ def test_labels_are_of_the_policy_and_the_first_one_and_ties_are_none():
     made = best_of_n.labels(groups, None, 1, 15, 0.01, "1")
     assert all(better.gold > worse.gold for better, worse in made)
     assert {each.gold for pair in made for each in pair} == {0.0, 1.0, 2.0, 3.0}
-    # One is the best of 3, seldom the first one of rising scores; the other is a random one in half of the pairs
-    made = best_of_n.labels(groups, by_first_id(), 3, 15, 0.01, "1")
-    assert sum(0 in each.ids for pair in made for each in pair) < 8
-    assert made == best_of_n.labels(groups, by_first_id(), 3, 15, 0.01, "1")
+    # One is the best of 3, seldom the first one of rising scores; the other too, or a random one
+    made = [best_of_n.labels(groups, by_first_id(), 3, 15, 0.01, "1", own) for own in (1.0, 0.0)]
+    few, more = (sum(0 in each.ids for pair in each_own for each in pair) for each_own in made)
+    assert few < 4 <= more < 12
+    assert made[0] == best_of_n.labels(groups, by_first_id(), 3, 15, 0.01, "1")
     with pytest.raises(ValueError, match="The completions of 1 prompts gave 0 labels, and 2 are asked for"):
         best_of_n.labels(groups[1:2], None, 1, 2, 0.01, "1")
 
 
 def test_the_table_of_the_best_of_n():
+    static = {"accuracy": [0.7, 0.5, 0.4], "equal": [0.7, 0.6, 0.4], "labeler": [0.9, 0.8, 0.8]}
+    refreshed = {"accuracy": [0.6, 0.65], "equal": [0.6, 0.7], "labeler": [0.9, 0.85, 0.8], "before": [None, 0.6, 0.5]}
+    refreshed |= {"ceiling": [0.7, 0.74], "another": [0.6, 0.55, 0.45]}
     found = {
         str(seed): {
-            "static": {"path": [[0.0, 1.5], [0.6, 2.0], [4.0, 1.0 + seed / 10]], "accuracy": [0.7, 0.5, 0.4]},
-            "refreshed": {"path": [[0.0, 1.5], [4.0, 2.0]], "accuracy": [0.6, 0.65], "before": [None, 0.6, 0.5]},
+            "static": {"path": [[0.0, 1.5], [0.6, 2.0], [4.0, 1.0 + seed / 10]], **static},
+            "refreshed": {"path": [[0.0, 1.5], [4.0, 2.0]], **refreshed},
         }
         for seed in (0, 1)
     }
     text = best_of_n.report(found, best_of_n.Setting(best_of_n.QUICK.sizes, counts=(2, 4)))
     assert "| seed 1 | 1.50 | 2.00 | 2.00 | 1.10 at 4.00 | 2.00 at 4.00 | +0.90 |" in text
     assert "| mean [95 %] |  |  |  |  |  | +0.95 [+0.31, +1.59] |" in text
-    assert "| 2: best of 4 | 0.400 [0.400, 0.400] | 0.500 [0.500, 0.500] | - |" in text
-    assert "| after round 1 - after 0 | -0.200 [-0.200, -0.200] |  | +0.050 [+0.050, +0.050] |" in text
+    cells = [f"{x:.3f} [{x:.3f}, {x:.3f}]" for x in (0.8, 0.4, 0.4)]
+    assert f"| 2: best of 4 | {' | '.join(cells)} |" in text
+    cells = [f"{x:.3f} [{x:.3f}, {x:.3f}]" for x in (0.8, 0.5, 0.45)]
+    assert f"| 2: best of 4 | {cells[0]} | {cells[1]} | - | - | {cells[2]} | - |" in text
+    # Accuracies, at equal differences, and less what the labeler's and the ceiling change
+    cells = [f"{x:+.3f} [{x:+.3f}, {x:+.3f}]" for x in (-0.2, -0.1, -0.1, 0.05, 0.1, 0.1, 0.01)]
+    assert f"| static, after round 1 - after 0 | {' | '.join(cells[:3])} |  |" in text
+    assert f"| refreshed, after round 1 - after 0 | {' | '.join(cells[3:])} |" in text
 
 
 def test_the_table_of_selections():
