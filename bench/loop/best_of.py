@@ -1,6 +1,6 @@
 """Policies that are the best of n completions by a reward model, and their exact measures over completions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from bench.overoptimization.samples import Sample
 from bench.overoptimization.training import Members, scores
 
 Pool = Sequence[Sequence[Sample]]  # completions of the first policy, a list for each prompt
+Scores = Callable[[Sequence[Sample]], np.ndarray]  # of completions, shape (N,)
 
 # Between differences of gold reward, in quarters of the first policy's pairs, and at none that is common
 EDGES = (1.1, 2.3, 3.5)
@@ -36,7 +37,7 @@ def _length(each: Sample) -> int:
     return len(each.ids)
 
 
-def best_shares(group: Sequence[Sample], reward: Scorer | None, n: int) -> tuple[list[Sample], np.ndarray, np.ndarray]:
+def best_shares(group: Sequence[Sample], reward: Scores | None, n: int) -> tuple[list[Sample], np.ndarray, np.ndarray]:
     """
     Return the different completions of a prompt, the share of each among them all, and its probability to be the best
     of n that are drawn from them; without a reward these are in the order of the completions, for n = 1.
@@ -50,7 +51,7 @@ def best_shares(group: Sequence[Sample], reward: Scorer | None, n: int) -> tuple
     return [different[i] for i in order], shares, np.diff(np.minimum(shares.cumsum(), 1.0) ** n, prepend=0.0)
 
 
-def gold_path(pool: Pool, reward: Scorer, counts: Sequence[int]) -> list[Point]:
+def gold_path(pool: Pool, reward: Scores, counts: Sequence[int]) -> list[Point]:
     """Return the KL of the best of n to the first policy, in nats, and its mean gold reward, for each n."""
     path = []
     for n in counts:
@@ -64,7 +65,7 @@ def gold_path(pool: Pool, reward: Scorer, counts: Sequence[int]) -> list[Point]:
     return path
 
 
-def accuracy(pool: Pool, by: Scorer | None, n: int, judge: Scorer, like: np.ndarray | None = None) -> float | None:
+def accuracy(pool: Pool, by: Scores | None, n: int, judge: Scores, like: np.ndarray | None = None) -> float | None:
     """
     Return the probability that a reward model orders two of the best of n by `by`, of unequal gold reward, as the gold
     reward does; `None` where there is no such pair.
@@ -72,7 +73,7 @@ def accuracy(pool: Pool, by: Scorer | None, n: int, judge: Scorer, like: np.ndar
     Args:
         pool: completions of the first policy.
         by, n: of the policy, see [`best_shares`].
-        judge ([`Scorer`]): the reward model.
+        judge (`Scores`): the reward model.
         like (`np.ndarray`, *optional*): shares of pairs by their difference, as of [`differences`]; the accuracy is
             then that of pairs with these.
     """
@@ -90,7 +91,7 @@ def accuracy(pool: Pool, by: Scorer | None, n: int, judge: Scorer, like: np.ndar
     return round(float((shares[known] * right[known] / total[known]).sum() / shares[known].sum()), 4)
 
 
-def differences(pool: Pool, by: Scorer | None, n: int) -> np.ndarray:
+def differences(pool: Pool, by: Scores | None, n: int) -> np.ndarray:
     """Return the shares of the pairs of the best of n whose gold rewards differ by up to the first of `EDGES`, ..."""
     total = np.zeros(len(EDGES) + 1)
     for _, gaps, chosen in _pairs(pool, by, n):
@@ -98,7 +99,7 @@ def differences(pool: Pool, by: Scorer | None, n: int) -> np.ndarray:
     return total / total.sum()
 
 
-def labeler_accuracy(pool: Pool, by: Scorer | None, n: int, noise: float) -> float:
+def labeler_accuracy(pool: Pool, by: Scores | None, n: int, noise: float) -> float:
     """Return the probability that an answer with noise (`conf/labeler/gold.yaml`) orders such a pair rightly."""
     right = total = 0.0
     for _, gaps, chosen in _pairs(pool, by, n):
@@ -107,7 +108,7 @@ def labeler_accuracy(pool: Pool, by: Scorer | None, n: int, noise: float) -> flo
     return round(right / total, 4)
 
 
-def _pairs(pool: Pool, by: Scorer | None, n: int) -> Iterator[tuple[list[Sample], np.ndarray, np.ndarray]]:
+def _pairs(pool: Pool, by: Scores | None, n: int) -> Iterator[tuple[list[Sample], np.ndarray, np.ndarray]]:
     """Yield the completions of each prompt, the differences of their gold rewards, and the weights of the pairs."""
     for group in pool:
         samples, _, chosen = best_shares(group, by, n)

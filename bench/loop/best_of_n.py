@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from bench.loop.best_of import Pool, Scorer, accuracy, best_shares, differences, gold_path, labeler_accuracy
 from bench.loop.results import at_kl, compare_paths, interval, markdown
 from bench.loop.steps import Steps
-from bench.overoptimization.samples import Pair, Sample, Sizes, make, read
+from bench.overoptimization.samples import Pair, Sample, Sizes, make, read, samples_file
 from bench.overoptimization.training import Members, reward_model, start
 
 ARMS = ("static", "refreshed")
@@ -77,7 +77,7 @@ def measure(steps: Steps, setting: Setting) -> dict[str, Any]:
         the accuracy of a reward model all of whose labels are of such pairs, as many and with as many steps, and
         `another` that of a first reward model with other labels and another start.
     """
-    path = steps.folder / f"samples_{'_'.join(map(str, asdict(setting.sizes).values()))}.json"
+    path = samples_file(steps.folder, setting.sizes)
     seed = int(steps.every[0].removeprefix("seed="))
     return steps.compute("best_of_n", functools.partial(_run, setting, path, seed))
 

@@ -1,14 +1,17 @@
 """Results of the benchmarks of the loop: their file, and the measures that its tables are made of."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from rlhf_trl.evaluation.statistics import bootstrap_mean
+from rlhf_trl.evaluation.statistics import FEW, bootstrap_mean
+from rlhf_trl.report.seeds import t_quantile
 from rlhf_trl.runs.results import Estimate
 
 Point = tuple[float, float]  # KL to the first policy, and gold reward
@@ -98,7 +101,8 @@ def pair_accuracy(prompts: Sequence[tuple[Sequence[float], Sequence[float]]]) ->
 
 def labels_to_reach(curve: Sequence[Point], target: float) -> float | None:
     """
-    Return the number of labels at which a curve first reaches a value, between its points on a straight line.
+    Return the number of labels at which a curve first reaches a value, between its points on a straight line over the
+    logarithm of the labels.
 
     Args:
         curve (`Sequence[Point]`): (labels, value), by rising number of labels.
@@ -112,8 +116,41 @@ def labels_to_reach(curve: Sequence[Point], target: float) -> float | None:
             if not place:
                 return float(labels)
             before, lower = curve[place - 1]
-            return float(before + (target - lower) / (value - lower) * (labels - before))
+            return float(before * (labels / before) ** ((target - lower) / (value - lower)))
     return None
+
+
+def share_of_labels(
+    labels: Sequence[int], curves: np.ndarray, baseline: np.ndarray, resamples: int = 5_000, seed: int = 0
+) -> Estimate:
+    """
+    Return the share of the labels with which the mean curve of some seeds reaches the end of the baseline's, and its
+    percentile bootstrap interval: seeds are drawn with replacement, each with both of its curves. Of fewer than 20
+    seeds the percentiles are expanded to the width of Student's interval (Hesterberg 2015, arXiv 1411.5279, section
+    3.2).
+
+    Args:
+        labels (`Sequence[int]`): the numbers of labels that the curves are at.
+        curves, baseline (`np.ndarray` of shape `(seeds, len(labels))`): their values.
+        resamples (`int`), seed (`int`): number and seed of the draws.
+
+    Returns:
+        [`Estimate`]: infinite where the curve doesn't get there; NaN as the ends of the interval for a single seed.
+    """
+
+    def share(drawn: np.ndarray) -> float:
+        mean, target = curves[drawn].mean(axis=0).tolist(), float(baseline[drawn, -1].mean())
+        needed = labels_to_reach(list(zip(labels, mean, strict=True)), target)
+        return math.inf if needed is None else needed / labels[-1]
+
+    n = len(curves)
+    if n == 1:
+        return Estimate(share(np.arange(n)), math.nan, math.nan)
+    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * t_quantile(0.975, n - 1)) if n < FEW else 0.025
+    # An end is one of the shares: between a finite one and infinity there is no other
+    low, high = np.quantile([share(each) for each in drawn], [tail, 1 - tail], method="nearest")
+    return Estimate(share(np.arange(n)), float(low), float(high))
 
 
 def interval(values: Sequence[float], digits: int = 2, sign: bool = False) -> str:

@@ -23,9 +23,9 @@ from bench.loop.driver import ROOT
 from bench.loop.results import Results
 from bench.overoptimization.figure import draw
 from bench.overoptimization.forecast import tables
-from bench.overoptimization.jobs import BENCH, FULL, QUICK, Job, identity, jobs, run, samples_file
+from bench.overoptimization.jobs import BENCH, FULL, QUICK, Job, identity, jobs, run
 from bench.overoptimization.report import report
-from bench.overoptimization.samples import make
+from bench.overoptimization.samples import make, samples_file
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = Results(options.folder / "results.jsonl")
     seeds = options.seeds or ([1, 2] if options.quick else [1, 2, 3, 4, 5])
     if not options.table:
-        make(samples_file(options.folder, setting), setting.sizes)
+        make(samples_file(options.folder, setting.sizes), setting.sizes)
         done = set(results.read(BENCH, identity(setting)))
         missing = [job for job in jobs(setting, seeds) if job.missing(setting, done)]
         run_all(missing, options.folder, options.quick, max(1, options.processes))

@@ -12,7 +12,7 @@ import torch
 
 from bench.loop.results import Results
 from bench.overoptimization.curves import best_of_n_curves
-from bench.overoptimization.samples import Sizes, comparisons, gold_array, parts, read
+from bench.overoptimization.samples import Sizes, comparisons, gold_array, parts, read, samples_file
 from bench.overoptimization.training import Members, average, dpo, ppo, reward_model, scores, start
 from rlhf_trl.rewards import ModelReward
 
@@ -128,12 +128,6 @@ def jobs(setting: Setting, seeds: Sequence[int]) -> list[Job]:
     return [Job(seed, noise, size) for seed in seeds for noise in setting.noises for size in setting.comparisons]
 
 
-def samples_file(folder: Path, setting: Setting) -> Path:
-    """Return the file of the samples."""
-    sizes = asdict(setting.sizes).values()
-    return folder / f"samples_{'_'.join(map(str, sizes))}.json"
-
-
 @functools.cache
 def _samples(path: Path):
     return read(path)
@@ -145,7 +139,7 @@ def run(job: Job, folder: Path, quick: bool) -> None:
     setting = QUICK if quick else FULL
     results, own = Results(folder / "results.jsonl"), identity(setting)
     missing = job.missing(setting, set(results.read(BENCH, own)))
-    samples = _samples(samples_file(folder, setting))
+    samples = _samples(samples_file(folder, setting.sizes))
     pairs = comparisons(samples["compared"], job.size, job.noise, job.seed)
     first = start(job.seed)
     steps = max(setting.least_steps, job.size // setting.batch)

@@ -88,6 +88,11 @@ def rated(
     return [Sample(text, (*start, *ids), len(start), value) for text, start, ids, value in rows]
 
 
+def samples_file(folder: Path, sizes: Sizes) -> Path:
+    """Return the file of the samples of these sizes in a folder."""
+    return folder / f"samples_{sizes.compared}_{sizes.drawn}_{sizes.prompts}_{sizes.samples}.json"
+
+
 def make(path: Path, sizes: Sizes) -> None:
     """Write the samples of all runs, unless they are there."""
     if path.is_file():

@@ -9,9 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from bench.loop import active, best_of, best_of_n, judge, refresh, smollm2
-from bench.loop.results import Results, at_kl, compare_paths, interval, labels_to_reach, markdown, pair_accuracy
+from bench.loop import active, active_exact, best_of, best_of_n, judge, refresh, smollm2
+from bench.loop.results import (
+    Results,
+    at_kl,
+    compare_paths,
+    interval,
+    labels_to_reach,
+    markdown,
+    pair_accuracy,
+    share_of_labels,
+)
 from bench.overoptimization.samples import Sample
 from rlhf_trl.cli.overrides import compose
 from rlhf_trl.cli.rounds import all_steps, register_rounds
@@ -45,8 +55,19 @@ def test_accuracy_counts_pairs_that_differ_in_the_gold_reward():
 def test_the_labels_that_a_curve_needs():
     curve = [(64, 1.0), (128, 2.0), (192, 1.5)]
     assert labels_to_reach(curve, 0.5) == 64
-    assert labels_to_reach(curve, 1.5) == pytest.approx(96)
+    assert labels_to_reach(curve, 1.5) == pytest.approx(64 * 2**0.5)
     assert labels_to_reach(curve, 2.5) is None
+
+
+def test_the_share_of_the_labels_is_that_of_the_mean_curves_with_an_interval_over_seeds():
+    labels, control = [64, 128, 256], np.array([[1.0, 1.5, 2.0]] * 2)
+    better = np.array([[1.0, 2.0, 3.0], [1.0, 2.0, 2.5]])
+    assert share_of_labels(labels, better, control) == pytest.approx((0.5, 0.5, 0.5))
+    assert share_of_labels(labels, better[:1], control[:1])[0] == 0.5
+    assert share_of_labels(labels, control - 0.1, control) == (math.inf,) * 3
+    # One of two seeds gets there with a quarter of the labels, the other one never, and their mean with all
+    mixed = share_of_labels(labels, np.array([[2.5, 2.5, 2.5], [1.0, 1.0, 1.5]]), control)
+    assert mixed == (pytest.approx(1.0), 0.25, math.inf)
 
 
 def test_intervals_are_students_over_seeds():
@@ -187,14 +208,93 @@ def test_the_table_of_the_best_of_n():
     assert f"| refreshed, after round 1 - after 0 | {' | '.join(cells[3:])} |" in text
 
 
+class Scores:
+    """Scores of two members by the tokens of a completion, each row read once."""
+
+    def __init__(self, *members: list[float]):
+        self.reward = FirstId()
+        self.table = np.array(members)
+
+    def member_scores(self, rows: list[list[int]]) -> torch.Tensor:
+        return torch.tensor(self.table[:, [int(score) for score in self.reward.score_ids(rows)]])
+
+
+def ensemble(*members: list[float]) -> active.Ensemble:
+    return active.Ensemble(Scores(*members))
+
+
+def test_an_ensemble_is_measured_by_its_mean_and_by_what_its_members_disagree_about():
+    group = completions(0.0, 1.0, 3.0)
+    setting = active.Setting(active.QUICK.sizes, best_of=(1, 4096))
+    # Both members have the last two in the wrong order, and they disagree most about the first against the last
+    found = active.quality([group], ensemble([0.0, 3.0, 1.0], [0.0, 3.5, 2.5]), setting)
+    assert (found["best of 4096"], found["accuracy"], found["agreed"]) == (1.0, pytest.approx(2 / 3, abs=1e-4), 1.0)
+    # Variances .0625 (0, 1), .5625 (0, 2) and .25 (1, 2); wrong 0, 0, 1; gaps of the gold reward 1, 3, 2
+    assert found["wrong"]["scores"] == 0.0 and found["noise"]["scores"] == -1.0
+    found = active.quality([group], ensemble([0.0, 3.0, 1.0], [0.0, 0.5, 1.0]), setting)
+    assert found["agreed"] == 0.0  # only one member has them in the wrong order
+
+
+def test_equal_values_have_the_mean_of_their_ranks():
+    assert active.rank_correlation(np.array([1.0, 2.0, 9.0]), np.array([0.0, 5.0, 6.0])) == pytest.approx(1.0)
+    ranks = np.corrcoef([1, 2, 3, 4], [1.5, 1.5, 3.5, 3.5])[0, 1]
+    assert active.rank_correlation(np.array([1, 2, 3, 4]), np.array([0, 0, 1, 1])) == pytest.approx(ranks)
+
+
+def test_labels_have_noise_or_none_and_are_the_same_for_every_selection():
+    low, high, same = completions(0.0, 1.0, 1.0)
+    assert active.answer((0, low, high), 0.0, 1) == active.answer((0, high, low), 0.0, 1) == (high, low)
+    assert active.answer((0, high, same), 0.0, 1) is None
+    drawn = [active.answer((prompt, low, high), 0.5, 1) for prompt in range(400)]
+    assert drawn == [active.answer((prompt, high, low), 0.5, 1) for prompt in range(400)]
+    assert drawn.count((high, low)) / 400 == pytest.approx(1 / (1 + math.exp(-2)), abs=0.05)
+    chance = [active.answer((prompt, high, same), 0.5, 1) for prompt in range(400)]
+    assert chance.count((high, same)) / 400 == pytest.approx(0.5, abs=0.08)
+
+
+def test_chosen_pairs_are_described():
+    low, high, same = completions(0.0, 1.0, 1.0)
+    found = active.describe([(low, high), (high, same), (high, low)], ensemble([1.0, 0.0, 2.0], [1.0, 1.0, 0.0]), 0.5)
+    wrong = round((0.5 + 2 / (1 + math.exp(2))) / 3, 4)
+    assert found == {"gap": 0.6667, "equal": 0.3333, "noise": wrong, "wrong": 1.0}
+
+
 def test_the_table_of_selections():
-    curves = {"random": [1.0, 2.0], "uncertainty": [1.0, 3.0], "thompson": [1.0, 1.5]}
-    result = {
-        name: {"curve": [[64, gold[0]], [128, gold[1]]], "accuracy": [0.6, 0.7]} for name, gold in curves.items()
-    }
-    text = active.report({"1": result, "2": result}, active.Setting(rounds=2))
-    assert "| uncertainty | 75% | 75%, 75% | missed |" in text
-    assert "| thompson | more than all | more, more | missed |" in text
+    golds = {"random": [1.0, 2.0], "uncertainty": [1.0, 3.0], "thompson": [1.0, 1.5]}
+    ranks = dict.fromkeys(active.MEASURES, 0.25)
+
+    def result(shift: float):
+        return {
+            name: {
+                "rounds": [
+                    {
+                        "best of 2": gold + shift,
+                        "best of 4": 1.0,
+                        "accuracy": 0.6,
+                        "agreed": 0.5,
+                        "wrong": ranks,
+                        "noise": ranks,
+                    }
+                    for gold in each
+                ],
+                "asked": [{"gap": 2.0, "equal": 0.1, "noise": 0.2, "wrong": 0.3}],
+            }
+            for name, each in golds.items()
+        }
+
+    text = active.report({"1": result(0.0), "2": result(0.1)}, active.Setting(active.QUICK.sizes, rounds=(64, 64)))
+    assert "| uncertainty - random |  | +1.00 [+1.00, +1.00] |" in text
+    assert "| uncertainty | 71% [71%, 71%] | 50% [50%, 50%] | 50% [50%, 50%] | missed |" in text
+    assert "| thompson | more than all [more than all, more than all] |" in text
+    assert "| thompson | 2.00 [2.00, 2.00] | 0.10 [0.10, 0.10] | 0.20 [0.20, 0.20] | 0.30 [0.30, 0.30] |" in text
+
+
+def test_selections_are_compared_with_random_pairs_of_the_same_noise():
+    for module, noise in ((active, 0.5), (active_exact, 0.0)):
+        setting, identity = module.settings_of(quick=False)
+        assert {active.control(name) for name in setting.arms} == {setting.arms[0]}
+        assert {active.ARMS[name].is_noisy for name in setting.arms} == {noise > 0} and len(setting.arms) == 3
+        assert identity["arms"] == list(setting.arms)
 
 
 def test_answers_of_a_judge_are_held_against_the_decided_ones_of_people():
@@ -228,7 +328,7 @@ def run(tmp_path: Path, *words: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["refresh", "best_of_n", "active"])
+@pytest.mark.parametrize("name", ["refresh", "best_of_n", "active", "active_exact"])
 def test_a_benchmark_of_the_loop_runs_and_is_resumed(tmp_path, name):
     text = run(tmp_path, name)
     (row,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
