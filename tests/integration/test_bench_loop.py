@@ -282,7 +282,8 @@ def test_the_table_of_selections():
             for name, each in golds.items()
         }
 
-    text = active.report({"1": result(0.0), "2": result(0.1)}, active.Setting(active.QUICK.sizes, rounds=(64, 64)))
+    setting = active.Setting(active.QUICK.sizes, rounds=(64, 64), best_of=(2, 4))
+    text = active.report({"1": result(0.0), "2": result(0.1)}, setting)
     assert "| uncertainty - random |  | +1.00 [+1.00, +1.00] |" in text
     assert "| uncertainty | 71% [71%, 71%] | 50% [50%, 50%] | 50% [50%, 50%] | missed |" in text
     assert "| thompson | more than all [more than all, more than all] |" in text
