@@ -118,10 +118,10 @@ def a_users_folder(tmp_path, monkeypatch):
 REWARDS = ("reward_0", "reward_1", "reward_2", "reward_long", "cost", "warm")
 
 
-def add_runs(words: list[str]) -> None:
+def add_runs(words: list[str], project: str) -> None:
     """Write records of the runs that a command may start from; the reward model is an ensemble if one is asked for."""
-    project = next((word.removeprefix("project=") for word in words if word.startswith("project=")), "default")
-    for name in ("sft", "reward", "ppo", "dpo", "heads", "grpo", "rloo", "init", "collect", "label", *REWARDS):
+    policies = ("sft", "ppo", "ppo_positive", "dpo", "grpo", "rloo", "init")
+    for name in (*policies, "reward", "heads", "collect", "label", *REWARDS):
         folder = Path("runs", project, name)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "run.json").write_text(json.dumps({"status": "done", "stage": name}))
@@ -147,11 +147,12 @@ def test_the_commands_of_a_page_pass_the_checks(page, a_users_folder):
         mine = [path for folder in args.config_dirs for path in Path(folder).rglob("*.yaml")]
         for name in DATA_FILE.findall("".join(path.read_text() for path in mine)):
             Path(name).touch()
-        add_runs(args.overrides)
         # The runs here have no checkpoints
         given = [word for word in args.overrides if not word.startswith("resume=")]
         cfg, problems = overrides.compose([*given, "overwrite=true"], args.config_dirs)
-        problems = problems + (find_problems(cfg) if cfg else [])
+        if cfg:
+            add_runs(args.overrides, cfg.project)
+            problems = problems + find_problems(cfg)
         if problems:
             wrong[line] = problems
     assert not wrong
