@@ -4,10 +4,11 @@ Benchmarks of the loop on a CPU, as tables for the documentation.
     python -m bench.loop BENCH [--seeds 1 2 ...] [--quick] [--folder FOLDER] [--table]
 
 `refresh`: a refreshed against a static reward model on the embedded world, by PPO, and `best_of_n`: by the best of n
-completions. `active`: labels that the selections of `stage=collect` need, and `active_exact`: without noise. `judge`:
-SmolLM2-135M as a labeler of review sentences beside people. `smollm2`: two rounds of `pipeline=reviews/rounds`. The
-last two need the folders RLHF_TRL_REVIEWS and RLHF_TRL_SMOLLM2. What was measured is written at once, a line of JSON
-each, and a second call runs what is missing.
+completions. `active`: labels that the selections of `stage=collect` need, by ensembles; `active_exact`: the same
+without noise; `active_scores`: by what a single reward model knows too. `judge`: SmolLM2-135M as a labeler of review
+sentences beside people. `smollm2`: two rounds of `pipeline=reviews/rounds`. The last two need the folders
+RLHF_TRL_REVIEWS and RLHF_TRL_SMOLLM2. What was measured is written at once, a line of JSON each, and a second call
+runs what is missing.
 """
 
 import importlib
@@ -25,7 +26,8 @@ SEEDS = {
     "refresh": [1, 2, 3, 4, 5],
     "best_of_n": [1, 2, 3, 4, 5],
     "active": list(range(1, 11)),
-    "active_exact": list(range(1, 6)),
+    "active_exact": list(range(1, 7)),
+    "active_scores": list(range(1, 11)),
     "judge": [1],
     "smollm2": [1],
 }

@@ -25,7 +25,7 @@ from bench.loop.steps import Steps
 from bench.overoptimization.samples import Pair, Sample, Sizes, make, read, samples_file
 from bench.overoptimization.training import Members, reward_model, start
 from rlhf_trl.labels.collection import Select
-from rlhf_trl.labels.selection import Pool, pair_uncertainty, random_pairs, thompson, uncertainty
+from rlhf_trl.labels.selection import Pool, best_worst, pair_uncertainty, random_pairs, thompson, uncertainty
 from rlhf_trl.runs.results import Estimate
 
 AIM = 0.6
@@ -44,6 +44,8 @@ ARMS = {
     RANDOM: Arm(random_pairs),
     "uncertainty": Arm(uncertainty),
     "thompson": Arm(thompson),
+    "bernoulli": Arm(functools.partial(uncertainty, measure="bernoulli")),
+    "best_worst": Arm(best_worst),
     EXACT: Arm(random_pairs, False),
     "uncertainty, no noise": Arm(uncertainty, False),
     "thompson, no noise": Arm(thompson, False),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.loop import active, active_exact, best_of, best_of_n, judge, refresh, smollm2
+from bench.loop import active, active_exact, active_scores, best_of, best_of_n, judge, refresh, smollm2
 from bench.loop.results import (
     Results,
     at_kl,
@@ -291,7 +291,7 @@ def test_the_table_of_selections():
 
 
 def test_selections_are_compared_with_random_pairs_of_the_same_noise():
-    for module, noise in ((active, 0.5), (active_exact, 0.0)):
+    for module, noise in ((active, 0.5), (active_exact, 0.0), (active_scores, 0.5)):
         setting, identity = module.settings_of(quick=False)
         assert {active.control(name) for name in setting.arms} == {setting.arms[0]}
         assert {active.ARMS[name].is_noisy for name in setting.arms} == {noise > 0} and len(setting.arms) == 3
