@@ -11,6 +11,7 @@ from rlhf_trl.data.file_rows import resolve_paths
 from rlhf_trl.errors import ConfigError
 from rlhf_trl.hints import did_you_mean, nearest, suggestion
 from rlhf_trl.models.options import CHAT_TEMPLATES
+from rlhf_trl.rewards.options import CLASSIFIER
 from rlhf_trl.runs.paths import (
     ADAPTER_FILE,
     DEMO,
@@ -41,7 +42,11 @@ def model_problems(values: dict[str, Any]) -> list[str]:
         if (template := model.get("chat_template")) not in CHAT_TEMPLATES:
             problems += _file("model.chat_template", template)
     for name, reward in section(values, "reward").items():
-        if isinstance(reward, dict) and {"run", "path"} <= reward.keys():
+        if not isinstance(reward, dict):
+            continue
+        if reward.get("_target_") == CLASSIFIER and reward.get("path") is not None:
+            problems += _model_path(f"reward.{name}.path", str(reward["path"]), model_folder(reward, values))
+        if {"run", "path"} <= reward.keys():
             problems += _model(f"reward.{name}", reward, values, "SEQ_CLS")
             if reward.get("_target_") == "rlhf_trl.rewards.AdapterReward":
                 problems += _no_adapter(f"reward.{name}", "reward=model", model_folder(reward, values))

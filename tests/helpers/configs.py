@@ -36,6 +36,7 @@ NEEDS = {
     "combine/lagrange": ["reward=[demo,tokens]", "combine.constraints={tokens: '<= 20'}"],
     "combine/threshold": ["reward=[demo,eos]", "combine.constraints={eos: 1}"],
     "reward/format": ["reward.format.kwargs.pattern=.*"],
+    "reward/classifier": ["reward.classifier.path=organization/name"],
     "reward/http": ["reward.http.url=http://127.0.0.1:8000/score"],
     "reward/length": ["reward.length.kwargs.max_length=20"],
     "reward/function": ["reward.function.function=rlhf_trl.tasks.demo.gold_reward"],

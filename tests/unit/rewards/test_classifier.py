@@ -8,6 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import pipeline
 
 from rlhf_trl.build import reward_functions, training_arguments
+from rlhf_trl.checks import find_problems
 from rlhf_trl.checks.memory import estimate
 from rlhf_trl.cli.dry_run import show_plan
 from rlhf_trl.errors import ConfigError
@@ -178,6 +179,8 @@ def test_the_option_composes_and_a_dry_run_loads_no_weights(compose, tmp_path, c
     assert "classifier x 1.0" in shown and "reward classifier" in shown
     with pytest.raises(ConfigError, match="`reward.classifier.label` is not set"):
         show_plan(compose(*words))
+    (problem,) = find_problems(compose(*words, f"reward.classifier.path={tmp_path / 'classifer'}"))
+    assert problem.startswith("`reward.classifier.path` is ") and "classifer" in problem
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
