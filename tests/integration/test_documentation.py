@@ -105,7 +105,9 @@ def a_users_folder(tmp_path, monkeypatch):
     for name in ("reviews", "smollm2"):
         Path(name).mkdir()
         monkeypatch.setenv(f"RLHF_TRL_{name.upper()}", name)
-    Path("smollm2", "config.json").write_text("{}")
+    Path("runs", "bench", "sentiment").mkdir(parents=True)  # of `python -m bench.sentiment`
+    for folder in ("smollm2", "runs/bench/sentiment"):
+        Path(folder, "config.json").write_text("{}")
     Path("vllm.py").touch()  # stands for the package
     yield tmp_path
     for name in [
