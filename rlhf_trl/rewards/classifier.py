@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DataCollatorWithPadding,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -108,6 +109,7 @@ class ClassifierReward(BaseReward):
         self.max_length = max_length or self.max_length
         # Of prompt and completion as one text the completion is what is rewarded
         self.tokenizer.truncation_side = "left" if text == "both" else "right"
+        self._collate: Any = DataCollatorWithPadding(self.tokenizer)
         self._has_warned = False
 
     def column_problem(self, columns: Collection[str]) -> str | None:
@@ -144,9 +146,12 @@ class ClassifierReward(BaseReward):
     @torch.inference_mode()
     def outputs(self, rows: list[Any], log_metric: Callable[[str, float], None] | None = None) -> Tensor:
         """Return the outputs of texts or pairs of texts, shape (rows,)."""
-        texts = [row if isinstance(row, tuple) else (row,) for row in rows]
-        lengths = [len(self.tokenizer(*each, verbose=False)["input_ids"]) for each in texts]
-        if cut := sum(length > self.max_length for length in lengths):
+        given = [row if isinstance(row, tuple) else (row,) for row in rows]
+        texts = [self.tokenizer(*each, truncation=True, max_length=self.max_length) for each in given]
+        lengths = [len(each["input_ids"]) for each in texts]
+        # Only a text that fills the limit can have been longer
+        full = [each for each, length in zip(given, lengths, strict=True) if length == self.max_length]
+        if cut := sum(len(self.tokenizer(*each, verbose=False)["input_ids"]) > self.max_length for each in full):
             self._report_cut(cut, len(rows))
         if log_metric is not None and rows:
             log_metric(f"rewards/{self.__name__}/truncated", cut / len(rows))
@@ -154,13 +159,7 @@ class ClassifierReward(BaseReward):
         order = sorted(range(len(rows)), key=lambda i: lengths[i])  # similar lengths need less padding
         for start in range(0, len(order), self.batch_size):
             chunk = order[start : start + self.batch_size]
-            batch = self.tokenizer(
-                [rows[i] for i in chunk],
-                padding=True,
-                truncation=True,
-                max_length=self.max_length,
-                return_tensors="pt",
-            ).to(self.model.device)
+            batch = self._collate([texts[i] for i in chunk]).to(self.model.device)
             logits = self.model(**batch).logits.float().cpu()
             values[chunk] = self._output(logits)
         return values
