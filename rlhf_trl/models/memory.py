@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_trl.models.dry_passes import Batch, Computation, Passes, without_adapter
 from rlhf_trl.models.optimizers import optimizer_bytes
+from rlhf_trl.models.sizes import sizes_of
 from rlhf_trl.models.weight_bytes import quantized_layers, tensor_bytes, weight_bytes
 from rlhf_trl.patches.dropout import disable_dropout
 
@@ -411,9 +412,8 @@ def scores_moment(training: Training, name: str, network: PreTrainedModel | None
     """Return what the pass of a reward model takes."""
     batch = training.batch._replace(rows=rows)
     computation = training.computation if network is None else training.computation._replace(autocast=None)
-    if network is not None and (positions := getattr(network.config.get_text_config(), "max_position_embeddings", 0)):
-        # A classifier cuts what is longer; RoBERTa's kin have two positions that no token gets
-        batch = batch._replace(length=min(batch.length, positions - 2))
+    if network is not None and (sizes := sizes_of(network)).is_table and sizes.positions:
+        batch = batch._replace(length=min(batch.length, sizes.positions))  # a classifier cuts what is longer
     model = training.policy if network is None else network
     size = training.once("scores", lambda: pass_bytes(model, batch, computation), model, batch, computation)
     return Moment(f"scores of {name}", {"layers": size})
