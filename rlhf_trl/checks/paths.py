@@ -61,13 +61,8 @@ def model_problems(values: dict[str, Any]) -> list[str]:
     baseline = at(values, "stage.baseline")
     if baseline is not None and (problem := baseline_problem(baseline, named)):
         problems.append(problem)
-    places = {f"stage.policies.{name}": place for name, place in named.items()}
-    soup = named_policies(at(values, "stage.models") or {})
-    places |= {f"stage.models.{name}": place for name, place in soup.items()}
-    places |= {key: at(values, key) for key in ("stage.policy", "stage.candidates")}
-    for key, place in places.items():
-        if isinstance(place, str) and is_run_name(place, project_dir(values)):
-            problems += _earlier_run(key, place, values)
+    for key, place in _named_places(values).items():
+        problems += _earlier_run(key, place, values)
     return problems
 
 
@@ -77,11 +72,19 @@ def named_runs(values: dict[str, Any]) -> dict[str, str]:
     places = {f"reward.{name}.run": node.get("run") for name, node in nodes if isinstance(node, dict)}
     places |= {"critic.run": at(values, "critic.run"), "model.run": None if named else at(values, "model.run")}
     found = {key: str(run) for key, run in places.items() if run is not None}
-    others = {f"stage.policies.{name}": place for name, place in named.items()}
-    others |= {f"stage.models.{key}": place for key, place in named_policies(at(values, "stage.models") or {}).items()}
-    others |= {key: at(values, key) for key in ("stage.policy", "stage.candidates")}
+    return found | _named_places(values)
+
+
+def _named_places(values: dict[str, Any]) -> dict[str, str]:
+    """Return the policies, models of a soup and candidates of the stage that are runs of the project, by key."""
+    places: dict[str, Any] = {
+        f"stage.{group}.{name}": place
+        for group in ("policies", "models")
+        for name, place in named_policies(at(values, f"stage.{group}") or {}).items()
+    }
+    places |= {key: at(values, key) for key in ("stage.policy", "stage.candidates")}
     runs = project_dir(values)
-    return found | {key: place for key, place in others.items() if isinstance(place, str) and is_run_name(place, runs)}
+    return {key: place for key, place in places.items() if isinstance(place, str) and is_run_name(place, runs)}
 
 
 def unmade_runs(values: dict[str, Any], earlier: Collection[str]) -> list[str]:

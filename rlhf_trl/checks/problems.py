@@ -52,24 +52,24 @@ def check(cfg: DictConfig) -> None:
         PartialState().wait_for_everyone()
 
 
-# Checks of the config alone: they read neither what a run starts from nor the ranks that it will have
-OF_CONFIG = (
+# Checks of the config alone, of single keys and of several: they read neither what a run starts from nor the ranks
+# that it will have
+OF_KEYS = (
     section_problems,
     renamed_problems,
     target_problems,
     argument_problems,
     range_problems,
     text_problems,
-    combination_problems,
-    reward_problems,
 )
+OF_COMBINATIONS = (combination_problems, reward_problems)
 
 
 def find_problems(cfg: DictConfig) -> list[str]:
     """Return every problem that can be found without importing torch, transformers or TRL."""
     return _found(
         cfg,
-        *OF_CONFIG[:6],
+        *OF_KEYS,
         model_problems,
         data_problems,
         output_problems,
@@ -89,7 +89,7 @@ def step_problems(cfg: DictConfig, earlier: Collection[str]) -> list[str]:
     Return the problems of a run that is to start later, after those named `earlier` have made what it reads: those of
     the config alone, and the runs that it names and nothing makes.
     """
-    return _found(cfg, *OF_CONFIG, partial(unmade_runs, earlier=earlier))
+    return _found(cfg, *OF_KEYS, *OF_COMBINATIONS, partial(unmade_runs, earlier=earlier))
 
 
 def _found(cfg: DictConfig, *checks: Callable[[dict[str, Any]], list[str]]) -> list[str]:
