@@ -5,13 +5,11 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from rlhf_trl.evaluation.statistics import FEW, bootstrap_mean
-from rlhf_trl.report.seeds import t_quantile
+from rlhf_trl.evaluation.statistics import bootstrap_mean, percentile_ends
 from rlhf_trl.runs.results import Estimate
 
 Point = tuple[float, float]  # KL to the first policy, and gold reward
@@ -147,9 +145,8 @@ def share_of_labels(
     if n == 1:
         return Estimate(share(np.arange(n)), math.nan, math.nan)
     drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
-    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * t_quantile(0.975, n - 1)) if n < FEW else 0.025
     # An end is one of the shares: between a finite one and infinity there is no other
-    low, high = np.quantile([share(each) for each in drawn], [tail, 1 - tail], method="nearest")
+    low, high = percentile_ends(np.array([share(each) for each in drawn]), n, method="nearest")
     return Estimate(share(np.arange(n)), float(low), float(high))
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -77,15 +78,16 @@ def _t_interval(mean: float, error: float, n: int, level: float) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def _ends(resampled: np.ndarray, n: int, level: float) -> np.ndarray:
+def percentile_ends(resampled: np.ndarray, n: int, level: float = 0.95, method: Any = "linear") -> np.ndarray:
     """
     Return the ends of a percentile interval from values resampled over `n` prompts, along the first axis; of fewer
     than 20 prompts with the percentiles expanded to the width of Student's interval (Hesterberg 2015, section 3.2).
+    `method` is that of `np.quantile` between two values.
     """
     tail = (1 - level) / 2
     if 1 < n < FEW:
         tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * t_quantile(1 - tail, n - 1))
-    return np.quantile(resampled, [tail, 1 - tail], axis=0)
+    return np.quantile(resampled, [tail, 1 - tail], axis=0, method=method)
 
 
 def bootstrap_share(
@@ -226,7 +228,7 @@ def length_controlled_win_rate(
         if np.abs(step).max() < 1e-8:
             break
     rates = _sigmoid(a)
-    low, high = _ends(rates[1:], len(y), level)
+    low, high = percentile_ends(rates[1:], len(y), level)
     return Estimate(float(rates[0]), float(low), float(high))
 
 
@@ -283,7 +285,7 @@ def bradley_terry(
         if moved < 1e-7:
             break
     strength -= strength[:, [names.index(baseline)]]
-    low, high = _ends(strength[1:], size, level)
+    low, high = percentile_ends(strength[1:], size, level)
     return found | {name: Estimate(*map(float, (strength[0, i], low[i], high[i]))) for i, name in enumerate(names)}
 
 
